@@ -1,0 +1,36 @@
+# Two commands matter on a fresh machine: `make run` and `make test`.
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "Building the environment in $(VENV) (once, about a minute)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name it with PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,sandbox,dev]'
+	@touch $@
+
+run: $(VENV)/.ready ## everything on this laptop, with sample images; ONCE=1 ends after the table
+	@$(BIN)/python -m sandbox.demo $(if $(ONCE),--once)
+
+worker: $(VENV)/.ready ## a worker for the servers in PACS_CONFIG
+	@$(BIN)/celery -A worker.app worker --loglevel=INFO
+
+check: $(VENV)/.ready ## style, types, import floors, compose file
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+test: check ## the gate: check and the whole suite
+	@$(BIN)/pytest
+
+bench: $(VENV)/.ready ## figures, as ratios within one run
+	@$(BIN)/python -m benchmarks.uploads
+
+.PHONY: help run worker check test bench

@@ -1,0 +1,174 @@
+"""What every PACS dialect owes the jobs: one Protocol, and the values that pass through it.
+
+No HTTP here and no vendor's habit: those live in ``dicomweb.py`` (shared mechanics) and in one file per dialect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import BinaryIO, Protocol
+
+from worker.instances import Instance
+from worker.payloads import Dataset, Level
+from worker.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Found:
+    """One image, series or study that a server has, with the UIDs of everything above it."""
+
+    level: Level
+    study_instance_uid: str
+    series_instance_uid: str | None = None
+    sop_instance_uid: str | None = None
+    attributes: Dataset = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One instance to push. ``open`` gives a fresh stream at byte 0 each time, so that a body can be rebuilt."""
+
+    instance: Instance
+    open: Callable[[], BinaryIO]
+    size_bytes: int
+
+
+class Fate(Enum):
+    """What a server's answer means for one instance, and so what happens next."""
+
+    STORED = "stored"
+    ALREADY_THERE = "already_there"
+    PENDING = "pending"  # another store of it is under way, or was left behind (MSDICOM 45071)
+    TRY_AGAIN = "try_again"  # the server was in trouble (272, 42752 …)
+    CONFLICT = "conflict"  # it contradicts what the server holds of the study
+    REJECTED = "rejected"  # the server will never take it
+    UNMENTIONED = "unmentioned"  # sent, but in neither sequence: not stored
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A PACS's answer for one instance.
+
+    ``failure_reason`` is FailureReason (0008,1197) as the server gave it; ``message`` is a sentence without
+    patient data; ``warnings`` are what the server stored in spite of.
+    """
+
+    sop_instance_uid: str
+    fate: Fate
+    failure_reason: int | None = None
+    message: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudyPage:
+    """One page of a server's studies. ``next_offset`` is None after the last one."""
+
+    studies: list[Dataset]
+    next_offset: int | None
+
+
+class DeletionFate(Enum):
+    DELETED = "deleted"
+    HIDDEN = "hidden"
+    NOT_THERE = "not_there"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """What a server made of a delete. ``note`` says what frees a hidden object and when, or why it was refused."""
+
+    fate: DeletionFate
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """One instance of a WADO-RS answer: ``chunks`` are its bytes as they arrive and have to be used up in turn."""
+
+    transfer_syntax_uid: str | None
+    chunks: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What a server says of itself; None is "could not be asked", never a guess."""
+
+    product: str | None = None
+    version: str | None = None
+    ready: bool | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StorageState:
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+    used_bytes: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DatabaseState:
+    """``ok`` is None where the server offers no call that touches its database."""
+
+    ok: bool | None
+    note: str = ""
+
+
+class Pacs(Protocol):
+    """One configured server.
+
+    A dialect SHALL raise only `worker.errors`: `PacsUnavailable` when the server did not answer or said it is in
+    trouble, `PacsUnauthorized` on 401 (after one fresh token) and 403, `PacsMisanswered` when an answer cannot be
+    what was asked for, `PacsRejected` when the request as a whole was refused for good; each names the server.
+    It SHALL NOT sleep, retry, follow a redirect to another host, or read the environment.
+    It SHALL be safe to use from several threads at once.
+    """
+
+    server: ServerSettings
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether a retrieved instance is byte for byte what was stored (transfer-syntax=*)."""
+        ...
+
+    def find(self, level: Level, uid: str) -> list[Found]:
+        """Every object of ``level`` that bears ``uid``; [] only when the server said that there is none."""
+        ...
+
+    def store(self, parts: Sequence[Part]) -> list[Outcome]:
+        """One outcome per part, in the order given, judged by the answer's items and never by its status alone."""
+        ...
+
+    def metadata(self, found: Found) -> list[Dataset]:
+        """DICOM JSON of every instance below ``found``; [] if it is gone."""
+        ...
+
+    def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
+        """One page of studies with at least the study's UID; ``filters`` are DICOM keywords.
+
+        Raises `InvalidRequest` for a filter that the dialect cannot match.
+        """
+        ...
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        """Make ``found`` go away; `NOT_THERE` if it already was."""
+        ...
+
+    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
+        """The instances below ``found`` in their stored transfer syntax, streamed.
+
+        A body that ends before its closing boundary raises `PacsMisanswered`.
+        """
+        ...
+
+    def state(self) -> ServerState: ...
+
+    def storage(self) -> StorageState: ...
+
+    def database(self) -> DatabaseState: ...

@@ -1,0 +1,209 @@
+"""What an operator can set: one frozen tree, read once from ``pacs.toml`` and the environment.
+
+Only shapes, defaults and limits live here; nobody below reads the environment. Documented in
+``docs/settings.md``, which a test compares with these classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+ServerType = Literal["msdicom", "dcm4chee", "orthanc", "dicomweb"]
+MODES = ("both", "either")
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the one sentence names the key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AuthSettings(_Section):
+    """How to log in to a server. Secrets are named (``…_env``, ``…_file``), never written here."""
+
+    type: Literal["none", "basic", "bearer", "oauth2"] = "none"
+    username: str | None = None
+    password_env: str | None = None
+    password_file: Path | None = None
+    token_env: str | None = None
+    token_file: Path | None = None
+    token_url: str | None = None
+    client_id: str | None = None
+    client_secret_env: str | None = None
+    client_secret_file: Path | None = None
+    scope: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> AuthSettings:
+        needed = {
+            "none": (),
+            "basic": (("username",), ("password_env", "password_file")),
+            "bearer": (("token_env", "token_file"),),
+            "oauth2": (("token_url",), ("client_id",), ("client_secret_env", "client_secret_file")),
+        }[self.type]
+        for choices in needed:
+            if not any(getattr(self, choice) for choice in choices):
+                raise ValueError(f"auth type {self.type!r} needs {' or '.join(choices)}")
+        return self
+
+    def secret(self, kind: str, environ: Mapping[str, str] = os.environ) -> str:
+        """The secret called ``kind`` (``password``, ``token``, ``client_secret``), read where the settings point."""
+        variable, file = getattr(self, f"{kind}_env"), getattr(self, f"{kind}_file")
+        if file is not None:
+            return Path(file).read_text(encoding="utf-8").strip()
+        if variable not in environ:
+            raise SettingsError(f"the environment variable {variable} (servers.auth.{kind}_env) is not set")
+        return environ[variable]
+
+
+class ServerSettings(_Section):
+    """One PACS. The order of the list is the order of preference."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    type: ServerType
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/@]+(/\S*)?$")]
+    viewer: str = ""
+    weight: Annotated[float, Field(ge=0)] = 1
+    max_concurrency: Annotated[int, Field(ge=1)] = 8
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 5
+    read_timeout_s: Annotated[float, Field(gt=0)] = 120
+    ca_file: Path | None = None
+    auth: AuthSettings = AuthSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _not_a_mode(cls, name: str) -> str:
+        if name in MODES:
+            raise ValueError(f"{name!r} is the name of a mode")
+        return name
+
+    @field_validator("url")
+    @classmethod
+    def _bare(cls, url: str) -> str:
+        return url.rstrip("/")
+
+
+class RoutingSettings(_Section):
+    policy: Literal["preferred", "weighted", "balanced"] = "preferred"
+    claim_s: Annotated[float, Field(gt=0)] = 7 * 86_400
+
+
+class S3Settings(_Section):
+    endpoint_url: str | None = None
+    region: str | None = None
+
+
+class SourceSettings(_Section):
+    allow_hosts: tuple[str, ...] = ()
+    allow_private_networks: bool = False
+    folders: tuple[Path, ...] = ()
+    max_bytes: Annotated[int, Field(gt=0)] = 4_294_967_296
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 5
+    idle_timeout_s: Annotated[float, Field(gt=0)] = 30
+    total_timeout_s: Annotated[float, Field(gt=0)] = 900
+    max_redirects: Annotated[int, Field(ge=0)] = 5
+    s3: S3Settings = S3Settings()
+
+
+class ResultSettings(_Section):
+    metadata: Literal["full", "uids", "none"] = "full"
+    expires_s: Annotated[int, Field(gt=0)] = 86_400
+
+
+class QueueSettings(_Section):
+    """Where messages, results and the ledger live. Three databases, so that none can flush another's keys."""
+
+    broker_url: str = "redis://localhost:6379/0"
+    result_backend: str = "redis://localhost:6379/1"
+    ledger_url: str = "redis://localhost:6379/2"
+
+
+class JobSettings(_Section):
+    """How long a job is held, how often it is tried."""
+
+    lease_s: Annotated[float, Field(gt=0)] = 30
+    grace_s: Annotated[float, Field(gt=0)] = 60
+    sweep_s: Annotated[float, Field(gt=0)] = 1
+    max_attempts: Annotated[int, Field(ge=1)] = 8
+    max_deaths: Annotated[int, Field(ge=1)] = 3
+    backoff_base_s: Annotated[float, Field(gt=0)] = 1
+    backoff_cap_s: Annotated[float, Field(gt=0)] = 60
+
+
+class Settings(_Section):
+    servers: tuple[ServerSettings, ...] = ()
+    routing: RoutingSettings = RoutingSettings()
+    sources: SourceSettings = SourceSettings()
+    results: ResultSettings = ResultSettings()
+    queue: QueueSettings = QueueSettings()
+    jobs: JobSettings = JobSettings()
+
+    @field_validator("servers")
+    @classmethod
+    def _unique(cls, servers: tuple[ServerSettings, ...]) -> tuple[ServerSettings, ...]:
+        names = [server.name for server in servers]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two servers are called {', '.join(sorted(twice))}")
+        return servers
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read the file that ``PACS_CONFIG`` names, then lay ``PACS__SECTION__KEY`` variables over it.
+
+        ``BROKER_URL``, ``RESULT_BACKEND`` and ``LEDGER_URL`` are short names of the three keys of ``[queue]``.
+
+        Raises
+        ------
+        SettingsError
+            The file is missing or not TOML, or a value is wrong; the sentence names the key.
+        """
+        tree = _read_file(environ.get("PACS_CONFIG"))
+        for variable, value in environ.items():
+            if variable.startswith("PACS__"):
+                _lay_over(tree, variable.removeprefix("PACS__").lower().split("__"), _literal(value))
+        for key in ("broker_url", "result_backend", "ledger_url"):
+            if key.upper() in environ:
+                _lay_over(tree, ["queue", key], environ[key.upper()])
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise SettingsError(_one_sentence(error)) from None
+
+
+def _read_file(path: str | None) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"PACS_CONFIG names {path}, which cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None
+
+
+def _lay_over(tree: Any, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree[int(key)] if isinstance(tree, list) else tree.setdefault(key, {})
+    tree[int(keys[-1]) if isinstance(tree, list) else keys[-1]] = value
+
+
+def _literal(text: str) -> Any:
+    """Lists and tables arrive as JSON; everything else stays text, which pydantic converts."""
+    return json.loads(text) if text[:1] in "[{" and text else text
+
+
+def _one_sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"setting {key}: {first['msg'].removeprefix('Value error, ')}{more}"
