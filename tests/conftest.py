@@ -1,0 +1,181 @@
+"""What tests run against: real servers as child processes, started once, on free loopback ports.
+
+A server that is not installed fails the test in CI (``CI=true``) and skips it, with its reason, elsewhere.
+
+``redis``         emptied for each test, a real one: ``.broker_url``, ``.result_backend``, ``.ledger_url``
+``redis_url``     the ledger's database on it
+``sandbox``       emptied and calm for each test: ``.msdicom``, ``.dcm4chee``, ``.control``, ``.set_mood(…)``
+``orthanc``       base URL of a real Orthanc's DICOMweb; never emptied, so bring UIDs of your own
+``image_server``  for one test; ``.put(path, body, …)`` gives the URL where it is served
+``worker``        starts real worker processes for one test: ``worker(servers=…, jobs={"lease_s": 2})``
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import processes as parts
+from sandbox.images import ImageServer
+from sandbox.processes import Child, OrthancPart, Processes, RedisPart, SandboxPart
+from worker.settings import Settings
+
+
+def _or_missing(start: Callable[[], Any]) -> Any:
+    try:
+        return start()
+    except parts.PartMissing as missing:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def is_running() -> Callable[[int], bool]:
+    """Whether a process still runs; a zombie has ended, only its parent has not looked yet."""
+
+    def running(pid: int) -> bool:
+        command = ["ps", "-o", "stat=", "-p", str(pid)]
+        state = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return bool(state) and not state.startswith("Z")
+
+    return running
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """The children that all tests share."""
+    with Processes(tmp_path_factory.mktemp("parts")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def redis_server(processes: Processes) -> RedisPart:
+    return parts.redis(processes)
+
+
+@pytest.fixture
+def redis(redis_server: RedisPart) -> RedisPart:
+    redis_server.flush()
+    return redis_server
+
+
+@pytest.fixture
+def redis_url(redis: RedisPart) -> str:
+    return redis.ledger_url
+
+
+@pytest.fixture(scope="session")
+def sandbox_server(processes: Processes) -> SandboxPart:
+    return parts.sandbox(processes)
+
+
+@pytest.fixture
+def sandbox(sandbox_server: SandboxPart) -> SandboxPart:
+    sandbox_server.calm()
+    sandbox_server.empty()
+    return sandbox_server
+
+
+@pytest.fixture(scope="session")
+def orthanc_server(processes: Processes) -> OrthancPart:
+    server: OrthancPart = _or_missing(lambda: parts.orthanc(processes))
+    return server
+
+
+@pytest.fixture(scope="session")
+def orthanc(orthanc_server: OrthancPart) -> str:
+    return orthanc_server.url
+
+
+@pytest.fixture
+def image_server() -> Iterator[ImageServer]:
+    with ImageServer() as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A running worker process and the settings it runs on."""
+
+    child: Child
+    config: Path
+    settings: Settings
+
+    @property
+    def log(self) -> str:
+        return self.child.log
+
+    @property
+    def log_path(self) -> Path:
+        return self.child.log_path
+
+    def stop(self) -> int:
+        """SIGTERM and wait; returns the exit status."""
+        return self.child.stop(grace_s=15)
+
+    def kill(self) -> int:
+        """SIGKILL to its whole process group."""
+        return self.child.kill()
+
+
+class Workers:
+    """Starts workers and, at the end of the test, ends them and reads their logs."""
+
+    def __init__(self, folder: Path, request: pytest.FixtureRequest) -> None:
+        self._running = Processes(folder)
+        self._request = request
+        self._may_show_tracebacks: set[Child] = set()
+
+    def __call__(
+        self,
+        *,
+        servers: list[dict[str, Any]] | None = None,
+        concurrency: int = 8,
+        environ: Mapping[str, str] | None = None,
+        may_show_tracebacks: bool = False,
+        **sections: Mapping[str, Any],
+    ) -> Worker:
+        """Start one and wait until it takes jobs.
+
+        ``servers`` are the sandbox's two unless given; every further keyword is a section of ``pacs.toml``.
+        Sources may be on loopback.
+        """
+        if servers is None:
+            servers = self._request.getfixturevalue("sandbox").servers()
+        name = f"worker{len(list(self._running.folder.glob('*.toml')))}"
+        tree = {
+            "servers": servers,
+            "queue": parts.queue_settings(self._request.getfixturevalue("redis")),
+            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            **{section: dict(values) for section, values in sections.items()},
+        }
+        config = parts.write_settings(self._running.folder / f"{name}.toml", tree)
+        child = parts.worker(self._running, config, name=name, concurrency=concurrency, environ=environ)
+        if may_show_tracebacks:
+            self._may_show_tracebacks.add(child)
+        child.wait_ready()
+        return Worker(child, config, Settings.load({"PACS_CONFIG": str(config)}))
+
+    def close(self) -> None:
+        """End them all, then fail the test if one wrote a traceback that was not announced."""
+        watched = [child for child in self._running.children if child not in self._may_show_tracebacks]
+        self._running.stop()
+        for child in watched:
+            if "Traceback (most recent call last)" in child.log:
+                pytest.fail(f"{child.name} wrote a traceback:\n{child.log_tail(60)}")
+
+
+@pytest.fixture
+def worker(tmp_path: Path, request: pytest.FixtureRequest, redis: RedisPart) -> Iterator[Workers]:
+    workers = Workers(tmp_path / "workers", request)
+    try:
+        yield workers
+    finally:
+        workers.close()
