@@ -1,0 +1,57 @@
+"""How Celery is run, each value with its reason. URLs and expiry come from the settings (``worker/settings.py``).
+
+Shared by the worker and by every program that enqueues through ``producer``.
+"""
+
+# A message is acknowledged when its job has ended, not when it arrives: a killed worker loses nothing.
+task_acks_late = True
+task_reject_on_worker_lost = True
+# One message per slot; further ones stay in Redis, where any worker can take them.
+worker_prefetch_multiplier = 1
+# Longer than the longest job. Recovery does not wait for it: the ledger's leases are seconds (docs/architecture.md).
+broker_transport_options = {
+    "visibility_timeout": 7200,
+    "socket_timeout": 30,  # without one a half-open connection blocks for ever
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+}
+broker_connection_retry_on_startup = True
+broker_connection_max_retries = None
+redis_socket_timeout = 30.0
+redis_socket_connect_timeout = 5.0
+redis_socket_keepalive = True
+redis_backend_health_check_interval = 25
+
+# JSON only, and nothing of the arguments in results: they may hold presigned URLs.
+task_serializer = "json"
+result_serializer = "json"
+accept_content = ["json"]
+result_extended = False
+task_track_started = True
+
+# Events for Flower. What they show of the arguments is redacted (worker/app.py, producer/courier.py).
+worker_send_task_events = True
+task_send_sent_event = True
+
+# Threads, because a job waits for sources and servers; the in-process limit is the time-out of each wait.
+worker_pool = "threads"
+worker_concurrency = 8
+# A soft shutdown gives running jobs this long; what is left is done by another worker after its lease.
+worker_soft_shutdown_timeout = 20.0
+# Threads cannot be cancelled, and a job delivered again finds its lease held: nothing to cancel on a lost connection.
+worker_cancel_long_running_tasks_on_connection_loss = False
+worker_hijack_root_logger = False
+worker_redirect_stdouts = False
+
+# Plain `send_task("pacs.upload", …)` from any Celery client lands in Celery's default queue, so single jobs live there.
+task_default_queue = "celery"
+task_create_missing_queues = True
+task_queues = {"celery": {}, "batches": {}, "admin": {}}
+task_routes = {
+    "pacs.batch.*": {"queue": "batches"},
+    "pacs.status": {"queue": "admin"},
+    "pacs.storage": {"queue": "admin"},
+    "pacs.database": {"queue": "admin"},
+}
+timezone = "UTC"

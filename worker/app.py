@@ -1,0 +1,155 @@
+"""The Celery app of a worker process: its tools, its sweeper, and what it lets others see.
+
+Started with ``celery -A worker.app worker``. No job's work lives here.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from typing import Any
+
+import kombu.exceptions
+import redis
+from celery import Celery, Task, bootsteps, signals
+from celery.exceptions import BackendError
+from celery.worker.request import Request
+
+from worker.errors import CourierError
+from worker.jobs.run import Pulse
+from worker.jobs.tools import Tools
+from worker.ledger import Ledger
+from worker.logs import configure, shown_job
+from worker.pacs.fleet import Fleet
+from worker.pacs.registry import connect
+from worker.settings import Settings, SettingsError
+from worker.sources import Sources
+
+log = logging.getLogger(__name__)
+
+#: What Redis, kombu and the result backend raise when they cannot be reached.
+BROKER_ERRORS = (redis.RedisError, kombu.exceptions.OperationalError, BackendError)
+
+
+class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
+    """A message whose arguments are redacted for events and logs, also when its sender did not redact them."""
+
+    @property
+    def argsrepr(self) -> str:
+        return "()"
+
+    @property
+    def kwargsrepr(self) -> str:
+        kwargs = self.kwargs
+        return shown_job(kwargs.get("job") if isinstance(kwargs, dict) else None)
+
+
+class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
+    """What all doors share. A `CourierError` is an answer, not a crash: it is logged in one line."""
+
+    Request = ShownRequest
+    throws = (CourierError,)
+
+
+def _settings() -> Settings:
+    try:
+        return Settings.load()
+    except SettingsError as error:
+        raise SystemExit(f"pacs-courier: {error}") from None
+
+
+settings = _settings()
+
+app = Celery("pacs", task_cls=PacsTask, include=["worker.tasks"])
+app.config_from_object("celeryconfig")
+app.conf.update(
+    broker_url=settings.queue.broker_url,
+    result_backend=settings.queue.result_backend,
+    result_expires=settings.results.expires_s,
+)
+
+
+def _ledger() -> Ledger:
+    return Ledger.connect(
+        settings.queue.ledger_url,
+        lease_s=settings.jobs.lease_s,
+        grace_s=settings.jobs.grace_s,
+        keep_s=settings.results.expires_s,
+        claim_s=settings.routing.claim_s,
+    )
+
+
+@functools.cache
+def tools() -> Tools:
+    """This process's tools, made at its first job: no connection is made before a fork."""
+    return Tools(
+        settings=settings,
+        ledger=_ledger(),
+        sources=Sources(settings.sources),
+        fleet=Fleet([connect(server) for server in settings.servers]),
+    )
+
+
+@functools.cache
+def pulse() -> Pulse:
+    return Pulse(tools().ledger, _publish)
+
+
+def _publish(job_id: str, meta: dict[str, Any]) -> None:
+    """Show where a job is. Progress is a courtesy: without a result backend the job goes on."""
+    try:
+        app.backend.store_result(job_id, meta, "PROGRESS")
+    except BROKER_ERRORS as error:
+        log.warning("Progress could not be shown: %s", type(error).__name__)
+
+
+class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
+    """Wakes jobs that are due: lost messages, dead holders, back-offs that are over. Harmless if many run."""
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._stop = threading.Event()
+
+    def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
+        threading.Thread(target=self._loop, name="sweeper", daemon=True).start()
+
+    def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
+        self._stop.set()
+
+    def _loop(self) -> None:
+        ledger = _ledger()
+        while not self._stop.wait(settings.jobs.sweep_s):
+            try:
+                sweep(ledger)
+            except BROKER_ERRORS as error:
+                log.warning("Could not sweep: %s; trying again", type(error).__name__)
+
+
+def sweep(ledger: Ledger) -> int:
+    """Send a message for every job that is due; returns how many."""
+    due = ledger.sweep()
+    for job in due:
+        app.send_task(
+            job.task,
+            kwargs={"job": job.job},
+            task_id=job.job_id,
+            argsrepr="()",
+            kwargsrepr=shown_job(job.job),
+        )
+        log.info("Woke job %s (%s)", job.job_id, job.task)
+    return len(due)
+
+
+app.steps["worker"].add(Sweeper)
+
+
+@signals.worker_init.connect
+def _needs_servers(**_: Any) -> None:
+    if not settings.servers:
+        raise SystemExit("pacs-courier: no [[servers]] are set; name a pacs.toml in PACS_CONFIG (docs/settings.md)")
+
+
+@signals.setup_logging.connect
+def _logging(loglevel: int | str = logging.INFO, **_: Any) -> None:
+    configure(loglevel)

@@ -1,0 +1,165 @@
+"""How a job is carried to its end: claim, attempt, and one of done, refused, parked or dead.
+
+This is the only place that decides whether to try again. What the work is lives in the other modules here.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from worker.errors import (
+    Cancelled,
+    CourierError,
+    Poisoned,
+    Refused,
+    TryAgain,
+    from_payload,
+)
+from worker.jobs.run import NotYet, Pulse, Run
+from worker.jobs.tools import Tools
+from worker.ledger import Claim, ClaimState, LeaseLost
+from worker.logs import where_it_broke
+from worker.settings import JobSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Done:
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: CourierError
+
+
+@dataclass(frozen=True)
+class Parked:
+    """Not over: somebody will be woken for it, or is at it already."""
+
+
+Verdict = Done | Failed | Parked
+Work = Callable[[Mapping[str, Any], Run, Tools], dict[str, Any]]
+
+
+def carry(
+    work: Work, *, task: str, job_id: str, message: object, tools: Tools, pulse: Pulse
+) -> Verdict:
+    """Do what is left to do of one delivered message, however often it is delivered.
+
+    The verdict of a job that is over is the recorded one, whoever did it.
+    """
+    job: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
+    claim = tools.ledger.claim(job_id, task=task, job=job)
+    if claim.state is not ClaimState.YOURS:
+        return _recorded(claim)
+    limits = tools.settings.jobs
+    run = Run(
+        job_id=job_id,
+        fence=claim.fence,
+        attempt=claim.attempt,
+        last=claim.attempt >= limits.max_attempts,
+        ledger=tools.ledger,
+        memo=claim.memo,
+        clock=tools.clock,
+    )
+    try:
+        with pulse.beating(run):
+            verdict = _attempt(work, claim, job, run, tools)
+            if isinstance(verdict, _Park) and verdict.meta:
+                pulse.show(run, verdict.meta)
+            _record(verdict, run, task=task, job=job, tools=tools)
+    except (LeaseLost, redis.RedisError) as error:
+        # Whoever took over writes the outcome; without a ledger the lease runs out and the sweeper wakes the job.
+        log.warning("Let go of the job: %s", type(error).__name__)
+        return Parked()
+    return verdict
+
+
+def _recorded(claim: Claim) -> Verdict:
+    if claim.outcome is None:
+        return Parked()
+    if "error" in claim.outcome:
+        return Failed(from_payload(claim.outcome["error"]))
+    return Done(claim.outcome["payload"])
+
+
+@dataclass(frozen=True)
+class _Park(Parked):
+    delay_s: float
+    code: str
+    message: str
+    counts: bool = True
+    meta: dict[str, Any] | None = None  # what watchers of the job may see meanwhile
+
+
+def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: Tools) -> Verdict:
+    limits = tools.settings.jobs
+    try:
+        _fit_to_try(claim, limits)
+        return Done(work(job, run, tools))
+    except TryAgain as error:
+        return Failed(error) if run.last else _park(error, run, limits, tools.rng)
+    except CourierError as error:
+        return Failed(error)
+    except NotYet as wait:
+        return _Park(delay_s=wait.delay_s, code="waiting", message=wait.message, counts=False)
+    except (LeaseLost, redis.RedisError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the outermost door of a job: a bug must not lose it
+        log.error("A fault of the worker itself: %s", where_it_broke(error))
+        fault = Poisoned(f"The worker itself failed on this job ({type(error).__name__}); report it, then replay the job.")
+        return Failed(fault) if run.last else _park(fault, run, limits, tools.rng)
+
+
+def _fit_to_try(claim: Claim, limits: JobSettings) -> None:
+    if claim.cancelled:
+        raise Cancelled("The job was cancelled before it began.")
+    if claim.deaths >= limits.max_deaths:
+        raise Poisoned(
+            f"The worker died {claim.deaths} times while doing this; it is not tried again until it is replayed.",
+            details={"deaths": claim.deaths},
+        )
+
+
+def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random) -> _Park:
+    asked_s = (error.retry_after_s or 0) if isinstance(error, TryAgain) else 0
+    delay_s = max(asked_s, backoff_s(run.attempt, limits, rng))
+    meta = {"stage": "waiting", "attempt": run.attempt, "code": error.payload["code"], "message": error.message}
+    return _Park(meta=meta, delay_s=delay_s, code=error.payload["code"], message=error.message)
+
+
+def backoff_s(attempt: int, limits: JobSettings, rng: random.Random) -> float:
+    """Exponential with full jitter: anything up to base × 2^(attempt - 1), capped."""
+    return rng.uniform(0, min(limits.backoff_cap_s, limits.backoff_base_s * 2.0 ** (attempt - 1)))
+
+
+def _record(verdict: Verdict, run: Run, *, task: str, job: Mapping[str, Any], tools: Tools) -> None:
+    """Write the verdict into the ledger, which refuses it if another attempt has taken over."""
+    ledger = tools.ledger
+    match verdict:
+        case Done(payload):
+            ledger.finish(run.job_id, run.fence, outcome={"payload": payload}, code="done", task=task, job=job)
+            log.info("Done after %s attempt(s)", run.attempt)
+        case Failed(error):
+            end = ledger.finish if isinstance(error, Refused) else ledger.bury
+            code = error.payload["code"]
+            end(run.job_id, run.fence, outcome={"error": error.payload}, code=code, task=task, job=job)
+            log.info("%s: %s", "Refused" if isinstance(error, Refused) else "Dead letter", error)
+        case _Park():
+            ledger.park(
+                run.job_id,
+                run.fence,
+                delay_s=verdict.delay_s,
+                code=verdict.code,
+                message=verdict.message,
+                counts=verdict.counts,
+            )
+            log.info("Parked for %.1f s: %s", verdict.delay_s, verdict.message)

@@ -1,0 +1,30 @@
+"""A second wish under an idempotency key that is already somebody's: it ends as the first one does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from worker.errors import from_payload
+from worker.jobs.run import NotYet, Run
+from worker.jobs.tools import Tools
+from worker.ledger import job_id_for
+
+#: How soon to look again whether the first wish has ended.
+LOOK_AGAIN_S = 1.0
+
+
+def follow(task: str, message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """The outcome of the one job that bears this idempotency key, which is started if nobody did."""
+    first = job_id_for(str(message["idempotency_key"]))
+    tools.ledger.submit(first, task=task, job=message, due_in_s=0)
+    with run.step("follow"):
+        record = tools.ledger.look(first)
+    if "outcome" not in record:
+        raise NotYet(f"job {first} bears the same idempotency key", delay_s=LOOK_AGAIN_S)
+    outcome: dict[str, Any] = json.loads(record["outcome"])
+    if "error" in outcome:
+        raise from_payload(outcome["error"])
+    payload: dict[str, Any] = outcome["payload"]
+    return payload

@@ -1,0 +1,387 @@
+"""An image's way from its URL into the PACS it belongs to: fetch, identify, check, route, push, describe.
+
+The six steps are six functions below, called in order by `upload`. What makes a second delivery harmless is the
+*memo*: before the first byte is pushed, the ledger holds what goes where, so the next attempt looks there first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from worker.errors import (
+    CourierError,
+    ImageAlreadyExists,
+    PacsMisanswered,
+    PacsRejected,
+    PacsUnavailable,
+    StudyConflict,
+    TryAgain,
+)
+from worker.instances import Instance, identify, part_10
+from worker.jobs.run import NotYet, Run
+from worker.jobs.tools import Tools
+from worker.ledger import Receipt
+from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part
+from worker.payloads import Dataset, Route, RouteReason, StudyAction, UploadJob, UploadPayload, read_job
+from worker.routing import Answer, Exists, Follow, New, Open, choose, decide
+from worker.settings import ServerSettings
+from worker.sources import Fetched
+from worker.viewer import viewer_url
+
+#: How long a server that failed a push gets no new studies.
+SICK_S = 30.0
+#: After so many answers "being stored", what is left of a broken store is removed (docs/pacs-oddities.md).
+PENDINGS_BEFORE_REMOVAL = 3
+#: How soon to look again whether the other job with the same image has ended.
+TURN_S = 0.5
+
+_UID_TAGS = ("00080016", "00080018", "0020000D", "0020000E")
+
+
+@dataclass(frozen=True)
+class Memo:
+    """What is being pushed where, and why; written to the ledger before the push, read by the next attempt.
+
+    ``uncertain`` says that a push of ours may have arrived although nobody told us so.
+    """
+
+    server: str
+    instance: Instance
+    size_bytes: int
+    sha256: str
+    source: str
+    route: Route
+    warnings: tuple[str, ...] = ()
+    pendings: int = 0
+    uncertain: bool = False
+    stored: bool = False
+    study_action: StudyAction = "updated"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "route": self.route.model_dump()}
+
+    @classmethod
+    def from_json(cls, memo: Mapping[str, Any]) -> Memo:
+        known = dict(memo)
+        known["instance"] = Instance(**known["instance"])
+        known["route"] = Route(**known["route"])
+        known["warnings"] = tuple(known["warnings"])
+        return cls(**known)
+
+
+@dataclass
+class _Seen:
+    """What the check found: an `Answer` per server, and the error of each server that gave none."""
+
+    answers: list[Answer]
+    errors: dict[str, CourierError] = field(default_factory=dict)
+
+
+def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """Carry one image (design contract, section 6) and return the upload payload.
+
+    Raises
+    ------
+    CourierError
+        Any code of the source, the file or the servers; `TryAgain` leaves everything ready for another attempt.
+    """
+    job = read_job(UploadJob, message)
+    if job.server is not None:
+        tools.fleet[job.server]
+    memo = Memo.from_json(run.memo) if run.memo else None
+    if memo is None or not _arrived(memo, run, tools):
+        memo = _bring(job, memo, run, tools)
+    elif not memo.stored:
+        memo = _receipt(memo, run, tools)
+    return _describe(job, memo, run, tools).as_json()
+
+
+def _arrived(memo: Memo, run: Run, tools: Tools) -> bool:
+    """Whether an earlier attempt's push reached the server it was meant for."""
+    if not (memo.uncertain or memo.stored):
+        return False
+    with run.step("check"):
+        return bool(tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid))
+
+
+def _bring(job: UploadJob, earlier: Memo | None, run: Run, tools: Tools) -> Memo:
+    with run.step("fetch"):
+        fetched = tools.sources.fetch(job.image_url)
+    with fetched:
+        with run.step("identify"):
+            instance = identify(fetched.stream)
+        with run.step("check"):
+            _wait_for_turn(instance, run)
+            seen = _check(instance, tools)
+        with run.step("route"):
+            memo = _route(job, instance, fetched, seen, earlier, run, tools)
+        if memo.stored:
+            return _receipt(memo, run, tools)
+        with run.step("push"):
+            memo = _push(memo, fetched, resumed=_may_be_ours(earlier, memo.server), run=run, tools=tools)
+    return _receipt(memo, run, tools)
+
+
+def _may_be_ours(earlier: Memo | None, server: str) -> bool:
+    """Whether an image that is on ``server`` now may have come there by an earlier attempt at this very job."""
+    return earlier is not None and earlier.uncertain and earlier.server == server
+
+
+def _wait_for_turn(instance: Instance, run: Run) -> None:
+    owner = run.ledger.hold_image(instance.sop_instance_uid, job_id=run.job_id, fence=run.fence)
+    if owner is not None:
+        raise NotYet(f"job {owner} is storing the same image", delay_s=TURN_S)
+
+
+def _check(instance: Instance, tools: Tools) -> _Seen:
+    """Ask every server for the image and for its study, all at the same time."""
+    questions: list[Callable[[], list[Found]]] = []
+    for pacs in tools.fleet:
+        questions.append(partial(pacs.find, "image", instance.sop_instance_uid))
+        questions.append(partial(pacs.find, "study", instance.study_instance_uid))
+    replies = iter(tools.fleet.gather(questions))
+    seen = _Seen([])
+    for name in tools.fleet.names:
+        image, study = next(replies), next(replies)
+        for reply in (image, study):
+            if isinstance(reply, CourierError):
+                seen.errors.setdefault(name, reply)
+        seen.answers.append(Answer(name, image=_yes(image), study=_yes(study)))
+    return seen
+
+
+def _yes(reply: list[Found] | CourierError) -> bool | None:
+    return None if isinstance(reply, CourierError) else bool(reply)
+
+
+def _route(
+    job: UploadJob, instance: Instance, fetched: Fetched, seen: _Seen, earlier: Memo | None, run: Run, tools: Tools
+) -> Memo:
+    """Decide where the image goes; for a study that is nowhere, by the claim."""
+    decision = decide(seen.answers)
+    names = tools.fleet.names
+    warnings = () if instance.has_preamble else ("preamble_added",)
+    memo = Memo(
+        server=names[0],
+        instance=instance,
+        size_bytes=fetched.size_bytes,
+        sha256=fetched.sha256,
+        source=fetched.source,
+        route=Route(reason="study_exists", study_on=[], candidates=names),
+        warnings=warnings,
+        pendings=earlier.pendings if earlier else 0,
+    )
+    match decision:
+        case Exists(server):
+            if earlier is not None and _may_be_ours(earlier, server):
+                return replace(earlier, stored=True)
+            raise _already_exists(server, memo, tools)
+        case Open(unanswered):
+            raise seen.errors[unanswered[0]]
+        case Follow(server, study_on):
+            return _follow(job, memo, server, study_on)
+        case New():
+            return _claim(job, memo, run, tools)
+
+
+def _follow(job: UploadJob, memo: Memo, server: str, study_on: tuple[str, ...]) -> Memo:
+    if job.server is not None and job.server not in study_on:
+        raise StudyConflict(
+            f"The study is on {server}; leave out the server or name {server}, so that the study is not split.",
+            details={"study_on": list(study_on), "requested": job.server},
+        )
+    reason: RouteReason = "requested" if job.server else "study_exists"
+    warnings = (*memo.warnings, "study_split") if len(study_on) > 1 else memo.warnings
+    route = Route(reason=reason, study_on=list(study_on), candidates=memo.route.candidates)
+    return replace(memo, server=job.server or server, route=route, warnings=warnings)
+
+
+def _claim(job: UploadJob, memo: Memo, run: Run, tools: Tools) -> Memo:
+    study_uid = memo.instance.study_instance_uid
+    healthy = _healthy(tools)
+    claimed = tools.ledger.claimed_server(study_uid)
+    proposal = job.server or claimed or _choose(healthy, tools)
+    claim = tools.ledger.claim_study(study_uid, server=proposal, job_id=run.job_id)
+    if job.server is not None and claim.server != job.server:
+        raise StudyConflict(
+            f"Another job has claimed the study for {claim.server}; leave out the server or name {claim.server}.",
+            server_name=claim.server,
+            details={"study_on": [], "requested": job.server},
+        )
+    reason: RouteReason = "requested" if job.server else "new_study" if claim.first else "claimed"
+    route = Route(reason=reason, study_on=[], candidates=[server.name for server in healthy])
+    return replace(memo, server=claim.server, route=route)
+
+
+def _healthy(tools: Tools) -> list[ServerSettings]:
+    """Servers that may be given a new study: those whose last push did not fail. All have answered the check."""
+    sick = tools.ledger.sick(tools.fleet.names)
+    return [pacs.server for pacs in tools.fleet if pacs.server.name not in sick]
+
+
+def _choose(healthy: list[ServerSettings], tools: Tools) -> str:
+    if not healthy:
+        raise PacsUnavailable("No server takes new studies at present; the job waits for one.")
+    routing = tools.settings.routing
+    placed = tools.ledger.placed() if routing.policy == "balanced" else {}
+    return choose(healthy, routing, placed=placed, rng=tools.rng)
+
+
+def _push(memo: Memo, fetched: Fetched, *, resumed: bool, run: Run, tools: Tools) -> Memo:
+    """Send the image to its server and judge the answer for this instance."""
+    pacs = tools.fleet[memo.server]
+    run.intend(replace(memo, uncertain=True).as_json())
+    part = Part(memo.instance, partial(part_10, fetched.stream, memo.instance), fetched.size_bytes)
+    try:
+        (outcome,) = pacs.store([part])
+    except PacsUnavailable:
+        tools.ledger.mark_sick(memo.server, for_s=SICK_S)
+        raise
+    if outcome.fate is Fate.PENDING:
+        _pending(replace(memo, uncertain=resumed), pacs, run)
+    return _judge(outcome, memo, pacs, resumed=resumed, tools=tools)
+
+
+def _judge(outcome: Outcome, memo: Memo, pacs: Pacs, *, resumed: bool, tools: Tools) -> Memo:
+    context: dict[str, Any] = {
+        "server_name": pacs.server.name,
+        "server_type": pacs.server.type,
+        "details": {"failure_reason": outcome.failure_reason, **_uids(memo.instance)},
+    }
+    said = f" ({outcome.message})" if outcome.message else ""
+    match outcome.fate:
+        case Fate.STORED:
+            return replace(memo, warnings=(*memo.warnings, *outcome.warnings))
+        case Fate.ALREADY_THERE if resumed:
+            return memo
+        case Fate.ALREADY_THERE:
+            raise _already_exists(memo.server, memo, tools)
+        case Fate.CONFLICT:
+            raise StudyConflict(f"{memo.server} holds the study with other data{said}; correct the file.", **context)
+        case Fate.REJECTED:
+            raise PacsRejected(f"{memo.server} will not take this image{said}; correct the file.", **context)
+        case Fate.UNMENTIONED:
+            raise PacsMisanswered(f"{memo.server} did not say what became of the image; it is sent again.", **context)
+        case Fate.PENDING:
+            raise PacsUnavailable(f"{memo.server} says that it is storing this image already.", **context)
+        case Fate.TRY_AGAIN:
+            raise PacsUnavailable(f"{memo.server} had trouble while storing the image{said}.", **context)
+
+
+def _pending(memo: Memo, pacs: Pacs, run: Run) -> None:
+    """Count the answers "being stored"; when they do not end, clear what a broken store left behind."""
+    counted = replace(memo, pendings=memo.pendings + 1)
+    if counted.pendings >= PENDINGS_BEFORE_REMOVAL:
+        pacs.delete(_image(memo.instance), permanent=True)
+        counted = replace(counted, pendings=0)
+    run.intend(counted.as_json())
+
+
+def _receipt(memo: Memo, run: Run, tools: Tools) -> Memo:
+    receipt = Receipt(run.job_id, memo.server, memo.sha256, memo.size_bytes)
+    opened = tools.ledger.stored(memo.instance.sop_instance_uid, memo.instance.study_instance_uid, receipt)
+    action: StudyAction = "created" if opened and not memo.route.study_on else "updated"
+    stored = replace(memo, stored=True, study_action=action)
+    tools.ledger.intend(run.job_id, run.fence, stored.as_json())
+    return stored
+
+
+def _describe(job: UploadJob, memo: Memo, run: Run, tools: Tools) -> UploadPayload:
+    """Read the metadata back from the server that now has the image, and put the payload together."""
+    pacs = tools.fleet[memo.server]
+    warnings = memo.warnings
+    with run.step("describe"):
+        try:
+            metadata = _metadata(pacs, memo.instance)
+        except TryAgain:
+            if not run.last:
+                raise
+            metadata, warnings = {}, (*warnings, "metadata_unavailable")  # it is stored: never say that it failed
+    instance = memo.instance
+    return UploadPayload(
+        job_id=run.job_id,
+        study_action=memo.study_action,
+        server_name=pacs.server.name,
+        server_type=pacs.server.type,
+        route=memo.route,
+        study_uid=instance.study_instance_uid,
+        series_uid=instance.series_instance_uid,
+        image_uid=instance.sop_instance_uid,
+        sop_class_uid=instance.sop_class_uid,
+        transfer_syntax_uid=instance.transfer_syntax_uid,
+        size_bytes=memo.size_bytes,
+        sha256=memo.sha256,
+        warnings=list(warnings),
+        metadata=_allowed(metadata, job, tools),
+        viewer_url=_viewer(pacs.server, instance),
+        source=memo.source,
+        timings_ms=run.timings_ms,
+        attempts=run.attempt,
+    )
+
+
+def _metadata(pacs: Pacs, instance: Instance) -> Dataset:
+    datasets = pacs.metadata(_image(instance))
+    if not datasets:
+        raise PacsMisanswered(
+            f"{pacs.server.name} accepted the image but does not show it; it is looked for again.",
+            server_name=pacs.server.name,
+            server_type=pacs.server.type,
+            details=_uids(instance),
+        )
+    return datasets[0]
+
+
+def _allowed(metadata: Dataset, job: UploadJob, tools: Tools) -> Dataset:
+    """As much metadata as the site allows in results; a job may ask for less, never for more."""
+    level = "none" if job.metadata is False else tools.settings.results.metadata
+    if level == "none":
+        return {}
+    return {tag: metadata[tag] for tag in _UID_TAGS if tag in metadata} if level == "uids" else metadata
+
+
+def _already_exists(server: str, memo: Memo, tools: Tools) -> ImageAlreadyExists:
+    settings = tools.fleet[server].server
+    receipt = tools.ledger.receipt(memo.instance.sop_instance_uid)
+    known = receipt.sha256 if receipt and receipt.server == server else None
+    same = None if known is None else known == memo.sha256
+    sentence = f"The image is already on {server}" + (", with other bytes." if same is False else ".")
+    return ImageAlreadyExists(
+        sentence,
+        server_name=server,
+        server_type=settings.type,
+        details={
+            **_uids(memo.instance),
+            "sha256": memo.sha256,
+            "stored_sha256": known,
+            "same_bytes": same,
+            "viewer_url": _viewer(settings, memo.instance),
+            "source": memo.source,
+        },
+    )
+
+
+def _image(instance: Instance) -> Found:
+    return Found(
+        "image", instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid
+    )
+
+
+def _uids(instance: Instance) -> dict[str, str]:
+    return {
+        "study_uid": instance.study_instance_uid,
+        "series_uid": instance.series_instance_uid,
+        "image_uid": instance.sop_instance_uid,
+    }
+
+
+def _viewer(server: ServerSettings, instance: Instance) -> str:
+    return viewer_url(
+        server,
+        study=instance.study_instance_uid,
+        series=instance.series_instance_uid,
+        image=instance.sop_instance_uid,
+    )

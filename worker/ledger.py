@@ -1,0 +1,430 @@
+"""The truth about every job, in Redis: who does it, what came of it, which image and study it has claimed.
+
+A Celery message only wakes a job; whether there is anything to do is decided here. Each transition is one Lua
+script and uses the Redis server's clock, so that it is atomic and needs no agreement between workers' clocks.
+No Celery and no HTTP live here.
+
+Keys, all below ``courier:`` in a database of their own:
+
+    job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …
+    due           zset    job ids by the time (ms) at which somebody has to look at them again
+    dead          zset    dead letters by the time of their death
+    deaths:HASH   int     how often the worker died doing this content
+    hold:UID      hash    the job that may store this SOP instance now, and where it is being pushed
+    receipt:UID   hash    proof of what we stored: server, digest, size
+    study:UID     hash    the claim: which server a new study belongs to, and which job opened it
+    placed        hash    server → number of new studies it was given
+    sick:NAME     string  a server that lately failed a push; expires by itself
+
+States: ``queued`` → ``running`` ⇄ ``waiting`` → ``done`` | ``dead``. Only the holder of the current *fence* may
+move a running job on; whoever comes late is refused with `LeaseLost`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+import redis
+
+PREFIX: Final = "courier:"
+#: Names made from idempotency keys, so that every producer makes the same one.
+_NAMESPACE: Final = uuid.UUID("6f1c35f2-6a0d-4d55-9d3b-8a3f1f0a7c11")
+
+# Each script begins with this line; TIME gives seconds and microseconds.
+_NOW = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
+
+_SUBMIT = (
+    _NOW
+    + """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], 'state', 'queued', 'task', ARGV[2], 'job', ARGV[3], 'attempts', 0, 'fence', 0, 'created_ms', now)
+redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
+return 1
+"""
+)
+
+_CLAIM = (
+    _NOW
+    + """
+local job, due, deaths = KEYS[1], KEYS[2], KEYS[3]
+local state = redis.call('HGET', job, 'state')
+if state == 'done' or state == 'dead' then return {state, redis.call('HGET', job, 'outcome')} end
+if state == 'running' and tonumber(redis.call('HGET', job, 'lease_ms')) > now then return {'held'} end
+local score = redis.call('ZSCORE', due, ARGV[1])
+local cancelled = redis.call('HEXISTS', job, 'cancel') == 1
+if state == 'waiting' and score and tonumber(score) > now and redis.call('HEXISTS', job, 'woken') == 0 and not cancelled then
+  return {'early'}
+end
+local died = 0
+if state == 'running' then died = redis.call('INCR', deaths); redis.call('PEXPIRE', deaths, 86400000) end
+if not state then redis.call('HSET', job, 'task', ARGV[2], 'job', ARGV[3], 'created_ms', now) end
+local attempts = redis.call('HINCRBY', job, 'attempts', 1)
+local fence = redis.call('HINCRBY', job, 'fence', 1)
+redis.call('HSET', job, 'state', 'running', 'lease_ms', now + ARGV[4])
+redis.call('HDEL', job, 'sends', 'woken')
+redis.call('ZADD', due, now + ARGV[4], ARGV[1])
+return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0}
+"""
+)
+
+_HEARTBEAT = (
+    _NOW
+    + """
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
+redis.call('HSET', KEYS[1], 'lease_ms', now + ARGV[3])
+redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
+return 1
+"""
+)
+
+_PARK = (
+    _NOW
+    + """
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
+redis.call('HSET', KEYS[1], 'state', 'waiting', 'lease_ms', 0, 'code', ARGV[4], 'message', ARGV[5])
+if ARGV[6] == '0' then redis.call('HINCRBY', KEYS[1], 'attempts', -1) end
+redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
+return 1
+"""
+)
+
+_FINISH = (
+    _NOW
+    + """
+local job, due, dead, deaths = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local state = redis.call('HGET', job, 'state')
+if redis.call('HGET', job, 'fence') ~= ARGV[2] or state ~= 'running' then return 0 end
+redis.call('HSET', job, 'state', ARGV[3], 'outcome', ARGV[4], 'code', ARGV[5], 'ended_ms', now)
+redis.call('HDEL', job, 'memo', 'lease_ms', 'sends', 'message')
+redis.call('ZREM', due, ARGV[1])
+local hold = redis.call('HGET', job, 'hold')
+if hold and redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
+if ARGV[3] == 'dead' then
+  redis.call('ZADD', dead, now, ARGV[1])
+else
+  redis.call('DEL', deaths)
+  redis.call('HDEL', job, 'job')
+  redis.call('PEXPIRE', job, ARGV[6])
+end
+return 1
+"""
+)
+
+_SWEEP = (
+    _NOW
+    + """
+local ids = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])
+local woken = {}
+for _, id in ipairs(ids) do
+  local job = ARGV[3] .. id
+  local fields = redis.call('HMGET', job, 'task', 'job', 'state')
+  if fields[1] then
+    local sends = math.min(redis.call('HINCRBY', job, 'sends', 1), 7)
+    if fields[3] == 'waiting' then redis.call('HSET', job, 'woken', 1) end
+    redis.call('ZADD', KEYS[1], now + ARGV[2] * 2 ^ (sends - 1), id)
+    woken[#woken + 1] = {id, fields[1], fields[2]}
+  else
+    redis.call('ZREM', KEYS[1], id)
+  end
+end
+return woken
+"""
+)
+
+_CANCEL = (
+    _NOW
+    + """
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state or state == 'done' or state == 'dead' then return state or '' end
+redis.call('HSET', KEYS[1], 'cancel', 1)
+if state ~= 'running' then redis.call('ZADD', KEYS[2], now, ARGV[1]) end
+return state
+"""
+)
+
+_HOLD = """
+local owner = redis.call('HGET', KEYS[1], 'job_id')
+if owner and owner ~= ARGV[1] then return owner end
+if redis.call('HGET', KEYS[2], 'fence') ~= ARGV[2] then return '!lost' end
+redis.call('HSET', KEYS[1], 'job_id', ARGV[1])
+redis.call('HSET', KEYS[2], 'hold', KEYS[1])
+return ''
+"""
+
+_INTEND = """
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then return -1 end
+if redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return 0 end
+redis.call('HSET', KEYS[1], 'memo', ARGV[2])
+return 1
+"""
+
+_CLAIM_STUDY = (
+    _NOW
+    + """
+local server = redis.call('HGET', KEYS[1], 'server')
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+if server then return {server, 0} end
+redis.call('HSET', KEYS[1], 'server', ARGV[1], 'claimed_by', ARGV[2], 'claimed_ms', now)
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
+return {ARGV[1], 1}
+"""
+)
+
+_STORED = (
+    _NOW
+    + """
+redis.call('HSET', KEYS[1], 'job_id', ARGV[1], 'server', ARGV[2], 'sha256', ARGV[3], 'size_bytes', ARGV[4], 'stored_ms', now)
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+if redis.call('HGET', KEYS[2], 'server') ~= ARGV[2] then return 0 end
+redis.call('HSETNX', KEYS[2], 'opened_by', ARGV[1])
+return redis.call('HGET', KEYS[2], 'opened_by') == ARGV[1] and 1 or 0
+"""
+)
+
+
+class LeaseLost(Exception):
+    """Another attempt has taken this job over: whatever the late holder knows is no longer wanted."""
+
+
+class ClaimState(Enum):
+    YOURS = "yours"
+    DONE = "done"
+    DEAD = "dead"
+    HELD = "held"  # a live lease: the holder will finish, or the sweeper will notice
+    EARLY = "early"  # parked: it will be woken when it is due
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What became of the wish to do a job now. ``memo`` is what an earlier attempt left behind."""
+
+    state: ClaimState
+    fence: int = 0
+    attempt: int = 0
+    deaths: int = 0
+    memo: dict[str, Any] | None = None
+    cancelled: bool = False
+    outcome: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that a job of ours stored an instance."""
+
+    job_id: str
+    server: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class StudyClaim:
+    server: str
+    first: bool
+
+
+@dataclass(frozen=True)
+class DueJob:
+    job_id: str
+    task: str
+    job: dict[str, Any]
+
+
+def job_id_for(idempotency_key: str | None) -> str:
+    """A fresh job id, or the one id that belongs to ``idempotency_key``."""
+    return str(uuid.uuid5(_NAMESPACE, idempotency_key) if idempotency_key else uuid.uuid4())
+
+
+def content_digest(task: str, job: Mapping[str, Any]) -> str:
+    """What a job is about, whatever its id: deaths are counted by this."""
+    wish = {key: value for key, value in job.items() if key != "idempotency_key"}
+    return hashlib.sha256(f"{task}\n{_dump(wish)}".encode()).hexdigest()
+
+
+class Ledger:
+    """The ledger in the Redis database at ``url``. Safe for threads; make one per process, after a fork."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        lease_s: float = 30,
+        grace_s: float = 60,
+        keep_s: float = 86_400,
+        claim_s: float = 7 * 86_400,
+    ) -> None:
+        self._redis = client
+        self.lease_s = lease_s
+        self._grace_ms = _ms(grace_s)
+        self._keep_ms = _ms(keep_s)
+        self._claim_ms = _ms(claim_s)
+        script = client.register_script
+        self._submit, self._claim, self._heartbeat = script(_SUBMIT), script(_CLAIM), script(_HEARTBEAT)
+        self._park, self._finish, self._sweep = script(_PARK), script(_FINISH), script(_SWEEP)
+        self._cancel, self._hold, self._intend = script(_CANCEL), script(_HOLD), script(_INTEND)
+        self._claim_study, self._stored = script(_CLAIM_STUDY), script(_STORED)
+
+    @classmethod
+    def connect(cls, url: str, **times: float) -> Ledger:
+        """A ledger at ``url`` whose sockets cannot hang for ever and survive a restart of Redis."""
+        client = redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=15,
+            socket_connect_timeout=5,
+            socket_keepalive=True,
+            health_check_interval=30,
+        )
+        return cls(client, **times)
+
+    # --- a job's life ---------------------------------------------------------------------------------------
+
+    def submit(
+        self, job_id: str, *, task: str, job: Mapping[str, Any], due_in_s: float | None = None
+    ) -> bool:
+        """Write the job down; False if it is known. Should its message get lost, it is due after the grace period."""
+        keys = [_job(job_id), PREFIX + "due"]
+        delay_ms = self._grace_ms if due_in_s is None else _ms(due_in_s)
+        return bool(self._submit(keys=keys, args=[job_id, task, _dump(job), delay_ms]))
+
+    def claim(self, job_id: str, *, task: str, job: Mapping[str, Any]) -> Claim:
+        """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later."""
+        keys = [_job(job_id), PREFIX + "due", _deaths(task, job)]
+        answer: list[Any] = self._claim(keys=keys, args=[job_id, task, _dump(job), _ms(self.lease_s)])
+        state = ClaimState(answer[0])
+        if state is ClaimState.YOURS:
+            fence, attempt, deaths, memo, cancelled = answer[1:]
+            return Claim(state, fence, attempt, deaths, json.loads(memo) if memo else None, bool(cancelled))
+        return Claim(state, outcome=json.loads(answer[1]) if len(answer) > 1 else None)
+
+    def heartbeat(self, job_id: str, fence: int) -> bool:
+        """Renew the lease; False when it was lost."""
+        keys = [_job(job_id), PREFIX + "due"]
+        return bool(self._heartbeat(keys=keys, args=[job_id, fence, _ms(self.lease_s)]))
+
+    def park(
+        self, job_id: str, fence: int, *, delay_s: float, code: str, message: str, counts: bool = True
+    ) -> None:
+        """Put the job aside until ``delay_s`` from now; an attempt that ``counts`` not is given back."""
+        keys = [_job(job_id), PREFIX + "due"]
+        args = [job_id, fence, _ms(delay_s), code, message, int(counts)]
+        self._guard(self._park(keys=keys, args=args))
+
+    def finish(
+        self, job_id: str, fence: int, *, outcome: Mapping[str, Any], code: str, task: str, job: Mapping[str, Any]
+    ) -> None:
+        """Write the outcome, once, and let go of whatever the job held."""
+        self._end(job_id, fence, "done", outcome=outcome, code=code, deaths=_deaths(task, job))
+
+    def bury(
+        self, job_id: str, fence: int, *, outcome: Mapping[str, Any], code: str, task: str, job: Mapping[str, Any]
+    ) -> None:
+        """End the job as a dead letter, which is kept, with its message, until somebody deals with it."""
+        self._end(job_id, fence, "dead", outcome=outcome, code=code, deaths=_deaths(task, job))
+
+    def _end(
+        self, job_id: str, fence: int, state: str, *, outcome: Mapping[str, Any], code: str, deaths: str
+    ) -> None:
+        keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", deaths]
+        args = [job_id, fence, state, _dump(outcome), code, self._keep_ms]
+        self._guard(self._finish(keys=keys, args=args))
+
+    def cancel(self, job_id: str) -> str:
+        """Ask for the job to end before its push; gives the state it was in, "" if it is unknown."""
+        return str(self._cancel(keys=[_job(job_id), PREFIX + "due"], args=[job_id]))
+
+    def sweep(self, limit: int = 200) -> list[DueJob]:
+        """Jobs that somebody has to be woken for. Each is due again later, and later each time, until claimed."""
+        rows = self._sweep(keys=[PREFIX + "due"], args=[limit, self._grace_ms, _job("")])
+        return [DueJob(job_id, task, json.loads(job)) for job_id, task, job in rows]
+
+    def look(self, job_id: str) -> dict[str, str]:
+        """The record as it stands, without the message (which may bear a credential); {} if there is none."""
+        record: dict[str, str] = self._redis.hgetall(_job(job_id))
+        record.pop("job", None)
+        return record
+
+    # --- images and studies ---------------------------------------------------------------------------------
+
+    def hold_image(self, sop_instance_uid: str, *, job_id: str, fence: int) -> str | None:
+        """Be the one job that may store this instance until it ends; otherwise the id of the job that is."""
+        keys = [PREFIX + "hold:" + sop_instance_uid, _job(job_id)]
+        owner = str(self._hold(keys=keys, args=[job_id, fence]))
+        self._guard(owner != "!lost")
+        return owner or None
+
+    def receipt(self, sop_instance_uid: str) -> Receipt | None:
+        row: dict[str, str] = self._redis.hgetall(PREFIX + "receipt:" + sop_instance_uid)
+        if not row:
+            return None
+        return Receipt(row["job_id"], row["server"], row["sha256"], int(row["size_bytes"]))
+
+    def claim_study(self, study_instance_uid: str, *, server: str, job_id: str) -> StudyClaim:
+        """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice."""
+        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed"]
+        chosen, first = self._claim_study(keys=keys, args=[server, job_id, self._claim_ms])
+        return StudyClaim(str(chosen), bool(first))
+
+    def claimed_server(self, study_instance_uid: str) -> str | None:
+        server: str | None = self._redis.hget(PREFIX + "study:" + study_instance_uid, "server")
+        return server
+
+    def intend(self, job_id: str, fence: int, memo: Mapping[str, Any]) -> bool:
+        """Write down what is about to be pushed and where, before the first byte. False: it was cancelled."""
+        answer = int(self._intend(keys=[_job(job_id)], args=[fence, _dump(memo)]))
+        self._guard(answer >= 0)
+        return bool(answer)
+
+    def stored(self, sop_instance_uid: str, study_instance_uid: str, receipt: Receipt) -> bool:
+        """Write the receipt; True if this job was the first to store anything of the study it had claimed."""
+        keys = [PREFIX + "receipt:" + sop_instance_uid, PREFIX + "study:" + study_instance_uid]
+        args = [receipt.job_id, receipt.server, receipt.sha256, receipt.size_bytes, self._keep_ms]
+        return bool(self._stored(keys=keys, args=args))
+
+    def forget_study(self, study_instance_uid: str) -> None:
+        """The study is gone from every server: so is its claim."""
+        self._redis.delete(PREFIX + "study:" + study_instance_uid)
+
+    # --- servers --------------------------------------------------------------------------------------------
+
+    def mark_sick(self, server: str, *, for_s: float) -> None:
+        """A push to ``server`` failed: no new study for it until ``for_s`` from now."""
+        self._redis.set(PREFIX + "sick:" + server, 1, px=_ms(for_s))
+
+    def sick(self, servers: Iterable[str]) -> set[str]:
+        names = list(servers)
+        marks: list[Any] = self._redis.mget([PREFIX + "sick:" + name for name in names]) if names else []
+        return {name for name, mark in zip(names, marks, strict=True) if mark}
+
+    def placed(self) -> dict[str, int]:
+        """How many new studies each server was given."""
+        counts: dict[str, str] = self._redis.hgetall(PREFIX + "placed")
+        return {server: int(count) for server, count in counts.items()}
+
+    @staticmethod
+    def _guard(held: object) -> None:
+        if not held:
+            raise LeaseLost
+
+
+def _job(job_id: str) -> str:
+    return f"{PREFIX}job:{job_id}"
+
+
+def _deaths(task: str, job: Mapping[str, Any]) -> str:
+    return f"{PREFIX}deaths:{content_digest(task, job)}"
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _dump(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True)

@@ -1,0 +1,51 @@
+"""All configured servers, in order of preference, and how to ask several at once. No dialect's habit lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from worker.errors import CourierError, InvalidRequest
+from worker.pacs.protocol import Pacs
+
+Answer = TypeVar("Answer")
+
+
+class Fleet:
+    """The servers by name. ``threads`` bounds how many questions are under way at once in this process."""
+
+    def __init__(self, servers: Iterable[Pacs], *, threads: int = 32) -> None:
+        self._by_name = {pacs.server.name: pacs for pacs in servers}
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ask")
+
+    def __iter__(self) -> Iterator[Pacs]:
+        return iter(self._by_name.values())
+
+    def __getitem__(self, name: str) -> Pacs:
+        """The server called ``name``; `InvalidRequest` lists the known names."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            known = ", ".join(self._by_name)
+            raise InvalidRequest(f"No server is called {name!r}; configured are: {known}.") from None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def gather(self, questions: Sequence[Callable[[], Answer]]) -> list[Answer | CourierError]:
+        """Ask everything at the same time; an error of ours stands in the place of its answer."""
+        futures = [self._pool.submit(_answer, question) for question in questions[1:]]
+        first = [_answer(question) for question in questions[:1]]
+        return first + [future.result() for future in futures]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _answer(question: Callable[[], Answer]) -> Answer | CourierError:
+    try:
+        return question()
+    except CourierError as error:
+        return error
