@@ -1,0 +1,116 @@
+"""``python -m sandbox``: both stand-in PACS and their control server in one process. A tool for development.
+
+Only wiring: which port serves what, where the data lies, and how the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import click
+import pydicom.config
+from aiohttp import web
+
+from sandbox import dcm4chee, msdicom
+from sandbox.control import Control
+from sandbox.moods import Clock, Mood, MoodError, Moods, parse
+from sandbox.store import Store
+from sandbox.web import Listener, Site
+
+#: How often deleted files whose time has come are removed.
+PURGE_EVERY_S = 5.0
+
+
+def _latency(_context: click.Context, _parameter: click.Parameter, text: str | None) -> Mood:
+    if text is None:
+        return Mood()
+    try:
+        numbers = [float(number) for number in text.split("-")]
+        return parse({"latency_ms": numbers if len(numbers) == 2 else numbers[0]})[0]
+    except (ValueError, MoodError):
+        raise click.BadParameter("give milliseconds, as 100 or 50-300") from None
+
+
+class Sandbox:
+    """The three listeners and what they share."""
+
+    def __init__(self, data: Path, usual: Mood) -> None:
+        self.moods = Moods(Clock(), usual)
+        self.stores = {"msdicom": msdicom.open_store(data / "msdicom"), "dcm4chee": dcm4chee.open_store(data / "dcm4chee")}
+        applications = {
+            name: module.application(self._site(name))
+            for name, module in (("msdicom", msdicom), ("dcm4chee", dcm4chee))
+        }
+        self.control = Control(self.stores, self.moods)
+        self.listeners = {name: Listener(application) for name, application in applications.items()}
+        self.listeners["control"] = Listener(self._control_application())
+
+    def _site(self, dialect: str) -> Site:
+        return Site(dialect=dialect, store=self.stores[dialect], moods=self.moods)
+
+    def _control_application(self) -> web.Application:
+        return self.control.application()
+
+    async def start(self, ports: dict[str, int]) -> dict[str, str]:
+        """Listen; the three addresses."""
+        for name, listener in self.listeners.items():
+            await listener.start(ports[name])
+        self.control.listeners = {name: self.listeners[name] for name in self.stores}
+        return {
+            "msdicom": self.listeners["msdicom"].origin + msdicom.BASE_PATH,
+            "dcm4chee": self.listeners["dcm4chee"].origin + dcm4chee.BASE_PATH,
+            "control": self.listeners["control"].origin,
+        }
+
+    async def purge_for_ever(self) -> None:
+        while True:
+            for store in self.stores.values():
+                store.purge(self.moods.clock.now_s())
+            await asyncio.sleep(PURGE_EVERY_S)
+
+    async def stop(self) -> None:
+        for listener in self.listeners.values():
+            await listener.stop()
+        for store in self.stores.values():
+            store.close()
+
+
+async def serve(data: Path, ports: dict[str, int], usual: Mood) -> None:
+    """Serve until SIGTERM or SIGINT; the one line on standard output says that it is ready."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    sandbox = Sandbox(data, usual)
+    try:
+        addresses = await sandbox.start(ports)
+        click.echo(json.dumps(addresses))
+        purger = asyncio.create_task(sandbox.purge_for_ever())
+        await stop.wait()
+        purger.cancel()
+    finally:
+        await sandbox.stop()
+
+
+@click.command(help="A laptop-sized MSDICOM and DCM4CHEE with faults on demand. A tool for development, not a PACS.")
+@click.option("--data", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where both stores live.")
+@click.option("--msdicom-port", default=0, show_default="a free one")
+@click.option("--dcm4chee-port", default=0, show_default="a free one")
+@click.option("--control-port", default=0, show_default="a free one")
+@click.option("--latency-ms", "usual", callback=_latency, help="Delay of every answer, as 100 or 50-300.")
+def main(data: Path, msdicom_port: int, dcm4chee_port: int, control_port: int, usual: Mood) -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    # Files with wrong values are the sandbox's daily bread, not worth a line each.
+    logging.getLogger("pydicom").setLevel(logging.ERROR)
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    ports = {"msdicom": msdicom_port, "dcm4chee": dcm4chee_port, "control": control_port}
+    asyncio.run(serve(data, ports, usual))
+
+
+if __name__ == "__main__":
+    main()

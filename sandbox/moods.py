@@ -1,0 +1,222 @@
+"""How a sandbox server misbehaves on demand: which mood applies to which request, and the clock that can be moved.
+
+Only values and the table of moods; what a mood does on the wire is in ``web.py`` (everything that concerns the
+connection) and in the dialects (everything that concerns an answer's content).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+Operation = Literal[
+    "store", "query", "metadata", "retrieve", "delete", "reject", "health", "storage", "token", "*"
+]
+OPERATIONS: tuple[str, ...] = get_args(Operation)
+DIALECTS = ("msdicom", "dcm4chee")
+
+
+class MoodError(ValueError):
+    """A mood that cannot be; the sentence says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Mood:
+    """What goes wrong with a request; fields combine.
+
+    The connection (done in ``web.py``, for any dialect and operation)
+        ``latency_ms`` number or [min, max] before anything else happens; ``refuse`` closes the connection before any
+        answer (on operation ``*`` without ``times`` the port itself refuses); ``hang`` never answers until the client
+        leaves; ``status`` answers that status at once, with ``retry_after_s`` as Retry-After; ``unauthorized`` answers
+        401 until a token comes that was not seen or issued before; ``reset_after_bytes`` resets the connection (RST)
+        after that many bytes of the request's body; ``commit_then_drop`` does the work and closes the connection
+        instead of answering; ``drip_bytes_per_s`` sends the answer's body at that rate; ``truncate`` cuts the
+        answer's body in the middle and closes the connection (``"cleanly"``: the HTTP message ends well and only its
+        content is cut; a number: after so many bytes).
+
+    The content (done by the dialects)
+        ``disk_full`` "A700" or "272": every instance of a store fails with that reason; ``transient_272``: the same
+        with 272 (bound it with ``times``); ``pending_45071``: an instance not seen before is answered 45071 and
+        stays pending for so many seconds, or "never" clears; ``lose_last_part``: the last part of a store is not
+        read; ``database_down``, ``storage_down``: as the reference says, which is not what one would expect.
+
+    Authentication (done by ``tokens.py``)
+        ``bearer``: requests need a valid token of the built-in endpoint; ``token_lifetime_s``: how long a new one lives.
+    """
+
+    latency_ms: float | tuple[float, float] | None = None
+    refuse: bool = False
+    hang: bool = False
+    drip_bytes_per_s: float | None = None
+    status: int | None = None
+    retry_after_s: float | None = None
+    reset_after_bytes: int | None = None
+    truncate: bool | int | str = False
+    commit_then_drop: bool = False
+    disk_full: str | None = None
+    transient_272: bool = False
+    pending_45071: float | str | None = None
+    lose_last_part: bool = False
+    unauthorized: bool = False
+    database_down: bool = False
+    storage_down: bool = False
+    bearer: bool = False
+    token_lifetime_s: float | None = None
+
+    def latency_s(self) -> float:
+        """How long to wait this time."""
+        if self.latency_ms is None:
+            return 0.0
+        if isinstance(self.latency_ms, tuple):
+            return random.uniform(*self.latency_ms) / 1000
+        return self.latency_ms / 1000
+
+    def over(self, other: Mood) -> Mood:
+        """This mood where it says something, else ``other``."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return Mood(**{**other.as_json(), **said})
+
+    def as_json(self) -> dict[str, Any]:
+        """Only the fields that say something."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+def parse(wish: Mapping[str, Any]) -> tuple[Mood, int | None]:
+    """A mood and how many requests it lasts (None: until changed), from a control request's JSON.
+
+    Raises `MoodError`.
+    """
+    wish = dict(wish)
+    times = wish.pop("times", None)
+    if times is not None and (not isinstance(times, int) or isinstance(times, bool) or times < 1):
+        raise MoodError("times must be a whole number above 0")
+    unknown = set(wish) - set(_KINDS)
+    if unknown:
+        raise MoodError(f"unknown mood {sorted(unknown)[0]!r}; there are {', '.join(sorted(_KINDS))}")
+    for name, value in wish.items():
+        if not _KINDS[name](value):
+            raise MoodError(f"{name} cannot be {value!r}")
+    if isinstance(wish.get("latency_ms"), list):
+        wish["latency_ms"] = tuple(wish["latency_ms"])
+    return Mood(**wish), times
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _latency(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) == 2 and all(map(_number, value)) and value[0] <= value[1]
+    return _number(value)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_KINDS: dict[str, Any] = {
+    **{f.name: _flag for f in fields(Mood) if f.default is False},
+    "latency_ms": _latency,
+    "drip_bytes_per_s": lambda value: _number(value) and value > 0,
+    "status": lambda value: isinstance(value, int) and 200 <= value <= 599,
+    "retry_after_s": _number,
+    "reset_after_bytes": _number,
+    "truncate": lambda value: value == "cleanly" or _flag(value) or _number(value),
+    "disk_full": lambda value: value in ("A700", "272"),
+    "pending_45071": lambda value: value == "never" or _number(value),
+    "token_lifetime_s": _number,
+}
+
+
+@dataclass
+class Clock:
+    """The sandbox's own time: token expiry, pending instances, purges and cached health go by it."""
+
+    ahead_s: float = 0.0
+
+    def now_s(self) -> float:
+        """Seconds since the epoch, as far ahead as the clock has been moved."""
+        return time.time() + self.ahead_s
+
+
+@dataclass
+class _Spell:
+    mood: Mood
+    times_left: int | None
+    set_at_s: float
+    #: Authorization headers that were refused under this spell; any other one is a new token.
+    refused: set[str] = field(default_factory=set)
+
+
+class Moods:
+    """Which mood is set for which dialect and operation. ``usual`` is what `clear` goes back to."""
+
+    def __init__(self, clock: Clock | None = None, usual: Mood | None = None) -> None:
+        self.clock = clock or Clock()
+        self.usual = usual or Mood()
+        self._spells: dict[tuple[str, str], _Spell] = {}
+
+    def put(self, dialect: str, operation: str, mood: Mood, times: int | None = None) -> None:
+        """Set the mood of an operation (``*``: of all), replacing the one it had. Raises `MoodError`."""
+        if dialect not in DIALECTS:
+            raise MoodError(f"dialect must be one of {', '.join(DIALECTS)}")
+        if operation not in OPERATIONS:
+            raise MoodError(f"operation must be one of {', '.join(OPERATIONS)}")
+        self._spells[dialect, operation] = _Spell(mood, times, self.clock.now_s())
+
+    def clear(self) -> None:
+        self._spells.clear()
+
+    def look(self, dialect: str, operation: str) -> Mood:
+        """The mood an operation is in, without using up a request."""
+        mood = self.usual
+        for key in ((dialect, "*"), (dialect, operation)):
+            if key in self._spells:
+                mood = self._spells[key].mood.over(mood)
+        return mood
+
+    def take(self, dialect: str, operation: str) -> Mood:
+        """The mood for one request, which counts against ``times``."""
+        mood = self.look(dialect, operation)
+        for key in {(dialect, "*"), (dialect, operation)}:
+            spell = self._spells.get(key)
+            if spell is None or spell.times_left is None:
+                continue
+            spell.times_left -= 1
+            if spell.times_left == 0:
+                del self._spells[key]
+        return mood
+
+    def refuses_all(self, dialect: str) -> bool:
+        """Whether the dialect refuses everything until changed, so that its port can be closed."""
+        spell = self._spells.get((dialect, "*"))
+        return spell is not None and spell.mood.refuse and spell.times_left is None
+
+    def is_old_token(self, dialect: str, operation: str, authorization: str | None, issued_at_s: float | None) -> bool:
+        """Whether ``unauthorized`` still refuses this Authorization header.
+
+        A token of the built-in endpoint is new if it was issued after the mood was set. Of any other header nothing is
+        known, so the first one seen is the old one, and a different one is new.
+        """
+        spell = self._spells.get((dialect, operation)) or self._spells.get((dialect, "*"))
+        if authorization is None or spell is None:
+            return True
+        if issued_at_s is not None:
+            return issued_at_s <= spell.set_at_s
+        if not spell.refused:
+            spell.refused.add(authorization)
+        return authorization in spell.refused
+
+    def as_json(self) -> dict[str, dict[str, Any]]:
+        """What is set, as ``GET /moods`` shows it."""
+        shown: dict[str, dict[str, Any]] = {dialect: {} for dialect in DIALECTS}
+        for (dialect, operation), spell in self._spells.items():
+            entry = spell.mood.as_json()
+            if spell.times_left is not None:
+                entry["times"] = spell.times_left
+            shown[dialect][operation] = entry
+        return shown
