@@ -1,6 +1,7 @@
 """What every PACS dialect owes the jobs: one Protocol, and the values that pass through it.
 
-No HTTP here and no vendor's habit: those live in ``dicomweb.py`` (shared mechanics) and in one file per dialect.
+No HTTP here and no vendor's habit: those live in ``dicomweb.py`` (shared mechanics) and in one file per
+dialect.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Part:
-    """One instance to push. ``open`` gives a fresh stream at byte 0 each time, so that a body can be rebuilt."""
+    """One instance to push. ``open`` gives a fresh stream at byte 0 each time: a body can be rebuilt."""
 
     instance: Instance
     open: Callable[[], BinaryIO]
@@ -80,7 +81,9 @@ class DeletionFate(Enum):
 
 @dataclass(frozen=True)
 class Deletion:
-    """What a server made of a delete. ``note`` says what frees a hidden object and when, or why it was refused."""
+    """What a server made of a delete. ``note``: what frees a hidden object and when, or why it was
+    refused.
+    """
 
     fate: DeletionFate
     note: str = ""
@@ -88,7 +91,7 @@ class Deletion:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """One instance of a WADO-RS answer: ``chunks`` are its bytes as they arrive and have to be used up in turn."""
+    """One instance of a WADO-RS answer. ``chunks`` are its bytes as they arrive, to be used up in turn."""
 
     transfer_syntax_uid: str | None
     chunks: Iterator[bytes]
@@ -123,11 +126,11 @@ class DatabaseState:
 class Pacs(Protocol):
     """One configured server.
 
-    A dialect SHALL raise only `worker.errors`: `PacsUnavailable` when the server did not answer or said it is in
-    trouble, `PacsUnauthorized` on 401 (after one fresh token) and 403, `PacsMisanswered` when an answer cannot be
-    what was asked for, `PacsRejected` when the request as a whole was refused for good; each names the server.
-    It SHALL NOT sleep, retry, follow a redirect to another host, or read the environment.
-    It SHALL be safe to use from several threads at once.
+    A dialect SHALL raise only `worker.errors`: `PacsUnavailable` when the server did not answer or said it
+    is in trouble, `PacsUnauthorized` on 401 (after one fresh token) and 403, `PacsMisanswered` when an
+    answer cannot be what was asked for, `PacsRejected` when the request as a whole was refused for good;
+    each names the server. It SHALL NOT sleep, retry, follow a redirect to another host, or read the
+    environment. It SHALL be safe to use from several threads at once.
     """
 
     server: ServerSettings
@@ -142,7 +145,7 @@ class Pacs(Protocol):
         ...
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
-        """One outcome per part, in the order given, judged by the answer's items and never by its status alone."""
+        """One outcome per part, in the order given, judged by the answer's items, never by its status."""
         ...
 
     def metadata(self, found: Found) -> list[Dataset]:
@@ -163,7 +166,7 @@ class Pacs(Protocol):
     def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
         """The instances below ``found`` in their stored transfer syntax, streamed.
 
-        A body that ends before its closing boundary raises `PacsMisanswered`.
+        A body that ends before its closing boundary raises `PacsMisanswered`; `NotFound` if it is gone.
         """
         ...
 

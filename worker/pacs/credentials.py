@@ -1,0 +1,70 @@
+"""How to log in to a server: what goes into ``Authorization``, for each type of ``auth``.
+
+Secrets are read where the settings point and stand in no message. OAuth2 lives in ``oauth2.py``.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from threading import Lock
+
+from worker.pacs.transport import Credentials
+from worker.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Always the same value, or none at all."""
+
+    value: str | None = None
+
+    def authorization(self) -> str | None:
+        return self.value
+
+    def renew(self, refused: str | None) -> bool:  # noqa: ARG002  # the Protocol's name
+        return False
+
+
+class Bearer:
+    """A token from a variable or a file. The file is read again after a 401, because others rotate it."""
+
+    def __init__(self, server: ServerSettings) -> None:
+        self._auth = server.auth
+        self._lock = Lock()
+        self._value = self._read()
+
+    def authorization(self) -> str:
+        return self._value
+
+    def renew(self, refused: str | None) -> bool:
+        with self._lock:
+            if self._auth.token_file is not None:
+                self._value = self._read()
+            return self._value != refused
+
+    def _read(self) -> str:
+        return f"Bearer {self._auth.secret('token')}"
+
+
+def credentials(server: ServerSettings) -> Credentials:
+    """The credentials that ``server.auth`` describes.
+
+    Raises
+    ------
+    SettingsError
+        A secret is not where the settings say.
+    """
+    match server.auth.type:
+        case "none":
+            return Fixed()
+        case "basic":
+            pair = f"{server.auth.username}:{server.auth.secret('password')}"
+            return Fixed("Basic " + base64.b64encode(pair.encode()).decode())
+        case "bearer":
+            return Bearer(server)
+        case "oauth2":
+            # Loading it takes 0.2 s, which only its users pay.
+            from worker.pacs.oauth2 import ClientCredentials  # noqa: PLC0415
+
+            return ClientCredentials(server)

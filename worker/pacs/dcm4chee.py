@@ -1,0 +1,226 @@
+"""DCM4CHEE: dcm4chee-arc-light 5, through the application entity that ``url`` names.
+
+Only what this product does in its own way; each habit is told in docs/pacs-oddities.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from worker.errors import InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
+from worker.pacs.protocol import (
+    DatabaseState,
+    Deletion,
+    DeletionFate,
+    Fate,
+    Found,
+    Outcome,
+    Part,
+    Retrieved,
+    ServerState,
+    StorageState,
+    StudyPage,
+)
+from worker.pacs.stow import Codes, judge
+from worker.pacs.transport import Answer, Request, Transport
+from worker.payloads import Dataset, Level
+
+MAX_PAGE = 1000
+MAX_OFFSET = 99_999
+#: A reject is one transaction per instance and runs for minutes on a big study ("Rejecting is slow").
+REJECT_TIMEOUT_S = 900.0
+DATABASE_TIMEOUT_S = 10.0
+#: Retention expired: the only note that stays hidden and lets the same image be stored again.
+REJECTION = "113039%5EDCM"
+FREED_LATER = (
+    "Hidden by rejection 113039^DCM; storing the same images again shows them again. The archive's scheduler "
+    "deletes them, by default after one day, and frees the files within five minutes of that."
+)
+CODES: Codes = {
+    0x0110: (Fate.TRY_AGAIN, "The archive's database or storage failed while it stored the image."),
+    0x0124: (Fate.REJECTED, "The archive's store permission service refuses the image."),
+    0xA700: (Fate.TRY_AGAIN, "The archive cannot write to its storage."),
+    0xA770: (Fate.CONFLICT, "The archive has a rejection note with this UID and other content."),
+    0xA771: (Fate.REJECTED, "The image was rejected in the archive and may not be stored again."),
+    0xA772: (Fate.REJECTED, "The rejection note names a series or an image that the archive does not have."),
+    0xA773: (Fate.REJECTED, "The rejection note names an image with another SOP class."),
+    0xA774: (Fate.REJECTED, "What the rejection note names is already rejected for another reason."),
+    0xA775: (Fate.REJECTED, "The archive does not allow rejection for retention expiry."),
+    0xA776: (Fate.REJECTED, "The retention period of the study is not over."),
+    0xA777: (Fate.REJECTED, "The archive does not take images without a Patient ID."),
+    0xA778: (Fate.CONFLICT, "The archive knows this study under another patient."),
+    0xA779: (Fate.CONFLICT, "The archive knows this patient with other attributes."),
+    0xA77A: (Fate.TRY_AGAIN, "The study is just being deleted in the archive."),
+    0xA77B: (
+        Fate.CONFLICT,
+        "The archive has this image in another study or series, or with another SOP class.",
+    ),
+    0xA900: (Fate.REJECTED, "An attribute that the archive needs is missing."),
+    0xA922: (Fate.REJECTED, "Bulk data that the metadata refer to is missing."),
+    0xC409: (Fate.CONFLICT, "The image does not belong to the study it was sent to."),
+    0xC499: (Fate.REJECTED, "The archive cannot read the file as DICOM."),
+}
+
+
+class Dcm4chee:
+    #: Patient, study and series attributes of the database are laid over what is retrieved.
+    keeps_bytes = False
+
+    def __init__(self, transport: Transport) -> None:
+        self.server = transport.server
+        self._transport = transport
+        self._web = DicomWeb(transport)
+        self._archive = archive_path(transport.base_path)
+
+    def find(self, level: Level, uid: str) -> list[Found]:
+        return self._web.find(level, uid)
+
+    def store(self, parts: Sequence[Part]) -> list[Outcome]:
+        """An image that is there already is `STORED` too: see "A duplicate is a success"."""
+        answer = self._web.push(parts, expected=(200, 202, 409))
+        return judge(parts, self._web.dataset(answer), codes=CODES, warnings_of=lambda _: ())
+
+    def metadata(self, found: Found) -> list[Dataset]:
+        return self._web.metadata(found)
+
+    def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
+        """Ordered, because there is no order otherwise; a study can still stand on two pages."""
+        check_filters(filters)
+        if offset > MAX_OFFSET:
+            sentence = "The archive pages through 100,000 studies at most: narrow the list, e.g. by StudyDate."
+            raise InvalidRequest(sentence, details={"field": "cursor"})
+        limit = min(limit, MAX_PAGE)
+        window = (("orderby", "StudyInstanceUID"), ("limit", str(limit)), ("offset", str(offset)))
+        description = ("includefield", "StudyDescription")
+        found = self._web.studies([*_repeated(filters), description, *window])
+        return StudyPage(found, next_offset=offset + limit if found else None)
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        """Reject, and for a study delete: series and images have no delete of their own."""
+        rejected = self._reject(found)
+        if rejected is not None and rejected.fate is DeletionFate.REFUSED:
+            return rejected
+        if found.level == "study" and permanent:
+            return self._delete_study(found)
+        return rejected or Deletion(DeletionFate.HIDDEN, FREED_LATER)
+
+    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
+        return self._web.retrieve(found)
+
+    def state(self) -> ServerState:
+        """`/ctrl/status` proves the archive, not its database."""
+        status = self._archive_json("/ctrl/status").get("status")
+        return ServerState(ready=status == "STARTED", note=f"/ctrl/status says {status}")
+
+    def storage(self) -> StorageState:
+        """A storage that cannot be opened is missing from the list, so an empty list is trouble."""
+        answer = self._transport.exchange(Request("GET", f"{self._archive}/storage", _JSON))
+        systems = self._web.parse(answer)
+        if not isinstance(systems, list):
+            raise self._web.misanswered("something that is no list of storage systems")
+        return storage_state([system for system in systems if isinstance(system, dict)])
+
+    def database(self) -> DatabaseState:
+        """The cheapest call that touches the database counts a queue; `/ctrl/status` does not."""
+        target = f"{self._archive}/queue/Export/count"
+        expected = (200, 500)
+        request = Request("GET", target, _JSON, expected=expected, read_timeout_s=DATABASE_TIMEOUT_S)
+        try:
+            answer = self._transport.exchange(request)
+        except PacsUnavailable as error:
+            if error.details.get("phase") != "answer":
+                raise
+            return DatabaseState(ok=False, note="A count did not come back; the archive waits for its database.")
+        return DatabaseState(ok=answer.status == 200, note=f"/queue/Export/count answered {answer.status}")
+
+    def _reject(self, found: Found) -> Deletion | None:
+        """Hide ``found``; None if that was done now."""
+        target = f"{self._transport.base_path}{path_of(found)}/reject/{REJECTION}"
+        expected = (200, 204, 400, 403, 404, 409)
+        headers = {**_JSON, "Content-Length": "0"}
+        request = Request("POST", target, headers, expected=expected, read_timeout_s=REJECT_TIMEOUT_S)
+        answer = self._transport.exchange(request)
+        if answer.status in (200, 204):
+            return None
+        self._check_refusal(answer)
+        if answer.status == 404:
+            return Deletion(DeletionFate.NOT_THERE)
+        return Deletion(DeletionFate.REFUSED, f"The archive does not reject it: {error_message(answer)}")
+
+    def _delete_study(self, found: Found) -> Deletion:
+        target = self._transport.base_path + path_of(found)
+        expected = (200, 204, 403, 404, 409)
+        request = Request("DELETE", target, expected=expected, read_timeout_s=REJECT_TIMEOUT_S)
+        answer = self._transport.exchange(request)
+        if answer.status in (200, 204):
+            return Deletion(DeletionFate.DELETED, "The archive frees the files within five minutes.")
+        self._check_refusal(answer)
+        if answer.status == 404:
+            return Deletion(DeletionFate.NOT_THERE)
+        if answer.status == 409:
+            sentence = f"{self.server.name} is deleting the study already."
+            raise self._transport.error(PacsUnavailable, sentence)
+        return Deletion(DeletionFate.REFUSED, f"The archive does not delete it: {error_message(answer)}")
+
+    def _check_refusal(self, answer: Answer) -> None:
+        """Tell a refusal of the object from one of the caller: the latter is a 403 without a body."""
+        message = error_message(answer)
+        if answer.status == 403 and not answer.body:
+            sentence = f"{self.server.name} answered 403: the account lacks a role for this."
+            raise self._transport.error(PacsUnauthorized, sentence)
+        if message.startswith(("No such Application Entity", "No Web Application", "Unknown Rejection Note")):
+            raise self._transport.error(PacsMisanswered, f"{self.server.name} answered: {message}.")
+
+    def _archive_json(self, path: str) -> dict[str, Any]:
+        answer = self._transport.exchange(Request("GET", self._archive + path, _JSON))
+        found = self._web.parse(answer)
+        if not isinstance(found, dict):
+            raise self._web.misanswered("something that is no object")
+        return found
+
+
+_JSON = {"Accept": "application/json"}
+_MESSAGE = re.compile(r'"errorMessage"\s*:\s*"(.*)"\s*\}?\s*$', re.DOTALL)
+
+
+def archive_path(base_path: str) -> str:
+    """The calls of the whole archive stand above its application entities: ``/dcm4chee-arc/aets/X/rs``."""
+    return base_path.partition("/aets/")[0]
+
+
+def error_message(answer: Answer) -> str:
+    """The archive's own words. They look like JSON but are not escaped ("Errors look like JSON")."""
+    body = answer.body.decode("utf-8", "replace")
+    try:
+        found = json.loads(body)
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("errorMessage"), str):
+        return str(found["errorMessage"])
+    match = _MESSAGE.search(body)
+    return match[1] if match else f"status {answer.status}"
+
+
+def storage_state(systems: Sequence[Mapping[str, Any]]) -> StorageState:
+    """The sum over the storage systems; those with the same figures share a file system and count once."""
+    if not systems:
+        return StorageState(note="The archive lists no storage, which means that none can be opened.")
+    figures = {(system.get("totalSpace"), system.get("usableSpace")) for system in systems}
+    names = ", ".join(str(system.get("dcmStorageID")) for system in systems)
+    if not all(isinstance(total, int) and isinstance(usable, int) for total, usable in figures):
+        return StorageState(note=f"The archive tells no space for {names}.")
+    total_bytes = sum(int(total or 0) for total, _ in figures)
+    free_bytes = sum(int(usable or 0) for _, usable in figures)
+    return StorageState(total_bytes, free_bytes, total_bytes - free_bytes, note=f"storage: {names}")
+
+
+def _repeated(filters: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """A list of UIDs as a repeated parameter: an encoded comma makes one UID that matches nothing."""
+    for keyword, value in filters.items():
+        values = re.split(r"[,\\]", value) if keyword.endswith("UID") else [value]
+        yield from ((keyword, one) for one in values)

@@ -1,0 +1,194 @@
+"""DICOMweb (PS3.18) as every dialect speaks it: QIDO-RS, STOW-RS, metadata and WADO-RS on one server.
+
+No vendor's habit lives here: which parameters, statuses and codes are right is said by the dialects that
+call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from pydicom.datadict import tag_for_keyword
+
+from worker.errors import InvalidRequest, InvalidUid, NotFound, PacsMisanswered, PacsRejected
+from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, text
+from worker.pacs.multipart import read_parts
+from worker.pacs.protocol import Found, Part, Retrieved
+from worker.pacs.stow import StowBody
+from worker.pacs.transport import Answer, Request, Transport
+from worker.payloads import Dataset, Level
+
+DICOM_JSON = {"Accept": "application/dicom+json"}
+#: Metadata is worth compressing; a query's few hundred bytes are not.
+DICOM_JSON_GZIP = {**DICOM_JSON, "Accept-Encoding": "gzip"}
+AS_STORED = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
+
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*", re.ASCII)
+_TAG = re.compile(r"[0-9A-Fa-f]{8}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class _Query:
+    resource: str
+    keyword: str
+    tag: str
+
+
+_QUERIES: Mapping[Level, _Query] = {
+    "image": _Query("/instances", "SOPInstanceUID", SOP_INSTANCE_UID),
+    "series": _Query("/series", "SeriesInstanceUID", SERIES_INSTANCE_UID),
+    "study": _Query("/studies", "StudyInstanceUID", STUDY_INSTANCE_UID),
+}
+
+
+class DicomWeb:
+    """The transactions on one server's DICOMweb root. Safe to use from several threads at once."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self._base = transport.base_path
+
+    def find(self, level: Level, uid: str) -> list[Found]:
+        """Every object of ``level`` that bears ``uid``, asked on the top-level resource: no parent is needed.
+
+        Each match is compared with the question: Orthanc ignores a key it does not know and returns
+        everything.
+        """
+        query = _QUERIES[level]
+        check_uid(uid)
+        target = f"{self._base}{query.resource}?{query.keyword}={uid}"
+        found = [self._found(level, ds) for ds in self._search(target, DICOM_JSON)]
+        if any(text(one.attributes, query.tag) != uid for one in found):
+            raise self.misanswered("matches that were not asked for")
+        return found
+
+    def studies(self, parameters: Iterable[tuple[str, str]]) -> list[Dataset]:
+        """What ``/studies`` answers to ``parameters``, each item with at least its study's UID."""
+        target = f"{self._base}/studies?{urlencode(list(parameters), quote_via=quote)}"
+        found = self._search(target, DICOM_JSON_GZIP)
+        if not all(text(ds, STUDY_INSTANCE_UID) for ds in found):
+            raise self.misanswered("a study without its UID")
+        return found
+
+    def push(self, parts: Sequence[Part], *, expected: Collection[int]) -> Answer:
+        """Send ``parts`` to ``/studies``, streamed; a fresh token makes the body be built again."""
+        body = StowBody(parts)
+        headers = {
+            **DICOM_JSON,
+            "Content-Type": body.content_type,
+            "Content-Length": str(body.content_length),
+        }
+        request = Request("POST", f"{self._base}/studies", headers=headers, body=body, expected=expected)
+        return self.transport.exchange(request)
+
+    def metadata(self, found: Found) -> list[Dataset]:
+        target = f"{self._base}{path_of(found)}/metadata"
+        answer = self.transport.exchange(Request("GET", target, DICOM_JSON_GZIP, expected=(200, 204, 404)))
+        return self._datasets(answer) if answer.status == 200 else []
+
+    @contextmanager
+    def retrieve(self, found: Found) -> Iterator[Iterator[Retrieved]]:
+        request = Request("GET", self._base + path_of(found), AS_STORED, expected=(200, 204, 404, 206, 410))
+        with self.transport.stream(request) as (answer, blocks):
+            if answer.status in (204, 404):
+                raise self.transport.error(NotFound, f"{self._name} no longer has what was to be retrieved.")
+            if answer.status != 200:
+                raise self.misanswered("only a part of what was to be retrieved, the rest is not accessible")
+            content_type = answer.headers.get("Content-Type", "")
+            yield read_parts(blocks, content_type, error=self._broken)
+
+    def dataset(self, answer: Answer) -> Dataset:
+        """The one dataset of a STOW answer; a list of one is taken for it.
+
+        A 400 without a dataset refuses the request as a whole.
+        """
+        try:
+            return self._dataset(answer)
+        except PacsMisanswered as error:
+            if answer.status != 400:
+                raise
+            raise self.transport.error(PacsRejected, f"{self._name} refuses the request as a whole.") from error
+
+    def _dataset(self, answer: Answer) -> Dataset:
+        document = self.parse(answer)
+        if isinstance(document, list) and len(document) == 1:
+            document = document[0]
+        if not isinstance(document, dict) or not all(_TAG.fullmatch(tag) for tag in document):
+            raise self.misanswered("something that is no dataset")
+        return document
+
+    def parse(self, answer: Answer) -> Any:
+        try:
+            return json.loads(answer.body)
+        except ValueError as error:
+            raise self.misanswered("something that is not JSON") from error
+
+    def misanswered(self, what: str) -> PacsMisanswered:
+        return self.transport.error(PacsMisanswered, f"{self._name} sent {what}.")
+
+    def _broken(self, sentence: str) -> PacsMisanswered:
+        return self.transport.error(PacsMisanswered, f"The answer of {self._name} is unusable. {sentence}")
+
+    @property
+    def _name(self) -> str:
+        return self.transport.server.name
+
+    def _search(self, target: str, headers: Mapping[str, str]) -> list[Dataset]:
+        """QIDO: nothing found is 204 on MSDICOM, ``[]`` on Orthanc, and either on DCM4CHEE."""
+        answer = self.transport.exchange(Request("GET", target, headers, expected=(200, 204)))
+        return self._datasets(answer) if answer.status == 200 else []
+
+    def _datasets(self, answer: Answer) -> list[Dataset]:
+        document = self.parse(answer)
+        if not isinstance(document, list) or not all(isinstance(ds, dict) for ds in document):
+            raise self.misanswered("something that is no list of datasets")
+        return document
+
+    def _found(self, level: Level, ds: Dataset) -> Found:
+        study, series = text(ds, STUDY_INSTANCE_UID), text(ds, SERIES_INSTANCE_UID)
+        image = text(ds, SOP_INSTANCE_UID)
+        if not study or (level != "study" and not series) or (level == "image" and not image):
+            raise self.misanswered("a match without the UIDs above it")
+        if level == "study":
+            return Found(level, study, attributes=ds)
+        return Found(level, study, series, image if level == "image" else None, attributes=ds)
+
+
+def path_of(found: Found) -> str:
+    """``/studies/…[/series/…[/instances/…]]`` of ``found``, below the DICOMweb root."""
+    path = f"/studies/{found.study_instance_uid}"
+    if found.series_instance_uid is not None:
+        path += f"/series/{found.series_instance_uid}"
+    if found.sop_instance_uid is not None:
+        path += f"/instances/{found.sop_instance_uid}"
+    return path
+
+
+def check_uid(uid: str) -> None:
+    """Refuse what no server should be asked for: ``*`` would match everything, a comma makes a list."""
+    if len(uid) > 64 or not _UID.fullmatch(uid):
+        raise InvalidUid("A UID is at most 64 digits and dots.")
+
+
+def check_filters(filters: Mapping[str, str], *, allowed: Collection[str] | None = None) -> None:
+    """Refuse a filter that the server would ignore or misread.
+
+    Raises
+    ------
+    InvalidRequest
+        A name that is no DICOM keyword, or not in ``allowed``; an empty value. The sentence names it.
+    """
+    for keyword, value in filters.items():
+        if tag_for_keyword(keyword) is None:
+            raise InvalidRequest(f"{keyword!r} is no DICOM keyword.", details={"field": "filters"})
+        if allowed is not None and keyword not in allowed:
+            sentence = f"Studies cannot be filtered by {keyword} on this server, only by {', '.join(allowed)}."
+            raise InvalidRequest(sentence, details={"field": "filters"})
+        if not value.strip():
+            raise InvalidRequest(f"The filter {keyword} has no value.", details={"field": "filters"})

@@ -1,0 +1,174 @@
+"""MSDICOM: Microsoft's DICOM server, API version 2, and Azure's DICOM service.
+
+Only what this product does in its own way; each habit is told in docs/pacs-oddities.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from pydicom.datadict import keyword_for_tag
+
+from worker.errors import InvalidRequest, PacsMisanswered
+from worker.pacs.dicomjson import (
+    ERROR_COMMENT,
+    FAILED_ATTRIBUTES_SEQUENCE,
+    WARNING_REASON,
+    items,
+    number,
+    text,
+)
+from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
+from worker.pacs.protocol import (
+    DatabaseState,
+    Deletion,
+    DeletionFate,
+    Fate,
+    Found,
+    Outcome,
+    Part,
+    Retrieved,
+    ServerState,
+    StorageState,
+    StudyPage,
+)
+from worker.pacs.stow import Codes, judge, unmentioned
+from worker.pacs.transport import Request, Transport
+from worker.payloads import Dataset, Level
+
+#: 400 also means that the server cancelled the call ("A cancelled call is a 400"), so time may cure it.
+STATUSES = {400: PacsMisanswered}
+MAX_PAGE = 200
+FILTERS = (
+    "StudyInstanceUID",
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "StudyDate",
+    "StudyDescription",
+    "ModalitiesInStudy",
+)
+CODES: Codes = {
+    272: (Fate.TRY_AGAIN, "The server failed while it stored the image."),
+    43264: (Fate.REJECTED, "The server cannot read the file, or an attribute that it needs is not valid."),
+    43265: (Fate.REJECTED, "The image does not belong to the study it was sent to."),
+    45070: (Fate.ALREADY_THERE, "The server has this image already."),
+    45071: (Fate.PENDING, "Another store of this image is under way or was left behind."),
+}
+IMPLICIT_VR = 45063
+_TAG = re.compile(r"\(([0-9A-Fa-f]{4}),([0-9A-Fa-f]{4})\)", re.ASCII)
+
+
+class MsDicom:
+    keeps_bytes = True
+
+    def __init__(self, transport: Transport) -> None:
+        self.server = transport.server
+        self._transport = transport
+        self._web = DicomWeb(transport)
+
+    def find(self, level: Level, uid: str) -> list[Found]:
+        return self._web.find(level, uid)
+
+    def store(self, parts: Sequence[Part]) -> list[Outcome]:
+        answer = self._web.push(parts, expected=(200, 202, 204, 409))
+        if answer.status == 204:
+            return unmentioned(parts)
+        return judge(parts, self._web.dataset(answer), codes=CODES, warnings_of=warnings_of)
+
+    def metadata(self, found: Found) -> list[Dataset]:
+        return self._web.metadata(found)
+
+    def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
+        """Only an empty page is the last: see "A short page is not the last"."""
+        check_filters(filters, allowed=FILTERS)
+        check_values(filters)
+        limit = min(limit, MAX_PAGE)
+        counts = ("includefield", "ModalitiesInStudy,NumberOfStudyRelatedInstances")
+        found = self._web.studies([*filters.items(), counts, ("limit", str(limit)), ("offset", str(offset))])
+        return StudyPage(found, next_offset=offset + limit if found else None)
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        if not permanent:
+            return Deletion(DeletionFate.REFUSED, "MSDICOM can only delete for good, it cannot hide.")
+        target = self._transport.base_path + path_of(found)
+        answer = self._transport.exchange(Request("DELETE", target, expected=(200, 204, 404)))
+        if answer.status == 404:
+            return Deletion(DeletionFate.NOT_THERE)
+        return Deletion(DeletionFate.DELETED, "Its files are freed later, by default after three days.")
+
+    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
+        return self._web.retrieve(found)
+
+    def state(self) -> ServerState:
+        report = self._health()
+        if report is None:
+            return ServerState(note="The server has no health report at /health/check.")
+        overall = str(report.get("overallStatus"))
+        return ServerState(ready=overall in ("Healthy", "Degraded"), note=f"{overall}, as of up to 30 s ago")
+
+    def storage(self) -> StorageState:
+        return StorageState(note="MSDICOM has no call that tells its storage.")
+
+    def database(self) -> DatabaseState:
+        """`DataStoreHealthCheck` is the SQL server; its state is up to 30 s old."""
+        details = (self._health() or {}).get("details")
+        for entry in details if isinstance(details, list) else ():
+            if entry.get("name") == "DataStoreHealthCheck":
+                status = entry.get("status")
+                return DatabaseState(ok=status == "Healthy", note=f"{status}, as of up to 30 s ago")
+        return DatabaseState(ok=None, note="The server's health report does not mention its database.")
+
+    def _health(self) -> dict[str, Any] | None:
+        target = health_path(self._transport.base_path)
+        answer = self._transport.exchange(Request("GET", target, expected=(200, 404, 503)))
+        if answer.status == 404:
+            return None
+        report = self._web.parse(answer)
+        if not isinstance(report, dict):
+            raise self._web.misanswered("a health report that is none")
+        return report
+
+
+def health_path(base_path: str) -> str:
+    """The health report stands outside the versions: ``/v2/partitions/x`` → ``/health/check``."""
+    return re.sub(r"/v[^/]+(/partitions/[^/]+)?$", "", base_path) + "/health/check"
+
+
+def check_values(filters: Mapping[str, str]) -> None:
+    """Wildcards and lists are taken literally here, so they would quietly match nothing.
+
+    Raises
+    ------
+    InvalidRequest
+        A value with ``*``, ``?``, a backslash or ``<``; the sentence names its keyword.
+    """
+    for keyword, value in filters.items():
+        if any(sign in value for sign in "*?\\<"):
+            sentence = f"MSDICOM matches whole values: the filter {keyword} must not hold * ? \\ or <."
+            raise InvalidRequest(sentence, details={"field": "filters"})
+
+
+def warnings_of(item: Dataset) -> tuple[str, ...]:
+    """What an item was stored in spite of. Comments are cut down to their tag: they may quote a value."""
+    reason = number(item, WARNING_REASON)
+    comments = [text(entry, ERROR_COMMENT) for entry in items(item, FAILED_ATTRIBUTES_SEQUENCE)]
+    found = [_attribute_warning(comment) for comment in comments]
+    if reason == IMPLICIT_VR:
+        found.insert(0, "the dataset is encoded with implicit VR")
+    if reason is not None and not found:
+        found = [f"the server gives warning {reason}"]
+    return tuple(dict.fromkeys(found))
+
+
+def _attribute_warning(comment: str) -> str:
+    tag = _TAG.search(comment)
+    if tag is None:
+        return "an attribute is not valid and is missing from the metadata"
+    name = keyword_for_tag(int(tag[1] + tag[2], 16))
+    return f"{name or 'attribute'} ({tag[1]},{tag[2]}) is not valid and is missing from the metadata"

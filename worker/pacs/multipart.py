@@ -1,0 +1,118 @@
+"""Reading a multipart/related answer (PS3.18 8.6.1.2, RFC 2387) as it arrives, part by part.
+
+The splitting is python-multipart's; here stand the order of events and the check that the end was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from worker.errors import CourierError
+from worker.pacs.protocol import Retrieved
+
+
+@dataclass
+class _PartBegins:
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class _PartEnds:
+    pass
+
+
+_Event = _PartBegins | _PartEnds | bytes
+
+
+def read_parts(
+    blocks: Iterable[bytes], content_type: str, *, error: Callable[[str], CourierError]
+) -> Iterator[Retrieved]:
+    """The parts of an answer with the header ``content_type``; what is left of one is skipped for the next.
+
+    A single ``application/dicom`` body counts as one part. ``error`` makes the exception for an answer that
+    is neither, that is malformed, or that ends before its closing boundary.
+    """
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if kind == b"application/dicom":
+        syntax = options.get(b"transfer-syntax", b"").decode("latin-1")
+        yield Retrieved(syntax or None, iter(blocks))
+    elif kind == b"multipart/related" and boundary:
+        events = _Reader(boundary).events(blocks, error=error)
+        for event in events:
+            if isinstance(event, _PartBegins):
+                yield Retrieved(_transfer_syntax(event.headers), _content(events))
+    else:
+        raise error("It is neither multipart/related nor application/dicom.")
+
+
+def _content(events: Iterator[_Event]) -> Iterator[bytes]:
+    for event in events:
+        if not isinstance(event, bytes):
+            return
+        yield event
+
+
+def _transfer_syntax(headers: dict[str, str]) -> str | None:
+    _, options = parse_options_header(headers.get("content-type", ""))
+    syntax = options.get(b"transfer-syntax", b"").decode("latin-1")
+    return None if syntax in ("", "*") else syntax
+
+
+class _Reader:
+    """Turns the parser's callbacks into events; one block's events are held at a time."""
+
+    def __init__(self, boundary: bytes) -> None:
+        self._pending: list[_Event] = []
+        self._headers: dict[str, str] = {}
+        self._name = self._value = b""
+        self._complete = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_header_field": self._on_field,
+                "on_header_value": self._on_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_data,
+                "on_part_end": self._on_part_end,
+                "on_end": self._on_end,
+            },
+        )
+
+    def events(self, blocks: Iterable[bytes], *, error: Callable[[str], CourierError]) -> Iterator[_Event]:
+        for block in blocks:
+            try:
+                self._parser.write(block)
+            except FormParserError as broken:
+                raise error("Its multipart framing is broken.") from broken
+            pending, self._pending = self._pending, []
+            yield from pending
+        if not self._complete:
+            raise error("It ends before its closing boundary.")
+
+    def _on_field(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _on_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._name.decode("latin-1").lower()] = self._value.decode("latin-1")
+        self._name = self._value = b""
+
+    def _on_headers_finished(self) -> None:
+        self._pending.append(_PartBegins(self._headers))
+        self._headers = {}
+
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
+        self._pending.append(data[start:end])
+
+    def _on_part_end(self) -> None:
+        self._pending.append(_PartEnds())
+
+    def _on_end(self) -> None:
+        self._complete = True

@@ -1,0 +1,127 @@
+"""Orthanc with its DICOMweb plugin; what DICOMweb lacks there goes through Orthanc's own REST API.
+
+Only what this product does in its own way; each habit is told in docs/pacs-oddities.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from worker.pacs.dicomweb import DicomWeb, check_filters
+from worker.pacs.protocol import (
+    DatabaseState,
+    Deletion,
+    DeletionFate,
+    Found,
+    Outcome,
+    Part,
+    Retrieved,
+    ServerState,
+    StorageState,
+    StudyPage,
+)
+from worker.pacs.stow import judge, rejected_if_alone
+from worker.pacs.transport import Request, Transport
+from worker.payloads import Dataset, Level
+
+MAX_PAGE = 1000
+#: Orthanc's words for our levels, and the collections of its REST API.
+RESOURCES: Mapping[Level, tuple[str, str]] = {
+    "image": ("Instance", "/instances"),
+    "series": ("Series", "/series"),
+    "study": ("Study", "/studies"),
+}
+BAD_FILE = "The server cannot read the file as DICOM."
+
+
+class Orthanc:
+    keeps_bytes = True
+
+    def __init__(self, transport: Transport) -> None:
+        self.server = transport.server
+        self._transport = transport
+        self._web = DicomWeb(transport)
+        self._root = rest_root(transport.base_path)
+
+    def find(self, level: Level, uid: str) -> list[Found]:
+        return self._web.find(level, uid)
+
+    def store(self, parts: Sequence[Part]) -> list[Outcome]:
+        """A 400 says that some file is bad, not which, and the others are stored all the same."""
+        answer = self._web.push(parts, expected=(200, 202, 400, 409))
+        outcomes = judge(parts, self._web.dataset(answer), codes={}, warnings_of=lambda _: ())
+        return rejected_if_alone(outcomes, BAD_FILE) if answer.status == 400 else outcomes
+
+    def metadata(self, found: Found) -> list[Dataset]:
+        return self._web.metadata(found)
+
+    def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
+        check_filters(filters)
+        window = (("limit", str(min(limit, MAX_PAGE))), ("offset", str(offset)))
+        description = ("includefield", "StudyDescription")
+        found = self._web.studies([*filters.items(), description, *window])
+        return StudyPage(found, next_offset=offset + len(found) if found else None)
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        if not permanent:
+            return Deletion(DeletionFate.REFUSED, "Orthanc can only delete for good, it cannot hide.")
+        _, collection = RESOURCES[found.level]
+        gone = [self._delete(f"{self._root}{collection}/{key}") for key in self._keys(found)]
+        return Deletion(DeletionFate.DELETED if any(gone) else DeletionFate.NOT_THERE)
+
+    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
+        return self._web.retrieve(found)
+
+    def state(self) -> ServerState:
+        system = self._object("/system")
+        return ServerState(product="Orthanc", version=_text(system.get("Version")), ready=True)
+
+    def storage(self) -> StorageState:
+        """Orthanc tells what it uses, not what the disk holds. ``TotalDiskSize`` is a string of bytes."""
+        size = self._object("/statistics").get("TotalDiskSize")
+        used = int(size) if isinstance(size, str | int) and str(size).isdigit() else None
+        return StorageState(used_bytes=used, note="Orthanc does not tell the size of its disk.")
+
+    def database(self) -> DatabaseState:
+        """`/statistics` counts in the index, so an answer proves it."""
+        counts = self._object("/statistics")
+        return DatabaseState(ok="CountInstances" in counts, note="/statistics counted in the index")
+
+    def _keys(self, found: Found) -> list[str]:
+        """Orthanc's own keys for ``found``, its parents included in the question."""
+        level, _ = RESOURCES[found.level]
+        uids = {
+            "StudyInstanceUID": found.study_instance_uid,
+            "SeriesInstanceUID": found.series_instance_uid,
+            "SOPInstanceUID": found.sop_instance_uid,
+        }
+        question = {"Level": level, "Query": {name: uid for name, uid in uids.items() if uid is not None}}
+        body = (json.dumps(question).encode(),)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body[0]))}
+        answer = self._transport.exchange(Request("POST", f"{self._root}/tools/find", headers, body))
+        keys = self._web.parse(answer)
+        if not isinstance(keys, list):
+            raise self._web.misanswered("something that is no list of keys")
+        return [str(key) for key in keys]
+
+    def _delete(self, target: str) -> bool:
+        return self._transport.exchange(Request("DELETE", target, expected=(200, 404))).status == 200
+
+    def _object(self, path: str) -> dict[str, Any]:
+        answer = self._transport.exchange(Request("GET", self._root + path))
+        found = self._web.parse(answer)
+        if not isinstance(found, dict):
+            raise self._web.misanswered("something that is no object")
+        return found
+
+
+def rest_root(base_path: str) -> str:
+    """Where the REST API is: beside the DICOMweb root, ``/pacs/dicom-web`` → ``/pacs``."""
+    return base_path.rpartition("/")[0]
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

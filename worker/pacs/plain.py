@@ -1,0 +1,105 @@
+"""Any other DICOMweb server: PS3.18 as it is written, and nothing beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from worker.pacs.dicomjson import WARNING_REASON, number
+from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
+from worker.pacs.protocol import (
+    DatabaseState,
+    Deletion,
+    DeletionFate,
+    Found,
+    Outcome,
+    Part,
+    Retrieved,
+    ServerState,
+    StorageState,
+    StudyPage,
+)
+from worker.pacs.stow import judge, rejected_if_alone, unmentioned
+from worker.pacs.transport import Request, Transport
+from worker.payloads import Dataset, Level
+
+#: What every server has to match on studies (PS3.18 10.6.1.2.3); it may ignore anything else.
+FILTERS = (
+    "StudyDate",
+    "StudyTime",
+    "AccessionNumber",
+    "ModalitiesInStudy",
+    "ReferringPhysicianName",
+    "PatientName",
+    "PatientID",
+    "StudyInstanceUID",
+    "StudyID",
+)
+MAX_PAGE = 1000
+BAD_FILE = "The server says that the file is bad."
+#: WarningReason (0008,1196), PS3.18 Table I.2-1.
+WARNINGS = {
+    0xB000: "the server changed attributes",
+    0xB006: "the server dropped attributes",
+    0xB007: "the dataset does not match its SOP class",
+}
+
+
+class PlainDicomWeb:
+    #: Unknown, so never relied upon.
+    keeps_bytes = False
+
+    def __init__(self, transport: Transport) -> None:
+        self.server = transport.server
+        self._transport = transport
+        self._web = DicomWeb(transport)
+
+    def find(self, level: Level, uid: str) -> list[Found]:
+        return self._web.find(level, uid)
+
+    def store(self, parts: Sequence[Part]) -> list[Outcome]:
+        answer = self._web.push(parts, expected=(200, 202, 204, 400, 409))
+        if answer.status == 204:
+            return unmentioned(parts)
+        outcomes = judge(parts, self._web.dataset(answer), codes={}, warnings_of=warnings_of)
+        return rejected_if_alone(outcomes, BAD_FILE) if answer.status == 400 else outcomes
+
+    def metadata(self, found: Found) -> list[Dataset]:
+        return self._web.metadata(found)
+
+    def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
+        """A server may answer with fewer than ``limit``, so only an empty page is the last."""
+        check_filters(filters, allowed=FILTERS)
+        window = (("limit", str(min(limit, MAX_PAGE))), ("offset", str(offset)))
+        found = self._web.studies([*filters.items(), *window])
+        return StudyPage(found, next_offset=offset + len(found) if found else None)
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        """The standard has no delete; many servers take one on the object's path, which is tried."""
+        if not permanent:
+            return Deletion(DeletionFate.REFUSED, "DICOMweb has no way to hide an object.")
+        target = self._transport.base_path + path_of(found)
+        answer = self._transport.exchange(Request("DELETE", target, expected=(200, 202, 204, 404, 405, 501)))
+        if answer.status in (405, 501):
+            return Deletion(DeletionFate.REFUSED, "The server offers no delete over DICOMweb.")
+        if answer.status == 404:
+            return Deletion(DeletionFate.NOT_THERE)
+        return Deletion(DeletionFate.DELETED)
+
+    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
+        return self._web.retrieve(found)
+
+    def state(self) -> ServerState:
+        self._web.studies([("limit", "1")])
+        return ServerState(ready=True, note="It answers queries; DICOMweb has no call for product and version.")
+
+    def storage(self) -> StorageState:
+        return StorageState(note="DICOMweb has no call that tells the storage.")
+
+    def database(self) -> DatabaseState:
+        return DatabaseState(ok=None, note="DICOMweb has no call that tells the database.")
+
+
+def warnings_of(item: Dataset) -> tuple[str, ...]:
+    reason = number(item, WARNING_REASON)
+    return () if reason is None else (WARNINGS.get(reason, f"the server gives warning {reason}"),)

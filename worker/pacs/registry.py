@@ -1,0 +1,36 @@
+"""Which class speaks which dialect: one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from worker.errors import CourierError
+from worker.pacs import msdicom
+from worker.pacs.credentials import credentials
+from worker.pacs.dcm4chee import Dcm4chee
+from worker.pacs.orthanc import Orthanc
+from worker.pacs.plain import PlainDicomWeb
+from worker.pacs.protocol import Pacs
+from worker.pacs.transport import Transport
+from worker.settings import ServerSettings, ServerType
+
+DIALECTS: Mapping[ServerType, Callable[[Transport], Pacs]] = {
+    "msdicom": msdicom.MsDicom,
+    "dcm4chee": Dcm4chee,
+    "orthanc": Orthanc,
+    "dicomweb": PlainDicomWeb,
+}
+#: Where a dialect reads an HTTP status in its own way.
+STATUSES: Mapping[ServerType, Mapping[int, type[CourierError]]] = {"msdicom": msdicom.STATUSES}
+
+
+def connect(server: ServerSettings) -> Pacs:
+    """The configured server, ready to be asked; nothing is sent yet.
+
+    Raises
+    ------
+    SettingsError
+        A secret is not where the settings say.
+    """
+    transport = Transport(server, credentials(server), statuses=STATUSES.get(server.type))
+    return DIALECTS[server.type](transport)

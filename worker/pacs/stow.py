@@ -1,0 +1,213 @@
+"""STOW-RS (PS3.18 10.5): writing a body, and judging an answer instance by instance.
+
+No HTTP here: the body is an iterable of blocks, the answer a parsed dataset. What a failure code means on a
+given server is a table that its dialect hands in.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from worker.errors import SourceTruncated
+from worker.pacs.dicomjson import (
+    FAILED_SOP_SEQUENCE,
+    FAILURE_REASON,
+    REFERENCED_SOP_INSTANCE_UID,
+    REFERENCED_SOP_SEQUENCE,
+    items,
+    number,
+    text,
+)
+from worker.pacs.protocol import Fate, Outcome, Part
+from worker.payloads import Dataset
+
+BLOCK_BYTES = 256 * 1024
+PREAMBLE = b"\0" * 128 + b"DICM"
+PREAMBLE_ADDED = "stored with the preamble that the file lacked"
+
+#: What a code in FailureReason (0008,1197) means for the job, and a sentence for people.
+Codes = Mapping[int, tuple[Fate, str]]
+
+
+class StowBody:
+    """The multipart/related body for ``parts``; each iteration opens them afresh and reads them in blocks.
+
+    The type of a part is exactly ``application/dicom``: MSDICOM refuses the whole request if there is a
+    parameter. A file without preamble gets one, because PS3.10 demands it and Orthanc refuses the file
+    otherwise.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        boundary = secrets.token_hex(16)
+        self.content_type = f'multipart/related; type="application/dicom"; boundary={boundary}'
+        self._opening = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+        self._closing = f"--{boundary}--\r\n".encode()
+
+    @property
+    def content_length(self) -> int:
+        framing = len(self._opening) + len(b"\r\n")
+        lengths = (framing + len(_prefix(part)) + part.size_bytes for part in self._parts)
+        return sum(lengths) + len(self._closing)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return _in_blocks(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes]:
+        for part in self._parts:
+            yield self._opening + _prefix(part)
+            yield from _content(part)
+            yield b"\r\n"
+        yield self._closing
+
+
+def judge(
+    parts: Sequence[Part],
+    answer: Dataset,
+    *,
+    codes: Codes,
+    warnings_of: Callable[[Dataset], tuple[str, ...]],
+) -> list[Outcome]:
+    """One outcome per part, in order, from the items of a STOW answer.
+
+    Items are matched by SOP Instance UID. A failed item that bears no UID, or one that was never sent,
+    belongs to a file the server could not read: those are matched to the parts left over, in order, if they
+    are as many. A part that no item speaks of is `UNMENTIONED`.
+    """
+    stored = _by_uid(items(answer, REFERENCED_SOP_SEQUENCE))
+    failed = _by_uid(items(answer, FAILED_SOP_SEQUENCE))
+    outcomes: list[Outcome | None] = []
+    for part in parts:
+        uid = part.instance.sop_instance_uid
+        if stored.get(uid):
+            outcomes.append(_stored(part, warnings_of(stored[uid].pop(0))))
+        elif failed.get(uid):
+            outcomes.append(_failed(part, failed[uid].pop(0), codes))
+        else:
+            outcomes.append(None)
+    nameless = [item for left in failed.values() for item in left]
+    return _eliminate(parts, outcomes, nameless, codes)
+
+
+def fate_of(code: int | None, codes: Codes) -> tuple[Fate, str]:
+    """What a failure code means: the dialect's own table first, then the ranges of PS3.4 and PS3.18 I.2.2."""
+    if code is None:
+        return Fate.TRY_AGAIN, "The server names no reason."
+    if code in codes:
+        return codes[code]
+    if code in STANDARD_CODES:
+        return STANDARD_CODES[code]
+    for family, meaning in _FAMILIES.items():
+        if code & family[1] == family[0]:
+            return meaning
+    return Fate.TRY_AGAIN, f"The server names a reason that is not documented ({code})."
+
+
+STANDARD_CODES: Codes = {
+    0x0106: (Fate.REJECTED, "An attribute has a value that the server does not accept."),
+    0x0110: (Fate.TRY_AGAIN, "The server failed while it stored the image."),
+    0x0111: (Fate.ALREADY_THERE, "The server has this image already."),
+    0x0117: (Fate.REJECTED, "The SOP Instance UID is not acceptable to the server."),
+    0x0119: (Fate.CONFLICT, "The SOP class is not the one the server knows for this image."),
+    0x0120: (Fate.REJECTED, "An attribute that the server needs is missing."),
+    0x0121: (Fate.REJECTED, "An attribute that the server needs is empty."),
+    0x0122: (Fate.REJECTED, "The server does not take this SOP class."),
+    0x0124: (Fate.REJECTED, "The server does not allow this account to store the image."),
+}
+_FAMILIES: Mapping[tuple[int, int], tuple[Fate, str]] = {
+    (0xA700, 0xFF00): (Fate.TRY_AGAIN, "The server is out of resources."),
+    (0xA900, 0xFF00): (Fate.REJECTED, "The dataset does not match its SOP class."),
+    (0xC000, 0xF000): (Fate.REJECTED, "The server cannot understand the image."),
+}
+
+
+def _stored(part: Part, warnings: tuple[str, ...]) -> Outcome:
+    if not part.instance.has_preamble:
+        warnings = (*warnings, PREAMBLE_ADDED)
+    return Outcome(part.instance.sop_instance_uid, Fate.STORED, warnings=warnings)
+
+
+def _failed(part: Part, item: Dataset, codes: Codes) -> Outcome:
+    code = number(item, FAILURE_REASON)
+    fate, sentence = fate_of(code, codes)
+    return Outcome(part.instance.sop_instance_uid, fate, failure_reason=code, message=sentence)
+
+
+def _eliminate(
+    parts: Sequence[Part], outcomes: Sequence[Outcome | None], nameless: Sequence[Dataset], codes: Codes
+) -> list[Outcome]:
+    left = sum(outcome is None for outcome in outcomes)
+    matched = iter(nameless if len(nameless) == left else ())
+    judged = []
+    for part, outcome in zip(parts, outcomes, strict=True):
+        if outcome is not None:
+            judged.append(outcome)
+        elif (item := next(matched, None)) is not None:
+            judged.append(_failed(part, item, codes))
+        else:
+            judged.append(_unmentioned(part, left=left))
+    return judged
+
+
+def _unmentioned(part: Part, *, left: int) -> Outcome:
+    others = f", nor {left - 1} others" if left > 1 else ""
+    sentence = f"The server's answer does not mention the image{others}, so it counts as not stored."
+    return Outcome(part.instance.sop_instance_uid, Fate.UNMENTIONED, message=sentence)
+
+
+def unmentioned(parts: Sequence[Part]) -> list[Outcome]:
+    """What an answer without any item means."""
+    return [_unmentioned(part, left=len(parts)) for part in parts]
+
+
+def rejected_if_alone(outcomes: list[Outcome], sentence: str) -> list[Outcome]:
+    """Where a server says "bad file" without saying which: the only part left unmentioned is the one.
+
+    With several of them nobody knows which is bad, and they stay `UNMENTIONED` to be sent one by one.
+    """
+    silent = [i for i, outcome in enumerate(outcomes) if outcome.fate is Fate.UNMENTIONED]
+    if len(silent) == 1:
+        i = silent[0]
+        outcomes[i] = replace(outcomes[i], fate=Fate.REJECTED, message=sentence)
+    return outcomes
+
+
+def _by_uid(found: Iterable[Dataset]) -> dict[str, list[Dataset]]:
+    by_uid: dict[str, list[Dataset]] = {}
+    for item in found:
+        by_uid.setdefault(text(item, REFERENCED_SOP_INSTANCE_UID), []).append(item)
+    return by_uid
+
+
+def _prefix(part: Part) -> bytes:
+    return b"" if part.instance.has_preamble else PREAMBLE
+
+
+def _content(part: Part) -> Iterator[bytes]:
+    """The part's bytes, which have to be as many as announced: the server would wait for the rest."""
+    left = part.size_bytes
+    try:
+        with part.open() as stream:
+            while block := stream.read(min(BLOCK_BYTES, left)):
+                left -= len(block)
+                yield block
+    except OSError as error:
+        raise SourceTruncated(f"The spooled file cannot be read: {error.strerror}.") from error
+    if left:
+        raise SourceTruncated(f"The spooled file ends {left} bytes before the {part.size_bytes} announced.")
+
+
+def _in_blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Small pieces joined into blocks, because each becomes a system call and a packet."""
+    pending: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        pending.append(piece)
+        size += len(piece)
+        if size >= BLOCK_BYTES:
+            yield b"".join(pending)
+            pending, size = [], 0
+    if pending:
+        yield b"".join(pending)

@@ -1,0 +1,276 @@
+"""One server's HTTP connections: sending, waiting, and turning every failure into one of our errors.
+
+Nothing here knows DICOM. Nothing here sleeps, retries (but for one fresh token after a 401), follows a
+redirect or reads the environment. urllib3 is used without requests on top: its pools are made for threads,
+and a query costs two thirds of the processor time.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import certifi
+import urllib3
+from urllib3 import exceptions as wire
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.response import BaseHTTPResponse
+
+from worker.errors import (
+    CourierError,
+    PacsMisanswered,
+    PacsRejected,
+    PacsUnauthorized,
+    PacsUnavailable,
+    TryAgain,
+)
+from worker.settings import ServerSettings
+
+#: How long an idle connection is trusted when the server does not say how long it keeps one.
+DEFAULT_IDLE_S = 15.0
+BLOCK_BYTES = 256 * 1024
+
+ErrorKind = TypeVar("ErrorKind", bound=CourierError)
+
+
+class Credentials(Protocol):
+    """What to put into ``Authorization``. SHALL be safe to use from several threads at once."""
+
+    def authorization(self) -> str | None: ...
+
+    def renew(self, refused: str | None) -> bool:
+        """After a 401 to ``refused``: whether another value can be tried now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call. ``target`` is path and query on the server; ``body`` is iterated afresh for every sending.
+
+    ``expected`` are the statuses that the caller understands; any other becomes an error.
+    """
+
+    method: str
+    target: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: Iterable[bytes] | None = None
+    expected: Collection[int] = (200,)
+    read_timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class _IdleLimit:
+    """A pooled connection counts as dead before the server is likely to close it.
+
+    A server that closes an idle connection at the very moment a STOW is sent leaves it open whether the
+    image was stored (docs/pacs-oddities.md, "Connections are kept for one second").
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._trusted_until = float("inf")
+
+    @property
+    def is_connected(self) -> bool:
+        alive: bool = super().is_connected  # type: ignore[misc]  # a mixin: urllib3's connection comes next
+        return alive and time.monotonic() < self._trusted_until
+
+    def connect(self) -> None:
+        super().connect()  # type: ignore[misc]  # as above
+        self._trusted_until = float("inf")
+
+    def getresponse(self) -> Any:
+        response = super().getresponse()  # type: ignore[misc]  # as above
+        self._trusted_until = time.monotonic() + idle_limit_s(response.headers.get("Keep-Alive"))
+        return response
+
+
+class _PlainConnection(_IdleLimit, HTTPConnection):
+    pass
+
+
+class _TlsConnection(_IdleLimit, HTTPSConnection):
+    pass
+
+
+class _PlainPool(HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+class Transport:
+    """The pooled connections to one server. Safe to use from several threads at once."""
+
+    def __init__(
+        self,
+        server: ServerSettings,
+        credentials: Credentials,
+        *,
+        statuses: Mapping[int, type[CourierError]] | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.server = server
+        self.base_path = urlsplit(server.url).path.rstrip("/")
+        self._credentials = credentials
+        self._statuses = statuses or {}
+        self._now = now
+        self._pool = _pool(server)
+
+    def exchange(self, request: Request) -> Answer:
+        """Send ``request`` and read the whole answer."""
+        response = self._open(request)
+        with self._reading():
+            return Answer(response.status, response.headers, response.data)
+
+    @contextmanager
+    def stream(self, request: Request) -> Iterator[tuple[Answer, Iterator[bytes]]]:
+        """Send ``request``; the body comes apart from the answer, in blocks read as they are asked for."""
+        response = self._open(request)
+        try:
+            yield Answer(response.status, response.headers, b""), self._blocks(response)
+        finally:
+            response.close()
+
+    def error(self, kind: type[ErrorKind], sentence: str, **more: Any) -> ErrorKind:
+        """An error of ``kind`` that names this server."""
+        return kind(sentence, server_name=self.server.name, server_type=self.server.type, **more)
+
+    def _open(self, request: Request) -> BaseHTTPResponse:
+        authorization = self._credentials.authorization()
+        response = self._send(request, authorization)
+        if response.status == 401 and self._credentials.renew(authorization):
+            response.close()
+            response = self._send(request, self._credentials.authorization())
+        if response.status in request.expected:
+            return response
+        response.close()
+        raise self._refusal(request, response)
+
+    def _send(self, request: Request, authorization: str | None) -> BaseHTTPResponse:
+        headers = dict(request.headers)
+        if authorization is not None:
+            headers["Authorization"] = authorization
+        read_timeout_s = request.read_timeout_s or self.server.read_timeout_s
+        try:
+            return self._pool.urlopen(
+                request.method,
+                request.target,
+                body=request.body,
+                headers=headers,
+                retries=False,
+                redirect=False,
+                assert_same_host=False,
+                timeout=urllib3.Timeout(connect=self.server.connect_timeout_s, read=read_timeout_s),
+                pool_timeout=math.ceil(read_timeout_s),
+                preload_content=False,
+            )
+        except wire.HTTPError as error:
+            phase, reason = _reason(error, self.server, read_timeout_s)
+            sentence = f"{self.server.name} did not answer: {reason}."
+            raise self.error(PacsUnavailable, sentence, details={"phase": phase}) from error
+
+    def _blocks(self, response: BaseHTTPResponse) -> Iterator[bytes]:
+        with self._reading():
+            yield from response.stream(BLOCK_BYTES)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        name = self.server.name
+        try:
+            yield
+        except wire.ReadTimeoutError as error:
+            sentence = f"{name} stopped in the middle of its answer."
+            raise self.error(PacsUnavailable, sentence, details={"phase": "answer"}) from error
+        except wire.HTTPError as error:
+            raise self.error(PacsMisanswered, f"The answer of {name} was cut off.") from error
+
+    def _refusal(self, request: Request, response: BaseHTTPResponse) -> CourierError:
+        kind = self._statuses.get(response.status) or kind_of_status(response.status)
+        path = urlsplit(request.target).path
+        sentence = f"{self.server.name} answered {response.status} to {request.method} {path}: {advice(kind)}."
+        more: dict[str, Any] = {"details": {"status": response.status}}
+        if issubclass(kind, TryAgain):
+            more["retry_after_s"] = retry_after_s(response.headers.get("Retry-After"), now=self._now())
+        return self.error(kind, sentence, **more)
+
+
+def kind_of_status(status: int) -> type[CourierError]:
+    """What an HTTP status that the caller did not expect means for the job, where no dialect knows better."""
+    if status in (401, 403):
+        return PacsUnauthorized
+    if status in (408, 424, 425, 429) or (status >= 500 and status not in (501, 505)):
+        return PacsUnavailable
+    if status in (404, 405, 410, 501, 505) or not 400 <= status < 600:
+        return PacsMisanswered
+    return PacsRejected
+
+
+def advice(kind: type[CourierError]) -> str:
+    """The second half of the sentence: what an operator makes of it."""
+    return {
+        PacsUnauthorized: "check its auth settings and the account's rights",
+        PacsUnavailable: "it is in trouble or busy",
+        PacsMisanswered: "that is no answer to this call, check the server's url",
+    }.get(kind, "it refuses the request as it is")
+
+
+def retry_after_s(header: str | None, *, now: float) -> float | None:
+    """``Retry-After`` (RFC 9110 10.2.3), seconds or a date, in seconds from ``now``."""
+    if not header:
+        return None
+    if header.strip().isdigit():
+        return float(header)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now)
+    except ValueError:
+        return None
+
+
+def idle_limit_s(keep_alive: str | None) -> float:
+    """How long to trust an idle connection: half of what ``Keep-Alive: timeout=`` announces."""
+    for parameter in (keep_alive or "").split(","):
+        name, _, value = parameter.strip().partition("=")
+        if name.lower() == "timeout" and value.isdigit():
+            return min(int(value) / 2, DEFAULT_IDLE_S)
+    return DEFAULT_IDLE_S
+
+
+def _pool(server: ServerSettings) -> HTTPConnectionPool:
+    url = urlsplit(server.url)
+    host, size = str(url.hostname), server.max_concurrency
+    if url.scheme == "http":
+        return _PlainPool(host, url.port, maxsize=size, block=True)
+    ca_certs = str(server.ca_file or certifi.where())
+    return _TlsPool(host, url.port, maxsize=size, block=True, ca_certs=ca_certs, cert_reqs="CERT_REQUIRED")
+
+
+def _reason(error: wire.HTTPError, server: ServerSettings, read_timeout_s: float) -> tuple[str, str]:
+    """Where it failed, and in words. ``connect``: the server cannot have seen the request."""
+    reasons: tuple[tuple[type[wire.HTTPError], str, str], ...] = (
+        (wire.NameResolutionError, "connect", "its name could not be resolved"),
+        (wire.NewConnectionError, "connect", "no connection could be made"),
+        (wire.ConnectTimeoutError, "connect", f"no connection within {server.connect_timeout_s:g} s"),
+        (wire.EmptyPoolError, "connect", f"all {server.max_concurrency} connections to it are in use"),
+        (wire.SSLError, "connect", "its certificate or TLS settings are not accepted"),
+        (wire.ReadTimeoutError, "answer", f"nothing came within {read_timeout_s:g} s"),
+    )
+    for kind, phase, words in reasons:
+        if isinstance(error, kind):
+            return phase, words
+    return "answer", "the connection was dropped before an answer"
