@@ -144,12 +144,12 @@ def sweep(ledger: Ledger) -> int:
 app.steps["worker"].add(Sweeper)
 
 
-@signals.worker_init.connect
+@signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _needs_servers(**_: Any) -> None:
     if not settings.servers:
         raise SystemExit("pacs-courier: no [[servers]] are set; name a pacs.toml in PACS_CONFIG (docs/settings.md)")
 
 
-@signals.setup_logging.connect
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _logging(loglevel: int | str = logging.INFO, **_: Any) -> None:
     configure(loglevel)

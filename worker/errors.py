@@ -95,9 +95,7 @@ class CourierError(Exception):
 class TryAgain(CourierError):
     """Time may cure it. ``retry_after_s`` is what the other side asked for, if it did."""
 
-    def __init__(
-        self, message: str | Mapping[str, Any], *, retry_after_s: float | None = None, **context: Any
-    ) -> None:
+    def __init__(self, message: str | Mapping[str, Any], *, retry_after_s: float | None = None, **context: Any) -> None:
         super().__init__(message, **context)
         self.retry_after_s = retry_after_s
 

@@ -28,7 +28,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import redis
 
@@ -43,7 +43,8 @@ _SUBMIT = (
     _NOW
     + """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'queued', 'task', ARGV[2], 'job', ARGV[3], 'attempts', 0, 'fence', 0, 'created_ms', now)
+redis.call('HSET', KEYS[1], 'state', 'queued', 'task', ARGV[2], 'job', ARGV[3],
+  'attempts', 0, 'fence', 0, 'created_ms', now)
 redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
 return 1
 """
@@ -58,7 +59,8 @@ if state == 'done' or state == 'dead' then return {state, redis.call('HGET', job
 if state == 'running' and tonumber(redis.call('HGET', job, 'lease_ms')) > now then return {'held'} end
 local score = redis.call('ZSCORE', due, ARGV[1])
 local cancelled = redis.call('HEXISTS', job, 'cancel') == 1
-if state == 'waiting' and score and tonumber(score) > now and redis.call('HEXISTS', job, 'woken') == 0 and not cancelled then
+local woken = cancelled or redis.call('HEXISTS', job, 'woken') == 1
+if state == 'waiting' and score and tonumber(score) > now and not woken then
   return {'early'}
 end
 local died = 0
@@ -76,7 +78,8 @@ return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', c
 _HEARTBEAT = (
     _NOW
     + """
-if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
 redis.call('HSET', KEYS[1], 'lease_ms', now + ARGV[3])
 redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
 return 1
@@ -86,7 +89,8 @@ return 1
 _PARK = (
     _NOW
     + """
-if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'waiting', 'lease_ms', 0, 'code', ARGV[4], 'message', ARGV[5])
 if ARGV[6] == '0' then redis.call('HINCRBY', KEYS[1], 'attempts', -1) end
 redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
@@ -158,7 +162,8 @@ return ''
 """
 
 _INTEND = """
-if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then return -1 end
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] then return -1 end
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return -1 end
 if redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'memo', ARGV[2])
 return 1
@@ -180,7 +185,8 @@ return {ARGV[1], 1}
 _STORED = (
     _NOW
     + """
-redis.call('HSET', KEYS[1], 'job_id', ARGV[1], 'server', ARGV[2], 'sha256', ARGV[3], 'size_bytes', ARGV[4], 'stored_ms', now)
+redis.call('HSET', KEYS[1], 'job_id', ARGV[1], 'server', ARGV[2], 'sha256', ARGV[3], 'size_bytes', ARGV[4],
+  'stored_ms', now)
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 if redis.call('HGET', KEYS[2], 'server') ~= ARGV[2] then return 0 end
 redis.call('HSETNX', KEYS[2], 'opened_by', ARGV[1])
@@ -286,9 +292,7 @@ class Ledger:
 
     # --- a job's life ---------------------------------------------------------------------------------------
 
-    def submit(
-        self, job_id: str, *, task: str, job: Mapping[str, Any], due_in_s: float | None = None
-    ) -> bool:
+    def submit(self, job_id: str, *, task: str, job: Mapping[str, Any], due_in_s: float | None = None) -> bool:
         """Write the job down; False if it is known. Should its message get lost, it is due after the grace period."""
         keys = [_job(job_id), PREFIX + "due"]
         delay_ms = self._grace_ms if due_in_s is None else _ms(due_in_s)
@@ -309,31 +313,41 @@ class Ledger:
         keys = [_job(job_id), PREFIX + "due"]
         return bool(self._heartbeat(keys=keys, args=[job_id, fence, _ms(self.lease_s)]))
 
-    def park(
-        self, job_id: str, fence: int, *, delay_s: float, code: str, message: str, counts: bool = True
-    ) -> None:
+    def park(self, job_id: str, fence: int, *, delay_s: float, code: str, message: str, counts: bool = True) -> None:
         """Put the job aside until ``delay_s`` from now; an attempt that ``counts`` not is given back."""
         keys = [_job(job_id), PREFIX + "due"]
-        args = [job_id, fence, _ms(delay_s), code, message, int(counts)]
+        args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, int(counts)]
         self._guard(self._park(keys=keys, args=args))
 
     def finish(
-        self, job_id: str, fence: int, *, outcome: Mapping[str, Any], code: str, task: str, job: Mapping[str, Any]
+        self,
+        job_id: str,
+        fence: int,
+        *,
+        outcome: Mapping[str, Any],
+        code: str,
+        task: str,
+        job: Mapping[str, Any],
     ) -> None:
         """Write the outcome, once, and let go of whatever the job held."""
         self._end(job_id, fence, "done", outcome=outcome, code=code, deaths=_deaths(task, job))
 
     def bury(
-        self, job_id: str, fence: int, *, outcome: Mapping[str, Any], code: str, task: str, job: Mapping[str, Any]
+        self,
+        job_id: str,
+        fence: int,
+        *,
+        outcome: Mapping[str, Any],
+        code: str,
+        task: str,
+        job: Mapping[str, Any],
     ) -> None:
         """End the job as a dead letter, which is kept, with its message, until somebody deals with it."""
         self._end(job_id, fence, "dead", outcome=outcome, code=code, deaths=_deaths(task, job))
 
-    def _end(
-        self, job_id: str, fence: int, state: str, *, outcome: Mapping[str, Any], code: str, deaths: str
-    ) -> None:
+    def _end(self, job_id: str, fence: int, state: str, *, outcome: Mapping[str, Any], code: str, deaths: str) -> None:
         keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", deaths]
-        args = [job_id, fence, state, _dump(outcome), code, self._keep_ms]
+        args: list[str | int] = [job_id, fence, state, _dump(outcome), code, self._keep_ms]
         self._guard(self._finish(keys=keys, args=args))
 
     def cancel(self, job_id: str) -> str:
@@ -347,7 +361,7 @@ class Ledger:
 
     def look(self, job_id: str) -> dict[str, str]:
         """The record as it stands, without the message (which may bear a credential); {} if there is none."""
-        record: dict[str, str] = self._redis.hgetall(_job(job_id))
+        record = self._hash(_job(job_id))
         record.pop("job", None)
         return record
 
@@ -361,7 +375,7 @@ class Ledger:
         return owner or None
 
     def receipt(self, sop_instance_uid: str) -> Receipt | None:
-        row: dict[str, str] = self._redis.hgetall(PREFIX + "receipt:" + sop_instance_uid)
+        row = self._hash(PREFIX + "receipt:" + sop_instance_uid)
         if not row:
             return None
         return Receipt(row["job_id"], row["server"], row["sha256"], int(row["size_bytes"]))
@@ -373,8 +387,7 @@ class Ledger:
         return StudyClaim(str(chosen), bool(first))
 
     def claimed_server(self, study_instance_uid: str) -> str | None:
-        server: str | None = self._redis.hget(PREFIX + "study:" + study_instance_uid, "server")
-        return server
+        return self._hash(PREFIX + "study:" + study_instance_uid).get("server")
 
     def intend(self, job_id: str, fence: int, memo: Mapping[str, Any]) -> bool:
         """Write down what is about to be pushed and where, before the first byte. False: it was cancelled."""
@@ -385,7 +398,7 @@ class Ledger:
     def stored(self, sop_instance_uid: str, study_instance_uid: str, receipt: Receipt) -> bool:
         """Write the receipt; True if this job was the first to store anything of the study it had claimed."""
         keys = [PREFIX + "receipt:" + sop_instance_uid, PREFIX + "study:" + study_instance_uid]
-        args = [receipt.job_id, receipt.server, receipt.sha256, receipt.size_bytes, self._keep_ms]
+        args: list[str | int] = [receipt.job_id, receipt.server, receipt.sha256, receipt.size_bytes, self._keep_ms]
         return bool(self._stored(keys=keys, args=args))
 
     def forget_study(self, study_instance_uid: str) -> None:
@@ -405,8 +418,10 @@ class Ledger:
 
     def placed(self) -> dict[str, int]:
         """How many new studies each server was given."""
-        counts: dict[str, str] = self._redis.hgetall(PREFIX + "placed")
-        return {server: int(count) for server, count in counts.items()}
+        return {server: int(count) for server, count in self._hash(PREFIX + "placed").items()}
+
+    def _hash(self, key: str) -> dict[str, str]:
+        return cast(dict[str, str], self._redis.hgetall(key))  # decode_responses makes both text
 
     @staticmethod
     def _guard(held: object) -> None:

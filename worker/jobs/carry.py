@@ -49,9 +49,7 @@ Verdict = Done | Failed | Parked
 Work = Callable[[Mapping[str, Any], Run, Tools], dict[str, Any]]
 
 
-def carry(
-    work: Work, *, task: str, job_id: str, message: object, tools: Tools, pulse: Pulse
-) -> Verdict:
+def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, pulse: Pulse) -> Verdict:
     """Do what is left to do of one delivered message, however often it is delivered.
 
     The verdict of a job that is over is the recorded one, whoever did it.
@@ -115,7 +113,9 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
         raise
     except Exception as error:  # noqa: BLE001 - the outermost door of a job: a bug must not lose it
         log.error("A fault of the worker itself: %s", where_it_broke(error))
-        fault = Poisoned(f"The worker itself failed on this job ({type(error).__name__}); report it, then replay the job.")
+        fault = Poisoned(
+            f"The worker itself failed on this job ({type(error).__name__}); report it, then replay the job."
+        )
         return Failed(fault) if run.last else _park(fault, run, limits, tools.rng)
 
 
@@ -132,7 +132,12 @@ def _fit_to_try(claim: Claim, limits: JobSettings) -> None:
 def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random) -> _Park:
     asked_s = (error.retry_after_s or 0) if isinstance(error, TryAgain) else 0
     delay_s = max(asked_s, backoff_s(run.attempt, limits, rng))
-    meta = {"stage": "waiting", "attempt": run.attempt, "code": error.payload["code"], "message": error.message}
+    meta = {
+        "stage": "waiting",
+        "attempt": run.attempt,
+        "code": error.payload["code"],
+        "message": error.message,
+    }
     return _Park(meta=meta, delay_s=delay_s, code=error.payload["code"], message=error.message)
 
 

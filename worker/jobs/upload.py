@@ -20,13 +20,13 @@ from worker.errors import (
     StudyConflict,
     TryAgain,
 )
-from worker.instances import Instance, identify, part_10
+from worker.instances import Instance, identify, part10
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import Receipt
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part
 from worker.payloads import Dataset, Route, RouteReason, StudyAction, UploadJob, UploadPayload, read_job
-from worker.routing import Answer, Exists, Follow, New, Open, choose, decide
+from worker.routing import Answer, Decision, Exists, Follow, New, Open, choose, decide
 from worker.settings import ServerSettings
 from worker.sources import Fetched
 from worker.viewer import viewer_url
@@ -80,6 +80,15 @@ class _Seen:
     errors: dict[str, CourierError] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Trip:
+    """What all steps of one attempt share."""
+
+    job: UploadJob
+    run: Run
+    tools: Tools
+
+
 def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     """Carry one image (design contract, section 6) and return the upload payload.
 
@@ -88,28 +97,30 @@ def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     CourierError
         Any code of the source, the file or the servers; `TryAgain` leaves everything ready for another attempt.
     """
-    job = read_job(UploadJob, message)
-    if job.server is not None:
-        tools.fleet[job.server]
+    trip = _Trip(read_job(UploadJob, message), run, tools)
+    if trip.job.server is not None:
+        tools.fleet[trip.job.server]  # an unknown name is refused before anything is fetched
     memo = Memo.from_json(run.memo) if run.memo else None
-    if memo is None or not _arrived(memo, run, tools):
-        memo = _bring(job, memo, run, tools)
-    elif not memo.stored:
-        memo = _receipt(memo, run, tools)
-    return _describe(job, memo, run, tools).as_json()
+    if memo is None or not _arrived(memo, trip):
+        memo = _bring(trip, memo)
+    if not memo.stored:
+        memo = _receipt(trip, memo)
+    return _describe(trip, memo).as_json()
 
 
-def _arrived(memo: Memo, run: Run, tools: Tools) -> bool:
+def _arrived(memo: Memo, trip: _Trip) -> bool:
     """Whether an earlier attempt's push reached the server it was meant for."""
     if not (memo.uncertain or memo.stored):
         return False
-    with run.step("check"):
-        return bool(tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid))
+    with trip.run.step("check"):
+        return bool(trip.tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid))
 
 
-def _bring(job: UploadJob, earlier: Memo | None, run: Run, tools: Tools) -> Memo:
+def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
+    """Fetch, identify, check, route and push; the memo then says where the image is."""
+    run, tools = trip.run, trip.tools
     with run.step("fetch"):
-        fetched = tools.sources.fetch(job.image_url)
+        fetched = tools.sources.fetch(trip.job.image_url)
     with fetched:
         with run.step("identify"):
             instance = identify(fetched.stream)
@@ -117,12 +128,27 @@ def _bring(job: UploadJob, earlier: Memo | None, run: Run, tools: Tools) -> Memo
             _wait_for_turn(instance, run)
             seen = _check(instance, tools)
         with run.step("route"):
-            memo = _route(job, instance, fetched, seen, earlier, run, tools)
-        if memo.stored:
-            return _receipt(memo, run, tools)
+            decision = decide(seen.answers)
+            memo = _memo(instance, fetched, earlier, tools)
+            if isinstance(decision, Exists) and earlier is not None and _may_be_ours(earlier, decision.server):
+                return earlier
+            memo = _route(trip, memo, decision, seen)
         with run.step("push"):
-            memo = _push(memo, fetched, resumed=_may_be_ours(earlier, memo.server), run=run, tools=tools)
-    return _receipt(memo, run, tools)
+            return _push(trip, memo, fetched, resumed=_may_be_ours(earlier, memo.server))
+
+
+def _memo(instance: Instance, fetched: Fetched, earlier: Memo | None, tools: Tools) -> Memo:
+    names = tools.fleet.names
+    return Memo(
+        server=names[0],
+        instance=instance,
+        size_bytes=fetched.size_bytes,
+        sha256=fetched.sha256,
+        source=fetched.source,
+        route=Route(reason="study_exists", study_on=[], candidates=names),
+        warnings=() if instance.has_preamble else ("preamble_added",),
+        pendings=earlier.pendings if earlier else 0,
+    )
 
 
 def _may_be_ours(earlier: Memo | None, server: str) -> bool:
@@ -157,40 +183,24 @@ def _yes(reply: list[Found] | CourierError) -> bool | None:
     return None if isinstance(reply, CourierError) else bool(reply)
 
 
-def _route(
-    job: UploadJob, instance: Instance, fetched: Fetched, seen: _Seen, earlier: Memo | None, run: Run, tools: Tools
-) -> Memo:
-    """Decide where the image goes; for a study that is nowhere, by the claim."""
-    decision = decide(seen.answers)
-    names = tools.fleet.names
-    warnings = () if instance.has_preamble else ("preamble_added",)
-    memo = Memo(
-        server=names[0],
-        instance=instance,
-        size_bytes=fetched.size_bytes,
-        sha256=fetched.sha256,
-        source=fetched.source,
-        route=Route(reason="study_exists", study_on=[], candidates=names),
-        warnings=warnings,
-        pendings=earlier.pendings if earlier else 0,
-    )
+def _route(trip: _Trip, memo: Memo, decision: Decision, seen: _Seen) -> Memo:
+    """Where the image goes; for a study that is nowhere, by the claim."""
     match decision:
         case Exists(server):
-            if earlier is not None and _may_be_ours(earlier, server):
-                return replace(earlier, stored=True)
-            raise _already_exists(server, memo, tools)
+            raise _already_exists(server, memo, trip.tools)
         case Open(unanswered):
             raise seen.errors[unanswered[0]]
         case Follow(server, study_on):
-            return _follow(job, memo, server, study_on)
+            return _follow(trip.job, memo, server, study_on)
         case New():
-            return _claim(job, memo, run, tools)
+            return _claim(trip, memo)
 
 
 def _follow(job: UploadJob, memo: Memo, server: str, study_on: tuple[str, ...]) -> Memo:
     if job.server is not None and job.server not in study_on:
         raise StudyConflict(
             f"The study is on {server}; leave out the server or name {server}, so that the study is not split.",
+            server_name=server,
             details={"study_on": list(study_on), "requested": job.server},
         )
     reason: RouteReason = "requested" if job.server else "study_exists"
@@ -199,12 +209,12 @@ def _follow(job: UploadJob, memo: Memo, server: str, study_on: tuple[str, ...]) 
     return replace(memo, server=job.server or server, route=route, warnings=warnings)
 
 
-def _claim(job: UploadJob, memo: Memo, run: Run, tools: Tools) -> Memo:
+def _claim(trip: _Trip, memo: Memo) -> Memo:
+    job, tools = trip.job, trip.tools
     study_uid = memo.instance.study_instance_uid
     healthy = _healthy(tools)
-    claimed = tools.ledger.claimed_server(study_uid)
-    proposal = job.server or claimed or _choose(healthy, tools)
-    claim = tools.ledger.claim_study(study_uid, server=proposal, job_id=run.job_id)
+    proposal = job.server or tools.ledger.claimed_server(study_uid) or _choose(healthy, tools)
+    claim = tools.ledger.claim_study(study_uid, server=proposal, job_id=trip.run.job_id)
     if job.server is not None and claim.server != job.server:
         raise StudyConflict(
             f"Another job has claimed the study for {claim.server}; leave out the server or name {claim.server}.",
@@ -230,18 +240,19 @@ def _choose(healthy: list[ServerSettings], tools: Tools) -> str:
     return choose(healthy, routing, placed=placed, rng=tools.rng)
 
 
-def _push(memo: Memo, fetched: Fetched, *, resumed: bool, run: Run, tools: Tools) -> Memo:
+def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
     """Send the image to its server and judge the answer for this instance."""
+    tools = trip.tools
     pacs = tools.fleet[memo.server]
-    run.intend(replace(memo, uncertain=True).as_json())
-    part = Part(memo.instance, partial(part_10, fetched.stream, memo.instance), fetched.size_bytes)
+    trip.run.intend(replace(memo, uncertain=True).as_json())
+    part = Part(memo.instance, partial(part10, fetched.stream, memo.instance), fetched.size_bytes)
     try:
         (outcome,) = pacs.store([part])
     except PacsUnavailable:
         tools.ledger.mark_sick(memo.server, for_s=SICK_S)
         raise
     if outcome.fate is Fate.PENDING:
-        _pending(replace(memo, uncertain=resumed), pacs, run)
+        _pending(replace(memo, uncertain=resumed), pacs, trip.run)
     return _judge(outcome, memo, pacs, resumed=resumed, tools=tools)
 
 
@@ -280,17 +291,20 @@ def _pending(memo: Memo, pacs: Pacs, run: Run) -> None:
     run.intend(counted.as_json())
 
 
-def _receipt(memo: Memo, run: Run, tools: Tools) -> Memo:
+def _receipt(trip: _Trip, memo: Memo) -> Memo:
+    """Write down that the image is stored, and learn whether this job opened its study."""
+    run, instance = trip.run, memo.instance
     receipt = Receipt(run.job_id, memo.server, memo.sha256, memo.size_bytes)
-    opened = tools.ledger.stored(memo.instance.sop_instance_uid, memo.instance.study_instance_uid, receipt)
+    opened = run.ledger.stored(instance.sop_instance_uid, instance.study_instance_uid, receipt)
     action: StudyAction = "created" if opened and not memo.route.study_on else "updated"
     stored = replace(memo, stored=True, study_action=action)
-    tools.ledger.intend(run.job_id, run.fence, stored.as_json())
+    run.ledger.intend(run.job_id, run.fence, stored.as_json())  # too late to be cancelled: it is stored
     return stored
 
 
-def _describe(job: UploadJob, memo: Memo, run: Run, tools: Tools) -> UploadPayload:
+def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
     """Read the metadata back from the server that now has the image, and put the payload together."""
+    run, tools = trip.run, trip.tools
     pacs = tools.fleet[memo.server]
     warnings = memo.warnings
     with run.step("describe"):
@@ -299,7 +313,7 @@ def _describe(job: UploadJob, memo: Memo, run: Run, tools: Tools) -> UploadPaylo
         except TryAgain:
             if not run.last:
                 raise
-            metadata, warnings = {}, (*warnings, "metadata_unavailable")  # it is stored: never say that it failed
+            metadata, warnings = {}, (*warnings, "metadata_unavailable")  # stored: never say that it failed
     instance = memo.instance
     return UploadPayload(
         job_id=run.job_id,
@@ -315,7 +329,7 @@ def _describe(job: UploadJob, memo: Memo, run: Run, tools: Tools) -> UploadPaylo
         size_bytes=memo.size_bytes,
         sha256=memo.sha256,
         warnings=list(warnings),
-        metadata=_allowed(metadata, job, tools),
+        metadata=_allowed(metadata, trip.job, tools),
         viewer_url=_viewer(pacs.server, instance),
         source=memo.source,
         timings_ms=run.timings_ms,
@@ -365,9 +379,7 @@ def _already_exists(server: str, memo: Memo, tools: Tools) -> ImageAlreadyExists
 
 
 def _image(instance: Instance) -> Found:
-    return Found(
-        "image", instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid
-    )
+    return Found("image", instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid)
 
 
 def _uids(instance: Instance) -> dict[str, str]:

@@ -1,0 +1,267 @@
+"""Enqueue jobs and follow them. The Celery client and the ledger's *submit* are all that is needed here.
+
+The ledger is the one thing of the worker's floors that a producer shares: a job that is written down before its
+message is sent cannot be lost with the message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import kombu.exceptions
+import redis
+from celery import Celery
+from celery.exceptions import BackendError
+
+from producer.errors import BrokerUnavailable, CourierError, NotFound, StillRunning, from_payload
+from worker.ledger import Ledger, job_id_for
+from worker.logs import shown_job
+from worker.payloads import Job, UploadJob, read_job
+from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Status = Literal["queued", "running", "waiting", "done", "failed"]
+
+_UNREACHABLE = (redis.ConnectionError, redis.TimeoutError, kombu.exceptions.OperationalError, BackendError)
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a job now. ``result`` is set once it is done, ``error`` once it has failed."""
+
+    status: Status
+    stage: str
+    result: dict[str, Any] | None = None
+    error: CourierError | None = None
+    meta: Mapping[str, Any] | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.status in ("done", "failed")
+
+
+@dataclass(frozen=True)
+class Handle:
+    """One enqueued job, by its ``id``, which any program may use to ask for it."""
+
+    id: str
+    courier: Courier
+
+    def report(self) -> Report:
+        """Everything that is known of the job now."""
+        return self.courier.reports([self.id])[self.id]
+
+    def status(self) -> Status:
+        return self.report().status
+
+    def stage(self) -> str:
+        """The step the job is at: ``queued``, ``fetch`` … ``describe``, ``waiting``, ``done`` or ``failed``."""
+        return self.report().stage
+
+    def result(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """The payload, waited for.
+
+        Raises
+        ------
+        CourierError
+            The job ended otherwise; the class is the one of its code.
+        StillRunning
+            It did not end within ``timeout_s``. It goes on.
+        """
+        for _, report in self.courier.as_completed([self], timeout_s=timeout_s):
+            if report.error is not None:
+                raise report.error
+            if report.result is not None:
+                return report.result
+        raise StillRunning(
+            f"Job {self.id} has not ended within {timeout_s} s; it goes on. Ask again: pacs result {self.id}"
+        )
+
+    def cancel(self) -> bool:
+        """Ask for the job to end before its push; False if it is over already."""
+        return self.courier.cancel(self.id)
+
+
+class Courier:
+    """A program's connection to the workers.
+
+    Parameters
+    ----------
+    settings
+        Read from ``PACS_CONFIG`` and the environment unless given.
+    broker_url, result_backend, ledger_url
+        Instead of those in the settings. With a ``broker_url`` but no ``ledger_url`` the job is written down when a
+        worker first sees it, as for any plain Celery client.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        broker_url: str | None = None,
+        result_backend: str | None = None,
+        ledger_url: str | None = None,
+    ) -> None:
+        self.settings = settings or Settings.load()
+        queue = self.settings.queue
+        self._app = Celery("pacs-producer", set_as_current=False)
+        self._app.config_from_object("celeryconfig")
+        self._app.conf.update(
+            broker_url=broker_url or queue.broker_url,
+            result_backend=result_backend or queue.result_backend,
+            result_expires=self.settings.results.expires_s,
+            task_publish_retry=False,
+        )
+        ledger_url = ledger_url or (None if broker_url else queue.ledger_url)
+        self._ledger = (
+            None
+            if ledger_url is None
+            else Ledger.connect(ledger_url, grace_s=self.settings.jobs.grace_s, keep_s=self.settings.results.expires_s)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._app.close()
+
+    def upload(
+        self,
+        image_url: str,
+        *,
+        server: str | None = None,
+        idempotency_key: str | None = None,
+        metadata: bool | None = None,
+    ) -> Handle:
+        """Put the image at ``image_url`` (http, https, s3, az, file) into the PACS it belongs to.
+
+        ``server`` asks for one server by name. The same ``idempotency_key`` twice is one job. ``metadata=False``
+        leaves the DICOM metadata out of the result.
+        """
+        job = {
+            "image_url": image_url,
+            "server": server,
+            "idempotency_key": idempotency_key,
+            "metadata": metadata,
+        }
+        return self.enqueue("pacs.upload", UploadJob, job)
+
+    def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
+        """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""
+        job = {"version": 1, **{name: value for name, value in job.items() if value is not None}}
+        read_job(kind, job)
+        handle = Handle(job_id_for(job.get("idempotency_key")), self)
+        with _reachable():
+            known = self._ledger is not None and not self._ledger.submit(handle.id, task=task, job=job)
+        if known:
+            return handle
+        try:
+            with _reachable():
+                self._app.send_task(
+                    task, kwargs={"job": job}, task_id=handle.id, argsrepr="()", kwargsrepr=shown_job(job)
+                )
+        except BrokerUnavailable:
+            if self._ledger is None:
+                raise
+            log.warning("The message of job %s could not be sent; it is in the ledger and will be woken", handle.id)
+        return handle
+
+    def handle(self, job_id: str) -> Handle:
+        """The handle of a job that was enqueued by anybody."""
+        return Handle(job_id, self)
+
+    def cancel(self, job_id: str) -> bool:
+        """Ask for a job to end before its push; False if it is over or unknown."""
+        if self._ledger is None:
+            raise BrokerUnavailable("Cancelling needs the ledger; give ledger_url.")
+        with _reachable():
+            return self._ledger.cancel(job_id) in ("queued", "running", "waiting")
+
+    def reports(self, job_ids: Iterable[str]) -> dict[str, Report]:
+        """What is known of several jobs, read in one go."""
+        ids = list(job_ids)
+        backend = self._app.backend
+        with _reachable():
+            rows = backend.mget([backend.get_key_for_task(job_id) for job_id in ids]) if ids else []
+        metas = [backend.decode_result(row) if row else {"status": "PENDING", "result": None} for row in rows]
+        return {job_id: _report(meta) for job_id, meta in zip(ids, metas, strict=True)}
+
+    def known(self, job_id: str) -> bool:
+        """Whether anybody has ever heard of the job."""
+        with _reachable():
+            in_ledger = self._ledger is not None and bool(self._ledger.look(job_id))
+        return in_ledger or self.reports([job_id])[job_id].status != "queued"
+
+    def must_know(self, job_id: str) -> Handle:
+        """The handle of a job that exists; `NotFound` otherwise, because Celery calls every unknown id pending."""
+        if not self.known(job_id):
+            raise NotFound(f"No job is called {job_id}; results are kept for {self.settings.results.expires_s} s.")
+        return self.handle(job_id)
+
+    def as_completed(
+        self, handles: Iterable[Handle], *, timeout_s: float | None = None
+    ) -> Iterator[tuple[Handle, Report]]:
+        """Each handle with its last report, as they end. After ``timeout_s`` the rest is left out."""
+        for handle, report in self.watch(handles, timeout_s=timeout_s):
+            if report.over:
+                yield handle, report
+
+    def watch(self, handles: Iterable[Handle], *, timeout_s: float | None = None) -> Iterator[tuple[Handle, Report]]:
+        """Each handle with each change of its report, until all are over or ``timeout_s`` has passed."""
+        open_handles = {handle.id: handle for handle in handles}
+        shown: dict[str, tuple[str, str]] = {}
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while open_handles:
+            for job_id, report in self.reports(open_handles).items():
+                if shown.get(job_id) != (report.status, report.stage):
+                    shown[job_id] = (report.status, report.stage)
+                    yield open_handles[job_id], report
+                if report.over:
+                    del open_handles[job_id]
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            if open_handles:
+                time.sleep(_POLL_S)
+
+
+def _report(meta: Mapping[str, Any]) -> Report:
+    state, result = meta["status"], meta["result"]
+    if state == "SUCCESS":
+        return Report("done", "done", result=result)
+    if state in ("FAILURE", "REVOKED"):
+        return Report("failed", "failed", error=_error(result))
+    if state == "PROGRESS":
+        stage = str(result["stage"])
+        return Report("waiting" if stage == "waiting" else "running", stage, meta=result)
+    if state == "STARTED":
+        return Report("running", "started")
+    return Report("queued", "queued")
+
+
+def _error(result: Any) -> CourierError:
+    """The error of a failed job as Celery's JSON back-end stores it: the wire object is the only argument."""
+    arguments = result.get("exc_message") if isinstance(result, Mapping) else None
+    if isinstance(arguments, list | tuple) and arguments and isinstance(arguments[0], Mapping):
+        return from_payload(arguments[0])
+    kind = result.get("exc_type", "unknown") if isinstance(result, Mapping) else type(result).__name__
+    return from_payload({"code": "poisoned", "message": f"The worker itself failed ({kind}); see its log."})
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    try:
+        yield
+    except _UNREACHABLE as error:
+        raise BrokerUnavailable(
+            f"Redis cannot be reached ({type(error).__name__}); check BROKER_URL, RESULT_BACKEND and LEDGER_URL."
+        ) from error

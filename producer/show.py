@@ -1,0 +1,90 @@
+"""How jobs look on a terminal: progress while they run, a table when they are over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from producer.courier import Courier, Handle, Report
+from worker.logs import shown_url
+
+console = Console()
+errors_console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class UploadRow:
+    """One line of the table. ``why`` is the route's reason, or the code of the refusal and its sentence."""
+
+    file: str
+    study: str
+    server: str
+    why: str
+    link: str
+    elapsed_ms: float | None
+    stored: bool
+
+
+def follow(courier: Courier, jobs: Mapping[Handle, str], *, timeout_s: float | None, quiet: bool) -> dict[str, Report]:
+    """Wait for jobs with a live line on standard error; the last report of each, also of those still running."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    last = {handle.id: Report("queued", "queued") for handle in jobs}
+    hidden = quiet or not errors_console.is_terminal
+    with Progress(*columns, console=errors_console, transient=True, disable=hidden) as progress:
+        line = progress.add_task("queued", total=len(jobs))
+        for handle, report in courier.watch(jobs, timeout_s=timeout_s):
+            last[handle.id] = report
+            over = sum(report.over for report in last.values())
+            progress.update(line, completed=over, description=_stages(last.values()))
+    return last
+
+
+def _stages(reports: Iterable[Report]) -> str:
+    stages = [report.stage for report in reports if not report.over]
+    return ", ".join(f"{stages.count(stage)} {stage}" for stage in dict.fromkeys(stages)) or "done"
+
+
+def upload_row(url: str, job_id: str, report: Report) -> UploadRow:
+    file = shown_url(url).rstrip("/").rpartition("/")[2] or job_id
+    if report.result is not None:
+        payload = report.result
+        return UploadRow(
+            file=file,
+            study=payload["study_uid"],
+            server=payload["server_name"],
+            why=f"{payload['status']}: {payload['route']['reason']}",
+            link=payload["viewer_url"],
+            elapsed_ms=sum(payload["timings_ms"].values()),
+            stored=True,
+        )
+    if report.error is not None:
+        details = report.error.details
+        why = f"{report.error.payload['code']}: {report.error.message}"
+        server = report.error.server_name or ""
+        return UploadRow(file, details.get("study_uid", ""), server, why, details.get("viewer_url", ""), None, False)
+    return UploadRow(file, "", "", f"{report.status} ({report.stage}); pacs result {job_id}", "", None, False)
+
+
+def upload_table(rows: list[UploadRow]) -> None:
+    """Print the jobs, one line each."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("file", "study", "server", "outcome", "ms"):
+        table.add_column(heading, overflow="fold", justify="right" if heading == "ms" else "left")
+    for row in rows:
+        elapsed = "" if row.elapsed_ms is None else f"{row.elapsed_ms:.0f}"
+        study = f"[link={row.link}]{row.study}[/link]" if row.link else row.study
+        table.add_row(row.file, study, row.server, row.why, elapsed, style="" if row.stored else "yellow")
+    console.print(table)
+    for row in rows:
+        if row.stored and row.link:
+            console.print(f"{row.file}: {row.link}", style="dim", highlight=False, soft_wrap=True)
