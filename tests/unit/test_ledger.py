@@ -1,0 +1,191 @@
+"""The ledger's transitions, on fakeredis (with Lua) for speed; journeys repeat them on a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import fakeredis
+import pytest
+
+from worker.ledger import PREFIX, ClaimState, LeaseLost, Ledger, Receipt, content_digest, job_id_for
+
+TASK = "pacs.upload"
+JOB = {"image_url": "http://host/a.dcm"}
+
+
+@pytest.fixture
+def client() -> Iterator[fakeredis.FakeRedis]:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def ledger(client: fakeredis.FakeRedis) -> Ledger:
+    return Ledger(client, lease_s=10, grace_s=60)
+
+
+def claim(ledger: Ledger, job_id: str = "j1") -> Any:
+    return ledger.claim(job_id, task=TASK, job=JOB)
+
+
+def finish(ledger: Ledger, fence: int, job_id: str = "j1", **payload: Any) -> None:
+    ledger.finish(job_id, fence, outcome={"payload": payload}, code="done", task=TASK, job=JOB)
+
+
+def expire_lease(client: fakeredis.FakeRedis, job_id: str = "j1") -> None:
+    client.hset(f"{PREFIX}job:{job_id}", "lease_ms", 0)
+    client.zadd(f"{PREFIX}due", {job_id: 0})
+
+
+def test_the_same_id_is_submitted_once(ledger: Ledger) -> None:
+    assert ledger.submit("j1", task=TASK, job=JOB)
+    assert not ledger.submit("j1", task=TASK, job=JOB)
+
+
+def test_a_job_nobody_submitted_gets_its_record_at_the_first_claim(ledger: Ledger) -> None:
+    assert claim(ledger).state is ClaimState.YOURS
+    assert ledger.look("j1")["state"] == "running"
+
+
+def test_a_second_delivery_while_the_lease_lives_is_held(ledger: Ledger) -> None:
+    claim(ledger)
+    assert claim(ledger).state is ClaimState.HELD
+
+
+def test_a_delivery_after_the_end_gives_the_recorded_outcome(ledger: Ledger) -> None:
+    finish(ledger, claim(ledger).fence, status="stored")
+    again = claim(ledger)
+    assert (again.state, again.outcome) == (ClaimState.DONE, {"payload": {"status": "stored"}})
+
+
+def test_a_dead_holder_is_replaced_and_counted_and_its_late_finish_refused(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    first = claim(ledger)
+    expire_lease(client)
+    second = claim(ledger)
+    assert (second.state, second.attempt, second.deaths) == (ClaimState.YOURS, 2, 1)
+    with pytest.raises(LeaseLost):
+        finish(ledger, first.fence)
+    assert not ledger.heartbeat("j1", first.fence)
+    finish(ledger, second.fence, by="second")
+    assert claim(ledger).outcome == {"payload": {"by": "second"}}
+
+
+def test_deaths_are_counted_by_content_and_not_by_id(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    for job_id in ("j1", "j2"):
+        claim(ledger, job_id)
+        expire_lease(client, job_id)
+    assert claim(ledger, "j1").deaths == 1
+    assert claim(ledger, "j2").deaths == 2
+
+
+def test_a_finished_job_keeps_no_message_and_a_dead_one_does(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    finish(ledger, claim(ledger).fence)
+    assert client.hget(f"{PREFIX}job:j1", "job") is None
+    dead = claim(ledger, "j2")
+    ledger.bury("j2", dead.fence, outcome={"error": {}}, code="poisoned", task=TASK, job=JOB)
+    assert client.hget(f"{PREFIX}job:j2", "job") is not None
+    assert client.zscore(f"{PREFIX}dead", "j2") is not None
+    assert "job" not in ledger.look("j2")
+
+
+def test_a_parked_job_is_not_claimed_before_it_is_due_and_is_woken_once(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    ledger.park("j1", claim(ledger).fence, delay_s=30, code="pacs_unavailable", message="…")
+    assert claim(ledger).state is ClaimState.EARLY
+    assert ledger.sweep() == []
+    client.zadd(f"{PREFIX}due", {"j1": 0})
+    assert [(due.job_id, due.task, due.job) for due in ledger.sweep()] == [("j1", TASK, JOB)]
+    assert ledger.sweep() == []
+    woken = claim(ledger)
+    assert (woken.state, woken.attempt, woken.deaths) == (ClaimState.YOURS, 2, 0)
+
+
+def test_waiting_for_a_turn_costs_no_attempt(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    ledger.park("j1", claim(ledger).fence, delay_s=0, code="waiting", message="…", counts=False)
+    ledger.sweep()
+    assert claim(ledger).attempt == 1
+
+
+def test_a_message_that_got_lost_is_sent_again_ever_more_rarely(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    ledger.submit("j1", task=TASK, job=JOB)
+    waits = []
+    for _ in range(3):
+        client.zadd(f"{PREFIX}due", {"j1": 0})
+        seconds, microseconds = client.time()
+        assert [due.job_id for due in ledger.sweep()] == ["j1"]
+        score = client.zscore(f"{PREFIX}due", "j1")
+        assert score is not None
+        waits.append(score / 1000 - seconds - microseconds / 1e6)
+    assert waits == [pytest.approx(60, abs=2), pytest.approx(120, abs=2), pytest.approx(240, abs=2)]
+
+
+def test_one_job_at_a_time_may_store_an_image(ledger: Ledger) -> None:
+    first, second = claim(ledger, "j1"), claim(ledger, "j2")
+    assert ledger.hold_image("1.2.3", job_id="j1", fence=first.fence) is None
+    assert ledger.hold_image("1.2.3", job_id="j1", fence=first.fence) is None
+    assert ledger.hold_image("1.2.3", job_id="j2", fence=second.fence) == "j1"
+    finish(ledger, first.fence)
+    assert ledger.hold_image("1.2.3", job_id="j2", fence=second.fence) is None
+
+
+def test_a_late_holder_cannot_hold_an_image_or_announce_a_push(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    late = claim(ledger)
+    expire_lease(client)
+    claim(ledger)
+    with pytest.raises(LeaseLost):
+        ledger.hold_image("1.2.3", job_id="j1", fence=late.fence)
+    with pytest.raises(LeaseLost):
+        ledger.intend("j1", late.fence, {"server": "msdicom"})
+
+
+def test_the_memo_of_one_attempt_reaches_the_next(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    assert ledger.intend("j1", claim(ledger).fence, {"server": "msdicom"})
+    expire_lease(client)
+    assert claim(ledger).memo == {"server": "msdicom"}
+
+
+def test_the_first_claim_of_a_study_decides_for_all(ledger: Ledger) -> None:
+    assert ledger.claim_study("1.2", server="msdicom", job_id="j1").first
+    follower = ledger.claim_study("1.2", server="dcm4chee", job_id="j2")
+    assert (follower.server, follower.first) == ("msdicom", False)
+    assert ledger.placed() == {"msdicom": 1}
+    ledger.forget_study("1.2")
+    assert ledger.claim_study("1.2", server="dcm4chee", job_id="j2").first
+
+
+def test_exactly_one_job_opened_a_claimed_study_however_often_it_says_so(ledger: Ledger) -> None:
+    ledger.claim_study("1.2", server="msdicom", job_id="j1")
+    second = Receipt("j2", "msdicom", "aa", 1)
+    assert ledger.stored("1.2.3", "1.2", second)
+    assert not ledger.stored("1.2.4", "1.2", Receipt("j1", "msdicom", "bb", 1))
+    assert ledger.stored("1.2.3", "1.2", second)
+    assert ledger.receipt("1.2.3") == second
+    assert ledger.receipt("9") is None
+
+
+def test_a_cancelled_job_says_so_at_its_next_claim_and_before_its_push(ledger: Ledger) -> None:
+    assert ledger.cancel("j1") == ""
+    fence = claim(ledger).fence
+    assert ledger.cancel("j1") == "running"
+    assert not ledger.intend("j1", fence, {})
+    ledger.submit("j2", task=TASK, job=JOB)
+    assert ledger.cancel("j2") == "queued"
+    assert [due.job_id for due in ledger.sweep()] == ["j2"]
+    assert claim(ledger, "j2").cancelled
+
+
+def test_a_sick_server_recovers_by_itself(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    ledger.mark_sick("msdicom", for_s=30)
+    assert ledger.sick(["msdicom", "dcm4chee"]) == {"msdicom"}
+    assert 0 < client.pttl(f"{PREFIX}sick:msdicom") <= 30_000
+    assert ledger.sick([]) == set()
+
+
+def test_an_idempotency_key_names_one_job_and_no_key_names_a_new_one() -> None:
+    assert job_id_for("order-7") == job_id_for("order-7")
+    assert job_id_for(None) != job_id_for(None)
+    assert content_digest(TASK, {**JOB, "idempotency_key": "x"}) == content_digest(TASK, JOB)
