@@ -13,7 +13,28 @@ import worker.errors
 from worker.errors import CourierError, NeedsPerson, PacsUnavailable, Refused, TryAgain, from_payload
 
 KINDS = sorted(CourierError.subclasses(), key=lambda kind: kind.code)
-CONTRACT_CODES = ["image_already_exists", "not_found", "invalid_request", "confirmation_required", "source_not_allowed", "source_not_found", "source_denied", "source_too_large", "source_unreachable", "source_truncated", "not_dicom", "missing_uid", "invalid_uid", "study_conflict", "pacs_rejected", "pacs_unavailable", "pacs_unauthorized", "pacs_misanswered", "poisoned", "cancelled"]
+CONTRACT_CODES = [
+    "image_already_exists",
+    "not_found",
+    "invalid_request",
+    "confirmation_required",
+    "source_not_allowed",
+    "source_not_found",
+    "source_denied",
+    "source_too_large",
+    "source_unreachable",
+    "source_truncated",
+    "not_dicom",
+    "missing_uid",
+    "invalid_uid",
+    "study_conflict",
+    "pacs_rejected",
+    "pacs_unavailable",
+    "pacs_unauthorized",
+    "pacs_misanswered",
+    "poisoned",
+    "cancelled",
+]
 
 
 def test_there_is_one_class_for_each_code_of_the_contract() -> None:
