@@ -1,0 +1,220 @@
+"""`make run`: every part of the product on this machine, sample images through it, and what became of them.
+
+A tool for development. Starting and ending of parts lives in `sandbox.processes`, the samples in
+`sandbox.samples`, their judgement and table in `sandbox.endings`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from producer import Courier
+from sandbox import processes as parts
+from sandbox.endings import Upload, as_table, viewer_links
+from sandbox.images import ImageServer
+from sandbox.processes import PartFailed, Processes
+from sandbox.samples import ALREADY_ON_DCM4CHEE, sample_bytes, samples
+from worker.settings import Settings
+
+PATIENCE_S = 60
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Everything that runs, ready to be used."""
+
+    processes: Processes
+    sandbox: parts.SandboxPart
+    flower: parts.FlowerPart
+    images: ImageServer
+    config: Path
+    redis: parts.RedisPart
+
+
+@contextmanager
+def running_stack(folder: Path) -> Iterator[Stack]:
+    """Start every part; end them all when the block is left."""
+    with Processes(folder) as processes, ImageServer() as images:
+        redis = parts.redis(processes)
+        sandbox = parts.sandbox(processes)
+        config = parts.write_settings(
+            folder / "pacs.toml",
+            {
+                "servers": sandbox.servers(),
+                "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+                "queue": parts.queue_settings(redis),
+            },
+        )
+        worker = parts.worker(processes, config)
+        flower = parts.flower(processes, config)
+        worker.wait_ready()
+        flower.child.wait_ready()
+        yield Stack(processes, sandbox, flower, images, config, redis)
+
+
+def put_on_dcm4chee(stack: Stack, dicom: bytes) -> None:
+    """Store one image past the courier (PS3.18 10.5), as another sender would."""
+    boundary = uuid.uuid4().hex
+    head = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+    request = urllib.request.Request(
+        f"{stack.sandbox.dcm4chee}/studies", data=head + dicom + f"\r\n--{boundary}--\r\n".encode(), method="POST"
+    )
+    request.add_header("Content-Type", f'multipart/related; type="application/dicom"; boundary={boundary}')
+    request.add_header("Accept", "application/dicom+json")
+    with urllib.request.urlopen(request, timeout=10):
+        return
+
+
+def upload_all(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
+    """Enqueue every sample and follow it to its end, showing where each one is. Patience ends after a minute."""
+    deadline = time.monotonic() + PATIENCE_S
+    with (
+        Courier(Settings.load({"PACS_CONFIG": str(stack.config)})) as courier,
+        Live(console=console, transient=True, refresh_per_second=12) as live,
+    ):
+        while not all(upload.over for upload in uploads) and time.monotonic() < deadline:
+            _enqueue_what_is_due(courier, stack, uploads)
+            _look_at(courier, [upload for upload in uploads if upload.job_id and not upload.over])
+            live.update(as_table(uploads))
+            _complain_of_crashes(stack.processes)
+            time.sleep(0.03)
+
+
+def _enqueue_what_is_due(courier: Courier, stack: Stack, uploads: Sequence[Upload]) -> None:
+    over = {upload.sample.file for upload in uploads if upload.over}
+    for upload in uploads:
+        if not upload.job_id and upload.sample.after in (None, *over):
+            upload.job_id = courier.upload(_address(stack, upload)).id
+
+
+def _address(stack: Stack, upload: Upload) -> str:
+    if upload.sample.content is None:
+        return stack.images.url(upload.sample.file)
+    return stack.images.put(upload.sample.file, upload.sample.content)
+
+
+def _look_at(courier: Courier, uploads: Sequence[Upload]) -> None:
+    reports = courier.reports(upload.job_id for upload in uploads)
+    for upload in uploads:
+        report = reports[upload.job_id]
+        upload.stage = report.stage
+        if report.result is not None:
+            upload.stored(report.result)
+        elif report.error is not None:
+            upload.refused(report.error)
+
+
+def _complain_of_crashes(processes: Processes) -> None:
+    crashed = processes.crashed()
+    if crashed is not None:
+        raise crashed.failure()
+
+
+def show(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
+    """The table, the viewer links it refers to, and the addresses."""
+    console.print(as_table(uploads))
+    console.print()
+    for link, number in viewer_links(uploads).items():
+        console.print(f"[cyan]\\[{number}][/] {link}", soft_wrap=True, highlight=False)
+    console.print()
+    addresses = {
+        "Flower (jobs, workers)": stack.flower.url,
+        "MSDICOM sandbox": stack.sandbox.msdicom,
+        "DCM4CHEE sandbox": stack.sandbox.dcm4chee,
+        "faults on demand": f"{stack.sandbox.control}/moods",
+        "sample images": stack.images.base,
+    }
+    for what, address in addresses.items():
+        console.print(f"[dim]{what:<24}[/]{address}", soft_wrap=True, highlight=False)
+
+
+def surprises(uploads: Sequence[Upload]) -> int:
+    """How many samples did not end as expected."""
+    return sum(bool(upload.surprise) for upload in uploads)
+
+
+def stay(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
+    """Until Ctrl-C, or until a part crashes."""
+    stored = next(upload for upload in uploads if upload.payload)
+    console.print(
+        f"\nAll of it stays up until Ctrl-C. From another terminal:\n"
+        f"  PACS_CONFIG={os.path.relpath(stack.config)} {_beside_python('pacs')} upload "
+        f"{stack.images.url(stored.sample.file)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    while True:
+        _complain_of_crashes(stack.processes)
+        time.sleep(0.2)
+
+
+def _beside_python(command: str) -> str:
+    return os.path.relpath(Path(sys.executable).with_name(command))
+
+
+def run(console: Console, folder: Path, *, once: bool) -> int:
+    """Start, upload, show, and stay unless ``once``. Returns the exit status; leaves nothing running."""
+    uploads = [Upload(sample) for sample in samples()]
+    with console.status("Starting Redis, two PACS, a worker and Flower …"), ExitStack() as stack_lives:
+        stack = stack_lives.enter_context(running_stack(folder))
+        put_on_dcm4chee(stack, sample_bytes(ALREADY_ON_DCM4CHEE))
+        outlives = stack_lives.pop_all()
+    with outlives:
+        console.print(f"{ALREADY_ON_DCM4CHEE} was put on dcm4chee directly, as if it had always been there.")
+        upload_all(stack, uploads, console)
+        show(stack, uploads, console)
+        if not once:
+            with suppress(KeyboardInterrupt):
+                stay(stack, uploads, console)
+    return 1 if surprises(uploads) else 0
+
+
+def _stop_on_signals() -> None:
+    """SIGTERM and a closed terminal end the run as Ctrl-C does: by leaving every block."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+@click.command(help=__doc__)
+@click.option("--once", is_flag=True, help="End after the table; exit status 0 only if all ended as expected.")
+def main(once: bool) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    folder = Path(".run") / f"demo-{os.getpid()}"
+    _stop_on_signals()
+    try:
+        status = run(console, folder, once=once)
+    except PartFailed as failure:
+        console.print(f"[bold red]{failure.part} {failure.reason}.[/] The end of {folder / failure.part}.log:")
+        console.print(failure.log_tail, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        status = 130
+    console.print("Stopped; nothing is left running.")
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

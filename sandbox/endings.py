@@ -1,0 +1,113 @@
+"""What became of each sample, whether that was expected, and the table that says so.
+
+Nothing here starts, uploads or waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from sandbox.samples import STORED, Sample
+from worker.errors import CourierError
+
+
+@dataclass
+class Upload:
+    """One sample on its way. ``stage`` is where it is; ``ending`` is empty until it is over."""
+
+    sample: Sample
+    job_id: str = ""
+    stage: str = "waiting"
+    ending: str = ""
+    server_name: str | None = None
+    message: str = ""
+    payload: Mapping[str, Any] | None = None
+
+    @property
+    def over(self) -> bool:
+        return bool(self.ending)
+
+    def stored(self, payload: Mapping[str, Any]) -> None:
+        self.payload = payload
+        self.ending = str(payload["status"])
+        self.server_name = payload["server_name"]
+
+    def refused(self, error: CourierError) -> None:
+        self.ending = error.payload["code"]
+        self.server_name = error.server_name
+        self.message = error.message
+
+    @property
+    def viewer_url(self) -> str:
+        return str(self.payload["viewer_url"]) if self.payload else ""
+
+    @property
+    def surprise(self) -> str:
+        """What differs from the sample's expectation; empty when it ended as it should."""
+        expected = self.sample
+        if self.ending != expected.ending:
+            return f"expected {expected.ending}"
+        if self.server_name != expected.server:
+            return f"expected server {expected.server}"
+        if self.payload and self.payload["route"]["reason"] not in expected.reasons:
+            return f"expected {' or '.join(expected.reasons)}"
+        if self.payload and not self.viewer_url:
+            return "expected a viewer link"
+        return ""
+
+
+def viewer_links(uploads: Sequence[Upload]) -> dict[str, int]:
+    """Each viewer link once, numbered as in the table."""
+    links: dict[str, int] = {}
+    for upload in uploads:
+        if upload.viewer_url:
+            links.setdefault(upload.viewer_url, len(links) + 1)
+    return links
+
+
+def as_table(uploads: Sequence[Upload]) -> Table:
+    """The table as it stands now; fits into 100 columns."""
+    links = viewer_links(uploads)
+    table = Table(box=None, padding=(0, 1), header_style="dim", show_edge=False)
+    for heading in ("file", "shows", "study", "server", "route", "viewer"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("ms", justify="right", no_wrap=True)
+    table.add_column("ending", overflow="fold")
+    for upload in uploads:
+        table.add_row(upload.sample.file, Text(upload.sample.shows, "dim"), *_cells(upload, links))
+    return table
+
+
+def _cells(upload: Upload, links: Mapping[str, int]) -> list[Any]:
+    if not upload.over:
+        return ["", "", "", "", "", Spinner("dots", Text(upload.stage, "cyan"))]
+    server = upload.server_name or "–"
+    ending = _ending(upload)
+    if upload.payload is None:
+        return ["–", server, "–", "–", "–", ending]
+    link = Text(f"[{links[upload.viewer_url]}]" if upload.viewer_url else "–", f"link {upload.viewer_url}")
+    study = _shortened(upload.payload["study_uid"])
+    took_ms = sum(upload.payload["timings_ms"].values())
+    return [study, server, upload.payload["route"]["reason"], link, f"{took_ms:.0f}", ending]
+
+
+def _ending(upload: Upload) -> Text:
+    if upload.surprise:
+        said = f"{upload.ending}: {upload.message}" if upload.message else upload.ending
+        return Text(f"✗ {said} ({upload.surprise})", "bold red")
+    if upload.ending != STORED:
+        return Text(f"✓ refused: {upload.ending}", "yellow")
+    warnings = len(upload.payload["warnings"]) if upload.payload else 0
+    noted = f", {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
+    return Text(f"✓ stored{noted}", "green")
+
+
+def _shortened(uid: str) -> str:
+    """The end of a UID is what differs between studies of one maker."""
+    return uid if len(uid) <= 14 else "…" + uid[-13:]
