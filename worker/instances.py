@@ -109,10 +109,9 @@ def identify(stream: BinaryIO) -> Instance:
 def part10(stream: BinaryIO, instance: Instance) -> BinaryIO:
     """``stream`` from byte 0 as a complete Part-10 file, the preamble put in front where it was left out.
 
-    Where the preamble is put in front, closing what is returned leaves ``stream`` open.
+    A view with a position of its own: closing it leaves ``stream`` open, so that a body can be built again.
     """
-    stream.seek(0)
-    return stream if instance.has_preamble else io.BufferedReader(_Preambled(stream), 262_144)
+    return io.BufferedReader(_View(stream, b"" if instance.has_preamble else PREAMBLE), 262_144)
 
 
 def part10_size_bytes(size_bytes: int, instance: Instance) -> int:
@@ -147,11 +146,12 @@ class _Coding(NamedTuple):
     explicit: bool
 
 
-class _Preambled(io.RawIOBase):
-    """`PREAMBLE`, then a stream: readable and seekable, and nothing is copied."""
+class _View(io.RawIOBase):
+    """Some bytes, then a stream: readable and seekable, and nothing is copied."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, prefix: bytes) -> None:
         self._stream = stream
+        self._prefix = prefix
         self._position = 0
 
     def readable(self) -> bool:
@@ -164,15 +164,15 @@ class _Preambled(io.RawIOBase):
         if whence == io.SEEK_CUR:
             offset += self._position
         elif whence == io.SEEK_END:
-            offset += len(PREAMBLE) + self._stream.seek(0, io.SEEK_END)
+            offset += len(self._prefix) + self._stream.seek(0, io.SEEK_END)
         self._position = max(offset, 0)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        if self._position < len(PREAMBLE):
-            data = PREAMBLE[self._position : self._position + len(buffer)]
+        if self._position < len(self._prefix):
+            data = self._prefix[self._position : self._position + len(buffer)]
         else:
-            self._stream.seek(self._position - len(PREAMBLE))
+            self._stream.seek(self._position - len(self._prefix))
             data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         self._position += len(data)
@@ -309,9 +309,7 @@ def _start_of_meta(file: _Bytes) -> int:
     kind = next((kind for magic, kind in _NOT_DICOM_BUT if lowered.startswith(magic)), None)
     if kind:
         raise NotDicom(f"The file is not DICOM; it looks like {kind}.")
-    raise NotDicom(
-        "The file is not DICOM: it has neither the DICM mark at byte 128 nor file meta information."
-    )
+    raise NotDicom("The file is not DICOM: it has neither the DICM mark at byte 128 nor file meta information.")
 
 
 def _read_meta(file: _Bytes, start: int) -> tuple[dict[int, str], int]:
@@ -381,9 +379,7 @@ def _read_uid(file: _Bytes, element: _Element) -> str:
 def _check_uids(found: dict[int, str], tags: tuple[int, ...]) -> None:
     missing = " and no ".join(_NAMES[tag] for tag in tags if not found.get(tag))
     if missing:
-        raise MissingUid(
-            f"The file has no {missing}; a PACS cannot file it. Have it exported again by its system."
-        )
+        raise MissingUid(f"The file has no {missing}; a PACS cannot file it. Have it exported again by its system.")
     for tag in tags:
         if len(found[tag]) > 64:
             raise InvalidUid(f"The {_NAMES[tag]} of the file is longer than 64 characters.")
