@@ -17,8 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import click
 from rich.console import Console
@@ -187,12 +185,8 @@ def run(console: Console, folder: Path, *, once: bool) -> int:
 
 def _stop_on_signals() -> None:
     """SIGTERM and a closed terminal end the run as Ctrl-C does: by leaving every block."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        signal.signal(number, signal.default_int_handler)
 
 
 @click.command(help=__doc__)
