@@ -30,6 +30,8 @@ DICOM_JSON_GZIP = {**DICOM_JSON, "Accept-Encoding": "gzip"}
 AS_STORED = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
 
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*", re.ASCII)
+#: Legal in a query as they are, and Orthanc understands them only so. DCM4CHEE makes a list of a bare comma.
+_RAW = "!$'()*;:@/?"
 _TAG = re.compile(r"[0-9A-Fa-f]{8}", re.ASCII)
 
 
@@ -70,7 +72,7 @@ class DicomWeb:
 
     def studies(self, parameters: Iterable[tuple[str, str]]) -> list[Dataset]:
         """What ``/studies`` answers to ``parameters``, each item with at least its study's UID."""
-        target = f"{self._base}/studies?{urlencode(list(parameters), quote_via=quote)}"
+        target = f"{self._base}/studies?{urlencode(list(parameters), safe=_RAW, quote_via=quote)}"
         found = self._search(target, DICOM_JSON_GZIP)
         if not all(text(ds, STUDY_INSTANCE_UID) for ds in found):
             raise self.misanswered("a study without its UID")

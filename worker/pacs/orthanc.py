@@ -6,10 +6,14 @@ Only what this product does in its own way; each habit is told in docs/pacs-oddi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from pydicom.datadict import tag_for_keyword
+
+from worker.pacs.dicomjson import values
 from worker.pacs.dicomweb import DicomWeb, check_filters
 from worker.pacs.protocol import (
     DatabaseState,
@@ -59,11 +63,15 @@ class Orthanc:
         return self._web.metadata(found)
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
+        """Values go unencoded and are compared again here ("Values of a query are not decoded")."""
         check_filters(filters)
         window = (("limit", str(min(limit, MAX_PAGE))), ("offset", str(offset)))
         description = ("includefield", "StudyDescription")
-        found = self._web.studies([*filters.items(), description, *window])
-        return StudyPage(found, next_offset=offset + len(found) if found else None)
+        filters = {keyword: _backslashed(keyword, value) for keyword, value in filters.items()}
+        unencoded = ((keyword, unencoded_value(value)) for keyword, value in filters.items())
+        found = self._web.studies([*unencoded, description, *window])
+        matching = [ds for ds in found if is_match(ds, filters)]
+        return StudyPage(matching, next_offset=offset + len(found) if found else None)
 
     def delete(self, found: Found, *, permanent: bool) -> Deletion:
         if not permanent:
@@ -116,6 +124,37 @@ class Orthanc:
         if not isinstance(found, dict):
             raise self._web.misanswered("something that is no object")
         return found
+
+
+def unencoded_value(value: str) -> str:
+    """``value`` with ``?``, any one character, for what cannot stand in a URL as it is; lists by comma."""
+    return re.sub(r"[^A-Za-z0-9._~!$'()*;:@/?,-]", "?", value.replace(",", "?").replace("\\", ","))
+
+
+def _backslashed(keyword: str, value: str) -> str:
+    """Lists by backslash, as in DICOM: in a query, UIDs may be listed by comma too."""
+    return value.replace(",", "\\") if keyword.endswith("UID") else value
+
+
+def is_match(ds: Dataset, filters: Mapping[str, str]) -> bool:
+    """Whether ``ds`` is what the filters mean, where `unencoded_value` had to ask for more."""
+    return all(
+        _matches(_first_text(ds, keyword), value)
+        for keyword, value in filters.items()
+        if unencoded_value(value) != value
+    )
+
+
+def _matches(found: str, value: str) -> bool:
+    wanted = re.escape(value).replace(r"\*", ".*").replace(r"\?", ".").replace(r"\\", "|")
+    return re.fullmatch(wanted, found, re.IGNORECASE | re.DOTALL) is not None
+
+
+def _first_text(ds: Dataset, keyword: str) -> str:
+    found = values(ds, f"{tag_for_keyword(keyword) or 0:08X}")
+    if found and isinstance(found[0], dict):
+        return str(found[0].get("Alphabetic", ""))
+    return str(found[0]) if found else ""
 
 
 def rest_root(base_path: str) -> str:
