@@ -39,16 +39,19 @@ def _latency(_context: click.Context, _parameter: click.Parameter, text: str | N
 class Sandbox:
     """The three listeners and what they share."""
 
-    def __init__(self, data: Path, usual: Mood) -> None:
+    def __init__(self, data: Path, usual: Mood, *, host: str) -> None:
         self.moods = Moods(Clock(), usual)
-        self.stores = {"msdicom": msdicom.open_store(data / "msdicom"), "dcm4chee": dcm4chee.open_store(data / "dcm4chee")}
+        self.stores = {
+            "msdicom": msdicom.open_store(data / "msdicom"),
+            "dcm4chee": dcm4chee.open_store(data / "dcm4chee"),
+        }
         applications = {
             name: module.application(self._site(name))
             for name, module in (("msdicom", msdicom), ("dcm4chee", dcm4chee))
         }
         self.control = Control(self.stores, self.moods)
-        self.listeners = {name: Listener(application) for name, application in applications.items()}
-        self.listeners["control"] = Listener(self._control_application())
+        self.listeners = {name: Listener(application, host=host) for name, application in applications.items()}
+        self.listeners["control"] = Listener(self._control_application(), host=host)
 
     def _site(self, dialect: str) -> Site:
         return Site(dialect=dialect, store=self.stores[dialect], moods=self.moods)
@@ -80,13 +83,13 @@ class Sandbox:
             store.close()
 
 
-async def serve(data: Path, ports: dict[str, int], usual: Mood) -> None:
+async def serve(data: Path, ports: dict[str, int], usual: Mood, *, host: str) -> None:
     """Serve until SIGTERM or SIGINT; the one line on standard output says that it is ready."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    sandbox = Sandbox(data, usual)
+    sandbox = Sandbox(data, usual, host=host)
     try:
         addresses = await sandbox.start(ports)
         click.echo(json.dumps(addresses))
@@ -99,17 +102,18 @@ async def serve(data: Path, ports: dict[str, int], usual: Mood) -> None:
 
 @click.command(help="A laptop-sized MSDICOM and DCM4CHEE with faults on demand. A tool for development, not a PACS.")
 @click.option("--data", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where both stores live.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; it has no password.")
 @click.option("--msdicom-port", default=0, show_default="a free one")
 @click.option("--dcm4chee-port", default=0, show_default="a free one")
 @click.option("--control-port", default=0, show_default="a free one")
 @click.option("--latency-ms", "usual", callback=_latency, help="Delay of every answer, as 100 or 50-300.")
-def main(data: Path, msdicom_port: int, dcm4chee_port: int, control_port: int, usual: Mood) -> None:
+def main(data: Path, host: str, msdicom_port: int, dcm4chee_port: int, control_port: int, usual: Mood) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # Files with wrong values are the sandbox's daily bread, not worth a line each.
     logging.getLogger("pydicom").setLevel(logging.ERROR)
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     ports = {"msdicom": msdicom_port, "dcm4chee": dcm4chee_port, "control": control_port}
-    asyncio.run(serve(data, ports, usual))
+    asyncio.run(serve(data, ports, usual, host=host))
 
 
 if __name__ == "__main__":

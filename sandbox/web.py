@@ -425,11 +425,10 @@ async def _drip(chunks: AsyncIterator[bytes], bytes_per_s: float) -> AsyncIterat
 
 
 class Listener:
-    """One application on one loopback port, which can be closed and opened again."""
+    """One application on one port, of loopback unless told otherwise, which can be closed and opened again."""
 
-    HOST = "127.0.0.1"
-
-    def __init__(self, application: web.Application) -> None:
+    def __init__(self, application: web.Application, *, host: str = "127.0.0.1") -> None:
+        self._host = host
         self._runner = web.AppRunner(
             application, access_log=None, keepalive_timeout=75, shutdown_timeout=1, max_line_size=16384
         )
@@ -444,12 +443,12 @@ class Listener:
 
     @property
     def origin(self) -> str:
-        return f"http://{self.HOST}:{self.port}"
+        return f"http://{self._host}:{self.port}"
 
     async def open(self) -> None:
         if self._socket_site is not None:
             return
-        self._socket_site = web.TCPSite(self._runner, self.HOST, self.port, reuse_address=True)
+        self._socket_site = web.TCPSite(self._runner, self._host, self.port, reuse_address=True)
         await self._socket_site.start()
         self.port = self._runner.addresses[0][1]
 
