@@ -133,7 +133,7 @@ class JobSettings(_Section):
     lease_s: Annotated[float, Field(gt=0)] = 30
     grace_s: Annotated[float, Field(gt=0)] = 60
     sweep_s: Annotated[float, Field(gt=0)] = 1
-    max_attempts: Annotated[int, Field(ge=1)] = 8
+    max_attempts: Annotated[int, Field(ge=1)] = 12
     max_deaths: Annotated[int, Field(ge=1)] = 3
     backoff_base_s: Annotated[float, Field(gt=0)] = 1
     backoff_cap_s: Annotated[float, Field(gt=0)] = 60
