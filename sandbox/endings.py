@@ -74,13 +74,13 @@ def viewer_links(uploads: Sequence[Upload]) -> dict[str, int]:
 def as_table(uploads: Sequence[Upload]) -> Table:
     """The table as it stands now; fits into 100 columns."""
     links = viewer_links(uploads)
-    table = Table(box=None, padding=(0, 1), header_style="dim", show_edge=False)
-    for heading in ("file", "shows", "study", "server", "route", "viewer"):
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", show_edge=False)
+    for heading in ("file", "study", "server", "route", "viewer"):
         table.add_column(heading, no_wrap=True)
     table.add_column("ms", justify="right", no_wrap=True)
     table.add_column("ending", overflow="fold")
     for upload in uploads:
-        table.add_row(upload.sample.file, Text(upload.sample.shows, "dim"), *_cells(upload, links))
+        table.add_row(upload.sample.file, *_cells(upload, links))
     return table
 
 
@@ -102,7 +102,7 @@ def _ending(upload: Upload) -> Text:
         said = f"{upload.ending}: {upload.message}" if upload.message else upload.ending
         return Text(f"✗ {said} ({upload.surprise})", "bold red")
     if upload.ending != STORED:
-        return Text(f"✓ refused: {upload.ending}", "yellow")
+        return Text(f"✓ {upload.ending}", "yellow")
     warnings = len(upload.payload["warnings"]) if upload.payload else 0
     noted = f", {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
     return Text(f"✓ stored{noted}", "green")

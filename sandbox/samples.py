@@ -27,7 +27,6 @@ class Sample:
     """
 
     file: str
-    shows: str
     content: bytes | None
     ending: str = STORED
     server: str | None = "msdicom"
@@ -46,32 +45,29 @@ def sample_bytes(name: str) -> bytes:
 def samples() -> list[Sample]:
     """Everything `make run` uploads, in order."""
     ct = sample_bytes("CT_small.dcm")
-    seeded = sample_bytes(ALREADY_ON_DCM4CHEE)
     racing = ("new_study", "claimed", "study_exists")  # two images of one new study, whoever comes first
     return [
-        Sample("CT_small.dcm", "CT", ct),
-        Sample("MR_small_RLE.dcm", "MR, run-length coded", sample_bytes("MR_small_RLE.dcm")),
-        Sample("693_J2KI.dcm", "CT, JPEG 2000", sample_bytes("693_J2KI.dcm")),
-        Sample("examples_ybr_color.dcm", "ultrasound, 30 frames", sample_bytes("examples_ybr_color.dcm")),
-        Sample("SC_rgb_rle.dcm", "one of two racing images", sample_bytes("SC_rgb_rle.dcm"), reasons=racing),
-        Sample("SC_rgb_gdcm_KY.dcm", "the other one", sample_bytes("SC_rgb_gdcm_KY.dcm"), reasons=racing),
-        Sample("waveform_ecg.dcm", "ECG, no pixels", sample_bytes("waveform_ecg.dcm")),
-        Sample("test-SR.dcm", "report, no patient ID", sample_bytes("test-SR.dcm")),
+        Sample("ct.dcm", ct),
+        Sample("mr-run-length.dcm", sample_bytes("MR_small_RLE.dcm")),
+        Sample("ct-jpeg2000.dcm", sample_bytes("693_J2KI.dcm")),
+        Sample("us-30-frames.dcm", sample_bytes("examples_ybr_color.dcm")),
+        Sample("photo-racing-1.dcm", sample_bytes("SC_rgb_rle.dcm"), reasons=racing),
+        Sample("photo-racing-2.dcm", sample_bytes("SC_rgb_gdcm_KY.dcm"), reasons=racing),
+        Sample("ecg.dcm", sample_bytes("waveform_ecg.dcm")),
+        Sample("report-no-patient-id.dcm", sample_bytes("test-SR.dcm")),
         Sample(
-            "examples_jpeg2k.dcm",
-            "its study is on dcm4chee",
+            "us-study-on-dcm4chee.dcm",
             sample_bytes("examples_jpeg2k.dcm"),
             server="dcm4chee",
             reasons=("study_exists",),
         ),
-        Sample("CT_small-again.dcm", "a duplicate", ct, ending="image_already_exists", after="CT_small.dcm"),
+        Sample("ct-again.dcm", ct, ending="image_already_exists", after="ct.dcm"),
         Sample(
-            ALREADY_ON_DCM4CHEE,
-            "a duplicate on dcm4chee",
-            seeded,
+            "us-already-stored.dcm",
+            sample_bytes(ALREADY_ON_DCM4CHEE),
             ending="image_already_exists",
             server="dcm4chee",
         ),
-        Sample("sign-in.html", "a web page", _PAGE, ending="not_dicom", server=None),
-        Sample("no-such-file.dcm", "a dead link", None, ending="source_not_found", server=None),
+        Sample("sign-in-page.html", _PAGE, ending="not_dicom", server=None),
+        Sample("no-such-file.dcm", None, ending="source_not_found", server=None),
     ]

@@ -1,0 +1,84 @@
+"""The lay-out holds: rooms have cards and nouns, Celery stays at its doors, packaging names every package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from worker.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("producer", "worker", "sandbox")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+CELERY_LIVES_IN = ("worker/app.py", "worker/tasks/", "producer/")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_begins_with_its_room_card(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert path.name == "__init__.py" or ast.get_docstring(ast.parse(source)), "what lives here, what must not?"
+
+
+def test_rooms_are_named_by_their_noun() -> None:
+    vague = {"utils", "util", "helpers", "helper", "common", "core", "misc"}
+    assert [name_of(path) for path in MODULES if vague & {path.stem, *path.relative_to(ROOT).parts}] == []
+
+
+def imported_by(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_celery_is_named_only_at_the_doors() -> None:
+    inside = [
+        name_of(path)
+        for path in MODULES
+        if {"celery", "kombu", "billiard"} & imported_by(path) and not name_of(path).startswith(CELERY_LIVES_IN)
+    ]
+    assert inside == []
+
+
+def test_a_program_that_enqueues_loads_no_dicom_and_no_http_client() -> None:
+    show = (
+        "import sys, producer; print(*sorted({'pydicom', 'requests', 'boto3', 'numpy', 'sandbox'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True).stdout
+    assert loaded.strip() == ""
+
+
+def test_packaging_names_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    present = {name_of(path.parent).replace("/", ".") for path in MODULES if path.name == "__init__.py"}
+    assert set(listed) == present
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    }
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(wish for extra in extras for wish in extra)]
+    names = {wish.split(">=")[0].split("[")[0].lower().replace("_", "-") for wish in wanted}
+    assert names - pinned == set()
+
+
+def test_the_settings_of_docker_compose_are_valid() -> None:
+    settings = Settings.load({"PACS_CONFIG": str(ROOT / "docker" / "pacs.toml")})
+    assert [server.name for server in settings.servers] == ["msdicom", "dcm4chee"]
