@@ -1,0 +1,92 @@
+"""Settings: read once, overridable, and wrong ones stop the start with one sentence that names the key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from worker.settings import AuthSettings, ServerSettings, Settings, SettingsError
+
+SERVER = '[[servers]]\nname = "msdicom"\ntype = "msdicom"\nurl = "http://localhost:8080/v2/"\n'
+DOCS = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+
+
+def load(tmp_path: Path, text: str, **environ: str) -> Settings:
+    file = tmp_path / "pacs.toml"
+    file.write_text(text, encoding="utf-8")
+    return Settings.load({"PACS_CONFIG": str(file), **environ})
+
+
+def test_nothing_set_gives_the_defaults() -> None:
+    assert Settings.load({}) == Settings()
+
+
+def test_the_file_is_read_and_the_environment_lies_over_it(tmp_path: Path) -> None:
+    settings = load(
+        tmp_path,
+        SERVER + '[routing]\npolicy = "weighted"\n',
+        PACS__ROUTING__POLICY="balanced",
+        PACS__SERVERS__0__WEIGHT="3",
+        PACS__SOURCES__ALLOW_HOSTS='["a.example", "*.b.example"]',
+        BROKER_URL="amqp://rabbit",
+    )
+    assert settings.routing.policy == "balanced"
+    assert settings.servers[0].weight == 3
+    assert settings.servers[0].url == "http://localhost:8080/v2"
+    assert settings.sources.allow_hosts == ("a.example", "*.b.example")
+    assert settings.queue.broker_url == "amqp://rabbit"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[routing]\npolicy = 'random'", r"setting routing\.policy: .*'preferred'"),
+        ("[jobs]\nlease_s = 'soon'", r"setting jobs\.lease_s: "),
+        ("[jobs]\nlease_s = 0", r"setting jobs\.lease_s: .*greater than 0"),
+        ("[rooting]\npolicy = 'preferred'", r"setting rooting: "),
+        (SERVER + SERVER, r"setting servers: two servers are called msdicom"),
+        (SERVER.replace("msdicom", "both", 1), r"setting servers\.0\.name: 'both' is the name of a mode"),
+        (SERVER.replace("http://localhost", "http://me:secret@localhost"), r"setting servers\.0\.url"),
+        (SERVER + 'auth = { type = "oauth2" }', r"servers\.0\.auth: auth type 'oauth2' needs token_url"),
+        ("[routing\n", r"is not valid TOML"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_that_names_the_key(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence) as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.toml"):
+        Settings.load({"PACS_CONFIG": "nowhere.toml"})
+
+
+def test_a_secret_is_read_where_the_settings_point(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("from the file\n", encoding="utf-8")
+    by_file = AuthSettings(type="bearer", token_file=file)
+    by_name = AuthSettings(type="bearer", token_env="TOKEN")
+    assert by_file.secret("token", {}) == "from the file"
+    assert by_name.secret("token", {"TOKEN": "from the environment"}) == "from the environment"
+    with pytest.raises(SettingsError, match="TOKEN"):
+        by_name.secret("token", {})
+
+
+def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from sections(inner, f"{path}{name}.")
+        elif name != "servers":
+            yield path, name
+
+
+def test_every_setting_stands_in_the_documentation() -> None:
+    keys = [name for _, name in [*sections(Settings), *sections(ServerSettings)]]
+    assert [name for name in keys if not re.search(rf"`{name}`", DOCS)] == []
