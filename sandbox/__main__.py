@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import click
@@ -19,11 +20,13 @@ from aiohttp import web
 from sandbox import dcm4chee, msdicom
 from sandbox.control import Control
 from sandbox.moods import Clock, Mood, MoodError, Moods, parse
-from sandbox.store import Store
-from sandbox.web import Listener, Site
+from sandbox.tokens import LIFETIME_S, Tokens, entra, keycloak, refusal
+from sandbox.web import MOOD, Listener, Site, door, operation
 
 #: How often deleted files whose time has come are removed.
 PURGE_EVERY_S = 5.0
+
+Endpoint = Callable[[web.Request, Tokens, float], Awaitable[web.Response]]
 
 
 def _latency(_context: click.Context, _parameter: click.Parameter, text: str | None) -> Mood:
@@ -41,6 +44,7 @@ class Sandbox:
 
     def __init__(self, data: Path, usual: Mood, *, host: str) -> None:
         self.moods = Moods(Clock(), usual)
+        self.tokens = Tokens(self.moods.clock)
         self.stores = {
             "msdicom": msdicom.open_store(data / "msdicom"),
             "dcm4chee": dcm4chee.open_store(data / "dcm4chee"),
@@ -54,10 +58,32 @@ class Sandbox:
         self.listeners["control"] = Listener(self._control_application(), host=host)
 
     def _site(self, dialect: str) -> Site:
-        return Site(dialect=dialect, store=self.stores[dialect], moods=self.moods)
+        def authorize(request: web.Request, operation: str, mood: Mood) -> web.Response | None:
+            if not mood.bearer or operation in ("health", "token"):
+                return None
+            return refusal(dialect, self.tokens.standing(request.headers.get("Authorization")))
+
+        return Site(dialect, self.stores[dialect], self.moods, authorize, self.tokens.issued_at_s)
 
     def _control_application(self) -> web.Application:
-        return self.control.application()
+        """The control server, with the token endpoints of both providers, each under the moods of its dialect."""
+        app = self.control.application()
+        for dialect, prefix, path, endpoint in (
+            ("msdicom", "/entra", "/{tenant}/oauth2/v2.0/token", entra),
+            ("dcm4chee", "/keycloak", "/realms/{realm}/protocol/openid-connect/token", keycloak),
+        ):
+            provider = web.Application(middlewares=[door(self._site(dialect))])
+            provider.add_routes([web.post(path, self._issuing(endpoint))])
+            app.add_subapp(prefix, provider)
+        return app
+
+    def _issuing(self, endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
+        @operation("token")
+        async def issue(request: web.Request) -> web.Response:
+            lifetime_s = request[MOOD].token_lifetime_s
+            return await endpoint(request, self.tokens, LIFETIME_S if lifetime_s is None else lifetime_s)
+
+        return issue
 
     async def start(self, ports: dict[str, int]) -> dict[str, str]:
         """Listen; the three addresses."""

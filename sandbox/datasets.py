@@ -16,12 +16,14 @@ from typing import Any
 
 import pydicom
 from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.datadict import dictionary_VR
 from pydicom.tag import BaseTag
 
-TEXT_VRS = frozenset(("AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"))
+TEXT_VRS = frozenset(
+    ("AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT")
+)
 BULK_VRS = frozenset(("OB", "OD", "OF", "OL", "OV", "OW", "UN"))
 _CHARSET_VRS = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
 _SINGLE_VRS = frozenset(("LT", "ST", "UR", "UT"))
@@ -91,11 +93,10 @@ def _pixels(path: Path, position: int, dataset: FileDataset) -> int | None:
         file.seek(position)
         head = file.read(12)
     order = "<" if dataset.original_encoding[1] else ">"
-    if len(head) < 8:
-        return _last_is_whole(dataset, position, size_bytes)
-    group, element = struct.unpack(f"{order}HH", head[:4])
+    group, element = struct.unpack(f"{order}HH", head[:4]) if len(head) >= 8 else (0, 0)
     if group << 16 | element not in _PIXELS:
-        return _last_is_whole(dataset, position, size_bytes)
+        _check_last(dataset, position, size_bytes)
+        return None
     if dataset.original_encoding[0]:
         length, start = struct.unpack(f"{order}L", head[4:8])[0], position + 8
     elif len(head) == 12:
@@ -107,7 +108,7 @@ def _pixels(path: Path, position: int, dataset: FileDataset) -> int | None:
     return position
 
 
-def _last_is_whole(dataset: FileDataset, position: int, size_bytes: int) -> None:
+def _check_last(dataset: FileDataset, position: int, size_bytes: int) -> None:
     """Without pixels the file has to end where its last element does."""
     if position > size_bytes:
         raise NotDicom("the file ends within an element")
@@ -138,7 +139,7 @@ def _dictionary_vr(tag: BaseTag) -> str:
 
 
 def _decoded(value: bytes, vr: str, encodings: list[str]) -> str:
-    if vr not in _CHARSET_VRS or value.isascii() and 0x1B not in value:
+    if vr not in _CHARSET_VRS or (value.isascii() and 0x1B not in value):
         return value.decode("latin-1")
     try:
         return decode_bytes(value, encodings, {"\\", "^", "="})
@@ -148,7 +149,8 @@ def _decoded(value: bytes, vr: str, encodings: list[str]) -> str:
 
 # -- DICOM JSON -----------------------------------------------------------------------------------------------------
 
-Keep = Callable[[int, str, int], bool]
+#: Where an element stands: its tag, or tag, item number, tag ... down to the last one.
+AttributePath = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class JsonStyle:
     """
 
     numbers: bool = True
-    bulk: Callable[[tuple[int, ...]], str | None] | None = None
+    bulk: Callable[[AttributePath], str | None] | None = None
     bulk_above_bytes: int | None = None
     bulk_vrs: frozenset[str] = BULK_VRS
 
@@ -177,33 +179,44 @@ def elements(header: Header, tags: Collection[int], style: JsonStyle) -> dict[st
     return found
 
 
-def whole(header: Header, style: JsonStyle, leave_out: Collection[int] = ()) -> dict[str, Any]:
+def whole(header: Header, style: JsonStyle, leave_out: Collection[AttributePath] = ()) -> dict[str, Any]:
     """DICOM JSON of everything but group 2 and ``leave_out``; pixels are not in a `Header`."""
     return _json(header.dataset, header.encodings, style, (), leave_out)
 
 
 def _json(
-    dataset: Dataset, encodings: list[str], style: JsonStyle, path: tuple[int, ...], leave_out: Collection[int] = ()
+    dataset: Dataset,
+    encodings: list[str],
+    style: JsonStyle,
+    path: AttributePath,
+    leave_out: Collection[AttributePath] = (),
 ) -> dict[str, Any]:
     own = _encodings(dataset) if 0x00080005 in dataset else encodings
     found: dict[str, Any] = {}
     for tag in sorted(dataset.keys()):
-        if tag in leave_out or tag.element == 0 or tag.group == 2:
+        here = (*path, int(tag))
+        if here in leave_out or tag.element == 0 or tag.group == 2:
             continue
-        made = _element(dataset, tag, own, style, (*path, int(tag)))
+        made = _element(dataset, tag, own, style, here, leave_out)
         if made is not None:
             found[f"{int(tag):08X}"] = made
     return found
 
 
 def _element(
-    dataset: Dataset, tag: int, encodings: list[str], style: JsonStyle, path: tuple[int, ...]
+    dataset: Dataset,
+    tag: int,
+    encodings: list[str],
+    style: JsonStyle,
+    path: AttributePath,
+    leave_out: Collection[AttributePath] = (),
 ) -> dict[str, Any] | None:
     element = dataset.get_item(tag)
     vr = (element.VR or _dictionary_vr(element.tag)) if element is not None else "UN"
     if vr == "SQ":
         items = [
-            _json(item, encodings, style, (*path, number)) for number, item in enumerate(dataset[tag].value or ())
+            _json(item, encodings, style, (*path, number), leave_out)
+            for number, item in enumerate(dataset[tag].value or ())
         ]
         return {"vr": "SQ", "Value": items} if items else {"vr": "SQ"}
     if not isinstance(element, RawDataElement):
@@ -277,17 +290,28 @@ def _number(value: float) -> Any:
     return value
 
 
-def walk(header: Header) -> Iterator[tuple[int, RawDataElement, list[str]]]:
-    """Every element of the header that still is as it stands in the file, those in sequences included."""
-    yield from _walk(header.dataset, header.encodings)
+def walk(header: Header) -> Iterator[tuple[AttributePath, str, bytes, str]]:
+    """(path, VR, raw value, text) of every element but bulk and group 2, those in sequences included.
+
+    Elements of which pydicom keeps no raw bytes (deferred, because they are long) are passed over; text is empty for
+    elements that are not text.
+    """
+    yield from _walk(header.dataset, header.encodings, ())
 
 
-def _walk(dataset: Dataset, encodings: list[str]) -> Iterator[tuple[int, RawDataElement, list[str]]]:
-    own = _encodings(dataset) if 0x00080005 in dataset else encodings
+def _walk(
+    dataset: Dataset, encodings: list[str], above: AttributePath
+) -> Iterator[tuple[AttributePath, str, bytes, str]]:
+    own = _encodings(dataset) if above and 0x00080005 in dataset else encodings
     for tag in list(dataset.keys()):
         element = dataset.get_item(tag)
-        if element is not None and element.VR == "SQ":
-            for item in dataset[tag].value or ():
-                yield from _walk(item, own)
-        elif isinstance(element, RawDataElement):
-            yield int(tag), element, own
+        if element is None or tag.element == 0:
+            continue
+        vr = element.VR or _dictionary_vr(element.tag)
+        path = (*above, int(tag))
+        if vr == "SQ":
+            for number, item in enumerate(dataset[tag].value or ()):
+                yield from _walk(item, own, (*path, number))
+        elif isinstance(element, RawDataElement) and element.value is not None and vr not in BULK_VRS:
+            value = element.value
+            yield path, vr, value, _decoded(value, vr, own) if vr in TEXT_VRS else ""

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-Operation = Literal[
-    "store", "query", "metadata", "retrieve", "delete", "reject", "health", "storage", "token", "*"
-]
+Operation = Literal["store", "query", "metadata", "retrieve", "delete", "reject", "health", "storage", "token", "*"]
 OPERATIONS: tuple[str, ...] = get_args(Operation)
 DIALECTS = ("msdicom", "dcm4chee")
 

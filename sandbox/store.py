@@ -94,7 +94,8 @@ CREATE TABLE IF NOT EXISTS instances (
 CREATE INDEX IF NOT EXISTS instances_by_sop ON instances (sop_instance_uid);
 CREATE TABLE IF NOT EXISTS garbage (path TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, free_at_s REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS garbage_by_time ON garbage (free_at_s);
-CREATE TABLE IF NOT EXISTS journal (sequence INTEGER PRIMARY KEY AUTOINCREMENT, at_s REAL NOT NULL, entry TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS journal (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, at_s REAL NOT NULL, entry TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS journal_by_time ON journal (at_s);
 """ + "".join(
     f"CREATE INDEX IF NOT EXISTS {table}_by_{column} ON {table} ({column});\n"
@@ -148,11 +149,13 @@ class Row:
 class Condition:
     """One filter of a search: ``column`` is a name of `COLUMNS` (of the level searched or one above).
 
-    ``operator``: ``=``, ``<=``, ``>=``, ``GLOB`` (SQLite's ``*`` and ``?``) or ``IN`` (then ``value`` is a tuple).
+    ``operator``: ``=``, ``<=``, ``>=``, ``GLOB`` (SQLite's ``*`` and ``?``), ``IN`` (then ``value`` is a tuple), or
+    ``WORDS`` (the words of ``value`` follow each other in the column; the last may be the start of a longer one).
+    The column ``modalities_in_study`` compares with the Modality of each of the study's series.
     """
 
     column: str
-    operator: Literal["=", "<=", ">=", "GLOB", "IN"]
+    operator: Literal["=", "<=", ">=", "GLOB", "IN", "WORDS"]
     value: str | tuple[str, ...]
 
 
@@ -262,6 +265,7 @@ class Store:
         self.database.execute("PRAGMA journal_mode = WAL")
         self.database.execute("PRAGMA synchronous = NORMAL")
         self.database.execute("PRAGMA cache_size = -16000")
+        self.database.create_function("words", 1, _words, deterministic=True)
         self.database.executescript(_SCHEMA)
 
     def close(self) -> None:
@@ -290,9 +294,7 @@ class Store:
         spool.path.rename(self._files / path)
         with self.transaction():
             self._upsert("study", (new.study_instance_uid,), new.study, new.received_at_s)
-            self._upsert(
-                "series", (new.study_instance_uid, new.series_instance_uid), new.series, new.received_at_s
-            )
+            self._upsert("series", (new.study_instance_uid, new.series_instance_uid), new.series, new.received_at_s)
             key = self._insert_instance(new, spool, path)
         return Row(
             key=key,
@@ -347,9 +349,7 @@ class Store:
             self.database.execute(_insert(table, values), values)
         else:
             assignments = ", ".join(f"{name} = :{name}" for name in values)
-            self.database.execute(
-                f"UPDATE {table} SET {assignments} WHERE key = :key", {**values, "key": old["key"]}
-            )
+            self.database.execute(f"UPDATE {table} SET {assignments} WHERE key = :key", {**values, "key": old["key"]})
 
     def _folded(self, tag: str, attributes: Attributes) -> str | None:
         text = first_value(attributes.get(tag))
@@ -443,7 +443,8 @@ class Store:
         named = {name: uid for name, uid in named.items() if uid is not None}
         where = " AND ".join([f"({view})", *(f"{name} = :{name}" for name in named)])
         row = self.database.execute(
-            "SELECT count(DISTINCT study_instance_uid), count(DISTINCT study_instance_uid || '/' || series_instance_uid), "
+            "SELECT count(DISTINCT study_instance_uid), "
+            "count(DISTINCT study_instance_uid || '/' || series_instance_uid), "
             f"count(*), coalesce(sum(size_bytes), 0) FROM instances WHERE {where}",
             named,
         ).fetchone()
@@ -463,9 +464,7 @@ class Store:
     def reject(self, keys: Sequence[int], code: str | None) -> None:
         """Mark instances as rejected with ``code`` (as the dialect writes it); None takes it back."""
         with self.transaction():
-            self.database.executemany(
-                "UPDATE instances SET rejection = ? WHERE key = ?", [(code, key) for key in keys]
-            )
+            self.database.executemany("UPDATE instances SET rejection = ? WHERE key = ?", [(code, key) for key in keys])
 
     def complete(self, keys: Sequence[int]) -> None:
         """End the pending state of instances."""
@@ -497,9 +496,7 @@ class Store:
             f"AND NOT EXISTS ({below} AND i.series_instance_uid = ?2)",
             (study, series),
         )
-        self.database.execute(
-            f"DELETE FROM studies WHERE study_instance_uid = ?1 AND NOT EXISTS ({below})", (study,)
-        )
+        self.database.execute(f"DELETE FROM studies WHERE study_instance_uid = ?1 AND NOT EXISTS ({below})", (study,))
 
     def purge(self, now_s: float) -> int:
         """Remove the files whose time has come; the bytes that were freed."""
@@ -522,7 +519,7 @@ class Store:
         for path in paths:
             (self._files / path).unlink(missing_ok=True)
 
-    # -- the journal: one line per thing that happened, for a dialect that publishes them -------------------------------
+    # -- the journal: one line per thing that happened, for a dialect that publishes them -----
 
     def note(self, entry: Mapping[str, Any], *, at_s: float) -> int:
         """Append to the journal; its sequence number."""
@@ -531,6 +528,11 @@ class Store:
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
+
+    def last_note(self) -> tuple[int, float, dict[str, Any]] | None:
+        """The newest entry of the journal."""
+        row = self.database.execute("SELECT * FROM journal ORDER BY sequence DESC LIMIT 1").fetchone()
+        return None if row is None else (row["sequence"], row["at_s"], json.loads(row["entry"]))
 
     def journal(self) -> Iterator[tuple[int, float, dict[str, Any]]]:
         """(sequence, time, entry), oldest first."""
@@ -590,15 +592,28 @@ def _clauses(conditions: Sequence[Condition]) -> tuple[list[str], list[Any]]:
     clauses: list[str] = []
     parameters: list[Any] = []
     for condition in conditions:
-        letter = _OWNER[condition.column]
-        if condition.operator == "IN":
-            values = list(condition.value)
-            clauses.append(f"{letter}.{condition.column} IN ({', '.join('?' * len(values))})")
-            parameters += values
+        if condition.column == "modalities_in_study":
+            clause, values = _comparison("m.modality", condition)
+            same = "m.study_instance_uid = s.study_instance_uid"
+            clause = f"EXISTS (SELECT 1 FROM series m WHERE {same} AND {clause})"
         else:
-            clauses.append(f"{letter}.{condition.column} {condition.operator} ?")
-            parameters.append(condition.value)
+            clause, values = _comparison(f"{_OWNER[condition.column]}.{condition.column}", condition)
+        clauses.append(clause)
+        parameters += values
     return clauses, parameters
+
+
+def _comparison(column: str, condition: Condition) -> tuple[str, list[Any]]:
+    if condition.operator == "IN":
+        return f"{column} IN ({', '.join('?' * len(condition.value))})", list(condition.value)
+    if condition.operator == "WORDS":
+        return f"instr(words({column}), ?) > 0", [_words(str(condition.value)).rstrip(" ")]
+    return f"{column} {condition.operator} ?", [condition.value]
+
+
+def _words(text: str | None) -> str:
+    """A person's name as words, each with a blank before it."""
+    return "".join(f" {word}" for word in (text or "").replace("^", " ").replace("=", " ").split())
 
 
 def _seen(level: Level, view: str) -> str:

@@ -2,8 +2,8 @@
 
 No dialect's rules here: which status, which header and which part is acceptable is decided by ``msdicom.py`` and
 ``dcm4chee.py``. A handler is an aiohttp handler marked with `operation`; it returns an ordinary `aiohttp.web.Response`
-or, for a long body, a `Streamed`. The `door` in front of all handlers applies the mood of (dialect, operation) and leaves it
-in ``request[MOOD]`` for the parts of it that are the dialect's business.
+or, for a long body, a `Streamed`. The `door` in front of all handlers applies the mood of (dialect, operation) and leaves
+it in ``request[MOOD]`` for the parts of it that are the dialect's business.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
@@ -33,11 +34,11 @@ DICOM_JSON = "application/dicom+json"
 MOOD: web.RequestKey[Mood] = web.RequestKey("mood", Mood)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Authorize = Callable[[web.Request, Mood], web.Response | None]
+Authorize = Callable[[web.Request, str, Mood], web.Response | None]
 H = TypeVar("H", bound=Callable[..., Any])
 
 
-def _anyone(_request: web.Request, _mood: Mood) -> web.Response | None:
+def _anyone(_request: web.Request, _operation: str, _mood: Mood) -> web.Response | None:
     return None
 
 
@@ -45,15 +46,15 @@ def _anyone(_request: web.Request, _mood: Mood) -> web.Response | None:
 class Site:
     """What a dialect's application is built from.
 
-    ``authorize`` returns the 401 or 403 that a request deserves, or None (the token endpoint's module provides it);
-    ``token_issued_at_s`` tells when a bearer token of the built-in endpoint was issued, None for a foreign one.
+    ``authorize`` returns the 401 or 403 that a request for an operation deserves, or None; ``token_issued_at_s`` tells
+    when the token in an Authorization header was issued by the built-in endpoint, None for a foreign one.
     """
 
     dialect: str
     store: Store
     moods: Moods
     authorize: Authorize = _anyone
-    token_issued_at_s: Callable[[str], float | None] = field(default=lambda _token: None)
+    token_issued_at_s: Callable[[str | None], float | None] = field(default=lambda _header: None)
 
     @property
     def clock(self) -> Clock:
@@ -286,7 +287,7 @@ class _Splitter:
 # -- the door -------------------------------------------------------------------------------------------------------
 
 
-def door(site: Site) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def door(site: Site) -> Middleware:
     """The middleware that stands in front of a dialect's handlers and lets its moods out on them."""
 
     @web.middleware
@@ -327,13 +328,12 @@ async def _before(site: Site, request: web.Request, name: str, mood: Mood) -> we
         return web.Response(status=mood.status, headers=headers)
     if mood.unauthorized and _bears_old_token(site, request, name):
         return web.Response(status=401, headers={"WWW-Authenticate": 'Bearer error="invalid_token"'})
-    return site.authorize(request, mood)
+    return site.authorize(request, name, mood)
 
 
 def _bears_old_token(site: Site, request: web.Request, name: str) -> bool:
     authorization = request.headers.get("Authorization")
-    issued_at_s = site.token_issued_at_s(authorization.removeprefix("Bearer ")) if authorization else None
-    return site.moods.is_old_token(site.dialect, name, authorization, issued_at_s)
+    return site.moods.is_old_token(site.dialect, name, authorization, site.token_issued_at_s(authorization))
 
 
 async def _hang(request: web.Request) -> web.StreamResponse:

@@ -1,0 +1,144 @@
+"""Pixels of a stored file: its frames, other transfer syntaxes, pictures. All decoding is done by libraries.
+
+Everything that decodes may take long and is meant for a thread; faults of a file or codec are raised as ValueError.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from PIL import Image
+from pydicom.encaps import get_frame
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless
+
+from sandbox.datasets import Header
+from sandbox.web import file_chunks, once
+
+EXPLICIT_LE = "1.2.840.10008.1.2.1"
+JPEG_2000 = "1.2.840.10008.1.2.4.90"
+#: What MSDICOM decodes; anything else is only given as stored.
+TRANSCODABLE = frozenset(
+    "1.2.840.10008.1.2" + tail for tail in ("", ".1", ".2", ".4.50", ".4.57", ".4.70", ".4.90", ".4.91", ".5")
+)
+
+
+class NoPixels(Exception):
+    """The instance has no pixel data."""
+
+
+class NoSuchFrame(Exception):
+    """It has fewer frames than that."""
+
+
+def frame_count(header: Header) -> int:
+    """NumberOfFrames, or 1. Raises `NoPixels`."""
+    if header.pixels_at is None:
+        raise NoPixels
+    text = (header.text(0x00280008) or "").strip(" \0")
+    return int(text) if text.isdigit() and int(text) > 0 else 1
+
+
+def frame_chunks(path: Path, header: Header, number: int) -> AsyncIterator[bytes]:
+    """The bytes of frame ``number`` (from 1) as they are stored. Raises `NoPixels` and `NoSuchFrame` at once."""
+    place = _native_place(header, number)
+    return file_chunks(path, *place) if place else once(_encapsulated_frame(path, header, number))
+
+
+def frame_bytes(path: Path, header: Header, number: int) -> bytes:
+    """The same in one piece."""
+    place = _native_place(header, number)
+    if place is None:
+        return _encapsulated_frame(path, header, number)
+    with path.open("rb") as file:
+        file.seek(place[0])
+        return file.read(place[1] - place[0])
+
+
+def _native_place(header: Header, number: int) -> tuple[int, int] | None:
+    """Where in the file an uncompressed frame lies; None for a compressed one."""
+    if number > frame_count(header):
+        raise NoSuchFrame
+    if UID(header.transfer_syntax_uid).is_encapsulated:
+        return None
+    size_bytes = _native_frame_bytes(header)
+    return _values_at(header) + (number - 1) * size_bytes, _values_at(header) + number * size_bytes
+
+
+def _values_at(header: Header) -> int:
+    assert header.pixels_at is not None
+    return header.pixels_at + (8 if header.implicit_vr else 12)
+
+
+def _encapsulated_frame(path: Path, header: Header, number: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(_values_at(header))
+        return get_frame(file, number - 1, number_of_frames=frame_count(header))
+
+
+def _native_frame_bytes(header: Header) -> int:
+    def number(tag: int) -> int:
+        element = header.raw(tag)
+        return int.from_bytes((element.value if element else None) or b"\1", "big" if header.big_endian else "little")
+
+    samples = number(0x00280002) if header.raw(0x00280002) else 1
+    bits = number(0x00280010) * number(0x00280011) * samples * number(0x00280100)
+    return bits * 2 // 24 if (header.text(0x00280004) or "").strip() == "YBR_FULL_422" else (bits + 7) // 8
+
+
+def transcode(path: Path, transfer_syntax_uid: str) -> bytes:
+    """The file in Explicit VR Little Endian or JPEG 2000 lossless."""
+    try:
+        return _transcoded(path, transfer_syntax_uid)
+    except Exception as error:  # codecs raise whatever they run into
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _transcoded(path: Path, transfer_syntax_uid: str) -> bytes:
+    dataset = pydicom.dcmread(path)
+    own = dataset.file_meta.TransferSyntaxUID
+    if own.is_encapsulated and "PixelData" in dataset:
+        dataset.decompress(generate_instance_uid=False)
+    elif not own.is_little_endian and dataset.get("BitsAllocated") == 16 and "PixelData" in dataset:
+        dataset.PixelData = np.frombuffer(dataset.PixelData, ">u2").astype("<u2").tobytes()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    if transfer_syntax_uid == JPEG_2000 and "PixelData" in dataset:
+        dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, implicit_vr=False, little_endian=True)
+    return buffer.getvalue()
+
+
+def render(path: Path, number: int, media_type: str, quality: int = 100) -> bytes:
+    """Frame ``number`` (from 1) as a JPEG or PNG, windowed as the file says."""
+    try:
+        picture = Image.fromarray(_eight_bits(path, number))
+    except Exception as error:  # codecs raise whatever they run into
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    buffer = io.BytesIO()
+    if media_type == "image/png":
+        picture.save(buffer, "PNG")
+    else:
+        picture.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _eight_bits(path: Path, number: int) -> Any:
+    dataset = pydicom.dcmread(path)
+    pixels = pixel_array(dataset, index=number - 1)
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, dataset)
+    if pixels.ndim == 2:
+        pixels = apply_voi_lut(apply_modality_lut(pixels, dataset), dataset).astype("float64")
+        low, high = float(pixels.min()), float(pixels.max())
+        pixels = (pixels - low) * (255.0 / (high - low or 1.0))
+        if dataset.PhotometricInterpretation == "MONOCHROME1":
+            pixels = 255.0 - pixels
+    elif pixels.dtype != np.uint8:
+        pixels = pixels.astype("float64") * (255.0 / (2 ** int(dataset.BitsStored) - 1))
+    return pixels.astype("uint8")
