@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -25,9 +25,6 @@ from pydicom.uid import (
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from worker.errors import InvalidUid, MissingUid, NotDicom
-
-#: What a Part-10 file starts with and some writers leave out (PS3.10 7.1).
-PREAMBLE = bytes(128) + b"DICM"
 
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -106,19 +103,6 @@ def identify(stream: BinaryIO) -> Instance:
         stream.seek(0)
 
 
-def part10(stream: BinaryIO, instance: Instance) -> BinaryIO:
-    """``stream`` from byte 0 as a complete Part-10 file, the preamble put in front where it was left out.
-
-    A view with a position of its own: closing it leaves ``stream`` open, so that a body can be built again.
-    """
-    return io.BufferedReader(_View(stream, b"" if instance.has_preamble else PREAMBLE), 262_144)
-
-
-def part10_size_bytes(size_bytes: int, instance: Instance) -> int:
-    """How long `part10` of a file of ``size_bytes`` is."""
-    return size_bytes if instance.has_preamble else size_bytes + len(PREAMBLE)
-
-
 class _CutShort(Exception):
     """The bytes end before the structure does."""
 
@@ -144,39 +128,6 @@ class _Element(NamedTuple):
 class _Coding(NamedTuple):
     little_endian: bool
     explicit: bool
-
-
-class _View(io.RawIOBase):
-    """Some bytes, then a stream: readable and seekable, and nothing is copied."""
-
-    def __init__(self, stream: BinaryIO, prefix: bytes) -> None:
-        self._stream = stream
-        self._prefix = prefix
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_CUR:
-            offset += self._position
-        elif whence == io.SEEK_END:
-            offset += len(self._prefix) + self._stream.seek(0, io.SEEK_END)
-        self._position = max(offset, 0)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        if self._position < len(self._prefix):
-            data = self._prefix[self._position : self._position + len(buffer)]
-        else:
-            self._stream.seek(self._position - len(self._prefix))
-            data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
 
 class _Bytes:
@@ -302,7 +253,7 @@ def _start_of_meta(file: _Bytes) -> int:
         raise NotDicom("The file is empty; check what the source serves.")
     head = file.read(0, min(file.size, 256))
     if head[128:132] == b"DICM":
-        return len(PREAMBLE)
+        return 132
     if head[:2] == b"\x02\x00" and head[4:6] in (b"UL", b"OB", b"UI"):
         return 0
     lowered = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()

@@ -98,12 +98,19 @@ class RoutingSettings(_Section):
 
 
 class S3Settings(_Section):
+    """``buckets`` are those that images may come from; none are without an entry, ``*`` stands for all."""
+
+    buckets: tuple[str, ...] = ()
     endpoint_url: str | None = None
     region: str | None = None
 
 
+#: A host, everything below one (``*.example.org``), an address (IPv6 in brackets) or ``*``; a port if only that one.
+HostPattern = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^\s*/:@\[\]?#]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$")]
+
+
 class SourceSettings(_Section):
-    allow_hosts: tuple[str, ...] = ()
+    allow_hosts: tuple[HostPattern, ...] = ()
     allow_private_networks: bool = False
     folders: tuple[Path, ...] = ()
     max_bytes: Annotated[int, Field(gt=0)] = 4_294_967_296
@@ -111,6 +118,7 @@ class SourceSettings(_Section):
     idle_timeout_s: Annotated[float, Field(gt=0)] = 30
     total_timeout_s: Annotated[float, Field(gt=0)] = 900
     max_redirects: Annotated[int, Field(ge=0)] = 5
+    ca_file: Path | None = None
     s3: S3Settings = S3Settings()
 
 

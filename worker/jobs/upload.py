@@ -20,7 +20,7 @@ from worker.errors import (
     StudyConflict,
     TryAgain,
 )
-from worker.instances import Instance, identify, part10
+from worker.instances import Instance, identify
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import Receipt
@@ -245,7 +245,7 @@ def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
     tools = trip.tools
     pacs = tools.fleet[memo.server]
     trip.run.intend(replace(memo, uncertain=True).as_json())
-    part = Part(memo.instance, partial(part10, fetched.stream, memo.instance), fetched.size_bytes)
+    part = Part(memo.instance, fetched.open, fetched.size_bytes)
     try:
         (outcome,) = pacs.store([part])
     except PacsUnavailable:

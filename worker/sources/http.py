@@ -1,0 +1,319 @@
+"""Images behind http and https: one GET, its redirects checked one by one, its answer judged.
+
+Which URL and which address is allowed is `policy`'s to say; the bytes are `spool`'s. Nothing is tried twice here, no
+proxy, cookie or ``.netrc`` is used, and urllib3's errors end here.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import logging
+import socket
+import ssl
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urljoin
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError, InvalidHeader, ProtocolError, ReadTimeoutError, SSLError
+from urllib3.util import Retry, Timeout
+
+from worker.errors import (
+    CourierError,
+    SourceDenied,
+    SourceNotAllowed,
+    SourceNotFound,
+    SourceTruncated,
+    SourceUnreachable,
+    TryAgain,
+)
+from worker.logs import shown_url
+from worker.settings import SourceSettings
+from worker.sources.policy import Policy, Target
+from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
+
+Resolve = Callable[[str, int], list[tuple[Any, ...]]]
+Dial = Callable[[str, int, float | None], socket.socket]
+
+_HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pacs-courier"}
+_REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_BUFFER_BYTES = 65_536
+_NO = (SourceDenied, "refused the request; correct the URL or ask for a new one")
+_LATER = (SourceUnreachable, "cannot be had at present; it is tried again")
+_MEANINGS: dict[int, tuple[type[CourierError], str]] = {
+    **dict.fromkeys((204, 205), (SourceNotFound, "has no content; check the URL")),
+    206: (SourceTruncated, "sent a part where the whole was asked for; it is fetched again"),
+    **dict.fromkeys((401, 403), (SourceDenied, "may not be read; ask for a new URL, a signature may have expired")),
+    **dict.fromkeys((404, 410), (SourceNotFound, "is not there; check the URL")),
+    **dict.fromkeys((408, 421, 423, 425, 429), _LATER),
+}
+
+# At these levels they write whole request lines, the signature of a signed URL included.
+logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
+logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
+
+#: Until when the calling thread's fetch may take; http.client offers no other way in.
+_fetch = threading.local()
+
+
+def resolve(host: str, port: int) -> list[tuple[Any, ...]]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
+class HttpSource:
+    """Fetches from every allowed host over kept connections; shared by all threads."""
+
+    def __init__(self, settings: SourceSettings, *, resolve: Resolve = resolve) -> None:
+        self._settings = settings
+        self._policy = Policy(settings)
+        self._resolve = resolve
+        self._pools = _Pools(self._dial, _tls(settings))
+
+    def fetch(self, url: str, limits: Limits) -> Fetched:
+        target = self._policy.read(url)
+        source = shown_url(url)
+        for _ in range(self._settings.max_redirects + 1):
+            response = self._get(target, limits, source)
+            try:
+                if response.status not in _REDIRECTS:
+                    return _receive(response, limits, source)
+                target = self._next_target(target, response, source)
+            finally:
+                response.close()
+        raise SourceUnreachable(f"{source} redirects more than {self._settings.max_redirects} times; correct the URL.")
+
+    def close(self) -> None:
+        self._pools.clear()
+
+    def _get(self, target: Target, limits: Limits, source: str) -> urllib3.BaseHTTPResponse:
+        """The answer's head; its body is still on the wire."""
+        limits.check_time(source)
+        _fetch.deadline_s, _fetch.idle_timeout_s = limits.deadline_s, self._settings.idle_timeout_s
+        pool = self._pools.connection_from_host(target.host, target.port, target.scheme)
+        try:
+            return pool.urlopen(
+                "GET",
+                target.request,
+                headers=_HEADERS,
+                retries=False,
+                redirect=False,
+                timeout=Timeout(connect=self._settings.connect_timeout_s, read=self._settings.idle_timeout_s),
+                preload_content=False,
+                decode_content=False,
+            )
+        except (HTTPError, OSError) as error:
+            raise _unreachable(error, limits, source) from error
+
+    def _next_target(self, target: Target, response: urllib3.BaseHTTPResponse, source: str) -> Target:
+        location = response.headers.get("Location")
+        if not location:
+            raise SourceUnreachable(f"{source} redirects to nowhere; correct the URL.")
+        try:
+            following = self._policy.read(urljoin(target.url, location))
+        except ValueError:
+            raise SourceNotAllowed(f"{source} redirects to a malformed URL; fetch from where the image is.") from None
+        except SourceNotAllowed as refusal:
+            raise SourceNotAllowed(f"{source} redirects to where no image is fetched from. {refusal.message}") from None
+        if (target.scheme, following.scheme) == ("https", "http"):
+            raise SourceNotAllowed(f"{source} redirects from https to http, where anybody can read along.")
+        return following
+
+    def _dial(self, host: str, port: int, timeout_s: float | None) -> socket.socket:
+        """Connect to the first of the host's addresses that answers, once all of them have been judged."""
+        found = self._resolve(host, port)
+        for *_, address in found:
+            self._policy.check_address(address[0], host=host)
+        failure: OSError = OSError("the name has no address")
+        for family, kind, protocol, _, address in found:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(min(timeout_s or self._settings.connect_timeout_s, max(_remaining_s(), 0.001)))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.connect(address)
+            except OSError as error:
+                sock.close()
+                failure = error
+            else:
+                return sock
+        raise failure
+
+
+def _tls(settings: SourceSettings) -> ssl.SSLContext:
+    """The system's authorities, and the operator's own where one is named."""
+    context = ssl.create_default_context()
+    if settings.ca_file is not None:
+        context.load_verify_locations(cafile=settings.ca_file)
+    return context
+
+
+def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str) -> Fetched:
+    refusal = judge_status(response.status, response.headers.get("Retry-After"), source)
+    if refusal:
+        raise refusal
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    announced_bytes = _announced_bytes(response) if encoding in ("identity", "") else None
+    limits.check_size(_announced_bytes(response) or 0, source)
+    chunks = _chunks(response, limits, source)
+    if encoding in ("gzip", "x-gzip"):
+        chunks = unzipped(chunks, source)
+    elif encoding not in ("identity", ""):
+        raise SourceNotAllowed(f"{source} is sent with a Content-Encoding that is not spoken here; serve it plain.")
+    return spool(chunks, source=source, limits=limits, announced_bytes=announced_bytes)
+
+
+def judge_status(status: int, retry_after: str | None, source: str) -> CourierError | None:
+    """What an answer's status means for the job; None where the body is the image.
+
+    Statuses that time may cure are tried again; everything else of the 400s is taken as the source's no.
+    """
+    if status in (200, 203):
+        return None
+    kind, sentence = _MEANINGS.get(status) or (_NO if 400 <= status < 500 else _LATER)
+    sentence = f"{source} {sentence} (status {status})."
+    if issubclass(kind, TryAgain):
+        return kind(sentence, retry_after_s=_retry_after_s(retry_after))
+    return kind(sentence)
+
+
+def unzipped(chunks: Iterator[bytes], source: str) -> Iterator[bytes]:
+    """The content of gzip members, never more than `CHUNK_BYTES` of it at a time, however dense they are."""
+    inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    for chunk in chunks:
+        data = chunk
+        while data:
+            if inflater.eof:
+                inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
+            try:
+                inflated = inflater.decompress(data, CHUNK_BYTES)
+            except zlib.error as error:
+                raise SourceTruncated(f"{source} says that it is gzip but is not; it is fetched again.") from error
+            yield inflated
+            data = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+    if not inflater.eof:
+        raise SourceTruncated(f"{source} ended within its gzip content; it is fetched again.")
+
+
+def _chunks(response: urllib3.BaseHTTPResponse, limits: Limits, source: str) -> Iterator[bytes]:
+    try:
+        yield from response.stream(CHUNK_BYTES, decode_content=False)
+    except (ProtocolError, SSLError) as error:
+        raise SourceTruncated(
+            f"{source} broke off before its end was there; it is fetched again from the start."
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise _unreachable(error, limits, source) from error
+
+
+def _announced_bytes(response: urllib3.BaseHTTPResponse) -> int | None:
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() and "Transfer-Encoding" not in response.headers else None
+
+
+def _retry_after_s(text: str | None) -> float | None:
+    try:
+        return Retry(0).parse_retry_after(text) if text else None
+    except (InvalidHeader, ValueError, OverflowError):
+        return None
+
+
+def _unreachable(error: Exception, limits: Limits, source: str) -> SourceUnreachable:
+    """The sentence for a connection that failed; the error's own text is left out because it quotes the URL."""
+    if _remaining_s() <= 0:
+        return limits.too_slow(source)
+    if isinstance(error, SSLError):
+        return SourceUnreachable(
+            f"{source} has no TLS certificate that can be trusted; name a private authority in sources.ca_file."
+        )
+    if isinstance(error, socket.gaierror):
+        return SourceUnreachable(f"The name of the host of {source} cannot be resolved; it is tried again.")
+    if isinstance(error, ReadTimeoutError | TimeoutError):
+        return SourceUnreachable(f"{source} fell silent or did not answer in time; it is tried again.")
+    return SourceUnreachable(f"{source} cannot be reached; it is tried again.")
+
+
+def _remaining_s() -> float:
+    return float(_fetch.deadline_s - time.monotonic())
+
+
+class _TimedReader(io.RawIOBase):
+    """A socket's bytes, each read bounded by the idle time-out and by what is left of the whole fetch's time.
+
+    A time-out of the socket alone never ends a sender that drips one byte at a time.
+    """
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
+        self._raw = raw
+        self._sock = sock
+        self._deadline_s, self._idle_timeout_s = _fetch.deadline_s, _fetch.idle_timeout_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        remaining_s = self._deadline_s - time.monotonic()
+        if remaining_s <= 0:
+            raise TimeoutError("the time for the whole fetch is over")
+        self._sock.settimeout(min(remaining_s, self._idle_timeout_s))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp: io.BufferedReader = io.BufferedReader(_TimedReader(self.fp.detach(), sock), _BUFFER_BYTES)
+
+
+class _Connection(HTTPConnection):
+    response_class = _TimedResponse
+
+    def __init__(self, *args: Any, dial: Dial, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._dial = dial
+
+    def _new_conn(self) -> socket.socket:
+        return self._dial(self._dns_host, self.port, self.timeout)
+
+
+class _TlsConnection(HTTPSConnection):
+    """As above; the name that TLS sends and verifies stays the URL's host."""
+
+    response_class = _TimedResponse
+
+    def __init__(self, *args: Any, dial: Dial, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._dial = dial
+
+    def _new_conn(self) -> socket.socket:
+        return self._dial(self._dns_host, self.port, self.timeout)
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+class _Pools(urllib3.PoolManager):
+    """Connection pools whose connections are made by ``dial``."""
+
+    def __init__(self, dial: Dial, tls: ssl.SSLContext) -> None:
+        super().__init__(num_pools=64, maxsize=32, block=False, ssl_context=tls)
+        self.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+        self._dial = dial
+
+    def _new_pool(self, scheme: str, host: str, port: int, request_context: Any = None) -> HTTPConnectionPool:
+        pool = super()._new_pool(scheme, host, port, request_context)
+        pool.conn_kw["dial"] = self._dial
+        return pool
