@@ -1,0 +1,309 @@
+"""`make bench`: how much of a real Orthanc's own limit the whole chain reaches, and what a job costs the worker.
+
+Raw limit and chain take turns within one run, so that what else the machine does hits both; ratios are the
+figures to compare, absolute numbers are not. Linux only: processor time and memory are read from /proc.
+
+The chain: image server → worker → check on two Orthancs → push to the first → metadata → result in Redis.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.images import image
+from producer import Courier
+from sandbox import processes as parts
+from sandbox.processes import Child, OrthancPart, Processes
+from worker.jobs.carry import Done, carry
+from worker.jobs.run import Pulse
+from worker.jobs.tools import Tools
+from worker.jobs.upload import upload
+from worker.ledger import Ledger
+from worker.pacs.fleet import Fleet
+from worker.pacs.registry import connect
+from worker.settings import Settings
+from worker.sources import Sources
+
+PER_STUDY = 20
+STEPS = ("fetch", "identify", "check", "route", "push", "describe")
+_studies = itertools.count(1)
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Bench:
+    processes: Processes
+    orthanc: OrthancPart
+    images: str
+    config: Path
+
+    @property
+    def settings(self) -> Settings:
+        return Settings.load({"PACS_CONFIG": str(self.config)})
+
+
+@contextmanager
+def bench(folder: Path) -> Iterator[Bench]:
+    """Redis, two Orthancs and the image server; workers are started where they are measured."""
+    with Processes(folder) as processes:
+        redis = parts.redis(processes)
+        orthanc, other = (parts.orthanc(processes, name=name) for name in ("orthanc", "archive"))
+        command = [sys.executable, "-m", "benchmarks.images"]
+        images = processes.start("images", command, ready=lambda child: child.out_path.read_bytes().endswith(b"\n"))
+        images.wait_ready()
+        tree = {
+            "servers": [orthanc.server("orthanc"), other.server("archive")],
+            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "queue": parts.queue_settings(redis),
+        }
+        config = parts.write_settings(folder / "pacs.toml", tree)
+        yield Bench(processes, orthanc, images.out_path.read_text().strip(), config)
+
+
+def fresh_images(count: int) -> list[tuple[int, int]]:
+    """``count`` pairs (study, number) that were never used before, as studies come: twenty images each."""
+    pairs: list[tuple[int, int]] = []
+    while len(pairs) < count:
+        study = next(_studies)
+        pairs += [(study, number) for number in range(PER_STUDY)]
+    return pairs[:count]
+
+
+# --- raw limit -------------------------------------------------------------------------------------------
+
+
+def raw_stows_per_s(orthanc: OrthancPart, *, connections: int, count: int) -> float:
+    """STOW-RS one image per request over ``connections`` that stay open; bodies are made beforehand."""
+    bodies = [_multipart(image(study, number)) for study, number in fresh_images(count)]
+    shares = [bodies[first::connections] for first in range(connections)]
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(connections) as pool:
+        stored = sum(pool.map(lambda share: _stow_all(orthanc.url, share), shares))
+    took_s = time.perf_counter() - begun
+    if stored != count:
+        raise click.ClickException(f"Orthanc stored {stored} of {count} images")
+    return count / took_s
+
+
+def _multipart(dicom: bytes) -> bytes:
+    return b"--BB\r\nContent-Type: application/dicom\r\n\r\n" + dicom + b"\r\n--BB--\r\n"
+
+
+def _stow_all(url: str, bodies: Sequence[bytes]) -> int:
+    target = urlsplit(url)
+    connection = http.client.HTTPConnection(str(target.hostname), target.port)
+    headers = {
+        "Content-Type": 'multipart/related; type="application/dicom"; boundary=BB',
+        "Accept": "application/dicom+json",
+    }
+    stored = 0
+    for body in bodies:
+        connection.request("POST", f"{target.path}/studies", body, headers)
+        answer = json.loads(connection.getresponse().read())
+        stored += len(answer["00081199"].get("Value", ()))
+    connection.close()
+    return stored
+
+
+# --- the whole chain -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChainPass:
+    jobs_per_s: float
+    worker_cpu_ms: float
+    payloads: list[dict[str, Any]]
+
+
+def chain_pass(stage: Bench, worker: Child, courier: Courier, *, count: int) -> ChainPass:
+    """Enqueue ``count`` jobs and wait for all of them; enqueueing is part of the time."""
+    pairs = fresh_images(count)
+    cpu_before_s, begun = cpu_s(worker), time.perf_counter()
+    handles = [courier.upload(f"{stage.images}/{study}/{number}.dcm") for study, number in pairs]
+    reports = [report for _, report in courier.as_completed(handles, timeout_s=300)]
+    took_s = time.perf_counter() - begun
+    payloads = [report.result for report in reports if report.result is not None]
+    if len(payloads) != count:
+        errors = {str(report.error) for report in reports if report.error}
+        raise click.ClickException(f"{len(payloads)} of {count} jobs were stored: {errors or worker.log_tail()}")
+    return ChainPass(count / took_s, (cpu_s(worker) - cpu_before_s) * 1000 / count, payloads)
+
+
+def cpu_s(child: Child) -> float:
+    """User and system time of a process so far (all its threads)."""
+    fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def wall_ms_by_step(payloads: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {step: statistics.median(payload["timings_ms"].get(step, 0.0) for payload in payloads) for step in STEPS}
+
+
+def cpu_ms_by_step(stage: Bench, *, count: int) -> dict[str, float]:
+    """The same jobs, one at a time in this process, with processor time (of all its threads) as their clock."""
+    settings = stage.settings
+    tools = Tools(
+        settings=settings,
+        ledger=Ledger.connect(settings.queue.ledger_url),
+        sources=Sources(settings.sources),
+        fleet=Fleet([connect(server) for server in settings.servers]),
+        clock=time.process_time,
+    )
+    pulse = Pulse(tools.ledger, lambda *_: None)
+    spent: defaultdict[str, float] = defaultdict(float)
+    for study, number in fresh_images(count):
+        message = {"image_url": f"{stage.images}/{study}/{number}.dcm"}
+        begun = time.process_time()
+        verdict = carry(upload, task="pacs.upload", job_id=str(uuid.uuid4()), message=message, tools=tools, pulse=pulse)
+        spent["all"] += (time.process_time() - begun) * 1000
+        if not isinstance(verdict, Done):
+            raise click.ClickException(f"a job ended as {verdict}")
+        for step, took_ms in verdict.payload["timings_ms"].items():
+            spent[step] += took_ms
+    tools.fleet.close()
+    spent["ledger and payload"] = spent["all"] - sum(spent[step] for step in STEPS)
+    return {step: total / count for step, total in spent.items()}
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HugeImage:
+    growth_mib: float
+    took_s: float
+    size_bytes: int
+
+
+def huge_upload(stage: Bench, *, size_bytes: int) -> HugeImage:
+    """How far a warm worker's resident memory grows above its level while it carries one huge image."""
+    worker = parts.worker(stage.processes, stage.config, name="huge-worker")
+    worker.wait_ready()
+    with Courier(stage.settings) as courier:
+        chain_pass(stage, worker, courier, count=100)
+        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # forget the peak so far (proc(5))
+        level_kib, begun = _status_kib(worker, "VmRSS"), time.perf_counter()
+        courier.upload(f"{stage.images}/huge/{size_bytes}.dcm").result(timeout_s=600)
+        took_s = time.perf_counter() - begun
+        peak_kib = _status_kib(worker, "VmHWM")
+    stage.processes.stop_one(worker)
+    return HugeImage((peak_kib - level_kib) / 1024, took_s, size_bytes)
+
+
+def _status_kib(child: Child, key: str) -> int:
+    status = Path(f"/proc/{child.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{key}:"))
+
+
+# --- the run ---------------------------------------------------------------------------------------------
+
+
+def measure(stage: Bench, *, passes: int, count: int, huge_bytes: int) -> dict[str, Any]:
+    """Everything, as plain numbers."""
+    raw: dict[int, list[float]] = {4: [], 8: []}
+    chain: list[ChainPass] = []
+    worker = parts.worker(stage.processes, stage.config)
+    worker.wait_ready()
+    with Courier(stage.settings) as courier:
+        chain_pass(stage, worker, courier, count=50)  # connections, imports, caches
+        for _ in range(passes):
+            for connections, rates in raw.items():
+                rates.append(raw_stows_per_s(stage.orthanc, connections=connections, count=count))
+            chain.append(chain_pass(stage, worker, courier, count=count))
+    stage.processes.stop_one(worker)
+    limit = max(statistics.median(rates) for rates in raw.values())
+    jobs_per_s = statistics.median(one.jobs_per_s for one in chain)
+    figures: dict[str, Any] = {
+        "raw_stow_per_s": {str(connections): statistics.median(rates) for connections, rates in raw.items()},
+        "raw_stow_per_s_all": {str(connections): rates for connections, rates in raw.items()},
+        "chain_jobs_per_s": jobs_per_s,
+        "chain_jobs_per_s_all": [one.jobs_per_s for one in chain],
+        "ratio": jobs_per_s / limit,
+        "worker_cpu_ms_per_job": statistics.median(one.worker_cpu_ms for one in chain),
+        "wall_ms_by_step": wall_ms_by_step([payload for one in chain for payload in one.payloads]),
+        "cpu_ms_by_step": cpu_ms_by_step(stage, count=100),
+    }
+    if huge_bytes:
+        huge = huge_upload(stage, size_bytes=huge_bytes)
+        figures["huge"] = {"size_bytes": huge.size_bytes, "growth_mib": huge.growth_mib, "took_s": huge.took_s}
+    return figures
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    rates = Table(title="Images per second into the same Orthanc", title_justify="left", box=None)
+    rates.add_column("")
+    rates.add_column("median", justify="right")
+    rates.add_column("passes", justify="right")
+    for connections, rate in figures["raw_stow_per_s"].items():
+        passes = figures["raw_stow_per_s_all"][connections]
+        rates.add_row(f"raw STOW, {connections} connections", f"{rate:.0f}", _spread(passes))
+    rates.add_row(
+        "whole chain, 1 worker", f"{figures['chain_jobs_per_s']:.0f}", _spread(figures["chain_jobs_per_s_all"])
+    )
+    rates.add_row("[bold]chain / raw", f"[bold]{figures['ratio']:.2f}", "")
+    console.print(rates, "")
+
+    cpu, wall = figures["cpu_ms_by_step"], figures["wall_ms_by_step"]
+    steps = Table(title="A job's milliseconds by step", title_justify="left", box=None)
+    for heading in ("", "CPU, alone", "wall, 8 at once"):
+        steps.add_column(heading, justify="left" if not heading else "right")
+    for step in STEPS:
+        steps.add_row(step, f"{cpu.get(step, 0):.1f}", f"{wall[step]:.1f}")
+    steps.add_row("ledger and payload", f"{cpu['ledger and payload']:.1f}", "")
+    total = figures["worker_cpu_ms_per_job"]
+    steps.add_row("Celery, threads", f"{total - cpu['all']:.1f}", "")
+    steps.add_row("[bold]worker process, per job", f"[bold]{total:.1f}", "")
+    console.print(steps, "")
+    if "huge" in figures:
+        huge = figures["huge"]
+        console.print(
+            f"One image of {huge['size_bytes'] / 2**30:.2f} GiB: the worker grew by {huge['growth_mib']:.0f} MiB "
+            f"(aim: 64) and took {huge['took_s']:.1f} s."
+        )
+
+
+def _spread(rates: Sequence[float]) -> str:
+    return " ".join(f"{rate:.0f}" for rate in rates)
+
+
+@click.command(help=__doc__)
+@click.option("--passes", default=3, show_default=True, help="Turns of raw limit and chain.")
+@click.option("--count", default=400, show_default=True, help="Images per turn.")
+@click.option("--huge-gib", default=1.0, show_default=True, help="Size of the huge image; 0 leaves it out.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def main(passes: int, count: int, huge_gib: float, as_json: bool) -> None:
+    console = Console(stderr=as_json)
+    with tempfile.TemporaryDirectory(prefix="pacs-bench-") as folder:
+        try:
+            with bench(Path(folder)) as stage, console.status("Measuring …"):
+                figures = measure(stage, passes=passes, count=count, huge_bytes=int(huge_gib * 2**30))
+        except (parts.PartMissing, parts.PartFailed) as error:
+            raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(figures, indent=1))
+    else:
+        show(figures, console)
+
+
+if __name__ == "__main__":
+    main()
