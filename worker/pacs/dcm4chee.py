@@ -94,7 +94,7 @@ class Dcm4chee:
         if offset > MAX_OFFSET:
             sentence = "The archive pages through 100,000 studies at most: narrow the list, e.g. by StudyDate."
             raise InvalidRequest(sentence, details={"field": "cursor"})
-        limit = min(limit, MAX_PAGE)
+        limit = max(1, min(limit, MAX_PAGE))
         window = (("orderby", "StudyInstanceUID"), ("limit", str(limit)), ("offset", str(offset)))
         description = ("includefield", "StudyDescription")
         found = self._web.studies([*_repeated(filters), description, *window])

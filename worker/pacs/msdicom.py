@@ -88,7 +88,7 @@ class MsDicom:
         """Only an empty page is the last: see "A short page is not the last"."""
         check_filters(filters, allowed=FILTERS)
         check_values(filters)
-        limit = min(limit, MAX_PAGE)
+        limit = max(1, min(limit, MAX_PAGE))
         counts = ("includefield", "ModalitiesInStudy,NumberOfStudyRelatedInstances")
         found = self._web.studies([*filters.items(), counts, ("limit", str(limit)), ("offset", str(offset))])
         return StudyPage(found, next_offset=offset + limit if found else None)

@@ -65,7 +65,7 @@ class Orthanc:
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
         """Values go unencoded and are compared again here ("Values of a query are not decoded")."""
         check_filters(filters)
-        window = (("limit", str(min(limit, MAX_PAGE))), ("offset", str(offset)))
+        window = (("limit", str(max(1, min(limit, MAX_PAGE)))), ("offset", str(offset)))
         description = ("includefield", "StudyDescription")
         filters = {keyword: _backslashed(keyword, value) for keyword, value in filters.items()}
         unencoded = ((keyword, unencoded_value(value)) for keyword, value in filters.items())

@@ -70,7 +70,7 @@ class PlainDicomWeb:
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
         """A server may answer with fewer than ``limit``, so only an empty page is the last."""
         check_filters(filters, allowed=FILTERS)
-        window = (("limit", str(min(limit, MAX_PAGE))), ("offset", str(offset)))
+        window = (("limit", str(max(1, min(limit, MAX_PAGE)))), ("offset", str(offset)))
         found = self._web.studies([*filters.items(), *window])
         return StudyPage(found, next_offset=offset + len(found) if found else None)
 

@@ -37,6 +37,8 @@ from worker.settings import ServerSettings
 DEFAULT_IDLE_S = 15.0
 BLOCK_BYTES = 256 * 1024
 
+_clock = time.monotonic
+
 ErrorKind = TypeVar("ErrorKind", bound=CourierError)
 
 
@@ -86,7 +88,7 @@ class _IdleLimit:
     @property
     def is_connected(self) -> bool:
         alive: bool = super().is_connected  # type: ignore[misc]  # a mixin: urllib3's connection comes next
-        return alive and time.monotonic() < self._trusted_until
+        return alive and _clock() < self._trusted_until
 
     def connect(self) -> None:
         super().connect()  # type: ignore[misc]  # as above
@@ -94,7 +96,7 @@ class _IdleLimit:
 
     def getresponse(self) -> Any:
         response = super().getresponse()  # type: ignore[misc]  # as above
-        self._trusted_until = time.monotonic() + idle_limit_s(response.headers.get("Keep-Alive"))
+        self._trusted_until = _clock() + idle_limit_s(response.headers.get("Keep-Alive"))
         return response
 
 

@@ -1,0 +1,479 @@
+"""What a naive implementer gets wrong, fact by fact, for each product. No server: the answers are the documented ones.
+
+A test is named by product and number; the last test counts them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+from urllib3 import HTTPResponse
+
+from worker.errors import InvalidRequest, PacsMisanswered, PacsUnavailable, TryAgain
+from worker.instances import Instance
+from worker.pacs import registry
+from worker.pacs.credentials import Fixed
+from worker.pacs.dicomjson import number
+from worker.pacs.protocol import DeletionFate, Fate, Found, Pacs, Part
+from worker.pacs.stow import PREAMBLE
+from worker.pacs.transport import Request, Transport, idle_limit_s
+from worker.settings import ServerSettings, ServerType
+
+URLS: Mapping[ServerType, str] = {
+    "msdicom": "http://msdicom.invalid/v2",
+    "dcm4chee": "http://archive.invalid:8080/dcm4chee-arc/aets/DCM4CHEE/rs",
+    "orthanc": "http://orthanc.invalid:8042/dicom-web",
+    "dicomweb": "http://plain.invalid/dicomweb",
+}
+FACTS = {"msdicom": 15, "dcm4chee": 15, "orthanc": 15}
+STUDY = Found("study", "1.1")
+SERIES = Found("series", "1.1", "1.2")
+IMAGE = Found("image", "1.1", "1.2", "1.3")
+ONE_PART = b"--BB\r\nContent-Type: application/dicom; transfer-syntax=1.2.3\r\n\r\nDICM\r\n--BB--\r\n"
+
+
+class Reply(NamedTuple):
+    status: int
+    body: Any = b""
+    headers: Mapping[str, str] = {}  # never changed
+
+
+class Wire(Transport):
+    """A transport whose server says what the test says, and that remembers what it was asked."""
+
+    def __init__(self, server_type: ServerType, replies: Iterable[Reply]) -> None:
+        server = ServerSettings(name=server_type, type=server_type, url=URLS[server_type])
+        super().__init__(server, Fixed(), statuses=registry.STATUSES.get(server_type))
+        self._replies = list(replies)
+        self.sent: list[Request] = []
+        self.bodies: list[bytes] = []
+
+    def _send(self, request: Request, authorization: str | None) -> HTTPResponse:
+        self.sent.append(request)
+        self.bodies.append(b"".join(request.body or ()))
+        status, body, headers = self._replies.pop(0)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return HTTPResponse(io.BytesIO(content), headers, status, preload_content=False)
+
+    @property
+    def calls(self) -> list[str]:
+        return [f"{request.method} {request.target}" for request in self.sent]
+
+
+def asked(server_type: ServerType, *replies: Reply) -> tuple[Pacs, Wire]:
+    wire = Wire(server_type, replies)
+    return registry.DIALECTS[server_type](wire), wire
+
+
+def part(uid: str = "1.3", *, has_preamble: bool = True) -> Part:
+    instance = Instance("1.1", "1.2", uid, "1.4", "1.2.840.10008.1.2.1", has_preamble)
+    return Part(instance, lambda: io.BytesIO(b"content"), len(b"content"))
+
+
+def item(uid: str | None, code: int | None = None, **more: Any) -> dict[str, Any]:
+    ds: dict[str, Any] = {} if uid is None else {"00081155": {"vr": "UI", "Value": [uid]}}
+    if code is not None:
+        ds["00081197"] = {"vr": "US", "Value": [code]}
+    return ds | more
+
+
+def stow(stored: Iterable[Any] = (), failed: Iterable[Any] = ()) -> dict[str, Any]:
+    sequences = {"00081198": list(failed), "00081199": list(stored)}
+    return {tag: {"vr": "SQ", "Value": items} for tag, items in sequences.items() if items}
+
+
+def study(uid: str = "1.1") -> dict[str, Any]:
+    return {"0020000D": {"vr": "UI", "Value": [uid]}}
+
+
+def fates(pacs: Pacs, *uids: str) -> list[Fate]:
+    return [outcome.fate for outcome in pacs.store([part(uid) for uid in uids])]
+
+
+def retrieved(pacs: Pacs, found: Found) -> list[tuple[str | None, bytes]]:
+    with pacs.retrieve(found) as parts:
+        return [(one.transfer_syntax_uid, b"".join(one.chunks)) for one in parts]
+
+
+def every_call(server_type: ServerType) -> list[Request]:
+    """What goes over the wire for a query, a push, metadata, a page and a retrieval."""
+    pacs, wire = asked(
+        server_type,
+        Reply(200, []),
+        Reply(200, stow([item("1.3")])),
+        Reply(200, []),
+        Reply(200, []),
+        Reply(200, ONE_PART, {"Content-Type": "multipart/related; boundary=BB"}),
+    )
+    pacs.find("study", "1.1")
+    pacs.store([part()])
+    pacs.metadata(STUDY)
+    pacs.studies(filters={}, limit=10, offset=0)
+    retrieved(pacs, STUDY)
+    return wire.sent
+
+
+# MSDICOM
+
+
+def test_msdicom_01_a_202_is_success_with_warnings_unless_an_item_says_otherwise() -> None:
+    comment = {"00000902": {"vr": "LO", "Value": ["DICOM100: (0008,0020) - not a date"]}}
+    warned = {"00081196": {"vr": "US", "Value": [1]}, "00741048": {"vr": "SQ", "Value": [comment]}}
+    implicit = {"00081196": {"vr": "US", "Value": [45063]}, "00741048": {"vr": "SQ"}}
+    pacs, _ = asked("msdicom", Reply(202, stow([item("1.3", **warned), item("1.4", **implicit)])))
+    outcomes = pacs.store([part("1.3"), part("1.4")])
+    assert [outcome.fate for outcome in outcomes] == [Fate.STORED, Fate.STORED]
+    assert "StudyDate" in outcomes[0].warnings[0]
+    assert "implicit" in outcomes[1].warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "fate"),
+    [(45070, Fate.ALREADY_THERE), (45071, Fate.PENDING), (272, Fate.TRY_AGAIN), (43264, Fate.REJECTED)],
+)
+def test_msdicom_02_a_409_says_none_stored_and_the_code_says_why(code: int, fate: Fate) -> None:
+    pacs, _ = asked("msdicom", Reply(409, stow(failed=[item("1.3", code)])))
+    assert fates(pacs, "1.3") == [fate]
+
+
+def test_msdicom_03_duplicate_and_pending_are_failures_although_b00x_is_a_warning_elsewhere() -> None:
+    pacs, _ = asked("msdicom", Reply(202, stow([item("1.3")], [item("1.4", 0xB00E), item("1.5", 0xB00F)])))
+    assert fates(pacs, "1.3", "1.4", "1.5") == [Fate.STORED, Fate.ALREADY_THERE, Fate.PENDING]
+
+
+def test_msdicom_04_a_file_it_cannot_parse_comes_back_without_uid() -> None:
+    pacs, _ = asked("msdicom", Reply(202, stow([item("1.3")], [item(None, 43264)])))
+    assert fates(pacs, "1.2.9", "1.3") == [Fate.REJECTED, Fate.STORED]
+
+
+def test_msdicom_05_items_can_vanish_from_a_200_and_a_204_mentions_none() -> None:
+    pacs, _ = asked("msdicom", Reply(200, stow([item("1.3")])), Reply(204))
+    assert fates(pacs, "1.3", "1.4") == [Fate.STORED, Fate.UNMENTIONED]
+    assert fates(pacs, "1.3") == [Fate.UNMENTIONED]
+
+
+def test_msdicom_06_the_type_of_a_part_bears_no_parameter() -> None:
+    pacs, wire = asked("msdicom", Reply(200, stow([item("1.3")])))
+    pacs.store([part()])
+    assert re.findall(rb"Content-Type:[^\r]*", wire.bodies[0]) == [b"Content-Type: application/dicom"]
+
+
+def test_msdicom_07_every_call_says_what_it_accepts_and_quotes_a_type() -> None:
+    for request in every_call("msdicom"):
+        assert request.headers["Accept"]
+        assert not re.search(r"type=[^\"]", request.headers["Accept"])
+
+
+def test_msdicom_08_a_study_is_asked_for_as_stored() -> None:
+    assert "transfer-syntax=*" in every_call("msdicom")[-1].headers["Accept"]
+
+
+def test_msdicom_09_a_retrieval_names_its_syntax_in_the_parts_only() -> None:
+    pacs, _ = asked("msdicom", Reply(200, ONE_PART, {"Content-Type": "multipart/related; boundary=BB"}))
+    assert retrieved(pacs, IMAGE) == [("1.2.3", b"DICM")]
+
+
+def test_msdicom_10_nothing_found_is_a_204_and_what_it_cannot_match_is_not_asked() -> None:
+    pacs, wire = asked("msdicom", Reply(204), Reply(200, [study()]), Reply(204))
+    assert pacs.find("image", "1.3") == []
+    assert pacs.studies(filters={}, limit=1000, offset=0).next_offset == 200
+    assert pacs.studies(filters={}, limit=1000, offset=200).next_offset is None
+    for filters in ({"Modality": "CT"}, {"PatientID": "A*"}, {"StudyID": "1"}):
+        with pytest.raises(InvalidRequest):
+            pacs.studies(filters=filters, limit=10, offset=0)
+    assert wire.calls[0] == "GET /v2/instances?SOPInstanceUID=1.3"
+    assert "limit=200" in wire.calls[1]
+
+
+def test_msdicom_11_counts_are_asked_for_because_they_are_not_told_otherwise() -> None:
+    pacs, wire = asked("msdicom", Reply(200, [study()]))
+    assert pacs.studies(filters={}, limit=10, offset=0).studies == [study()]
+    assert re.search("includefield=ModalitiesInStudy(,|%2C)NumberOfStudyRelatedInstances", wire.calls[0])
+
+
+def test_msdicom_12_metadata_has_no_bulk_data_and_its_etag_is_left_alone() -> None:
+    pacs, wire = asked("msdicom", Reply(200, [study()], {"ETag": "12-1"}))
+    assert pacs.metadata(STUDY) == [study()]
+    assert "If-None-Match" not in wire.sent[0].headers
+
+
+def test_msdicom_13_a_delete_of_nothing_is_a_404_and_files_are_freed_later() -> None:
+    pacs, wire = asked("msdicom", Reply(204), Reply(404, b"not found"))
+    first, second = pacs.delete(SERIES, permanent=True), pacs.delete(SERIES, permanent=True)
+    assert (first.fate, second.fate) == (DeletionFate.DELETED, DeletionFate.NOT_THERE)
+    assert "three days" in first.note
+    assert wire.calls[0] == "DELETE /v2/studies/1.1/series/1.2"
+
+
+def test_msdicom_14_a_cancelled_call_is_a_400_and_waits_are_minutes() -> None:
+    pacs, wire = asked("msdicom", Reply(400, b"The request was cancelled"))
+    with pytest.raises(TryAgain) as refusal:
+        pacs.store([part()])
+    assert refusal.value.retry_after_s is None
+    assert wire.server.read_timeout_s >= 60
+
+
+def test_msdicom_15_health_stands_outside_the_version_and_degraded_is_ready() -> None:
+    def report(overall: str, database: str) -> Any:
+        details = [{"name": "DataStoreHealthCheck", "status": database}]
+        return {"overallStatus": overall, "details": details}
+
+    pacs, wire = asked(
+        "msdicom",
+        Reply(200, report("Degraded", "Healthy")),
+        Reply(503, report("Unhealthy", "Unhealthy")),
+        Reply(503, report("Unhealthy", "Unhealthy")),
+        Reply(404),
+    )
+    assert pacs.state().ready is True
+    assert pacs.state().ready is False
+    assert pacs.database().ok is False
+    assert pacs.state().ready is None
+    assert set(wire.calls) == {"GET /health/check"}
+
+
+# DCM4CHEE
+
+
+def test_dcm4chee_01_a_duplicate_is_a_success_like_any_other() -> None:
+    pacs, _ = asked("dcm4chee", Reply(200, stow([item("1.3")])))
+    (outcome,) = pacs.store([part()])
+    assert (outcome.fate, outcome.warnings) == (Fate.STORED, ())
+
+
+@pytest.mark.parametrize("code", [0xA700, 0x0110])
+def test_dcm4chee_02_a_full_disk_is_a_409_or_a_202_and_a_204_is_no_answer(code: int) -> None:
+    pacs, _ = asked(
+        "dcm4chee",
+        Reply(409, stow(failed=[item("1.3", code)])),
+        Reply(202, stow([item("1.3")], [item("1.4", code)])),
+        Reply(204),
+    )
+    assert fates(pacs, "1.3") == [Fate.TRY_AGAIN]
+    assert fates(pacs, "1.3", "1.4") == [Fate.STORED, Fate.TRY_AGAIN]
+    with pytest.raises(PacsMisanswered):
+        pacs.store([part()])
+
+
+def test_dcm4chee_03_a_count_is_a_string() -> None:
+    counted = study() | {"00201208": {"vr": "IS", "Value": ["3"]}}
+    pacs, _ = asked("dcm4chee", Reply(200, [counted]))
+    (ds,) = pacs.studies(filters={}, limit=1, offset=0).studies
+    assert number(ds, "00201208") == 3
+
+
+def test_dcm4chee_04_nothing_found_is_a_204_or_an_empty_list() -> None:
+    pacs, _ = asked("dcm4chee", Reply(204), Reply(200, []), Reply(200, []))
+    assert pacs.find("study", "1.1") == []
+    assert pacs.find("study", "1.1") == []
+    assert pacs.studies(filters={}, limit=10, offset=0).next_offset is None
+
+
+def test_dcm4chee_05_pages_are_ordered_and_hold_at_most_1000() -> None:
+    pacs, wire = asked("dcm4chee", Reply(200, [study()]))
+    page = pacs.studies(filters={}, limit=5000, offset=2000)
+    assert page.next_offset == 3000
+    assert re.search(r"orderby=StudyInstanceUID&limit=1000&offset=2000", wire.calls[0])
+    with pytest.raises(InvalidRequest, match="StudyDate"):
+        pacs.studies(filters={}, limit=1000, offset=100_000)
+
+
+def test_dcm4chee_06_the_circumflex_of_a_code_is_encoded_once() -> None:
+    pacs, wire = asked("dcm4chee", Reply(200, {"count": 1}))
+    pacs.delete(SERIES, permanent=True)
+    assert wire.calls[0].endswith("/studies/1.1/series/1.2/reject/113039%5EDCM")
+
+
+def test_dcm4chee_07_no_parameter_is_sent_that_it_does_not_know_and_uids_are_repeated() -> None:
+    calls = every_call("dcm4chee")
+    assert "?" not in calls[1].target
+    assert calls[0].target.endswith("/studies?StudyInstanceUID=1.1")
+    pacs, wire = asked("dcm4chee", Reply(204))
+    pacs.studies(filters={"StudyInstanceUID": "1.1,1.2", "PatientName": "A,B"}, limit=1, offset=0)
+    assert "StudyInstanceUID=1.1&StudyInstanceUID=1.2&PatientName=A%2CB" in wire.calls[0]
+    with pytest.raises(InvalidRequest):
+        pacs.studies(filters={"StudyInstanceUIDs": "1.1"}, limit=1, offset=0)
+
+
+def test_dcm4chee_08_a_study_is_rejected_then_deleted_and_nothing_else_is_deleted() -> None:
+    pacs, wire = asked("dcm4chee", Reply(200, {"count": 2}), Reply(204), Reply(200, {"count": 1}))
+    assert pacs.delete(STUDY, permanent=True).fate is DeletionFate.DELETED
+    assert pacs.delete(IMAGE, permanent=True).fate is DeletionFate.HIDDEN
+    assert [request.method for request in wire.sent] == ["POST", "DELETE", "POST"]
+    partly = b'{"errorMessage":"Deletion of Study with Rejection State: PARTIAL not permitted"}'
+    pacs, _ = asked("dcm4chee", Reply(200, {"count": 2}), Reply(403, partly))
+    refused = pacs.delete(STUDY, permanent=True)
+    assert refused.fate is DeletionFate.REFUSED
+    assert "PARTIAL" in refused.note
+
+
+def test_dcm4chee_09_the_rejection_is_the_one_that_stays_hidden_and_lets_images_be_stored_again() -> None:
+    pacs, wire = asked("dcm4chee", Reply(200, {"count": 2}))
+    hidden = pacs.delete(STUDY, permanent=False)
+    assert hidden.fate is DeletionFate.HIDDEN
+    assert "/reject/113039%5EDCM" in wire.calls[0]
+    assert len(wire.calls) == 1
+
+
+def test_dcm4chee_10_the_archive_wide_purge_is_never_called_and_a_note_says_what_frees() -> None:
+    pacs, wire = asked("dcm4chee", Reply(200, {"count": 2}), Reply(200, {"count": 2}), Reply(204))
+    note = pacs.delete(SERIES, permanent=True).note
+    assert "one day" in note
+    assert "five minutes" in pacs.delete(STUDY, permanent=True).note
+    assert not any("/dcm4chee-arc/reject/" in call for call in wire.calls)
+
+
+def test_dcm4chee_11_a_study_is_there_if_it_is_listed_not_if_it_is_counted() -> None:
+    pacs, wire = asked("dcm4chee", Reply(200, []))
+    assert pacs.find("study", "1.1") == []
+    assert not any("count" in call for call in wire.calls)
+
+
+def test_dcm4chee_12_images_are_asked_for_as_stored_and_in_many_parts() -> None:
+    accept = every_call("dcm4chee")[-1].headers["Accept"]
+    assert accept == 'multipart/related; type="application/dicom"; transfer-syntax=*'
+
+
+def test_dcm4chee_13_what_comes_back_is_not_what_was_sent_and_another_name_is_a_conflict() -> None:
+    pacs, _ = asked("dcm4chee", Reply(409, stow(failed=[item("1.3", 0xA778)])))
+    assert pacs.keeps_bytes is False
+    assert fates(pacs, "1.3") == [Fate.CONFLICT]
+
+
+def test_dcm4chee_14_a_stack_trace_is_an_outage_and_stands_in_no_message() -> None:
+    trace = b"java.lang.IllegalStateException: Hall^Peter\n\tat org.dcm4chee.arc.stow.StowRS"
+    pacs, wire = asked("dcm4chee", Reply(500, trace, {"Content-Type": "text/plain"}))
+    with pytest.raises(PacsUnavailable) as outage:
+        pacs.store([part()])
+    assert "Hall" not in json.dumps(outage.value.payload)
+    assert wire.sent[0].headers["Accept"] == "application/dicom+json"
+
+
+def test_dcm4chee_15_started_is_not_a_database_and_an_empty_storage_list_is_trouble() -> None:
+    pacs, wire = asked(
+        "dcm4chee",
+        Reply(200, {"status": "STARTED"}),
+        Reply(500, b"stack trace"),
+        Reply(200, {"count": 0}),
+        Reply(200, []),
+        Reply(200, {"count": 2}),
+    )
+    assert pacs.state().ready is True
+    assert pacs.database().ok is False
+    assert pacs.database().ok is True
+    assert "none can be opened" in pacs.storage().note
+    pacs.delete(IMAGE, permanent=True)
+    assert wire.calls[:4] == [
+        "GET /dcm4chee-arc/ctrl/status",
+        "GET /dcm4chee-arc/queue/Export/count",
+        "GET /dcm4chee-arc/queue/Export/count",
+        "GET /dcm4chee-arc/storage",
+    ]
+    assert (wire.sent[-1].read_timeout_s or 0) >= 600
+
+
+# Orthanc
+
+
+def test_orthanc_01_a_duplicate_is_a_success_like_any_other() -> None:
+    pacs, _ = asked("orthanc", Reply(200, stow([item("1.3")])))
+    assert fates(pacs, "1.3") == [Fate.STORED]
+
+
+def test_orthanc_02_a_400_may_have_stored_the_good_ones() -> None:
+    pacs, _ = asked("orthanc", Reply(400, {"00081198": {"vr": "SQ"}} | stow([item("1.3")])))
+    assert fates(pacs, "1.2.9", "1.3") == [Fate.REJECTED, Fate.STORED]
+
+
+def test_orthanc_03_a_200_with_two_empty_sequences_stored_nothing() -> None:
+    pacs, _ = asked("orthanc", Reply(200, {"00081198": {"vr": "SQ"}, "00081199": {"vr": "SQ"}}))
+    assert fates(pacs, "1.3") == [Fate.UNMENTIONED]
+
+
+def test_orthanc_04_which_of_several_bad_files_is_bad_is_not_told() -> None:
+    pacs, _ = asked("orthanc", Reply(400, {"00081198": {"vr": "SQ"}, "00081199": {"vr": "SQ"}}))
+    assert fates(pacs, "1.3", "1.4") == [Fate.UNMENTIONED, Fate.UNMENTIONED]
+
+
+def test_orthanc_05_a_file_without_preamble_would_be_refused_so_it_gets_one() -> None:
+    pacs, wire = asked("orthanc", Reply(200, stow([item("1.3")])))
+    pacs.store([part(has_preamble=False)])
+    assert PREAMBLE + b"content" in wire.bodies[0]
+
+
+def test_orthanc_06_nothing_found_is_an_empty_list() -> None:
+    pacs, _ = asked("orthanc", Reply(200, []))
+    assert pacs.find("series", "1.2") == []
+
+
+def test_orthanc_07_a_key_it_does_not_know_returns_everything_so_answers_are_compared() -> None:
+    pacs, _ = asked("orthanc", Reply(200, [study("1.1"), study("1.9")]))
+    with pytest.raises(PacsMisanswered):
+        pacs.find("study", "1.1")
+    with pytest.raises(InvalidRequest):
+        pacs.studies(filters={"NoSuchKey": "1"}, limit=1, offset=0)
+
+
+def test_orthanc_08_values_are_not_decoded_so_none_is_encoded() -> None:
+    names = [{"00100010": {"vr": "PN", "Value": [{"Alphabetic": name}]}} for name in ("A^B", "A B")]
+    pacs, wire = asked("orthanc", Reply(200, [study("1.1") | names[0], study("1.9") | names[1]]))
+    page = pacs.studies(filters={"PatientName": "A^B"}, limit=10, offset=0)
+    assert "PatientName=A?B" in wire.calls[0]
+    assert page.studies == [study("1.1") | names[0]]
+    assert page.next_offset == 2
+
+
+def test_orthanc_09_a_limit_of_none_or_less_is_never_sent() -> None:
+    pacs, wire = asked("orthanc", Reply(200, []), Reply(200, []))
+    for limit in (0, -1):
+        pacs.studies(filters={}, limit=limit, offset=0)
+    assert all("limit=1&" in call for call in wire.calls)
+
+
+def test_orthanc_10_a_part_does_not_name_its_syntax_and_single_part_is_never_asked() -> None:
+    body = b"--BB\r\nContent-Type: application/dicom\r\nContent-Length: 4\r\n\r\nDICM\r\n--BB--\r\n"
+    pacs, wire = asked("orthanc", Reply(200, body, {"Content-Type": "multipart/related; boundary=BB"}))
+    assert retrieved(pacs, IMAGE) == [(None, b"DICM")]
+    assert wire.sent[0].headers["Accept"].startswith("multipart/related;")
+
+
+def test_orthanc_11_images_are_not_asked_for_compressed() -> None:
+    assert "Accept-Encoding" not in every_call("orthanc")[-1].headers
+
+
+def test_orthanc_12_a_delete_goes_through_its_own_api_by_its_own_keys() -> None:
+    pacs, wire = asked("orthanc", Reply(200, ["k1"]), Reply(200, {}), Reply(200, []))
+    assert pacs.delete(SERIES, permanent=True).fate is DeletionFate.DELETED
+    assert pacs.delete(SERIES, permanent=True).fate is DeletionFate.NOT_THERE
+    assert wire.calls == ["POST /tools/find", "DELETE /series/k1", "POST /tools/find"]
+    query = {"StudyInstanceUID": "1.1", "SeriesInstanceUID": "1.2"}
+    assert json.loads(wire.bodies[0]) == {"Level": "Series", "Query": query}
+
+
+def test_orthanc_13_a_delete_that_another_did_first_is_not_there() -> None:
+    pacs, _ = asked("orthanc", Reply(200, ["k1"]), Reply(404))
+    assert pacs.delete(STUDY, permanent=True).fate is DeletionFate.NOT_THERE
+
+
+def test_orthanc_14_its_statistics_tell_what_is_used_as_a_string_and_no_total() -> None:
+    pacs, _ = asked(
+        "orthanc", Reply(200, {"TotalDiskSize": "39206", "CountInstances": 1}), Reply(200, {"Version": "1.10.1"})
+    )
+    storage = pacs.storage()
+    assert (storage.used_bytes, storage.total_bytes, storage.free_bytes) == (39206, None, None)
+    assert pacs.state().version == "1.10.1"
+
+
+def test_orthanc_15_a_connection_is_not_reused_when_it_is_about_to_be_closed() -> None:
+    assert idle_limit_s("timeout=1") < 1
+
+
+def test_every_fact_of_every_reference_has_its_test() -> None:
+    found = [match for name in globals() if (match := re.match(r"test_([a-z0-9]+)_(\d\d)_", name))]
+    numbers = {product: {int(match[2]) for match in found if match[1] == product} for product in FACTS}
+    assert numbers == {product: set(range(1, count + 1)) for product, count in FACTS.items()}
