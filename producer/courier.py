@@ -250,6 +250,8 @@ def _report(meta: Mapping[str, Any]) -> Report:
 
 def _error(result: Any) -> CourierError:
     """The error of a failed job as Celery's JSON back-end stores it: the wire object is the only argument."""
+    if isinstance(result, CourierError):  # Celery has rebuilt it
+        return result
     arguments = result.get("exc_message") if isinstance(result, Mapping) else None
     if isinstance(arguments, list | tuple) and arguments and isinstance(arguments[0], Mapping):
         return from_payload(arguments[0])

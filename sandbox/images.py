@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from sandbox.processes import HOST
 
@@ -60,7 +60,7 @@ class ImageServer:
 
     def answer_to(self, path: str) -> Answer:
         self.requests.append(path)
-        bare = urlsplit(path).path
+        bare = unquote(urlsplit(path).path)
         return self._answers.get(bare, Answer(b"there is nothing here\n", status=404))
 
     def close(self) -> None:

@@ -1,0 +1,159 @@
+"""How a job is carried to its end, with work that does what the test says and a ledger on fakeredis."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import fakeredis
+import pytest
+
+from worker.errors import NotDicom, PacsUnauthorized, PacsUnavailable
+from worker.jobs.carry import Done, Failed, Parked, Verdict, backoff_s, carry
+from worker.jobs.run import NotYet, Pulse, Run
+from worker.jobs.tools import Tools
+from worker.ledger import PREFIX, LeaseLost, Ledger
+from worker.settings import JobSettings, Settings
+
+JOB = {"image_url": "http://host/a.dcm?sig=SECRET"}
+
+
+@dataclass
+class Desk:
+    """A worker's desk: what it works on, and what watchers were shown."""
+
+    client: fakeredis.FakeRedis
+    ledger: Ledger
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    settings: Settings = field(
+        default_factory=lambda: Settings.model_validate({"jobs": {"max_attempts": 3, "max_deaths": 2}})
+    )
+
+    def carry(self, ends: object, job_id: str = "j1") -> Verdict:
+        def work(job: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+            if isinstance(ends, BaseException):
+                raise ends
+            return cast(dict[str, Any], ends(job, run) if callable(ends) else ends)
+
+        tools = Tools(
+            settings=self.settings,
+            ledger=self.ledger,
+            sources=cast(Any, None),
+            fleet=cast(Any, None),
+            rng=random.Random(1),
+        )
+        pulse = Pulse(self.ledger, lambda _, meta: self.shown.append(meta))
+        return carry(work, task="pacs.upload", job_id=job_id, message=JOB, tools=tools, pulse=pulse)
+
+    def state(self, job_id: str = "j1") -> str:
+        return self.ledger.look(job_id)["state"]
+
+    def make_due(self, job_id: str = "j1") -> None:
+        self.client.zadd(f"{PREFIX}due", {job_id: 0})
+        self.ledger.sweep()
+
+    def die(self, job_id: str = "j1") -> None:
+        """The worker is killed in the middle of the job."""
+        self.ledger.claim(job_id, task="pacs.upload", job=JOB)
+        self.client.hset(f"{PREFIX}job:{job_id}", "lease_ms", 0)
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield Desk(client, Ledger(client))
+
+
+def test_what_is_done_is_done_once(desk: Desk) -> None:
+    assert desk.carry({"status": "stored"}) == Done({"status": "stored"})
+    assert desk.carry(AssertionError("the work must not run again")) == Done({"status": "stored"})
+
+
+def test_a_refusal_ends_the_job_and_is_given_again(desk: Desk) -> None:
+    refused = desk.carry(NotDicom("No."))
+    again = desk.carry({"status": "stored"})
+    assert isinstance(refused, Failed)
+    assert isinstance(again, Failed)
+    assert again.error.payload == refused.error.payload
+    assert desk.state() == "done"
+
+
+def test_what_may_be_cured_by_time_is_parked_then_buried(desk: Desk) -> None:
+    assert isinstance(desk.carry(PacsUnavailable("Later.")), Parked)
+    assert desk.state() == "waiting"
+    assert desk.shown == [{"stage": "waiting", "attempt": 1, "code": "pacs_unavailable", "message": "Later."}]
+    desk.make_due()
+    assert isinstance(desk.carry(PacsUnavailable("Later.")), Parked)
+    desk.make_due()
+    last = desk.carry(PacsUnavailable("Later."))
+    assert isinstance(last, Failed)
+    assert last.error.code == "pacs_unavailable"
+    assert desk.state() == "dead"
+
+
+def test_what_needs_a_person_is_a_dead_letter_at_once(desk: Desk) -> None:
+    assert isinstance(desk.carry(PacsUnauthorized("Log in.")), Failed)
+    assert desk.state() == "dead"
+
+
+def test_waiting_for_another_job_is_no_attempt(desk: Desk) -> None:
+    for _ in range(5):
+        assert isinstance(desk.carry(NotYet("j2 is at it", delay_s=0)), Parked)
+        desk.make_due()
+    assert desk.carry(lambda job, run: {"attempt": run.attempt}) == Done({"attempt": 1})
+
+
+def test_a_fault_of_ours_is_tried_again_and_says_neither_url_nor_patient(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        verdict = desk.carry(ValueError(f"bad {JOB['image_url']}"))
+        desk.make_due()
+    assert isinstance(verdict, Failed)
+    assert verdict.error.code == "poisoned"
+    assert "SECRET" not in caplog.text + str(verdict.error.payload)
+    assert "ValueError" in caplog.text
+
+
+def test_work_that_kills_its_worker_is_poison(desk: Desk) -> None:
+    desk.die()
+    desk.die()
+    verdict = desk.carry({"status": "stored"})
+    assert isinstance(verdict, Failed)
+    assert (verdict.error.code, desk.state()) == ("poisoned", "dead")
+
+
+def test_a_holder_that_comes_late_ends_in_silence(desk: Desk) -> None:
+    def overtaken(job: Mapping[str, Any], run: Run) -> dict[str, Any]:
+        desk.client.hset(f"{PREFIX}job:j1", "lease_ms", 0)
+        desk.ledger.claim("j1", task="pacs.upload", job=JOB)
+        return {"by": "the late one"}
+
+    assert desk.carry(overtaken) == Parked()
+    assert desk.state() == "running"
+    assert desk.carry(LeaseLost(), "j9") == Parked()
+
+
+def test_a_cancelled_job_does_no_work(desk: Desk) -> None:
+    desk.ledger.submit("j1", task="pacs.upload", job=JOB)
+    desk.ledger.cancel("j1")
+    verdict = desk.carry(AssertionError("the work must not run"))
+    assert isinstance(verdict, Failed)
+    assert verdict.error.code == "cancelled"
+
+
+def test_what_the_other_side_asked_for_is_waited_for(desk: Desk) -> None:
+    desk.carry(PacsUnavailable("Busy.", retry_after_s=500))
+    due, seconds = desk.client.zscore(f"{PREFIX}due", "j1"), desk.client.time()[0]
+    assert due is not None
+    assert 490 < due / 1000 - seconds <= 501
+
+
+def test_the_backoff_doubles_up_to_its_cap_with_full_jitter() -> None:
+    limits = JobSettings(backoff_base_s=1, backoff_cap_s=60)
+    rng = random.Random(3)
+    highest = [max(backoff_s(attempt, limits, rng) for _ in range(400)) for attempt in (1, 2, 5, 9)]
+    assert highest == [pytest.approx(ceiling, rel=0.05) for ceiling in (1, 2, 16, 60)]
+    assert min(backoff_s(9, limits, rng) for _ in range(400)) < 3
