@@ -42,9 +42,7 @@ def test_leaving_the_block_ends_children_and_grandchildren(tmp_path: Path, is_ru
 
 
 def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(tmp_path: Path) -> None:
-    stubborn = (
-        "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
-    )
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
     with Processes(tmp_path) as running:
         child = running.start("stubborn", [sys.executable, "-c", stubborn], ready=says_something, grace_s=0.2)
         child.wait_ready()
@@ -88,9 +86,7 @@ def test_a_part_that_crashes_later_is_noticed(tmp_path: Path) -> None:
         assert "killed by signal 9" in str(child.failure())
 
 
-def test_the_settings_of_the_caller_do_not_reach_a_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_settings_of_the_caller_do_not_reach_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("PACS_CONFIG", "PACS__ROUTING__POLICY", "BROKER_URL"):
         monkeypatch.setenv(variable, "of the caller")
     with Processes(tmp_path) as running:
