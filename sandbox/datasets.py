@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import pydicom
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR
-from pydicom.dataelem import RawDataElement
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.tag import BaseTag
 
@@ -27,10 +27,12 @@ TEXT_VRS = frozenset(
 BULK_VRS = frozenset(("OB", "OD", "OF", "OL", "OV", "OW", "UN"))
 _CHARSET_VRS = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
 _SINGLE_VRS = frozenset(("LT", "ST", "UR", "UT"))
+_DELIMITERS = {ord(character) for character in "\\^="}
 _BINARY = {"FL": "f", "FD": "d", "SL": "i", "SS": "h", "SV": "q", "UL": "I", "US": "H", "UV": "Q"}
 _PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 #: A value longer than this stays on disk until somebody asks for it.
 _DEFER_BYTES = 1 << 20
+UNDEFINED = 0xFFFFFFFF
 DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
@@ -38,11 +40,15 @@ class NotDicom(Exception):
     """The bytes are not a complete DICOM file (PS3.10)."""
 
 
+Element = RawDataElement | DataElement
+
+
 @dataclass(frozen=True)
 class Header:
     """A file's attributes up to its pixels. ``pixels_at`` is where the pixel element's tag starts, None without one."""
 
     dataset: FileDataset
+    elements: dict[int, Element]
     transfer_syntax_uid: str
     encodings: list[str]
     pixels_at: int | None
@@ -55,18 +61,20 @@ class Header:
     def big_endian(self) -> bool:
         return not self.dataset.original_encoding[1]
 
-    def raw(self, tag: int) -> RawDataElement | None:
-        """The element as it stands in the file, or None."""
-        element = self.dataset.get_item(tag)
-        return element if isinstance(element, RawDataElement) else None
+    def vr(self, tag: int) -> str | None:
+        """The VR of an element as it stands in the file, or None if it is absent."""
+        element = self.elements.get(tag)
+        return None if element is None else _vr(element)
 
-    def vr(self, element: RawDataElement) -> str:
-        return element.VR or _dictionary_vr(element.tag)
+    def value(self, tag: int) -> bytes:
+        """The bytes of an element; none if it is absent, empty or too long to be held."""
+        element = self.elements.get(tag)
+        return element.value or b"" if isinstance(element, RawDataElement) else b""
 
     def text(self, tag: int) -> str | None:
         """All values of a text element as written (backslashes kept, nothing stripped), or None if it is absent."""
-        element = self.raw(tag)
-        return None if element is None else _decoded(element.value or b"", self.vr(element), self.encodings)
+        vr = self.vr(tag)
+        return None if vr is None else _decoded(self.value(tag), vr, self.encodings)
 
 
 def read_header(path: Path) -> Header:
@@ -83,7 +91,17 @@ def read_header(path: Path) -> Header:
     if not syntax:
         raise NotDicom("the transfer syntax is missing")
     pixels_at = None if syntax == DEFLATED else _pixels(path, position, dataset)
-    return Header(dataset, syntax, _encodings(dataset), pixels_at)
+    held = _elements(dataset)
+    return Header(dataset, held, syntax, _encodings(held), pixels_at)
+
+
+def _elements(dataset: Dataset) -> dict[int, Element]:
+    """The elements as pydicom holds them: nothing is converted, nothing that was deferred is read."""
+    return {int(element.tag): element for element in dataset.values()}
+
+
+def _vr(element: Element) -> str:
+    return element.VR or _dictionary_vr(element.tag)
 
 
 def _pixels(path: Path, position: int, dataset: FileDataset) -> int | None:
@@ -103,7 +121,7 @@ def _pixels(path: Path, position: int, dataset: FileDataset) -> int | None:
         length, start = struct.unpack(f"{order}L", head[8:12])[0], position + 12
     else:
         raise NotDicom("the file ends within its pixel data")
-    if length != 0xFFFFFFFF and start + length > size_bytes:
+    if length != UNDEFINED and start + length > size_bytes:
         raise NotDicom("the file ends within its pixel data")
     return position
 
@@ -112,15 +130,15 @@ def _check_last(dataset: FileDataset, position: int, size_bytes: int) -> None:
     """Without pixels the file has to end where its last element does."""
     if position > size_bytes:
         raise NotDicom("the file ends within an element")
-    last = dataset.get_item(max(dataset.keys()))
-    if isinstance(last, RawDataElement) and last.value is not None and last.length != 0xFFFFFFFF:
-        if len(last.value) < last.length:
-            raise NotDicom("the file ends within an element")
+    last = max(dataset.values(), key=lambda element: int(element.tag))
+    if not isinstance(last, RawDataElement) or last.value is None or last.length == UNDEFINED:
+        return
+    if len(last.value) < last.length:
+        raise NotDicom("the file ends within an element")
 
 
-def _encodings(dataset: Dataset) -> list[str]:
-    element = dataset.get_item(0x00080005)
-    value = getattr(element, "value", None)
+def _encodings(held: Mapping[int, Element]) -> list[str]:
+    value = getattr(held.get(0x00080005), "value", None)
     if not value:
         return ["iso8859"]
     text = value.decode("latin-1") if isinstance(value, bytes) else value
@@ -142,7 +160,7 @@ def _decoded(value: bytes, vr: str, encodings: list[str]) -> str:
     if vr not in _CHARSET_VRS or (value.isascii() and 0x1B not in value):
         return value.decode("latin-1")
     try:
-        return decode_bytes(value, encodings, {"\\", "^", "="})
+        return decode_bytes(value, encodings, _DELIMITERS)
     except (LookupError, UnicodeError):
         return value.decode("latin-1")
 
@@ -170,76 +188,63 @@ class JsonStyle:
 
 def elements(header: Header, tags: Collection[int], style: JsonStyle) -> dict[str, Any]:
     """DICOM JSON of the named top-level attributes that are in the file."""
+    writer = _Writer(style)
     found: dict[str, Any] = {}
     for tag in tags:
-        if tag in header.dataset:
-            made = _element(header.dataset, tag, header.encodings, style, (tag,))
-            if made is not None:
-                found[f"{tag:08X}"] = made
+        element = header.elements.get(tag)
+        made = None if element is None else writer.element(header.dataset, element, header.encodings, (tag,))
+        if made is not None:
+            found[f"{tag:08X}"] = made
     return found
 
 
 def whole(header: Header, style: JsonStyle, leave_out: Collection[AttributePath] = ()) -> dict[str, Any]:
     """DICOM JSON of everything but group 2 and ``leave_out``; pixels are not in a `Header`."""
-    return _json(header.dataset, header.encodings, style, (), leave_out)
+    return _Writer(style, leave_out).dataset(header.dataset, header.encodings, ())
 
 
-def _json(
-    dataset: Dataset,
-    encodings: list[str],
-    style: JsonStyle,
-    path: AttributePath,
-    leave_out: Collection[AttributePath] = (),
-) -> dict[str, Any]:
-    own = _encodings(dataset) if 0x00080005 in dataset else encodings
-    found: dict[str, Any] = {}
-    for tag in sorted(dataset.keys()):
-        here = (*path, int(tag))
-        if here in leave_out or tag.element == 0 or tag.group == 2:
-            continue
-        made = _element(dataset, tag, own, style, here, leave_out)
-        if made is not None:
-            found[f"{int(tag):08X}"] = made
-    return found
+@dataclass(frozen=True)
+class _Writer:
+    style: JsonStyle
+    leave_out: Collection[AttributePath] = ()
 
+    def dataset(self, dataset: Dataset, encodings: list[str], path: AttributePath) -> dict[str, Any]:
+        held = _elements(dataset)
+        own = _encodings(held) if 0x00080005 in held else encodings
+        found: dict[str, Any] = {}
+        for tag in sorted(held):
+            here = (*path, tag)
+            if here in self.leave_out or not tag & 0xFFFF or tag >> 16 == 2:
+                continue
+            made = self.element(dataset, held[tag], own, here)
+            if made is not None:
+                found[f"{tag:08X}"] = made
+        return found
 
-def _element(
-    dataset: Dataset,
-    tag: int,
-    encodings: list[str],
-    style: JsonStyle,
-    path: AttributePath,
-    leave_out: Collection[AttributePath] = (),
-) -> dict[str, Any] | None:
-    element = dataset.get_item(tag)
-    vr = (element.VR or _dictionary_vr(element.tag)) if element is not None else "UN"
-    if vr == "SQ":
-        items = [
-            _json(item, encodings, style, (*path, number), leave_out)
-            for number, item in enumerate(dataset[tag].value or ())
-        ]
-        return {"vr": "SQ", "Value": items} if items else {"vr": "SQ"}
-    if not isinstance(element, RawDataElement):
-        element = _as_raw(dataset, tag)
-    length = element.length if element.value is None else len(element.value)
-    if style.bulk is not None and (
-        vr in style.bulk_vrs or (style.bulk_above_bytes is not None and length > style.bulk_above_bytes)
-    ):
-        uri = style.bulk(path) if length else None
-        return {"vr": vr, "BulkDataURI": uri} if uri else None
-    if element.value is None and element.length not in (0, 0xFFFFFFFF):
-        element = dataset.get_item(tag) if dataset[tag] is None else _as_raw(dataset, tag)
-    return _with_value(vr, element.value or b"", encodings, style, "<" if element.is_little_endian else ">")
+    def element(
+        self, dataset: Dataset, element: Element, encodings: list[str], path: AttributePath
+    ) -> dict[str, Any] | None:
+        vr = _vr(element)
+        if vr == "SQ":
+            items = [
+                self.dataset(item, encodings, (*path, number))
+                for number, item in enumerate(dataset[element.tag].value or ())
+            ]
+            return {"vr": "SQ", "Value": items} if items else {"vr": "SQ"}
+        length = element.length if isinstance(element, RawDataElement) else len(str(element.value))
+        if self._is_bulk(vr, length):
+            uri = self.style.bulk(path) if self.style.bulk is not None and length else None
+            return {"vr": vr, "BulkDataURI": uri} if uri else None
+        if isinstance(element, RawDataElement) and (element.value is not None or not length):
+            order = "<" if element.is_little_endian else ">"
+            return _with_value(vr, element.value or b"", encodings, self.style, order)
+        return dict(dataset[element.tag].to_json_dict(None, 0))
 
-
-def _as_raw(dataset: Dataset, tag: int) -> RawDataElement:
-    """An element pydicom has converted already (file meta, deferred values), as raw bytes again."""
-    element = dataset[tag]
-    value = element.value
-    if not isinstance(value, bytes):
-        values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        value = "\\".join("" if item is None else str(item) for item in values).encode("utf-8")
-    return RawDataElement(element.tag, element.VR, len(value), value, 0, False, True)
+    def _is_bulk(self, vr: str, length: int) -> bool:
+        if self.style.bulk is None:
+            return False
+        above = self.style.bulk_above_bytes
+        return vr in self.style.bulk_vrs or (above is not None and length > above)
 
 
 def _with_value(vr: str, value: bytes, encodings: list[str], style: JsonStyle, order: str) -> dict[str, Any]:
@@ -302,16 +307,13 @@ def walk(header: Header) -> Iterator[tuple[AttributePath, str, bytes, str]]:
 def _walk(
     dataset: Dataset, encodings: list[str], above: AttributePath
 ) -> Iterator[tuple[AttributePath, str, bytes, str]]:
-    own = _encodings(dataset) if above and 0x00080005 in dataset else encodings
-    for tag in list(dataset.keys()):
-        element = dataset.get_item(tag)
-        if element is None or tag.element == 0:
-            continue
-        vr = element.VR or _dictionary_vr(element.tag)
-        path = (*above, int(tag))
+    held = _elements(dataset)
+    own = _encodings(held) if above and 0x00080005 in held else encodings
+    for tag, element in held.items():
+        vr = _vr(element)
+        path = (*above, tag)
         if vr == "SQ":
             for number, item in enumerate(dataset[tag].value or ()):
                 yield from _walk(item, own, (*path, number))
-        elif isinstance(element, RawDataElement) and element.value is not None and vr not in BULK_VRS:
-            value = element.value
-            yield path, vr, value, _decoded(value, vr, own) if vr in TEXT_VRS else ""
+        elif isinstance(element, RawDataElement) and element.value and vr not in BULK_VRS and tag & 0xFFFF:
+            yield path, vr, element.value, _decoded(element.value, vr, own) if vr in TEXT_VRS else ""

@@ -42,7 +42,7 @@ class Mood:
         read; ``database_down``, ``storage_down``: as the reference says, which is not what one would expect.
 
     Authentication (done by ``tokens.py``)
-        ``bearer``: requests need a valid token of the built-in endpoint; ``token_lifetime_s``: how long a new one lives.
+        ``bearer``: requests need a valid token of the built-in endpoint; ``token_lifetime_s``: how long one lives.
     """
 
     latency_ms: float | tuple[float, float] | None = None

@@ -1,8 +1,8 @@
 """MSDICOM, as a sandbox: Microsoft's DICOM server in its API versions 1 and 2 (the ``archived`` branch of its code).
 
-Routes, answers and codes of that server, over real HTTP and a real store. What it accepts is in ``msdicom_rules.py``, its
-searches are in ``msdicom_query.py``; how bytes travel and what a mood does to a connection, in ``web.py``. What is left out
-is listed in ``docs/sandbox.md``.
+Routes, answers and codes of that server, over real HTTP and a real store. What it accepts is in ``msdicom_rules.py``,
+its searches are in ``msdicom_query.py``; how bytes travel and what a mood does to a connection, in ``web.py``. What is
+left out is listed in ``docs/sandbox.md``.
 """
 
 from __future__ import annotations

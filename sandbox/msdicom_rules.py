@@ -102,11 +102,10 @@ def _sentence(tag: int, vr: str, fault: str) -> str:
 
 
 def _required(header: Header, tag: int, version: int) -> str | None:
-    element = header.raw(tag)
-    if element is None:
-        return f"The attribute {keyword_for_tag(tag)} is required and missing."
     vr = dictionary_VR(tag)
-    if header.vr(element) != vr:
+    if header.vr(tag) is None:
+        return f"The attribute {keyword_for_tag(tag)} is required and missing."
+    if header.vr(tag) != vr:
         return f"The attribute {keyword_for_tag(tag)} has to have VR {vr}."
     text = header.text(tag) or ""
     text = text.removesuffix("\0") if vr == "UI" else text
@@ -124,10 +123,9 @@ def _required(header: Header, tag: int, version: int) -> str | None:
 
 def _first_value_invalid(header: Header, tag: int) -> str | None:
     """v1's check of an indexed attribute; an empty value always passes."""
-    element = header.raw(tag)
-    if element is None:
+    vr = header.vr(tag)
+    if vr is None:
         return None
-    vr = header.vr(element)
     text = (header.text(tag) or "").split("\\")[0]
     text = text.removesuffix("\0") if vr == "UI" else text.rstrip(" ")
     if not text:

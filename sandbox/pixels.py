@@ -14,7 +14,8 @@ import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.encaps import get_frame
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
+from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless
 
 from sandbox.datasets import Header
@@ -83,11 +84,9 @@ def _encapsulated_frame(path: Path, header: Header, number: int) -> bytes:
 
 def _native_frame_bytes(header: Header) -> int:
     def number(tag: int) -> int:
-        element = header.raw(tag)
-        return int.from_bytes((element.value if element else None) or b"\1", "big" if header.big_endian else "little")
+        return int.from_bytes(header.value(tag), "big" if header.big_endian else "little")
 
-    samples = number(0x00280002) if header.raw(0x00280002) else 1
-    bits = number(0x00280010) * number(0x00280011) * samples * number(0x00280100)
+    bits = number(0x00280010) * number(0x00280011) * (number(0x00280002) or 1) * number(0x00280100)
     return bits * 2 // 24 if (header.text(0x00280004) or "").strip() == "YBR_FULL_422" else (bits + 7) // 8
 
 

@@ -1,9 +1,9 @@
 """HTTP mechanics both dialects share: serving, bodies streamed in and out, and what a mood does to a connection.
 
 No dialect's rules here: which status, which header and which part is acceptable is decided by ``msdicom.py`` and
-``dcm4chee.py``. A handler is an aiohttp handler marked with `operation`; it returns an ordinary `aiohttp.web.Response`
-or, for a long body, a `Streamed`. The `door` in front of all handlers applies the mood of (dialect, operation) and leaves
-it in ``request[MOOD]`` for the parts of it that are the dialect's business.
+``dcm4chee.py``. A handler is an aiohttp handler marked with `operation`; it returns an ordinary
+`aiohttp.web.Response` or, for a long body, a `Streamed`. The `door` in front of all handlers applies the mood of
+(dialect, operation) and leaves it in ``request[MOOD]`` for the parts of it that are the dialect's business.
 """
 
 from __future__ import annotations
