@@ -1,20 +1,129 @@
-"""The DCM4CHEE dialect. Placeholder: only the wiring that ``__main__`` needs."""
+"""The DCM4CHEE dialect: dcm4chee-arc-light as its sources describe it, default configuration.
+
+Only the map of URLs and the door that turns refusals into answers; each service has a room of its own beside this one.
+"""
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from aiohttp import web
 
+from sandbox import dcm4chee_admin as admin
+from sandbox import dcm4chee_frames as frames
+from sandbox import dcm4chee_iocm as iocm
+from sandbox import dcm4chee_qido as qido
+from sandbox import dcm4chee_stow as stow
+from sandbox import dcm4chee_wado as wado
+from sandbox.dcm4chee_archive import Archive, Refusal, Service
 from sandbox.store import Store, first_wins
-from sandbox.web import Site, door
+from sandbox.web import Handler, Site, door, operation
 
 BASE_PATH = "/dcm4chee-arc/aets/DCM4CHEE/rs"
+_CONTEXT = "/dcm4chee-arc"
+_RS = _CONTEXT + "/aets/{aet}/rs"
+_STUDY = _RS + "/studies/{study}"
+_SERIES = _STUDY + "/series/{series}"
+_INSTANCE = _SERIES + "/instances/{instance}"
+
+_ROUTES: list[tuple[str, str, Service]] = [
+    ("POST", _RS + "/studies", stow.stow),
+    ("POST", _STUDY, stow.stow),
+    *[
+        ("GET", path + suffix, service)
+        for path in (
+            _RS + "/studies",
+            _RS + "/series",
+            _RS + "/instances",
+            _STUDY + "/series",
+            _STUDY + "/instances",
+            _SERIES + "/instances",
+        )
+        for suffix, service in (("", qido.search), ("/count", qido.count))
+    ],
+    ("GET", _RS + "/studies/size", qido.size),
+    *[
+        ("GET", path + suffix, service)
+        for path in (_STUDY, _SERIES, _INSTANCE)
+        for suffix, service in (("", wado.retrieve), ("/metadata", wado.metadata))
+    ],
+    ("GET", _INSTANCE + "/frames/{frames}", frames.frames),
+    ("GET", _INSTANCE + "/bulkdata/{path:.+}", frames.bulk_data),
+    *[
+        ("GET", path + suffix, frames.rendered)
+        for path in (_INSTANCE, _INSTANCE + "/frames/{frame:[1-9][0-9]*}")
+        for suffix in ("/rendered", "/thumbnail")
+    ],
+    *[("POST", path + "/reject/{code}", iocm.reject) for path in (_STUDY, _SERIES, _INSTANCE)],
+    ("DELETE", _STUDY, iocm.delete_study),
+    ("DELETE", _CONTEXT + "/reject/{code}", iocm.delete_rejected),
+    ("GET", _CONTEXT + "/reject", admin.rejection_codes),
+    ("GET", _CONTEXT + "/ctrl/status", admin.status),
+    ("POST", _CONTEXT + "/ctrl/{verb:start|stop|reload}", admin.control),
+    ("GET", _CONTEXT + "/monitor/serverTime", admin.server_time),
+    ("GET", _CONTEXT + "/monitor/serverTimeZone", admin.time_zone),
+    ("GET", _CONTEXT + "/monitor/associations", admin.associations),
+    ("GET", _CONTEXT + "/storage", admin.storage),
+    ("GET", _CONTEXT + "/queue", admin.queues),
+    ("GET", _CONTEXT + "/queue/{queue}", admin.tasks),
+    ("GET", _CONTEXT + "/queue/{queue}/count", admin.count_tasks),
+    ("GET", _CONTEXT + "/metrics", admin.metrics),
+    ("GET", _CONTEXT + "/metrics/{name}", admin.metric),
+    ("GET", _CONTEXT + "/aets", admin.application_entities),
+    ("GET", _CONTEXT + "/devicename", admin.device_name),
+    ("GET", _CONTEXT + "/export", admin.exporters),
+    # The management interface has a port of its own (9990) on the real server.
+    ("GET", "/health", admin.wildfly_health),
+    ("GET", "/health/{which:live|ready|started}", admin.wildfly_health),
+]
 
 
 def open_store(folder: Path) -> Store:
-    return Store(folder, merge=first_wins)
+    """Patient, study and series attributes are those of the first instance (update policy SUPPLEMENT)."""
+    return Store(folder, fold=_fold, merge=first_wins)
+
+
+def _fold(tag: str, text: str) -> str:
+    """Names match without regard to case and accents; everything else as written."""
+    text = text.strip()
+    if tag not in ("00100010", "00080090"):
+        return text
+    plain = unicodedata.normalize("NFKD", text)
+    return "".join(letter for letter in plain if not unicodedata.combining(letter)).upper()
 
 
 def application(site: Site) -> web.Application:
-    return web.Application(middlewares=[door(site)])
+    archive = Archive(site)
+    app = web.Application(middlewares=[_no_raw_caret, door(site), _cors], client_max_size=0)
+    # Fixed paths come before those with a placeholder in the same place: /studies/count is no study.
+    for method, path, service in sorted(_ROUTES, key=lambda route: ("{study}" in route[1], route[1].count("{"))):
+        app.router.add_route(method, path, _handler(archive, service))
+    return app
+
+
+def _handler(archive: Archive, service: Service) -> Handler:
+    @operation(getattr(service, "operation"))  # noqa: B009  # a function's own attribute
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            return await service(archive, request)
+        except Refusal as refusal:
+            return refusal.response
+
+    return handle
+
+
+@web.middleware
+async def _no_raw_caret(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Undertow refuses a request line with characters that a URL cannot have, before any application code."""
+    if set('^"<>\\`{|}') & set(request.raw_path):
+        return web.Response(status=400)
+    return await handler(request)
+
+
+@web.middleware
+async def _cors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    response = await handler(request)
+    response.headers["Access-Control-Allow-Origin"] = request.headers.get("Origin", "*")
+    response.headers["Access-Control-Allow-Credentials"] = "true"
+    return response

@@ -1,0 +1,239 @@
+"""Deletion on DCM4CHEE: reject (hide), delete (forget), and purge (free), which are three different things.
+
+Rejecting leaves a Key Object in a new series of the study; deleting takes a study that is rejected as a whole; the
+files go with the purge, up to five minutes later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from aiohttp import web
+from pydicom import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from sandbox.dcm4chee_admin import finish_task, queue_task
+from sandbox.dcm4chee_aets import NOTE, REJECTION_CODES, REVOKE, ApplicationEntity, RejectionCode
+from sandbox.dcm4chee_archive import (
+    PURGE_INTERVAL_S,
+    RESERVED,
+    Archive,
+    Refusal,
+    entity,
+    invalid,
+    need_database,
+    parameters,
+    plain_json,
+    refuse,
+)
+from sandbox.dcm4chee_objects import KEY_OBJECT, written
+from sandbox.dcm4chee_qido import rejection_state
+from sandbox.store import Condition, NewInstance, Row
+from sandbox.web import MOOD, operation
+
+#: deleteStudyChunkSize
+_CHUNK = 100
+
+
+def _code(text: str) -> RejectionCode:
+    code = REVOKE if text == REVOKE.code else REJECTION_CODES.get(text)
+    if code is None:
+        raise refuse(404, f"Unknown Rejection Note Code: {text}")
+    return code
+
+
+# -- reject ---------------------------------------------------------------------------------------------------------
+
+
+@operation("reject")
+async def reject(archive: Archive, request: web.Request) -> web.StreamResponse:
+    ae = entity(request, "DCM4CHEE_ARC_AET")
+    code = _code(request.match_info["code"])
+    need_database(request)
+    asked = {parameter.name: parameter.value for parameter in parameters(request)}
+    named = {name: request.match_info.get(name) for name in ("study", "series", "instance")}
+    if asked.get("queue") == "true":
+        if "scheduledTime" in asked and not re.fullmatch(r"\d{14}", asked["scheduledTime"]):
+            raise refuse(400, f"Invalid scheduledTime: {asked['scheduledTime']}")
+        task = queue_task(archive, "Rejection", "REJECT", asked.get("batchID"), str(request.url))
+        asyncio.get_running_loop().call_soon(_reject_later, archive, ae, code, named, task)
+        return web.Response(status=202)
+    return plain_json({"count": _reject(archive, ae, code, named)})
+
+
+def _reject_later(
+    archive: Archive, ae: ApplicationEntity, code: RejectionCode, named: dict[str, str | None], task: dict[str, Any]
+) -> None:
+    try:
+        count = _reject(archive, ae, code, named)
+    except Refusal as refusal:
+        finish_task(archive, task, "FAILED", refusal.response.text or "")
+    else:
+        finish_task(archive, task, "COMPLETED", f"Rejected {count} instances")
+
+
+def _reject(archive: Archive, ae: ApplicationEntity, code: RejectionCode, named: dict[str, str | None]) -> int:
+    """Mark what this AE sees of it; how many instances that were."""
+    rows = archive.store.instances(
+        study_instance_uid=named["study"],
+        series_instance_uid=named["series"],
+        sop_instance_uid=named["instance"],
+        view=ae.view,
+    )
+    if code is REVOKE:
+        rows = [row for row in rows if row.rejection and not row.rejection.startswith(NOTE)]
+    else:
+        rows = [row for row in rows if row.rejection != code.code]
+    if not rows:
+        raise refuse(404, f"No instances of Study[UID={named['study']}] found for rejection.")
+    for row in rows:
+        earlier = row.rejection
+        if earlier and not earlier.startswith(NOTE) and earlier not in code.replaces:
+            # A774
+            raise refuse(400, f"Rejection of instance[uid={row.sop_instance_uid}] already rejected with {earlier}")
+    with archive.store.transaction():
+        archive.store.reject([row.key for row in rows], None if code is REVOKE else code.code)
+        if code is not REVOKE:
+            _leave_note(archive, code, rows)
+    return len(rows)
+
+
+def _leave_note(archive: Archive, code: RejectionCode, rows: Sequence[Row]) -> None:
+    """The Key Object Selection that says what was rejected, in a new series of the study."""
+    study_instance_uid = rows[0].study_instance_uid
+    found = archive.store.search("study", [Condition("study_instance_uid", "=", study_instance_uid)])[0]
+    note = Dataset.from_json(found.study)
+    note.SOPClassUID = KEY_OBJECT
+    note.SOPInstanceUID = generate_uid(prefix=None)
+    note.StudyInstanceUID = study_instance_uid
+    note.SeriesInstanceUID = generate_uid(prefix=None)
+    note.Modality = "KO"
+    note.SeriesNumber = "1"
+    note.InstanceNumber = "1"
+    note.ValueType = "CONTAINER"
+    note.ConceptNameCodeSequence = [_coded(code)]
+    note.CurrentRequestedProcedureEvidenceSequence = [_evidence(rows)]
+    note.SpecificCharacterSet = "ISO_IR 192"
+    spool = archive.store.spool()
+    spool.write(written(note, str(ExplicitVRLittleEndian)))
+    instance = {
+        tag: element for tag, element in note.to_json_dict().items() if tag in ("00080016", "00080018", "0040A043")
+    }
+    row = archive.store.add(
+        NewInstance(
+            study_instance_uid=study_instance_uid,
+            series_instance_uid=note.SeriesInstanceUID,
+            sop_instance_uid=note.SOPInstanceUID,
+            sop_class_uid=KEY_OBJECT,
+            transfer_syntax_uid=str(ExplicitVRLittleEndian),
+            study=found.study,
+            series={
+                "00080060": {"vr": "CS", "Value": ["KO"]},
+                "0020000E": {"vr": "UI", "Value": [str(note.SeriesInstanceUID)]},
+                "00200011": {"vr": "IS", "Value": ["1"]},
+            },
+            instance={**instance, "00200013": {"vr": "IS", "Value": ["1"]}},
+            received_at_s=archive.now_s(),
+        ),
+        spool,
+    )
+    archive.store.reject([row.key], NOTE + code.code)
+
+
+def _coded(code: RejectionCode) -> Dataset:
+    item = Dataset()
+    item.CodeValue = code.code_value
+    item.CodingSchemeDesignator = code.coding_scheme_designator
+    item.CodeMeaning = code.code_meaning
+    return item
+
+
+def _evidence(rows: Sequence[Row]) -> Dataset:
+    study = Dataset()
+    study.StudyInstanceUID = rows[0].study_instance_uid
+    study.ReferencedSeriesSequence = []
+    for series_instance_uid in dict.fromkeys(row.series_instance_uid for row in rows):
+        series = Dataset()
+        series.SeriesInstanceUID = series_instance_uid
+        series.ReferencedSOPSequence = [
+            _referenced(row) for row in rows if row.series_instance_uid == series_instance_uid
+        ]
+        study.ReferencedSeriesSequence.append(series)
+    return study
+
+
+def _referenced(row: Row) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID = row.sop_class_uid
+    item.ReferencedSOPInstanceUID = row.sop_instance_uid
+    return item
+
+
+# -- delete ---------------------------------------------------------------------------------------------------------
+
+
+@operation("delete")
+async def delete_study(archive: Archive, request: web.Request) -> web.StreamResponse:
+    study = request.match_info["study"]
+    asked = {parameter.name: parameter.value for parameter in parameters(request)}
+    for name in asked:
+        if name not in RESERVED and name not in ("retainObj", "reasonForModification", "sourceOfPreviousValues"):
+            raise invalid(request, "Unexpected query parameter", name)
+    entity(request, "DCM4CHEE_ARC_AET")
+    need_database(request)
+    if study in archive.deleting:
+        raise refuse(409, f"Deletion of Study[uid={study}] already in progress")
+    rows = archive.store.instances(study_instance_uid=study)
+    if not rows:
+        raise refuse(404, f"No study found for {study}")
+    state = rejection_state(rows)
+    if state not in ("COMPLETE", "EMPTY"):
+        raise refuse(403, f"Deletion of Study with Rejection State: {state} not permitted")
+    archive.deleting.add(study)
+    try:
+        for start in range(0, len(rows), _CHUNK):
+            # The mood's latency is per chunk here, so that a second request can meet the first one at work.
+            await asyncio.sleep(request[MOOD].latency_s())
+            retained_for_ever = asked.get("retainObj") == "true"
+            free_at_s = float("inf") if retained_for_ever else archive.now_s() + PURGE_INTERVAL_S
+            archive.store.delete(rows[start : start + _CHUNK], free_at_s=free_at_s)
+    finally:
+        archive.deleting.discard(study)
+    return web.Response(status=204)
+
+
+# -- purge of a code --------------------------------------------------------------------------------------------------
+
+
+@operation("delete")
+async def delete_rejected(archive: Archive, request: web.Request) -> web.StreamResponse:
+    """Archive-wide: every instance rejected with that code, whoever rejected it."""
+    asked = {parameter.name: parameter.value for parameter in parameters(request)}
+    before_s = _before_s(request, asked.get("rejectedBefore"))
+    if asked.get("keepRejectionNote", "false") not in ("true", "false"):
+        raise invalid(request, "Invalid keepRejectionNote", asked["keepRejectionNote"])
+    code = _code(request.match_info["code"])
+    need_database(request)
+    view = f"rejection = '{code.code}'"
+    if asked.get("keepRejectionNote") != "true":
+        view += f" OR rejection = '{NOTE}{code.code}'"
+    rows = [row for row in archive.store.instances(view=view) if before_s is None or row.received_at_s < before_s]
+    for start in range(0, len(rows), _CHUNK):
+        archive.store.delete(rows[start : start + _CHUNK], free_at_s=archive.now_s() + PURGE_INTERVAL_S)
+        await asyncio.sleep(0)
+    return plain_json({"deleted": len(rows)})
+
+
+def _before_s(request: web.Request, text: str | None) -> float | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"(19|20)\d\d-\d\d-\d\d", text):
+        raise invalid(request, "Invalid rejectedBefore", text)
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError as error:
+        raise invalid(request, "Invalid rejectedBefore", text) from error

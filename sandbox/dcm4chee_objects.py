@@ -1,0 +1,165 @@
+"""DICOM objects as DCM4CHEE handles them: which attributes it indexes, and what it changes on their way out.
+
+Files and datasets only; neither HTTP nor the store's tables.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydicom import Dataset, dcmread, dcmwrite
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import UID, ExplicitVRLittleEndian
+
+from sandbox import datasets
+from sandbox.datasets import DEFLATED, Header, JsonStyle
+
+Attributes = dict[str, Any]
+
+KEY_OBJECT = "1.2.840.10008.5.1.4.1.1.88.59"
+#: Longer values of these VRs are bulk data in metadata.
+BULK_ABOVE_BYTES = 1024
+BULK_VRS = frozenset(["DS", "FD", "FL", "IS", "LT", "OB", "OD", "OF", "OL", "OW", "UC", "UN", "UR", "UT"])
+#: IS, DS, SV and UV are strings, for the switch to numbers is not configured by default.
+STYLE = JsonStyle(numbers=False)
+
+_PATIENT = "00100010 00100020 00100021 00100030 00100040 00101002 00101010 00101020 00101030 00104000"
+_STUDY = (
+    "00080020 00080030 00080050 00080051 00080090 00081030 00081032 00081048 00081060 0020000D 00200010 00321032 "
+    "00321060 00401012"
+)
+_SERIES = (
+    "00080060 00080070 00080080 00081010 00081040 00081050 0008103E 00081070 00081090 00081111 00180015 00181030 "
+    "0020000E 00200011 00200060 00400244 00400245 00400254 00400275"
+)
+_INSTANCE = (
+    "00080008 00080016 00080018 00080022 00080023 0008002A 00080032 00080033 00200012 00200013 00204000 00280002 "
+    "00280004 00280008 00280010 00280011 00280100 0040A043 0040A491 0040A493 00420010 00700080"
+)
+
+
+def _numbers(tags: str) -> tuple[int, ...]:
+    return tuple(int(tag, 16) for tag in tags.split())
+
+
+#: What the database keeps of an object at each level.
+INDEXED = {"study": _numbers(f"{_PATIENT} {_STUDY}"), "series": _numbers(_SERIES), "instance": _numbers(_INSTANCE)}
+PATIENT_TAGS = frozenset(_PATIENT.split())
+
+
+@dataclass(frozen=True)
+class Unreadable(Exception):
+    """An object the archive cannot take in. ``is_dicom``: it began as a DICOM stream (reason 0110, otherwise C499)."""
+
+    is_dicom: bool
+    why: str
+
+
+def read_header(path: Path) -> Header:
+    """Raises `Unreadable`."""
+    try:
+        return datasets.read_header(path)
+    except datasets.NotDicom as error:
+        with path.open("rb") as file:
+            is_dicom = file.read(132)[128:] == b"DICM"
+        raise Unreadable(is_dicom, str(error)) from error
+
+
+def java_hash(text: str) -> int:
+    """``String.hashCode`` as an unsigned number."""
+    number = 0
+    units = text.encode("utf-16-be", "surrogatepass")
+    for at in range(0, len(units), 2):
+        number = (31 * number + int.from_bytes(units[at : at + 2])) & 0xFFFFFFFF
+    return number
+
+
+def supplemented_issuer(patient_name: str | None, birth_date: str | None) -> str:
+    """IssuerOfPatientID of an object that has none: so the same PatientID with another name is another patient."""
+    hashes = [f"{java_hash(text):08X}" if text else "null" for text in (patient_name, birth_date)]
+    return ".".join(["DCM4CHEE", *hashes])
+
+
+def has_pixels(header: Header) -> bool:
+    """Whether the object is an image; behind deflate the pixels have no place in the file."""
+    return header.pixels_at is not None or (header.transfer_syntax_uid == DEFLATED and "Rows" in header.dataset)
+
+
+# -- on the way out -------------------------------------------------------------------------------------------------
+
+_ENCAPSULATED_LENGTH = 0x7FE00003
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """An object to send: ``start``, then the file's bytes from ``rest_at`` (None: nothing of the file)."""
+
+    transfer_syntax_uid: str
+    start: bytes
+    rest_at: int | None
+
+
+def as_stored(path: Path, over: Attributes) -> Outgoing:
+    """The object with ``over`` laid over it, its pixels untouched and never in memory.
+
+    What the database says of patient, study and series wins over what the object says. Raises `Unreadable`.
+    """
+    header = read_header(path)
+    changed = _changed(header, over)
+    if not changed and _ENCAPSULATED_LENGTH not in header.dataset:
+        return Outgoing(header.transfer_syntax_uid, b"", 0)
+    if header.transfer_syntax_uid == DEFLATED:
+        ds = dcmread(path)
+        _overlay(ds, changed)
+        return Outgoing(DEFLATED, written(ds, DEFLATED), None)
+    ds = header.dataset
+    ds.pop(_ENCAPSULATED_LENGTH, None)
+    _overlay(ds, changed)
+    return Outgoing(header.transfer_syntax_uid, written(ds, header.transfer_syntax_uid), header.pixels_at)
+
+
+def decompressed(path: Path, over: Attributes) -> Outgoing:
+    """The object in Explicit VR Little Endian, in memory.
+
+    Raises `Unreadable`, and whatever pydicom raises without a decoder or on broken pixels.
+    """
+    header = read_header(path)
+    ds = dcmread(path)
+    if ds.file_meta.TransferSyntaxUID.is_compressed and "PixelData" in ds:
+        ds.decompress(generate_instance_uid=False)
+    _overlay(ds, _changed(header, over))
+    return Outgoing(str(ExplicitVRLittleEndian), written(ds, str(ExplicitVRLittleEndian)), None)
+
+
+def _changed(header: Header, over: Attributes) -> Attributes:
+    own = datasets.elements(header, [int(tag, 16) for tag in over], STYLE)
+    return {tag: element for tag, element in over.items() if own.get(tag) != element}
+
+
+def _overlay(ds: FileDataset, changed: Attributes) -> None:
+    if any(not str(element).isascii() for element in changed.values()):
+        ds.decode()
+        ds.SpecificCharacterSet = "ISO_IR 192"
+    ds.update(Dataset.from_json(dict(changed)))
+
+
+def written(ds: Dataset, transfer_syntax_uid: str) -> bytes:
+    """The dataset as a DICOM file."""
+    meta = getattr(ds, "file_meta", None) or FileMetaDataset()
+    meta.TransferSyntaxUID = UID(transfer_syntax_uid)
+    ds.file_meta = meta
+    buffer = io.BytesIO()
+    dcmwrite(buffer, ds, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def shown(header: Header, over: Mapping[str, Any], style: JsonStyle) -> Attributes:
+    """The object's metadata in DICOM JSON, as it would be retrieved."""
+    found = {**datasets.whole(header, style, leave_out=[(_ENCAPSULATED_LENGTH,)]), **over}
+    if "00080005" in found:
+        found["00080005"] = {"vr": "CS", "Value": ["ISO_IR 192"]}
+    return dict(sorted(found.items()))

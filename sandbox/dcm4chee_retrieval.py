@@ -1,0 +1,116 @@
+"""What all of WADO-RS shares on DCM4CHEE: which rows a URL names, conditions, status, and the multipart answer.
+
+Nothing that reads DICOM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from email.utils import formatdate
+
+from aiohttp import web
+
+from sandbox.dcm4chee_aets import ApplicationEntity
+from sandbox.dcm4chee_archive import Archive, Refusal, entity, need_database, refuse, warning
+from sandbox.dcm4chee_objects import Attributes
+from sandbox.store import Condition, Row
+from sandbox.web import MOOD, Streamed
+
+OCTETS = "application/octet-stream"
+#: Headers and content of a multipart answer's parts, each made when its turn comes.
+Parts = AsyncIterator[tuple[dict[str, str], AsyncIterator[bytes]]]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What a URL names, as far as the AE may see it and its file is there."""
+
+    rows: list[Row]
+    lost: int
+
+    @property
+    def headers(self) -> dict[str, str]:
+        newest_s = max(row.received_at_s for row in self.rows)
+        state = ",".join(f"{row.key}:{row.rejection or ''}" for row in self.rows)
+        return {
+            "ETag": f'"{hashlib.md5(f"{newest_s}{state}".encode()).hexdigest()}"',
+            "Last-Modified": formatdate(newest_s, usegmt=True),
+        }
+
+
+def match_rows(archive: Archive, request: web.Request) -> tuple[ApplicationEntity, Matched]:
+    ae = entity(request, "WADO_RS")
+    need_database(request)
+    info = request.match_info
+    rows = archive.store.instances(
+        study_instance_uid=info["study"],
+        series_instance_uid=info.get("series"),
+        sop_instance_uid=info.get("instance"),
+        view=ae.view,
+    )
+    if not rows:
+        raise refuse(404, "No matches found.")
+    there = [] if request[MOOD].storage_down else [row for row in rows if row.path.exists()]
+    if not there:
+        raise refuse(410, "No longer accessible.")
+    return ae, Matched(there, len(rows) - len(there))
+
+
+def check_conditions(request: web.Request, matched: Matched) -> None:
+    """If-None-Match and If-Match."""
+    tag = matched.headers["ETag"]
+    known = [text.strip() for text in request.headers.get("If-None-Match", "").split(",")]
+    if tag in known or "*" in known:
+        raise Refusal(web.Response(status=304, headers=matched.headers))
+    wanted = [text.strip() for text in request.headers.get("If-Match", "").split(",") if text.strip()]
+    if wanted and tag not in wanted and "*" not in wanted:
+        raise Refusal(web.Response(status=412))
+
+
+def laid_over(archive: Archive, ae: ApplicationEntity, row: Row) -> Attributes:
+    """What is laid over an object: what the store request said, and on DCM4CHEE what the database says."""
+    coerced: Attributes = row.notes.get("coerced", {})
+    if ae.returns_as_received:
+        return coerced
+    where = [
+        Condition("study_instance_uid", "=", row.study_instance_uid),
+        Condition("series_instance_uid", "=", row.series_instance_uid),
+    ]
+    found = archive.store.search("series", where)[0]
+    return {**coerced, **found.study, **found.series}
+
+
+def completeness(request: web.Request, matched: Matched, unacceptable: int = 0) -> tuple[int, dict[str, str]]:
+    """200, or 206 and why."""
+    if matched.lost:
+        return 206, {"Warning": warning(request, f"{matched.lost} objects no longer accessible.")}
+    if unacceptable:
+        return 206, {"Warning": warning(request, f"{unacceptable} objects not acceptable.")}
+    return 200, {}
+
+
+def not_acceptable() -> web.Response:
+    text = '{"errorMessage":"Not accepted instances present."}'
+    return web.Response(status=406, text=text, content_type="text/plain")
+
+
+def related(parts: Parts, kind: str, status: int, headers: dict[str, str]) -> Streamed:
+    """A multipart/related answer; ``kind`` is its type parameter and what follows it."""
+    boundary = secrets.token_hex(16)
+    kind = f"multipart/related;type={kind};boundary={boundary}"
+    return Streamed(_joined(parts, boundary), status=status, headers={**headers, "Content-Type": kind})
+
+
+async def _joined(parts: Parts, boundary: str) -> AsyncIterator[bytes]:
+    """A multipart body of parts that are themselves made one after the other."""
+    opening = b""
+    async for headers, content in parts:
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        yield opening + f"--{boundary}\r\n{lines}\r\n".encode()
+        async for chunk in content:
+            yield chunk
+        opening = b"\r\n"
+    yield opening + f"--{boundary}--\r\n".encode()

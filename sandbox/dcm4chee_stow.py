@@ -1,0 +1,336 @@
+"""STOW-RS as DCM4CHEE has it (PS3.18 10.5): parts are judged and stored one by one while the body still arrives.
+
+There is no all-or-nothing: a 500 in mid body leaves the earlier parts stored.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aiohttp import web
+from pydicom import Dataset
+from pydicom.datadict import dictionary_VR
+
+from sandbox import datasets
+from sandbox.datasets import Header
+from sandbox.dcm4chee_aets import NOTE, REJECTION_CODES
+from sandbox.dcm4chee_archive import (
+    DEVICE,
+    PURGE_INTERVAL_S,
+    RESERVED,
+    Archive,
+    Refusal,
+    attribute_path,
+    crash,
+    entity,
+    invalid,
+    parameters,
+    refuse,
+    services_url,
+)
+from sandbox.dcm4chee_forms import native_xml
+from sandbox.dcm4chee_media import ANY, accepted, media
+from sandbox.dcm4chee_objects import INDEXED, PATIENT_TAGS, STYLE, Unreadable, read_header, supplemented_issuer
+from sandbox.store import Condition, NewInstance, Row, Spool, first_value
+from sandbox.web import DICOM_JSON, MOOD, BrokenMultipart, Part, TooLarge, dicom_json, operation, read_parts
+
+#: HTTP_MAX_POST_SIZE of the image.
+MAX_POST_BYTES = 10_000_000_000
+NOT_A_DICOM_FILE = "1.2.40.0.13.1.15.110.3.165.2"
+_OPTIONS = {
+    "updatePolicy": {"SUPPLEMENT", "MERGE", "OVERWRITE"},
+    "reasonForModification": {"COERCE", "CORRECT"},
+    "sourceOfPreviousValues": None,
+}
+
+
+class Failed(Exception):
+    """One instance's FailureReason, and what the Warning header will say of it."""
+
+    def __init__(self, reason: int, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass
+class _Transaction:
+    """One STOW request and what became of its instances so far."""
+
+    archive: Archive
+    mood: Any
+    url: str
+    study_instance_uid: str | None
+    coerced: dict[str, Any]
+    stored: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    last_failure: str = ""
+
+
+@operation("store")
+async def stow(archive: Archive, request: web.Request) -> web.StreamResponse:
+    content_type = media(request.headers.get("Content-Type", ""))
+    if content_type.name != "multipart/related":
+        raise Refusal(web.Response(status=415))
+    as_xml = _wants_xml(request)
+    coerced = _coerced(request)
+    entity(request, "STOW_RS")
+    if "boundary" not in content_type.parameters:
+        raise refuse(400, "Missing Boundary Parameter")
+    if (request.content_length or 0) > MAX_POST_BYTES:
+        raise Refusal(web.Response(status=413, headers={"Connection": "close"}))
+    store_request = _Transaction(
+        archive, request[MOOD], services_url(request), request.match_info.get("study"), coerced
+    )
+    try:
+        await _take_in(store_request, request, content_type.parameters["boundary"])
+    except BrokenMultipart as error:
+        raise crash("java.io.IOException", "Unexpected end of multipart stream") from error
+    except TooLarge as error:
+        raise Refusal(web.Response(status=413, headers={"Connection": "close"})) from error
+    return _answer(store_request, as_xml=as_xml)
+
+
+def _wants_xml(request: web.Request) -> bool:
+    """Which of the two forms is accepted.
+
+    For a wildcard the archive's choice is not stable: here it is the one that a client expects least.
+    """
+    for one in accepted(request):
+        if one.name == DICOM_JSON:
+            return False
+        if one.name in ("application/dicom+xml", ANY, "application/*"):
+            return True
+    raise Refusal(web.Response(status=406))
+
+
+def _coerced(request: web.Request) -> dict[str, Any]:
+    """Attributes given as query parameters: each of them is written into every object of the request."""
+    keys = Dataset()
+    for parameter in parameters(request):
+        if parameter.name in RESERVED:
+            continue
+        if parameter.name in _OPTIONS:
+            allowed = _OPTIONS[parameter.name]
+            if allowed is not None and parameter.value not in allowed:
+                raise invalid(request, f"Invalid {parameter.name}", parameter.value)
+            continue
+        path = attribute_path(parameter.name)
+        if path is None or len(path) != 1:
+            raise invalid(request, "Unexpected query parameter", parameter.name)
+        tag = int(path[0], 16)
+        try:
+            keys.add_new(tag, dictionary_VR(tag), list(parameter.values))
+        except (KeyError, ValueError) as error:
+            raise invalid(request, "Unexpected query parameter", parameter.name) from error
+    return keys.to_json_dict()
+
+
+async def _take_in(transaction: _Transaction, request: web.Request, boundary: str) -> None:
+    arriving = read_parts(request, boundary, transaction.archive.store, max_bytes=MAX_POST_BYTES)
+    if transaction.mood.lose_last_part:
+        arriving = _all_but_the_last(arriving)
+    async for part in arriving:
+        kind = part.headers.get("content-type")
+        if kind is None:
+            part.spool.discard()
+            raise crash("java.lang.NullPointerException", "Content-Type of part is null")
+        if media(kind).name == "application/dicom":
+            _judge(transaction, part.spool)
+        else:
+            part.spool.discard()
+
+
+async def _all_but_the_last(parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
+    held: Part | None = None
+    async for part in parts:
+        if held is not None:
+            yield held
+        held = part
+    if held is not None:
+        held.spool.discard()
+
+
+def _judge(transaction: _Transaction, spool: Spool) -> None:
+    """Store one part, or say why not."""
+    sop_class_uid, sop_instance_uid = NOT_A_DICOM_FILE, f"2.25.{uuid.uuid4().int}"
+    try:
+        header = _read(spool)
+        new = _as_new(transaction, header)
+        sop_class_uid, sop_instance_uid = new.sop_class_uid, new.sop_instance_uid
+        _may_store(transaction, new)
+        _keep(transaction.archive, new, spool)
+    except Failed as failure:
+        transaction.last_failure = str(failure)
+        transaction.failed.append({**_reference(sop_class_uid, sop_instance_uid), "00081197": _us(failure.reason)})
+    else:
+        url = f"{transaction.url}/studies/{new.study_instance_uid}/series/{new.series_instance_uid}"
+        item = {
+            **_reference(sop_class_uid, sop_instance_uid),
+            "00081190": {"vr": "UR", "Value": [f"{url}/instances/{sop_instance_uid}"]},
+        }
+        transaction.stored.append((new.study_instance_uid, item))
+    finally:
+        if spool.path.exists():
+            spool.discard()
+
+
+def _read(spool: Spool) -> Header:
+    try:
+        return read_header(spool.path)
+    except Unreadable as error:
+        if error.is_dicom:
+            raise Failed(0x0110, f"java.io.EOFException: {error.why}") from error
+        raise Failed(0xC499, "org.dcm4che3.io.DicomStreamException: Not a DICOM Stream") from error
+
+
+def _as_new(transaction: _Transaction, header: Header) -> NewInstance:
+    """The object as it will be indexed: query parameters win, what is missing of the patient is filled in."""
+    found = {name: datasets.elements(header, tags, STYLE) for name, tags in INDEXED.items()}
+    for tag, element in transaction.coerced.items():
+        for level, tags in INDEXED.items():
+            if int(tag, 16) in tags:
+                found[level][tag] = element
+    study, series, instance = found["study"], found["series"], found["instance"]
+    uids = [
+        first_value(attributes.get(tag))
+        for attributes, tag in (
+            (study, "0020000D"),
+            (series, "0020000E"),
+            (instance, "00080018"),
+            (instance, "00080016"),
+        )
+    ]
+    if any(uid is None for uid in uids):
+        raise Failed(0x0110, "java.lang.NullPointerException: missing Study, Series or SOP Instance UID")
+    study_uid, series_uid, sop_uid, class_uid = [uid or "" for uid in uids]
+    return NewInstance(
+        study_instance_uid=study_uid,
+        series_instance_uid=series_uid,
+        sop_instance_uid=sop_uid,
+        sop_class_uid=class_uid,
+        transfer_syntax_uid=header.transfer_syntax_uid,
+        study=_identified(transaction.archive, study_uid, study),
+        series=series,
+        instance=instance,
+        received_at_s=transaction.archive.now_s(),
+        notes={"coerced": transaction.coerced} if transaction.coerced else {},
+    )
+
+
+def _identified(archive: Archive, study_instance_uid: str, study: dict[str, Any]) -> dict[str, Any]:
+    """The study's attributes with a patient id and an issuer, made up where the object has none."""
+    study = dict(study)
+    if first_value(study.get("00100020")) is None:
+        known = _known_patient(archive, study_instance_uid)
+        made = f"P-{uuid.uuid4().int % 10**8:08d}"
+        study["00100020"] = known.get("00100020") or {"vr": "LO", "Value": [made]}
+        study["00100021"] = known.get("00100021") or {"vr": "LO", "Value": ["DCM4CHEE"]}
+    elif first_value(study.get("00100021")) is None:
+        issuer = supplemented_issuer(first_value(study.get("00100010")), first_value(study.get("00100030")))
+        study["00100021"] = {"vr": "LO", "Value": [issuer]}
+    return study
+
+
+def _known_patient(archive: Archive, study_instance_uid: str) -> dict[str, Any]:
+    found = archive.store.search("study", [Condition("study_instance_uid", "=", study_instance_uid)])
+    return {tag: element for tag, element in found[0].study.items() if tag in PATIENT_TAGS} if found else {}
+
+
+def _may_store(transaction: _Transaction, new: NewInstance) -> None:
+    """Everything but duplicates that keeps an instance out, in the archive's order."""
+    mood = transaction.mood
+    if transaction.study_instance_uid not in (None, new.study_instance_uid):
+        raise Failed(
+            0xC409,
+            f"Study Instance UID[{new.study_instance_uid}] of received object does not match "
+            f"Study Instance UID[{transaction.study_instance_uid}] specified in the request URL",
+        )
+    if mood.storage_down or mood.disk_full == "A700":
+        raise Failed(0xA700, "java.nio.file.FileSystemException: No space left on device")
+    if mood.disk_full == "272":
+        raise Failed(0x0110, "java.io.IOException: No space left on configured storage systems")
+    if mood.database_down:
+        raise Failed(0x0110, "jakarta.ejb.EJBException: Unable to acquire JDBC Connection")
+    if mood.transient_272:
+        raise Failed(0x0110, "jakarta.persistence.PersistenceException: duplicate key value violates unique constraint")
+    if new.study_instance_uid in transaction.archive.deleting:
+        raise Failed(0xA77A, f"Study[uid={new.study_instance_uid}] is being deleted")
+
+
+def _keep(archive: Archive, new: NewInstance, spool: Spool) -> None:
+    """Store a first instance; a known SOP Instance UID is ignored, refused or restored instead."""
+    known = archive.store.by_sop(new.sop_instance_uid)
+    if known:
+        _keep_again(archive, new, spool, known[0])
+        return
+    patient = _known_patient(archive, new.study_instance_uid)
+    if patient and _identity(patient) != _identity(new.study):
+        raise Failed(0xA778, f"Conflicting Patient ID in Study[uid={new.study_instance_uid}]")
+    archive.store.add(new, spool)
+
+
+def _identity(attributes: dict[str, Any]) -> tuple[str | None, str | None]:
+    return first_value(attributes.get("00100020")), first_value(attributes.get("00100021"))
+
+
+def _keep_again(archive: Archive, new: NewInstance, spool: Spool, known: Row) -> None:
+    """Overwrite policy SAME_SOURCE: STOW has no calling AE, so what is there stays, and the client hears nothing."""
+    if known.rejection is None:
+        return
+    if known.rejection.startswith(NOTE):
+        if known.sha256 != spool.sha256:
+            raise Failed(0xA770, f"Rejection Note[uid={new.sop_instance_uid}] already received")
+        return
+    rule = REJECTION_CODES[known.rejection].on_restow
+    if rule == "REJECT":
+        raise Failed(0xA771, f"Subsequent occurrence of rejected Object[uid={new.sop_instance_uid}]")
+    if rule == "RESTORE":
+        _restore(archive, new, spool, known)
+
+
+def _restore(archive: Archive, new: NewInstance, spool: Spool, known: Row) -> None:
+    """Take the rejection back; other bytes replace the stored ones, under the UIDs they had."""
+    if known.sha256 == spool.sha256:
+        archive.store.reject([known.key], None)
+        return
+    same_place = replace(
+        new, study_instance_uid=known.study_instance_uid, series_instance_uid=known.series_instance_uid
+    )
+    with archive.store.transaction():
+        archive.store.delete([known], free_at_s=archive.now_s() + PURGE_INTERVAL_S)
+        archive.store.add(same_place, spool)
+
+
+# -- the answer -----------------------------------------------------------------------------------------------------
+
+
+def _answer(transaction: _Transaction, *, as_xml: bool) -> web.Response:
+    stored, failed = transaction.stored, transaction.failed
+    studies = {study for study, _item in stored}
+    retrieve_url: dict[str, Any] = {"vr": "UR"}
+    if len(studies) == 1:
+        retrieve_url["Value"] = [f"{transaction.url}/studies/{studies.pop()}"]
+    body: dict[str, Any] = {"00081190": retrieve_url}
+    if failed:
+        body["00081198"] = {"vr": "SQ", "Value": failed}
+    if stored:
+        body["00081199"] = {"vr": "SQ", "Value": [item for _study, item in stored]}
+    status = 409 if not stored else 202 if failed else 200
+    headers = {"Warning": f'299 {DEVICE} "{transaction.last_failure}"'} if failed else {}
+    if as_xml:
+        return web.Response(status=status, body=native_xml(body), content_type="application/dicom+xml", headers=headers)
+    return dicom_json(body, status=status, headers={**headers, "Content-Type": DICOM_JSON})
+
+
+def _reference(sop_class_uid: str, sop_instance_uid: str) -> dict[str, Any]:
+    return {
+        "00081150": {"vr": "UI", "Value": [sop_class_uid]},
+        "00081155": {"vr": "UI", "Value": [sop_instance_uid]},
+    }
+
+
+def _us(number: int) -> dict[str, Any]:
+    return {"vr": "US", "Value": [number]}
