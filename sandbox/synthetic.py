@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import random
+import uuid
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 
 def new_uid() -> str:
-    return str(generate_uid(prefix="2.25."))
+    """A UID made from a UUID (PS3.5 B.2)."""
+    return f"2.25.{uuid.uuid4().int}"
 
 
 def image(
@@ -22,7 +24,7 @@ def image(
     ds.SOPClassUID = CTImageStorage
     ds.SOPInstanceUID = sop or new_uid()
     ds.StudyInstanceUID = study
-    ds.SeriesInstanceUID = series or f"{study}.1"[:64]
+    ds.SeriesInstanceUID = series or f"{study}.1"
     ds.PatientID, ds.PatientName = "SYNTHETIC", "Synthetic^Square"
     ds.PatientBirthDate, ds.PatientSex = "19700101", "O"
     ds.StudyDate, ds.StudyTime, ds.Modality = "20260101", "120000", "CT"
