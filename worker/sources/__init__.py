@@ -14,6 +14,7 @@ from worker.errors import SourceNotAllowed
 from worker.settings import SourceSettings
 from worker.sources.folder import FolderSource
 from worker.sources.http import HttpSource, Resolve, resolve
+from worker.sources.s3 import S3Source
 from worker.sources.spool import Fetched, Limits
 
 __all__ = ["Fetched", "Source", "Sources"]
@@ -44,6 +45,7 @@ class Sources:
             "http": http,
             "https": http,
             "file": FolderSource(settings),
+            "s3": S3Source(settings),
         }
 
     def fetch(self, url: str) -> Fetched:

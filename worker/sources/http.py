@@ -13,7 +13,6 @@ import socket
 import ssl
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urljoin
@@ -35,6 +34,7 @@ from worker.errors import (
 )
 from worker.logs import shown_url
 from worker.settings import SourceSettings
+from worker.sources.encoding import decoded, is_plain
 from worker.sources.policy import Policy, Target
 from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
 
@@ -156,15 +156,15 @@ def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str) ->
     refusal = judge_status(response.status, response.headers.get("Retry-After"), source)
     if refusal:
         raise refusal
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    announced_bytes = _announced_bytes(response) if encoding in ("identity", "") else None
-    limits.check_size(_announced_bytes(response) or 0, source)
-    chunks = _chunks(response, limits, source)
-    if encoding in ("gzip", "x-gzip"):
-        chunks = unzipped(chunks, source)
-    elif encoding not in ("identity", ""):
-        raise SourceNotAllowed(f"{source} is sent with a Content-Encoding that is not spoken here; serve it plain.")
-    return spool(chunks, source=source, limits=limits, announced_bytes=announced_bytes)
+    encoding = response.headers.get("Content-Encoding", "")
+    announced_bytes = _announced_bytes(response)
+    limits.check_size(announced_bytes or 0, source)
+    return spool(
+        decoded(_chunks(response, limits, source), encoding, source=source),
+        source=source,
+        limits=limits,
+        announced_bytes=announced_bytes if is_plain(encoding) else None,
+    )
 
 
 def judge_status(status: int, retry_after: str | None, source: str) -> CourierError | None:
@@ -179,24 +179,6 @@ def judge_status(status: int, retry_after: str | None, source: str) -> CourierEr
     if issubclass(kind, TryAgain):
         return kind(sentence, retry_after_s=_retry_after_s(retry_after))
     return kind(sentence)
-
-
-def unzipped(chunks: Iterator[bytes], source: str) -> Iterator[bytes]:
-    """The content of gzip members, never more than `CHUNK_BYTES` of it at a time, however dense they are."""
-    inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
-    for chunk in chunks:
-        data = chunk
-        while data:
-            if inflater.eof:
-                inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
-            try:
-                inflated = inflater.decompress(data, CHUNK_BYTES)
-            except zlib.error as error:
-                raise SourceTruncated(f"{source} says that it is gzip but is not; it is fetched again.") from error
-            yield inflated
-            data = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
-    if not inflater.eof:
-        raise SourceTruncated(f"{source} ended within its gzip content; it is fetched again.")
 
 
 def _chunks(response: urllib3.BaseHTTPResponse, limits: Limits, source: str) -> Iterator[bytes]:

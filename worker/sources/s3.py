@@ -1,0 +1,145 @@
+"""Images in S3 and what speaks like it: ``s3://bucket/key``, read with the worker's own credentials.
+
+Whoever may enqueue could read with those credentials, so only buckets that the settings name are read. boto3 is loaded
+with the first such URL. A key is taken as it stands, without percent-decoding, as Amazon's own tools do.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+from worker.errors import (
+    CourierError,
+    SourceDenied,
+    SourceNotAllowed,
+    SourceNotFound,
+    SourceTruncated,
+    SourceUnreachable,
+)
+from worker.logs import shown_url
+from worker.settings import SourceSettings
+from worker.sources.encoding import decoded, is_plain
+from worker.sources.spool import Fetched, Limits, spool
+
+_S3_URL = re.compile(r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})/(?P<key>[^\x00-\x1f]+)").fullmatch
+#: Small, because a read waits until it is full and the fetch's time is looked at in between.
+_READ_BYTES = 65_536
+_GONE = frozenset(("NoSuchKey", "NoSuchBucket", "NoSuchVersion"))
+_BUSY = frozenset(("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"))
+_CREDENTIALS = "check the credentials of the worker and what they may read"
+
+
+class S3Source:
+    def __init__(self, settings: SourceSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def fetch(self, url: str, limits: Limits) -> Fetched:
+        bucket, key = bucket_and_key(url)
+        if not any(fnmatchcase(bucket, pattern) for pattern in self._settings.s3.buckets):
+            raise SourceNotAllowed(
+                f"The bucket {bucket} is not on the list of allowed sources; "
+                "add it to sources.s3.buckets if images may be fetched from it."
+            )
+        source = shown_url(url)
+        with _translated(source):
+            answer = self._connected().get_object(Bucket=bucket, Key=key)
+        with answer["Body"] as body:
+            encoding = str(answer.get("ContentEncoding", ""))
+            size_bytes = int(answer["ContentLength"])
+            limits.check_size(size_bytes, source)
+            return spool(
+                decoded(_chunks(body, source), encoding, source=source),
+                source=source,
+                limits=limits,
+                announced_bytes=size_bytes if is_plain(encoding) else None,
+            )
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+    def _connected(self) -> Any:
+        """The one client of this process; making one takes a tenth of a second and is not safe among threads."""
+        with self._lock:
+            if self._client is None:
+                self._client = _client(self._settings)
+            return self._client
+
+
+def bucket_and_key(url: str) -> tuple[str, str]:
+    match = _S3_URL(url)
+    if match is None:
+        raise SourceNotAllowed("The S3 URL is malformed; write s3://bucket/key, without user name or password.")
+    return match["bucket"], match["key"]
+
+
+def _client(settings: SourceSettings) -> Any:
+    import boto3  # noqa: PLC0415 (a worker that never sees S3 does not pay for it)
+    from botocore.config import Config  # noqa: PLC0415
+
+    # One attempt, because the job retries; the endpoint from the settings alone, never from the environment.
+    config = Config(
+        signature_version="s3v4",
+        retries={"mode": "standard", "total_max_attempts": 1},
+        connect_timeout=settings.connect_timeout_s,
+        read_timeout=settings.idle_timeout_s,
+        max_pool_connections=32,
+        ignore_configured_endpoint_urls=True,
+    )
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings.s3.endpoint_url,
+        region_name=settings.s3.region,
+        verify=str(settings.ca_file) if settings.ca_file else None,
+        config=config,
+    )
+
+
+def _chunks(body: Any, source: str) -> Iterator[bytes]:
+    with _translated(source):
+        while chunk := body.read(_READ_BYTES):
+            yield chunk
+
+
+@contextmanager
+def _translated(source: str) -> Iterator[None]:
+    """boto's errors end here; their own text is left out because it may quote more than the address."""
+    from botocore import exceptions as boto  # noqa: PLC0415
+
+    try:
+        yield
+    except boto.ClientError as error:
+        raise _judge(error.response, source) from error
+    except (boto.IncompleteReadError, boto.ResponseStreamingError, boto.FlexibleChecksumError) as error:
+        raise SourceTruncated(f"{source} did not arrive whole; it is fetched again from the start.") from error
+    except boto.ParamValidationError as error:
+        raise SourceNotAllowed(f"{source} is no name that S3 allows; write s3://bucket/key.") from error
+    except (boto.ConnectionError, boto.HTTPClientError, boto.CredentialRetrievalError) as error:
+        raise SourceUnreachable(f"{source} cannot be reached; it is tried again.") from error
+    except boto.BotoCoreError as error:
+        raise SourceDenied(f"{source} cannot be asked for ({type(error).__name__}); {_CREDENTIALS}.") from error
+
+
+def _judge(answer: Mapping[str, Any], source: str) -> CourierError:
+    """What an error answer of S3 means for the job; the code says more than the status where both are there."""
+    code = str(answer.get("Error", {}).get("Code", ""))
+    metadata = answer.get("ResponseMetadata", {})
+    status = int(metadata.get("HTTPStatusCode", 0))
+    if code in _GONE or status in (404, 410):
+        return SourceNotFound(f"{source} is not there; check bucket and key.")
+    if status in (301, 307):
+        return SourceDenied(f"{source} is in another region; set sources.s3.region.")
+    if 400 <= status < 500 and status not in (408, 429) and code not in _BUSY:
+        return SourceDenied(f"{source} may not be read (status {status}); {_CREDENTIALS}.")
+    retry_after = str(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
+    return SourceUnreachable(
+        f"{source} cannot be had at present (status {status}); it is tried again.",
+        retry_after_s=float(retry_after) if retry_after.isdecimal() else None,
+    )
