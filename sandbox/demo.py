@@ -24,7 +24,7 @@ from rich.live import Live
 
 from producer import Courier
 from sandbox import processes as parts
-from sandbox.endings import Upload, as_table, viewer_links
+from sandbox.endings import Upload, as_table, summary, surprises, viewer_links
 from sandbox.images import ImageServer
 from sandbox.processes import PartFailed, Processes
 from sandbox.samples import ALREADY_ON_DCM4CHEE, sample_bytes, samples
@@ -127,7 +127,7 @@ def _complain_of_crashes(processes: Processes) -> None:
 def show(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
     """The table, the viewer links it refers to, and the addresses."""
     console.print(as_table(uploads))
-    console.print()
+    console.print(f"\n{summary(uploads)}\n", highlight=False)
     for link, number in viewer_links(uploads).items():
         console.print(f"[cyan]\\[{number}][/] {link}", soft_wrap=True, highlight=False)
     console.print()
@@ -140,11 +140,6 @@ def show(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
     }
     for what, address in addresses.items():
         console.print(f"[dim]{what:<24}[/]{address}", soft_wrap=True, highlight=False)
-
-
-def surprises(uploads: Sequence[Upload]) -> int:
-    """How many samples did not end as expected."""
-    return sum(bool(upload.surprise) for upload in uploads)
 
 
 def stay(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
@@ -174,7 +169,7 @@ def run(console: Console, folder: Path, *, once: bool) -> int:
         put_on_dcm4chee(stack, sample_bytes(ALREADY_ON_DCM4CHEE))
         outlives = stack_lives.pop_all()
     with outlives:
-        console.print(f"{ALREADY_ON_DCM4CHEE} was put on dcm4chee directly, as if it had always been there.")
+        console.print("us-stored.dcm was put on dcm4chee directly, as if it had always been there.\n")
         upload_all(stack, uploads, console)
         show(stack, uploads, console)
         if not once:
@@ -206,7 +201,10 @@ def main(once: bool) -> None:
     except KeyboardInterrupt:
         status = 130
     console.print("Stopped; nothing is left running.")
-    shutil.rmtree(folder, ignore_errors=True)
+    if status == 1:
+        console.print(f"The logs are in {folder}.")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     sys.exit(status)
 
 

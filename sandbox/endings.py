@@ -71,6 +71,19 @@ def viewer_links(uploads: Sequence[Upload]) -> dict[str, int]:
     return links
 
 
+def surprises(uploads: Sequence[Upload]) -> int:
+    """How many samples did not end as expected."""
+    return sum(bool(upload.surprise) for upload in uploads)
+
+
+def summary(uploads: Sequence[Upload]) -> str:
+    """The table in one sentence."""
+    expected = [upload for upload in uploads if not upload.surprise]
+    stored = sum(upload.ending == STORED for upload in expected)
+    said = f"{stored} images stored, {len(expected) - stored} refused as they should be"
+    return said + (f", [bold red]{surprises(uploads)} ended otherwise[/]." if surprises(uploads) else ".")
+
+
 def as_table(uploads: Sequence[Upload]) -> Table:
     """The table as it stands now; fits into 100 columns."""
     links = viewer_links(uploads)
@@ -110,4 +123,4 @@ def _ending(upload: Upload) -> Text:
 
 def _shortened(uid: str) -> str:
     """The end of a UID is what differs between studies of one maker."""
-    return uid if len(uid) <= 14 else "…" + uid[-13:]
+    return uid if len(uid) <= 23 else "…" + uid[-22:]

@@ -1,0 +1,158 @@
+"""`make run`: everything starts, every sample ends as expected, and nothing is left, however it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from sandbox.processes import poll
+from sandbox.samples import samples
+
+MARK = "COURIER_TEST_RUN"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds its processes through /proc"),
+]
+
+
+class Demo:
+    """One run of what `make run` runs, in a folder of its own; its processes are known by their environment."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self._mark = f"{MARK}={uuid.uuid4()}"
+        self._out = folder / "out.txt"
+        with self._out.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sandbox.demo", *options],
+                cwd=folder,
+                env={**os.environ, MARK: self._mark.partition("=")[2], "COLUMNS": "110"},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._out.read_text(encoding="utf-8")
+
+    def wait(self, *, timeout_s: float = 60) -> int:
+        return self.process.wait(timeout=timeout_s)
+
+    def wait_until_it_stays(self) -> None:
+        assert poll(lambda: "until Ctrl-C" in self.output or self.process.poll() is not None, timeout_s=60)
+        assert self.process.poll() is None, self.output
+
+    def children(self) -> dict[int, str]:
+        """Command line by pid of every process that this run started and that still runs."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                marked = entry.name.isdigit() and self._mark.encode() in (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode() if marked else ""
+            except OSError:  # ended meanwhile, or somebody else's
+                continue
+            if command and int(entry.name) != self.process.pid:
+                found[int(entry.name)] = command
+        return found
+
+    def pid_of(self, part: str) -> int:
+        (pid,) = [pid for pid, command in self.children().items() if part in command]
+        return pid
+
+    def addresses(self) -> list[str]:
+        return re.findall(r"http://127\.0\.0\.1:\d+\S*", self.output)
+
+    def leaves_nothing(self) -> bool:
+        ports = {urlsplit(address).port for address in self.addresses()}
+        return poll(lambda: not self.children(), timeout_s=5) and not any(_listens(port) for port in ports if port)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
+    started: list[Demo] = []
+
+    def begin(*options: str) -> Demo:
+        started.append(Demo(tmp_path, *options))
+        return started[-1]
+
+    yield begin
+    for demo in started:
+        if demo.process.poll() is None:
+            demo.process.kill()
+            demo.process.wait()
+
+
+def test_once_ends_with_zero_when_every_sample_ended_as_expected(start: Callable[..., Demo]) -> None:
+    demo = start("--once")
+    assert demo.wait() == 0, demo.output
+    for sample in samples():
+        assert re.search(rf"{re.escape(sample.file)}.*✓ {sample.ending}", demo.output), sample.file
+    assert demo.leaves_nothing()
+    assert list((demo.folder / ".run").iterdir()) == []
+
+
+def test_it_stays_with_its_addresses_answering_until_ctrl_c(start: Callable[..., Demo]) -> None:
+    demo = start()
+    demo.wait_until_it_stays()
+    viewers = [address for address in demo.addresses() if "/viewer/" in address]
+    flower = next(line.split()[-1] for line in demo.output.splitlines() if line.startswith("Flower"))
+    assert len(viewers) >= 7
+    for address in (viewers[0], viewers[-1], f"{flower}/tasks"):
+        with urllib.request.urlopen(address, timeout=10) as response:
+            assert response.headers.get_content_type() == "text/html"
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.wait() == 0, demo.output
+    assert demo.leaves_nothing()
+
+
+@pytest.mark.parametrize("part", ["worker", "flower"])
+def test_a_crash_of_one_part_is_named_and_ends_the_rest(part: str, start: Callable[..., Demo]) -> None:
+    demo = start()
+    demo.wait_until_it_stays()
+    os.kill(demo.pid_of(f"worker.app {part}"), signal.SIGKILL)
+    assert demo.wait() == 1
+    assert f"{part} was killed by signal 9." in demo.output
+    assert len(demo.output.partition(f"{part}.log:")[2].strip().splitlines()) >= 5, "the end of its log is shown"
+    assert demo.leaves_nothing()
+
+
+def test_ctrl_c_at_the_start_leaves_nothing(start: Callable[..., Demo]) -> None:
+    demo = start()
+    assert poll(lambda: any("sandbox" in command for command in demo.children().values()), timeout_s=20)
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.wait() == 130, demo.output
+    assert "Traceback" not in demo.output
+    assert demo.leaves_nothing()
+
+
+def test_nothing_is_left_when_the_run_itself_is_killed(start: Callable[..., Demo]) -> None:
+    demo = start()
+    demo.wait_until_it_stays()
+    assert len(demo.children()) >= 4
+    demo.process.kill()
+    assert demo.wait() == -signal.SIGKILL
+    assert demo.leaves_nothing()
+
+
+def test_make_run_passes_once_on() -> None:
+    makefile = Path(__file__).parents[2] / "Makefile"
+    dry = ["make", "--dry-run", "--file", str(makefile), "run"]
+    for options, wanted in (([], False), (["ONCE=1"], True)):
+        shown = subprocess.run([*dry, *options], capture_output=True, text=True, check=True, cwd=makefile.parent)
+        assert ("sandbox.demo --once" in shown.stdout) is wanted
