@@ -21,6 +21,7 @@ from sandbox import dcm4chee, msdicom
 from sandbox.control import Control
 from sandbox.moods import Clock, Mood, MoodError, Moods, parse
 from sandbox.tokens import LIFETIME_S, Tokens, entra, keycloak, refusal
+from sandbox.viewer import Viewer
 from sandbox.web import MOOD, Listener, Site, door, operation
 
 #: How often deleted files whose time has come are removed.
@@ -68,6 +69,7 @@ class Sandbox:
     def _control_application(self) -> web.Application:
         """The control server, with the token endpoints of both providers, each under the moods of its dialect."""
         app = self.control.application()
+        app.add_routes(Viewer(self.stores).routes())
         for dialect, prefix, path, endpoint in (
             ("msdicom", "/entra", "/{tenant}/oauth2/v2.0/token", entra),
             ("dcm4chee", "/keycloak", "/realms/{realm}/protocol/openid-connect/token", keycloak),

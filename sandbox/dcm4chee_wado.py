@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from aiohttp import web
-from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from sandbox.datasets import AttributePath, JsonStyle
@@ -46,6 +45,7 @@ from sandbox.dcm4chee_retrieval import (
     not_acceptable,
     related,
 )
+from sandbox.pictures import can_decode
 from sandbox.store import Row
 from sandbox.web import DICOM_JSON, Streamed, file_chunks, multipart, once, operation
 
@@ -102,7 +102,7 @@ async def _objects(
     archive: Archive, request: web.Request, ae: ApplicationEntity, matched: Matched, asked: Media
 ) -> web.StreamResponse:
     needs_codec = [row for row in matched.rows if not _keeps(row.transfer_syntax_uid, asked)]
-    unacceptable = {row.key for row in needs_codec if not _has_decoder(row.transfer_syntax_uid)}
+    unacceptable = {row.key for row in needs_codec if not can_decode(row.transfer_syntax_uid)}
     rows = [row for row in matched.rows if row.key not in unacceptable]
     if not rows:
         raise Refusal(not_acceptable())
@@ -118,13 +118,6 @@ async def _objects(
     status, headers = completeness(request, matched, len(unacceptable))
     headers = {**headers, **matched.headers, "Accept-Ranges": "none"}
     return related(parts(), f'"{DICOM}";transfer-syntax={first}', status, headers)
-
-
-def _has_decoder(syntax: str) -> bool:
-    try:
-        return bool(get_decoder(UID(syntax)).is_available)
-    except NotImplementedError:
-        return False
 
 
 # -- zip ------------------------------------------------------------------------------------------------------------

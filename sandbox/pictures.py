@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pydicom import Dataset, dcmread
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 
 class NoPicture(Exception):
@@ -44,6 +45,14 @@ def render(path: Path, *, frame: int = 1, longest_edge: int | None = None) -> Im
     return picture
 
 
+def can_decode(transfer_syntax_uid: str) -> bool:
+    """Whether pydicom has a decoder for it here."""
+    try:
+        return bool(get_decoder(UID(transfer_syntax_uid)).is_available)
+    except NotImplementedError:
+        return False
+
+
 def _rgb(ds: Dataset, pixels: Any) -> Any:
     """pixel_array has turned YBR into RGB; only deeper samples are left to be scaled."""
     if pixels.dtype == np.uint8:
@@ -57,7 +66,9 @@ def _grey(ds: Dataset, pixels: Any) -> Any:
         return coloured if coloured.dtype == np.uint8 else (coloured >> 8).astype(np.uint8)
     values = apply_modality_lut(pixels, ds)
     if "WindowCenter" in ds or "VOILUTSequence" in ds:
-        values = apply_voi_lut(values, ds)
+        windowed = apply_voi_lut(values, ds)
+        # A window beside all values of the image is an error of the file; a black square would help nobody.
+        values = windowed if windowed.min() < windowed.max() else values
     grey = _stretched(values.astype(np.float64))
     return 255 - grey if ds.PhotometricInterpretation == "MONOCHROME1" else grey
 
