@@ -1,0 +1,74 @@
+"""``pacs upload`` and ``pacs result``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from producer.commands.door import DONE, as_json_option, entry, plain_failures, timeout_option, worst
+from producer.courier import Courier, Handle
+from producer.errors import InvalidRequest
+from producer.show import follow, upload_row, upload_table
+
+
+@click.command()
+@click.argument("urls", nargs=-1, required=True, metavar="URL [URL…|-]")
+@click.option("--server", help="Ask for this server instead of the routing policy's choice.")
+@timeout_option
+@click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave.")
+@click.option("--no-metadata", is_flag=True, help="Leave the DICOM metadata out of the results.")
+@as_json_option
+@plain_failures
+def upload(
+    urls: tuple[str, ...], server: str | None, timeout_s: float | None, no_wait: bool, no_metadata: bool, as_json: bool
+) -> int:
+    """Fetch the image at each URL and put it where its study belongs. "-" reads URLs from standard input."""
+    with Courier() as courier:
+        metadata = False if no_metadata else None
+        jobs = {courier.upload(url, server=server, metadata=metadata): url for url in _expanded(urls)}
+        if no_wait:
+            _print_ids(list(jobs), as_json=as_json)
+            return DONE
+        reports = follow(courier, jobs, timeout_s=timeout_s, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps([entry(handle, reports[handle.id]) for handle in jobs], ensure_ascii=False))
+    else:
+        rows = [upload_row(url, handle.id, reports[handle.id]) for handle, url in jobs.items()]
+        upload_table(rows)
+    return worst(list(reports.values()))
+
+
+@click.command()
+@click.argument("job_id")
+@click.option("--timeout", "timeout_s", type=float, help="Wait so many seconds for the job to end.")
+@as_json_option
+@plain_failures
+def result(job_id: str, timeout_s: float | None, as_json: bool) -> int:
+    """Show what became of a job."""
+    with Courier() as courier:
+        handle = courier.must_know(job_id)
+        report = follow(courier, {handle: job_id}, timeout_s=timeout_s or 0, quiet=as_json)[handle.id]
+    if as_json:
+        click.echo(json.dumps(entry(handle, report), ensure_ascii=False))
+    elif report.result is not None and report.result.get("operation") != "upload":
+        click.echo(json.dumps(report.result, ensure_ascii=False, indent=2))
+    else:
+        source = (report.result or {}).get("source", "")
+        upload_table([upload_row(source, handle.id, report)])
+    return worst([report])
+
+
+def _expanded(urls: tuple[str, ...]) -> list[str]:
+    """The URLs with "-" replaced by the lines of standard input."""
+    lines = [line.strip() for line in sys.stdin] if "-" in urls else []
+    expanded = [one for url in urls for one in (lines if url == "-" else [url]) if one]
+    if not expanded:
+        raise InvalidRequest("No URL was given on standard input.")
+    return expanded
+
+
+def _print_ids(handles: list[Handle], *, as_json: bool) -> None:
+    ids = [handle.id for handle in handles]
+    click.echo(json.dumps(ids) if as_json else "\n".join(ids))
