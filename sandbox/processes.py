@@ -86,10 +86,12 @@ def poll(condition: Callable[[], bool], *, timeout_s: float, every_s: float = 0.
 
 
 def answers(url: str) -> bool:
-    """Whether a GET of ``url`` is answered with 2xx."""
+    """Whether a GET of ``url`` is answered with 2xx, or with 401 by a server that wants a password."""
     try:
         with urllib.request.urlopen(url, timeout=2) as response:
             return bool(200 <= response.status < 300)
+    except urllib.error.HTTPError as error:
+        return error.code == 401
     except (urllib.error.URLError, OSError):
         return False
 
@@ -364,9 +366,7 @@ class OrthancPart:
         return {"name": name, "type": "orthanc", "url": self.url}
 
 
-def orthanc(
-    processes: Processes, *, name: str = "orthanc", overrides: Mapping[str, Any] | None = None
-) -> OrthancPart:
+def orthanc(processes: Processes, *, name: str = "orthanc", overrides: Mapping[str, Any] | None = None) -> OrthancPart:
     """Start it on a free port and wait. It offers no bind address; ``RemoteAccessAllowed`` keeps others out.
 
     Raises
