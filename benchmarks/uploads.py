@@ -130,27 +130,35 @@ def _stow_all(url: str, bodies: Sequence[bytes]) -> int:
 
 @dataclass(frozen=True)
 class ChainPass:
+    """``cpu_ms`` is processor time per job by part; ``bench`` is this process, which enqueues and polls."""
+
     jobs_per_s: float
-    worker_cpu_ms: float
+    cpu_ms: dict[str, float]
     payloads: list[dict[str, Any]]
 
 
-def chain_pass(stage: Bench, worker: Child, courier: Courier, *, count: int) -> ChainPass:
+def chain_pass(stage: Bench, courier: Courier, *, count: int) -> ChainPass:
     """Enqueue ``count`` jobs and wait for all of them; enqueueing is part of the time."""
     pairs = fresh_images(count)
-    cpu_before_s, begun = cpu_s(worker), time.perf_counter()
+    before_s, begun = cpu_s(stage), time.perf_counter()
     handles = [courier.upload(f"{stage.images}/{study}/{number}.dcm") for study, number in pairs]
     reports = [report for _, report in courier.as_completed(handles, timeout_s=300)]
-    took_s = time.perf_counter() - begun
+    took_s, after_s = time.perf_counter() - begun, cpu_s(stage)
     payloads = [report.result for report in reports if report.result is not None]
     if len(payloads) != count:
         errors = {str(report.error) for report in reports if report.error}
-        raise click.ClickException(f"{len(payloads)} of {count} jobs were stored: {errors or worker.log_tail()}")
-    return ChainPass(count / took_s, (cpu_s(worker) - cpu_before_s) * 1000 / count, payloads)
+        raise click.ClickException(f"{len(payloads)} of {count} jobs were stored: {errors or stage.processes.folder}")
+    return ChainPass(
+        count / took_s, {part: (after_s[part] - before_s[part]) * 1000 / count for part in after_s}, payloads
+    )
 
 
-def cpu_s(child: Child) -> float:
-    """User and system time of a process so far (all its threads)."""
+def cpu_s(stage: Bench) -> dict[str, float]:
+    """User and system time of every part so far, all its threads, and of this process as ``bench``."""
+    return {"bench": time.process_time(), **{child.name: _cpu_s(child) for child in stage.processes.children}}
+
+
+def _cpu_s(child: Child) -> float:
     fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
@@ -200,7 +208,7 @@ def huge_upload(stage: Bench, *, size_bytes: int) -> HugeImage:
     worker = parts.worker(stage.processes, stage.config, name="huge-worker")
     worker.wait_ready()
     with Courier(stage.settings) as courier:
-        chain_pass(stage, worker, courier, count=100)
+        chain_pass(stage, courier, count=100)
         Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # forget the peak so far (proc(5))
         level_kib, begun = _status_kib(worker, "VmRSS"), time.perf_counter()
         courier.upload(f"{stage.images}/huge/{size_bytes}.dcm").result(timeout_s=600)
@@ -225,11 +233,11 @@ def measure(stage: Bench, *, passes: int, count: int, huge_bytes: int) -> dict[s
     worker = parts.worker(stage.processes, stage.config)
     worker.wait_ready()
     with Courier(stage.settings) as courier:
-        chain_pass(stage, worker, courier, count=50)  # connections, imports, caches
+        chain_pass(stage, courier, count=50)  # connections, imports, caches
         for _ in range(passes):
             for connections, rates in raw.items():
                 rates.append(raw_stows_per_s(stage.orthanc, connections=connections, count=count))
-            chain.append(chain_pass(stage, worker, courier, count=count))
+            chain.append(chain_pass(stage, courier, count=count))
     stage.processes.stop_one(worker)
     limit = max(statistics.median(rates) for rates in raw.values())
     jobs_per_s = statistics.median(one.jobs_per_s for one in chain)
@@ -239,7 +247,9 @@ def measure(stage: Bench, *, passes: int, count: int, huge_bytes: int) -> dict[s
         "chain_jobs_per_s": jobs_per_s,
         "chain_jobs_per_s_all": [one.jobs_per_s for one in chain],
         "ratio": jobs_per_s / limit,
-        "worker_cpu_ms_per_job": statistics.median(one.worker_cpu_ms for one in chain),
+        "cpu_ms_per_job_by_part": {
+            part: statistics.median(one.cpu_ms[part] for one in chain) for part in chain[0].cpu_ms
+        },
         "wall_ms_by_step": wall_ms_by_step([payload for one in chain for payload in one.payloads]),
         "cpu_ms_by_step": cpu_ms_by_step(stage, count=100),
     }
@@ -270,10 +280,13 @@ def show(figures: dict[str, Any], console: Console) -> None:
     for step in STEPS:
         steps.add_row(step, f"{cpu.get(step, 0):.1f}", f"{wall[step]:.1f}")
     steps.add_row("ledger and payload", f"{cpu['ledger and payload']:.1f}", "")
-    total = figures["worker_cpu_ms_per_job"]
+    parts_cpu = figures["cpu_ms_per_job_by_part"]
+    total = parts_cpu["worker"]
     steps.add_row("Celery, threads", f"{total - cpu['all']:.1f}", "")
     steps.add_row("[bold]worker process, per job", f"[bold]{total:.1f}", "")
     console.print(steps, "")
+    others = ", ".join(f"{part} {spent:.1f}" for part, spent in parts_cpu.items() if part != "worker")
+    console.print(f"CPU milliseconds per job of the other parts: {others}.", "")
     if "huge" in figures:
         huge = figures["huge"]
         console.print(
