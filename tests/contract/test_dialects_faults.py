@@ -1,0 +1,227 @@
+"""What the two sandbox dialects do to us when they misbehave, and what we make of it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pydicom
+import pytest
+from pydicom.uid import ImplicitVRLittleEndian
+
+from sandbox.processes import SandboxPart
+from sandbox.synthetic import image, new_uid
+from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from worker.instances import identify
+from worker.pacs.protocol import DeletionFate, Fate, Found, Outcome, Pacs, Part
+from worker.pacs.registry import connect
+from worker.settings import AuthSettings, ServerSettings
+
+DIALECTS = ("msdicom", "dcm4chee")
+SetMood = Callable[..., None]
+
+
+@pytest.fixture(params=DIALECTS)
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def pacs(sandbox: SandboxPart, dialect: str) -> Pacs:
+    return ward(sandbox, dialect)
+
+
+@pytest.fixture
+def mood(sandbox: SandboxPart, dialect: str) -> SetMood:
+    def set_mood(operation: str, **fields: Any) -> None:
+        sandbox.set_mood(dialect, operation, **fields)
+
+    return set_mood
+
+
+def ward(sandbox: SandboxPart, dialect: str, **settings: Any) -> Pacs:
+    defaults = {"name": "ward", "type": dialect, "url": getattr(sandbox, dialect), "read_timeout_s": 0.5}
+    return connect(ServerSettings(**(defaults | settings)))
+
+
+def part(content: bytes) -> Part:
+    return Part(identify(io.BytesIO(content)), lambda: io.BytesIO(content), len(content))
+
+
+def outcome(pacs: Pacs, content: bytes) -> Outcome:
+    (only,) = pacs.store([part(content)])
+    return only
+
+
+def whole(pacs: Pacs, study: str) -> int:
+    with pacs.retrieve(Found("study", study)) as parts:
+        return sum(len(b"".join(one.chunks)) for one in parts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"refuse": True}, PacsUnavailable),
+        ({"hang": True}, PacsUnavailable),
+        ({"status": 500}, PacsUnavailable),
+        ({"status": 503, "retry_after_s": 9}, PacsUnavailable),
+        ({"commit_then_drop": True}, PacsUnavailable),
+        ({"truncate": True}, PacsMisanswered),
+        ({"truncate": "cleanly"}, PacsMisanswered),
+        ({"unauthorized": True}, PacsUnauthorized),
+    ],
+)
+def test_a_study_that_is_there_is_never_taken_for_missing(
+    pacs: Pacs, mood: SetMood, fields: dict[str, Any], kind: type[CourierError]
+) -> None:
+    study = new_uid()
+    outcome(pacs, image(study))
+    mood("query", **fields)
+    with pytest.raises(kind) as error:
+        pacs.find("study", study)
+    assert getattr(error.value, "retry_after_s", None) == fields.get("retry_after_s")
+    mood("query")
+    assert len(pacs.find("study", study)) == 1
+
+
+@pytest.mark.parametrize("fields", [{"commit_then_drop": True}, {"truncate": True}])
+def test_a_push_whose_answer_is_lost_is_open_and_the_next_one_tells(
+    pacs: Pacs, mood: SetMood, dialect: str, fields: dict[str, Any]
+) -> None:
+    study = new_uid()
+    content = image(study)
+    mood("store", times=1, **fields)
+    with pytest.raises((PacsUnavailable, PacsMisanswered)):
+        outcome(pacs, content)
+    again = {"msdicom": Fate.ALREADY_THERE, "dcm4chee": Fate.STORED}[dialect]
+    assert outcome(pacs, content).fate is again
+    assert len(pacs.metadata(Found("study", study))) == 1
+
+
+def test_a_connection_reset_while_we_push_is_unavailable(pacs: Pacs, mood: SetMood) -> None:
+    mood("store", times=1, reset_after_bytes=100_000)
+    content = image(new_uid(), side=1024)
+    with pytest.raises(PacsUnavailable):
+        outcome(pacs, content)
+    assert outcome(pacs, content).fate is Fate.STORED
+
+
+def test_the_part_that_the_answer_does_not_mention_is_not_stored(pacs: Pacs, mood: SetMood) -> None:
+    study = new_uid()
+    parts = [part(image(study)), part(image(study))]
+    mood("store", times=2, lose_last_part=True)
+    assert [each.fate for each in pacs.store(parts)] == [Fate.STORED, Fate.UNMENTIONED]
+    assert [each.fate for each in pacs.store(parts[1:])] == [Fate.UNMENTIONED]
+    assert [each.fate for each in pacs.store(parts[1:])] == [Fate.STORED]
+
+
+@pytest.mark.parametrize("fields", [{"disk_full": "A700"}, {"disk_full": "272"}, {"transient_272": True}])
+def test_a_server_without_room_is_tried_again(pacs: Pacs, mood: SetMood, dialect: str, fields: dict[str, Any]) -> None:
+    if (dialect, fields.get("disk_full")) == ("msdicom", "A700"):
+        pytest.skip("MSDICOM has no such code")
+    content = image(new_uid())
+    mood("store", times=1, **fields)
+    assert outcome(pacs, content).fate is Fate.TRY_AGAIN
+    assert outcome(pacs, content).fate is Fate.STORED
+
+
+def test_a_retrieval_cut_in_the_middle_is_no_study(pacs: Pacs, mood: SetMood) -> None:
+    study = new_uid()
+    outcome(pacs, image(study))
+    for truncate in (True, "cleanly"):
+        mood("retrieve", times=1, truncate=truncate)
+        with pytest.raises(PacsMisanswered):
+            whole(pacs, study)
+    assert whole(pacs, study) > 0
+
+
+def test_a_store_left_behind_is_pending_until_it_is_deleted(sandbox: SandboxPart) -> None:
+    msdicom, content = ward(sandbox, "msdicom"), image(new_uid())
+    sandbox.set_mood("msdicom", "store", pending_45071="never", times=1)
+    assert outcome(msdicom, content).fate is Fate.PENDING
+    assert outcome(msdicom, content).fate is Fate.PENDING
+    instance = part(content).instance
+    assert msdicom.find("image", instance.sop_instance_uid) == []
+    left = Found("image", instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid)
+    assert msdicom.delete(left, permanent=True).fate is DeletionFate.DELETED
+    assert outcome(msdicom, content).fate is Fate.STORED
+
+
+def test_what_msdicom_stored_in_spite_of_is_told_without_values(sandbox: SandboxPart) -> None:
+    msdicom = ward(sandbox, "msdicom")
+    ds = pydicom.dcmread(io.BytesIO(image(new_uid(), PatientID="")))
+    file = io.BytesIO()
+    ds.save_as(file)
+    told = outcome(msdicom, file.getvalue())
+    assert told.fate is Fate.STORED
+    assert told.warnings[0].startswith("PatientID (0010,0020)")
+
+
+def test_what_is_encoded_with_implicit_vr_is_stored_with_a_warning(sandbox: SandboxPart) -> None:
+    ds = pydicom.dcmread(io.BytesIO(image(new_uid())))
+    ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, ds, implicit_vr=True, little_endian=True)
+    told = outcome(ward(sandbox, "msdicom"), file.getvalue())
+    assert told.fate is Fate.STORED
+    assert "implicit VR" in told.warnings[0]
+
+
+def test_a_study_of_another_patient_is_a_conflict_on_dcm4chee(sandbox: SandboxPart) -> None:
+    dcm4chee, study = ward(sandbox, "dcm4chee"), new_uid()
+    assert outcome(dcm4chee, image(study)).fate is Fate.STORED
+    conflict = outcome(dcm4chee, image(study, PatientName="Other^Name"))
+    assert (conflict.fate, conflict.failure_reason) == (Fate.CONFLICT, 42872)
+    assert "Other" not in conflict.message
+
+
+TOKENS = {
+    "msdicom": "{control}/entra/tenant/oauth2/v2.0/token",
+    "dcm4chee": "{control}/keycloak/realms/dcm4che/protocol/openid-connect/token",
+}
+
+
+def with_account(sandbox: SandboxPart, dialect: str, secret: str, monkeypatch: pytest.MonkeyPatch) -> Pacs:
+    monkeypatch.setenv("WARD_SECRET", secret)
+    auth = AuthSettings(
+        type="oauth2",
+        token_url=TOKENS[dialect].format(control=sandbox.control),
+        client_id="courier",
+        client_secret_env="WARD_SECRET",
+        scope="https://dicom.healthcareapis.azure.com/.default" if dialect == "msdicom" else None,
+    )
+    return ward(sandbox, dialect, auth=auth)
+
+
+def test_a_token_is_fetched_and_fetched_again_when_it_is_refused(
+    sandbox: SandboxPart, dialect: str, mood: SetMood, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mood("*", bearer=True)
+    pacs = with_account(sandbox, dialect, "courier-secret", monkeypatch)
+    assert outcome(pacs, image(new_uid())).fate is Fate.STORED
+    mood("store", unauthorized=True)
+    assert outcome(pacs, image(new_uid())).fate is Fate.STORED
+    with pytest.raises(PacsUnauthorized):
+        ward(sandbox, dialect).find("study", "1.2")
+
+
+def test_a_wrong_secret_gets_no_token_and_is_not_told(
+    sandbox: SandboxPart, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PacsUnauthorized) as error:
+        with_account(sandbox, dialect, "swordfish", monkeypatch).find("study", "1.2")
+    assert "swordfish" not in str(error.value.payload)
+
+
+def test_a_database_that_is_down_is_told_by_the_call_that_touches_it(pacs: Pacs, mood: SetMood, dialect: str) -> None:
+    mood("*", database_down=True)
+    assert pacs.database().ok is False
+    assert pacs.state().ready is (dialect == "dcm4chee")
+
+
+def test_a_storage_that_cannot_be_opened_is_no_storage_of_zero_bytes(sandbox: SandboxPart) -> None:
+    sandbox.set_mood("dcm4chee", "storage", storage_down=True)
+    storage = ward(sandbox, "dcm4chee").storage()
+    assert (storage.total_bytes, storage.free_bytes) == (None, None)
+    assert "none can be opened" in storage.note
