@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from struct import Struct
 from typing import BinaryIO, NamedTuple
 
@@ -54,8 +56,11 @@ _LONG_LENGTH = {True: Struct("<L"), False: Struct(">L")}
 
 _WINDOW_BYTES = 4_096
 _MAX_UID_VALUE_BYTES = 1_024
-#: How much of a deflated dataset is inflated to find the UIDs: first little, then more, never all of it.
-_INFLATED_BYTES = (65_536, 8 * 1_048_576)
+_DEFLATED_BYTES = 65_536
+#: How many pieces of that size are inflated to find the UIDs: first few, then more, 8 MiB at most.
+_PIECES_TO_READ = (1, 127)
+#: How many more are inflated and thrown away to see that there is an end: 64 MiB, a tenth of a second.
+_PIECES_TO_THE_END = 1_024
 #: Beyond this many elements and items (about a third of a second) the check for completeness is given up.
 _MAX_STEPS = 200_000
 _NOT_DICOM_BUT = (
@@ -296,28 +301,32 @@ def _ends_with_sequence(file: _Bytes, element: _Element) -> bool:
 
 
 def _read_deflated(stream: BinaryIO, start: int) -> dict[int, str]:
-    """The same for a deflated dataset, of which only a bounded prefix is inflated."""
+    """The same for a deflated dataset, of which a bounded prefix is kept."""
     found: dict[int, str] = {}
-    for limit in _INFLATED_BYTES:
-        prefix, whole = _inflate(stream, start, limit)
-        found = _read_dataset(_Bytes(io.BytesIO(prefix), whole=whole), 0, little_endian=True)
-        if whole or len(found) == len(_DATASET_UIDS):
+    prefix = b""
+    pieces = _inflating(stream, start)
+    for count in _PIECES_TO_READ:
+        got = list(islice(pieces, count))
+        prefix += b"".join(got)
+        found = _read_dataset(_Bytes(io.BytesIO(prefix), whole=len(got) < count), 0, little_endian=True)
+        if len(found) == len(_DATASET_UIDS):
             break
+    deque(islice(pieces, _PIECES_TO_THE_END), maxlen=0)
     return found
 
 
-def _inflate(stream: BinaryIO, start: int, limit: int) -> tuple[bytes, bool]:
-    """At most ``limit`` bytes of what is deflated from ``start`` on, and whether that is all of it."""
+def _inflating(stream: BinaryIO, start: int) -> Iterator[bytes]:
+    """What is deflated from ``start`` on; each piece costs or gives `_DEFLATED_BYTES` at most."""
     stream.seek(start)
-    deflated = stream.read(limit)
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        prefix = inflater.decompress(deflated, limit)
-    except zlib.error:
-        raise NotDicom("The file says that its dataset is deflated, but it cannot be inflated.") from None
-    if not inflater.eof and len(deflated) < limit and len(prefix) < limit:
-        raise _CutShort("its deflated dataset has no end")
-    return prefix, inflater.eof
+    while not inflater.eof:
+        data = inflater.unconsumed_tail or stream.read(_DEFLATED_BYTES)
+        if not data:
+            raise _CutShort("its deflated dataset has no end")
+        try:
+            yield inflater.decompress(data, _DEFLATED_BYTES)
+        except zlib.error:
+            raise NotDicom("The file says that its dataset is deflated, but it cannot be inflated.") from None
 
 
 def _read_uid(file: _Bytes, element: _Element) -> str:

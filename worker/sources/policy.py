@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import idna
 
 from worker.errors import SourceNotAllowed
-from worker.settings import SourceSettings
+from worker.settings import SettingsError, SourceSettings
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -94,7 +94,10 @@ class Policy:
     """The settings' allow-list and their stance on private networks."""
 
     def __init__(self, settings: SourceSettings) -> None:
-        self._entries = tuple(_Entry.read(entry) for entry in settings.allow_hosts)
+        try:
+            self._entries = tuple(_Entry.read(entry) for entry in settings.allow_hosts)
+        except SourceNotAllowed:
+            raise SettingsError("setting sources.allow_hosts: an entry is no host, no *.host and no address") from None
         self._private_too = settings.allow_private_networks
 
     def read(self, url: str) -> Target:
@@ -166,7 +169,7 @@ def _take_apart(url: str) -> Target:
         raise SourceNotAllowed("The URL is malformed; correct its host or port.") from None
     scheme = parts.scheme.lower()
     if scheme not in _DEFAULT_PORTS:
-        raise SourceNotAllowed(f"Only http and https lead to another host; {_scheme_shown(scheme)} does not.")
+        raise SourceNotAllowed("The URL does not start with http:// or https://; correct the URL.")
     if "@" in parts.netloc:
         raise SourceNotAllowed(
             "The URL has a user name or password in it, which would be stored with the job; "
@@ -182,10 +185,6 @@ def _take_apart(url: str) -> Target:
     query = f"?{parts.query}" if parts.query else ""
     path = parts.path if parts.path.startswith("/") else f"/{parts.path}"
     return Target(scheme, host, port, path + query)
-
-
-def _scheme_shown(scheme: str) -> str:
-    return f"{scheme}:" if 0 < len(scheme) <= 16 else "a URL without one"
 
 
 def _ipv6(text: str) -> str:
