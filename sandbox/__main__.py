@@ -20,7 +20,7 @@ from aiohttp import web
 from sandbox import dcm4chee, msdicom
 from sandbox.control import Control
 from sandbox.moods import Clock, Mood, MoodError, Moods, parse
-from sandbox.tokens import LIFETIME_S, Tokens, entra, keycloak, refusal
+from sandbox.tokens import LIFETIME_S, Standing, Tokens, entra, keycloak, refusal
 from sandbox.viewer import Viewer
 from sandbox.web import MOOD, Listener, Site, door, operation
 
@@ -62,7 +62,10 @@ class Sandbox:
         def authorize(request: web.Request, operation: str, mood: Mood) -> web.Response | None:
             if not mood.bearer or operation in ("health", "token"):
                 return None
-            return refusal(dialect, self.tokens.standing(request.headers.get("Authorization")))
+            standing = self.tokens.standing(request.headers.get("Authorization"))
+            if dialect == "msdicom" and standing is Standing.NO_ROLE and operation in ("store", "delete"):
+                return web.Response(status=403)  # a reader
+            return refusal(dialect, standing)
 
         return Site(dialect, self.stores[dialect], self.moods, authorize, self.tokens.issued_at_s)
 

@@ -93,6 +93,7 @@ class Control:
     async def _reset(self, _request: web.Request) -> web.Response:
         for store in self._stores.values():
             store.reset()
+        self._moods.clock.ahead_s = 0.0
         return web.json_response({dialect: 0 for dialect in self._stores})
 
 

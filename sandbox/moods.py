@@ -157,6 +157,8 @@ class Moods:
         self.clock = clock or Clock()
         self.usual = usual or Mood()
         self._spells: dict[tuple[str, str], _Spell] = {}
+        self._changes: dict[tuple[str, str], int] = {}
+        self._clearings = 0
 
     def put(self, dialect: str, operation: str, mood: Mood, times: int | None = None) -> None:
         """Set the mood of an operation (``*``: of all), replacing the one it had. Raises `MoodError`."""
@@ -165,9 +167,15 @@ class Moods:
         if operation not in OPERATIONS:
             raise MoodError(f"operation must be one of {', '.join(OPERATIONS)}")
         self._spells[dialect, operation] = _Spell(mood, times, self.clock.now_s())
+        self._changes[dialect, operation] = self._changes.get((dialect, operation), 0) + 1
 
     def clear(self) -> None:
         self._spells.clear()
+        self._clearings += 1
+
+    def changes(self, dialect: str, operation: str) -> tuple[int, int]:
+        """Differs whenever moods were cleared or one was set for this very operation (not for ``*``)."""
+        return self._clearings, self._changes.get((dialect, operation), 0)
 
     def look(self, dialect: str, operation: str) -> Mood:
         """The mood an operation is in, without using up a request."""

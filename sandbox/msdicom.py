@@ -8,9 +8,11 @@ left out is listed in ``docs/sandbox.md``.
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from sandbox import msdicom_rules as rules
 from sandbox.datasets import Header, JsonStyle, NotDicom, elements, read_header, whole
 from sandbox.moods import Mood
 from sandbox.msdicom_feed import FeedError, Window, read_window
+from sandbox.pictures import NoPicture, render
 from sandbox.pixels import (
     EXPLICIT_LE,
     JPEG_2000,
@@ -32,7 +35,6 @@ from sandbox.pixels import (
     frame_bytes,
     frame_chunks,
     frame_count,
-    render,
     transcode,
 )
 from sandbox.store import Duplicate, Found, NewInstance, Row, Spool, Store, latest_wins
@@ -104,13 +106,23 @@ async def _problems(request: web.Request, handler: Any) -> web.StreamResponse:
     return response
 
 
+@dataclass(frozen=True)
+class _Report:
+    """A published health report. ``changes`` are those of the moods it was made under."""
+
+    at_s: float
+    changes: tuple[int, int]
+    database_down: bool
+    storage_down: bool
+
+
 class MsDicom:
     """One server: its handlers and the little it keeps in memory."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
         self._store = site.store
-        self._report: tuple[float, bool, bool] | None = None
+        self._report = _Report(float("-inf"), (0, 0), database_down=False, storage_down=False)
         self._frame_rows: dict[tuple[str, str, str], tuple[float, Row]] = {}
 
     def application(self) -> web.Application:
@@ -341,7 +353,7 @@ class MsDicom:
         if queries.MODALITIES_IN_STUDY in wanted:
             answer["00080061"] = {"vr": "CS", "Value": list(study.modalities)}
         if queries.STUDY_INSTANCES in wanted:
-            answer["00201206"] = {"vr": "IS", "Value": [study.instances]}
+            answer["00201208"] = {"vr": "IS", "Value": [study.instances]}
         if queries.SERIES_INSTANCES in wanted and found.series_instance_uid is not None:
             series = self._store.tally(found.study_instance_uid, found.series_instance_uid)
             answer["00201209"] = {"vr": "IS", "Value": [series.instances]}
@@ -466,13 +478,13 @@ class MsDicom:
             header = read_header(row.path)
             if number > frame_count(header):
                 raise NoSuchFrame
-            picture = await asyncio.to_thread(render, row.path, number, media, int(quality))
+            picture = await asyncio.to_thread(_picture, row.path, number, media, int(quality))
         except NoPixels:
             raise Problem(404, "The instance has no pixel data.") from None
         except NoSuchFrame:
             raise Problem(404, "The specified frame cannot be found.") from None
-        except ValueError as error:
-            raise Problem(406, f"The instance cannot be rendered: {error}") from error
+        except NoPicture as error:
+            raise Problem(406, str(error)) from error
         return web.Response(body=picture, content_type=media)
 
     # -- delete -------------------------------------------------------------------------------------------------------
@@ -551,14 +563,18 @@ class MsDicom:
 
     @operation("health")
     async def health(self, request: web.Request) -> web.StreamResponse:
-        """The last published report, which lags behind what it reports by up to `HEALTH_PERIOD_S`."""
+        """The last published report, which lags behind what it reports by up to `HEALTH_PERIOD_S`.
+
+        So that a test need not wait, a mood of this very operation, or the end of all moods, publishes a new one.
+        """
         now_s = self._site.clock.now_s()
-        mood: Mood = request[MOOD]
-        if self._report is None or not 0 <= now_s - self._report[0] < HEALTH_PERIOD_S:
-            self._report = (now_s, mood.database_down, mood.storage_down)
-        _, database_down, storage_down = self._report
-        down = {"DataStoreHealthCheck": database_down}
-        down |= dict.fromkeys(("DcmHealthCheck", "MetadataHealthCheck", "WorkitemHealthCheck"), storage_down)
+        changes = self._site.moods.changes("msdicom", "health")
+        if not 0 <= now_s - self._report.at_s < HEALTH_PERIOD_S or changes != self._report.changes:
+            mood: Mood = request[MOOD]
+            self._report = _Report(now_s, changes, mood.database_down, mood.storage_down)
+        down = {"DataStoreHealthCheck": self._report.database_down}
+        for name in ("DcmHealthCheck", "MetadataHealthCheck", "WorkitemHealthCheck"):
+            down[name] = self._report.storage_down
         details = [
             {
                 "name": name,
@@ -768,6 +784,12 @@ async def _transcoded(row: Row, transfer_syntax_uid: str) -> bytes:
         return await asyncio.to_thread(transcode, row.path, transfer_syntax_uid)
     except ValueError as error:
         raise Problem(406, f"The instance cannot be transcoded: {error}") from error
+
+
+def _picture(path: Path, frame: int, media_type: str, quality: int) -> bytes:
+    file = io.BytesIO()
+    render(path, frame=frame).save(file, media_type.removeprefix("image/"), quality=quality)
+    return file.getvalue()
 
 
 async def _metadata_chunks(rows: Sequence[Row]) -> AsyncIterator[bytes]:

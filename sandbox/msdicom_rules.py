@@ -117,7 +117,7 @@ def _required(header: Header, tag: int, version: int) -> str | None:
         return f"The attribute {keyword_for_tag(tag)} is required and empty."
     if "\\" in text:
         return f"The attribute {keyword_for_tag(tag)} has to have one value."
-    fault = _fault(vr, text)
+    fault = _fault(vr, text.rstrip(" "))
     return _sentence(tag, vr, fault) if fault else None
 
 
@@ -127,7 +127,7 @@ def _first_value_invalid(header: Header, tag: int) -> str | None:
     if vr is None:
         return None
     text = (header.text(tag) or "").split("\\")[0]
-    text = text.removesuffix("\0") if vr == "UI" else text.rstrip(" ")
+    text = (text.removesuffix("\0") if vr == "UI" else text).rstrip(" ")
     if not text:
         return None
     fault = _too_long(vr, text) if vr == "CS" else _fault(vr, text)

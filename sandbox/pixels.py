@@ -1,4 +1,4 @@
-"""Pixels of a stored file: its frames, other transfer syntaxes, pictures. All decoding is done by libraries.
+"""Pixels of a stored file as DICOM: its frames, and other transfer syntaxes. All decoding is done by libraries.
 
 Everything that decodes may take long and is meant for a thread; faults of a file or codec are raised as ValueError.
 """
@@ -8,14 +8,10 @@ from __future__ import annotations
 import io
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pydicom
-from PIL import Image
 from pydicom.encaps import get_frame
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
-from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless
 
 from sandbox.datasets import Header
@@ -111,33 +107,3 @@ def _transcoded(path: Path, transfer_syntax_uid: str) -> bytes:
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, dataset, implicit_vr=False, little_endian=True)
     return buffer.getvalue()
-
-
-def render(path: Path, number: int, media_type: str, quality: int = 100) -> bytes:
-    """Frame ``number`` (from 1) as a JPEG or PNG, windowed as the file says."""
-    try:
-        picture = Image.fromarray(_eight_bits(path, number))
-    except Exception as error:  # codecs raise whatever they run into
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-    buffer = io.BytesIO()
-    if media_type == "image/png":
-        picture.save(buffer, "PNG")
-    else:
-        picture.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
-
-
-def _eight_bits(path: Path, number: int) -> Any:
-    dataset = pydicom.dcmread(path)
-    pixels = pixel_array(dataset, index=number - 1)
-    if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        pixels = apply_color_lut(pixels, dataset)
-    if pixels.ndim == 2:
-        pixels = apply_voi_lut(apply_modality_lut(pixels, dataset), dataset).astype("float64")
-        low, high = float(pixels.min()), float(pixels.max())
-        pixels = (pixels - low) * (255.0 / (high - low or 1.0))
-        if dataset.PhotometricInterpretation == "MONOCHROME1":
-            pixels = 255.0 - pixels
-    elif pixels.dtype != np.uint8:
-        pixels = pixels.astype("float64") * (255.0 / (2 ** int(dataset.BitsStored) - 1))
-    return pixels.astype("uint8")

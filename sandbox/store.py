@@ -516,15 +516,16 @@ class Store:
         with self.transaction():
             for table in ("studies", "series", "instances", "garbage", "journal"):
                 self.database.execute(f"DELETE FROM {table}")
+            self.database.execute("DELETE FROM sqlite_sequence")
         for path in paths:
             (self._files / path).unlink(missing_ok=True)
 
     # -- the journal: one line per thing that happened, for a dialect that publishes them -----
 
     def note(self, entry: Mapping[str, Any], *, at_s: float) -> int:
-        """Append to the journal; its sequence number."""
+        """Append to the journal, by the microsecond; its sequence number."""
         cursor = self.database.execute(
-            "INSERT INTO journal (at_s, entry) VALUES (?, ?)", (at_s, json.dumps(dict(entry)))
+            "INSERT INTO journal (at_s, entry) VALUES (?, ?)", (round(at_s, 6), json.dumps(dict(entry)))
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
