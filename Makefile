@@ -7,10 +7,16 @@ BIN := $(VENV)/bin
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
+# Two steps, so that `make run` need not wait for the tools of `make test`.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@echo "Building the environment in $(VENV) (once, about a minute)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name it with PYTHON=python3.12"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Building the environment in $(VENV) (once, less than a minute)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,sandbox]'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "Adding the tools that check and test (once, less than a minute)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,sandbox,dev]'
 	@touch $@
 
@@ -20,7 +26,7 @@ run: $(VENV)/.ready ## everything on this laptop, with sample images; ONCE=1 end
 worker: $(VENV)/.ready ## a worker for the servers in PACS_CONFIG
 	@$(BIN)/celery -A worker.app worker --loglevel=INFO
 
-check: $(VENV)/.ready ## style, types, import floors, compose file
+check: $(VENV)/.ready-dev ## style, types, import floors, compose file
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
