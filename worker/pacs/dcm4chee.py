@@ -32,10 +32,10 @@ from worker.payloads import Dataset, Level
 
 MAX_PAGE = 1000
 MAX_OFFSET = 99_999
-#: A reject is one transaction per instance and runs for minutes on a big study ("Rejecting is slow").
+#: A reject is one transaction per instance and runs for minutes on a big study. Oddity: "Rejecting is slow".
 REJECT_TIMEOUT_S = 900.0
 DATABASE_TIMEOUT_S = 10.0
-#: Retention expired: the only note that stays hidden and lets the same image be stored again.
+#: Retention expired. Oddity: "Rejecting with 113039 is the only kind that hides all".
 REJECTION = "113039%5EDCM"
 FREED_LATER = (
     "Hidden by rejection 113039^DCM; storing the same images again shows them again. The archive's scheduler "
@@ -68,7 +68,7 @@ CODES: Codes = {
 
 
 class Dcm4chee:
-    #: Patient, study and series attributes of the database are laid over what is retrieved.
+    #: Oddity: "What comes back is not what was sent".
     keeps_bytes = False
 
     def __init__(self, transport: Transport) -> None:
@@ -81,7 +81,7 @@ class Dcm4chee:
         return self._web.find(level, uid)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
-        """An image that is there already is `STORED` too: see "A duplicate is a success"."""
+        """An image that is there already is `STORED` too. Oddity: "A duplicate is a success"."""
         answer = self._web.push(parts, expected=(200, 202, 409))
         return judge(parts, self._web.dataset(answer), codes=CODES, warnings_of=lambda _: ())
 
@@ -89,7 +89,7 @@ class Dcm4chee:
         return self._web.metadata(found)
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
-        """Ordered, because there is no order otherwise; a study can still stand on two pages."""
+        """Ordered, for want of an order otherwise. Oddity: "Pages overlap and end at 100,000"."""
         check_filters(filters)
         if offset > MAX_OFFSET:
             sentence = "The archive pages through 100,000 studies at most: narrow the list, e.g. by StudyDate."
@@ -101,7 +101,7 @@ class Dcm4chee:
         return StudyPage(found, next_offset=offset + limit if found else None)
 
     def delete(self, found: Found, *, permanent: bool) -> Deletion:
-        """Reject, and for a study delete: series and images have no delete of their own."""
+        """Reject, and delete if it is a study. Oddity: "Only studies can be deleted"."""
         rejected = self._reject(found)
         if rejected is not None and rejected.fate is DeletionFate.REFUSED:
             return rejected
@@ -113,7 +113,7 @@ class Dcm4chee:
         return self._web.retrieve(found)
 
     def state(self) -> ServerState:
-        """`/ctrl/status` proves the archive, not its database."""
+        """`/ctrl/status` proves the archive alone. Oddity: "Started is not a database"."""
         status = self._archive_json("/ctrl/status").get("status")
         return ServerState(ready=status == "STARTED", note=f"/ctrl/status says {status}")
 
@@ -194,7 +194,7 @@ def archive_path(base_path: str) -> str:
 
 
 def error_message(answer: Answer) -> str:
-    """The archive's own words. They look like JSON but are not escaped ("Errors look like JSON")."""
+    """The archive's own words. They look like JSON but are not escaped. Oddity: "Errors look like JSON"."""
     body = answer.body.decode("utf-8", "replace")
     try:
         found = json.loads(body)
@@ -220,7 +220,7 @@ def storage_state(systems: Sequence[Mapping[str, Any]]) -> StorageState:
 
 
 def _repeated(filters: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """A list of UIDs as a repeated parameter: an encoded comma makes one UID that matches nothing."""
+    """UIDs as a repeated parameter. Oddity: "Parameters are not to be trusted with anything"."""
     for keyword, value in filters.items():
         values = re.split(r"[,\\]", value) if keyword.endswith("UID") else [value]
         yield from ((keyword, one) for one in values)

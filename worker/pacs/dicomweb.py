@@ -59,8 +59,7 @@ class DicomWeb:
     def find(self, level: Level, uid: str) -> list[Found]:
         """Every object of ``level`` that bears ``uid``, asked on the top-level resource: no parent is needed.
 
-        Each match is compared with the question: Orthanc ignores a key it does not know and returns
-        everything.
+        Each match is compared with the question. Oddity: "Unknown keys match everything".
         """
         query = _QUERIES[level]
         check_uid(uid)
@@ -142,7 +141,7 @@ class DicomWeb:
         return self.transport.server.name
 
     def _search(self, target: str, headers: Mapping[str, str]) -> list[Dataset]:
-        """QIDO: nothing found is 204 on MSDICOM, ``[]`` on Orthanc, and either on DCM4CHEE."""
+        """QIDO: 204 and ``[]`` alike. Oddity: "Nothing found has two forms"."""
         answer = self.transport.exchange(Request("GET", target, headers, expected=(200, 204)))
         return self._datasets(answer) if answer.status == 200 else []
 

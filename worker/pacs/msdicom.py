@@ -39,7 +39,7 @@ from worker.pacs.stow import Codes, judge, unmentioned
 from worker.pacs.transport import Request, Transport
 from worker.payloads import Dataset, Level
 
-#: 400 also means that the server cancelled the call ("A cancelled call is a 400"), so time may cure it.
+#: 400 also means that the server cancelled the call, so time may cure it. Oddity: "A cancelled call is a 400".
 STATUSES = {400: PacsMisanswered}
 MAX_PAGE = 200
 FILTERS = (
@@ -85,7 +85,7 @@ class MsDicom:
         return self._web.metadata(found)
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
-        """Only an empty page is the last: see "A short page is not the last"."""
+        """Only an empty page is the last. Oddity: "A short page is not the last"."""
         check_filters(filters, allowed=FILTERS)
         check_values(filters)
         limit = max(1, min(limit, MAX_PAGE))
@@ -116,7 +116,7 @@ class MsDicom:
         return StorageState(note="MSDICOM has no call that tells its storage.")
 
     def database(self) -> DatabaseState:
-        """`DataStoreHealthCheck` is the SQL server; its state is up to 30 s old."""
+        """Oddity: "Health is outside the version and up to 30 seconds old"."""
         details = (self._health() or {}).get("details")
         for entry in details if isinstance(details, list) else ():
             if entry.get("name") == "DataStoreHealthCheck":
@@ -141,7 +141,7 @@ def health_path(base_path: str) -> str:
 
 
 def check_values(filters: Mapping[str, str]) -> None:
-    """Wildcards and lists are taken literally here, so they would quietly match nothing.
+    """Refuse wildcards and lists. Oddity: "Queries match little and refuse the rest".
 
     Raises
     ------

@@ -54,7 +54,7 @@ class Orthanc:
         return self._web.find(level, uid)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
-        """A 400 says that some file is bad, not which, and the others are stored all the same."""
+        """Oddity: "A 400 may have stored the good ones"."""
         answer = self._web.push(parts, expected=(200, 202, 400, 409))
         outcomes = judge(parts, self._web.dataset(answer), codes={}, warnings_of=lambda _: ())
         return rejected_if_alone(outcomes, BAD_FILE) if answer.status == 400 else outcomes
@@ -63,7 +63,7 @@ class Orthanc:
         return self._web.metadata(found)
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
-        """Values go unencoded and are compared again here ("Values of a query are not decoded")."""
+        """Values go unencoded and are compared again here. Oddity: "Values of a query are not decoded"."""
         check_filters(filters)
         window = (("limit", str(max(1, min(limit, MAX_PAGE)))), ("offset", str(offset)))
         description = ("includefield", "StudyDescription")
@@ -88,7 +88,7 @@ class Orthanc:
         return ServerState(product="Orthanc", version=_text(system.get("Version")), ready=True)
 
     def storage(self) -> StorageState:
-        """Orthanc tells what it uses, not what the disk holds. ``TotalDiskSize`` is a string of bytes."""
+        """Oddity: "Statistics tell what is used, as text"."""
         size = self._object("/statistics").get("TotalDiskSize")
         used = int(size) if isinstance(size, str | int) and str(size).isdigit() else None
         return StorageState(used_bytes=used, note="Orthanc does not tell the size of its disk.")

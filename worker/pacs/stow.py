@@ -34,9 +34,7 @@ Codes = Mapping[int, tuple[Fate, str]]
 class StowBody:
     """The multipart/related body for ``parts``; each iteration opens them afresh and reads them in blocks.
 
-    The type of a part is exactly ``application/dicom``: MSDICOM refuses the whole request if there is a
-    parameter. A file without preamble gets one, because PS3.10 demands it and Orthanc refuses the file
-    otherwise.
+    Oddity: "The type of a part takes no parameter". Oddity: "Orthanc wants a preamble".
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -72,7 +70,8 @@ def judge(
 ) -> list[Outcome]:
     """One outcome per part, in order, from the items of a STOW answer.
 
-    Items are matched by SOP Instance UID. A failed item that bears no UID, or one that was never sent,
+    Items are matched by SOP Instance UID. Oddity: "A file that cannot be parsed comes back without a name".
+    A failed item that bears no UID, or one that was never sent,
     belongs to a file the server could not read: those are matched to the parts left over, in order, if they
     are as many. A part that no item speaks of is `UNMENTIONED`.
     """

@@ -83,7 +83,7 @@ class _IdleLimit:
     """A pooled connection counts as dead before the server is likely to close it.
 
     A server that closes an idle connection at the very moment a STOW is sent leaves it open whether the
-    image was stored (docs/pacs-oddities.md, "Connections are kept for one second").
+    image was stored or not. Oddity: "Connections are kept for one second".
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
