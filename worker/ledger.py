@@ -10,7 +10,9 @@ Keys, all below ``courier:`` in a database of their own:
     due           zset    job ids by the time (ms) at which somebody has to look at them again
     dead          zset    dead letters by the time of their death
     deaths:HASH   int     how often the worker died doing this content
-    hold:UID      hash    the job that may store this SOP instance now, and where it is being pushed
+    hold:UID      hash    the job that may store (or delete) this SOP instance now
+    gate:UID      hash    the job that is deleting this study or series: nobody begins to store into it
+    storing:UID   set     the jobs that are storing into this study or series: nobody begins to delete it
     receipt:UID   hash    proof of what we stored: server, digest, size
     study:UID     hash    the claim: which server a new study belongs to, and which job opened it
     placed        hash    server → number of new studies it was given
@@ -25,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, cast
@@ -109,6 +111,7 @@ redis.call('HDEL', job, 'memo', 'lease_ms', 'sends', 'message')
 redis.call('ZREM', due, ARGV[1])
 local hold = redis.call('HGET', job, 'hold')
 if hold and redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
+for key in string.gmatch(redis.call('HGET', job, 'storing') or '', '%S+') do redis.call('SREM', key, ARGV[1]) end
 if ARGV[3] == 'dead' then
   redis.call('ZADD', dead, now, ARGV[1])
 else
@@ -152,13 +155,48 @@ return state
 """
 )
 
+# KEYS: hold, job, then the gates and after them the sets of the study and the series, if the image is to be stored.
 _HOLD = """
+local owner = redis.call('HGET', KEYS[1], 'job_id')
+if owner and owner ~= ARGV[1] then return owner end
+if redis.call('HGET', KEYS[2], 'fence') ~= ARGV[2] then return '!lost' end
+local half = (#KEYS - 2) / 2
+local registered = redis.call('HGET', KEYS[2], 'hold') == KEYS[1]
+for i = 3, 2 + half do
+  local deleter = redis.call('HGET', KEYS[i], 'job_id')
+  if deleter and not registered then return deleter end
+end
+redis.call('HSET', KEYS[1], 'job_id', ARGV[1])
+redis.call('HSET', KEYS[2], 'hold', KEYS[1])
+for i = 3 + half, #KEYS do
+  redis.call('SADD', KEYS[i], ARGV[1])
+  redis.call('PEXPIRE', KEYS[i], 86400000)
+end
+if half > 0 then redis.call('HSET', KEYS[2], 'storing', table.concat(KEYS, ' ', 3 + half)) end
+return ''
+"""
+
+_SHUT = """
 local owner = redis.call('HGET', KEYS[1], 'job_id')
 if owner and owner ~= ARGV[1] then return owner end
 if redis.call('HGET', KEYS[2], 'fence') ~= ARGV[2] then return '!lost' end
 redis.call('HSET', KEYS[1], 'job_id', ARGV[1])
 redis.call('HSET', KEYS[2], 'hold', KEYS[1])
-return ''
+return redis.call('SRANDMEMBER', KEYS[3]) or ''
+"""
+
+_LET_GO = """
+local hold = redis.call('HGET', KEYS[1], 'hold')
+if not hold then return 0 end
+redis.call('HDEL', KEYS[1], 'hold')
+if redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
+return 1
+"""
+
+_FORGET_STUDY = """
+if redis.call('SCARD', KEYS[2]) > 0 then return 0 end
+redis.call('DEL', KEYS[1])
+return 1
 """
 
 _INTEND = """
@@ -276,6 +314,7 @@ class Ledger:
         self._park, self._finish, self._sweep = script(_PARK), script(_FINISH), script(_SWEEP)
         self._cancel, self._hold, self._intend = script(_CANCEL), script(_HOLD), script(_INTEND)
         self._claim_study, self._stored = script(_CLAIM_STUDY), script(_STORED)
+        self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
 
     @classmethod
     def connect(cls, url: str, **times: float) -> Ledger:
@@ -367,12 +406,30 @@ class Ledger:
 
     # --- images and studies ---------------------------------------------------------------------------------
 
-    def hold_image(self, sop_instance_uid: str, *, job_id: str, fence: int) -> str | None:
-        """Be the one job that may store this instance until it ends; otherwise the id of the job that is."""
+    def hold_image(self, sop_instance_uid: str, *, job_id: str, fence: int, into: Sequence[str] = ()) -> str | None:
+        """Be the one job that may store (or delete) this instance until it ends; otherwise the id of the job that is.
+
+        ``into`` are the study and the series that it is stored into: a job that is deleting one of them comes first.
+        """
         keys = [PREFIX + "hold:" + sop_instance_uid, _job(job_id)]
+        keys += [PREFIX + "gate:" + uid for uid in into] + [PREFIX + "storing:" + uid for uid in into]
         owner = str(self._hold(keys=keys, args=[job_id, fence]))
         self._guard(owner != "!lost")
         return owner or None
+
+    def shut(self, uid: str, *, job_id: str, fence: int) -> str | None:
+        """Keep new jobs from storing into a study or series until this job ends or lets go.
+
+        Returns a job that has to end before anything may be deleted, if there is one; ask again until there is none.
+        """
+        keys = [PREFIX + "gate:" + uid, _job(job_id), PREFIX + "storing:" + uid]
+        owner = str(self._shut(keys=keys, args=[job_id, fence]))
+        self._guard(owner != "!lost")
+        return owner or None
+
+    def let_go(self, job_id: str) -> None:
+        """Give up what the job holds, before its end."""
+        self._let_go(keys=[_job(job_id)], args=[job_id])
 
     def receipt(self, sop_instance_uid: str) -> Receipt | None:
         row = self._hash(PREFIX + "receipt:" + sop_instance_uid)
@@ -401,9 +458,10 @@ class Ledger:
         args: list[str | int] = [receipt.job_id, receipt.server, receipt.sha256, receipt.size_bytes, self._keep_ms]
         return bool(self._stored(keys=keys, args=args))
 
-    def forget_study(self, study_instance_uid: str) -> None:
-        """The study is gone from every server: so is its claim."""
-        self._redis.delete(PREFIX + "study:" + study_instance_uid)
+    def forget_study(self, study_instance_uid: str) -> bool:
+        """The study is gone from every server: so is its claim, unless a job is just storing into it."""
+        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "storing:" + study_instance_uid]
+        return bool(self._forget_study(keys=keys))
 
     # --- servers --------------------------------------------------------------------------------------------
 

@@ -189,3 +189,19 @@ def test_an_idempotency_key_names_one_job_and_no_key_names_a_new_one() -> None:
     assert job_id_for("order-7") == job_id_for("order-7")
     assert job_id_for(None) != job_id_for(None)
     assert content_digest(TASK, {**JOB, "idempotency_key": "x"}) == content_digest(TASK, JOB)
+
+
+def test_a_study_is_not_deleted_while_it_is_stored_into_nor_stored_into_while_it_is_deleted(ledger: Ledger) -> None:
+    upload, late, delete = claim(ledger, "j1"), claim(ledger, "j2"), claim(ledger, "j3")
+    into = ("1.2", "1.2.1")
+    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=upload.fence, into=into) is None
+    assert ledger.shut("1.2", job_id="j3", fence=delete.fence) == "j1"
+    assert ledger.hold_image("1.2.1.2", job_id="j2", fence=late.fence, into=into) == "j3"
+    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=upload.fence, into=into) is None  # it was there first
+    assert not ledger.forget_study("1.2")
+    finish(ledger, upload.fence)
+    assert ledger.shut("1.2", job_id="j3", fence=delete.fence) is None
+    assert ledger.forget_study("1.2")
+    ledger.let_go("j3")
+    assert ledger.hold_image("1.2.1.2", job_id="j2", fence=late.fence, into=into) is None
+    assert ledger.shut("1.2.1", job_id="j3", fence=delete.fence) == "j2"

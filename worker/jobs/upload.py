@@ -157,9 +157,10 @@ def _may_be_ours(earlier: Memo | None, server: str) -> bool:
 
 
 def _wait_for_turn(instance: Instance, run: Run) -> None:
-    owner = run.ledger.hold_image(instance.sop_instance_uid, job_id=run.job_id, fence=run.fence)
+    into = (instance.study_instance_uid, instance.series_instance_uid)
+    owner = run.ledger.hold_image(instance.sop_instance_uid, job_id=run.job_id, fence=run.fence, into=into)
     if owner is not None:
-        raise NotYet(f"job {owner} is storing the same image", delay_s=TURN_S)
+        raise NotYet(f"job {owner} is storing the same image, or deleting what it belongs to", delay_s=TURN_S)
 
 
 def _check(instance: Instance, tools: Tools) -> _Seen:
