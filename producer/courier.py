@@ -21,7 +21,7 @@ from celery.exceptions import BackendError
 from producer.errors import BrokerUnavailable, CourierError, NotFound, StillRunning, from_payload
 from worker.ledger import Ledger, job_id_for
 from worker.logs import shown_job
-from worker.payloads import Job, UploadJob, read_job
+from worker.payloads import ExistsJob, Job, Level, LookupJob, UploadJob, read_job
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -155,6 +155,17 @@ class Courier:
             "metadata": metadata,
         }
         return self.enqueue("pacs.upload", UploadJob, job)
+
+    def exists(self, level: Level, uid: str, *, mode: str = "either", metadata: bool = False) -> Handle:
+        """Who has the image, series or study that bears ``uid``.
+
+        ``mode``: ``either`` (in order, the first that has it answers), ``both`` (one entry per server) or a server.
+        """
+        return self.enqueue("pacs.exists", ExistsJob, {"level": level, "uid": uid, "mode": mode, "metadata": metadata})
+
+    def metadata(self, level: Level, uid: str, *, mode: str = "either") -> Handle:
+        """The metadata of every image of the object that bears ``uid``."""
+        return self.enqueue("pacs.metadata", LookupJob, {"level": level, "uid": uid, "mode": mode})
 
     def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
         """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""

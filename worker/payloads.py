@@ -6,12 +6,13 @@ the one spoken here is refused, because its fields may mean something else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from worker.errors import InvalidRequest
+from worker.errors import InvalidRequest, InvalidUid
 
 VERSION = 1
 
@@ -20,6 +21,20 @@ RouteReason = Literal["study_exists", "claimed", "new_study", "requested"]
 StudyAction = Literal["created", "updated"]
 #: DICOM JSON (PS3.18 F): one dataset, keyed by eight hexadecimal digits.
 Dataset = dict[str, Any]
+
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*", re.ASCII)
+
+
+def check_uid(uid: str) -> str:
+    """``uid`` as it is; what no server should be asked for (``*`` would match everything) is `InvalidUid`."""
+    if len(uid) > 64 or not _UID.fullmatch(uid):
+        raise InvalidUid("A UID is at most 64 digits and dots.")
+    return uid
+
+
+Uid = Annotated[str, AfterValidator(check_uid)]
+#: ``both``, ``either`` or a server's name, which only a worker knows.
+Mode = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class Job(BaseModel):
@@ -43,6 +58,18 @@ class UploadJob(Job):
     server: str | None = None
     idempotency_key: Annotated[str, Field(max_length=200)] | None = None
     metadata: bool | None = None
+
+
+class LookupJob(Job):
+    """`pacs.exists` and `pacs.metadata`: is it anywhere, and what does it say of itself."""
+
+    level: Level
+    uid: Uid
+    mode: Mode = "either"
+
+
+class ExistsJob(LookupJob):
+    metadata: bool = False
 
 
 class Payload(BaseModel):
@@ -87,6 +114,57 @@ class UploadPayload(Payload):
     source: str
     timings_ms: dict[str, float]
     attempts: int
+
+
+class Fault(BaseModel):
+    """Why a server gave no answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    code: str
+    message: str
+
+
+class Place(BaseModel):
+    """Where one object is: its UID and those above it, ``None`` for what is below it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    study_uid: str
+    series_uid: str | None
+    image_uid: str | None
+    viewer_url: str
+
+
+class FoundEntry(BaseModel):
+    """What one server said. ``also_in`` are further objects with the same UID, which no server should have."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    server_type: str
+    status: Literal["found", "not_there", "unavailable"]
+    study_uid: str | None = None
+    series_uid: str | None = None
+    image_uid: str | None = None
+    viewer_url: str | None = None
+    also_in: list[Place] = []
+    metadata: list[Dataset] | None = None
+    error: Fault | None = None
+
+
+class FoundPayload(Payload):
+    """The result of `pacs.exists` and `pacs.metadata`. ``server_name`` is the first server, in order, that has it."""
+
+    operation: Literal["exists", "metadata"]
+    level: Level
+    uid: str
+    mode: str
+    exists: Literal[True] = True
+    server_name: str
+    server_type: str
+    servers: list[FoundEntry]
+    warnings: list[str]
 
 
 JobType = TypeVar("JobType", bound=Job)

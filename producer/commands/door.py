@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from producer.courier import Handle, Report
-from producer.errors import BrokerUnavailable, CourierError, InvalidRequest, PacsUnavailable, StillRunning
-from producer.show import errors_console
+from producer.courier import Courier, Handle, Report
+from producer.errors import (
+    BrokerUnavailable,
+    CourierError,
+    InvalidRequest,
+    InvalidUid,
+    PacsUnavailable,
+    StillRunning,
+)
+from producer.show import errors_console, follow
 from worker.settings import SettingsError
 
 DONE, FAILED, WRONG_USAGE, UNAVAILABLE = 0, 1, 2, 3
@@ -26,6 +34,15 @@ timeout_option = click.option(
     "--timeout", "timeout_s", type=float, help="Stop waiting after so many seconds; the jobs go on."
 )
 server_option = click.option("--server", help="Exactly this server.")
+mode_option = functools.partial(
+    click.option,
+    "--mode",
+    "--server",
+    "mode",
+    metavar="MODE",
+    show_default=True,
+    help="either: in order, the first that has it; both: every server; or the name of one server.",
+)
 
 
 def exit_status(error: CourierError | None) -> int:
@@ -42,7 +59,7 @@ def plain_failures(command: Callable[Arguments, int]) -> Callable[Arguments, Non
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         try:
             status = command(*args, **kwargs)
-        except (SettingsError, InvalidRequest) as error:
+        except (SettingsError, InvalidRequest, InvalidUid) as error:
             _say(error.message if isinstance(error, CourierError) else str(error))
             status = WRONG_USAGE
         except CourierError as error:
@@ -68,6 +85,24 @@ def entry(handle: Handle, report: Report) -> dict[str, Any]:
     if report.error is not None:
         entry["error"] = report.error.payload
     return entry
+
+
+def ended(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json: bool) -> dict[str, Any] | None:
+    """Wait for one job: its payload, or None if it was printed (``--json``).
+
+    Raises
+    ------
+    CourierError, StillRunning
+        It ended otherwise, or not in time; with ``--json`` that has been printed too.
+    """
+    report = follow(courier, {handle: handle.id}, timeout_s=timeout_s, quiet=as_json)[handle.id]
+    if as_json:
+        click.echo(json.dumps(entry(handle, report), ensure_ascii=False))
+    if report.error is not None:
+        raise report.error
+    if report.result is None:
+        raise StillRunning(f"Job {handle.id} has not ended within {timeout_s} s; it goes on: pacs result {handle.id}")
+    return None if as_json else report.result
 
 
 def worst(reports: list[Report]) -> int:

@@ -40,6 +40,16 @@ class Fleet:
         first = [_answer(question) for question in questions[:1]]
         return first + [future.result() for future in futures]
 
+    def in_order(self, questions: Sequence[Callable[[], Answer]]) -> Iterator[Answer | CourierError]:
+        """As `gather`, one answer after the other; whoever stops listening does not wait for the rest."""
+        futures = [self._pool.submit(_answer, question) for question in questions]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
     def close(self) -> None:
         self._pool.shutdown()
 

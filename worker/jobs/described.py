@@ -1,0 +1,41 @@
+"""What a result may say of an object: its metadata, as far as the site allows, and its viewer link.
+
+Nothing is asked of a server here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from worker.pacs.protocol import Found
+from worker.payloads import Dataset, Place
+from worker.settings import ResultSettings, ServerSettings
+from worker.viewer import viewer_url
+
+_UID_TAGS = ("00080016", "00080018", "0020000D", "0020000E")
+
+
+def uids_only(ds: Dataset) -> Dataset:
+    return {tag: ds[tag] for tag in _UID_TAGS if tag in ds}
+
+
+def allowed(datasets: Iterable[Dataset], results: ResultSettings) -> list[Dataset]:
+    """As much of each dataset as `results.metadata` lets into results."""
+    if results.metadata == "none":
+        return []
+    return [ds if results.metadata == "full" else uids_only(ds) for ds in datasets]
+
+
+def place(found: Found, server: ServerSettings) -> Place:
+    """Where ``found`` is, with the link that shows it."""
+    return Place(
+        study_uid=found.study_instance_uid,
+        series_uid=found.series_instance_uid,
+        image_uid=found.sop_instance_uid,
+        viewer_url=viewer_url(
+            server,
+            study=found.study_instance_uid,
+            series=found.series_instance_uid or "",
+            image=found.sop_instance_uid or "",
+        ),
+    )

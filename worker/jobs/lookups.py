@@ -1,0 +1,193 @@
+"""Is it anywhere, and what does it say of itself: `pacs.exists` and `pacs.metadata`.
+
+Whoever else has to find an object first (to download or delete it) asks through `look` and `settle`, so that
+silence means the same everywhere: never "not there". Nothing here changes anything on a server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered
+from worker.jobs.described import allowed, place, uids_only
+from worker.jobs.run import Run
+from worker.jobs.tools import Tools
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Found, Pacs
+from worker.payloads import Dataset, ExistsJob, Fault, FoundEntry, FoundPayload, Level, LookupJob, read_job
+from worker.settings import MODES, ResultSettings
+
+#: Above so much JSON per server, metadata in a result are cut down to their UIDs: a result passes through Redis.
+MAX_METADATA_BYTES = 8 * 1_048_576
+
+
+@dataclass(frozen=True)
+class Description:
+    """One server's metadata of what it has, as far as results may hold them."""
+
+    datasets: list[Dataset]
+    reduced: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one server said: what it has, [] if it said that there is nothing, or why it did not answer."""
+
+    pacs: Pacs
+    found: list[Found]
+    error: CourierError | None = None
+
+
+def exists(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """Who has it, by its UID alone (design contract, section 5).
+
+    Raises
+    ------
+    NotFound
+        Every server that had to be asked answered, and none has it.
+    CourierError
+        The error of the first server whose silence leaves the question open.
+    """
+    job = read_job(ExistsJob, message)
+    return _answer("exists", job, run, tools, described=job.metadata)
+
+
+def metadata(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """As `exists`, with the metadata of every image of the object."""
+    return _answer("metadata", read_job(LookupJob, message), run, tools, described=True)
+
+
+def asked(mode: str, fleet: Fleet) -> list[Pacs]:
+    """The servers that ``mode`` stands for, in order of preference."""
+    if mode in MODES:
+        return list(fleet)
+    if mode not in fleet.names:
+        known = ", ".join((*MODES, *fleet.names))
+        raise InvalidRequest(f"No mode or server is called {mode!r}; there are: {known}.", details={"field": "mode"})
+    return [fleet[mode]]
+
+
+def look(level: Level, uid: str, *, mode: str, fleet: Fleet) -> list[Reply]:
+    """Ask for an object, all servers at the same time; in mode `either` up to the first, in order, that has it."""
+    servers = asked(mode, fleet)
+    answers = fleet.in_order([partial(pacs.find, level, uid) for pacs in servers])
+    replies = []
+    for pacs, answer in zip(servers, answers, strict=False):
+        reply = Reply(pacs, [], answer) if isinstance(answer, CourierError) else Reply(pacs, answer)
+        replies.append(reply)
+        if mode == "either" and reply.found:
+            break
+    return replies
+
+
+def settle(level: Level, uid: str, replies: Sequence[Reply]) -> Reply:
+    """The first reply that has the object.
+
+    Raises
+    ------
+    CourierError
+        Nobody has it and somebody did not answer: the first silent server's error.
+    NotFound
+        Nobody has it.
+    """
+    for reply in replies:
+        if reply.found:
+            return reply
+    for reply in replies:
+        if reply.error is not None:
+            raise reply.error
+    names = [reply.pacs.server.name for reply in replies]
+    only = replies[0].pacs.server if len(replies) == 1 else None
+    raise NotFound(
+        f"The {level} is not on {' or '.join(names)}.",
+        server_name=only.name if only else None,
+        server_type=only.type if only else None,
+        details={"level": level, "uid": uid, "asked": names},
+    )
+
+
+def _answer(
+    operation: Literal["exists", "metadata"], job: LookupJob, run: Run, tools: Tools, *, described: bool
+) -> dict[str, Any]:
+    with run.step("check"):
+        replies = look(job.level, job.uid, mode=job.mode, fleet=tools.fleet)
+        first = settle(job.level, job.uid, replies)
+    descriptions: dict[str, Description | CourierError] = {}
+    if described:
+        with run.step("describe"):
+            descriptions = _describe([reply for reply in replies if reply.found], tools)
+    return FoundPayload(
+        operation=operation,
+        job_id=run.job_id,
+        level=job.level,
+        uid=job.uid,
+        mode=job.mode,
+        server_name=first.pacs.server.name,
+        server_type=first.pacs.server.type,
+        servers=[_entry(reply, descriptions.get(reply.pacs.server.name)) for reply in replies],
+        warnings=_warnings(job.level, replies, descriptions),
+    ).as_json()
+
+
+def _describe(having: Sequence[Reply], tools: Tools) -> dict[str, Description | CourierError]:
+    """The metadata from each server that has the object; one server's trouble is told if another's are there."""
+    results = tools.settings.results
+    questions = [partial(_read, reply, results) for reply in having]
+    answers = tools.fleet.gather(questions)
+    errors = [answer for answer in answers if isinstance(answer, CourierError)]
+    if len(errors) == len(answers):
+        raise errors[0]
+    return {reply.pacs.server.name: answer for reply, answer in zip(having, answers, strict=True)}
+
+
+def _read(reply: Reply, results: ResultSettings) -> Description:
+    if results.metadata == "none":
+        return Description([])
+    datasets = [ds for found in reply.found for ds in reply.pacs.metadata(found)]
+    if not datasets:
+        server = reply.pacs.server
+        raise PacsMisanswered(
+            f"{server.name} lists the object but shows no metadata; it is looked for again.",
+            server_name=server.name,
+            server_type=server.type,
+        )
+    datasets = allowed(datasets, results)
+    if len(json.dumps(datasets)) > MAX_METADATA_BYTES:
+        return Description([uids_only(ds) for ds in datasets], reduced=True)
+    return Description(datasets)
+
+
+def _entry(reply: Reply, description: Description | CourierError | None) -> FoundEntry:
+    server = reply.pacs.server
+    error = description if isinstance(description, CourierError) else reply.error
+    fault = Fault(code=error.payload["code"], message=error.message) if error else None
+    if not reply.found:
+        status: Literal["not_there", "unavailable"] = "unavailable" if reply.error else "not_there"
+        return FoundEntry(server_name=server.name, server_type=server.type, status=status, error=fault)
+    first, *others = [place(found, server) for found in reply.found]
+    return FoundEntry(
+        server_name=server.name,
+        server_type=server.type,
+        status="found",
+        **first.model_dump(),
+        also_in=others,
+        metadata=description.datasets if isinstance(description, Description) else None,
+        error=fault,
+    )
+
+
+def _warnings(
+    level: Level, replies: Sequence[Reply], descriptions: Mapping[str, Description | CourierError]
+) -> list[str]:
+    warnings = []
+    if level == "study" and sum(bool(reply.found) for reply in replies) > 1:
+        warnings.append("study_split")
+    if any(len(reply.found) > 1 for reply in replies):
+        warnings.append("uid_not_unique")
+    if any(isinstance(one, Description) and one.reduced for one in descriptions.values()):
+        warnings.append("metadata_reduced_to_uids")
+    return warnings
