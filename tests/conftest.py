@@ -26,6 +26,9 @@ from sandbox.images import ImageServer
 from sandbox.processes import Child, OrthancPart, Processes, RedisPart, SandboxPart
 from worker.settings import Settings
 
+#: What a worker's log holds when its code, and not its input, is wrong (the second as worker/jobs/carry.py logs it).
+SIGNS_OF_A_FAULT = ("Traceback (most recent call last)", "A fault of the worker itself")
+
 
 def _or_missing(start: Callable[[], Any]) -> Any:
     try:
@@ -164,12 +167,12 @@ class Workers:
         return Worker(child, config, Settings.load({"PACS_CONFIG": str(config)}))
 
     def close(self) -> None:
-        """End them all, then fail the test if one wrote a traceback that was not announced."""
+        """End them all, then fail the test if one wrote a traceback, or owned to a fault, that was not announced."""
         watched = [child for child in self._running.children if child not in self._may_show_tracebacks]
         self._running.stop()
         for child in watched:
-            if "Traceback (most recent call last)" in child.log:
-                pytest.fail(f"{child.name} wrote a traceback:\n{child.log_tail(60)}")
+            if any(sign in child.log for sign in SIGNS_OF_A_FAULT):
+                pytest.fail(f"{child.name} has a fault:\n{child.log_tail(60)}")
 
 
 @pytest.fixture
