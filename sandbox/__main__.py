@@ -20,6 +20,7 @@ from aiohttp import web
 from sandbox import dcm4chee, msdicom
 from sandbox.control import Control
 from sandbox.moods import Clock, Mood, MoodError, Moods, parse
+from sandbox.ohif import Ohif, is_site
 from sandbox.tokens import LIFETIME_S, Standing, Tokens, entra, keycloak, refusal
 from sandbox.viewer import Viewer
 from sandbox.web import MOOD, Listener, Site, door, operation
@@ -43,7 +44,7 @@ def _latency(_context: click.Context, _parameter: click.Parameter, text: str | N
 class Sandbox:
     """The three listeners and what they share."""
 
-    def __init__(self, data: Path, usual: Mood, *, host: str) -> None:
+    def __init__(self, data: Path, usual: Mood, *, host: str, ohif: Path | None = None) -> None:
         self.moods = Moods(Clock(), usual)
         self.tokens = Tokens(self.moods.clock)
         self.stores = {
@@ -56,7 +57,7 @@ class Sandbox:
         }
         self.control = Control(self.stores, self.moods)
         self.listeners = {name: Listener(application, host=host) for name, application in applications.items()}
-        self.listeners["control"] = Listener(self._control_application(), host=host)
+        self.listeners["control"] = Listener(self._control_application(ohif), host=host)
 
     def _site(self, dialect: str) -> Site:
         def authorize(request: web.Request, operation: str, mood: Mood) -> web.Response | None:
@@ -69,10 +70,10 @@ class Sandbox:
 
         return Site(dialect, self.stores[dialect], self.moods, authorize, self.tokens.issued_at_s)
 
-    def _control_application(self) -> web.Application:
-        """The control server, with the token endpoints of both providers, each under the moods of its dialect."""
+    def _control_application(self, ohif: Path | None) -> web.Application:
+        """The control server, with the viewers and both token endpoints, each under the moods of its dialect."""
         app = self.control.application()
-        app.add_routes(Viewer(self.stores).routes())
+        app.add_routes(Viewer(self.stores, ohif=ohif is not None).routes())
         for dialect, prefix, path, endpoint in (
             ("msdicom", "/entra", "/{tenant}/oauth2/v2.0/token", entra),
             ("dcm4chee", "/keycloak", "/realms/{realm}/protocol/openid-connect/token", keycloak),
@@ -80,6 +81,8 @@ class Sandbox:
             provider = web.Application(middlewares=[door(self._site(dialect))])
             provider.add_routes([web.post(path, self._issuing(endpoint))])
             app.add_subapp(prefix, provider)
+        if ohif is not None:
+            Ohif(ohif, lambda: {name: self.listeners[name].origin for name in self.stores}).attach(app)
         return app
 
     def _issuing(self, endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -114,13 +117,13 @@ class Sandbox:
             store.close()
 
 
-async def serve(data: Path, ports: dict[str, int], usual: Mood, *, host: str) -> None:
+async def serve(data: Path, ports: dict[str, int], usual: Mood, *, host: str, ohif: Path | None) -> None:
     """Serve until SIGTERM or SIGINT; the one line on standard output says that it is ready."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    sandbox = Sandbox(data, usual, host=host)
+    sandbox = Sandbox(data, usual, host=host, ohif=ohif)
     try:
         addresses = await sandbox.start(ports)
         click.echo(json.dumps(addresses))
@@ -138,13 +141,24 @@ async def serve(data: Path, ports: dict[str, int], usual: Mood, *, host: str) ->
 @click.option("--dcm4chee-port", default=0, show_default="a free one")
 @click.option("--control-port", default=0, show_default="a free one")
 @click.option("--latency-ms", "usual", callback=_latency, help="Delay of every answer, as 100 or 50-300.")
-def main(data: Path, host: str, msdicom_port: int, dcm4chee_port: int, control_port: int, usual: Mood) -> None:
+@click.option("--ohif", type=click.Path(path_type=Path), help="OHIF's built site (`make viewer`), to open studies in.")
+def main(  # noqa: PLR0913, PLR0917  # one per option
+    data: Path,
+    host: str,
+    msdicom_port: int,
+    dcm4chee_port: int,
+    control_port: int,
+    usual: Mood,
+    ohif: Path | None,
+) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # Files with wrong values are the sandbox's daily bread, not worth a line each.
     logging.getLogger("pydicom").setLevel(logging.ERROR)
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    if ohif is not None and not is_site(ohif):
+        raise click.BadParameter(f"{ohif} holds no index.html", param_hint="--ohif")
     ports = {"msdicom": msdicom_port, "dcm4chee": dcm4chee_port, "control": control_port}
-    asyncio.run(serve(data, ports, usual, host=host))
+    asyncio.run(serve(data, ports, usual, host=host, ohif=ohif))
 
 
 if __name__ == "__main__":

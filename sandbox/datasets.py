@@ -7,12 +7,13 @@ answer for files whose values are wrong, and because this is most of the cost of
 from __future__ import annotations
 
 import base64
+import io
 import math
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pydicom
 from pydicom.charset import convert_encodings, decode_bytes
@@ -77,20 +78,20 @@ class Header:
         return None if vr is None else _decoded(self.value(tag), vr, self.encodings)
 
 
-def read_header(path: Path) -> Header:
-    """Read the file's header; pixels are not read, only that they are all there. Raises `NotDicom`."""
-    try:
-        with path.open("rb") as file:
+def read_header(source: Path | bytes) -> Header:
+    """Read a file's header; pixels are not read, only that they are all there. Raises `NotDicom`."""
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        try:
             dataset = pydicom.dcmread(file, stop_before_pixels=True, defer_size=_DEFER_BYTES)
             position = file.tell()
-    except Exception as error:  # pydicom raises whatever its parsing runs into
-        raise NotDicom(f"{type(error).__name__}: {error}") from error
-    if not len(dataset):
-        raise NotDicom("there is no dataset")
-    syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
-    if not syntax:
-        raise NotDicom("the transfer syntax is missing")
-    pixels_at = None if syntax == DEFLATED else _pixels(path, position, dataset)
+        except Exception as error:  # pydicom raises whatever its parsing runs into
+            raise NotDicom(f"{type(error).__name__}: {error}") from error
+        if not len(dataset):
+            raise NotDicom("there is no dataset")
+        syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
+        if not syntax:
+            raise NotDicom("the transfer syntax is missing")
+        pixels_at = None if syntax == DEFLATED else _pixels(file, position, dataset)
     held = _elements(dataset)
     return Header(dataset, held, syntax, _encodings(held), pixels_at)
 
@@ -104,12 +105,11 @@ def _vr(element: Element) -> str:
     return element.VR or _dictionary_vr(element.tag)
 
 
-def _pixels(path: Path, position: int, dataset: FileDataset) -> int | None:
+def _pixels(file: BinaryIO, position: int, dataset: FileDataset) -> int | None:
     """Where the pixel element starts; its length is checked against the file's."""
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(position)
-        head = file.read(12)
+    file.seek(position)
+    head = file.read(12)
+    size_bytes = file.seek(0, io.SEEK_END)
     order = "<" if dataset.original_encoding[1] else ">"
     group, element = struct.unpack(f"{order}HH", head[:4]) if len(head) >= 8 else (0, 0)
     if group << 16 | element not in _PIXELS:

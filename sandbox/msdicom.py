@@ -233,7 +233,7 @@ class MsDicom:
         """The item of one part, whether it is stored, and whether an indexed attribute had several values."""
         spool.close()
         try:
-            header = read_header(spool.path)
+            header = read_header(spool.source)
         except NotDicom:
             spool.discard()
             return {"00081197": _us(rules.FAILED)}, False, False

@@ -31,11 +31,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 Attributes = dict[str, Any]
 Level = Literal["study", "series", "instance"]
 EVERYTHING = "1"
+#: A file up to this size is not put on disk before it is certain to be kept.
+_HELD_BYTES = 256 * 1024
 
 #: The searchable columns of each level and the tag that fills them.
 COLUMNS: dict[Level, dict[str, str]] = {
@@ -212,29 +214,78 @@ def first_value(element: Mapping[str, Any] | None) -> str | None:
 
 
 class Spool:
-    """A file on its way in: written in chunks, hashed as it passes, kept by `Store.add` or thrown away."""
+    """A file on its way in: written in chunks, hashed as it passes, kept by `Store.add` or thrown away.
+
+    Small ones stay in memory until `Store.add` or somebody who asks for ``path`` needs them on disk; ``source`` is
+    whichever there is, for who only wants to read.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size_bytes = 0
+        self._path = path
         self._digest = hashlib.sha256()
-        self._file = path.open("wb", buffering=0)
+        self._held: list[bytes] = []
+        self._file: BinaryIO | None = None
+        self._on_disk = False
+        self.size_bytes = 0
 
     def write(self, chunk: bytes | memoryview) -> None:
-        self._file.write(chunk)
         self._digest.update(chunk)
         self.size_bytes += len(chunk)
+        if self._on_disk:
+            assert self._file is not None
+            self._file.write(chunk)
+            return
+        self._held.append(bytes(chunk))
+        if self.size_bytes > _HELD_BYTES:
+            self._put_on_disk(self._path)
+
+    def _put_on_disk(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._on_disk = True
+        self._file.write(b"".join(self._held))
+        self._held = []
+
+    @property
+    def path(self) -> Path:
+        if not self._on_disk:
+            self._put_on_disk(self._path)
+        return self._path
+
+    @property
+    def source(self) -> Path | bytes:
+        if self._on_disk:
+            return self._path
+        self._held = [b"".join(self._held)]
+        return self._held[0]
 
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
+    def keep_as(self, path: Path) -> None:
+        """Come to rest at ``path``. One that is cut short by a kill is on no index."""
+        if self._on_disk:
+            self.close()
+            self._path.rename(path)
+        else:
+            self._put_on_disk(path)
+            self.close()
+
+    def rest(self, *, in_memory: bool) -> None:
+        """Nothing more will be written; hold no open file, and no bytes either unless ``in_memory``."""
+        if not in_memory and not self._on_disk:
+            self._put_on_disk(self._path)
+        self.close()
+
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def discard(self) -> None:
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        self._held = []
+        self.close()
+        if self._on_disk:
+            self._path.unlink(missing_ok=True)
 
 
 class Store:
@@ -258,6 +309,7 @@ class Store:
         self._files = folder / "files"
         self._spools.mkdir(parents=True, exist_ok=True)
         self._files.mkdir(exist_ok=True)
+        self._folders: set[str] = set()
         for left_behind in self._spools.iterdir():
             left_behind.unlink()
         self.database = sqlite3.connect(folder / "index.sqlite", isolation_level=None, cached_statements=256)
@@ -288,10 +340,12 @@ class Store:
         taken = self._get(new.study_instance_uid, new.series_instance_uid, new.sop_instance_uid)
         if taken is not None:
             raise Duplicate(taken)
-        spool.close()
-        path = f"{spool.path.name[:2]}/{spool.path.name}"
-        (self._files / path[:2]).mkdir(exist_ok=True)
-        spool.path.rename(self._files / path)
+        name = uuid.uuid4().hex
+        path = f"{name[:2]}/{name}"
+        if path[:2] not in self._folders:
+            (self._files / path[:2]).mkdir(exist_ok=True)
+            self._folders.add(path[:2])
+        spool.keep_as(self._files / path)
         with self.transaction():
             self._upsert("study", (new.study_instance_uid,), new.study, new.received_at_s)
             self._upsert("series", (new.study_instance_uid, new.series_instance_uid), new.series, new.received_at_s)

@@ -30,6 +30,8 @@ from sandbox.store import Spool, Store
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 * 1024
+#: So much of a request's parts may wait in memory; further ones wait on disk, however small.
+HELD_BYTES = 16 * 1024 * 1024
 DICOM_JSON = "application/dicom+json"
 MOOD: web.RequestKey[Mood] = web.RequestKey("mood", Mood)
 
@@ -211,6 +213,7 @@ class _Splitter:
         self._spool: Spool | None = None
         self._done: list[Part] = []
         self._ended = False
+        self._held_bytes = 0
         try:
             self._parser = MultipartParser(
                 boundary.encode("latin-1"),
@@ -277,6 +280,8 @@ class _Splitter:
 
     def _on_end(self) -> None:
         assert self._spool is not None
+        self._spool.rest(in_memory=self._held_bytes <= HELD_BYTES)
+        self._held_bytes += self._spool.size_bytes
         self._done.append(Part(self._headers, self._spool))
         self._spool = None
 
