@@ -126,7 +126,10 @@ class HttpSource:
 
     def _dial(self, host: str, port: int, timeout_s: float | None) -> socket.socket:
         """Connect to the first of the host's addresses that answers, once all of them have been judged."""
-        found = self._resolve(host, port)
+        try:
+            found = self._resolve(host, port)
+        except (socket.gaierror, UnicodeError) as error:
+            raise SourceUnreachable(f"The name {host} cannot be resolved at present; it is tried again.") from error
         for *_, address in found:
             self._policy.check_address(address[0], host=host)
         failure: OSError = OSError("the name has no address")
@@ -212,8 +215,6 @@ def _unreachable(error: Exception, limits: Limits, source: str) -> SourceUnreach
         return SourceUnreachable(
             f"{source} has no TLS certificate that can be trusted; name a private authority in sources.ca_file."
         )
-    if isinstance(error, socket.gaierror):
-        return SourceUnreachable(f"The name of the host of {source} cannot be resolved; it is tried again.")
     if isinstance(error, ReadTimeoutError | TimeoutError):
         return SourceUnreachable(f"{source} fell silent or did not answer in time; it is tried again.")
     return SourceUnreachable(f"{source} cannot be reached; it is tried again.")
