@@ -59,12 +59,12 @@ class Unreadable(Exception):
     why: str
 
 
-def read_header(path: Path) -> Header:
+def read_header(source: Path | bytes) -> Header:
     """Raises `Unreadable`."""
     try:
-        return datasets.read_header(path)
+        return datasets.read_header(source)
     except datasets.NotDicom as error:
-        with path.open("rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             is_dicom = file.read(132)[128:] == b"DICM"
         raise Unreadable(is_dicom, str(error)) from error
 

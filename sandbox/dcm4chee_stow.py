@@ -173,13 +173,12 @@ def _judge(transaction: _Transaction, spool: Spool) -> None:
         }
         transaction.stored.append((new.study_instance_uid, item))
     finally:
-        if spool.path.exists():
-            spool.discard()
+        spool.discard()
 
 
 def _read(spool: Spool) -> Header:
     try:
-        return read_header(spool.path)
+        return read_header(spool.source)
     except Unreadable as error:
         if error.is_dicom:
             raise Failed(0x0110, f"java.io.EOFException: {error.why}") from error
