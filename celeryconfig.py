@@ -47,7 +47,7 @@ worker_redirect_stdouts = False
 # Plain `send_task("pacs.upload", …)` from any Celery client lands in Celery's default queue, so single jobs live there.
 task_default_queue = "celery"
 task_create_missing_queues = True
-task_queues = {"celery": {}, "batches": {}, "admin": {}}
+task_queues: dict[str, dict[str, str]] = {"celery": {}, "batches": {}, "admin": {}}
 task_routes = {
     "pacs.batch.*": {"queue": "batches"},
     "pacs.status": {"queue": "admin"},
