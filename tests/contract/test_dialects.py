@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from worker.errors import (
 )
 from worker.instances import identify
 from worker.pacs.dicomjson import SOP_INSTANCE_UID, STUDY_INSTANCE_UID, text
-from worker.pacs.protocol import DeletionFate, Fate, Found, Pacs, Part
+from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs, Part
 from worker.pacs.registry import DIALECTS, connect
 from worker.payloads import Level
 from worker.settings import AuthSettings, ServerSettings, ServerType
@@ -322,6 +323,18 @@ def test_a_compressed_image_comes_back_in_its_own_syntax(pacs: Pacs) -> None:
     assert pydicom.dcmread(io.BytesIO(content)).file_meta.TransferSyntaxUID == ds.file_meta.TransferSyntaxUID
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_image_below_an_object_is_listed_however_many_pages_it_takes(
+    pacs: Pacs, monkeypatch: pytest.MonkeyPatch, level: Level
+) -> None:
+    monkeypatch.setattr(sys.modules[type(pacs).__module__], "MAX_PAGE", 2)
+    study = new_uid()
+    (one, *_) = stored(pacs, *(image(study) for _ in range(3)), image(study, series=new_uid()), image(new_uid()))
+    images = list(pacs.instances(found_once(pacs, level, one)))
+    assert len(images) == len({one.sop_instance_uid for one in images}) == {"study": 4, "series": 3, "image": 1}[level]
+    assert {(one.level, one.study_instance_uid) for one in images} == {("image", study)}
+
+
 def test_what_is_gone_cannot_be_retrieved(pacs: Pacs) -> None:
     with pytest.raises(NotFound), pacs.retrieve(Found("study", new_uid())) as parts:
         list(parts)
@@ -337,8 +350,10 @@ def test_a_delete_ends_as_the_product_documents_and_takes_nothing_else_with_it(
     study = new_uid()
     (one, *_) = stored(pacs, image(study), image(study), image(study, series=new_uid()), image(new_uid()))
     found = found_once(pacs, level, one)
+    expected = pacs.deletion(level, permanent=True)
     deletion = pacs.delete(found, permanent=True)
     assert deletion.fate is habits.deletes[level]
+    assert deletion in (expected, Deletion(REFUSED, deletion.note))
     left = {"study": 0, "series": 1, "image": 2}[level]
     whole_study = Found("study", study)
     assert len(pacs.metadata(whole_study)) == (3 if deletion.fate is REFUSED else left)
@@ -402,6 +417,7 @@ CALLS: Mapping[str, Callable[[Pacs], object]] = {
     "store": lambda pacs: pacs.store([part(image("1.2"))]),
     "metadata": lambda pacs: pacs.metadata(Found("study", "1.2")),
     "studies": lambda pacs: pacs.studies(filters={}, limit=1, offset=0),
+    "instances": lambda pacs: list(pacs.instances(Found("study", "1.2"))),
     "delete": lambda pacs: pacs.delete(Found("study", "1.2"), permanent=True),
     "retrieve": whole_retrieval,
     "state": lambda pacs: pacs.state(),
@@ -413,7 +429,9 @@ SILENT = {("msdicom", "storage"), ("dicomweb", "storage"), ("dicomweb", "databas
 
 
 def test_every_call_of_the_protocol_is_in_the_list() -> None:
-    assert set(CALLS) == {name for name, member in vars(Pacs).items() if callable(member) and name[0] != "_"}
+    asking_nothing = {"deletion"}
+    members = {name for name, member in vars(Pacs).items() if callable(member) and name[0] != "_"}
+    assert set(CALLS) == members - asking_nothing
 
 
 @pytest.mark.parametrize("name", sorted(HABITS))

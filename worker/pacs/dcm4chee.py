@@ -100,6 +100,14 @@ class Dcm4chee:
         found = self._web.studies([*_repeated(filters), description, *window])
         return StudyPage(found, next_offset=offset + limit if found else None)
 
+    def instances(self, found: Found) -> Iterator[Found]:
+        return self._web.instances(found, page=MAX_PAGE, order=(("orderby", "SOPInstanceUID"),))
+
+    def deletion(self, level: Level, *, permanent: bool) -> Deletion:
+        if level == "study" and permanent:
+            return Deletion(DeletionFate.DELETED, "The archive frees the files within five minutes.")
+        return Deletion(DeletionFate.HIDDEN, FREED_LATER)
+
     def delete(self, found: Found, *, permanent: bool) -> Deletion:
         """Reject, and delete if it is a study. Oddity: "Only studies can be deleted"."""
         rejected = self._reject(found)
@@ -107,7 +115,7 @@ class Dcm4chee:
             return rejected
         if found.level == "study" and permanent:
             return self._delete_study(found)
-        return rejected or Deletion(DeletionFate.HIDDEN, FREED_LATER)
+        return rejected or self.deletion(found.level, permanent=permanent)
 
     def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
         return self._web.retrieve(found)
@@ -158,7 +166,7 @@ class Dcm4chee:
         request = Request("DELETE", target, expected=expected, read_timeout_s=REJECT_TIMEOUT_S)
         answer = self._transport.exchange(request)
         if answer.status in (200, 204):
-            return Deletion(DeletionFate.DELETED, "The archive frees the files within five minutes.")
+            return self.deletion("study", permanent=True)
         self._check_refusal(answer)
         if answer.status == 404:
             return Deletion(DeletionFate.NOT_THERE)

@@ -77,6 +77,21 @@ class DicomWeb:
             raise self.misanswered("a study without its UID")
         return found
 
+    def instances(self, found: Found, *, page: int, order: Sequence[tuple[str, str]] = ()) -> Iterator[Found]:
+        """The images below ``found``, ``page`` at a time; only an empty page is the last."""
+        if found.level == "image":
+            yield found
+            return
+        offset, target = 0, f"{self._base}{path_of(found)}/instances"
+        while datasets := self._search(f"{target}?{urlencode([*order, *_window(page, offset)])}", DICOM_JSON_GZIP):
+            for ds in datasets:
+                image = text(ds, SOP_INSTANCE_UID)
+                series = text(ds, SERIES_INSTANCE_UID) or found.series_instance_uid
+                if not image or not series or text(ds, STUDY_INSTANCE_UID) not in ("", found.study_instance_uid):
+                    raise self.misanswered("an image without the UIDs above it")
+                yield Found("image", found.study_instance_uid, series, image, attributes=ds)
+            offset += page
+
     def push(self, parts: Sequence[Part], *, expected: Collection[int]) -> Answer:
         """Send ``parts`` to ``/studies``, streamed; a fresh token makes the body be built again."""
         body = StowBody(parts)
@@ -159,6 +174,10 @@ class DicomWeb:
         if level == "study":
             return Found(level, study, attributes=ds)
         return Found(level, study, series, image if level == "image" else None, attributes=ds)
+
+
+def _window(limit: int, offset: int) -> tuple[tuple[str, str], ...]:
+    return (("limit", str(limit)), ("offset", str(offset)))
 
 
 def path_of(found: Found) -> str:

@@ -93,14 +93,23 @@ class MsDicom:
         found = self._web.studies([*filters.items(), counts, ("limit", str(limit)), ("offset", str(offset))])
         return StudyPage(found, next_offset=offset + limit if found else None)
 
-    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+    def instances(self, found: Found) -> Iterator[Found]:
+        return self._web.instances(found, page=MAX_PAGE)
+
+    def deletion(self, level: Level, *, permanent: bool) -> Deletion:  # noqa: ARG002 - the same at every level
         if not permanent:
             return Deletion(DeletionFate.REFUSED, "MSDICOM can only delete for good, it cannot hide.")
+        return Deletion(DeletionFate.DELETED, "Its files are freed later, by default after three days.")
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        expected = self.deletion(found.level, permanent=permanent)
+        if expected.fate is DeletionFate.REFUSED:
+            return expected
         target = self._transport.base_path + path_of(found)
         answer = self._transport.exchange(Request("DELETE", target, expected=(200, 204, 404)))
         if answer.status == 404:
             return Deletion(DeletionFate.NOT_THERE)
-        return Deletion(DeletionFate.DELETED, "Its files are freed later, by default after three days.")
+        return expected
 
     def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
         return self._web.retrieve(found)

@@ -73,12 +73,21 @@ class Orthanc:
         matching = [ds for ds in found if is_match(ds, filters)]
         return StudyPage(matching, next_offset=offset + len(found) if found else None)
 
-    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+    def instances(self, found: Found) -> Iterator[Found]:
+        return self._web.instances(found, page=MAX_PAGE)
+
+    def deletion(self, level: Level, *, permanent: bool) -> Deletion:  # noqa: ARG002 - the same at every level
         if not permanent:
             return Deletion(DeletionFate.REFUSED, "Orthanc can only delete for good, it cannot hide.")
+        return Deletion(DeletionFate.DELETED)
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        expected = self.deletion(found.level, permanent=permanent)
+        if expected.fate is DeletionFate.REFUSED:
+            return expected
         _, collection = RESOURCES[found.level]
         gone = [self._delete(f"{self._root}{collection}/{key}") for key in self._keys(found)]
-        return Deletion(DeletionFate.DELETED if any(gone) else DeletionFate.NOT_THERE)
+        return expected if any(gone) else Deletion(DeletionFate.NOT_THERE)
 
     def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
         return self._web.retrieve(found)

@@ -74,17 +74,26 @@ class PlainDicomWeb:
         found = self._web.studies([*filters.items(), *window])
         return StudyPage(found, next_offset=offset + len(found) if found else None)
 
-    def delete(self, found: Found, *, permanent: bool) -> Deletion:
-        """The standard has no delete; many servers take one on the object's path, which is tried."""
+    def instances(self, found: Found) -> Iterator[Found]:
+        return self._web.instances(found, page=MAX_PAGE)
+
+    def deletion(self, level: Level, *, permanent: bool) -> Deletion:  # noqa: ARG002 - the same at every level
         if not permanent:
             return Deletion(DeletionFate.REFUSED, "DICOMweb has no way to hide an object.")
+        return Deletion(DeletionFate.DELETED)
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        """The standard has no delete; many servers take one on the object's path, which is tried."""
+        expected = self.deletion(found.level, permanent=permanent)
+        if expected.fate is DeletionFate.REFUSED:
+            return expected
         target = self._transport.base_path + path_of(found)
         answer = self._transport.exchange(Request("DELETE", target, expected=(200, 202, 204, 404, 405, 501)))
         if answer.status in (405, 501):
             return Deletion(DeletionFate.REFUSED, "The server offers no delete over DICOMweb.")
         if answer.status == 404:
             return Deletion(DeletionFate.NOT_THERE)
-        return Deletion(DeletionFate.DELETED)
+        return expected
 
     def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
         return self._web.retrieve(found)

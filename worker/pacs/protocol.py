@@ -159,6 +159,14 @@ class Pacs(Protocol):
         """
         ...
 
+    def instances(self, found: Found) -> Iterator[Found]:
+        """Every image below ``found``, asked page by page; one can come twice if the study changes meanwhile."""
+        ...
+
+    def deletion(self, level: Level, *, permanent: bool) -> Deletion:
+        """What deleting an object of ``level`` comes to here. Nothing is asked of the server."""
+        ...
+
     def delete(self, found: Found, *, permanent: bool) -> Deletion:
         """Make ``found`` go away; `NOT_THERE` if it already was."""
         ...
