@@ -1,0 +1,170 @@
+"""Whatever is sent ends with its code and one sentence, and the worker takes the next job.
+
+All rows go through one worker at the same time: a bad one must not disturb its neighbours.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
+
+from producer import Courier
+from producer.errors import CourierError
+from sandbox.synthetic import image, new_uid
+
+WAIT_S = 60
+
+
+def without_preamble() -> bytes:
+    return image(new_uid())[132:]
+
+
+def recoded(syntax: str) -> bytes:
+    ds = pydicom.dcmread(io.BytesIO(image(new_uid())))
+    if syntax == ExplicitVRBigEndian:
+        ds.file_meta.TransferSyntaxUID = syntax
+        out = io.BytesIO()
+        pydicom.dcmwrite(out, ds, implicit_vr=False, little_endian=False, enforce_file_format=True)
+        return out.getvalue()
+    ds.file_meta.TransferSyntaxUID = syntax
+    out = io.BytesIO()
+    ds.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def sample(name: str) -> bytes:
+    with open(str(get_testdata_file(name, download=False)), "rb") as file:
+        return file.read()
+
+
+def lacking(keyword: str) -> bytes:
+    ds = pydicom.dcmread(io.BytesIO(image(new_uid())))
+    delattr(ds, keyword)
+    out = io.BytesIO()
+    ds.save_as(out)
+    return out.getvalue()
+
+
+def with_study_uid(uid: str) -> bytes:
+    with pydicom.config.disable_value_validation():
+        return image(uid, series=new_uid())
+
+
+def short_of_its_length(handler: Any) -> None:
+    body = image(new_uid())
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body) + 1000))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def endless(handler: Any) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b"\0" * 65536)
+
+
+def silent(handler: Any) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100")
+    handler.end_headers()
+    time.sleep(4)
+
+
+CUT = image(new_uid())[:-3000]
+BODIES: dict[str, tuple[dict[str, Any], str]] = {
+    "empty-file": ({"body": b""}, "not_dicom"),
+    "html-page": ({"body": b"<!doctype html><p>Sign in</p>"}, "not_dicom"),
+    "cut-in-its-pixels": ({"body": CUT}, "not_dicom"),
+    "dicomdir": ({"body": sample("DICOMDIR")}, "missing_uid"),
+    "no-sop-instance-uid": ({"body": lacking("SOPInstanceUID")}, "missing_uid"),
+    "no-study-instance-uid": ({"body": lacking("StudyInstanceUID")}, "missing_uid"),
+    "uid-of-65-characters": ({"body": with_study_uid("1." + "2" * 63)}, "invalid_uid"),
+    "uid-with-letters": ({"body": with_study_uid("1.2.abc")}, "invalid_uid"),
+    "big-endian": ({"body": recoded(ExplicitVRBigEndian)}, "stored"),
+    "deflated": ({"body": recoded(DeflatedExplicitVRLittleEndian)}, "stored"),
+    "no-preamble": ({"body": without_preamble()}, "stored"),
+    "shorter-than-announced": ({"behave": short_of_its_length}, "source_truncated"),
+    "endless": ({"behave": endless}, "source_too_large"),
+    "silent": ({"behave": silent}, "source_unreachable"),
+    "redirect-to-a-forbidden-host": (
+        {"status": 302, "headers": {"Location": "http://169.254.169.254/latest"}},
+        "source_not_allowed",
+    ),
+    **{f"status-{status}": ({"status": status}, "source_denied") for status in (401, 403)},
+    **{f"status-{status}": ({"status": status}, "source_not_found") for status in (404, 410)},
+    **{f"status-{status}": ({"status": status}, "source_unreachable") for status in (429, 500, 503)},
+}
+MESSAGES: dict[str, tuple[Callable[[str], Any], str]] = {
+    "password-in-the-url": (lambda url: {"image_url": url.replace("://", "://me:PASSWORD@")}, "source_not_allowed"),
+    "unknown-server": (lambda url: {"image_url": url, "server": "elsewhere"}, "invalid_request"),
+    "url-of-the-wrong-type": (lambda url: {"image_url": 5}, "invalid_request"),
+    "no-url": (lambda url: {}, "invalid_request"),
+    "no-object": (lambda url: ["image_url", url], "invalid_request"),
+    "nothing": (lambda url: None, "invalid_request"),
+    "wrong-scheme": (lambda url: {"image_url": "gopher://host/a"}, "source_not_allowed"),
+    "file-outside-the-folders": (lambda url: {"image_url": "file:///etc/passwd"}, "source_not_allowed"),
+    "newer-version": (lambda url: {"image_url": url, "version": 2, "shiny": True}, "invalid_request"),
+    "unknown-field": (lambda url: {"image_url": url, "shiny": {"a": [1]}}, "stored"),
+}
+
+
+def end_of(courier: Courier, job_ids: list[str]) -> dict[str, tuple[str, CourierError | None]]:
+    handles = [courier.handle(job_id) for job_id in job_ids]
+    return {
+        handle.id: (report.error.payload["code"] if report.error else report.result["status"], report.error)
+        for handle, report in courier.as_completed(handles, timeout_s=WAIT_S)
+    }
+
+
+def test_bad_input_ends_with_its_code_and_one_helpful_sentence(worker, image_server):
+    running = worker(
+        jobs={"max_attempts": 2, "backoff_base_s": 0.1, "sweep_s": 0.1},
+        sources={
+            "allow_hosts": ["127.0.0.1"],
+            "allow_private_networks": True,
+            "max_bytes": 5_000_000,
+            "idle_timeout_s": 1,
+        },
+    )
+    sent = {}
+    with Courier(running.settings) as courier:
+        app = courier._app
+        for name, (answer, code) in BODIES.items():
+            url = image_server.put(f"{name}.dcm", **answer)
+            sent[app.send_task("pacs.upload", kwargs={"job": {"image_url": f"{url}?sig=SECRET"}}).id] = (name, code)
+        for name, (make, code) in MESSAGES.items():
+            url = image_server.put(f"{name}.dcm", image(new_uid()))
+            sent[app.send_task("pacs.upload", kwargs={"job": make(url)}).id] = (name, code)
+        ends = end_of(courier, list(sent))
+        assert {sent[job_id][0]: end[0] for job_id, end in ends.items()} == {name: code for name, code in sent.values()}
+        for job_id, (_, error) in ends.items():
+            if error is not None:
+                assert error.message.endswith("."), f"{sent[job_id][0]}: {error.message}"
+                assert "\n" not in error.message
+                assert "SECRET" not in str(error.payload)
+                assert "PASSWORD" not in str(error.payload)
+        again = courier.upload(image_server.put("good.dcm", image(new_uid())))
+        assert again.result(timeout_s=WAIT_S)["status"] == "stored"
+    assert "SECRET" not in running.log
+    assert "PASSWORD" not in running.log
+
+
+@pytest.mark.parametrize("garbage", [b"not json", b"[[], {}, {}]"])
+def test_a_message_that_is_no_task_does_not_stop_the_worker(worker, redis, image_server, garbage):
+    running = worker(may_show_tracebacks=True)  # Celery itself logs what it throws away
+    with Courier(running.settings) as courier, courier._app.connection_for_write() as connection:
+        queue = connection.SimpleQueue("celery")
+        queue.put(garbage, serializer=None, content_type="application/json", content_encoding="utf-8")
+        queue.close()
+        courier._app.send_task("pacs.nonsense", kwargs={"job": {}})
+        handle = courier.upload(image_server.put("good.dcm", image(new_uid())))
+        assert handle.result(timeout_s=WAIT_S)["status"] == "stored"
