@@ -16,7 +16,7 @@ from pydicom import Dataset, dcmread
 from pydicom.datadict import keyword_for_tag
 from pydicom.uid import UID
 
-from sandbox import pictures
+from sandbox import ohif, pictures
 from sandbox.dcm4chee_aets import APPLICATION_ENTITIES
 from sandbox.store import Attributes, Condition, Found, Row, Store, first_value
 
@@ -66,15 +66,24 @@ td:nth-child(2) { color: var(--quiet); } td:last-child { width: 55%; }
 class Viewer:
     """The pages and pictures of both stores."""
 
-    def __init__(self, stores: Mapping[str, Store]) -> None:
+    def __init__(self, stores: Mapping[str, Store], *, ohif: bool = False) -> None:
         self._stores = stores
+        self._ohif = ohif
 
     def routes(self) -> list[web.RouteDef]:
         return [
-            web.get("/viewer/{dialect}", self.study_page),
+            web.get("/viewer/{dialect}", self.open),
+            web.get("/viewer/{dialect}/study", self.study_page),
             web.get("/viewer/{dialect}/instances/{key:[0-9]+}", self.instance_page),
             web.get("/viewer/{dialect}/instances/{key:[0-9]+}/{frame:[0-9]+}.png", self.picture),
         ]
+
+    async def open(self, request: web.Request) -> web.Response:
+        """A viewer link: to OHIF where that is served, else to the page here."""
+        dialect, _store = self._store(request)
+        if not self._ohif:
+            return await self.study_page(request)
+        raise web.HTTPFound(ohif.link(dialect, ",".join(request.query.getall("StudyInstanceUIDs", []))))
 
     async def study_page(self, request: web.Request) -> web.Response:
         """``?StudyInstanceUIDs=UID[,UID…]``, as OHIF has it."""
@@ -91,7 +100,7 @@ class Viewer:
         """One image, large, and every attribute of it."""
         dialect, row = self._row(request)
         ds = await asyncio.to_thread(dcmread, row.path, stop_before_pixels=True, defer_size=4096)
-        back = f"/viewer/{dialect}?StudyInstanceUIDs={quote(row.study_instance_uid)}"
+        back = f"/viewer/{dialect}/study?StudyInstanceUIDs={quote(row.study_instance_uid)}"
         title = f"{UID(row.sop_class_uid).name}"
         heading = _heading(dialect, title, row.sop_instance_uid, f'<a href="{back}">← the whole study</a>')
         problem = _why_no_picture(row)
