@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -50,7 +50,8 @@ class S3Source:
         source = shown_url(url)
         with _translated(source):
             answer = self._connected().get_object(Bucket=bucket, Key=key)
-        with answer["Body"] as body:
+        # Not the body's own ``with``: that gives the bare stream, past its checksum and the translation of its errors.
+        with closing(answer["Body"]) as body:
             encoding = str(answer.get("ContentEncoding", ""))
             size_bytes = int(answer["ContentLength"])
             limits.check_size(size_bytes, source)

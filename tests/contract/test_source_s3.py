@@ -1,0 +1,273 @@
+"""Images in S3: moto for its answers, rclone for signatures and their expiry, and a server that breaks the rules."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from sandbox import processes as parts
+from sandbox.images import ImageServer
+from sandbox.processes import HOST, Child, Processes
+from worker.errors import (
+    CourierError,
+    SourceDenied,
+    SourceNotAllowed,
+    SourceNotFound,
+    SourceTooLarge,
+    SourceTruncated,
+    SourceUnreachable,
+)
+from worker.settings import S3Settings, SourceSettings
+from worker.sources import Sources
+
+KEY_ID, SECRET = "COURIERTESTKEY", "couriertestsecret"
+BODY = b"0123456789abcdef" * 5000
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The worker's own, from the environment alone."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def client(endpoint_url: str) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint_url,
+        region_name="us-east-1",
+        aws_access_key_id=KEY_ID,
+        aws_secret_access_key=SECRET,
+        config=Config(signature_version="s3v4"),
+    )
+
+
+def filled(endpoint_url: str) -> str:
+    writer = client(endpoint_url)
+    writer.create_bucket(Bucket="images")
+    writer.create_bucket(Bucket="private")
+    for bucket, key in (("images", "2024/a b.dcm"), ("private", "a.dcm")):
+        writer.put_object(Bucket=bucket, Key=key, Body=BODY)
+    writer.close()
+    return endpoint_url
+
+
+def listens(port: int) -> Callable[[Child], bool]:
+    def ready(_: Child) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, port)) == 0
+
+    return ready
+
+
+@pytest.fixture(scope="module")
+def moto(processes: Processes) -> Iterator[str]:
+    port = parts.free_port()
+    command = [Path(sys.executable).parent / "moto_server", "-H", HOST, "-p", port]
+    child = processes.start("moto", command, ready=listens(port))
+    child.wait_ready()
+    yield filled(f"http://{HOST}:{port}")
+    processes.stop_one(child)
+
+
+@pytest.fixture(scope="module")
+def rclone(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port, folder = parts.free_port(), tmp_path_factory.mktemp("rclone")
+    command = [Path(sys.executable).parent / "rclone", "serve", "s3", "--config", "", "--addr", f"{HOST}:{port}"]
+    child = processes.start("rclone", [*command, "--auth-key", f"{KEY_ID},{SECRET}", folder], ready=listens(port))
+    child.wait_ready()
+    yield filled(f"http://{HOST}:{port}")
+    processes.stop_one(child)
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def endpoint(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+def sources(endpoint_url: str, **changes: Any) -> Sources:
+    s3 = S3Settings(buckets=("images", "nothing-*"), endpoint_url=endpoint_url, region="us-east-1")
+    return Sources(SourceSettings(allow_hosts=(HOST,), allow_private_networks=True, s3=s3, **changes))
+
+
+def refused(fetching: Sources, url: str, kind: type[CourierError]) -> CourierError:
+    with pytest.raises(kind) as caught:
+        fetching.fetch(url)
+    fetching.close()
+    for secret in (SECRET, KEY_ID, "Signature"):
+        assert secret not in str(caught.value)
+    return caught.value
+
+
+def test_an_object_is_fetched_with_the_digest_of_its_bytes(endpoint: str) -> None:
+    with sources(endpoint).fetch("s3://images/2024/a b.dcm") as fetched:
+        assert fetched.stream.read() == BODY
+        assert fetched.size_bytes == len(BODY)
+        assert fetched.sha256 == hashlib.sha256(BODY).hexdigest()
+        assert fetched.source == "s3://images/2024/a b.dcm"
+
+
+def test_one_client_serves_all_threads(endpoint: str) -> None:
+    fetching = sources(endpoint)
+
+    def fetch(_: int) -> bool:
+        with fetching.fetch("s3://images/2024/a b.dcm") as fetched:
+            return fetched.stream.read() == BODY
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(fetch, range(32)))
+    fetching.close()
+
+
+@pytest.mark.parametrize("url", ["s3://images/nothing.dcm", "s3://nothing-here/a.dcm"])
+def test_a_missing_key_or_bucket_is_not_found(endpoint: str, url: str) -> None:
+    refused(sources(endpoint), url, SourceNotFound)
+
+
+def test_a_bucket_that_is_not_listed_is_refused_though_the_worker_could_read_it(endpoint: str) -> None:
+    error = refused(sources(endpoint), "s3://private/a.dcm", SourceNotAllowed)
+    assert "sources.s3.buckets" in error.message
+
+
+def test_an_object_larger_than_allowed_is_refused(endpoint: str) -> None:
+    refused(sources(endpoint, max_bytes=1000), "s3://images/2024/a b.dcm", SourceTooLarge)
+
+
+@pytest.mark.parametrize(("name", "value"), [("AWS_SECRET_ACCESS_KEY", "wrong"), ("AWS_ACCESS_KEY_ID", "UNKNOWN")])
+def test_wrong_credentials_are_denied(rclone: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    error = refused(sources(rclone), "s3://images/2024/a b.dcm", SourceDenied)
+    assert "credentials" in error.message
+
+
+def test_missing_credentials_are_denied_with_the_advice_to_check_them(
+    moto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "NoCredentialsError" in refused(sources(moto), "s3://images/2024/a b.dcm", SourceDenied).message
+
+
+def test_an_endpoint_that_is_down_is_unreachable() -> None:
+    refused(sources(f"http://{HOST}:{parts.free_port()}"), "s3://images/a.dcm", SourceUnreachable)
+
+
+def test_the_endpoint_comes_from_the_settings_and_never_from_the_environment(
+    moto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, f"http://{HOST}:{parts.free_port()}")
+    sources(moto).fetch("s3://images/2024/a b.dcm").close()
+
+
+def test_an_object_stored_as_gzip_is_unpacked(moto: str) -> None:
+    writer = client(moto)
+    writer.put_object(Bucket="images", Key="a.dcm.gz", Body=gzip.compress(BODY), ContentEncoding="gzip")
+    writer.close()
+    with sources(moto).fetch("s3://images/a.dcm.gz") as fetched:
+        assert fetched.stream.read() == BODY
+
+
+def test_nothing_of_boto_is_loaded_before_the_first_such_url() -> None:
+    code = (
+        "import sys; from worker.sources import Sources; from worker.settings import SourceSettings; "
+        "Sources(SourceSettings()); sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- a server that breaks the rules ---------------------------------------------------------------------------------
+
+
+def test_a_body_shorter_than_announced_is_truncated(image_server: ImageServer) -> None:
+    def short(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\nETag: x\r\n\r\nabc")
+
+    image_server.put("images/a.dcm", behave=short)
+    refused(sources(image_server.base), "s3://images/a.dcm", SourceTruncated)
+
+
+def test_a_body_whose_checksum_is_wrong_is_truncated(image_server: ImageServer) -> None:
+    image_server.put("images/a.dcm", b"abc", headers={"x-amz-checksum-crc32": "AAAAAA=="})
+    refused(sources(image_server.base), "s3://images/a.dcm", SourceTruncated)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (400, "ExpiredToken", SourceDenied),
+        (403, "AccessDenied", SourceDenied),
+        (403, "InvalidObjectState", SourceDenied),
+        (404, "NoSuchKey", SourceNotFound),
+        (429, "TooManyRequests", SourceUnreachable),
+        (500, "InternalError", SourceUnreachable),
+        (503, "SlowDown", SourceUnreachable),
+    ],
+)
+def test_an_error_is_judged_after_one_attempt_and_retry_after_is_kept(
+    image_server: ImageServer, status: int, code: str, kind: type[CourierError]
+) -> None:
+    body = f"<Error><Code>{code}</Code><Message>{SECRET}</Message></Error>".encode()
+    image_server.put("images/a.dcm", body, status=status, headers={"Retry-After": "7"})
+    error = refused(sources(image_server.base), "s3://images/a.dcm", kind)
+    assert getattr(error, "retry_after_s", 7) == 7
+    assert len(image_server.requests) == 1
+
+
+def test_an_endpoint_that_falls_silent_is_unreachable(image_server: ImageServer) -> None:
+    def silent(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\nETag: x\r\n\r\nabc")
+        handler.connection.recv(1)  # until the client has hung up
+
+    image_server.put("images/a.dcm", behave=silent)
+    refused(sources(image_server.base, idle_timeout_s=0.2), "s3://images/a.dcm", SourceUnreachable)
+
+
+# --- presigned URLs, which are plain http ---------------------------------------------------------------------------
+
+
+def presigned(endpoint_url: str, key: str = "2024/a b.dcm", *, expires_s: int = 60) -> str:
+    signer = client(endpoint_url)
+    url = signer.generate_presigned_url("get_object", Params={"Bucket": "images", "Key": key}, ExpiresIn=expires_s)
+    signer.close()
+    return str(url)
+
+
+def test_a_presigned_url_is_fetched_and_shown_without_its_signature(endpoint: str) -> None:
+    with sources(endpoint).fetch(presigned(endpoint)) as fetched:
+        assert fetched.sha256 == hashlib.sha256(BODY).hexdigest()
+        assert fetched.source == f"{endpoint}/images/2024/a%20b.dcm"
+
+
+def test_a_presigned_url_that_has_expired_is_denied(rclone: str) -> None:
+    refused(sources(rclone), presigned(rclone, expires_s=-10), SourceDenied)
+
+
+def test_a_presigned_url_that_was_changed_is_denied(rclone: str) -> None:
+    url = presigned(rclone)
+    query = dict(parse_qsl(urlsplit(url).query)) | {"X-Amz-Signature": "0" * 64}
+    refused(sources(rclone), f"{url.partition('?')[0]}?{urlencode(query)}", SourceDenied)
+
+
+def test_an_unsigned_url_is_denied_and_a_missing_object_is_not_found(rclone: str) -> None:
+    refused(sources(rclone), f"{rclone}/images/2024/a%20b.dcm", SourceDenied)
+    refused(sources(rclone), presigned(rclone, "nothing.dcm"), SourceNotFound)
