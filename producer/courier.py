@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -21,7 +21,7 @@ from celery.exceptions import BackendError
 from producer.errors import BrokerUnavailable, CourierError, NotFound, StillRunning, from_payload
 from worker.ledger import Ledger, job_id_for
 from worker.logs import shown_job
-from worker.payloads import ExistsJob, Job, Level, LookupJob, UploadJob, read_job
+from worker.payloads import ExistsJob, Job, Level, LookupJob, ServersJob, UploadJob, read_job
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -167,6 +167,18 @@ class Courier:
         """The metadata of every image of the object that bears ``uid``."""
         return self.enqueue("pacs.metadata", LookupJob, {"level": level, "uid": uid, "mode": mode})
 
+    def status(self, servers: Sequence[str] | None = None) -> Handle:
+        """Who answers, how fast, and what each server says of itself; of all servers, or of those named."""
+        return self.enqueue("pacs.status", ServersJob, _of(servers))
+
+    def storage(self, servers: Sequence[str] | None = None) -> Handle:
+        """How much room each server says that it has."""
+        return self.enqueue("pacs.storage", ServersJob, _of(servers))
+
+    def database(self, servers: Sequence[str] | None = None) -> Handle:
+        """Whether each server's database works."""
+        return self.enqueue("pacs.database", ServersJob, _of(servers))
+
     def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
         """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""
         job = {"version": 1, **{name: value for name, value in job.items() if value is not None}}
@@ -243,6 +255,10 @@ class Courier:
                 return
             if open_handles:
                 time.sleep(_POLL_S)
+
+
+def _of(servers: Sequence[str] | None) -> dict[str, list[str] | None]:
+    return {"servers": None if servers is None else list(servers)}
 
 
 def _report(meta: Mapping[str, Any]) -> Report:

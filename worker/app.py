@@ -23,11 +23,13 @@ from worker.ledger import Ledger
 from worker.logs import configure, shown_job
 from worker.pacs.fleet import Fleet
 from worker.pacs.registry import connect
-from worker.settings import Settings, SettingsError
+from worker.settings import ServerSettings, Settings, SettingsError
 from worker.sources import Sources
 
 log = logging.getLogger(__name__)
 
+#: How long a server may think about how it is.
+PROBE_TIMEOUT_S = 10.0
 #: What Redis, kombu and the result backend raise when they cannot be reached.
 BROKER_ERRORS = (redis.RedisError, kombu.exceptions.OperationalError, BackendError)
 
@@ -88,7 +90,14 @@ def tools() -> Tools:
         ledger=_ledger(),
         sources=Sources(settings.sources),
         fleet=Fleet([connect(server) for server in settings.servers]),
+        probes=Fleet([connect(_impatient(server)) for server in settings.servers], threads=8),
     )
+
+
+def _impatient(server: ServerSettings) -> ServerSettings:
+    """The server as it is asked how it is: by few connections, that soon call a silence a silence."""
+    read_timeout_s = min(server.read_timeout_s, PROBE_TIMEOUT_S)
+    return server.model_copy(update={"read_timeout_s": read_timeout_s, "max_concurrency": 2})
 
 
 @functools.cache

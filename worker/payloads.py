@@ -72,6 +72,12 @@ class ExistsJob(LookupJob):
     metadata: bool = False
 
 
+class ServersJob(Job):
+    """`pacs.status`, `pacs.storage` and `pacs.database`: of these servers, or of all."""
+
+    servers: Annotated[list[str], Field(min_length=1, max_length=100)] | None = None
+
+
 class Payload(BaseModel):
     """What every result says."""
 
@@ -165,6 +171,59 @@ class FoundPayload(Payload):
     server_type: str
     servers: list[FoundEntry]
     warnings: list[str]
+
+
+Unknown = Literal["unknown"]
+
+
+class ServerEntry(BaseModel):
+    """How one server is. ``degraded``: it answers, but cannot be used as it is; ``note`` and ``error`` say why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    server_type: str
+    status: Literal["up", "degraded", "not responding"]
+    latency_ms: float
+    note: str = ""
+    error: Fault | None = None
+
+
+class StatusEntry(ServerEntry):
+    ready: bool | Unknown = "unknown"
+    product: str = "unknown"
+    version: str = "unknown"
+
+
+class StorageEntry(ServerEntry):
+    total_bytes: int | Unknown = "unknown"
+    free_bytes: int | Unknown = "unknown"
+    used_bytes: int | Unknown = "unknown"
+
+
+class DatabaseEntry(ServerEntry):
+    database: Literal["ok", "failed", "unknown"] = "unknown"
+
+
+class StatusPayload(Payload):
+    """The result of `pacs.status`: one entry per server. A server that keeps silent is an answer here."""
+
+    operation: Literal["status"] = "status"
+    servers: list[StatusEntry]
+
+
+class StoragePayload(Payload):
+    """The result of `pacs.storage`. What a server offers no call for is ``unknown``."""
+
+    operation: Literal["storage"] = "storage"
+    servers: list[StorageEntry]
+
+
+class DatabasePayload(Payload):
+    """The result of `pacs.database`. ``ok`` only after a call that has touched the database."""
+
+    operation: Literal["database"] = "database"
+    servers: list[DatabaseEntry]
 
 
 JobType = TypeVar("JobType", bound=Job)

@@ -19,5 +19,7 @@ class Tools:
     ledger: Ledger
     sources: Sources
     fleet: Fleet
+    #: The same servers over short-tempered connections of their own: asking how they are never waits behind work.
+    probes: Fleet | None = None
     clock: Callable[[], float] = time.perf_counter
     rng: random.Random = field(default_factory=random.SystemRandom)

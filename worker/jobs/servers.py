@@ -1,0 +1,112 @@
+"""How the servers are: `pacs.status`, `pacs.storage`, `pacs.database`.
+
+A server's silence is the answer here, so nothing is tried again. What a server offers no call for is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from worker.errors import CourierError, PacsUnavailable
+from worker.jobs.run import Run
+from worker.jobs.tools import Tools
+from worker.pacs.protocol import DatabaseState, Pacs, ServerState, StorageState
+from worker.payloads import (
+    DatabaseEntry,
+    DatabasePayload,
+    Fault,
+    ServersJob,
+    StatusEntry,
+    StatusPayload,
+    StorageEntry,
+    StoragePayload,
+    read_job,
+)
+
+State = TypeVar("State", ServerState, StorageState, DatabaseState)
+Kind = TypeVar("Kind", StatusEntry, StorageEntry, DatabaseEntry)
+
+
+def status(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """Who answers, how fast, and what each server says of itself."""
+    asked = _ask(message, run, tools, lambda pacs: pacs.state())
+    entries = [_entry(StatusEntry, *answer, _status) for answer in asked]
+    return StatusPayload(job_id=run.job_id, servers=entries).as_json()
+
+
+def storage(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """How much room each server says that it has."""
+    asked = _ask(message, run, tools, lambda pacs: pacs.storage())
+    entries = [_entry(StorageEntry, *answer, _storage) for answer in asked]
+    return StoragePayload(job_id=run.job_id, servers=entries).as_json()
+
+
+def database(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """Whether each server's database works, by a call that touches it."""
+    asked = _ask(message, run, tools, lambda pacs: pacs.database())
+    entries = [_entry(DatabaseEntry, *answer, _database) for answer in asked]
+    return DatabasePayload(job_id=run.job_id, servers=entries).as_json()
+
+
+def _ask(
+    message: Mapping[str, Any], run: Run, tools: Tools, question: Callable[[Pacs], State]
+) -> list[tuple[Pacs, float, State | CourierError]]:
+    """Ask the servers that the job names, all at once; each answer with how long it took in milliseconds."""
+    job = read_job(ServersJob, message)
+    fleet = tools.probes or tools.fleet
+    servers = list(fleet) if job.servers is None else [fleet[name] for name in dict.fromkeys(job.servers)]
+
+    def timed(pacs: Pacs) -> tuple[Pacs, float, State | CourierError]:
+        begun = run.clock()
+        try:
+            answer: State | CourierError = question(pacs)
+        except CourierError as error:
+            answer = error
+        return pacs, round((run.clock() - begun) * 1000, 1), answer
+
+    with run.step("check"):
+        answers = fleet.gather([partial(timed, pacs) for pacs in servers])
+    return [answer for answer in answers if not isinstance(answer, CourierError)]
+
+
+def _entry(
+    kind: type[Kind],
+    pacs: Pacs,
+    latency_ms: float,
+    answer: State | CourierError,
+    told: Callable[[State], dict[str, Any]],
+) -> Kind:
+    known: dict[str, Any]
+    if isinstance(answer, CourierError):
+        known = {"status": reachability(answer), "error": Fault(code=answer.payload["code"], message=answer.message)}
+    else:
+        known = {"status": "up", "note": answer.note, **told(answer)}
+    return kind(server_name=pacs.server.name, server_type=pacs.server.type, latency_ms=latency_ms, **known)
+
+
+def reachability(error: CourierError) -> Literal["degraded", "not responding"]:
+    """An HTTP status is an answer, even if it says that something is wrong; anything less is silence."""
+    silent = isinstance(error, PacsUnavailable) and "status" not in error.details
+    return "not responding" if silent else "degraded"
+
+
+def _status(state: ServerState) -> dict[str, Any]:
+    known = {"ready": state.ready, "product": state.product, "version": state.version}
+    return {**_known(known), "status": "degraded" if state.ready is False else "up"}
+
+
+def _storage(state: StorageState) -> dict[str, Any]:
+    return _known({name: getattr(state, name) for name in ("total_bytes", "free_bytes", "used_bytes")})
+
+
+def _database(state: DatabaseState) -> dict[str, Any]:
+    if state.ok is None:
+        return {}
+    return {"database": "ok"} if state.ok else {"database": "failed", "status": "degraded"}
+
+
+def _known(told: Mapping[str, object]) -> dict[str, Any]:
+    """What the server told; the rest stays unknown."""
+    return {name: value for name, value in told.items() if value is not None}
