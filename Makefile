@@ -23,6 +23,17 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 run: $(VENV)/.ready ## everything on this laptop, with sample images; ONCE=1 ends after the table
 	@$(BIN)/python -m sandbox.demo $(if $(ONCE),--once)
 
+OHIF := 3.12.10
+
+.run/ohif/index.html:
+	@command -v npm >/dev/null || { echo "npm is needed to fetch OHIF; without it studies open on a page of the sandbox"; exit 2; }
+	@echo "Fetching OHIF $(OHIF) (once, 48 MB)"
+	@rm -rf .run/ohif .run/fetched && mkdir -p .run/fetched
+	@cd .run/fetched && npm pack --silent @ohif/app@$(OHIF) >/dev/null && tar xzf ohif-app-$(OHIF).tgz
+	@mv .run/fetched/package/dist .run/ohif && rm -rf .run/fetched
+
+viewer: .run/ohif/index.html ## fetch the OHIF viewer (needs npm); `make run` then opens studies in it
+
 worker: $(VENV)/.ready ## a worker for the servers in PACS_CONFIG
 	@$(BIN)/celery -A worker.app worker --loglevel=INFO
 
@@ -39,4 +50,4 @@ test: check ## the gate: check and the whole suite
 bench: $(VENV)/.ready ## figures, as ratios within one run
 	@$(BIN)/python -m benchmarks.uploads
 
-.PHONY: help run worker check test bench
+.PHONY: help run viewer worker check test bench

@@ -26,11 +26,14 @@ from producer import Courier
 from sandbox import processes as parts
 from sandbox.endings import Upload, as_table, summary, surprises, viewer_links
 from sandbox.images import ImageServer
+from sandbox.ohif import is_site
 from sandbox.processes import PartFailed, Processes
 from sandbox.samples import ALREADY_ON_DCM4CHEE, sample_bytes, samples
 from worker.settings import Settings
 
 PATIENCE_S = 60
+#: Where `make viewer` puts OHIF; without it viewer links open on a page of the sandbox.
+OHIF = Path(".run") / "ohif"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def running_stack(folder: Path) -> Iterator[Stack]:
     """Start every part; end them all when the block is left."""
     with Processes(folder) as processes, ImageServer() as images:
         redis = parts.redis(processes)
-        sandbox = parts.sandbox(processes)
+        sandbox = parts.sandbox(processes, ohif=OHIF if is_site(OHIF) else None)
         config = parts.write_settings(
             folder / "pacs.toml",
             {

@@ -340,11 +340,14 @@ class SandboxPart:
             return
 
 
-def sandbox(processes: Processes, *, name: str = "sandbox", latency_ms: str | None = None) -> SandboxPart:
-    """Start it and wait for its one line of JSON."""
+def sandbox(
+    processes: Processes, *, name: str = "sandbox", latency_ms: str | None = None, ohif: Path | None = None
+) -> SandboxPart:
+    """Start it and wait for its one line of JSON. ``ohif``: a built site of that viewer, for viewer links to open in."""
     data = (processes.folder / f"{name}-data").resolve()
     command = [sys.executable, "-m", "sandbox", "--data", str(data)]
     command += ["--latency-ms", latency_ms] if latency_ms else []
+    command += ["--ohif", str(ohif.resolve())] if ohif else []
     child = processes.start(name, command, ready=lambda child: child.out_path.read_bytes().endswith(b"\n"))
     child.wait_ready()
     bases = json.loads(child.out_path.read_text(encoding="utf-8"))
