@@ -1,0 +1,62 @@
+"""What Flower, logs and Redis show of a job: useful names, and neither credential nor patient."""
+
+from __future__ import annotations
+
+import redis as redis_client
+import requests
+from celery import Celery
+
+from producer import Courier
+from sandbox import processes as parts
+from sandbox.processes import Processes
+from sandbox.synthetic import image, new_uid
+
+WAIT_S = 30
+SIGNATURE, PATIENT = "SIGNATURE-5f1c", "PLANTED-PATIENT"
+
+
+def everything_in(url):
+    """All keys and values of one Redis database, as one text."""
+    with redis_client.Redis.from_url(url) as client:
+        texts = []
+        for key in client.scan_iter():
+            read = {b"hash": client.hgetall, b"string": client.get, b"zset": lambda k: client.zrange(k, 0, -1)}
+            read |= {b"list": lambda k: client.lrange(k, 0, -1), b"set": client.smembers}
+            texts.append(f"{key!r} {read[client.type(key)](key)!r}")
+        return "\n".join(texts)
+
+
+def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(worker, redis, image_server, tmp_path):
+    running = worker(results={"metadata": "uids"})
+    with Processes(tmp_path / "flower") as children:
+        flower = parts.flower(children, running.config)
+        flower.child.wait_ready()
+        with Courier(running.settings) as courier:
+            urls = [image_server.put(f"image-{n}.dcm", image(new_uid(), PatientID=PATIENT)) for n in range(3)]
+            bad = image_server.put("page.html", b"<html>")
+            plain = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
+            ours = courier.upload(f"{urls[0]}?sig={SIGNATURE}")
+            theirs = plain.send_task("pacs.upload", kwargs={"job": {"image_url": f"{urls[1]}?sig={SIGNATURE}"}})
+            refused = courier.upload(f"{bad}?sig={SIGNATURE}")
+            assert ours.result(timeout_s=WAIT_S)["status"] == "stored"
+            assert theirs.get(timeout=WAIT_S)["status"] == "stored"
+            assert refused.courier.reports([refused.id])
+            for _ in courier.as_completed([refused], timeout_s=WAIT_S):
+                pass
+            ids = [ours.id, theirs.id, refused.id]
+
+        def page(job_id):
+            return requests.get(f"{flower.url}/task/{job_id}", timeout=10)
+
+        assert parts.poll(lambda: all(page(job_id).status_code == 200 for job_id in ids), timeout_s=15)
+        pages = "\n".join(page(job_id).text for job_id in ids)
+        pages += requests.post(f"{flower.url}/tasks/datatable", timeout=10, data={"draw": 1}).text
+        log_of_flower = flower.child.log
+    assert "pacs.upload" in pages
+    for name in ("image-0.dcm", "image-1.dcm", "page.html"):
+        assert name in pages
+    shown = {"Flower": pages, "Flower's log": log_of_flower, "the worker's log": running.log}
+    for database in (redis.broker_url, redis.result_backend, redis.ledger_url):
+        shown[database] = everything_in(database)
+    assert [place for place, text in shown.items() if SIGNATURE in text] == []
+    assert [place for place, text in shown.items() if PATIENT in text] == []
