@@ -63,7 +63,8 @@ class Sources:
         source = self._by_scheme.get(scheme)
         if source is None:
             spoken = ", ".join(self._by_scheme)
-            raise SourceNotAllowed(f"Images are fetched by {spoken}; this URL starts with none of them.")
+            hint = "; use the blob's https URL with a signature (SAS)" if scheme == "az" else ""
+            raise SourceNotAllowed(f"Images are fetched by {spoken}; this URL starts with none of them{hint}.")
         total_timeout_s = self._settings.total_timeout_s
         limits = Limits(self._settings.max_bytes, time.monotonic() + total_timeout_s, total_timeout_s)
         return source.fetch(url, limits)
