@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
 from aiohttp.typedefs import Middleware
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
@@ -342,7 +342,10 @@ def _bears_old_token(site: Site, request: web.Request, name: str) -> bool:
 
 
 async def _hang(request: web.Request) -> web.StreamResponse:
-    """Until the client leaves, or the server is stopped."""
+    """Until the client leaves, or the server is stopped; the body is taken in, or the leaving would go unseen."""
+    with suppress(ConnectionError, ClientPayloadError):
+        async for _ in request.content.iter_any():
+            pass
     while request.transport is not None and not request.transport.is_closing():
         await asyncio.sleep(0.02)
     return web.Response()
@@ -403,17 +406,30 @@ class _Cut(Exception):
 
 async def _cut(chunks: AsyncIterator[bytes], where: bool | int | str) -> AsyncIterator[bytes]:
     """The first ``where`` bytes, or half of a single chunk, or the first chunk and half of the second."""
-    held: list[bytes] = []
-    async for chunk in chunks:
-        held.append(chunk)
-        if len(held) == 2 or (not isinstance(where, bool | str) and sum(map(len, held)) >= where):
-            break
-    whole = b"".join(held)
-    keep = len(whole) - (len(held[-1]) + 1) // 2 if isinstance(where, bool | str) and held else where
-    assert isinstance(keep, int | bool)
-    yield whole[: int(keep)]
+    left = _half(chunks) if isinstance(where, bool | str) else _first(chunks, where)
+    async for chunk in left:
+        yield chunk
     if where != "cleanly":
         raise _Cut
+
+
+async def _half(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    held = b""
+    async for chunk in chunks:
+        if held:
+            yield held
+            held = chunk
+            break
+        held = chunk
+    yield held[: len(held) // 2]
+
+
+async def _first(chunks: AsyncIterator[bytes], size_bytes: int) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        yield chunk[:size_bytes]
+        size_bytes -= len(chunk)
+        if size_bytes <= 0:
+            return
 
 
 async def _drip(chunks: AsyncIterator[bytes], bytes_per_s: float) -> AsyncIterator[bytes]:
