@@ -343,7 +343,7 @@ class SandboxPart:
 def sandbox(
     processes: Processes, *, name: str = "sandbox", latency_ms: str | None = None, ohif: Path | None = None
 ) -> SandboxPart:
-    """Start it and wait for its one line of JSON. ``ohif``: a built site of that viewer, for viewer links to open in."""
+    """Start it and wait for its one line of JSON. ``ohif``: that viewer's built site, for links to open in."""
     data = (processes.folder / f"{name}-data").resolve()
     command = [sys.executable, "-m", "sandbox", "--data", str(data)]
     command += ["--latency-ms", latency_ms] if latency_ms else []
