@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
 from worker.instances import Instance
+from worker.pacs import connections
 from worker.pacs import transport as transport_module
 from worker.pacs.protocol import Fate, Found, Pacs, Part
 from worker.pacs.registry import connect
@@ -279,7 +280,7 @@ def test_a_connection_is_not_used_when_the_server_may_be_closing_it(
     scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(transport_module, "_clock", lambda: now[0])
+    monkeypatch.setattr(connections, "_clock", lambda: now[0])
     server = scripted(http(200, b"[]", "Keep-Alive: timeout=1"))
     ward = pacs(server.url)
     for now[0] in (100.0, 100.4, 100.95, 101.3):
@@ -307,6 +308,50 @@ def test_no_more_connections_than_allowed_are_open(scripted: Callable[..., Scrip
 def test_the_environments_proxy_is_not_used(scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port()}")
     assert pacs(scripted(EMPTY).url).find("study", "1.1") == []
+
+
+class Reluctant(Scripted):
+    """Lets some time pass, longer than connecting may take, before it reads a body."""
+
+    def _one(self, connection: socket.socket, stream: io.BufferedReader) -> bool:
+        self.ending.wait(0.4)
+        return super()._one(connection, stream)
+
+
+def test_a_body_may_take_longer_to_send_than_a_connection_to_make() -> None:
+    server = Reluctant([stored("1.3")])
+    try:
+        ward = pacs(server.url, connect_timeout_s=0.1)
+        for _ in range(2):
+            assert [outcome.fate for outcome in ward.store([part(bytes(20_000_000))])] == [Fate.STORED]
+    finally:
+        server.close()
+    assert server.connections == 1
+
+
+def drip(server: Scripted, connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    while not server.ending.wait(0.05):
+        connection.sendall(b"[")
+
+
+def endless(server: Scripted, connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    while not server.ending.is_set():
+        connection.sendall(bytes(65_536))
+
+
+def test_an_answer_that_drips_is_unavailable(scripted: Callable[..., Scripted]) -> None:
+    with pytest.raises(PacsUnavailable, match="within"):
+        pacs(scripted(drip).url, read_timeout_s=0.3).find("study", "1.1")
+
+
+def test_an_answer_without_end_is_misanswered(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport_module, "MAX_ANSWER_BYTES", 1_000_000)
+    with pytest.raises(PacsMisanswered, match="no end"):
+        pacs(scripted(endless).url).find("study", "1.1")
 
 
 def test_a_body_larger_than_any_buffer_arrives_whole(scripted: Callable[..., Scripted]) -> None:
@@ -386,6 +431,26 @@ def test_a_rotated_token_file_is_read_again_after_a_401_and_the_body_is_built_ag
     assert [outcome.fate for outcome in ward.store([part()])] == [Fate.STORED]
     assert [asked.headers["authorization"] for asked in server.asked] == [f"Bearer {SECRET}", "Bearer fresh"]
     assert server.asked[0].body == server.asked[1].body
+
+
+def test_a_token_file_that_is_gone_stops_the_start_and_later_leaves_the_old_token(
+    scripted: Callable[..., Scripted], tmp_path: Path
+) -> None:
+    server = scripted(http(401))
+    auth = bearer(tmp_path)
+    ward = pacs(server.url, auth=auth)
+    (tmp_path / "token").unlink()
+    with pytest.raises(PacsUnauthorized):
+        ward.find("study", "1.1")
+    with pytest.raises(SettingsError, match="token_file of server ward"):
+        pacs(server.url, auth=auth)
+
+
+def test_a_token_that_no_header_can_carry_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WARD_TOKEN", "two\nlines")
+    with pytest.raises(SettingsError) as error:
+        pacs("http://127.0.0.1:1", auth=AuthSettings(type="bearer", token_env="WARD_TOKEN"))
+    assert "lines" not in str(error.value)
 
 
 def everything_said(error: CourierError) -> str:

@@ -17,11 +17,12 @@ from urllib3 import HTTPResponse
 from worker.errors import InvalidRequest, PacsMisanswered, PacsUnavailable, TryAgain
 from worker.instances import Instance
 from worker.pacs import registry
+from worker.pacs.connections import idle_limit_s
 from worker.pacs.credentials import Fixed
 from worker.pacs.dicomjson import number
 from worker.pacs.protocol import DeletionFate, Fate, Found, Pacs, Part
 from worker.pacs.stow import PREAMBLE
-from worker.pacs.transport import Request, Transport, idle_limit_s
+from worker.pacs.transport import Request, Transport
 from worker.settings import ServerSettings, ServerType
 
 URLS: Mapping[ServerType, str] = {

@@ -6,11 +6,12 @@ Secrets are read where the settings point and stand in no message. OAuth2 lives 
 from __future__ import annotations
 
 import base64
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 
 from worker.pacs.transport import Credentials
-from worker.settings import ServerSettings
+from worker.settings import ServerSettings, SettingsError
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Bearer:
     """A token from a variable or a file. The file is read again after a 401, because others rotate it."""
 
     def __init__(self, server: ServerSettings) -> None:
-        self._auth = server.auth
+        self._server, self._auth = server, server.auth
         self._lock = Lock()
         self._value = self._read()
 
@@ -40,11 +41,22 @@ class Bearer:
     def renew(self, refused: str | None) -> bool:
         with self._lock:
             if self._auth.token_file is not None:
-                self._value = self._read()
+                with suppress(OSError, SettingsError):  # without a better one the old one stays, and stays refused
+                    self._value = self._read()
             return self._value != refused
 
     def _read(self) -> str:
-        return f"Bearer {self._auth.secret('token')}"
+        return f"Bearer {_secret(self._server, 'token')}"
+
+
+def _secret(server: ServerSettings, kind: str) -> str:
+    try:
+        secret = server.auth.secret(kind)
+    except OSError as error:
+        raise SettingsError(f"the {kind}_file of server {server.name} cannot be read: {error.strerror}") from error
+    if not secret.isprintable() or not secret.isascii():
+        raise SettingsError(f"the {kind} of server {server.name} holds characters that no header can carry")
+    return secret
 
 
 def credentials(server: ServerSettings) -> Credentials:
@@ -59,7 +71,7 @@ def credentials(server: ServerSettings) -> Credentials:
         case "none":
             return Fixed()
         case "basic":
-            pair = f"{server.auth.username}:{server.auth.secret('password')}"
+            pair = f"{server.auth.username}:{_secret(server, 'password')}"
             return Fixed("Basic " + base64.b64encode(pair.encode()).decode())
         case "bearer":
             return Bearer(server)

@@ -158,6 +158,8 @@ class Dcm4chee:
         self._check_refusal(answer)
         if answer.status == 404:
             return Deletion(DeletionFate.NOT_THERE)
+        if answer.status == 409:  # its own words would name the patients
+            return Deletion(DeletionFate.REFUSED, "The archive has other data of the study's patient.")
         return Deletion(DeletionFate.REFUSED, f"The archive does not reject it: {error_message(answer)}")
 
     def _delete_study(self, found: Found) -> Deletion:

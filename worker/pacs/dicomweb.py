@@ -90,7 +90,7 @@ class DicomWeb:
                 if not image or not series or text(ds, STUDY_INSTANCE_UID) not in ("", found.study_instance_uid):
                     raise self.misanswered("an image without the UIDs above it")
                 yield Found("image", found.study_instance_uid, series, image, attributes=ds)
-            offset += page
+            offset += len(datasets)  # and not by the page: a server may hold its pages smaller than it was asked
 
     def push(self, parts: Sequence[Part], *, expected: Collection[int]) -> Answer:
         """Send ``parts`` to ``/studies``, streamed; a fresh token makes the body be built again."""

@@ -155,6 +155,7 @@ class Pacs(Protocol):
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
         """One page of studies with at least the study's UID; ``filters`` are DICOM keywords.
 
+        A study can stand on two pages; whoever pages drops the second, and stops when a page brings nothing new.
         Raises `InvalidRequest` for a filter that the dialect cannot match.
         """
         ...

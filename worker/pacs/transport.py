@@ -17,11 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-import certifi
 import urllib3
 from urllib3 import exceptions as wire
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.response import BaseHTTPResponse
 
 from worker.errors import (
@@ -32,11 +29,12 @@ from worker.errors import (
     PacsUnavailable,
     TryAgain,
 )
+from worker.pacs.connections import Stale, pool
 from worker.settings import ServerSettings
 
-#: How long an idle connection is trusted when the server does not say how long it keeps one.
-DEFAULT_IDLE_S = 15.0
 BLOCK_BYTES = 256 * 1024
+#: More than this is no answer to a question; images are streamed and have no such limit.
+MAX_ANSWER_BYTES = 256 * 1024**2
 
 _clock = time.monotonic
 
@@ -75,58 +73,6 @@ class Answer:
     body: bytes
 
 
-class _Stale(wire.ProtocolError):
-    """A connection that had served before was closed by the server without a word to this request."""
-
-
-class _IdleLimit:
-    """A pooled connection counts as dead before the server is likely to close it.
-
-    A server that closes an idle connection at the very moment a STOW is sent leaves it open whether the
-    image was stored or not. Oddity: "Connections are kept for one second".
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._trusted_until = float("inf")
-        self._has_served = False
-
-    @property
-    def is_connected(self) -> bool:
-        alive: bool = super().is_connected  # type: ignore[misc]  # a mixin: urllib3's connection comes next
-        return alive and _clock() < self._trusted_until
-
-    def connect(self) -> None:
-        super().connect()  # type: ignore[misc]  # as above
-        self._trusted_until = float("inf")
-        self._has_served = False
-
-    def getresponse(self) -> Any:
-        try:
-            response = super().getresponse()  # type: ignore[misc]  # as above
-        except ConnectionError as error:
-            raise (_Stale("closed while idle") if self._has_served else error) from error
-        self._has_served = True
-        self._trusted_until = _clock() + idle_limit_s(response.headers.get("Keep-Alive"))
-        return response
-
-
-class _PlainConnection(_IdleLimit, HTTPConnection):
-    pass
-
-
-class _TlsConnection(_IdleLimit, HTTPSConnection):
-    pass
-
-
-class _PlainPool(HTTPConnectionPool):
-    ConnectionCls = _PlainConnection
-
-
-class _TlsPool(HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
-
-
 class Transport:
     """The pooled connections to one server. Safe to use from several threads at once."""
 
@@ -143,13 +89,16 @@ class Transport:
         self._credentials = credentials
         self._statuses = statuses or {}
         self._now = now
-        self._pool = _pool(server)
+        self._pool = pool(server)
 
     def exchange(self, request: Request) -> Answer:
         """Send ``request`` and read the whole answer."""
         response = self._open(request)
-        with self._reading():
-            return Answer(response.status, response.headers, response.data)
+        try:
+            return Answer(response.status, response.headers, self._whole(response, self._read_timeout_s(request)))
+        except CourierError:
+            _discard(response)
+            raise
 
     @contextmanager
     def stream(self, request: Request) -> Iterator[tuple[Answer, Iterator[bytes]]]:
@@ -179,7 +128,7 @@ class Transport:
         try:
             try:
                 return self._urlopen(request, authorization)
-            except _Stale:
+            except Stale:
                 if request.method != "GET":
                     raise
                 return self._urlopen(request, authorization)
@@ -208,6 +157,19 @@ class Transport:
 
     def _read_timeout_s(self, request: Request) -> float:
         return request.read_timeout_s or self.server.read_timeout_s
+
+    def _whole(self, response: BaseHTTPResponse, timeout_s: float) -> bytes:
+        """The body, if it comes within ``timeout_s`` of its first byte: urllib3 limits the single wait alone."""
+        started_at, body = _clock(), bytearray()
+        with self._reading():
+            while block := response.read1(BLOCK_BYTES):
+                body += block
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise self.error(PacsMisanswered, f"The answer of {self.server.name} has no end.")
+                if _clock() - started_at > timeout_s:
+                    sentence = f"The answer of {self.server.name} was not there within {timeout_s:g} s."
+                    raise self.error(PacsUnavailable, sentence, details={"phase": "answer"})
+        return bytes(body)
 
     def _blocks(self, response: BaseHTTPResponse) -> Iterator[bytes]:
         with self._reading():
@@ -266,28 +228,10 @@ def retry_after_s(header: str | None, *, now: float) -> float | None:
         return None
 
 
-def idle_limit_s(keep_alive: str | None) -> float:
-    """How long to trust an idle connection: half of what ``Keep-Alive: timeout=`` announces."""
-    for parameter in (keep_alive or "").split(","):
-        name, _, value = parameter.strip().partition("=")
-        if name.lower() == "timeout" and value.isdigit():
-            return min(int(value) / 2, DEFAULT_IDLE_S)
-    return DEFAULT_IDLE_S
-
-
 def _discard(response: BaseHTTPResponse) -> None:
     """Close the connection, whose answer is not wanted to its end, and give its place back to the pool."""
     response.close()
     response.release_conn()
-
-
-def _pool(server: ServerSettings) -> HTTPConnectionPool:
-    url = urlsplit(server.url)
-    host, size = str(url.hostname), server.max_concurrency
-    if url.scheme == "http":
-        return _PlainPool(host, url.port, maxsize=size, block=True)
-    ca_certs = str(server.ca_file or certifi.where())
-    return _TlsPool(host, url.port, maxsize=size, block=True, ca_certs=ca_certs, cert_reqs="CERT_REQUIRED")
 
 
 def _reason(error: wire.HTTPError, server: ServerSettings, read_timeout_s: float) -> tuple[str, str]:
@@ -297,7 +241,7 @@ def _reason(error: wire.HTTPError, server: ServerSettings, read_timeout_s: float
         (wire.NewConnectionError, "connect", "no connection could be made"),
         (wire.ConnectTimeoutError, "connect", f"no connection within {server.connect_timeout_s:g} s"),
         (wire.EmptyPoolError, "connect", f"all {server.max_concurrency} connections to it are in use"),
-        (wire.SSLError, "connect", "its certificate or TLS settings are not accepted"),
+        (wire.SSLError, "answer", "TLS failed, its certificate may not be the one that ca_file vouches for"),
         (wire.ReadTimeoutError, "answer", f"nothing came within {read_timeout_s:g} s"),
     )
     for kind, phase, words in reasons:

@@ -1,0 +1,108 @@
+"""The pooled connections to one server, and how long each is waited for and trusted.
+
+urllib3's pools, with two limits added; what is said over a connection is none of this module's business.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import certifi
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ProtocolError
+from urllib3.util import parse_url
+
+from worker.settings import ServerSettings
+
+#: How long an idle connection is trusted when the server does not say how long it keeps one.
+DEFAULT_IDLE_S = 15.0
+
+_clock = time.monotonic
+
+
+class Stale(ProtocolError):
+    """A connection that had served before was closed by the server without a word to this request."""
+
+
+class _Patience:
+    """Two limits that urllib3 does not have.
+
+    A pooled connection counts as dead before the server is likely to close it: one that is closed at the very
+    moment a STOW is sent leaves it open whether the image was stored or not. Oddity: "Connections are kept for one
+    second". And a body has the time of an answer to be sent in, not that of a connect: DCM4CHEE stores while it reads.
+    """
+
+    timeout: Any
+    sock: Any
+
+    def __init__(self, *args: Any, send_timeout_s: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._send_timeout_s = send_timeout_s
+        self._trusted_until = float("inf")
+        self._has_served = False
+
+    @property
+    def is_connected(self) -> bool:
+        alive: bool = super().is_connected  # type: ignore[misc]  # a mixin: urllib3's connection comes next
+        return alive and _clock() < self._trusted_until
+
+    def connect(self) -> None:
+        super().connect()  # type: ignore[misc]  # as above
+        self.sock.settimeout(self._send_timeout_s)
+        self._trusted_until = float("inf")
+        self._has_served = False
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        if self.sock is not None:  # connected: what urllib3 sets now is the limit for sending
+            self.timeout = self._send_timeout_s
+        super().request(*args, **kwargs)  # type: ignore[misc]  # as above
+
+    def getresponse(self) -> Any:
+        try:
+            response = super().getresponse()  # type: ignore[misc]  # as above
+        except ConnectionError as error:
+            raise (Stale("closed while idle") if self._has_served else error) from error
+        self._has_served = True
+        self._trusted_until = _clock() + idle_limit_s(response.headers.get("Keep-Alive"))
+        return response
+
+
+class _PlainConnection(_Patience, HTTPConnection):
+    pass
+
+
+class _TlsConnection(_Patience, HTTPSConnection):
+    pass
+
+
+class _PlainPool(HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+def pool(server: ServerSettings) -> HTTPConnectionPool:
+    """The connections to ``server``: ``max_concurrency`` of them, and whoever wants one more waits."""
+    url = parse_url(server.url)
+    options: dict[str, Any] = {
+        "maxsize": server.max_concurrency,
+        "block": True,
+        "send_timeout_s": server.read_timeout_s,
+    }
+    if url.scheme == "http":
+        return _PlainPool(str(url.host), url.port, **options)
+    ca_certs = str(server.ca_file or certifi.where())
+    return _TlsPool(str(url.host), url.port, ca_certs=ca_certs, cert_reqs="CERT_REQUIRED", **options)
+
+
+def idle_limit_s(keep_alive: str | None) -> float:
+    """How long to trust an idle connection: half of what ``Keep-Alive: timeout=`` announces."""
+    for parameter in (keep_alive or "").split(","):
+        name, _, value = parameter.strip().partition("=")
+        if name.lower() == "timeout" and value.isdigit():
+            return min(int(value) / 2, DEFAULT_IDLE_S)
+    return DEFAULT_IDLE_S
