@@ -21,7 +21,7 @@ from celery.exceptions import BackendError
 from producer.errors import BrokerUnavailable, CourierError, NotFound, StillRunning, from_payload
 from worker.ledger import Ledger, job_id_for
 from worker.logs import shown_job
-from worker.payloads import ExistsJob, Job, Level, LookupJob, ServersJob, UploadJob, read_job
+from worker.payloads import DeleteJob, ExistsJob, Job, Level, LookupJob, ServersJob, UploadJob, read_job
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -178,6 +178,22 @@ class Courier:
     def database(self, servers: Sequence[str] | None = None) -> Handle:
         """Whether each server's database works."""
         return self.enqueue("pacs.database", ServersJob, _of(servers))
+
+    def delete(
+        self,
+        level: Level,
+        uid: str,
+        *,
+        servers: Sequence[str] | None = None,
+        permanent: bool = True,
+        dry_run: bool = False,
+    ) -> Handle:
+        """Delete what bears ``uid``, on every server or on those named.
+
+        ``permanent=False`` only hides it, where a server can; ``dry_run`` says what would happen.
+        """
+        job = {"level": level, "uid": uid, **_of(servers), "permanent": permanent, "dry_run": dry_run}
+        return self.enqueue("pacs.delete", DeleteJob, job)
 
     def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
         """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""

@@ -78,6 +78,20 @@ class ServersJob(Job):
     servers: Annotated[list[str], Field(min_length=1, max_length=100)] | None = None
 
 
+#: Servers by name; without them, all.
+Servers = Annotated[list[str], Field(min_length=1, max_length=64)]
+
+
+class DeleteJob(Job):
+    """`pacs.delete`. ``dry_run`` only says what would happen; not ``permanent``: hidden, by servers that can hide."""
+
+    level: Level
+    uid: Uid
+    servers: Servers | None = None
+    permanent: bool = True
+    dry_run: bool = False
+
+
 class Payload(BaseModel):
     """What every result says."""
 
@@ -224,6 +238,38 @@ class DatabasePayload(Payload):
 
     operation: Literal["database"] = "database"
     servers: list[DatabaseEntry]
+
+
+class DeletedEntry(BaseModel):
+    """What became of it on one server. ``note`` says what frees it and when, or why the server refused.
+
+    ``images`` is how many there are, and counted in a dry run only.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    server_type: str
+    status: Literal["deleted", "hidden", "not_there", "unavailable", "refused", "would_delete", "would_hide"]
+    note: str = ""
+    study_uid: str | None = None
+    series_uid: str | None = None
+    image_uid: str | None = None
+    images: int | None = None
+    error: Fault | None = None
+
+
+class DeletePayload(Payload):
+    """The result of `pacs.delete`: an entry per server that was asked, in order of preference."""
+
+    operation: Literal["delete"] = "delete"
+    level: Level
+    uid: str
+    permanent: bool
+    dry_run: bool
+    servers: list[DeletedEntry]
+    timings_ms: dict[str, float]
+    attempts: int
 
 
 JobType = TypeVar("JobType", bound=Job)

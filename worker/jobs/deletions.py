@@ -1,0 +1,246 @@
+"""Delete an image, a series or a study wherever it is: `pacs.delete`, and what the deletion of many is made of.
+
+How a server deletes is its dialect's affair. Here: who is asked, what is written down before anything is deleted, and
+what may be said of a server that is silent. A job that was interrupted goes on with the objects of its *memo*, so that
+what it deleted itself is never reported as "not there".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from worker.errors import CourierError, NeedsPerson, NotFound, PacsRejected, Refused, TryAgain
+from worker.jobs.run import NotYet, Run
+from worker.jobs.tools import Tools
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
+from worker.payloads import DeletedEntry, DeleteJob, DeletePayload, Fault, Level, read_job
+
+#: How soon to look again whether the other job at the same object has ended.
+TURN_S = 0.5
+
+Status = Literal["deleted", "hidden", "not_there", "unavailable", "refused", "would_delete", "would_hide"]
+_STATUS: Mapping[DeletionFate, Status] = {
+    DeletionFate.DELETED: "deleted",
+    DeletionFate.HIDDEN: "hidden",
+    DeletionFate.NOT_THERE: "not_there",
+    DeletionFate.REFUSED: "refused",
+}
+#: Of several objects with one UID on one server, the fate that says most.
+_WORST_FIRST = (DeletionFate.REFUSED, DeletionFate.HIDDEN, DeletionFate.DELETED, DeletionFate.NOT_THERE)
+
+
+@dataclass
+class _Progress:
+    """What is known of each server: what was found there (and so begun), how it ended, or why it is open."""
+
+    begun: dict[str, list[Found]] = field(default_factory=dict)
+    entries: dict[str, DeletedEntry] = field(default_factory=dict)
+    errors: dict[str, CourierError] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "begun": {name: [_uids(found) for found in founds] for name, founds in self.begun.items()},
+            "entries": {name: entry.model_dump() for name, entry in self.entries.items()},
+        }
+
+    @classmethod
+    def from_json(cls, memo: Mapping[str, Any] | None, level: Level) -> _Progress:
+        if memo is None:
+            return cls()
+        return cls(
+            begun={name: [Found(level, *uids) for uids in rows] for name, rows in memo["begun"].items()},
+            entries={name: DeletedEntry(**entry) for name, entry in memo["entries"].items()},
+        )
+
+
+def delete(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """Delete what bears a UID on every server asked; one outcome per server (docs/jobs.md).
+
+    Raises
+    ------
+    NotFound
+        Every server that was asked answered, and none has it.
+    PacsRejected
+        It is somewhere, and nobody who has it deletes it.
+    CourierError
+        A server is silent; ``details["servers"]`` says what was deleted elsewhere meanwhile.
+    """
+    job = read_job(DeleteJob, message)
+    servers = asked(job.servers, tools.fleet)
+    progress = _Progress.from_json(run.memo, job.level)
+    if job.dry_run:
+        with run.step("check"):
+            _look(job, servers, progress, tools.fleet)
+            _foretell(job, progress, tools.fleet)
+    else:
+        _take_turn(job, run)
+        with run.step("check"):
+            resumed = set(progress.begun)
+            _look(job, servers, progress, tools.fleet)
+        with run.step("delete"):
+            _carry_out(job, progress, resumed, run, tools)
+            forget_what_is_gone(_studies(progress.begun), tools)
+    return _concluded(job, servers, progress, run).as_json()
+
+
+def asked(names: Sequence[str] | None, fleet: Fleet) -> list[Pacs]:
+    """The servers that are meant, in order of preference; `InvalidRequest` lists the known ones."""
+    if names is None:
+        return list(fleet)
+    wanted = {fleet[name].server.name for name in names}
+    return [pacs for pacs in fleet if pacs.server.name in wanted]
+
+
+def remove(pacs: Pacs, founds: Iterable[Found], *, permanent: bool, resumed: bool) -> Deletion:
+    """Delete ``founds``, all with one UID, on one server.
+
+    ``resumed``: an earlier attempt may have done it, so "not there" means that it did.
+    """
+    deletions = []
+    for found in founds:
+        deletion = pacs.delete(found, permanent=permanent)
+        if resumed and deletion.fate is DeletionFate.NOT_THERE:
+            deletion = pacs.deletion(found.level, permanent=permanent)
+        deletions.append(deletion)
+    return min(deletions, key=lambda deletion: _WORST_FIRST.index(deletion.fate))
+
+
+def forget_what_is_gone(study_uids: Iterable[str], tools: Tools) -> None:
+    """Give up the claims on those studies that every server says it does not have."""
+    for study_uid in study_uids:
+        answers = tools.fleet.gather([partial(pacs.find, "study", study_uid) for pacs in tools.fleet])
+        if not any(answers):  # an error is an answer too: silence is never read as "gone"
+            tools.ledger.forget_study(study_uid)
+
+
+def _take_turn(job: DeleteJob, run: Run) -> None:
+    """Nobody stores into it from now on; who is storing already comes first."""
+    if job.level == "image":
+        owner = run.ledger.hold_image(job.uid, job_id=run.job_id, fence=run.fence)
+    else:
+        owner = run.ledger.shut(job.uid, job_id=run.job_id, fence=run.fence)
+    if owner is not None:
+        raise NotYet(f"job {owner} is storing or deleting the same {job.level}", delay_s=TURN_S)
+
+
+def _look(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, fleet: Fleet) -> None:
+    """Ask every server of which nothing is known yet."""
+    names = [pacs.server.name for pacs in servers]
+    open_ones = [name for name in names if name not in progress.begun and name not in progress.entries]
+    answers = fleet.gather([partial(fleet[name].find, job.level, job.uid) for name in open_ones])
+    for name, answer in zip(open_ones, answers, strict=True):
+        if isinstance(answer, CourierError):
+            progress.errors[name] = answer
+        elif answer:
+            progress.begun[name] = answer
+        else:
+            progress.entries[name] = _entry(fleet[name], "not_there")
+
+
+def _foretell(job: DeleteJob, progress: _Progress, fleet: Fleet) -> None:
+    """What a delete would come to, with the number of images."""
+    counts = fleet.gather([partial(_count, fleet[name], founds) for name, founds in progress.begun.items()])
+    for (name, founds), count in zip(progress.begun.items(), counts, strict=True):
+        deletion = fleet[name].deletion(job.level, permanent=job.permanent)
+        would: Mapping[DeletionFate, Status] = {
+            DeletionFate.DELETED: "would_delete",
+            DeletionFate.HIDDEN: "would_hide",
+        }
+        entry = _entry(fleet[name], would.get(deletion.fate, "refused"), note=deletion.note, found=founds[0])
+        images = None if isinstance(count, CourierError) else count
+        progress.entries[name] = entry.model_copy(update={"images": images})
+
+
+def _count(pacs: Pacs, founds: Sequence[Found]) -> int:
+    return sum(1 for found in founds for _ in pacs.instances(found))
+
+
+def _carry_out(job: DeleteJob, progress: _Progress, resumed: set[str], run: Run, tools: Tools) -> None:
+    """Delete it wherever it was found; what is about to happen is written down first."""
+    open_ones = [name for name in progress.begun if name not in progress.entries]
+    if set(open_ones) - resumed:
+        run.intend(progress.as_json())
+    fleet = tools.fleet
+    answers = fleet.gather(
+        [
+            partial(remove, fleet[name], progress.begun[name], permanent=job.permanent, resumed=name in resumed)
+            for name in open_ones
+        ]
+    )
+    for name, answer in zip(open_ones, answers, strict=True):
+        first = progress.begun[name][0]
+        if isinstance(answer, Deletion):
+            progress.entries[name] = _entry(fleet[name], _STATUS[answer.fate], note=answer.note, found=first)
+        elif isinstance(answer, Refused | NeedsPerson):
+            progress.entries[name] = _entry(fleet[name], "refused", error=answer, found=first)
+        else:
+            progress.errors[name] = answer
+    if progress.errors and progress.begun:
+        run.ledger.intend(run.job_id, run.fence, progress.as_json())  # too late to be cancelled: it has begun
+
+
+def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, run: Run) -> DeletePayload:
+    """The payload, unless a server is silent, nobody has it, or nobody deletes it."""
+    for name, error in progress.errors.items():
+        pacs = next(pacs for pacs in servers if pacs.server.name == name)
+        progress.entries[name] = _entry(pacs, "unavailable", error=error)
+    entries = [progress.entries[pacs.server.name] for pacs in servers]
+    details = {"level": job.level, "uid": job.uid, "servers": [entry.model_dump() for entry in entries]}
+    statuses = {entry.status for entry in entries}
+    if progress.errors and not (job.dry_run and progress.begun):
+        raise _still_open(list(progress.errors.values()), entries, details)
+    if statuses == {"not_there"}:
+        names = " or ".join(entry.server_name for entry in entries)
+        raise NotFound(f"The {job.level} is not on {names}.", details=details)
+    if "refused" in statuses and not statuses & {"deleted", "hidden"} and not job.dry_run:
+        refused = next(entry for entry in entries if entry.status == "refused")
+        sentence = f"{refused.server_name} does not delete the {job.level}. {refused.note}"
+        raise PacsRejected(sentence, server_name=refused.server_name, server_type=refused.server_type, details=details)
+    return DeletePayload(
+        job_id=run.job_id,
+        level=job.level,
+        uid=job.uid,
+        permanent=job.permanent,
+        dry_run=job.dry_run,
+        servers=entries,
+        timings_ms=run.timings_ms,
+        attempts=run.attempt,
+    )
+
+
+def _still_open(
+    errors: Sequence[CourierError], entries: Sequence[DeletedEntry], details: Mapping[str, Any]
+) -> CourierError:
+    """The error that decides what happens next (a new attempt, if one may help), with what is done already."""
+    error = next((error for error in errors if isinstance(error, TryAgain)), errors[0])
+    gone = [f"{entry.server_name} ({entry.status})" for entry in entries if entry.status in ("deleted", "hidden")]
+    error.payload["message"] += f" Done already on {', '.join(gone)}." if gone else ""
+    error.payload["details"] = {**error.details, **details}
+    return error
+
+
+def _entry(
+    pacs: Pacs, status: Status, *, note: str = "", found: Found | None = None, error: CourierError | None = None
+) -> DeletedEntry:
+    return DeletedEntry(
+        server_name=pacs.server.name,
+        server_type=pacs.server.type,
+        status=status,
+        note=error.message if error else note,
+        study_uid=found.study_instance_uid if found else None,
+        series_uid=found.series_instance_uid if found else None,
+        image_uid=found.sop_instance_uid if found else None,
+        error=Fault(code=error.payload["code"], message=error.message) if error else None,
+    )
+
+
+def _studies(begun: Mapping[str, Sequence[Found]]) -> set[str]:
+    return {found.study_instance_uid for founds in begun.values() for found in founds}
+
+
+def _uids(found: Found) -> list[str | None]:
+    return [found.study_instance_uid, found.series_instance_uid, found.sop_instance_uid]

@@ -1,0 +1,17 @@
+"""The door of `pacs.delete`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Task
+
+from worker.app import app
+from worker.jobs.deletions import delete
+from worker.tasks.door import deliver
+
+
+@app.task(name="pacs.delete", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_delete(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Delete what bears ``uid`` wherever it is."""
+    return deliver(self, delete, job)
