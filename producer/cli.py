@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from producer.commands import lookups, uploads
+from producer.commands import lookups, servers, uploads
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -17,5 +17,13 @@ def main() -> None:
     """
 
 
-for command in (uploads.upload, uploads.result, lookups.exists, lookups.metadata):
+for command in (
+    uploads.upload,
+    uploads.result,
+    lookups.exists,
+    lookups.metadata,
+    servers.status,
+    servers.storage,
+    servers.database,
+):
     main.add_command(command)

@@ -87,8 +87,8 @@ def entry(handle: Handle, report: Report) -> dict[str, Any]:
     return entry
 
 
-def ended(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json: bool) -> dict[str, Any] | None:
-    """Wait for one job: its payload, or None if it was printed (``--json``).
+def ended(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json: bool) -> dict[str, Any]:
+    """Wait for one job; its payload, which ``--json`` has printed.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def ended(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json:
         raise report.error
     if report.result is None:
         raise StillRunning(f"Job {handle.id} has not ended within {timeout_s} s; it goes on: pacs result {handle.id}")
-    return None if as_json else report.result
+    return report.result
 
 
 def worst(reports: list[Report]) -> int:

@@ -39,7 +39,7 @@ def exists(
     with Courier() as courier:
         handle = courier.exists(level, uid, mode=mode, metadata=described)
         payload = ended(courier, handle, timeout_s=timeout_s, as_json=as_json)
-    if payload is not None:
+    if not as_json:
         found_table(payload)
         metadata_table(payload)
     return DONE
@@ -57,7 +57,7 @@ def metadata(level: Level, uid: str, mode: str, timeout_s: float | None, as_json
     with Courier() as courier:
         handle = courier.metadata(level, uid, mode=mode)
         payload = ended(courier, handle, timeout_s=timeout_s, as_json=as_json)
-    if payload is not None:
+    if not as_json:
         found_table(payload)
         metadata_table(payload)
     return DONE

@@ -38,14 +38,14 @@ def status(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
 
 def storage(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     """How much room each server says that it has."""
-    asked = _ask(message, run, tools, lambda pacs: pacs.storage())
+    asked = _ask(message, run, tools, _storage_of)
     entries = [_entry(StorageEntry, *answer, _storage) for answer in asked]
     return StoragePayload(job_id=run.job_id, servers=entries).as_json()
 
 
 def database(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     """Whether each server's database works, by a call that touches it."""
-    asked = _ask(message, run, tools, lambda pacs: pacs.database())
+    asked = _ask(message, run, tools, _database_of)
     entries = [_entry(DatabaseEntry, *answer, _database) for answer in asked]
     return DatabasePayload(job_id=run.job_id, servers=entries).as_json()
 
@@ -69,6 +69,20 @@ def _ask(
     with run.step("check"):
         answers = fleet.gather([partial(timed, pacs) for pacs in servers])
     return [answer for answer in answers if not isinstance(answer, CourierError)]
+
+
+def _storage_of(pacs: Pacs) -> StorageState:
+    storage = pacs.storage()
+    if storage.total_bytes is None and storage.used_bytes is None:
+        pacs.state()  # perhaps nothing was asked, so whether the server answers is still open
+    return storage
+
+
+def _database_of(pacs: Pacs) -> DatabaseState:
+    database = pacs.database()
+    if database.ok is None:
+        pacs.state()  # as above
+    return database
 
 
 def _entry(

@@ -1,0 +1,76 @@
+"""``pacs status``, ``pacs storage`` and ``pacs database``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import click
+from rich.live import Live
+from rich.table import Table
+
+from producer.commands.door import DONE, UNAVAILABLE, as_json_option, ended, plain_failures
+from producer.courier import Courier, Handle
+from producer.errors import InvalidRequest
+from producer.show import console
+from producer.show_servers import database_table, status_table, storage_table
+
+#: A worker answers such a question within about twenty seconds; later means that none is listening.
+WAIT_S = 30.0
+
+servers_option = click.option("--server", "servers", multiple=True, help="Only this server; may be repeated.")
+timeout_option = click.option(
+    "--timeout", "timeout_s", type=float, default=WAIT_S, show_default=True, help="Wait so many seconds for a worker."
+)
+
+
+@click.command()
+@servers_option
+@click.option("--watch", "every_s", is_flag=False, flag_value=5.0, type=float, help="Ask again every so many seconds.")
+@timeout_option
+@as_json_option
+@plain_failures
+def status(servers: Sequence[str], every_s: float | None, timeout_s: float, as_json: bool) -> int:
+    """Say who answers, and how fast. Exit status 3: at least one server cannot be used."""
+    if every_s is None:
+        return _once(lambda courier: courier.status(servers or None), status_table, timeout_s, as_json=as_json)
+    if as_json or every_s <= 0:
+        raise InvalidRequest("--watch takes a number of seconds above 0 and prints no JSON.")
+    with Courier() as courier, Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while True:
+            payload = courier.status(servers or None).result(timeout_s=timeout_s)
+            live.update(status_table(payload["servers"]), refresh=True)
+            time.sleep(every_s)
+    return DONE
+
+
+@click.command()
+@servers_option
+@timeout_option
+@as_json_option
+@plain_failures
+def storage(servers: Sequence[str], timeout_s: float, as_json: bool) -> int:
+    """Say how much room each server has, as far as it tells."""
+    return _once(lambda courier: courier.storage(servers or None), storage_table, timeout_s, as_json=as_json)
+
+
+@click.command()
+@servers_option
+@timeout_option
+@as_json_option
+@plain_failures
+def database(servers: Sequence[str], timeout_s: float, as_json: bool) -> int:
+    """Say whether each server's database works. Exit status 3: at least one does not."""
+    return _once(lambda courier: courier.database(servers or None), database_table, timeout_s, as_json=as_json)
+
+
+def _once(
+    ask: Callable[[Courier], Handle], table: Callable[[Sequence[Any]], Table], timeout_s: float, *, as_json: bool
+) -> int:
+    with Courier() as courier:
+        payload = ended(courier, ask(courier), timeout_s=timeout_s, as_json=as_json)
+    if not as_json:
+        console.print(table(payload["servers"]))
+    return DONE if all(entry["status"] == "up" for entry in payload["servers"]) else UNAVAILABLE
