@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,68 @@ def test_a_chunked_body_is_put_together(talker: Callable[..., Talker]) -> None:
     server = talker(say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n"))
     with sources().fetch(server.url()) as fetched:
         assert fetched.stream.read() == b"abcde"
+
+
+def test_an_address_of_ip_version_6_is_fetched_from() -> None:
+    class Six(HTTPServer):
+        address_family = socket.AF_INET6
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(str(self.headers["Host"]).encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Not needed."""
+
+    try:
+        server = Six(("::1", 0), Handler)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    port = server.server_address[1]
+    with sources(allow_hosts=("[::1]",)).fetch(f"http://[::1]:{port}/a.dcm") as fetched:
+        assert fetched.stream.read() == f"[::1]:{port}".encode()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        ("/a b.dcm", "/a%20b.dcm"),
+        ("/é.dcm?x=é", "/%C3%A9.dcm?x=%C3%A9"),
+        ("/a%20b%2Fc.dcm?sig=a%2Bb%3D", "/a%20b%2Fc.dcm?sig=a%2Bb%3D"),
+        ("/a//b/../c.dcm", "/a//b/../c.dcm"),
+        ("//c.dcm", "//c.dcm"),
+        ("", "/"),
+        ("?a=b", "/?a=b"),
+    ],
+)
+def test_a_path_is_asked_for_as_it_was_written(talker: Callable[..., Talker], written: str, asked: str) -> None:
+    requests: list[bytes] = []
+
+    def script(connection: socket.socket) -> None:
+        requests.append(read_request(connection))
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    sources().fetch(talker(script).url(written)).close()
+    assert requests[0].split(b" ")[1] == asked.encode()
+
+
+def test_a_redirect_in_raw_utf_8_is_followed(talker: Callable[..., Talker]) -> None:
+    requests: list[bytes] = []
+
+    def script(connection: socket.socket) -> None:
+        requests.append(read_request(connection))
+        first = b"HTTP/1.1 302 Found\r\nLocation: /\xc3\xa9.dcm\r\nConnection: close\r\n\r\n"
+        last = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        connection.sendall(first if len(requests) == 1 else last)
+
+    sources().fetch(talker(script).url()).close()
+    assert requests[1].startswith(b"GET /%C3%A9.dcm ")
 
 
 def test_a_body_stored_as_gzip_is_unpacked(image_server: ImageServer) -> None:
@@ -317,6 +379,17 @@ def test_nobody_listening_is_unreachable() -> None:
     with socket.create_server((HOST, 0)) as listener:
         port = listener.getsockname()[1]
     refused(f"http://{HOST}:{port}/a?sig=s3cret", SourceUnreachable)
+
+
+@pytest.mark.parametrize("length", [b"9" * 5000, b"abc", b"-3", b"3, 4", b"", b"0x3"])
+def test_a_length_that_is_no_number_is_not_taken_for_none_given(talker: Callable[..., Talker], length: bytes) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: " + length + b"\r\n\r\nabc"
+    refused(talker(say_and_hang_up(answer)).url(), SourceUnreachable)
+
+
+def test_a_length_that_is_said_twice_is_taken_once(talker: Callable[..., Talker]) -> None:
+    server = talker(say_and_hang_up(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc"))
+    sources().fetch(server.url()).close()
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", bytes(100_000)])

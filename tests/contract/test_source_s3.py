@@ -233,6 +233,22 @@ def test_an_error_is_judged_after_one_attempt_and_retry_after_is_kept(
     assert len(image_server.requests) == 1
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_endpoint_that_is_no_s3_is_unreachable(image_server: ImageServer, status: int) -> None:
+    headers = {"Last-Modified": "once upon a time"}
+    image_server.put("images/a.dcm", b"<html>not <xml", status=status, headers=headers)
+    refused(sources(image_server.base), "s3://images/a.dcm", SourceUnreachable)
+
+
+def test_an_endpoint_that_does_not_say_how_long_an_object_is_may_end_it(image_server: ImageServer) -> None:
+    def chunked(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
+
+    image_server.put("images/a.dcm", behave=chunked)
+    with sources(image_server.base).fetch("s3://images/a.dcm") as fetched:
+        assert fetched.stream.read() == b"abc"
+
+
 def test_an_endpoint_that_falls_silent_is_unreachable(image_server: ImageServer) -> None:
     def silent(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\nETag: x\r\n\r\nabc")

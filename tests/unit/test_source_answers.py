@@ -293,3 +293,21 @@ def test_an_s3_key_is_taken_as_it_stands() -> None:
 def test_a_scheme_that_is_not_spoken_is_refused(url: str) -> None:
     with pytest.raises(SourceNotAllowed, match="http, https, file, s3"):
         Sources(SourceSettings()).fetch(url)
+
+
+@pytest.mark.parametrize("url", ["file:///a\ud800.dcm", "http://h/\udfff", "s3://images/\udc80", "\ud800"])
+def test_a_url_that_is_no_text_is_refused(url: str) -> None:
+    with pytest.raises(SourceNotAllowed, match="Unicode"):
+        Sources(SourceSettings(allow_hosts=("*",), folders=(Path("/"),))).fetch(url)
+
+
+def test_a_url_of_azure_is_refused_with_what_to_use_instead() -> None:
+    with pytest.raises(SourceNotAllowed, match="SAS"):
+        Sources(SourceSettings()).fetch("az://container/a.dcm")
+
+
+@given(st.text(max_size=60))
+def test_no_file_url_ends_as_anything_but_an_error_of_ours(path: str) -> None:
+    sources = Sources(SourceSettings(folders=(Path("/nonexistent"),)))
+    with pytest.raises((SourceNotAllowed, SourceNotFound)):
+        sources.fetch(f"file:///nonexistent/{path}")

@@ -58,6 +58,8 @@ class Sources:
         SourceUnreachable, SourceTruncated
             Time may cure it.
         """
+        if any("\ud800" <= character <= "\udfff" for character in url):
+            raise SourceNotAllowed("The URL is no valid Unicode text; correct the URL.")
         match = _SCHEME(url)
         scheme = match[1].lower() if match else ""
         source = self._by_scheme.get(scheme)

@@ -6,14 +6,17 @@ proxy, cookie or ``.netrc`` is used, and urllib3's errors end here.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import io
 import logging
+import re
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
@@ -43,6 +46,7 @@ Dial = Callable[[str, int, float | None], socket.socket]
 
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pacs-courier"}
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_IS_LENGTH = re.compile(r"[0-9]{1,18}").fullmatch
 _BUFFER_BYTES = 65_536
 _NO = (SourceDenied, "refused the request; correct the URL or ask for a new one")
 _LATER = (SourceUnreachable, "cannot be had at present; it is tried again")
@@ -58,7 +62,7 @@ _MEANINGS: dict[int, tuple[type[CourierError], str]] = {
 logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
 logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
 
-#: Until when the calling thread's fetch may take; http.client offers no other way in.
+#: Until when the calling thread's fetch may take, and what answers it; http.client offers no other way in.
 _fetch = threading.local()
 
 
@@ -73,7 +77,7 @@ class HttpSource:
         self._settings = settings
         self._policy = Policy(settings)
         self._resolve = resolve
-        self._pools = _Pools(self._dial, _tls(settings))
+        self._pools = _Pools(self._dial, _tls(settings.ca_file))
 
     def fetch(self, url: str, limits: Limits) -> Fetched:
         target = self._policy.read(url)
@@ -95,6 +99,7 @@ class HttpSource:
         """The answer's head; its body is still on the wire."""
         limits.check_time(source)
         _fetch.deadline_s, _fetch.idle_timeout_s = limits.deadline_s, self._settings.idle_timeout_s
+        _fetch.answer = None
         pool = self._pools.connection_from_host(target.host, target.port, target.scheme)
         try:
             return pool.urlopen(
@@ -108,6 +113,8 @@ class HttpSource:
                 decode_content=False,
             )
         except (HTTPError, OSError) as error:
+            if _fetch.answer is not None:  # urllib3 lets go of an answer whose headers it does not like, still open
+                _fetch.answer.close()
             raise _unreachable(error, limits, source) from error
 
     def _next_target(self, target: Target, response: urllib3.BaseHTTPResponse, source: str) -> Target:
@@ -115,7 +122,7 @@ class HttpSource:
         if not location:
             raise SourceUnreachable(f"{source} redirects to nowhere; correct the URL.")
         try:
-            following = self._policy.read(urljoin(target.url, location))
+            following = self._policy.read(urljoin(target.url, _text(location)))
         except ValueError:
             raise SourceNotAllowed(f"{source} redirects to a malformed URL; fetch from where the image is.") from None
         except SourceNotAllowed as refusal:
@@ -147,11 +154,12 @@ class HttpSource:
         raise failure
 
 
-def _tls(settings: SourceSettings) -> ssl.SSLContext:
-    """The system's authorities, and the operator's own where one is named."""
+@functools.cache
+def _tls(ca_file: Path | None) -> ssl.SSLContext:
+    """The system's authorities, and the operator's own where one is named; read once, which takes a while."""
     context = ssl.create_default_context()
-    if settings.ca_file is not None:
-        context.load_verify_locations(cafile=settings.ca_file)
+    if ca_file is not None:
+        context.load_verify_locations(cafile=ca_file)
     return context
 
 
@@ -160,7 +168,7 @@ def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str) ->
     if refusal:
         raise refusal
     encoding = response.headers.get("Content-Encoding", "")
-    announced_bytes = _announced_bytes(response)
+    announced_bytes = _announced_bytes(response, source)
     limits.check_size(announced_bytes or 0, source)
     return spool(
         decoded(_chunks(response, limits, source), encoding, source=source),
@@ -195,9 +203,23 @@ def _chunks(response: urllib3.BaseHTTPResponse, limits: Limits, source: str) -> 
         raise _unreachable(error, limits, source) from error
 
 
-def _announced_bytes(response: urllib3.BaseHTTPResponse) -> int | None:
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() and "Transfer-Encoding" not in response.headers else None
+def _announced_bytes(response: urllib3.BaseHTTPResponse, source: str) -> int | None:
+    """The Content-Length, refused where it is none: below, such a length would count as not given."""
+    length = response.headers.get("Content-Length")
+    if length is None or "Transfer-Encoding" in response.headers:
+        return None
+    lengths = {part.strip() for part in length.split(",")}
+    if len(lengths) != 1 or not _IS_LENGTH(length := lengths.pop()):
+        raise SourceUnreachable(f"{source} announces a length that is no number; it is tried again.")
+    return int(length)
+
+
+def _text(header: str) -> str:
+    """A header as its sender meant it: http.client reads Latin-1, servers write UTF-8."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        return header
 
 
 def _retry_after_s(text: str | None) -> float | None:
@@ -253,6 +275,7 @@ class _TimedReader(io.RawIOBase):
 class _TimedResponse(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
+        _fetch.answer = self
         self.fp: io.BufferedReader = io.BufferedReader(_TimedReader(self.fp.detach(), sock), _BUFFER_BYTES)
 
 

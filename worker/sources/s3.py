@@ -53,8 +53,8 @@ class S3Source:
         # Not the body's own ``with``: that gives the bare stream, past its checksum and the translation of its errors.
         with closing(answer["Body"]) as body:
             encoding = str(answer.get("ContentEncoding", ""))
-            size_bytes = int(answer["ContentLength"])
-            limits.check_size(size_bytes, source)
+            size_bytes: int | None = answer.get("ContentLength")
+            limits.check_size(size_bytes or 0, source)
             return spool(
                 decoded(_chunks(body, source), encoding, source=source),
                 source=source,
@@ -113,6 +113,7 @@ def _chunks(body: Any, source: str) -> Iterator[bytes]:
 def _translated(source: str) -> Iterator[None]:
     """boto's errors end here; their own text is left out because it may quote more than the address."""
     from botocore import exceptions as boto  # noqa: PLC0415
+    from botocore.parsers import ResponseParserError  # noqa: PLC0415
 
     try:
         yield
@@ -126,6 +127,8 @@ def _translated(source: str) -> Iterator[None]:
         raise SourceUnreachable(f"{source} cannot be reached; it is tried again.") from error
     except boto.BotoCoreError as error:
         raise SourceDenied(f"{source} cannot be asked for ({type(error).__name__}); {_CREDENTIALS}.") from error
+    except (ResponseParserError, ValueError) as error:
+        raise SourceUnreachable(f"{source} was answered by no S3; check sources.s3.endpoint_url.") from error
 
 
 def _judge(answer: Mapping[str, Any], source: str) -> CourierError:
