@@ -5,7 +5,10 @@ Only the map of URLs and the door that turns refusals into answers; each service
 
 from __future__ import annotations
 
+import gzip
 import unicodedata
+import zlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from aiohttp import web
@@ -18,7 +21,7 @@ from sandbox import dcm4chee_stow as stow
 from sandbox import dcm4chee_wado as wado
 from sandbox.dcm4chee_archive import Archive, Refusal, Service
 from sandbox.store import Store, first_wins
-from sandbox.web import Handler, Site, door, operation
+from sandbox.web import Handler, Site, Streamed, door, operation
 
 BASE_PATH = "/dcm4chee-arc/aets/DCM4CHEE/rs"
 _CONTEXT = "/dcm4chee-arc"
@@ -95,7 +98,7 @@ def _fold(tag: str, text: str) -> str:
 
 def application(site: Site) -> web.Application:
     archive = Archive(site)
-    app = web.Application(middlewares=[_no_raw_caret, door(site), _cors], client_max_size=0)
+    app = web.Application(middlewares=[_no_raw_caret, door(site), _cors, _gzip], client_max_size=0)
     # Fixed paths come before those with a placeholder in the same place: /studies/count is no study.
     for method, path, service in sorted(_ROUTES, key=lambda route: ("{study}" in route[1], route[1].count("{"))):
         app.router.add_route(method, path, _handler(archive, service))
@@ -119,6 +122,30 @@ async def _no_raw_caret(request: web.Request, handler: Handler) -> web.StreamRes
     if set('^"<>\\`{|}') & set(request.raw_path):
         return web.Response(status=400)
     return await handler(request)
+
+
+@web.middleware
+async def _gzip(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """WildFly's filter: lists and metadata are compressed for whoever accepts that."""
+    response = await handler(request)
+    ends = request.path.endswith(("/studies", "/series", "/instances", "/metadata"))
+    if not ends or request.method != "GET" or "gzip" not in request.headers.get("Accept-Encoding", ""):
+        return response
+    if isinstance(response, Streamed):
+        response.chunks = _compressed(response.chunks)
+    elif isinstance(response, web.Response) and isinstance(response.body, bytes) and response.body:
+        response.body = gzip.compress(response.body, compresslevel=1)
+    else:
+        return response
+    response.headers["Content-Encoding"] = "gzip"
+    return response
+
+
+async def _compressed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    packer = zlib.compressobj(level=1, wbits=31)
+    async for chunk in chunks:
+        yield packer.compress(chunk) + packer.flush(zlib.Z_SYNC_FLUSH)
+    yield packer.flush()
 
 
 @web.middleware

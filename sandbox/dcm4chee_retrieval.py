@@ -60,13 +60,17 @@ def match_rows(archive: Archive, request: web.Request) -> tuple[ApplicationEntit
 
 
 def check_conditions(request: web.Request, matched: Matched) -> None:
-    """If-None-Match and If-Match."""
-    tag = matched.headers["ETag"]
-    known = [text.strip() for text in request.headers.get("If-None-Match", "").split(",")]
-    if tag in known or "*" in known:
+    """If-None-Match or If-Modified-Since, and If-Match or If-Unmodified-Since (RFC 9110 13)."""
+    tag, newest_s = matched.headers["ETag"], int(max(row.received_at_s for row in matched.rows))
+    known, wanted = (
+        [text.strip() for text in request.headers.get(name, "").split(",") if text.strip()]
+        for name in ("If-None-Match", "If-Match")
+    )
+    since, until = request.if_modified_since, request.if_unmodified_since
+    if tag in known or "*" in known or (not known and since and newest_s <= since.timestamp()):
         raise Refusal(web.Response(status=304, headers=matched.headers))
-    wanted = [text.strip() for text in request.headers.get("If-Match", "").split(",") if text.strip()]
-    if wanted and tag not in wanted and "*" not in wanted:
+    missed = wanted and tag not in wanted and "*" not in wanted
+    if missed or (not wanted and until and newest_s > until.timestamp()):
         raise Refusal(web.Response(status=412))
 
 

@@ -1305,6 +1305,39 @@ def test_a_lenient_client_reads_error_bodies_that_are_no_json(archive: Archive) 
         answer.json()
 
 
+def test_lists_and_metadata_are_compressed_for_whoever_accepts_that(archive: Archive) -> None:
+    (study,) = studies(archive, 1)
+    for path in ("/studies", f"/studies/{study}/series", f"/studies/{study}/metadata"):
+        answer = archive.get(path, headers={"Accept-Encoding": "gzip"})
+        assert answer.headers["Content-Encoding"] == "gzip"
+        plain = archive.get(path, headers={"Accept-Encoding": "identity"})
+        assert "Content-Encoding" not in plain.headers
+        assert answer.json() == plain.json()
+    assert "Content-Encoding" not in archive.get(f"/studies/{study}", AS_STORED).headers
+
+
+def test_an_answer_can_be_made_to_depend_on_what_the_client_has(archive: Archive) -> None:
+    (study,) = studies(archive, 1)
+    path, past = f"/studies/{study}", "Mon, 01 Jan 2001 00:00:00 GMT"
+    modified = archive.get(path, AS_STORED).headers["Last-Modified"]
+    for header, text, status in (
+        ("If-Modified-Since", modified, 304),
+        ("If-Modified-Since", past, 200),
+        ("If-Unmodified-Since", modified, 200),
+        ("If-Unmodified-Since", past, 412),
+        ("If-Match", '"another"', 412),
+        ("If-Match", "*", 200),
+    ):
+        assert archive.get(path, AS_STORED, headers={header: text}).status_code == status, (header, text)
+
+
+def test_a_secured_archive_hides_all_but_wildfly_s_health(archive: Archive) -> None:
+    archive.part.set_mood("dcm4chee", "*", bearer=True)
+    for path in ("/ctrl/status", "/queue/Export/count", "/storage", "/reject"):
+        assert archive.get(archive.arc + path).status_code == 401
+    assert archive.get(archive.arc.removesuffix("/dcm4chee-arc") + "/health").status_code == 200
+
+
 def test_sixteen_clients_at_once_lose_nothing(archive: Archive) -> None:
     study = new_uid()
     content = [image(study, side=8) for _ in range(64)]
