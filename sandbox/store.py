@@ -94,6 +94,7 @@ CREATE TABLE IF NOT EXISTS instances (
     received_at_s REAL NOT NULL, rejection TEXT, pending_until_s REAL, notes TEXT NOT NULL,
     UNIQUE (study_instance_uid, series_instance_uid, sop_instance_uid));
 CREATE INDEX IF NOT EXISTS instances_by_sop ON instances (sop_instance_uid);
+CREATE INDEX IF NOT EXISTS instances_pending ON instances (pending_until_s) WHERE pending_until_s IS NOT NULL;
 CREATE TABLE IF NOT EXISTS garbage (path TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, free_at_s REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS garbage_by_time ON garbage (free_at_s);
 CREATE TABLE IF NOT EXISTS journal (
