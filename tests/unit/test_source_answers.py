@@ -22,7 +22,7 @@ from worker.errors import (
     SourceTruncated,
     SourceUnreachable,
 )
-from worker.settings import SourceSettings
+from worker.settings import SettingsError, SourceSettings
 from worker.sources import Sources
 from worker.sources.encoding import decoded
 from worker.sources.folder import path_of
@@ -299,6 +299,15 @@ def test_a_scheme_that_is_not_spoken_is_refused(url: str) -> None:
 def test_a_url_that_is_no_text_is_refused(url: str) -> None:
     with pytest.raises(SourceNotAllowed, match="Unicode"):
         Sources(SourceSettings(allow_hosts=("*",), folders=(Path("/"),))).fetch(url)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate"])
+def test_an_authority_that_cannot_be_read_stops_the_start_by_its_name(tmp_path: Path, content: bytes | None) -> None:
+    ca_file = tmp_path / "ca.pem"
+    if content is not None:
+        ca_file.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"sources\.ca_file"):
+        Sources(SourceSettings(ca_file=ca_file))
 
 
 def test_a_url_of_azure_is_refused_with_what_to_use_instead() -> None:

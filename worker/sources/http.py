@@ -36,7 +36,7 @@ from worker.errors import (
     TryAgain,
 )
 from worker.logs import shown_url
-from worker.settings import SourceSettings
+from worker.settings import SettingsError, SourceSettings
 from worker.sources.encoding import decoded, is_plain
 from worker.sources.policy import Policy, Target
 from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
@@ -158,8 +158,11 @@ class HttpSource:
 def _tls(ca_file: Path | None) -> ssl.SSLContext:
     """The system's authorities, and the operator's own where one is named; read once, which takes a while."""
     context = ssl.create_default_context()
-    if ca_file is not None:
-        context.load_verify_locations(cafile=ca_file)
+    try:
+        if ca_file is not None:
+            context.load_verify_locations(cafile=ca_file)
+    except OSError as error:  # ssl's errors are OSErrors too
+        raise SettingsError(f"setting sources.ca_file: {ca_file} cannot be read as PEM: {error.strerror}") from None
     return context
 
 
