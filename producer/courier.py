@@ -21,7 +21,17 @@ from celery.exceptions import BackendError
 from producer.errors import BrokerUnavailable, CourierError, NotFound, StillRunning, from_payload
 from worker.ledger import Ledger, job_id_for
 from worker.logs import shown_job
-from worker.payloads import DeleteJob, ExistsJob, Job, Level, LookupJob, ServersJob, UploadJob, read_job
+from worker.payloads import (
+    DeleteJob,
+    ExistsJob,
+    Job,
+    Level,
+    LookupJob,
+    ServersJob,
+    StudiesJob,
+    UploadJob,
+    read_job,
+)
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -194,6 +204,21 @@ class Courier:
         """
         job = {"level": level, "uid": uid, **_of(servers), "permanent": permanent, "dry_run": dry_run}
         return self.enqueue("pacs.delete", DeleteJob, job)
+
+    def studies(
+        self,
+        *,
+        mode: str = "both",
+        filters: Mapping[str, str] | None = None,
+        limit: int = 500,
+        cursor: str | None = None,
+    ) -> Handle:
+        """One page of the list of all servers' studies; its ``cursor`` asks for the next.
+
+        `producer.studies.walk` goes through all pages, `producer.studies.StudyList` merges them.
+        """
+        job = {"mode": mode, "filters": dict(filters or {}), "limit": limit, "cursor": cursor}
+        return self.enqueue("pacs.list_studies", StudiesJob, job)
 
     def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
         """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""

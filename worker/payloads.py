@@ -92,6 +92,15 @@ class DeleteJob(Job):
     dry_run: bool = False
 
 
+class StudiesJob(Job):
+    """`pacs.list_studies`: one page of at most ``limit`` studies, from where ``cursor`` says."""
+
+    mode: Mode = "both"
+    filters: Annotated[dict[str, str], Field(max_length=50)] = {}
+    limit: Annotated[int, Field(ge=1, le=5000)] = 500
+    cursor: Annotated[str, Field(max_length=16_384)] | None = None
+
+
 class Payload(BaseModel):
     """What every result says."""
 
@@ -270,6 +279,55 @@ class DeletePayload(Payload):
     servers: list[DeletedEntry]
     timings_ms: dict[str, float]
     attempts: int
+
+
+class StudyOn(BaseModel):
+    """One server's copy of a study. ``images`` is None where the server does not tell."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    server_type: str
+    images: int | None
+    viewer_url: str
+
+
+class StudyEntry(BaseModel):
+    """One study of the list. Its attributes are those of the first server that has them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    study_uid: str
+    servers: list[StudyOn]
+    study_date: str | None = None
+    study_time: str | None = None
+    accession_number: str | None = None
+    study_description: str | None = None
+    patient_id: str | None = None
+    patient_name: str | None = None
+    modalities: list[str] = []
+
+
+class ListedServer(BaseModel):
+    """What became of one server's part of a page. ``count`` is its number of studies on this page."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    server_type: str
+    status: Literal["more", "complete", "unavailable"]
+    count: int = 0
+    error: Fault | None = None
+
+
+class StudiesPayload(Payload):
+    """The result of `pacs.list_studies`. Only a ``cursor`` of None says that the list is at its end."""
+
+    operation: Literal["list_studies"] = "list_studies"
+    mode: str
+    studies: list[StudyEntry]
+    servers: list[ListedServer]
+    cursor: str | None
 
 
 JobType = TypeVar("JobType", bound=Job)

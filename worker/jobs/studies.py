@@ -1,0 +1,207 @@
+"""Which studies there are: `pacs.list_studies`, one bounded page of all servers' lists per job.
+
+A page asks each server for the next part of its list and merges what it got. Where the list goes on is in the
+cursor, which the caller keeps: nothing is remembered here, however long the list is. A server that does not answer
+stays in the cursor, so a list never ends without it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from worker.errors import CourierError, InvalidRequest, Refused
+from worker.jobs.lookups import asked
+from worker.jobs.run import Run
+from worker.jobs.tools import Tools
+from worker.pacs.dicomjson import STUDY_INSTANCE_UID, number, text, values
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Pacs
+from worker.payloads import Dataset, Fault, ListedServer, StudiesJob, StudiesPayload, StudyEntry, StudyOn, read_job
+from worker.settings import ResultSettings
+from worker.viewer import viewer_url
+
+_TEXTS = {
+    "study_date": "00080020",
+    "study_time": "00080030",
+    "accession_number": "00080050",
+    "study_description": "00081030",
+    "patient_id": "00100020",
+}
+_PATIENT_NAME = "00100010"
+_MODALITIES_IN_STUDY = "00080061"
+_NUMBER_OF_INSTANCES = "00201206"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The next part of one server's list. ``next_offset`` is None after its end."""
+
+    studies: list[Dataset]
+    next_offset: int | None
+
+
+def list_studies(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """One page of the merged list (design contract, section 5).
+
+    Raises
+    ------
+    InvalidRequest
+        The cursor is of another list, or a filter cannot be matched by a server that is asked.
+    CourierError
+        No server answered: the error of the first.
+    """
+    job = read_job(StudiesJob, message)
+    offsets = read_cursor(job, tools.fleet)
+    with run.step("list"):
+        parts = _parts(job, offsets, tools.fleet)
+    listed = {name: part for name, part in parts.items() if isinstance(part, Part)}
+    if not listed:
+        raise next(part for part in parts.values() if isinstance(part, CourierError))
+    return StudiesPayload(
+        job_id=run.job_id,
+        mode=job.mode,
+        studies=merge(listed, tools),
+        servers=[_listed(tools.fleet[name], part) for name, part in parts.items()],
+        cursor=_cursor(job, offsets, parts),
+    ).as_json()
+
+
+def read_cursor(job: StudiesJob, fleet: Fleet) -> dict[str, int]:
+    """Where the list goes on, per server that is not at its end.
+
+    Raises
+    ------
+    InvalidRequest
+        The cursor is none of ours, or was given out for another mode, other filters or other servers.
+    """
+    if job.cursor is None:
+        return {pacs.server.name: 0 for pacs in asked(job.mode, fleet)}
+    try:
+        cursor = json.loads(base64.urlsafe_b64decode(job.cursor.encode("ascii")))
+        query, offsets = cursor["query"], {str(name): int(offset) for name, offset in cursor["offsets"].items()}
+    except (ValueError, binascii.Error, KeyError, TypeError, AttributeError):
+        raise InvalidRequest("The cursor is none that a list has given.", details={"field": "cursor"}) from None
+    if query != _query(job) or not offsets or min(offsets.values()) < 0:
+        sentence = "The cursor belongs to a list with another mode or other filters."
+        raise InvalidRequest(sentence, details={"field": "cursor"})
+    return {fleet[name].server.name: offset for name, offset in offsets.items()}
+
+
+def _cursor(job: StudiesJob, offsets: Mapping[str, int], parts: Mapping[str, Part | CourierError]) -> str | None:
+    """What was not asked, or did not answer, goes on where it was."""
+    going_on: dict[str, int] = {}
+    either = job.mode == "either"
+    for name, offset in offsets.items():
+        part = parts.get(name)
+        if not isinstance(part, Part):
+            going_on |= {} if either else {name: offset}  # the first that answers is the one whose list it is
+        elif part.next_offset is not None:
+            going_on[name] = part.next_offset
+    if not going_on:
+        return None
+    cursor = json.dumps({"query": _query(job), "offsets": going_on}, separators=(",", ":"))
+    return base64.urlsafe_b64encode(cursor.encode()).decode("ascii")
+
+
+def _query(job: StudiesJob) -> str:
+    """What a cursor belongs to, without saying it: filters may name a patient."""
+    wish = json.dumps([job.mode, job.filters], sort_keys=True)
+    return hashlib.sha256(wish.encode()).hexdigest()[:16]
+
+
+def _parts(job: StudiesJob, offsets: Mapping[str, int], fleet: Fleet) -> dict[str, Part | CourierError]:
+    """Each server's next part, or why there is none. A refusal of the question refuses the job."""
+    if job.mode == "either":
+        return _first_part(job, offsets, fleet)
+    names = list(offsets)[: job.limit]
+    share = job.limit // len(names)
+    questions = [partial(_part, fleet[name], job.filters, offset=offsets[name], wanted=share) for name in names]
+    parts = dict(zip(names, fleet.gather(questions), strict=True))
+    _raise_refusals(parts.values())
+    return parts
+
+
+def _first_part(job: StudiesJob, offsets: Mapping[str, int], fleet: Fleet) -> dict[str, Part | CourierError]:
+    parts: dict[str, Part | CourierError] = {}
+    for name, offset in offsets.items():
+        question = partial(_part, fleet[name], job.filters, offset=offset, wanted=job.limit)
+        parts[name] = fleet.gather([question])[0]
+        _raise_refusals(parts.values())
+        if isinstance(parts[name], Part):
+            break
+    return parts
+
+
+def _raise_refusals(parts: Any) -> None:
+    for part in parts:
+        if isinstance(part, Refused):
+            raise part
+
+
+def _part(pacs: Pacs, filters: Mapping[str, str], *, offset: int, wanted: int) -> Part:
+    """``wanted`` studies from ``offset``, in as many requests as the server's own page size asks for."""
+    studies: list[Dataset] = []
+    at: int | None = offset
+    while at is not None and len(studies) < wanted:
+        page = pacs.studies(filters=filters, limit=wanted - len(studies), offset=at)
+        studies += page.studies
+        at = page.next_offset
+    return Part(studies, at)
+
+
+def merge(parts: Mapping[str, Part], tools: Tools) -> list[StudyEntry]:
+    """One entry per study, its servers in order; a study that stands twice on overlapping pages counts once."""
+    by_uid: dict[str, dict[str, Dataset]] = {}
+    for name, part in parts.items():
+        for ds in part.studies:
+            by_uid.setdefault(text(ds, STUDY_INSTANCE_UID), {})[name] = ds
+    results = tools.settings.results
+    return [_entry(uid, datasets, tools.fleet, results) for uid, datasets in by_uid.items()]
+
+
+def _entry(uid: str, datasets: Mapping[str, Dataset], fleet: Fleet, results: ResultSettings) -> StudyEntry:
+    places = [_place(fleet[name], uid, ds) for name, ds in datasets.items()]
+    if results.metadata != "full":
+        return StudyEntry(study_uid=uid, servers=places)
+    told = list(datasets.values())
+    return StudyEntry(
+        study_uid=uid,
+        servers=places,
+        patient_name=_first([_person(ds) for ds in told]),
+        modalities=sorted({str(value) for ds in told for value in values(ds, _MODALITIES_IN_STUDY)}),
+        **{name: _first([text(ds, tag) for ds in told]) for name, tag in _TEXTS.items()},
+    )
+
+
+def _place(pacs: Pacs, uid: str, ds: Dataset) -> StudyOn:
+    server = pacs.server
+    link = viewer_url(server, study=uid)
+    images = number(ds, _NUMBER_OF_INSTANCES)
+    return StudyOn(server_name=server.name, server_type=server.type, images=images, viewer_url=link)
+
+
+def _first(told: Sequence[str]) -> str | None:
+    return next((one for one in told if one), None)
+
+
+def _person(ds: Dataset) -> str:
+    found = values(ds, _PATIENT_NAME)
+    name = found[0] if found else ""
+    return str(name.get("Alphabetic", "")) if isinstance(name, dict) else str(name or "")
+
+
+def _listed(pacs: Pacs, part: Part | CourierError) -> ListedServer:
+    server = pacs.server
+    if isinstance(part, CourierError):
+        fault = Fault(code=part.payload["code"], message=part.message)
+        return ListedServer(server_name=server.name, server_type=server.type, status="unavailable", error=fault)
+    count = len({text(ds, STUDY_INSTANCE_UID) for ds in part.studies})
+    status = "complete" if part.next_offset is None else "more"
+    return ListedServer(server_name=server.name, server_type=server.type, status=status, count=count)
