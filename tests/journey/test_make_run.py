@@ -74,8 +74,9 @@ class Demo:
         return re.findall(r"http://127\.0\.0\.1:\d+\S*", self.output)
 
     def leaves_nothing(self) -> bool:
+        """Neither process nor port, once the kernel has cleared away what was killed (memory first, then sockets)."""
         ports = {urlsplit(address).port for address in self.addresses()}
-        return poll(lambda: not self.children(), timeout_s=5) and not any(_listens(port) for port in ports if port)
+        return poll(lambda: not self.children() and not any(_listens(port) for port in ports if port), timeout_s=5)
 
 
 def _listens(port: int) -> bool:
