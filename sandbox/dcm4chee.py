@@ -5,10 +5,11 @@ Only the map of URLs and the door that turns refusals into answers; each service
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import unicodedata
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from aiohttp import web
@@ -25,6 +26,8 @@ from sandbox.web import Handler, Site, Streamed, door, operation
 
 BASE_PATH = "/dcm4chee-arc/aets/DCM4CHEE/rs"
 _CONTEXT = "/dcm4chee-arc"
+#: Far more often than the archive's five minutes, so that they are soon done when the sandbox's clock is moved.
+SCHEDULERS_EVERY_S = 0.5
 _RS = _CONTEXT + "/aets/{aet}/rs"
 _STUDY = _RS + "/studies/{study}"
 _SERIES = _STUDY + "/series/{series}"
@@ -100,9 +103,24 @@ def application(site: Site) -> web.Application:
     archive = Archive(site)
     app = web.Application(middlewares=[_no_raw_caret, door(site), _cors, _gzip], client_max_size=0)
     # Fixed paths come before those with a placeholder in the same place: /studies/count is no study.
+    app.cleanup_ctx.append(_schedulers(archive))
     for method, path, service in sorted(_ROUTES, key=lambda route: ("{study}" in route[1], route[1].count("{"))):
         app.router.add_route(method, path, _handler(archive, service))
     return app
+
+
+def _schedulers(archive: Archive) -> Callable[[web.Application], AsyncIterator[None]]:
+    async def run(_app: web.Application) -> AsyncIterator[None]:
+        async def for_ever() -> None:
+            while True:
+                iocm.run_schedulers(archive)
+                await asyncio.sleep(SCHEDULERS_EVERY_S)
+
+        task = asyncio.create_task(for_ever())
+        yield
+        task.cancel()
+
+    return run
 
 
 def _handler(archive: Archive, service: Service) -> Handler:

@@ -81,7 +81,6 @@ async def storage(archive: Archive, request: web.Request) -> web.StreamResponse:
     usage = wanted.get("usage", "dcmObjectStorageID") == "dcmObjectStorageID"
     if request[MOOD].storage_down or not (ours and usage) or "dcmStorageClusterID" in wanted:
         return plain_json([])
-    archive.store.purge(archive.now_s())
     used = archive.store.tally().size_bytes + archive.store.waiting_bytes()
     usable = 0 if request[MOOD].disk_full else max(TOTAL_BYTES - used, 0)
     if usable >= _bytes(wanted.get("usableSpaceBelow")):

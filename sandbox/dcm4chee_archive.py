@@ -78,6 +78,7 @@ class Archive:
     deleting: set[str] = field(default_factory=set)
     #: POST /ctrl/stop: REST goes on, DIMSE and schedulers stop.
     stopped: bool = False
+    looked_for_expired_at_s: float = 0.0
 
     @property
     def store(self) -> Store:

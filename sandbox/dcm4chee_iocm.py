@@ -17,7 +17,7 @@ from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from sandbox.dcm4chee_admin import finish_task, queue_task
-from sandbox.dcm4chee_aets import NOTE, REJECTION_CODES, REVOKE, ApplicationEntity, RejectionCode
+from sandbox.dcm4chee_aets import EXPIRED, NOTE, REJECTION_CODES, REVOKE, ApplicationEntity, RejectionCode
 from sandbox.dcm4chee_archive import (
     PURGE_INTERVAL_S,
     RESERVED,
@@ -37,6 +37,8 @@ from sandbox.web import MOOD, operation
 
 #: deleteStudyChunkSize
 _CHUNK = 100
+#: Objects rejected with 113039, and their notes, are deleted after a day; the other codes keep theirs.
+EXPIRED_KEPT_S = 86_400.0
 
 
 def _code(text: str) -> RejectionCode:
@@ -97,6 +99,8 @@ def _reject(archive: Archive, ae: ApplicationEntity, code: RejectionCode, named:
             raise refuse(400, f"Rejection of instance[uid={row.sop_instance_uid}] already rejected with {earlier}")
     with archive.store.transaction():
         archive.store.reject([row.key for row in rows], None if code is REVOKE else code.code)
+        for row in rows:
+            archive.store.annotate(row.key, {**row.notes, "rejected_at_s": archive.now_s()})
         if code is not REVOKE:
             _leave_note(archive, code, rows)
     return len(rows)
@@ -218,19 +222,37 @@ async def delete_rejected(archive: Archive, request: web.Request) -> web.StreamR
         raise invalid(request, "Invalid keepRejectionNote", asked["keepRejectionNote"])
     code = _code(request.match_info["code"])
     need_database(request)
-    view = f"rejection = '{code.code}'"
-    if asked.get("keepRejectionNote") != "true":
-        view += f" OR rejection = '{NOTE}{code.code}'"
-    rows = [row for row in archive.store.instances(view=view) if before_s is None or row.received_at_s < before_s]
+    rows = _rejected_with(archive, code.code, before_s)
+    if asked.get("keepRejectionNote") == "true":
+        rows = [row for row in rows if row.rejection == code.code]
     for start in range(0, len(rows), _CHUNK):
         archive.store.delete(rows[start : start + _CHUNK], free_at_s=archive.now_s() + PURGE_INTERVAL_S)
         await asyncio.sleep(0)
     return plain_json({"deleted": len(rows)})
 
 
-def _before_s(request: web.Request, text: str | None) -> float | None:
+def _rejected_with(archive: Archive, code: str, before_s: float) -> list[Row]:
+    """Instances rejected with a code before that time, and the notes that say so."""
+    rows = archive.store.instances(view=f"rejection IN ('{code}', '{NOTE}{code}')")
+    return [row for row in rows if row.notes.get("rejected_at_s", row.received_at_s) < before_s]
+
+
+def run_schedulers(archive: Archive) -> None:
+    """What the archive does by itself: delete what expired a day ago, free the files of what was deleted."""
+    if archive.stopped:
+        return
+    now_s = archive.now_s()
+    archive.store.purge(now_s)
+    # The clock can be moved back as well as on.
+    if abs(now_s - archive.looked_for_expired_at_s) >= PURGE_INTERVAL_S:
+        archive.looked_for_expired_at_s = now_s
+        expired = _rejected_with(archive, EXPIRED, now_s - EXPIRED_KEPT_S)
+        archive.store.delete(expired, free_at_s=now_s + PURGE_INTERVAL_S)
+
+
+def _before_s(request: web.Request, text: str | None) -> float:
     if text is None:
-        return None
+        return float("inf")
     if not re.fullmatch(r"(19|20)\d\d-\d\d-\d\d", text):
         raise invalid(request, "Invalid rejectedBefore", text)
     try:
