@@ -33,6 +33,8 @@ _BINARY = {"FL": "f", "FD": "d", "SL": "i", "SS": "h", "SV": "q", "UL": "I", "US
 _PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 #: A value longer than this stays on disk until somebody asks for it.
 _DEFER_BYTES = 1 << 20
+#: Padding and signatures after the pixels are shorter than this.
+_MAY_FOLLOW_BYTES = 1 << 16
 UNDEFINED = 0xFFFFFFFF
 DEFLATED = "1.2.840.10008.1.2.1.99"
 
@@ -121,9 +123,15 @@ def _pixels(file: BinaryIO, position: int, dataset: FileDataset) -> int | None:
         length, start = struct.unpack(f"{order}L", head[8:12])[0], position + 12
     else:
         raise NotDicom("the file ends within its pixel data")
-    if length != UNDEFINED and start + length > size_bytes:
+    if start + length > size_bytes if length != UNDEFINED else not _has_delimiter(file, start, order):
         raise NotDicom("the file ends within its pixel data")
     return position
+
+
+def _has_delimiter(file: BinaryIO, start: int, order: str) -> bool:
+    """Whether the fragments are closed, near the end of the file (little may follow them)."""
+    file.seek(max(start, file.seek(0, io.SEEK_END) - _MAY_FOLLOW_BYTES))
+    return struct.pack(f"{order}HHL", 0xFFFE, 0xE0DD, 0) in file.read()
 
 
 def _check_last(dataset: FileDataset, position: int, size_bytes: int) -> None:
@@ -133,7 +141,8 @@ def _check_last(dataset: FileDataset, position: int, size_bytes: int) -> None:
     last = max(dataset.values(), key=lambda element: int(element.tag))
     if not isinstance(last, RawDataElement) or last.value is None or last.length == UNDEFINED:
         return
-    if len(last.value) < last.length:
+    after = size_bytes - last.value_tell - last.length
+    if after < 0 or 0 < after < 8:
         raise NotDicom("the file ends within an element")
 
 

@@ -187,7 +187,7 @@ async def read_parts(
     Raises `BrokenMultipart`, `TooLarge` and what `body` raises; the part that was under way is discarded then. The
     parts yielded are the caller's to keep or discard.
     """
-    splitter = _Splitter(boundary, store)
+    splitter = Splitter(boundary, store)
     received = 0
     try:
         async for chunk in body(request):
@@ -201,7 +201,7 @@ async def read_parts(
         splitter.discard()
 
 
-class _Splitter:
+class Splitter:
     """python-multipart's parser, from callbacks to parts."""
 
     def __init__(self, boundary: str, store: Store) -> None:

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+
+from sandbox.moods import Clock, Mood, MoodError, Moods, parse
+
+
+def test_a_mood_that_is_bounded_ends_after_so_many_requests() -> None:
+    moods = Moods()
+    moods.put("msdicom", "store", Mood(status=503), times=2)
+    assert [moods.take("msdicom", "store").status for _ in range(3)] == [503, 503, None]
+
+
+def test_a_bounded_mood_of_all_operations_counts_every_request_once() -> None:
+    moods = Moods()
+    moods.put("msdicom", "*", Mood(hang=True), times=2)
+    taken = [moods.take("msdicom", name).hang for name in ("store", "*", "query")]
+    assert taken == [True, True, False]
+
+
+def test_looking_at_a_mood_uses_nothing_up() -> None:
+    moods = Moods()
+    moods.put("msdicom", "store", Mood(hang=True), times=1)
+    assert moods.look("msdicom", "store").hang
+    assert moods.take("msdicom", "store").hang
+
+
+def test_an_operations_own_fields_are_laid_over_those_of_all_and_the_usual_ones() -> None:
+    moods = Moods(usual=Mood(latency_ms=(1, 2), refuse=True))
+    moods.put("dcm4chee", "*", Mood(latency_ms=50, status=500))
+    moods.put("dcm4chee", "query", Mood(status=429))
+    assert moods.look("dcm4chee", "query") == Mood(latency_ms=50, status=429, refuse=True)
+    assert moods.look("dcm4chee", "store").status == 500
+    moods.clear()
+    assert moods.look("dcm4chee", "query") == Mood(latency_ms=(1, 2), refuse=True)
+
+
+def test_latency_stays_within_its_bounds() -> None:
+    drawn = [Mood(latency_ms=(10, 20)).latency_s() for _ in range(100)]
+    assert 0.010 <= min(drawn) < max(drawn) <= 0.020
+    assert Mood(latency_ms=30).latency_s() == 0.030
+    assert Mood().latency_s() == 0
+
+
+def test_every_field_of_a_mood_can_be_wished_for_and_is_shown_again() -> None:
+    wish = {
+        "latency_ms": 5,
+        "refuse": True,
+        "hang": True,
+        "drip_bytes_per_s": 1,
+        "status": 503,
+        "retry_after_s": 1.5,
+        "reset_after_bytes": 0,
+        "truncate": "cleanly",
+        "commit_then_drop": True,
+        "disk_full": "A700",
+        "transient_272": True,
+        "pending_45071": "never",
+        "lose_last_part": True,
+        "unauthorized": True,
+        "database_down": True,
+        "storage_down": True,
+        "bearer": True,
+        "token_lifetime_s": 3,
+    }
+    assert set(wish) == set(Mood.__dataclass_fields__)
+    mood, times = parse({**wish, "times": 4})
+    assert mood.as_json() == wish
+    assert times == 4
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"times": True},
+        {"times": 1.5},
+        {"drip_bytes_per_s": 0},
+        {"truncate": "dirty"},
+        {"status": 99},
+        {"latency_ms": [1]},
+        {"latency_ms": -1},
+        {"hang": 1},
+        {"pending_45071": "soon"},
+        {"humour": "dry"},
+    ],
+)
+def test_what_cannot_be_meant_is_refused(wish: dict[str, object]) -> None:
+    with pytest.raises(MoodError):
+        parse(wish)
+
+
+def test_a_token_issued_after_the_mood_is_new() -> None:
+    clock = Clock()
+    moods = Moods(clock)
+    moods.put("msdicom", "*", Mood(unauthorized=True))
+    assert moods.is_old_token("msdicom", "query", "Bearer a", clock.now_s() - 1)
+    assert not moods.is_old_token("msdicom", "query", "Bearer a", clock.now_s() + 1)
+    assert moods.is_old_token("msdicom", "query", None, None)
+
+
+def test_the_clock_runs_ahead_by_what_it_was_moved() -> None:
+    clock = Clock()
+    before_s = clock.now_s()
+    clock.ahead_s = 1000
+    assert clock.now_s() - before_s >= 1000
