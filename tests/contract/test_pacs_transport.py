@@ -31,6 +31,7 @@ from worker.settings import AuthSettings, ServerSettings, SettingsError
 
 SECRET = "swordfish"
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Type: application/dicom+json\r\nContent-Length: 2\r\n\r\n[]"
+OAuth2 = Callable[[str], AuthSettings]
 Reply = bytes | Callable[["Scripted", socket.socket], None]
 
 
@@ -185,6 +186,8 @@ def test_no_answer_is_unavailable_and_leaves_open_what_was_done(
         http(200, b'["1.1"]'),
         http(200, b"[{}]"),
         http(200, b""),
+        http(200, b"\xff\xfe"),
+        http(200, b"[" * 100_000),
         http(404, b""),
         http(302, b"", "Location: http://127.0.0.1:1/elsewhere"),
     ],
@@ -210,6 +213,18 @@ def cut_off_chunked(_: Scripted, connection: socket.socket) -> None:
 def test_an_answer_that_was_cut_off_is_no_answer(scripted: Callable[..., Scripted], reply: Reply) -> None:
     with pytest.raises(PacsMisanswered, match="cut off"):
         pacs(scripted(reply).url).find("study", "1.1")
+
+
+@pytest.mark.parametrize("length", ["-5", "many", "3, 4", "1e3", ""])
+def test_a_length_that_is_none_is_an_error_of_ours(scripted: Callable[..., Scripted], length: str) -> None:
+    def answer(server: Scripted, connection: socket.socket) -> None:
+        connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n[".encode())
+        drop(server, connection)
+
+    ward = pacs(scripted(answer).url, max_concurrency=1)
+    for _ in range(2):
+        with pytest.raises((PacsMisanswered, PacsUnavailable)):
+            ward.find("study", "1.1")
 
 
 def stop_midway(server: Scripted, connection: socket.socket) -> None:
@@ -305,9 +320,14 @@ def test_no_more_connections_than_allowed_are_open(scripted: Callable[..., Scrip
     assert len(server.asked) == 6
 
 
-def test_the_environments_proxy_is_not_used(scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port()}")
-    assert pacs(scripted(EMPTY).url).find("study", "1.1") == []
+def test_the_environments_proxy_is_not_used_for_a_server_or_its_tokens(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch, oauth2: OAuth2
+) -> None:
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("NO_PROXY", "")
+    tokens = scripted(token("t1"))
+    assert pacs(scripted(EMPTY).url, auth=oauth2(tokens.url)).find("study", "1.1") == []
 
 
 class Reluctant(Scripted):
@@ -491,9 +511,6 @@ def oauth2(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AuthSettings]:
     return settings
 
 
-OAuth2 = Callable[[str], AuthSettings]
-
-
 def bearers(server: Scripted) -> list[str]:
     return [asked.headers["authorization"].removeprefix("Bearer ") for asked in server.asked]
 
@@ -603,6 +620,25 @@ def test_a_certificate_is_checked_against_the_file_in_the_settings(
 ) -> None:
     server = scripted(EMPTY, tls=tls(certificate))
     assert pacs(server.url, ca_file=certificate).find("study", "1.1") == []
+
+
+def test_a_token_endpoint_is_checked_against_it_too(
+    scripted: Callable[..., Scripted], certificate: Path, oauth2: OAuth2
+) -> None:
+    tokens = scripted(token("t1"), tls=tls(certificate))
+    server = scripted(EMPTY)
+    assert pacs(server.url, ca_file=certificate, auth=oauth2(tokens.url)).find("study", "1.1") == []
+    with pytest.raises(PacsUnavailable, match="token endpoint"):
+        pacs(server.url, auth=oauth2(tokens.url)).find("study", "1.1")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate"])
+def test_an_authority_that_cannot_be_read_stops_the_start(tmp_path: Path, content: bytes | None) -> None:
+    ca_file = tmp_path / "ca.pem"
+    if content is not None:
+        ca_file.write_bytes(content)
+    with pytest.raises(SettingsError, match="ca_file of server ward"):
+        pacs("https://127.0.0.1:1", ca_file=ca_file)
 
 
 def test_a_certificate_that_nobody_vouches_for_is_not_accepted(

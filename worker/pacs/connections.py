@@ -5,16 +5,16 @@ urllib3's pools, with two limits added; what is said over a connection is none o
 
 from __future__ import annotations
 
+import ssl
 import time
 from typing import Any
 
-import certifi
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ProtocolError
 from urllib3.util import parse_url
 
-from worker.settings import ServerSettings
+from worker.settings import ServerSettings, SettingsError
 
 #: How long an idle connection is trusted when the server does not say how long it keeps one.
 DEFAULT_IDLE_S = 15.0
@@ -95,8 +95,25 @@ def pool(server: ServerSettings) -> HTTPConnectionPool:
     }
     if url.scheme == "http":
         return _PlainPool(str(url.host), url.port, **options)
-    ca_certs = str(server.ca_file or certifi.where())
-    return _TlsPool(str(url.host), url.port, ca_certs=ca_certs, cert_reqs="CERT_REQUIRED", **options)
+    return _TlsPool(str(url.host), url.port, ssl_context=authorities(server), **options)
+
+
+def authorities(server: ServerSettings) -> ssl.SSLContext:
+    """The system's authorities, and the operator's own where one is named. Reading them takes a while.
+
+    Raises
+    ------
+    SettingsError
+        ``ca_file`` cannot be read.
+    """
+    context = ssl.create_default_context()
+    try:
+        if server.ca_file is not None:
+            context.load_verify_locations(cafile=server.ca_file)
+    except OSError as error:  # ssl's errors are OSErrors too
+        sentence = f"ca_file of server {server.name}: {server.ca_file} cannot be read as PEM: {error.strerror}"
+        raise SettingsError(sentence) from None
+    return context
 
 
 def idle_limit_s(keep_alive: str | None) -> float:

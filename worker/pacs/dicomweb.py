@@ -142,7 +142,7 @@ class DicomWeb:
     def parse(self, answer: Answer) -> Any:
         try:
             return json.loads(answer.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.misanswered("something that is not JSON") from error
 
     def misanswered(self, what: str) -> PacsMisanswered:

@@ -6,20 +6,35 @@ answers stands in no message, because it may echo the client's secret.
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable
 from threading import Lock
+from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 from requests_oauth2client import OAuth2Client
 from requests_oauth2client.exceptions import EndpointError, InvalidTokenResponse, OAuth2Error, ServerError
 
 from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from worker.pacs.connections import authorities
 from worker.settings import ServerSettings
 
 #: A token is fetched again this long before it expires, or after two thirds of a shorter life.
 AHEAD_S = 60.0
 TOKEN_READ_TIMEOUT_S = 30.0
+
+
+class _Trusting(HTTPAdapter):
+    """Trusts whom the server's own connections trust."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
 
 
 class ClientCredentials:
@@ -29,8 +44,7 @@ class ClientCredentials:
         auth = server.auth
         session = requests.Session()
         session.trust_env = False
-        if server.ca_file is not None:
-            session.verify = str(server.ca_file)
+        session.mount("https://", _Trusting(authorities(server)))
         self._server = server
         self._clock = clock
         self._lock = Lock()
