@@ -12,18 +12,17 @@ from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 from pydicom import Dataset, dcmread
-from pydicom.encaps import generate_frames
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
-from sandbox import pictures
+from sandbox import pictures, pixels
 from sandbox.datasets import DEFLATED, Header
 from sandbox.dcm4chee_archive import Archive, Refusal, refuse, warning
 from sandbox.dcm4chee_media import ANY, Media, accepted
 from sandbox.dcm4chee_objects import has_pixels, read_header
 from sandbox.dcm4chee_retrieval import OCTETS, Matched, Parts, completeness, match_rows, not_acceptable, related
 from sandbox.store import Row
-from sandbox.web import CHUNK_BYTES, Streamed, file_chunks, operation
+from sandbox.web import CHUNK_BYTES, Streamed, operation
 
 #: The media type of one compressed frame.
 FRAME_TYPES = {
@@ -91,30 +90,14 @@ def _frame_form(request: web.Request, row: Row) -> tuple[str, bool]:
 
 
 async def _frame(row: Row, header: Header, number: int, compressed: bool) -> AsyncIterator[bytes]:
-    """One frame's bytes."""
-    if compressed:
-        yield await asyncio.to_thread(_encapsulated_frame, row, header, number)
-        return
-    ds = header.dataset
+    """One frame's bytes, as they lie in the file where that is what was asked for."""
     syntax = UID(row.transfer_syntax_uid)
-    bits = int(ds.Rows) * int(ds.Columns) * int(ds.get("SamplesPerPixel", 1)) * int(ds.BitsAllocated)
-    in_place = not syntax.is_compressed and syntax.is_little_endian and header.pixels_at is not None and bits % 8 == 0
-    if in_place:
-        start = (header.pixels_at or 0) + (8 if header.implicit_vr else 12) + (number - 1) * bits // 8
-        async for chunk in file_chunks(row.path, start, start + bits // 8):
+    native = not syntax.is_compressed and syntax.is_little_endian and int(header.dataset.BitsAllocated) % 8 == 0
+    if header.pixels_at is not None and (compressed or native):
+        async for chunk in pixels.frame_chunks(row.path, header, number):
             yield chunk
     else:
         yield await asyncio.to_thread(_decoded_frame, row, number)
-
-
-def _encapsulated_frame(row: Row, header: Header, number: int) -> bytes:
-    with row.path.open("rb") as file:
-        file.seek((header.pixels_at or 0) + 12)
-        count = int(header.dataset.get("NumberOfFrames") or 1)
-        for at, content in enumerate(generate_frames(file, number_of_frames=count), 1):
-            if at == number:
-                return content
-    raise OSError(f"frame {number} is missing")
 
 
 def _decoded_frame(row: Row, number: int) -> bytes:
