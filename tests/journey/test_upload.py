@@ -7,7 +7,6 @@ import hashlib
 import pytest
 import requests
 
-from producer import Courier
 from producer.errors import (
     ImageAlreadyExists,
     InvalidRequest,
@@ -22,29 +21,9 @@ from sandbox.synthetic import image, new_uid
 WAIT_S = 30
 
 
-@pytest.fixture
-def courier(worker):
-    running = worker(jobs={"max_attempts": 3, "backoff_base_s": 0.1, "sweep_s": 0.1})
-    with Courier(running.settings) as courier:
-        yield courier
-
-
 def studies_on(url, study):
     answer = requests.get(f"{url}/studies/{study}/instances", headers={"Accept": "application/dicom+json"}, timeout=10)
     return answer.json() if answer.status_code == 200 else []
-
-
-def put_directly(url, body):
-    answer = requests.post(
-        f"{url}/studies",
-        data=b"--b\r\nContent-Type: application/dicom\r\n\r\n" + body + b"\r\n--b--\r\n",
-        headers={
-            "Accept": "application/dicom+json",
-            "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
-        },
-        timeout=10,
-    )
-    assert answer.status_code == 200
 
 
 def test_a_new_study_goes_to_the_preferred_server_and_the_payload_says_everything(courier, image_server, sandbox):
@@ -71,9 +50,9 @@ def test_a_new_study_goes_to_the_preferred_server_and_the_payload_says_everythin
     assert studies_on(sandbox.dcm4chee, study) == []
 
 
-def test_the_next_image_of_a_study_follows_it_to_its_server(courier, image_server, sandbox):
+def test_the_next_image_of_a_study_follows_it_to_its_server(courier, image_server, sandbox, put):
     study = new_uid()
-    put_directly(sandbox.dcm4chee, image(study))
+    put(sandbox.dcm4chee, image(study))
     payload = courier.upload(image_server.put("b.dcm", image(study))).result(timeout_s=WAIT_S)
     assert (payload["server_name"], payload["study_action"]) == ("dcm4chee", "updated")
     assert payload["route"]["reason"] == "study_exists"
@@ -81,9 +60,9 @@ def test_the_next_image_of_a_study_follows_it_to_its_server(courier, image_serve
     assert len(studies_on(sandbox.dcm4chee, study)) == 2
 
 
-def test_an_image_that_is_there_is_refused_with_the_name_of_the_server(courier, image_server, sandbox):
+def test_an_image_that_is_there_is_refused_with_the_name_of_the_server(courier, image_server, sandbox, put):
     study, sop = new_uid(), new_uid()
-    put_directly(sandbox.dcm4chee, image(study, sop=sop))
+    put(sandbox.dcm4chee, image(study, sop=sop))
     with pytest.raises(ImageAlreadyExists) as caught:
         courier.upload(image_server.put("c.dcm", image(study, sop=sop))).result(timeout_s=WAIT_S)
     assert (caught.value.server_name, caught.value.server_type) == ("dcm4chee", "dcm4chee")
