@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from producer.commands import deletions, lookups, servers, uploads
+from producer.commands import deletions, lookups, servers, studies, uploads
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -22,6 +22,7 @@ for command in (
     uploads.result,
     lookups.exists,
     lookups.metadata,
+    studies.studies,
     deletions.delete,
     servers.status,
     servers.storage,

@@ -63,9 +63,12 @@ def shown_job(job: object) -> str:
     """A job as Flower, events and logs may show it."""
     if not isinstance(job, Mapping):
         return "{…}"
-    shown = {
-        str(name): shown_url(value) if isinstance(value, str) and ("://" in value or "?" in value) else value
-        for name, value in job.items()
-        if name != "idempotency_key"
-    }
+    hidden = ("idempotency_key", "cursor")
+    shown = {str(name): _shown_field(str(name), value) for name, value in job.items() if name not in hidden}
     return json.dumps(shown, ensure_ascii=False)[:500]
+
+
+def _shown_field(name: str, value: object) -> object:
+    if name == "filters":  # a filter's value may be a patient's name
+        return sorted(str(keyword) for keyword in value) if isinstance(value, Mapping) else "…"
+    return shown_url(value) if isinstance(value, str) and ("://" in value or "?" in value) else value
