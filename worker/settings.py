@@ -98,7 +98,7 @@ class RoutingSettings(_Section):
 
 
 class S3Settings(_Section):
-    """``buckets`` are those that images may come from; none are without an entry, ``*`` stands for all."""
+    """``buckets`` are those that may be used; none are without an entry, ``*`` stands for all."""
 
     buckets: tuple[str, ...] = ()
     endpoint_url: str | None = None
@@ -119,6 +119,13 @@ class SourceSettings(_Section):
     total_timeout_s: Annotated[float, Field(gt=0)] = 900
     max_redirects: Annotated[int, Field(ge=0)] = 5
     ca_file: Path | None = None
+    s3: S3Settings = S3Settings()
+
+
+class DownloadSettings(_Section):
+    """Where downloads may go: below ``folders``, and into the buckets of ``s3``; nowhere without an entry."""
+
+    folders: tuple[Path, ...] = ()
     s3: S3Settings = S3Settings()
 
 
@@ -143,6 +150,7 @@ class JobSettings(_Section):
     sweep_s: Annotated[float, Field(gt=0)] = 1
     max_attempts: Annotated[int, Field(ge=1)] = 12
     max_deaths: Annotated[int, Field(ge=1)] = 3
+    pending_wait_s: Annotated[float, Field(gt=0)] = 20
     backoff_base_s: Annotated[float, Field(gt=0)] = 1
     backoff_cap_s: Annotated[float, Field(gt=0)] = 60
 
@@ -151,6 +159,7 @@ class Settings(_Section):
     servers: tuple[ServerSettings, ...] = ()
     routing: RoutingSettings = RoutingSettings()
     sources: SourceSettings = SourceSettings()
+    downloads: DownloadSettings = DownloadSettings()
     results: ResultSettings = ResultSettings()
     queue: QueueSettings = QueueSettings()
     jobs: JobSettings = JobSettings()

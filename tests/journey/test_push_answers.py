@@ -15,7 +15,7 @@ WAIT_S = 60
 
 @pytest.fixture
 def courier(worker):
-    running = worker(jobs={"max_attempts": 6, "backoff_base_s": 0.05, "sweep_s": 0.1})
+    running = worker(jobs={"max_attempts": 6, "backoff_base_s": 0.05, "sweep_s": 0.1, "pending_wait_s": 0.5})
     with Courier(running.settings) as courier:
         yield courier
 

@@ -278,7 +278,10 @@ def _judge(outcome: Outcome, memo: Memo, pacs: Pacs, *, resumed: bool, tools: To
         case Fate.UNMENTIONED:
             raise PacsMisanswered(f"{memo.server} did not say what became of the image; it is sent again.", **context)
         case Fate.PENDING:
-            raise PacsUnavailable(f"{memo.server} says that it is storing this image already.", **context)
+            wait_s = tools.settings.jobs.pending_wait_s
+            raise PacsUnavailable(
+                f"{memo.server} says that it is storing this image already.", retry_after_s=wait_s, **context
+            )
         case Fate.TRY_AGAIN:
             raise PacsUnavailable(f"{memo.server} had trouble while storing the image{said}.", **context)
 
