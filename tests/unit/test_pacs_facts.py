@@ -401,7 +401,7 @@ def test_orthanc_04_which_of_several_bad_files_is_bad_is_not_told() -> None:
     assert fates(pacs, "1.3", "1.4") == [Fate.UNMENTIONED, Fate.UNMENTIONED]
 
 
-def test_orthanc_05_a_file_without_preamble_would_be_refused_so_it_gets_one() -> None:
+def test_orthanc_05_a_file_without_preamble_is_no_file_of_the_standard_so_it_gets_one() -> None:
     pacs, wire = asked("orthanc", Reply(200, stow([item("1.3")])))
     pacs.store([part(has_preamble=False)])
     assert PREAMBLE + b"content" in wire.bodies[0]

@@ -25,7 +25,7 @@ def test_no_habit_is_told_twice() -> None:
 @pytest.mark.parametrize("section", SECTIONS, ids=HEADINGS)
 def test_each_habit_names_its_product_with_a_version_and_how_it_is_known(section: str) -> None:
     line = section.split("\n")[1]
-    assert re.match(r"[A-Z][\w' ]+.*\d.*, (read|seen)\.", line), line
+    assert re.match(r"[A-Z][\w' ]+.*\d.*, (read|seen)\b", line), line
 
 
 @pytest.mark.parametrize(("module", "heading"), CITED)

@@ -11,7 +11,7 @@ import pytest
 from worker.instances import Instance
 from worker.pacs import dcm4chee, msdicom, plain
 from worker.pacs.protocol import Fate, Part
-from worker.pacs.stow import PREAMBLE_ADDED, Codes, fate_of, judge, rejected_if_alone, unmentioned
+from worker.pacs.stow import Codes, fate_of, judge, rejected_if_alone, unmentioned
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 NOT_DICOM_CLASS = "1.2.40.0.13.1.15.110.3.165.2"
@@ -64,8 +64,8 @@ STANDARD = {
 }
 
 
-def part(uid: str, *, has_preamble: bool = True) -> Part:
-    return Part(Instance("1.1", "1.2", uid, CT, "1.2.840.10008.1.2.1", has_preamble), io.BytesIO, 0)
+def part(uid: str) -> Part:
+    return Part(Instance("1.1", "1.2", uid, CT, "1.2.840.10008.1.2.1"), io.BytesIO, 0)
 
 
 def stored(uid: str, **more: Any) -> dict[str, Any]:
@@ -196,12 +196,6 @@ def test_bad_file_without_saying_which_is_the_only_part_left() -> None:
 def test_bad_file_without_saying_which_stays_open_among_several() -> None:
     outcomes = judge([part("9.1"), part("9.2")], {}, codes={}, warnings_of=lambda _: ())
     assert [outcome.fate for outcome in rejected_if_alone(outcomes, "bad")] == [Fate.UNMENTIONED] * 2
-
-
-def test_an_added_preamble_is_told() -> None:
-    parts = [part("9.1"), part("9.2", has_preamble=False)]
-    outcomes = judge(parts, answer(ok=[stored("9.1"), stored("9.2")]), codes={}, warnings_of=lambda _: ())
-    assert [outcome.warnings for outcome in outcomes] == [(), (PREAMBLE_ADDED,)]
 
 
 COMMENT = "DICOM100: (0010,0010) - value 'Hall^Peter' has an invalid character"

@@ -25,7 +25,6 @@ from worker.payloads import Dataset
 
 BLOCK_BYTES = 256 * 1024
 PREAMBLE = b"\0" * 128 + b"DICM"
-PREAMBLE_ADDED = "stored with the preamble that the file lacked"
 
 #: What a code in FailureReason (0008,1197) means for the job, and a sentence for people.
 Codes = Mapping[int, tuple[Fate, str]]
@@ -34,7 +33,8 @@ Codes = Mapping[int, tuple[Fate, str]]
 class StowBody:
     """The multipart/related body for ``parts``; each iteration opens them afresh and reads them in blocks.
 
-    Oddity: "The type of a part takes no parameter". Oddity: "Orthanc wants a preamble".
+    Oddity: "The type of a part takes no parameter". A file without preamble gets one.
+    Oddity: "Orthanc can do without a preamble".
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -123,8 +123,6 @@ _FAMILIES: Mapping[tuple[int, int], tuple[Fate, str]] = {
 
 
 def _stored(part: Part, warnings: tuple[str, ...]) -> Outcome:
-    if not part.instance.has_preamble:
-        warnings = (*warnings, PREAMBLE_ADDED)
     return Outcome(part.instance.sop_instance_uid, Fate.STORED, warnings=warnings)
 
 
