@@ -1529,3 +1529,110 @@ def test_every_row_is_run_or_listed_with_its_reason() -> None:
     assert listed.isdisjoint(ROWS)
     assert listed | set(ROWS) == ALL_ROWS
     assert len(listed) * 4 <= len(ALL_ROWS)
+
+
+# -- what has no row --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def v2(sandbox: SandboxPart, http: requests.Session) -> Server:
+    return Server(sandbox, 2, http)
+
+
+def test_paths_bear_a_known_version_and_answers_name_them(v2: Server) -> None:
+    origin = v2.base.removesuffix("/v2")
+    assert v2.get(origin + "/v3/studies", DICOM_JSON).status_code == 400
+    assert v2.get(origin + "/studies", DICOM_JSON).status_code == 404
+    answer = v2.get(origin + "/v1.0/studies", DICOM_JSON)
+    assert answer.status_code == 204
+    assert answer.headers["api-supported-versions"]
+
+
+def test_there_is_no_put_and_no_partition(v2: Server) -> None:
+    assert v2.send("PUT", f"/studies/{new_uid()}", data=b"").status_code == 405
+    assert v2.get("/partitions").status_code == 400
+    assert v2.get("/partitions/one/studies", DICOM_JSON).status_code == 400
+
+
+def test_retrieves_want_an_accept_header_and_answer_a_wildcard_in_parts(v2: Server) -> None:
+    one = image(new_uid())
+    v2.stored(one)
+    path = v2.instance_path(one)
+    for resource in (study_path(one), path, path + "/frames/1", path + "/metadata"):
+        assert v2.get(resource).status_code == 406
+    assert contents_of(v2.get(path, "*/*")) == [one]
+    (part,) = parts_of(v2.get(path, "*/*"))
+    assert part.items() == [("Content-Type", f"application/dicom; transfer-syntax={EXPLICIT_LE}")]
+
+
+def test_several_instances_are_only_given_as_stored(v2: Server) -> None:
+    tree = Tree(v2, 2)
+    for syntax in (None, EXPLICIT_LE):
+        assert v2.get(tree.study_path, accept(False, syntax)).status_code == 406
+
+
+def test_an_implicit_file_comes_back_explicit_unless_asked_for_as_stored(v2: Server) -> None:
+    ds = parse(image(new_uid()))
+    ds.file_meta.TransferSyntaxUID = IMPLICIT_LE
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, ds, implicit_vr=True, little_endian=True, enforce_file_format=True)
+    implicit = buffer.getvalue()
+    assert v2.single(implicit).ok
+    path = v2.instance_path(implicit)
+    assert v2.get(path, "application/dicom; transfer-syntax=*").content == implicit
+    explicit = parse(v2.get(path, "application/dicom").content)
+    assert explicit.file_meta.TransferSyntaxUID == EXPLICIT_LE
+    assert explicit.PixelData == ds.PixelData
+
+
+def test_a_deleted_instance_can_be_stored_again_at_once(v2: Server) -> None:
+    one = image(new_uid())
+    v2.stored(one)
+    assert v2.delete(v2.instance_path(one)).status_code == 204
+    assert v2.single(one).status_code == 200
+
+
+def test_frames_are_served_from_a_cache_that_no_delete_clears(v2: Server) -> None:
+    one = image(new_uid())
+    v2.stored(one)
+    path = v2.instance_path(one)
+    before = v2.get(path + "/frames/1", "application/octet-stream")
+    assert before.status_code == 200
+    v2.delete(path)
+    after = v2.get(path + "/frames/1", "application/octet-stream")
+    assert (after.status_code, after.content) == (200, before.content)
+    requests.put(f"{v2.part.control}/clock", json={"advance_s": 301}, timeout=10)
+    assert v2.get(path + "/frames/1", "application/octet-stream").status_code == 404
+
+
+def test_a_file_without_preamble_is_none(v2: Server) -> None:
+    answer = v2.single(image(new_uid())[132:])
+    assert (answer.status_code, reasons(answer)) == (409, [43264])
+    assert set(answer.json()["00081198"]["Value"][0]) == {"00081197"}
+
+
+def test_pages_end_with_a_204_and_are_filled_newest_first(v2: Server) -> None:
+    studies = [new_uid() for _ in range(5)]
+    for study in studies:
+        v2.stored(image(study, side=8))
+    pages = [v2.query(f"/studies?limit=2&offset={offset}") for offset in (0, 2, 4, 6)]
+    found = [{value(hit, "0020000D") for hit in page.json()} for page in pages[:3]]
+    assert found == [set(studies[3:]), set(studies[1:3]), {studies[0]}]
+    assert (pages[3].status_code, pages[3].content) == (204, b"")
+
+
+def test_fields_beyond_the_index_come_from_the_newest_instance(v2: Server) -> None:
+    study = new_uid()
+    v2.stored(image(study, BodyPartExamined="HEAD"))
+    v2.stored(image(study, BodyPartExamined="FOOT"))
+    (found,) = v2.query(f"/studies?StudyInstanceUID={study}&includefield=BodyPartExamined").json()
+    assert value(found, "00180015") == "FOOT"
+    (found,) = v2.query(f"/studies?StudyInstanceUID={study}").json()
+    assert set(found) <= tags(STUDY_DEFAULTS[2])
+
+
+def test_the_stored_url_follows_the_host_header(v2: Server) -> None:
+    one = image(new_uid())
+    headers = {"Accept": DICOM_JSON, "Content-Type": "application/dicom", "Host": "pacs.example"}
+    answer = v2.send("POST", "/studies", data=one, headers=headers)
+    assert value(referenced(answer)[0], "00081190") == "http://pacs.example/v2" + v2.instance_path(one)
