@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from producer.commands import deletions, lookups, servers, studies, uploads
+from producer.commands import deletions, downloads, lookups, servers, studies, uploads
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -24,6 +24,7 @@ for command in (
     lookups.metadata,
     studies.studies,
     deletions.delete,
+    downloads.download,
     servers.status,
     servers.storage,
     servers.database,

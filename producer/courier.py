@@ -23,6 +23,7 @@ from worker.ledger import Ledger, job_id_for
 from worker.logs import shown_job
 from worker.payloads import (
     DeleteJob,
+    DownloadJob,
     ExistsJob,
     Job,
     Level,
@@ -219,6 +220,13 @@ class Courier:
         """
         job = {"mode": mode, "filters": dict(filters or {}), "limit": limit, "cursor": cursor}
         return self.enqueue("pacs.list_studies", StudiesJob, job)
+
+    def download(
+        self, study_uid: str, destination: str, *, format: Literal["zip", "files"] = "zip", mode: str = "either"
+    ) -> Handle:
+        """Bring a study to the ZIP file or folder that ``destination`` (file, s3) names; it overwrites nothing."""
+        job = {"study_uid": study_uid, "destination": destination, "format": format, "mode": mode}
+        return self.enqueue("pacs.download", DownloadJob, job)
 
     def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
         """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""

@@ -16,6 +16,7 @@ from celery import Celery, Task, bootsteps, signals
 from celery.exceptions import BackendError
 from celery.worker.request import Request
 
+from worker.destinations import Destinations
 from worker.errors import CourierError
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
@@ -89,6 +90,7 @@ def tools() -> Tools:
         settings=settings,
         ledger=_ledger(),
         sources=Sources(settings.sources),
+        destinations=Destinations(settings.downloads),
         fleet=Fleet([connect(server) for server in settings.servers]),
         probes=Fleet([connect(_impatient(server)) for server in settings.servers], threads=8),
     )

@@ -108,6 +108,16 @@ def identify(stream: BinaryIO) -> Instance:
         stream.seek(0)
 
 
+def identify_prefix(prefix: bytes) -> Instance | None:
+    """The identity that the first bytes of a DICOM file tell; None if it takes more of them. Errors as `identify`."""
+    try:
+        return _identify(io.BytesIO(prefix), whole=False)
+    except (_CutShort, _PastPrefix):
+        return None
+    except MissingUid:
+        return None  # it may stand further on
+
+
 class _CutShort(Exception):
     """The bytes end before the structure does."""
 
@@ -229,8 +239,8 @@ class _Walk:
         return _Element(group << 16 | number, vr, at, value, length)
 
 
-def _identify(stream: BinaryIO) -> Instance:
-    file = _Bytes(stream)
+def _identify(stream: BinaryIO, *, whole: bool = True) -> Instance:
+    file = _Bytes(stream, whole=whole)
     start = _start_of_meta(file)
     meta, dataset_start = _read_meta(file, start)
     if meta.get(_MEDIA_STORAGE_SOP_CLASS_UID) == MediaStorageDirectoryStorage:

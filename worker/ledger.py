@@ -10,7 +10,7 @@ Keys, all below ``courier:`` in a database of their own:
     due           zset    job ids by the time (ms) at which somebody has to look at them again
     dead          zset    dead letters by the time of their death
     deaths:HASH   int     how often the worker died doing this content
-    hold:UID      hash    the job that may store (or delete) this SOP instance now
+    hold:UID      hash    the job that may store (or delete) this SOP instance now; by digest: write to a destination
     gate:UID      hash    the job that is deleting this study or series: nobody begins to store into it
     storing:UID   set     the jobs that are storing into this study or series: nobody begins to delete it
     receipt:UID   hash    proof of what we stored: server, digest, size
@@ -414,6 +414,12 @@ class Ledger:
         keys = [PREFIX + "hold:" + sop_instance_uid, _job(job_id)]
         keys += [PREFIX + "gate:" + uid for uid in into] + [PREFIX + "storing:" + uid for uid in into]
         owner = str(self._hold(keys=keys, args=[job_id, fence]))
+        self._guard(owner != "!lost")
+        return owner or None
+
+    def hold_destination(self, url_sha256: str, *, job_id: str, fence: int) -> str | None:
+        """Be the one job that may write to a destination, known by a digest; otherwise the id of the job that is."""
+        owner = str(self._hold(keys=[PREFIX + "hold:" + url_sha256, _job(job_id)], args=[job_id, fence]))
         self._guard(owner != "!lost")
         return owner or None
 

@@ -101,6 +101,15 @@ class StudiesJob(Job):
     cursor: Annotated[str, Field(max_length=16_384)] | None = None
 
 
+class DownloadJob(Job):
+    """`pacs.download`: one study, as a ZIP file or as a folder of files."""
+
+    study_uid: Uid
+    destination: Annotated[str, Field(min_length=1, max_length=8192)]
+    format: Literal["zip", "files"] = "zip"
+    mode: Mode = "either"
+
+
 class Payload(BaseModel):
     """What every result says."""
 
@@ -328,6 +337,30 @@ class StudiesPayload(Payload):
     studies: list[StudyEntry]
     servers: list[ListedServer]
     cursor: str | None
+
+
+class DownloadPayload(Payload):
+    """The result of `pacs.download`.
+
+    ``size_bytes`` is what the images hold, ``archive_bytes`` and ``sha256`` are those of the ZIP file. All three are
+    None for what was ``already_there``. ``resumed`` images were there from an earlier attempt.
+    """
+
+    operation: Literal["download"] = "download"
+    status: Literal["downloaded", "already_there"]
+    server_name: str
+    server_type: str
+    study_uid: str
+    destination: str
+    format: Literal["zip", "files"]
+    instances: int
+    size_bytes: int | None = None
+    archive_bytes: int | None = None
+    sha256: str | None = None
+    resumed: int = 0
+    warnings: list[str]
+    timings_ms: dict[str, float]
+    attempts: int
 
 
 JobType = TypeVar("JobType", bound=Job)

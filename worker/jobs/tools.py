@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from worker.destinations import Destinations
 from worker.ledger import Ledger
 from worker.pacs.fleet import Fleet
-from worker.settings import Settings
+from worker.settings import DownloadSettings, Settings
 from worker.sources import Sources
 
 
@@ -21,5 +22,6 @@ class Tools:
     fleet: Fleet
     #: The same servers over short-tempered connections of their own: asking how they are never waits behind work.
     probes: Fleet | None = None
+    destinations: Destinations = field(default_factory=lambda: Destinations(DownloadSettings()))
     clock: Callable[[], float] = time.perf_counter
     rng: random.Random = field(default_factory=random.SystemRandom)

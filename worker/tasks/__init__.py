@@ -3,6 +3,6 @@
 One module per kind of work; ``door.py`` is what they share. Importing this package registers them all.
 """
 
-from worker.tasks import deletions, lookups, servers, studies, uploads
+from worker.tasks import deletions, downloads, lookups, servers, studies, uploads
 
-__all__ = ["deletions", "lookups", "servers", "studies", "uploads"]
+__all__ = ["deletions", "downloads", "lookups", "servers", "studies", "uploads"]

@@ -1,0 +1,45 @@
+"""Where downloads go: one module per scheme, chosen here by the URL, and only to places that the settings name.
+
+No DICOM and no PACS here. A destination shows a download only when it is whole, and never lays it over something else.
+"""
+
+from __future__ import annotations
+
+import re
+
+from worker.destinations.folder import FolderDestinations
+from worker.destinations.mark import Archive, Files, Mark
+from worker.destinations.s3 import S3Destinations
+from worker.errors import InvalidRequest
+from worker.settings import DownloadSettings
+
+__all__ = ["Archive", "Destinations", "Files", "Mark"]
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}):").match
+
+
+class Destinations:
+    """Every place a worker may write to, behind one door; shared by all threads."""
+
+    def __init__(self, settings: DownloadSettings) -> None:
+        self._by_scheme: dict[str, FolderDestinations | S3Destinations] = {
+            "file": FolderDestinations(settings),
+            "s3": S3Destinations(settings),
+        }
+
+    def archive(self, url: str) -> Archive:
+        """The one file that ``url`` names; `InvalidRequest` if nothing may be written there."""
+        return self._chosen(url).archive(url)
+
+    def files(self, url: str) -> Files:
+        """The folder (or prefix) that ``url`` names; `InvalidRequest` if nothing may be written there."""
+        return self._chosen(url).files(url)
+
+    def _chosen(self, url: str) -> FolderDestinations | S3Destinations:
+        match = _SCHEME(url)
+        chosen = self._by_scheme.get(match[1].lower() if match else "")
+        if chosen is None:
+            spoken = ", ".join(self._by_scheme)
+            sentence = f"Downloads are written to {spoken}; this destination starts with none of them."
+            raise InvalidRequest(sentence, details={"field": "destination", "reason": "not_allowed"})
+        return chosen

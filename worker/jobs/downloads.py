@@ -1,0 +1,311 @@
+"""Bring one study from the PACS that has it to a ZIP file or a folder: `pacs.download`.
+
+The images pass through as they arrive: each is identified and hashed on the way, none is kept. What came is compared
+with the list that the server gave before; only then the destination shows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from zipstream.ng import ZIP_DEFLATED, ZipStream
+
+from worker.destinations import Mark
+from worker.destinations.mark import MANIFEST, something_else
+from worker.errors import InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered
+from worker.instances import Instance, identify_prefix
+from worker.jobs.lookups import look, settle
+from worker.jobs.run import NotYet, Run
+from worker.jobs.tools import Tools
+from worker.logs import shown_url
+from worker.pacs.protocol import Found, Pacs
+from worker.payloads import DownloadJob, DownloadPayload, read_job
+
+#: How soon to look again whether the other job with the same destination has ended.
+TURN_S = 1.0
+#: Within so many bytes a file has to say whose it is.
+MAX_HEAD_BYTES = 8 * 1_048_576
+#: Pixels of uncompressed images shrink to half at this level; more effort gains little.
+COMPRESS_LEVEL = 1
+#: After so many images it is asked whether the job is still wanted.
+IMAGES_BETWEEN_LOOKS = 50
+
+
+@dataclass
+class _Study:
+    """One study on its way: what the server says that it holds, and what has come of it."""
+
+    pacs: Pacs
+    found: Found
+    run: Run
+    series_of: Mapping[str, str]
+    received: dict[str, dict[str, Any]] = field(default_factory=dict)
+    resumed: int = 0
+
+    @property
+    def mark(self) -> Mark:
+        return Mark.of(self.found.study_instance_uid, self.series_of)
+
+    @property
+    def missing(self) -> list[str]:
+        return [image for image in self.series_of if image not in self.received]
+
+    def misanswered(self, sentence: str, **details: Any) -> PacsMisanswered:
+        server = self.pacs.server
+        return PacsMisanswered(sentence, server_name=server.name, server_type=server.type, details=details)
+
+
+def download(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """Bring a study to its destination, where it appears when it is whole (docs/jobs.md).
+
+    Raises
+    ------
+    InvalidRequest
+        Nothing can be written there; ``details["reason"]`` says why.
+    NotFound
+        No server that was asked has the study.
+    PacsMisanswered
+        What came is not what the server lists: the answer was cut off, or the study changed meanwhile.
+    """
+    job = read_job(DownloadJob, message)
+    place = (tools.destinations.archive if job.format == "zip" else tools.destinations.files)(job.destination)
+    _take_turn(place.shown, run)
+    with run.step("check"):
+        reply = settle("study", job.study_uid, look("study", job.study_uid, mode=job.mode, fleet=tools.fleet))
+        study = _study(reply.pacs, reply.found[0], run)
+        there = place.look()
+    if there == study.mark:
+        return _payload(job, study, {"status": "already_there"}).as_json()
+    if there is not None:
+        raise something_else(place.shown)
+    with run.step("transfer"):
+        written = _to_archive(study, job, tools) if job.format == "zip" else _to_files(study, job, tools)
+    return _payload(job, study, {"status": "downloaded", **written}).as_json()
+
+
+def _take_turn(shown: str, run: Run) -> None:
+    digest = hashlib.sha256(shown.encode()).hexdigest()
+    owner = run.ledger.hold_destination(digest, job_id=run.job_id, fence=run.fence)
+    if owner is not None:
+        raise NotYet(f"job {owner} is writing to the same destination", delay_s=TURN_S)
+
+
+def _study(pacs: Pacs, found: Found, run: Run) -> _Study:
+    """The study with the list of its images."""
+    images = {str(one.sop_instance_uid): str(one.series_instance_uid) for one in pacs.instances(found)}
+    study = _Study(pacs, found, run, images)
+    if not images:
+        raise study.misanswered(f"{pacs.server.name} lists the study but none of its images.")
+    return study
+
+
+# --- as one ZIP file --------------------------------------------------------------------------------------------
+
+
+def _to_archive(study: _Study, job: DownloadJob, tools: Tools) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    place = tools.destinations.archive(job.destination)
+    size_bytes = place.write(_hashed(_zipped(study), digest), study.mark)
+    return {"archive_bytes": size_bytes, "sha256": digest.hexdigest()}
+
+
+def _zipped(study: _Study) -> Iterator[bytes]:
+    """The archive as it grows, its manifest last."""
+    archive = ZipStream(compress_type=ZIP_DEFLATED, compress_level=COMPRESS_LEVEL)
+    for image in _retrieved(study, [study.found]):
+        archive.add(image.chunks(), image.name)
+        yield from archive.all_files()
+        study.received[image.instance.sop_instance_uid] = image.entry()
+    _check_whole(study)
+    archive.add(_manifest(study), MANIFEST)
+    yield from archive.finalize()
+
+
+def _hashed(chunks: Iterable[bytes], digest: Any) -> Iterator[bytes]:
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+
+
+# --- as a folder of files ---------------------------------------------------------------------------------------
+
+
+def _to_files(study: _Study, job: DownloadJob, tools: Tools) -> dict[str, Any]:
+    """File by file; those that an earlier attempt has left are read and kept if they are what they should be."""
+    place = tools.destinations.files(job.destination)
+    left = place.names()
+    names = {name_of(series, image): image for image, series in study.series_of.items()}
+    if left - names.keys() - {MANIFEST}:
+        raise something_else(place.shown)
+    for name in sorted(left & names.keys()):
+        _keep(study, names[name], place.read(name))
+    for image in _retrieved(study, to_ask(study.found, study.series_of, study.missing)):
+        place.write(image.name, image.chunks())
+        study.received[image.instance.sop_instance_uid] = image.entry()
+    _check_whole(study)
+    place.finish(_manifest(study))
+    return {"resumed": study.resumed}
+
+
+def _keep(study: _Study, image_uid: str, content: Iterator[bytes]) -> None:
+    """Take what is there for received, unless it is something else or nothing at all."""
+    try:
+        image = _Incoming(content)
+    except (NotDicom, MissingUid, InvalidUid):
+        return
+    for _ in image.chunks():
+        pass
+    if image.instance.sop_instance_uid == image_uid and _belongs(image.instance, study):
+        study.received[image_uid] = image.entry()
+        study.resumed += 1
+
+
+def to_ask(study: Found, series_of: Mapping[str, str], missing: Iterable[str]) -> list[Found]:
+    """In how large pieces to ask for what is missing: the study, whole series, or single images."""
+    wanted = list(missing)
+    if len(wanted) == len(series_of):
+        return [study]
+    uid = study.study_instance_uid
+    partly = {series_of[image] for image in series_of.keys() - set(wanted)}
+    whole = dict.fromkeys(series_of[image] for image in wanted if series_of[image] not in partly)
+    single = [image for image in wanted if series_of[image] in partly]
+    return [Found("series", uid, series) for series in whole] + [
+        Found("image", uid, series_of[image], image) for image in single
+    ]
+
+
+# --- one image after the other ----------------------------------------------------------------------------------
+
+
+def name_of(series_uid: str, image_uid: str) -> str:
+    return f"{series_uid}/{image_uid}.dcm"
+
+
+class _Incoming:
+    """One image while it arrives: identified by its first bytes, hashed and counted while it passes."""
+
+    def __init__(self, content: Iterator[bytes]) -> None:
+        self._content = content
+        self._digest = hashlib.sha256()
+        self._size_bytes = 0
+        self._head, self.instance = _identified(content)
+
+    @property
+    def name(self) -> str:
+        return name_of(self.instance.series_instance_uid, self.instance.sop_instance_uid)
+
+    def chunks(self) -> Iterator[bytes]:
+        head, self._head = self._head, b""
+        for chunk in chain((head,), self._content):
+            self._digest.update(chunk)
+            self._size_bytes += len(chunk)
+            yield chunk
+
+    def entry(self) -> dict[str, Any]:
+        """Its line in the manifest, once all of it has passed."""
+        return {
+            "image_uid": self.instance.sop_instance_uid,
+            "series_uid": self.instance.series_instance_uid,
+            "sop_class_uid": self.instance.sop_class_uid,
+            "transfer_syntax_uid": self.instance.transfer_syntax_uid,
+            "file": self.name,
+            "size_bytes": self._size_bytes,
+            "sha256": self._digest.hexdigest(),
+        }
+
+
+def _identified(content: Iterator[bytes]) -> tuple[bytes, Instance]:
+    """As many bytes as it takes to know whose they are, tried again each time they have doubled."""
+    head, tried_bytes = bytearray(), 0
+    for chunk in content:
+        head += chunk
+        if len(head) >= 2 * tried_bytes:
+            tried_bytes = len(head)
+            if (instance := identify_prefix(bytes(head))) is not None:
+                return bytes(head), instance
+        if len(head) > MAX_HEAD_BYTES:
+            break
+    instance = identify_prefix(bytes(head))
+    if instance is None:
+        raise NotDicom("The file does not say in its first bytes which image it is.")
+    return bytes(head), instance
+
+
+def _retrieved(study: _Study, asked: Iterable[Found]) -> Iterator[_Incoming]:
+    """Each image of the study as the server sends it; one that does not belong there is an error."""
+    name = study.pacs.server.name
+    for found in asked:
+        try:
+            with study.pacs.retrieve(found) as parts:
+                for part in parts:
+                    _look_up(study)
+                    image = _Incoming(part.chunks)
+                    if image.instance.sop_instance_uid in study.received or not _belongs(image.instance, study):
+                        raise study.misanswered(f"{name} sent an image that it did not list; the study has changed.")
+                    yield image
+        except NotFound as error:
+            raise study.misanswered(f"{name} lost a part of the study meanwhile; it is looked at again.") from error
+        except (NotDicom, MissingUid, InvalidUid) as error:
+            raise study.misanswered(f"{name} sent an image that cannot be read.", code=error.code) from error
+
+
+def _look_up(study: _Study) -> None:
+    """Show how far it is, and learn now and then whether the job is still wanted and still ours."""
+    done = len(study.received)
+    study.run.stage = f"transfer {done}/{len(study.series_of)}"
+    if done % IMAGES_BETWEEN_LOOKS == 0:
+        study.run.intend({"transfer": done})
+
+
+def _belongs(instance: Instance, study: _Study) -> bool:
+    return (
+        instance.study_instance_uid == study.found.study_instance_uid
+        and study.series_of.get(instance.sop_instance_uid) == instance.series_instance_uid
+    )
+
+
+def _check_whole(study: _Study) -> None:
+    if study.missing:
+        raise study.misanswered(
+            f"{study.pacs.server.name} sent {len(study.received)} of {len(study.series_of)} images; it is tried again.",
+            expected=len(study.series_of),
+            received=len(study.received),
+            missing=study.missing[:10],
+        )
+
+
+def _manifest(study: _Study) -> bytes:
+    entries = [study.received[image] for image in sorted(study.received)]
+    server = study.pacs.server
+    document = {
+        "version": 1,
+        "study_uid": study.found.study_instance_uid,
+        "server_name": server.name,
+        "server_type": server.type,
+        "size_bytes": sum(entry["size_bytes"] for entry in entries),
+        "instances": entries,
+    }
+    return json.dumps(document, indent=1).encode()
+
+
+def _payload(job: DownloadJob, study: _Study, outcome: Mapping[str, Any]) -> DownloadPayload:
+    came = outcome["status"] == "downloaded"
+    return DownloadPayload(
+        job_id=study.run.job_id,
+        server_name=study.pacs.server.name,
+        server_type=study.pacs.server.type,
+        study_uid=job.study_uid,
+        destination=shown_url(job.destination),
+        format=job.format,
+        instances=len(study.series_of),
+        size_bytes=sum(entry["size_bytes"] for entry in study.received.values()) if came else None,
+        warnings=[] if study.pacs.keeps_bytes else ["server_rewrites_headers"],
+        timings_ms=study.run.timings_ms,
+        attempts=study.run.attempt,
+        **outcome,
+    )
