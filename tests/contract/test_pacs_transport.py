@@ -554,6 +554,16 @@ def test_a_401_fetches_one_fresh_token_and_a_second_401_is_final(
     assert bearers(server) == ["t1", "t2", "t2", "t3"]
 
 
+def test_a_token_that_cannot_be_renewed_gives_the_connection_back(
+    scripted: Callable[..., Scripted], oauth2: OAuth2
+) -> None:
+    server, tokens = scripted(http(401), EMPTY), scripted(token("t1"), http(503), token("t2"))
+    ward = pacs(server.url, auth=oauth2(tokens.url), max_concurrency=1, read_timeout_s=1)
+    with pytest.raises(PacsUnavailable):
+        ward.find("study", "1.1")
+    assert ward.find("study", "1.1") == []
+
+
 @pytest.mark.parametrize("reply", [drop, http(503), http(500, b"<html>"), http(429)])
 def test_a_token_endpoint_in_trouble_is_a_server_that_does_not_answer(
     scripted: Callable[..., Scripted], oauth2: OAuth2, reply: Reply

@@ -96,7 +96,7 @@ class Transport:
         response = self._open(request)
         try:
             return Answer(response.status, response.headers, self._whole(response, self._read_timeout_s(request)))
-        except CourierError:
+        except BaseException:  # a task's time limit too
             _discard(response)
             raise
 
@@ -116,9 +116,10 @@ class Transport:
     def _open(self, request: Request) -> BaseHTTPResponse:
         authorization = self._credentials.authorization()
         response = self._send(request, authorization)
-        if response.status == 401 and self._credentials.renew(authorization):
+        if response.status == 401:
             _discard(response)
-            response = self._send(request, self._credentials.authorization())
+            if self._credentials.renew(authorization):
+                response = self._send(request, self._credentials.authorization())
         if response.status in request.expected:
             return response
         _discard(response)
