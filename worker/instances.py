@@ -55,6 +55,8 @@ _IMPLICIT = {True: Struct("<HHL"), False: Struct(">HHL")}
 _LONG_LENGTH = {True: Struct("<L"), False: Struct(">L")}
 
 _WINDOW_BYTES = 4_096
+#: Preamble, mark and the first elements: without so many bytes nothing can be said of a file that goes on.
+_LEAST_BYTES = 256
 _MAX_UID_VALUE_BYTES = 1_024
 _DEFLATED_BYTES = 65_536
 #: How many pieces of that size are inflated to find the UIDs: first few, then more, 8 MiB at most.
@@ -110,6 +112,8 @@ def identify(stream: BinaryIO) -> Instance:
 
 def identify_prefix(prefix: bytes) -> Instance | None:
     """The identity that the first bytes of a DICOM file tell; None if it takes more of them. Errors as `identify`."""
+    if len(prefix) < _LEAST_BYTES:
+        return None
     try:
         return _identify(io.BytesIO(prefix), whole=False)
     except (_CutShort, _PastPrefix):
@@ -248,7 +252,7 @@ def _identify(stream: BinaryIO, *, whole: bool = True) -> Instance:
     _check_uids(meta, (_TRANSFER_SYNTAX_UID,))
     transfer_syntax_uid = meta[_TRANSFER_SYNTAX_UID]
     if transfer_syntax_uid in _DEFLATED:
-        found = _read_deflated(stream, dataset_start)
+        found = _read_deflated(stream, dataset_start, whole=whole)
     else:
         found = _read_dataset(file, dataset_start, little_endian=transfer_syntax_uid != ExplicitVRBigEndian)
     _check_uids(found, _DATASET_UIDS)
@@ -310,7 +314,7 @@ def _ends_with_sequence(file: _Bytes, element: _Element) -> bool:
     return element.length == _UNDEFINED and file.whole and file.read(file.size - 8, 8) == _SEQUENCE_END_BYTES
 
 
-def _read_deflated(stream: BinaryIO, start: int) -> dict[int, str]:
+def _read_deflated(stream: BinaryIO, start: int, *, whole: bool) -> dict[int, str]:
     """The same for a deflated dataset, of which a bounded prefix is kept."""
     found: dict[int, str] = {}
     prefix = b""
@@ -321,7 +325,8 @@ def _read_deflated(stream: BinaryIO, start: int) -> dict[int, str]:
         found = _read_dataset(_Bytes(io.BytesIO(prefix), whole=len(got) < count), 0, little_endian=True)
         if len(found) == len(_DATASET_UIDS):
             break
-    deque(islice(pieces, _PIECES_TO_THE_END), maxlen=0)
+    if whole:
+        deque(islice(pieces, _PIECES_TO_THE_END), maxlen=0)
     return found
 
 

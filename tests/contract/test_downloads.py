@@ -1,0 +1,429 @@
+"""Downloads from the sandbox's two PACS and a real Orthanc, into folders and S3 (moto): whole, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import random
+import socket
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+import fakeredis
+import pytest
+
+from sandbox import processes as parts
+from sandbox.processes import HOST, Child, Processes
+from sandbox.synthetic import image, new_uid
+from worker.destinations import Destinations
+from worker.errors import (
+    Cancelled,
+    CourierError,
+    InvalidRequest,
+    NotFound,
+    PacsMisanswered,
+    PacsUnavailable,
+    SourceUnreachable,
+)
+from worker.instances import identify, identify_prefix
+from worker.jobs.downloads import download, to_ask
+from worker.jobs.run import NotYet, Run
+from worker.jobs.tools import Tools
+from worker.ledger import Ledger
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Found, Part
+from worker.pacs.registry import connect
+from worker.settings import DownloadSettings, S3Settings, ServerSettings, Settings
+
+SERVERS = {
+    "msdicom": lambda request: request.getfixturevalue("sandbox").msdicom,
+    "dcm4chee": lambda request: request.getfixturevalue("sandbox").dcm4chee,
+    "orthanc": lambda request: request.getfixturevalue("orthanc"),
+}
+
+
+@dataclass
+class Desk:
+    """One server, one folder that downloads may go to, and a ledger."""
+
+    tools: Tools
+    folder: Path
+    jobs: int = 0
+    study: str = field(default_factory=new_uid)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def store(self, series: str, *, side: int = 64) -> str:
+        """One more image of the study on the server; its name in a download."""
+        sop = new_uid()
+        content = image(self.study, series=series, sop=sop, side=side)
+        (pacs,) = self.tools.fleet
+        pacs.store([Part(identify(io.BytesIO(content)), lambda: io.BytesIO(content), len(content))])
+        self.files[f"{series}/{sop}.dcm"] = content
+        return f"{series}/{sop}.dcm"
+
+    def run(self) -> Run:
+        self.jobs += 1
+        claim = self.tools.ledger.claim(f"j{self.jobs}", task="pacs.download", job={"n": self.jobs})
+        return Run(f"j{self.jobs}", claim.fence, 1, last=False, ledger=self.tools.ledger)
+
+    def download(self, destination: str, **more: object) -> dict[str, Any]:
+        run = self.run()
+        try:
+            return download({"study_uid": self.study, "destination": destination, **more}, run, self.tools)
+        finally:
+            self.tools.ledger.finish(run.job_id, run.fence, outcome={}, code="", task="", job={})
+
+    def url(self, name: str) -> str:
+        return (self.folder / name).as_uri()
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "KEY",
+        "AWS_SECRET_ACCESS_KEY": "SECRET",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def desk_on(kind: str, url: str, folder: Path, s3: str | None = None) -> Desk:
+    server = ServerSettings.model_validate({"name": "ward", "type": kind, "url": url, "read_timeout_s": 5})
+    downloads = DownloadSettings(
+        folders=(folder,), s3=S3Settings(buckets=("out", "absent"), endpoint_url=s3, region="us-east-1")
+    )
+    client = fakeredis.FakeRedis(decode_responses=True)
+    tools = Tools(
+        settings=Settings(downloads=downloads),
+        ledger=Ledger(client),
+        sources=None,  # type: ignore[arg-type]  # nothing is fetched here
+        fleet=Fleet([connect(server)]),
+        destinations=Destinations(downloads),
+        rng=random.Random(1),
+    )
+    desk = Desk(tools, folder)
+    for series in ("1", "1", "2"):
+        desk.store(f"{desk.study}.{series}")
+    return desk
+
+
+@pytest.fixture
+def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
+    return desk_on("msdicom", request.getfixturevalue("sandbox").msdicom, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def moto(processes: Processes) -> Iterator[str]:
+    port = parts.free_port()
+
+    def ready(_: Child) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, port)) == 0
+
+    command = [Path(sys.executable).parent / "moto_server", "-H", HOST, "-p", port]
+    child = processes.start("moto-downloads", command, ready=ready)
+    child.wait_ready()
+    yield f"http://{HOST}:{port}"
+    processes.stop_one(child)
+
+
+@pytest.fixture
+def bucket(moto: str) -> Iterator[Any]:
+    """An empty bucket "out" that may be written to."""
+    client = boto3.client("s3", endpoint_url=moto, region_name="us-east-1")
+    client.create_bucket(Bucket="out")
+    for entry in client.list_objects_v2(Bucket="out").get("Contents", ()):
+        client.delete_object(Bucket="out", Key=entry["Key"])
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def cloud(bucket: Any, moto: str, request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
+    return desk_on("msdicom", request.getfixturevalue("sandbox").msdicom, tmp_path, s3=moto)
+
+
+def opened(content: bytes | Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The images of an archive, and its manifest."""
+    with zipfile.ZipFile(io.BytesIO(content) if isinstance(content, bytes) else content) as archive:
+        assert archive.testzip() is None
+        files = {name: archive.read(name) for name in archive.namelist()}
+    return files, json.loads(files.pop("manifest.json"))
+
+
+def everything_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_study_comes_as_an_archive_with_a_manifest_that_is_true(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    desk = desk_on(kind, SERVERS[kind](request), tmp_path)
+    payload = desk.download(desk.url("new/folder/study.zip"))
+    target = tmp_path / "new/folder/study.zip"
+    files, manifest = opened(target)
+    assert files.keys() == desk.files.keys()
+    assert manifest["study_uid"] == desk.study
+    for entry in manifest["instances"]:
+        content = files[entry["file"]]
+        assert entry["file"] == f"{entry['series_uid']}/{entry['image_uid']}.dcm"
+        assert (entry["size_bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+        assert identify(io.BytesIO(content)).sop_instance_uid == entry["image_uid"]
+    if kind != "dcm4chee":
+        assert files == desk.files
+    assert (payload["status"], payload["instances"], payload["format"]) == ("downloaded", 3, "zip")
+    assert (payload["server_name"], payload["server_type"]) == ("ward", kind)
+    assert payload["size_bytes"] == manifest["size_bytes"] == sum(map(len, files.values()))
+    assert payload["archive_bytes"] == target.stat().st_size
+    assert payload["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
+    assert everything_below(tmp_path) == {"new/folder/study.zip"}
+
+
+@pytest.mark.parametrize("form", ["zip", "files"])
+def test_the_same_download_again_changes_nothing_and_another_is_never_laid_over_it(desk: Desk, form: str) -> None:
+    desk.download(desk.url("a"), format=form)
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in desk.folder.rglob("*")}
+    assert desk.download(desk.url("a"), format=form)["status"] == "already_there"
+    desk.store(f"{desk.study}.1")
+    with pytest.raises(InvalidRequest, match="something else") as caught:
+        desk.download(desk.url("a"), format=form)
+    assert caught.value.details["reason"] == "exists"
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in desk.folder.rglob("*")} == before
+
+
+def test_a_folder_of_files_holds_what_the_archive_would(desk: Desk) -> None:
+    payload = desk.download(desk.url("study"), format="files")
+    assert everything_below(desk.folder) == {f"study/{name}" for name in (*desk.files, "manifest.json")}
+    assert all((desk.folder / "study" / name).read_bytes() == content for name, content in desk.files.items())
+    assert (payload["size_bytes"], payload["resumed"]) == (sum(map(len, desk.files.values())), 0)
+
+
+@pytest.mark.parametrize("cut", ["cleanly", True])
+@pytest.mark.parametrize("form", ["zip", "files"])
+def test_an_answer_that_was_cut_off_leaves_nothing_that_looks_whole(
+    desk: Desk, sandbox: Any, form: str, cut: object
+) -> None:
+    sandbox.set_mood("msdicom", "retrieve", truncate=cut)
+    with pytest.raises((PacsMisanswered, PacsUnavailable)):
+        desk.download(desk.url("study"), format=form)
+    assert not (desk.folder / "study").exists()
+    if form == "zip":
+        assert everything_below(desk.folder) == set()
+    sandbox.calm()
+    assert desk.download(desk.url("study"), format=form)["status"] == "downloaded"
+    assert not list(desk.folder.glob("*unfinished"))
+
+
+def test_files_that_an_earlier_attempt_left_are_checked_and_kept(desk: Desk) -> None:
+    first, second, _ = desk.files
+    left = desk.folder / "study.unfinished"
+    for name, content in ((first, desk.files[first]), (second, b"half of"), (f"{first}.unfinished", b"")):
+        (left / name).parent.mkdir(parents=True, exist_ok=True)
+        (left / name).write_bytes(content)
+    payload = desk.download(desk.url("study"), format="files")
+    assert payload["resumed"] == 1
+    assert (desk.folder / "study" / second).read_bytes() == desk.files[second]
+    assert len(json.loads((desk.folder / "study/manifest.json").read_text())["instances"]) == 3
+
+
+def test_what_is_missing_is_asked_for_in_the_largest_pieces() -> None:
+    series_of = {"1.1": "1", "1.2": "1", "2.1": "2"}
+    study = Found("study", "9")
+    assert to_ask(study, series_of, ["1.1", "1.2", "2.1"]) == [study]
+    assert to_ask(study, series_of, ["1.2", "2.1"]) == [Found("series", "9", "2"), Found("image", "9", "1", "1.2")]
+    assert to_ask(study, series_of, []) == []
+
+
+def test_a_study_that_changes_while_it_is_downloaded_is_not_delivered(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pacs,) = desk.tools.fleet
+    listed = list(pacs.instances(Found("study", desk.study)))
+    desk.store(f"{desk.study}.2")
+    monkeypatch.setattr(pacs, "instances", lambda _: iter(listed))
+    with pytest.raises(PacsMisanswered, match="did not list"):
+        desk.download(desk.url("a.zip"))
+    monkeypatch.undo()
+    listed = list(pacs.instances(Found("study", desk.study)))
+    pacs.delete(next(one for one in listed), permanent=True)
+    monkeypatch.setattr(pacs, "instances", lambda _: iter(listed))
+    with pytest.raises(PacsMisanswered, match="3 of 4 images"):
+        desk.download(desk.url("a.zip"))
+    assert everything_below(desk.folder) == set()
+
+
+def test_only_the_folders_of_the_settings_are_written_to(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (desk.folder / "link").symlink_to(outside)
+    for url in (
+        (outside / "a.zip").as_uri(),
+        desk.url("link/a.zip"),
+        desk.url("../a.zip"),
+        desk.folder.as_uri(),
+        "file://elsewhere/a.zip",
+        "file:a.zip",
+        f"{desk.url('a.zip')}?b",
+        "s3://elsewhere/a.zip",
+        "s3:/out",
+        "az://account/container/a.zip",
+        "ftp://host/a.zip",
+        "a.zip",
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            desk.download(url)
+        assert caught.value.details["reason"] == "not_allowed"
+    assert everything_below(outside) == everything_below(desk.folder) == set()
+
+
+def test_a_link_that_is_put_in_the_way_later_leads_nowhere(
+    desk: Desk, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    archive = desk.tools.destinations.archive(desk.url("sub/a.zip"))
+    (desk.folder / "sub").symlink_to(outside)
+    monkeypatch.setattr(desk.tools.destinations, "archive", lambda _: archive)
+    with pytest.raises(InvalidRequest) as caught:
+        desk.download(desk.url("sub/a.zip"))
+    assert caught.value.details["reason"] == "not_allowed"
+    assert everything_below(outside) == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EACCES, "denied"), (errno.EROFS, "denied")],
+)
+@pytest.mark.parametrize("form", ["zip", "files"])
+def test_a_disk_that_takes_no_more_is_named_and_left_clean(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, number: int, reason: str, form: str
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InvalidRequest) as caught:
+        desk.download(desk.url("a"), format=form)
+    assert caught.value.details["reason"] == reason
+    assert everything_below(desk.folder) == set()
+
+
+def test_trouble_that_may_pass_is_tried_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, "trouble")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(SourceUnreachable):
+        desk.download(desk.url("a.zip"))
+
+
+def test_a_file_of_somebody_else_is_left_alone(desk: Desk) -> None:
+    (desk.folder / "a.zip").write_bytes(b"mine")
+    (desk.folder / "b").mkdir()
+    (desk.folder / "b/mine.txt").write_bytes(b"mine")
+    for name, form in (("a.zip", "zip"), ("a.zip", "files"), ("b", "files"), ("b", "zip")):
+        with pytest.raises(InvalidRequest) as caught:
+            desk.download(desk.url(name), format=form)
+        assert caught.value.details["reason"] == "exists"
+    assert everything_below(desk.folder) == {"a.zip", "b/mine.txt"}
+
+
+def test_two_jobs_do_not_write_to_one_place_at_once(desk: Desk) -> None:
+    url = desk.url("a.zip")
+    holder = desk.run()
+    desk.tools.ledger.hold_destination(
+        hashlib.sha256(url.encode()).hexdigest(), job_id=holder.job_id, fence=holder.fence
+    )
+    with pytest.raises(NotYet, match="j1"):
+        desk.download(url)
+
+
+def test_a_cancelled_job_ends_while_it_transfers(desk: Desk) -> None:
+    run = desk.run()
+    desk.tools.ledger.cancel(run.job_id)
+    with pytest.raises(Cancelled):
+        download({"study_uid": desk.study, "destination": desk.url("a.zip")}, run, desk.tools)
+    assert everything_below(desk.folder) == set()
+
+
+def test_a_study_that_nobody_has_and_fields_that_are_wrong_are_refused(desk: Desk) -> None:
+    desk.study = new_uid()
+    with pytest.raises(NotFound):
+        desk.download(desk.url("a.zip"))
+    for wrong in ({"format": "tar"}, {"mode": "elsewhere"}, {"destination": ""}):
+        with pytest.raises(InvalidRequest):
+            desk.download(**{"destination": desk.url("a.zip"), **wrong})
+
+
+def test_an_archive_in_s3_appears_whole_and_is_known_again(cloud: Desk, bucket: Any) -> None:
+    payload = cloud.download("s3://out/2026/study.zip")
+    content = bucket.get_object(Bucket="out", Key="2026/study.zip")["Body"].read()
+    assert opened(content)[0] == cloud.files
+    assert (payload["archive_bytes"], payload["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert cloud.download("s3://out/2026/study.zip")["status"] == "already_there"
+    bucket.put_object(Bucket="out", Key="mine.zip", Body=b"mine")
+    with pytest.raises(InvalidRequest, match="something else"):
+        cloud.download("s3://out/mine.zip")
+
+
+def test_a_large_archive_goes_to_s3_in_parts_and_a_failed_one_leaves_none(
+    cloud: Desk, bucket: Any, sandbox: Any
+) -> None:
+    for _ in range(2):
+        cloud.store(f"{cloud.study}.3", side=2400)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("worker.jobs.downloads.COMPRESS_LEVEL", 0)
+        sandbox.set_mood("msdicom", "retrieve", truncate=True)
+        with pytest.raises(CourierError):
+            cloud.download("s3://out/large.zip")
+        assert bucket.list_objects_v2(Bucket="out").get("Contents", []) == []
+        assert bucket.list_multipart_uploads(Bucket="out").get("Uploads", []) == []
+        sandbox.calm()
+        bucket.create_multipart_upload(Bucket="out", Key="large.zip")  # by a worker that was killed
+        payload = cloud.download("s3://out/large.zip")
+    assert payload["archive_bytes"] > 2 * 8 * 1_048_576
+    assert bucket.head_object(Bucket="out", Key="large.zip")["ETag"].strip('"').endswith("-3")
+    assert opened(bucket.get_object(Bucket="out", Key="large.zip")["Body"].read())[0] == cloud.files
+    assert bucket.list_multipart_uploads(Bucket="out").get("Uploads", []) == []
+
+
+def test_files_in_s3_are_resumed_and_whole_with_their_manifest(cloud: Desk, bucket: Any) -> None:
+    first, *_ = cloud.files
+    bucket.put_object(Bucket="out", Key=f"study/{first}", Body=cloud.files[first])
+    payload = cloud.download("s3://out/study", format="files")
+    assert payload["resumed"] == 1
+    keys = {entry["Key"] for entry in bucket.list_objects_v2(Bucket="out")["Contents"]}
+    assert keys == {f"study/{name}" for name in (*cloud.files, "manifest.json")}
+    assert cloud.download("s3://out/study/", format="files")["status"] == "already_there"
+    bucket.put_object(Bucket="out", Key="mixed/mine.txt", Body=b"mine")
+    with pytest.raises(InvalidRequest, match="something else"):
+        cloud.download("s3://out/mixed", format="files")
+
+
+@pytest.mark.parametrize("form", ["zip", "files"])
+def test_a_bucket_that_is_missing_and_an_endpoint_that_is_down_are_told_apart(
+    cloud: Desk, moto: str, sandbox: Any, tmp_path: Path, form: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        cloud.download("s3://absent/a", format=form)
+    assert caught.value.details["reason"] == "missing"
+    down = desk_on("msdicom", sandbox.msdicom, tmp_path, s3=f"http://{HOST}:{parts.free_port()}")
+    with pytest.raises(SourceUnreachable):
+        down.download("s3://out/a", format=form)
+
+
+def test_the_first_bytes_of_a_file_say_whose_it_is() -> None:
+    content = image(new_uid())
+    told: list[int] = [size for size in range(0, len(content), 16) if identify_prefix(content[:size])]
+    whole = identify(io.BytesIO(content))
+    assert told[0] < 1500
+    assert {identify_prefix(content[:size]) for size in told} == {whole}
