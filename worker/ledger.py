@@ -15,6 +15,7 @@ Keys, all below ``courier:`` in a database of their own:
     storing:UID   set     the jobs that are storing into this study or series: nobody begins to delete it
     receipt:UID   hash    proof of what we stored: server, digest, size
     study:UID     hash    the claim: which server a new study belongs to, and which job opened it
+    trail:UID     list    what was decided about an image, a series or a study, the latest ones, for `pacs.trace`
     placed        hash    server → number of new studies it was given
     sick:NAME     string  a server that lately failed a push; expires by itself
 
@@ -35,11 +36,30 @@ from typing import Any, Final, cast
 import redis
 
 PREFIX: Final = "courier:"
+#: A trail keeps so many decisions, the latest ones.
+TRAIL_LENGTH: Final = 100
 #: Names made from idempotency keys, so that every producer makes the same one.
 _NAMESPACE: Final = uuid.UUID("6f1c35f2-6a0d-4d55-9d3b-8a3f1f0a7c11")
 
 # Each script begins with this line; TIME gives seconds and microseconds.
 _NOW = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
+
+# Notes ride on the scripts that decide, so a trail costs no round trip. A job's own object is what it holds; the study
+# and the series it stores into are told only of trouble, or the images of a study would fill its trail.
+_TRAIL = f"""
+local function note(key, entry, keep_ms)
+  redis.call('RPUSH', key, string.format('%.0f', now) .. ' ' .. entry)
+  redis.call('LTRIM', key, -{TRAIL_LENGTH}, -1)
+  redis.call('PEXPIRE', key, keep_ms)
+end
+local function note_of_job(job, entry, keep_ms, above)
+  local fields = redis.call('HMGET', job, 'hold', 'storing')
+  for key in string.gmatch((fields[1] or '') .. ' ' .. (above and fields[2] or ''), '%S+') do
+    local uid = string.match(key, '^{PREFIX}%a+:([%d.]+)$')
+    if uid then note('{PREFIX}trail:' .. uid, entry, keep_ms) end
+  end
+end
+"""
 
 _SUBMIT = (
     _NOW
@@ -90,18 +110,24 @@ return 1
 
 _PARK = (
     _NOW
+    + _TRAIL
     + """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'waiting', 'lease_ms', 0, 'code', ARGV[4], 'message', ARGV[5])
-if ARGV[6] == '0' then redis.call('HINCRBY', KEYS[1], 'attempts', -1) end
 redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
+if ARGV[6] == '0' then
+  redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+else
+  note_of_job(KEYS[1], ARGV[7], ARGV[8], true)
+end
 return 1
 """
 )
 
 _FINISH = (
     _NOW
+    + _TRAIL
     + """
 local job, due, dead, deaths = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local state = redis.call('HGET', job, 'state')
@@ -109,6 +135,7 @@ if redis.call('HGET', job, 'fence') ~= ARGV[2] or state ~= 'running' then return
 redis.call('HSET', job, 'state', ARGV[3], 'outcome', ARGV[4], 'code', ARGV[5], 'ended_ms', now)
 redis.call('HDEL', job, 'memo', 'lease_ms', 'sends', 'message')
 redis.call('ZREM', due, ARGV[1])
+note_of_job(job, ARGV[7], ARGV[6], ARGV[5] ~= 'done')
 local hold = redis.call('HGET', job, 'hold')
 if hold and redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
 for key in string.gmatch(redis.call('HGET', job, 'storing') or '', '%S+') do redis.call('SREM', key, ARGV[1]) end
@@ -199,16 +226,22 @@ redis.call('DEL', KEYS[1])
 return 1
 """
 
-_INTEND = """
+_INTEND = (
+    _NOW
+    + _TRAIL
+    + """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] then return -1 end
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return -1 end
 if redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'memo', ARGV[2])
+if ARGV[3] ~= '' then note_of_job(KEYS[1], ARGV[3], ARGV[4], false) end
 return 1
 """
+)
 
 _CLAIM_STUDY = (
     _NOW
+    + _TRAIL
     + """
 local server = redis.call('HGET', KEYS[1], 'server')
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
@@ -216,16 +249,19 @@ if server then return {server, 0} end
 redis.call('HSET', KEYS[1], 'server', ARGV[1], 'claimed_by', ARGV[2], 'claimed_ms', now)
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
+note(KEYS[3], ARGV[4], ARGV[5])
 return {ARGV[1], 1}
 """
 )
 
 _STORED = (
     _NOW
+    + _TRAIL
     + """
 redis.call('HSET', KEYS[1], 'job_id', ARGV[1], 'server', ARGV[2], 'sha256', ARGV[3], 'size_bytes', ARGV[4],
   'stored_ms', now)
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
+note(KEYS[3], ARGV[6], ARGV[5])
 if redis.call('HGET', KEYS[2], 'server') ~= ARGV[2] then return 0 end
 redis.call('HSETNX', KEYS[2], 'opened_by', ARGV[1])
 return redis.call('HGET', KEYS[2], 'opened_by') == ARGV[1] and 1 or 0
@@ -272,6 +308,30 @@ class Receipt:
 class StudyClaim:
     server: str
     first: bool
+
+
+@dataclass(frozen=True)
+class Note:
+    """One decision on a trail: ``event`` (claimed, routed, stored, waiting, ended), its job, and what belongs to it."""
+
+    at_ms: int
+    event: str
+    job_id: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the ledger knows of one UID. ``claim`` and ``receipt`` are the records as they stand, {} without one.
+
+    ``holder`` is the job that is storing or deleting it now, ``storing`` are those that are storing into it.
+    """
+
+    trail: list[Note]
+    holder: str | None
+    storing: list[str]
+    claim: dict[str, str]
+    receipt: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -356,7 +416,8 @@ class Ledger:
         """Put the job aside until ``delay_s`` from now; an attempt that ``counts`` not is given back."""
         keys = [_job(job_id), PREFIX + "due"]
         args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, int(counts)]
-        self._guard(self._park(keys=keys, args=args))
+        note = _note("waiting", job_id, code=code, message=message, delay_s=round(delay_s, 1))
+        self._guard(self._park(keys=keys, args=[*args, note, self._keep_ms]))
 
     def finish(
         self,
@@ -369,7 +430,8 @@ class Ledger:
         job: Mapping[str, Any],
     ) -> None:
         """Write the outcome, once, and let go of whatever the job held."""
-        self._end(job_id, fence, "done", outcome=outcome, code=code, deaths=_deaths(task, job))
+        ending = {"code": code, "task": task}
+        self._end(job_id, fence, "done", outcome=outcome, ending=ending, deaths=_deaths(task, job))
 
     def bury(
         self,
@@ -382,11 +444,22 @@ class Ledger:
         job: Mapping[str, Any],
     ) -> None:
         """End the job as a dead letter, which is kept, with its message, until somebody deals with it."""
-        self._end(job_id, fence, "dead", outcome=outcome, code=code, deaths=_deaths(task, job))
+        ending = {"code": code, "task": task, "dead": True}
+        self._end(job_id, fence, "dead", outcome=outcome, ending=ending, deaths=_deaths(task, job))
 
-    def _end(self, job_id: str, fence: int, state: str, *, outcome: Mapping[str, Any], code: str, deaths: str) -> None:
+    def _end(
+        self,
+        job_id: str,
+        fence: int,
+        state: str,
+        *,
+        outcome: Mapping[str, Any],
+        ending: Mapping[str, Any],
+        deaths: str,
+    ) -> None:
         keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", deaths]
-        args: list[str | int] = [job_id, fence, state, _dump(outcome), code, self._keep_ms]
+        note = _note("ended", job_id, **ending, **_gist(outcome))
+        args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self._keep_ms, note]
         self._guard(self._finish(keys=keys, args=args))
 
     def cancel(self, job_id: str) -> str:
@@ -445,16 +518,23 @@ class Ledger:
 
     def claim_study(self, study_instance_uid: str, *, server: str, job_id: str) -> StudyClaim:
         """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice."""
-        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed"]
-        chosen, first = self._claim_study(keys=keys, args=[server, job_id, self._claim_ms])
+        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed", _trail(study_instance_uid)]
+        note = _note("claimed", job_id, server=server)
+        chosen, first = self._claim_study(keys=keys, args=[server, job_id, self._claim_ms, note, self._keep_ms])
         return StudyClaim(str(chosen), bool(first))
 
     def claimed_server(self, study_instance_uid: str) -> str | None:
         return self._hash(PREFIX + "study:" + study_instance_uid).get("server")
 
-    def intend(self, job_id: str, fence: int, memo: Mapping[str, Any]) -> bool:
-        """Write down what is about to be pushed and where, before the first byte. False: it was cancelled."""
-        answer = int(self._intend(keys=[_job(job_id)], args=[fence, _dump(memo)]))
+    def intend(
+        self, job_id: str, fence: int, memo: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Write down what is about to be pushed and where, before the first byte. False: it was cancelled.
+
+        ``decision`` is what a trace will say of it.
+        """
+        note = "" if decision is None else _note("routed", job_id, **decision)
+        answer = int(self._intend(keys=[_job(job_id)], args=[fence, _dump(memo), note, self._keep_ms]))
         self._guard(answer >= 0)
         return bool(answer)
 
@@ -462,7 +542,20 @@ class Ledger:
         """Write the receipt; True if this job was the first to store anything of the study it had claimed."""
         keys = [PREFIX + "receipt:" + sop_instance_uid, PREFIX + "study:" + study_instance_uid]
         args: list[str | int] = [receipt.job_id, receipt.server, receipt.sha256, receipt.size_bytes, self._keep_ms]
-        return bool(self._stored(keys=keys, args=args))
+        note = _note("stored", receipt.job_id, server=receipt.server, study_uid=study_instance_uid)
+        return bool(self._stored(keys=[*keys, _trail(sop_instance_uid)], args=[*args, note]))
+
+    def known(self, uid: str) -> Known:
+        """All that is known of an image, a series or a study, read in one go."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.lrange(_trail(uid), 0, -1)
+            pipe.hget(PREFIX + "hold:" + uid, "job_id")
+            pipe.hget(PREFIX + "gate:" + uid, "job_id")
+            pipe.smembers(PREFIX + "storing:" + uid)
+            pipe.hgetall(PREFIX + "study:" + uid)
+            pipe.hgetall(PREFIX + "receipt:" + uid)
+            trail, holder, deleter, storing, claim, receipt = pipe.execute()
+        return Known([_read_note(row) for row in trail], holder or deleter, sorted(storing), claim, receipt)
 
     def forget_study(self, study_instance_uid: str) -> bool:
         """The study is gone from every server: so is its claim, unless a job is just storing into it."""
@@ -495,6 +588,26 @@ class Ledger:
 
 def _job(job_id: str) -> str:
     return f"{PREFIX}job:{job_id}"
+
+
+def _trail(uid: str) -> str:
+    return f"{PREFIX}trail:{uid}"
+
+
+def _note(event: str, job_id: str, **details: Any) -> str:
+    return _dump({"event": event, "job_id": job_id, **details})
+
+
+def _read_note(row: str) -> Note:
+    at_ms, _, text = row.partition(" ")
+    details = json.loads(text)
+    return Note(int(at_ms), details.pop("event"), details.pop("job_id"), details)
+
+
+def _gist(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trail says of an outcome: the sentence and the server, none of the metadata."""
+    told = outcome.get("error") or outcome.get("payload") or {}
+    return {name: told[name] for name in ("message", "server_name") if told.get(name)}
 
 
 def _deaths(task: str, job: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import fakeredis
 import pytest
 
-from worker.ledger import PREFIX, ClaimState, LeaseLost, Ledger, Receipt, content_digest, job_id_for
+from worker.ledger import PREFIX, TRAIL_LENGTH, ClaimState, LeaseLost, Ledger, Receipt, content_digest, job_id_for
 
 TASK = "pacs.upload"
 JOB = {"image_url": "http://host/a.dcm"}
@@ -205,3 +205,62 @@ def test_a_study_is_not_deleted_while_it_is_stored_into_nor_stored_into_while_it
     ledger.let_go("j3")
     assert ledger.hold_image("1.2.1.2", job_id="j2", fence=late.fence, into=into) is None
     assert ledger.shut("1.2.1", job_id="j3", fence=delete.fence) == "j2"
+
+
+def events(ledger: Ledger, uid: str) -> list[tuple[str, str]]:
+    return [(note.event, note.job_id) for note in ledger.known(uid).trail]
+
+
+def test_the_trail_of_an_image_tells_its_way_and_that_of_its_study_who_claimed_it(ledger: Ledger) -> None:
+    job = claim(ledger)
+    ledger.hold_image("1.3", job_id="j1", fence=job.fence, into=("1.2", "1.2.1"))
+    ledger.claim_study("1.2", server="a", job_id="j1")
+    ledger.intend("j1", job.fence, {"memo": 1}, decision={"server": "a", "reason": "new_study"})
+    ledger.intend("j1", job.fence, {"memo": 2})
+    ledger.stored("1.3", "1.2", Receipt("j1", "a", "f00", 7))
+    finish(ledger, job.fence, server_name="a", metadata={"00100010": "secret"})
+    known = ledger.known("1.3")
+    assert [note.event for note in known.trail] == ["routed", "stored", "ended"]
+    assert known.trail[0].details == {"server": "a", "reason": "new_study"}
+    assert known.trail[-1].details == {"code": "done", "task": TASK, "server_name": "a"}
+    assert known.trail[0].at_ms <= known.trail[-1].at_ms
+    assert (known.receipt["server"], known.holder) == ("a", None)
+    assert events(ledger, "1.2") == [("claimed", "j1")]
+    assert ledger.known("1.2").claim["opened_by"] == "j1"
+    assert events(ledger, "1.2.1") == []
+
+
+def test_trouble_is_told_on_the_trails_of_the_image_and_of_what_it_goes_into(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    job = claim(ledger)
+    ledger.hold_image("1.3", job_id="j1", fence=job.fence, into=("1.2",))
+    assert (ledger.known("1.3").holder, ledger.known("1.2").storing) == ("j1", ["j1"])
+    ledger.park("j1", job.fence, delay_s=2.04, code="pacs_unavailable", message="silence")
+    client.zadd(f"{PREFIX}due", {"j1": 0})
+    ledger.sweep()
+    again = claim(ledger)
+    ledger.bury("j1", again.fence, outcome={"error": {"message": "why"}}, code="poisoned", task=TASK, job=JOB)
+    for uid in ("1.3", "1.2"):
+        waiting, ended = ledger.known(uid).trail
+        assert waiting.details == {"code": "pacs_unavailable", "message": "silence", "delay_s": 2.0}
+        assert ended.details == {"code": "poisoned", "task": TASK, "dead": True, "message": "why"}
+
+
+def test_taking_turns_leaves_no_trail_and_a_refused_holder_no_note(ledger: Ledger) -> None:
+    job = claim(ledger)
+    ledger.hold_image("1.3", job_id="j1", fence=job.fence)
+    ledger.park("j1", job.fence, delay_s=0, code="waiting", message="…", counts=False)
+    with pytest.raises(LeaseLost):
+        finish(ledger, job.fence)
+    assert events(ledger, "1.3") == []
+
+
+def test_a_trail_is_short_and_goes_by_itself(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    job = claim(ledger)
+    ledger.hold_image("1.3", job_id="j1", fence=job.fence)
+    for number in range(TRAIL_LENGTH + 5):
+        ledger.intend("j1", job.fence, {}, decision={"number": number})
+    trail = ledger.known("1.3").trail
+    assert [note.details["number"] for note in trail] == list(range(5, TRAIL_LENGTH + 5))
+    assert 0 < client.pttl(f"{PREFIX}trail:1.3") <= 86_400_000

@@ -56,9 +56,9 @@ class Run:
             elapsed_ms = (self.clock() - begun) * 1000
             self.timings_ms[name] = round(self.timings_ms.get(name, 0.0) + elapsed_ms, 1)
 
-    def intend(self, memo: Mapping[str, Any]) -> None:
+    def intend(self, memo: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> None:
         """Write down what is about to happen, as the last moment at which a cancellation counts."""
-        if not self.ledger.intend(self.job_id, self.fence, memo):
+        if not self.ledger.intend(self.job_id, self.fence, memo, decision=decision):
             raise Cancelled("The job was cancelled before anything was pushed.")
 
 

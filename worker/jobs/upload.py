@@ -245,7 +245,8 @@ def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
     """Send the image to its server and judge the answer for this instance."""
     tools = trip.tools
     pacs = tools.fleet[memo.server]
-    trip.run.intend(replace(memo, uncertain=True).as_json())
+    decision = {"server": memo.server, "study_uid": memo.instance.study_instance_uid, **memo.route.model_dump()}
+    trip.run.intend(replace(memo, uncertain=True).as_json(), decision=decision)
     part = Part(memo.instance, fetched.open, fetched.size_bytes)
     try:
         (outcome,) = pacs.store([part])
