@@ -7,6 +7,7 @@ A figure is only worth something on a machine that is otherwise idle, so the loa
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
@@ -15,6 +16,9 @@ import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import pydicom
+from pydicom.data import get_testdata_file
 
 from sandbox import processes
 from sandbox.synthetic import image
@@ -27,14 +31,12 @@ _STUDY, _SOP = "2.25." + "1" * 30, "2.25." + "2" * 30
 class Connection(threading.Thread):
     """One keep-alive connection that stores as fast as it is answered."""
 
-    def __init__(self, base: str, number: int, until_s: float) -> None:
+    def __init__(self, base: str, content: bytes, number: int, until_s: float) -> None:
         super().__init__()
         self.place = urlsplit(base)
         self.number, self.until_s = number, until_s
         self.stored = 0
         self.wrong: dict[bytes, int] = {}
-        content = image(_STUDY, sop=_SOP, side=138)
-        self.size_bytes = len(content)
         self.content = content
 
     def run(self) -> None:
@@ -77,10 +79,25 @@ def _answer(wire: socket.socket) -> bytes:
     return head[9:12]
 
 
-def measure(base: str) -> str:
+def short_header() -> bytes:
+    """A synthetic image with some thirty attributes."""
+    return image(_STUDY, sop=_SOP, side=138)
+
+
+def long_header() -> bytes:
+    """A CT of a real scanner (pydicom's sample), with some 260 attributes, private ones among them."""
+    ds = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+    ds.StudyInstanceUID, ds.SOPInstanceUID = _STUDY, _SOP
+    ds.file_meta.MediaStorageSOPInstanceUID = _SOP
+    file = io.BytesIO()
+    ds.save_as(file)
+    return file.getvalue()
+
+
+def measure(base: str, content: bytes) -> str:
     """One line about one dialect."""
     started_s = time.monotonic()
-    connections = [Connection(base, number, started_s + SECONDS) for number in range(CONNECTIONS)]
+    connections = [Connection(base, content, number, started_s + SECONDS) for number in range(CONNECTIONS)]
     for connection in connections:
         connection.start()
     for connection in connections:
@@ -89,7 +106,7 @@ def measure(base: str) -> str:
     stored = sum(connection.stored for connection in connections)
     wrong = {status: count for connection in connections for status, count in connection.wrong.items()}
     assert not wrong, wrong
-    size_kb = connections[0].size_bytes / 1000
+    size_kb = len(content) / 1000
     return (
         f"{stored / took_s:6.0f} STOW/s   {CONNECTIONS} connections, {size_kb:.0f} KB, {took_s:.0f} s, {stored} stored"
     )
@@ -99,7 +116,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, processes.Processes(Path(folder)) as running:
         part = processes.sandbox(running)
         for name in sys.argv[1:] or ("msdicom", "dcm4chee"):
-            print(f"{name:9} {measure(getattr(part, name))}", flush=True)
+            for kind, content in (("short header", short_header()), ("long header", long_header())):
+                part.empty()
+                print(f"{name:9} {kind:13} {measure(getattr(part, name), content)}", flush=True)
         print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
     return 0
 
