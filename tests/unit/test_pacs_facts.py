@@ -474,6 +474,24 @@ def test_orthanc_15_a_connection_is_not_reused_when_it_is_about_to_be_closed() -
     assert idle_limit_s("timeout=1") < 1
 
 
+def image_item(uid: str) -> dict[str, Any]:
+    uids = {"0020000D": "1.1", "0020000E": "1.2", "00080018": uid}
+    return {tag: {"vr": "UI", "Value": [value]} for tag, value in uids.items()}
+
+
+def test_pages_smaller_than_asked_for_lose_no_image() -> None:
+    pages = [[image_item("1.3"), image_item("1.4")], [image_item("1.5")]]
+    pacs, wire = asked("dicomweb", *[Reply(200, page) for page in pages], Reply(200, []))
+    assert [found.sop_instance_uid for found in pacs.instances(STUDY)] == ["1.3", "1.4", "1.5"]
+    assert [call.rpartition("offset=")[2] for call in wire.calls] == ["0", "2", "3"]
+
+
+def test_a_server_that_does_not_page_comes_to_an_end() -> None:
+    pacs, _ = asked("dicomweb", *[Reply(200, [image_item("1.3")])] * 3)
+    with pytest.raises(PacsMisanswered):
+        list(pacs.instances(STUDY))
+
+
 def test_every_fact_of_every_reference_has_its_test() -> None:
     found = [match for name in globals() if (match := re.match(r"test_([a-z0-9]+)_(\d\d)_", name))]
     numbers = {product: {int(match[2]) for match in found if match[1] == product} for product in FACTS}

@@ -78,12 +78,19 @@ class DicomWeb:
         return found
 
     def instances(self, found: Found, *, page: int, order: Sequence[tuple[str, str]] = ()) -> Iterator[Found]:
-        """The images below ``found``, ``page`` at a time; only an empty page is the last."""
+        """The images below ``found``, ``page`` at a time; only an empty page is the last.
+
+        A server that takes no notice of ``offset`` would never come to an end, so the same page twice is an error.
+        """
         if found.level == "image":
             yield found
             return
         offset, target = 0, f"{self._base}{path_of(found)}/instances"
+        before: list[Dataset] = []
         while datasets := self._search(f"{target}?{urlencode([*order, *_window(page, offset)])}", DICOM_JSON_GZIP):
+            if datasets == before:
+                raise self.misanswered("the same page of images twice")
+            before = datasets
             for ds in datasets:
                 image = text(ds, SOP_INSTANCE_UID)
                 series = text(ds, SERIES_INSTANCE_UID) or found.series_instance_uid
