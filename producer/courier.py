@@ -22,6 +22,7 @@ from producer.errors import BrokerUnavailable, CourierError, NotFound, StillRunn
 from worker.ledger import Ledger, job_id_for
 from worker.logs import shown_job
 from worker.payloads import (
+    AuditJob,
     DeleteJob,
     DownloadJob,
     ExistsJob,
@@ -30,6 +31,7 @@ from worker.payloads import (
     LookupJob,
     ServersJob,
     StudiesJob,
+    TraceJob,
     UploadJob,
     read_job,
 )
@@ -227,6 +229,27 @@ class Courier:
         """Bring a study to the ZIP file or folder that ``destination`` (file, s3) names; it overwrites nothing."""
         job = {"study_uid": study_uid, "destination": destination, "format": format, "mode": mode}
         return self.enqueue("pacs.download", DownloadJob, job)
+
+    def audit(
+        self,
+        servers: Sequence[str] | None = None,
+        *,
+        filters: Mapping[str, str] | None = None,
+        study_uid: str | None = None,
+        limit: int = 500,
+        cursor: str | None = None,
+    ) -> Handle:
+        """The studies that are on more than one server, ``limit`` at a time; ``cursor`` asks for the next.
+
+        With ``study_uid`` that study alone, and the images in which its copies differ, ``limit`` at a time.
+        `producer.audits` goes through all pages.
+        """
+        job = {**_of(servers), "filters": dict(filters or {}), "study_uid": study_uid, "limit": limit, "cursor": cursor}
+        return self.enqueue("pacs.audit", AuditJob, job)
+
+    def trace(self, uid: str) -> Handle:
+        """Why the image, series or study that bears ``uid`` is where it is."""
+        return self.enqueue("pacs.trace", TraceJob, {"uid": uid})
 
     def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
         """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""

@@ -110,6 +110,25 @@ class DownloadJob(Job):
     mode: Mode = "either"
 
 
+class AuditJob(Job):
+    """`pacs.audit`: the next ``limit`` split studies after the study ``cursor``.
+
+    With ``study_uid`` that study alone, and its next ``limit`` differing images after the image ``cursor``.
+    """
+
+    servers: Servers | None = None
+    filters: Annotated[dict[str, str], Field(max_length=50)] = {}
+    study_uid: Uid | None = None
+    limit: Annotated[int, Field(ge=1, le=5000)] = 500
+    cursor: Uid | None = None
+
+
+class TraceJob(Job):
+    """`pacs.trace`: why the image, series or study that bears ``uid`` is where it is."""
+
+    uid: Uid
+
+
 class Payload(BaseModel):
     """What every result says."""
 
@@ -361,6 +380,155 @@ class DownloadPayload(Payload):
     warnings: list[str]
     timings_ms: dict[str, float]
     attempts: int
+
+
+#: Whether the copies of a study hold the same images, some of the same, or none.
+Overlap = Literal["equal", "partial", "none"]
+
+
+class SplitOn(BaseModel):
+    """One server's copy of a split study; ``images`` as its list of them was counted."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    server_type: str
+    images: int
+    viewer_url: str
+
+
+class OnlyOn(BaseModel):
+    """Images that exactly these servers have, of those that have the study. ``image_uids`` may be fewer than
+    ``images``: the rest comes by pages, with the study's UID in the job.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    servers: list[str]
+    images: int
+    image_uids: list[str]
+
+
+class SplitStudy(BaseModel):
+    """A study on more than one server. ``images`` counts each once; ``keep`` is the server that has most of them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    study_uid: str
+    overlap: Overlap
+    images: int
+    keep: str
+    servers: list[SplitOn]
+    only_on: list[OnlyOn]
+
+
+class AuditedServer(BaseModel):
+    """``studies``: how many this server has."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    server_type: str
+    studies: int
+
+
+class AuditPayload(Payload):
+    """The result of `pacs.audit`. ``studies`` and ``split`` are totals; ``cursor`` of None: no entries follow."""
+
+    operation: Literal["audit"] = "audit"
+    servers: list[AuditedServer]
+    studies: int
+    split: int
+    entries: list[SplitStudy]
+    cursor: str | None
+    timings_ms: dict[str, float]
+    attempts: int
+
+
+class TraceEntry(BaseModel):
+    """What one server said of the UID; ``level`` is what it is there."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    server_type: str
+    status: Literal["found", "not_there", "unavailable"]
+    level: Level | None = None
+    study_uid: str | None = None
+    series_uid: str | None = None
+    image_uid: str | None = None
+    viewer_url: str | None = None
+    error: Fault | None = None
+
+
+class TraceClaim(BaseModel):
+    """Which server the study belongs to, which job chose it, and which stored its first image."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    claimed_by: str | None
+    claimed_at: str | None
+    opened_by: str | None
+
+
+class TraceReceipt(BaseModel):
+    """Proof that a job of ours stored the image."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    job_id: str
+    stored_at: str | None
+    sha256: str
+    size_bytes: int
+
+
+class TracedJob(BaseModel):
+    """The ledger's record of a job; ``code`` and ``message`` are why it waits or how it ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job_id: str
+    task: str
+    state: str
+    attempts: int
+    code: str | None
+    message: str | None
+    created_at: str | None
+    ended_at: str | None
+
+
+class TraceEvent(BaseModel):
+    """One decision: when (UTC), about which UID, by which job; ``text`` is it as a sentence."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at: str
+    uid: str
+    event: str
+    job_id: str
+    text: str
+    details: dict[str, Any]
+
+
+class TracePayload(Payload):
+    """The result of `pacs.trace`. ``server_name`` is where it is, or, if no server has it, the ledger's last word."""
+
+    operation: Literal["trace"] = "trace"
+    uid: str
+    level: Level | None
+    server_name: str | None
+    server_type: str | None
+    viewer_url: str
+    why: str
+    servers: list[TraceEntry]
+    claim: TraceClaim | None
+    receipt: TraceReceipt | None
+    held_by: str | None
+    storing: list[str]
+    jobs: list[TracedJob]
+    timeline: list[TraceEvent]
 
 
 JobType = TypeVar("JobType", bound=Job)

@@ -1,0 +1,185 @@
+"""Which studies are on more than one server, and in which images their copies differ: `pacs.audit`.
+
+UIDs alone are compared, never bytes. Nothing is changed anywhere. A server that does not answer fails the attempt:
+without its list nobody can say that no study is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from worker.errors import CourierError, InvalidRequest, PacsMisanswered
+from worker.jobs.deletions import asked
+from worker.jobs.lookups import Reply, settle
+from worker.jobs.run import Run
+from worker.jobs.sightings import Sightings
+from worker.jobs.tools import Tools
+from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Found, Pacs
+from worker.payloads import AuditedServer, AuditJob, AuditPayload, OnlyOn, Overlap, SplitOn, SplitStudy, read_job
+from worker.viewer import viewer_url
+
+#: What is asked for at a time; a dialect whose server holds its pages smaller asks for less.
+PAGE = 1000
+#: So many studies are compared at a time: other jobs ask the same servers.
+ABREAST = 4
+#: Differing images shown per study, and over all studies of one result, which passes through Redis.
+SHOWN_PER_STUDY, SHOWN_PER_RESULT = 100, 20_000
+
+Answer = TypeVar("Answer")
+
+
+def audit(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """One page of the split studies, in the order of their UIDs; of one study, one page of the images that differ.
+
+    Raises
+    ------
+    CourierError
+        Of any server that was to be asked. There is no result without all of them.
+    NotFound
+        The one study that was asked for is on none of them.
+    """
+    job = read_job(AuditJob, message)
+    servers = asked(job.servers, tools.fleet)
+    if len(servers) < 2:
+        raise InvalidRequest("An audit compares servers: name two or more.", details={"field": "servers"})
+    names = [pacs.server.name for pacs in servers]
+    with Sightings(names) as studies:
+        with run.step("list"):
+            _list(job, servers, studies, run, tools.fleet)
+        after = "" if job.study_uid or job.cursor is None else job.cursor
+        candidates = studies.shared(after=after, limit=job.limit + 1)
+        groups = studies.groups()
+    with run.step("compare"):
+        entries = _compare(job, candidates[: job.limit], run, tools.fleet)
+    cursor = candidates[job.limit - 1][0] if len(candidates) > job.limit else None
+    if job.study_uid is not None:
+        entries, cursor = _one_page(entries, job.limit)
+    return AuditPayload(
+        job_id=run.job_id,
+        servers=[_audited(pacs, groups) for pacs in servers],
+        studies=sum(count for _, count in groups),
+        split=sum(count for on, count in groups if len(on) > 1),
+        entries=entries,
+        cursor=cursor,
+        timings_ms=run.timings_ms,
+        attempts=run.attempt,
+    ).as_json()
+
+
+def _list(job: AuditJob, servers: Sequence[Pacs], studies: Sightings, run: Run, fleet: Fleet) -> None:
+    """Note which studies each server has."""
+    if job.study_uid is None:
+        _all([partial(_walk, pacs, job.filters, studies, run) for pacs in servers], fleet)
+        return
+    answers = _all([partial(pacs.find, "study", job.study_uid) for pacs in servers], fleet)
+    replies = [Reply(pacs, found) for pacs, found in zip(servers, answers, strict=True)]
+    settle("study", job.study_uid, replies)
+    for reply in replies:
+        studies.note(reply.pacs.server.name, [found.study_instance_uid for found in reply.found])
+
+
+def _walk(pacs: Pacs, filters: Mapping[str, str], studies: Sightings, run: Run) -> None:
+    """Note all of one server's studies, page by page."""
+    offset: int | None = 0
+    while offset is not None:
+        run.intend({})  # nothing to remember, but a cancelled or lost job ends here
+        page = pacs.studies(filters=filters, limit=PAGE, offset=offset)
+        offset = page.next_offset
+        new = studies.note(pacs.server.name, [text(ds, STUDY_INSTANCE_UID) for ds in page.studies])
+        if page.studies and not new:
+            if len(page.studies) == PAGE and offset is not None:
+                raise _stuck(pacs)
+            return
+
+
+def _stuck(pacs: Pacs) -> PacsMisanswered:
+    """A full page again: this server does not page, so there may be studies that nobody has seen."""
+    server = pacs.server
+    sentence = f"{server.name} sends the same page of its studies again; narrow the list with filters."
+    return PacsMisanswered(sentence, server_name=server.name, server_type=server.type)
+
+
+def _compare(job: AuditJob, candidates: Sequence[tuple[str, list[str]]], run: Run, fleet: Fleet) -> list[SplitStudy]:
+    """Those of the studies that still are on more than one server when their images are asked for."""
+    compared: list[SplitStudy | None] = []
+    for start in range(0, len(candidates), ABREAST):
+        run.intend({})  # as above
+        abreast = candidates[start : start + ABREAST]
+        compared += _all([partial(_compared, job, uid, [fleet[name] for name in on]) for uid, on in abreast], fleet)
+    return [study for study in compared if study is not None]
+
+
+def _compared(job: AuditJob, study_uid: str, servers: Sequence[Pacs]) -> SplitStudy | None:
+    with Sightings([pacs.server.name for pacs in servers]) as images:
+        for pacs in servers:
+            found = pacs.instances(Found("study", study_uid))
+            images.note(pacs.server.name, (str(one.sop_instance_uid) for one in found))
+        groups = images.groups()
+        counts = {pacs.server.name: _count(pacs, groups) for pacs in servers}
+        holders = [pacs for pacs in servers if counts[pacs.server.name]]
+        if len(holders) < 2:
+            return None
+        names = [pacs.server.name for pacs in holders]
+        after = job.cursor if job.study_uid and job.cursor else ""
+        shown = job.limit + 1 if job.study_uid else max(1, min(SHOWN_PER_STUDY, SHOWN_PER_RESULT // job.limit))
+        differing = images.missing_somewhere(names, after=after, limit=shown)
+    return SplitStudy(
+        study_uid=study_uid,
+        overlap=overlap(names, groups),
+        images=sum(count for _, count in groups),
+        keep=max(names, key=counts.__getitem__),
+        servers=[_place(pacs, study_uid, counts[pacs.server.name]) for pacs in holders],
+        only_on=[_only_on(on, count, differing) for on, count in groups if on != names],
+    )
+
+
+def overlap(holders: Sequence[str], groups: Sequence[tuple[list[str], int]]) -> Overlap:
+    """``groups``: how many images are on exactly these servers."""
+    if all(on == list(holders) for on, _ in groups):
+        return "equal"
+    return "partial" if any(len(on) > 1 for on, _ in groups) else "none"
+
+
+def _only_on(on: list[str], count: int, differing: Sequence[tuple[str, list[str]]]) -> OnlyOn:
+    return OnlyOn(servers=on, images=count, image_uids=[uid for uid, where in differing if where == on])
+
+
+def _one_page(entries: list[SplitStudy], limit: int) -> tuple[list[SplitStudy], str | None]:
+    """The entry of the only study without the image that was asked for in excess, which tells that more follow."""
+    uids = sorted(uid for entry in entries for group in entry.only_on for uid in group.image_uids)
+    if len(uids) <= limit:
+        return entries, None
+    excess = uids[-1]
+    only_on = [
+        group.model_copy(update={"image_uids": [uid for uid in group.image_uids if uid != excess]})
+        for group in entries[0].only_on
+    ]
+    return [entries[0].model_copy(update={"only_on": only_on})], uids[-2]
+
+
+def _place(pacs: Pacs, study_uid: str, images: int) -> SplitOn:
+    server = pacs.server
+    link = viewer_url(server, study=study_uid)
+    return SplitOn(server_name=server.name, server_type=server.type, images=images, viewer_url=link)
+
+
+def _audited(pacs: Pacs, groups: Sequence[tuple[list[str], int]]) -> AuditedServer:
+    return AuditedServer(server_name=pacs.server.name, server_type=pacs.server.type, studies=_count(pacs, groups))
+
+
+def _count(pacs: Pacs, groups: Sequence[tuple[list[str], int]]) -> int:
+    return sum(count for on, count in groups if pacs.server.name in on)
+
+
+def _all(questions: Sequence[Callable[[], Answer]], fleet: Fleet) -> list[Answer]:
+    """Every answer, all asked at the same time; the first error is everybody's."""
+    answers: list[Answer] = []
+    for answer in fleet.gather(questions):
+        if isinstance(answer, CourierError):
+            raise answer
+        answers.append(answer)
+    return answers
