@@ -138,6 +138,9 @@ redis.call('ZREM', due, ARGV[1])
 note_of_job(job, ARGV[7], ARGV[6], ARGV[5] ~= 'done')
 local hold = redis.call('HGET', job, 'hold')
 if hold and redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
+for gate in string.gmatch(redis.call('HGET', job, 'gates') or '', '%S+') do
+  if redis.call('HGET', gate, 'job_id') == ARGV[1] then redis.call('DEL', gate) end
+end
 for key in string.gmatch(redis.call('HGET', job, 'storing') or '', '%S+') do redis.call('SREM', key, ARGV[1]) end
 if ARGV[3] == 'dead' then
   redis.call('ZADD', dead, now, ARGV[1])
@@ -207,17 +210,19 @@ _SHUT = """
 local owner = redis.call('HGET', KEYS[1], 'job_id')
 if owner and owner ~= ARGV[1] then return owner end
 if redis.call('HGET', KEYS[2], 'fence') ~= ARGV[2] then return '!lost' end
-redis.call('HSET', KEYS[1], 'job_id', ARGV[1])
-redis.call('HSET', KEYS[2], 'hold', KEYS[1])
+if not owner then
+  redis.call('HSET', KEYS[1], 'job_id', ARGV[1])
+  local gates = redis.call('HGET', KEYS[2], 'gates')
+  redis.call('HSET', KEYS[2], 'gates', gates and gates .. ' ' .. KEYS[1] or KEYS[1])
+end
 return redis.call('SRANDMEMBER', KEYS[3]) or ''
 """
 
 _LET_GO = """
-local hold = redis.call('HGET', KEYS[1], 'hold')
-if not hold then return 0 end
-redis.call('HDEL', KEYS[1], 'hold')
-if redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
-return 1
+for gate in string.gmatch(redis.call('HGET', KEYS[1], 'gates') or '', '%S+') do
+  if redis.call('HGET', gate, 'job_id') == ARGV[1] then redis.call('DEL', gate) end
+end
+return redis.call('HDEL', KEYS[1], 'gates')
 """
 
 _FORGET_STUDY = """
@@ -366,8 +371,9 @@ class Ledger:
     ) -> None:
         self._redis = client
         self.lease_s = lease_s
+        self.client = client
         self._grace_ms = _ms(grace_s)
-        self._keep_ms = _ms(keep_s)
+        self.keep_ms = _ms(keep_s)
         self._claim_ms = _ms(claim_s)
         script = client.register_script
         self._submit, self._claim, self._heartbeat = script(_SUBMIT), script(_CLAIM), script(_HEARTBEAT)
@@ -417,7 +423,7 @@ class Ledger:
         keys = [_job(job_id), PREFIX + "due"]
         args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, int(counts)]
         note = _note("waiting", job_id, code=code, message=message, delay_s=round(delay_s, 1))
-        self._guard(self._park(keys=keys, args=[*args, note, self._keep_ms]))
+        self._guard(self._park(keys=keys, args=[*args, note, self.keep_ms]))
 
     def finish(
         self,
@@ -459,7 +465,7 @@ class Ledger:
     ) -> None:
         keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", deaths]
         note = _note("ended", job_id, **ending, **_gist(outcome))
-        args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self._keep_ms, note]
+        args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, note]
         self._guard(self._finish(keys=keys, args=args))
 
     def cancel(self, job_id: str) -> str:
@@ -507,7 +513,7 @@ class Ledger:
         return owner or None
 
     def let_go(self, job_id: str) -> None:
-        """Give up what the job holds, before its end."""
+        """Let others store again into what the job has shut, before its end."""
         self._let_go(keys=[_job(job_id)], args=[job_id])
 
     def receipt(self, sop_instance_uid: str) -> Receipt | None:
@@ -520,7 +526,7 @@ class Ledger:
         """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice."""
         keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed", _trail(study_instance_uid)]
         note = _note("claimed", job_id, server=server)
-        chosen, first = self._claim_study(keys=keys, args=[server, job_id, self._claim_ms, note, self._keep_ms])
+        chosen, first = self._claim_study(keys=keys, args=[server, job_id, self._claim_ms, note, self.keep_ms])
         return StudyClaim(str(chosen), bool(first))
 
     def claimed_server(self, study_instance_uid: str) -> str | None:
@@ -534,14 +540,14 @@ class Ledger:
         ``decision`` is what a trace will say of it.
         """
         note = "" if decision is None else _note("routed", job_id, **decision)
-        answer = int(self._intend(keys=[_job(job_id)], args=[fence, _dump(memo), note, self._keep_ms]))
+        answer = int(self._intend(keys=[_job(job_id)], args=[fence, _dump(memo), note, self.keep_ms]))
         self._guard(answer >= 0)
         return bool(answer)
 
     def stored(self, sop_instance_uid: str, study_instance_uid: str, receipt: Receipt) -> bool:
         """Write the receipt; True if this job was the first to store anything of the study it had claimed."""
         keys = [PREFIX + "receipt:" + sop_instance_uid, PREFIX + "study:" + study_instance_uid]
-        args: list[str | int] = [receipt.job_id, receipt.server, receipt.sha256, receipt.size_bytes, self._keep_ms]
+        args: list[str | int] = [receipt.job_id, receipt.server, receipt.sha256, receipt.size_bytes, self.keep_ms]
         note = _note("stored", receipt.job_id, server=receipt.server, study_uid=study_instance_uid)
         return bool(self._stored(keys=[*keys, _trail(sop_instance_uid)], args=[*args, note]))
 

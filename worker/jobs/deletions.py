@@ -111,10 +111,11 @@ def remove(pacs: Pacs, founds: Iterable[Found], *, permanent: bool, resumed: boo
 
 def forget_what_is_gone(study_uids: Iterable[str], tools: Tools) -> None:
     """Give up the claims on those studies that every server says it does not have."""
-    for study_uid in study_uids:
-        answers = tools.fleet.gather([partial(pacs.find, "study", study_uid) for pacs in tools.fleet])
-        if not any(answers):  # an error is an answer too: silence is never read as "gone"
-            tools.ledger.forget_study(study_uid)
+    uids, servers = list(study_uids), list(tools.fleet)
+    answers = iter(tools.fleet.gather([partial(pacs.find, "study", uid) for uid in uids for pacs in servers]))
+    for uid in uids:
+        if not any([next(answers) for _ in servers]):  # an error counts too: silence is never read as "gone"
+            tools.ledger.forget_study(uid)
 
 
 def _take_turn(job: DeleteJob, run: Run) -> None:
