@@ -85,15 +85,18 @@ def _list(job: AuditJob, servers: Sequence[Pacs], studies: Sightings, run: Run, 
 def _walk(pacs: Pacs, filters: Mapping[str, str], studies: Sightings, run: Run) -> None:
     """Note all of one server's studies, page by page."""
     offset: int | None = 0
+    before: list[str] = []
     while offset is not None:
         run.intend({})  # nothing to remember, but a cancelled or lost job ends here
         page = pacs.studies(filters=filters, limit=PAGE, offset=offset)
         offset = page.next_offset
-        new = studies.note(pacs.server.name, [text(ds, STUDY_INSTANCE_UID) for ds in page.studies])
-        if page.studies and not new:
-            if len(page.studies) == PAGE and offset is not None:
+        uids = [text(ds, STUDY_INSTANCE_UID) for ds in page.studies]
+        if uids and uids == before:
+            if len(uids) == PAGE:
                 raise _stuck(pacs)
-            return
+            return  # it takes no notice of the offset, and gave all at once
+        studies.note(pacs.server.name, uids)
+        before = uids
 
 
 def _stuck(pacs: Pacs) -> PacsMisanswered:
@@ -106,14 +109,20 @@ def _stuck(pacs: Pacs) -> PacsMisanswered:
 def _compare(job: AuditJob, candidates: Sequence[tuple[str, list[str]]], run: Run, fleet: Fleet) -> list[SplitStudy]:
     """Those of the studies that still are on more than one server when their images are asked for."""
     compared: list[SplitStudy | None] = []
+    shown = (
+        min(SHOWN_PER_STUDY, SHOWN_PER_RESULT // max(1, len(candidates))) if job.study_uid is None else job.limit + 1
+    )
+    after = job.cursor if job.study_uid and job.cursor else ""
+    compare = partial(_compared, after=after, shown=shown)
     for start in range(0, len(candidates), ABREAST):
         run.intend({})  # as above
         abreast = candidates[start : start + ABREAST]
-        compared += _all([partial(_compared, job, uid, [fleet[name] for name in on]) for uid, on in abreast], fleet)
+        compared += _all([partial(compare, uid, [fleet[name] for name in on]) for uid, on in abreast], fleet)
     return [study for study in compared if study is not None]
 
 
-def _compared(job: AuditJob, study_uid: str, servers: Sequence[Pacs]) -> SplitStudy | None:
+def _compared(study_uid: str, servers: Sequence[Pacs], *, after: str, shown: int) -> SplitStudy | None:
+    """The study's copies; of the images that differ the next ``shown`` after ``after``."""
     with Sightings([pacs.server.name for pacs in servers]) as images:
         for pacs in servers:
             found = pacs.instances(Found("study", study_uid))
@@ -124,8 +133,6 @@ def _compared(job: AuditJob, study_uid: str, servers: Sequence[Pacs]) -> SplitSt
         if len(holders) < 2:
             return None
         names = [pacs.server.name for pacs in holders]
-        after = job.cursor if job.study_uid and job.cursor else ""
-        shown = job.limit + 1 if job.study_uid else max(1, min(SHOWN_PER_STUDY, SHOWN_PER_RESULT // job.limit))
         differing = images.missing_somewhere(names, after=after, limit=shown)
     return SplitStudy(
         study_uid=study_uid,
