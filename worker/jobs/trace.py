@@ -1,0 +1,256 @@
+"""Why an image, a series or a study is where it is: `pacs.trace` puts together what ledger and servers know.
+
+Nothing is tried again here and nothing is changed: a server's silence is part of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from worker.errors import CourierError, NotFound
+from worker.jobs.described import place
+from worker.jobs.run import Run
+from worker.jobs.tools import Tools
+from worker.ledger import Known, Ledger, Note
+from worker.pacs.protocol import Found, Pacs
+from worker.payloads import (
+    Fault,
+    Level,
+    TraceClaim,
+    TracedJob,
+    TraceEntry,
+    TraceEvent,
+    TraceJob,
+    TracePayload,
+    TraceReceipt,
+    read_job,
+)
+
+LEVELS: tuple[Level, ...] = ("image", "series", "study")
+#: The records of so many jobs are shown, the latest ones.
+MAX_JOBS = 20
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one server said of a UID whose level nobody knows."""
+
+    pacs: Pacs
+    found: list[Found]
+    error: CourierError | None
+
+
+def trace(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """Everything that is known of one UID.
+
+    Raises
+    ------
+    NotFound
+        Every server says that there is no such image, series or study, and the ledger never heard of it.
+    """
+    job = read_job(TraceJob, message)
+    with run.step("check"):
+        said = _ask(job.uid, tools)
+    with run.step("ledger"):
+        known = _known(job.uid, said, tools.ledger)
+        jobs = _jobs(known, tools.ledger)
+    seen = [one for one in said if one.found]
+    if not seen and not any(_anything(one) for one in known.values()) and not any(one.error for one in said):
+        sentence = "Neither a server nor the ledger knows of this UID."
+        raise NotFound(sentence, details={"uid": job.uid, "asked": tools.fleet.names})
+    first = _place_of(seen, known, tools)
+    events = _events(known)
+    return TracePayload(
+        job_id=run.job_id,
+        uid=job.uid,
+        level=seen[0].found[0].level if seen else _level(known[job.uid]),
+        server_name=first,
+        server_type=tools.fleet[first].server.type if first else None,
+        viewer_url=place(seen[0].found[0], seen[0].pacs.server).viewer_url if seen else "",
+        why=_why(seen, known, first),
+        servers=[_entry(one) for one in said],
+        claim=_claim(known.values()),
+        receipt=_receipt(known[job.uid]),
+        held_by=known[job.uid].holder,
+        storing=known[job.uid].storing,
+        jobs=jobs,
+        timeline=events,
+    ).as_json()
+
+
+def _ask(uid: str, tools: Tools) -> list[Said]:
+    """Ask every server at every level, all at once. The first level at which it is found counts."""
+    fleet = tools.probes or tools.fleet
+    answers = iter(fleet.gather([partial(pacs.find, level, uid) for pacs in fleet for level in LEVELS]))
+    said = []
+    for pacs in fleet:
+        replies = [next(answers) for _ in LEVELS]
+        found = next((reply for reply in replies if not isinstance(reply, CourierError) and reply), [])
+        error = next((reply for reply in replies if isinstance(reply, CourierError)), None)
+        said.append(Said(pacs, found, None if found else error))
+    return said
+
+
+def _known(uid: str, said: Sequence[Said], ledger: Ledger) -> dict[str, Known]:
+    """The ledger's knowledge of the UID itself and, if it is not a study's, of the study above it."""
+    known = {uid: ledger.known(uid)}
+    above = {one.found[0].study_instance_uid for one in said if one.found}
+    above |= {note.details["study_uid"] for note in known[uid].trail if note.details.get("study_uid")}
+    return known | {study: ledger.known(study) for study in sorted(above - {uid})}
+
+
+def _anything(known: Known) -> bool:
+    return bool(known.trail or known.holder or known.storing or known.claim or known.receipt)
+
+
+def _level(known: Known) -> Level | None:
+    """What the ledger makes of a UID that is on no server: images have receipts, studies have claims."""
+    if known.claim or known.storing:
+        return "study"
+    return "image" if known.receipt or any(note.event == "routed" for note in known.trail) else None
+
+
+def _place_of(seen: Sequence[Said], known: Mapping[str, Known], tools: Tools) -> str | None:
+    """The server that has it; if none is known to, the one it was stored to or is claimed for."""
+    if seen:
+        return seen[0].pacs.server.name
+    names = [one.receipt.get("server") or one.claim.get("server") for one in known.values()]
+    return next((name for name in names if name in tools.fleet.names), None)
+
+
+def _why(seen: Sequence[Said], known: Mapping[str, Known], first: str | None) -> str:
+    """One sentence: the last decision that says why it is there."""
+    routed = [note for one in known.values() for note in one.trail if note.event == "routed"]
+    reasons = {
+        "study_exists": "its study was there already",
+        "claimed": "another image of its study had been sent there before",
+        "new_study": "its study was new and the routing policy chose that server",
+        "requested": "the job asked for that server",
+    }
+    if first is None:
+        return "It is on no server that answered, and the ledger names none."
+    if not seen:
+        return f"No server that answered has it; the ledger's last word is {first}."
+    if routed and routed[-1].details.get("server") == first:
+        return f"It is on {first}, because {reasons.get(routed[-1].details.get('reason', ''), 'of a decision')}."
+    claimed = next((one.claim["server"] for one in known.values() if one.claim), None)
+    if claimed == first:
+        return f"It is on {first}, which its study is claimed for."
+    return (
+        f"It is on {first}; the ledger holds no decision of ours about it, so it was put there by others or long ago."
+    )
+
+
+def _entry(answer: Said) -> TraceEntry:
+    server, error = answer.pacs.server, answer.error
+    fault = Fault(code=error.payload["code"], message=error.message) if error else None
+    if not answer.found:
+        status = "unavailable" if error else "not_there"
+        return TraceEntry(server_name=server.name, server_type=server.type, status=status, error=fault)
+    first = answer.found[0]
+    where = place(first, server).model_dump()
+    return TraceEntry(server_name=server.name, server_type=server.type, status="found", level=first.level, **where)
+
+
+def _claim(known: Iterable[Known]) -> TraceClaim | None:
+    for one in known:
+        if one.claim.get("server"):
+            return TraceClaim(
+                server_name=one.claim["server"],
+                claimed_by=one.claim.get("claimed_by"),
+                claimed_at=_time(one.claim.get("claimed_ms")),
+                opened_by=one.claim.get("opened_by"),
+            )
+    return None
+
+
+def _receipt(known: Known) -> TraceReceipt | None:
+    receipt = known.receipt
+    if not receipt:
+        return None
+    return TraceReceipt(
+        server_name=receipt["server"],
+        job_id=receipt["job_id"],
+        stored_at=_time(receipt.get("stored_ms")),
+        sha256=receipt["sha256"],
+        size_bytes=int(receipt["size_bytes"]),
+    )
+
+
+def _jobs(known: Mapping[str, Known], ledger: Ledger) -> list[TracedJob]:
+    """The records of the jobs that had to do with it, as far as they are kept."""
+    ids: dict[str, None] = {}
+    for one in known.values():
+        named = [one.claim.get("claimed_by"), one.claim.get("opened_by"), one.receipt.get("job_id"), one.holder]
+        ids |= dict.fromkeys(job_id for job_id in (*named, *one.storing) if job_id)
+        ids |= dict.fromkeys(note.job_id for note in one.trail)
+    records = {job_id: ledger.look(job_id) for job_id in list(ids)[-MAX_JOBS:]}
+    return [_job(job_id, record) for job_id, record in records.items() if record]
+
+
+def _job(job_id: str, record: Mapping[str, str]) -> TracedJob:
+    return TracedJob(
+        job_id=job_id,
+        task=record.get("task", ""),
+        state=record.get("state", ""),
+        attempts=int(record.get("attempts", 0)),
+        code=record.get("code"),
+        message=record.get("message"),
+        created_at=_time(record.get("created_ms")),
+        ended_at=_time(record.get("ended_ms")),
+    )
+
+
+def _events(known: Mapping[str, Known]) -> list[TraceEvent]:
+    """All notes in order of time; one that stands on several trails is told once."""
+    notes: dict[tuple[int, str, str], TraceEvent] = {}
+    for uid, one in known.items():
+        for note in one.trail:
+            event = TraceEvent(
+                at=_time(note.at_ms) or "",
+                uid=uid,
+                event=note.event,
+                job_id=note.job_id,
+                text=told(note),
+                details=note.details,
+            )
+            notes.setdefault((note.at_ms, note.job_id, note.event), event)
+    return [notes[key] for key in sorted(notes, key=lambda key: key[0])]
+
+
+def told(note: Note) -> str:
+    """A note as one sentence."""
+    details = note.details
+    match note.event:
+        case "claimed":
+            return f"The study was new; it now belongs to {details['server']}."
+        case "routed":
+            on = ", ".join(details.get("study_on") or []) or "no server"
+            return f"To be pushed to {details.get('server')} ({details.get('reason')}; the study was on {on})."
+        case "stored":
+            return f"Stored on {details['server']}."
+        case "waiting":
+            return f"Put aside for {details['delay_s']} s ({details['code']}): {details['message']}"
+        case "ended":
+            return _ending(details)
+        case _:
+            return note.event
+
+
+def _ending(details: Mapping[str, Any]) -> str:
+    if details.get("code") == "done":
+        return f"{details.get('task')} is done."
+    end = "ended as a dead letter" if details.get("dead") else "was refused"
+    return f"{details.get('task')} {end} ({details.get('code')}): {details.get('message', '')}"
+
+
+def _time(at_ms: str | int | None) -> str | None:
+    """RFC 3339, UTC, milliseconds, by the clock of Redis."""
+    if not at_ms:
+        return None
+    at = datetime.fromtimestamp(int(float(at_ms)) / 1000, tz=UTC)
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
