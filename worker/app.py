@@ -53,6 +53,9 @@ class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
 
     Request = ShownRequest
     throws = (CourierError,)
+    # Enough of a result for logs and events to say who answered, too little to reach its metadata; and the repr of a
+    # whole one costs nearly a millisecond per job.
+    resultrepr_maxsize = 200
 
 
 def _settings() -> Settings:
