@@ -53,8 +53,9 @@ local function note(key, entry, keep_ms)
   redis.call('PEXPIRE', key, keep_ms)
 end
 local function note_of_job(job, entry, keep_ms, above)
-  local fields = redis.call('HMGET', job, 'hold', 'storing')
-  for key in string.gmatch((fields[1] or '') .. ' ' .. (above and fields[2] or ''), '%S+') do
+  local fields = redis.call('HMGET', job, 'hold', 'gates', 'storing')
+  local keys = (fields[1] or '') .. ' ' .. (fields[2] or '') .. ' ' .. (above and fields[3] or '')
+  for key in string.gmatch(keys, '%S+') do
     local uid = string.match(key, '^{PREFIX}%a+:([%d.]+)$')
     if uid then note('{PREFIX}trail:' .. uid, entry, keep_ms) end
   end
