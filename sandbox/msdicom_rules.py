@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import lru_cache
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag
 
@@ -47,7 +48,8 @@ _PATTERNS = {
 }
 _LENGTHS = {"AE": 16, "CS": 16, "DS": 16, "IS": 12, "LO": 64, "LT": 10240, "SH": 16, "ST": 1024}
 _WIDTHS = {"AT": 4, "FL": 4, "FD": 8, "SL": 4, "SS": 2, "SV": 8, "UL": 4, "US": 2, "UV": 8}
-_V1_CHECKS_PATTERN = frozenset(("AS", "UI"))
+#: Longer texts are judged anew each time rather than kept.
+_CACHED_CHARACTERS = 256
 
 INVALID_CHARACTER = "the value contains an invalid character"
 
@@ -139,7 +141,12 @@ def _every_invalid(header: Header) -> Iterator[tuple[AttributePath, str]]:
     if not (header.text(PATIENT_ID) or "").strip(" \0"):
         yield (PATIENT_ID,), _sentence(PATIENT_ID, "LO", "the value is empty")
     for path, vr, value, text in walk(header):
-        fault = _binary_fault(vr, value) if vr in _WIDTHS else _text_fault(vr, text) if vr in TEXT_VRS else None
+        if vr in _WIDTHS:
+            fault = _binary_fault(vr, value)
+        elif vr in TEXT_VRS:
+            fault = _text_fault(vr, text) if len(text) <= _CACHED_CHARACTERS else _text_fault.__wrapped__(vr, text)
+        else:
+            continue
         if fault:
             yield path, _sentence(path[-1], vr, fault)
 
@@ -148,6 +155,7 @@ def _binary_fault(vr: str, value: bytes) -> str | None:
     return f"the length is not a multiple of {_WIDTHS[vr]}" if len(value) % _WIDTHS[vr] else None
 
 
+@lru_cache(maxsize=4096)  # most values of a scanner's header are the same in its next image
 def _text_fault(vr: str, text: str) -> str | None:
     text = text.rstrip("\0")
     if vr in ("LT", "ST", "UT", "UR"):
