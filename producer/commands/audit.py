@@ -1,0 +1,137 @@
+"""``pacs audit``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, Self
+
+import click
+
+from producer.audits import pages, whole
+from producer.commands.door import DONE, as_json_option, plain_failures
+from producer.courier import Courier
+from producer.errors import CourierError, InvalidRequest, StillRunning
+from producer.repairs import new_file, repair, write
+from producer.show import console, errors_console
+from producer.show_audit import audit_table, json_document, write_csv
+
+Form = Literal["table", "json", "csv"]
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """Which servers and studies are meant, and how long a page may take."""
+
+    servers: Sequence[str] | None
+    filters: Mapping[str, str]
+    timeout_s: float | None
+
+
+class _Pages:
+    """The pages of a finished audit, kept in an unnamed file: nothing is shown of an audit that did not finish."""
+
+    def __init__(self) -> None:
+        self._file: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self.head: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, page: Mapping[str, Any]) -> None:
+        self.head = {name: page[name] for name in ("operation", "servers", "studies", "split")}
+        self._file.write(json.dumps(page["entries"]) + "\n")
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        self._file.seek(0)
+        for line in self._file:
+            yield json.loads(line)
+
+
+@click.command()
+@click.option("--server", "servers", multiple=True, help="Compare only these; give it twice or more.")
+@click.option("--filter", "filters", multiple=True, metavar="KEY=VALUE", help="A DICOM keyword; may be repeated.")
+@click.option("--plan", type=click.Path(dir_okay=False, path_type=Path), help="Write a repair plan; changes nothing.")
+@click.option("--csv", "as_csv", is_flag=True, help="CSV on standard output, nothing else.")
+@click.option("--timeout", "timeout_s", type=float, help="Wait so many seconds for each page.")
+@as_json_option
+@plain_failures
+def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_csv: bool, **how: Any) -> int:
+    """List the studies that are on more than one server, and in how many images their copies differ.
+
+    Images are compared by their UIDs, not by their bytes. Exit status 3: a server did not answer, and without it
+    nothing is said.
+    """
+    form: Form = "json" if how["as_json"] else "csv" if as_csv else "table"
+    wish = _Wish(servers or None, _filters(filters), how["timeout_s"])
+    with Courier() as courier, _Pages() as found:
+        try:
+            with errors_console.status("comparing the servers"):
+                _collect(courier, wish, found, plan)
+        except (CourierError, StillRunning) as error:
+            if form == "json":
+                click.echo(json.dumps(_failed(error), ensure_ascii=False))
+            raise
+        _show(found, form)
+    return DONE
+
+
+def _collect(courier: Courier, wish: _Wish, found: _Pages, plan: Path | None) -> None:
+    if plan is None:
+        for page in pages(courier, servers=wish.servers, filters=wish.filters, timeout_s=wish.timeout_s):
+            found.add(page)
+        return
+    with new_file(plan) as out:
+        _collect(courier, wish, found, None)
+        names = [server["server_name"] for server in found.head["servers"]]
+        totals = write(_repairs(courier, wish, found), out, servers=names)
+    _say(
+        f"{plan}: a plan for {totals['studies']} studies, {totals['copies']} images to copy, "
+        f"{totals['deletions']} to delete. Nothing has been changed."
+    )
+
+
+def _repairs(courier: Courier, wish: _Wish, found: _Pages) -> Iterator[dict[str, Any]]:
+    for entries in found:
+        for entry in entries:
+            named = whole(courier, entry, servers=wish.servers, timeout_s=wish.timeout_s)
+            if named is not None:
+                yield repair(named)
+
+
+def _show(found: _Pages, form: Form) -> None:
+    if form == "json":
+        for piece in json_document(found.head, found):
+            click.echo(piece, nl=False)
+    elif form == "csv":
+        write_csv(found, sys.stdout)
+    else:
+        for number, entries in enumerate(found):
+            if entries:
+                console.print(audit_table(entries, header=not number))
+    head = found.head
+    each = ", ".join(f"{server['server_name']}: {server['studies']}" for server in head["servers"])
+    _say(f"{head['split']} of {head['studies']} studies are on more than one server ({each}).")
+
+
+def _say(sentence: str) -> None:
+    errors_console.print(sentence, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _failed(error: CourierError | StillRunning) -> dict[str, Any]:
+    if isinstance(error, CourierError):
+        return {"operation": "audit", "status": "failed", "error": error.payload}
+    return {"operation": "audit", "status": "running", "message": str(error)}
+
+
+def _filters(pairs: Sequence[str]) -> dict[str, str]:
+    if not all("=" in pair for pair in pairs):
+        raise InvalidRequest("A filter is written KEY=VALUE, such as StudyDate=20260101-20261231.")
+    return dict(pair.partition("=")[::2] for pair in pairs)
