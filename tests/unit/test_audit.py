@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -177,3 +178,20 @@ def test_what_was_seen_is_counted_once_however_often_it_is_noted() -> None:
         assert seen.groups() == [(["a"], 48), (["c"], 1), (["a", "c"], 2)]
         assert seen.shared(after="1.7", limit=5) == [("1.8", ["a", "c"])]
         assert seen.missing_somewhere(["a", "c"], after="1.48", limit=2) == [("1.49", ["a"]), ("1.5", ["a"])]
+
+
+def test_memory_stays_flat_however_many_studies_there_are() -> None:
+    class Endless(ListedPacs):
+        def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
+            uids = (f"2.25.{10**37 + number}" for number in range(offset, min(offset + limit, 40_000)))
+            datasets = [{STUDY: {"vr": "UI", "Value": [uid]}} for uid in uids]
+            return StudyPage(datasets, next_offset=offset + limit if datasets else None)
+
+    tracemalloc.start()
+    try:
+        result = audited(Endless("a", {}), ListedPacs("b", {}))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (result["studies"], result["split"]) == (40_000, 0)
+    assert peak_bytes < 4_000_000, "40,000 UIDs in a set would take more than 5 MB"
