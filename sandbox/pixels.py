@@ -8,9 +8,12 @@ from __future__ import annotations
 import io
 from collections.abc import AsyncIterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import gdcm  # type: ignore[import-untyped]  # it publishes no types
 import numpy as np
 import pydicom
+from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless
 
@@ -103,7 +106,41 @@ def _transcoded(path: Path, transfer_syntax_uid: str) -> bytes:
         dataset.PixelData = np.frombuffer(dataset.PixelData, ">u2").astype("<u2").tobytes()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     if transfer_syntax_uid == JPEG_2000 and "PixelData" in dataset:
-        dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+        _encode(dataset)
+    return _written(dataset)
+
+
+def _written(dataset: Dataset) -> bytes:
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, dataset, implicit_vr=False, little_endian=True)
     return buffer.getvalue()
+
+
+def _encode(dataset: Dataset) -> None:
+    """Replace uncompressed pixels by JPEG 2000 lossless ones, and nothing else of the dataset.
+
+    pydicom has no encoder that goes with GDCM's decoders, so GDCM itself is asked; it works on files.
+    """
+    with TemporaryDirectory() as folder:
+        plain, encoded = Path(folder, "plain"), Path(folder, "encoded")
+        plain.write_bytes(_written(dataset))
+        reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+        reader.SetFileName(str(plain))
+        change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEG2000Lossless))
+        if not reader.Read():
+            raise ValueError("GDCM cannot read the image")
+        change.SetInput(reader.GetImage())
+        if not change.Change():
+            raise ValueError("GDCM cannot encode the image")
+        writer.SetFileName(str(encoded))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        if not writer.Write():
+            raise ValueError("GDCM cannot write the image")
+        made = pydicom.dcmread(encoded)
+    dataset.add_new("PixelData", "OB", made.PixelData)
+    dataset["PixelData"].is_undefined_length = True
+    dataset.PhotometricInterpretation = made.PhotometricInterpretation
+    if "PlanarConfiguration" in made:
+        dataset.PlanarConfiguration = made.PlanarConfiguration
+    dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
