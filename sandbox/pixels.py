@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 from collections.abc import AsyncIterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
-import gdcm  # type: ignore[import-untyped]  # it publishes no types
 import numpy as np
 import pydicom
+from PIL import Image
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless
 
 from sandbox.datasets import Header
@@ -119,28 +120,24 @@ def _written(dataset: Dataset) -> bytes:
 def _encode(dataset: Dataset) -> None:
     """Replace uncompressed pixels by JPEG 2000 lossless ones, and nothing else of the dataset.
 
-    pydicom has no encoder that goes with GDCM's decoders, so GDCM itself is asked; it works on files.
+    By Pillow, whose encoder refuses what it cannot do; GDCM's has been seen to end the process instead.
     """
-    with TemporaryDirectory() as folder:
-        plain, encoded = Path(folder, "plain"), Path(folder, "encoded")
-        plain.write_bytes(_written(dataset))
-        reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
-        reader.SetFileName(str(plain))
-        change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEG2000Lossless))
-        if not reader.Read():
-            raise ValueError("GDCM cannot read the image")
-        change.SetInput(reader.GetImage())
-        if not change.Change():
-            raise ValueError("GDCM cannot encode the image")
-        writer.SetFileName(str(encoded))
-        writer.SetFile(reader.GetFile())
-        writer.SetImage(change.GetOutput())
-        if not writer.Write():
-            raise ValueError("GDCM cannot write the image")
-        made = pydicom.dcmread(encoded)
-    dataset.add_new("PixelData", "OB", made.PixelData)
+    count = int(dataset.get("NumberOfFrames") or 1)
+    frames = [pixel_array(dataset, index=number, raw=True) for number in range(count)]
+    dataset.PixelData = encapsulate([_jpeg_2000(frame) for frame in frames])
+    dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
-    dataset.PhotometricInterpretation = made.PhotometricInterpretation
-    if "PlanarConfiguration" in made:
-        dataset.PlanarConfiguration = made.PlanarConfiguration
+    if dataset.SamplesPerPixel > 1:
+        dataset.PlanarConfiguration = 0
     dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
+
+
+def _jpeg_2000(frame: Any) -> bytes:
+    """A codestream without the JP2 box. Signed values keep their bits; readers go by PixelRepresentation."""
+    if frame.dtype.itemsize > 2:
+        raise ValueError("more than 16 bits per sample")
+    unsigned = frame.view(f"u{frame.dtype.itemsize}")
+    levels = min(6, min(frame.shape[:2]).bit_length())  # a small picture cannot be halved six times
+    file = io.BytesIO()
+    Image.fromarray(unsigned).save(file, "JPEG2000", irreversible=False, no_jp2=True, mct=0, num_resolutions=levels)
+    return file.getvalue()
