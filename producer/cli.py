@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from producer.commands import audit, deletions, downloads, lookups, servers, studies, trace, uploads
+from producer.commands import audit, deletions, doctor, downloads, lookups, servers, studies, trace, uploads
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -29,6 +29,7 @@ for command in (
     servers.storage,
     servers.database,
     trace.trace,
+    doctor.doctor,
     audit.audit,
 ):
     main.add_command(command)

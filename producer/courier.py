@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -17,6 +18,7 @@ import kombu.exceptions
 import redis
 from celery import Celery
 from celery.exceptions import BackendError
+from kombu.connection import Connection
 
 from producer.errors import BrokerUnavailable, CourierError, NotFound, StillRunning, from_payload
 from worker.ledger import Ledger, job_id_for
@@ -271,6 +273,27 @@ class Courier:
             log.warning("The message of job %s could not be sent; it is in the ledger and will be woken", handle.id)
         return handle
 
+    @property
+    def ledger(self) -> Ledger | None:
+        """The ledger, if this program knows where it is."""
+        return self._ledger
+
+    def workers(self, timeout_s: float = 2.0) -> dict[str, list[str]]:
+        """The workers that answer within ``timeout_s``, each with the queues it consumes."""
+        with _reachable():
+            found = self._app.control.inspect(timeout=timeout_s).active_queues() or {}
+        return {name: [queue["name"] for queue in queues] for name, queues in found.items()}
+
+    def queue_depths(self) -> dict[str, int]:
+        """How many messages wait in each of the product's queues."""
+        with _reachable(), self._app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, timeout=5)
+            return {name: _depth(connection, name) for name in self._app.conf.task_queues}
+
+    def check_backend(self) -> None:
+        """Ask the result back-end anything; `BrokerUnavailable` if it does not answer."""
+        self.reports([str(uuid.uuid4())])
+
     def handle(self, job_id: str) -> Handle:
         """The handle of a job that was enqueued by anybody."""
         return Handle(job_id, self)
@@ -327,6 +350,14 @@ class Courier:
                 return
             if open_handles:
                 time.sleep(_POLL_S)
+
+
+def _depth(connection: Connection, queue: str) -> int:
+    channel: Any = connection.default_channel
+    try:
+        return int(channel.queue_declare(queue=queue, passive=True).message_count)
+    except connection.channel_errors:  # nothing was ever sent to it
+        return 0
 
 
 def _of(servers: Sequence[str] | None) -> dict[str, list[str] | None]:

@@ -341,6 +341,15 @@ class Known:
 
 
 @dataclass(frozen=True)
+class Load:
+    """How many jobs wait or run, how many of them nobody looked at although it was time, how many dead letters."""
+
+    open: int
+    overdue: int
+    dead: int
+
+
+@dataclass(frozen=True)
 class DueJob:
     job_id: str
     task: str
@@ -583,6 +592,32 @@ class Ledger:
     def placed(self) -> dict[str, int]:
         """How many new studies each server was given."""
         return {server: int(count) for server, count in self._hash(PREFIX + "placed").items()}
+
+    # --- the ledger itself ----------------------------------------------------------------------------------
+
+    def clock_s(self) -> float:
+        """The time by which all leases and waits are measured: that of the Redis server."""
+        seconds, microseconds = self._redis.time()
+        return seconds + microseconds / 1_000_000
+
+    def load(self, *, overdue_s: float) -> Load:
+        """How much there is to do; overdue is what has been due for more than ``overdue_s``."""
+        latest_ms = _ms(self.clock_s() - overdue_s)
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.zcard(PREFIX + "due")
+            pipe.zcount(PREFIX + "due", "-inf", latest_ms)
+            pipe.zcard(PREFIX + "dead")
+            return Load(*pipe.execute())
+
+    def safekeeping(self) -> dict[str, str]:
+        """What Redis does to keep what it is given (``appendonly``, ``maxmemory``, ``maxmemory-policy``).
+
+        {} where the server does not let itself be asked, as hosted ones do.
+        """
+        try:
+            return cast(dict[str, str], self._redis.config_get("appendonly", "maxmemory", "maxmemory-policy"))
+        except redis.ResponseError:
+            return {}
 
     def _hash(self, key: str) -> dict[str, str]:
         return cast(dict[str, str], self._redis.hgetall(key))  # decode_responses makes both text

@@ -1,0 +1,164 @@
+"""Is everything there that a job needs, and does it work: one finding per part, each with what to do about it.
+
+Only looks; the one thing it enqueues is a question about the servers, because a worker that answers a ping may
+still carry nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import redis
+
+from producer.courier import Courier
+from producer.errors import BrokerUnavailable, CourierError, StillRunning
+from worker.ledger import Ledger
+from worker.settings import Settings, SettingsError
+
+#: How long a worker has to carry a question to all servers.
+CARRY_S = 20.0
+#: A job that nobody looked at for so long after it was due: no sweeper is at work.
+OVERDUE_S = 30.0
+#: Clocks further apart than this make log lines and deadlines hard to compare.
+CLOCK_S = 2.0
+
+State = Literal["ok", "warning", "failed", "unavailable"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. ``unavailable`` is a failure of reachability; ``advice`` says what to do, "" if nothing."""
+
+    check: str
+    state: State
+    found: str
+    advice: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(load: Callable[[], Settings] = Settings.load) -> Iterator[Finding]:
+    """Look at everything, in the order in which a job meets it; what cannot work without another part is left out."""
+    try:
+        settings = load()
+    except SettingsError as error:
+        yield Finding("settings", "failed", str(error), "Correct that key (docs/settings.md).")
+        return
+    if not settings.servers:
+        yield Finding("settings", "failed", "No servers are configured.", "Name a pacs.toml in PACS_CONFIG.")
+        return
+    yield Finding("settings", "ok", f"{len(settings.servers)} servers: {', '.join(s.name for s in settings.servers)}")
+    with Courier(settings) as courier:
+        queues = _queues(courier)
+        backend = _answers("result back-end", courier.check_backend, "RESULT_BACKEND")
+        ledger = list(_ledger(courier.ledger)) if courier.ledger else []
+        yield from (*queues, backend, *ledger)
+        if all(finding.state != "unavailable" for finding in (*queues, backend, *ledger)):
+            yield from _workers(courier)
+
+
+def _answers(check: str, ask: Callable[[], object], variable: str) -> Finding:
+    try:
+        ask()
+    except BrokerUnavailable as error:
+        return Finding(check, "unavailable", str(error), f"Start Redis, or correct {variable}.")
+    return Finding(check, "ok", "answers")
+
+
+def _queues(courier: Courier) -> list[Finding]:
+    try:
+        depths = courier.queue_depths()
+    except BrokerUnavailable as error:
+        return [Finding("broker", "unavailable", str(error), "Start the broker, or correct BROKER_URL.")]
+    waiting = ", ".join(f"{name}: {depth}" for name, depth in depths.items())
+    return [Finding("broker", "ok", "answers"), Finding("queues", "ok", f"messages waiting: {waiting}")]
+
+
+def _ledger(ledger: Ledger) -> Iterator[Finding]:
+    try:
+        before_s = time.time()
+        away_s = ledger.clock_s() - (before_s + time.time()) / 2
+        load = ledger.load(overdue_s=OVERDUE_S)
+        kept = ledger.safekeeping()
+    except redis.RedisError as error:
+        sentence = f"The ledger cannot be reached ({type(error).__name__})."
+        yield Finding("ledger", "unavailable", sentence, "Start Redis, or correct LEDGER_URL.")
+        return
+    yield Finding("ledger", "ok", f"answers; {load.open} jobs are open")
+    yield _persistence(kept)
+    yield _eviction(kept)
+    clock = f"this machine and Redis are {abs(away_s):.1f} s apart"
+    if abs(away_s) > CLOCK_S:
+        yield Finding("clock", "warning", clock, "Let both machines keep time by NTP.")
+    else:
+        yield Finding("clock", "ok", clock)
+    if load.overdue:
+        overdue = f"{load.overdue} jobs were due more than {OVERDUE_S:.0f} s ago"
+        yield Finding("due jobs", "failed", overdue, "Start a worker: its sweeper wakes them.")
+    else:
+        yield Finding("due jobs", "ok", "none is overdue")
+    if load.dead:
+        yield Finding("dead letters", "warning", f"{load.dead}", "See why, and replay or drop them: pacs dead")
+    else:
+        yield Finding("dead letters", "ok", "none")
+
+
+def _persistence(kept: dict[str, str]) -> Finding:
+    if "appendonly" not in kept:
+        return Finding("persistence", "warning", "Redis does not say", "Make sure that its append-only file is on.")
+    if kept["appendonly"] == "yes":
+        return Finding("persistence", "ok", "the append-only file is on")
+    advice = "Set appendonly yes: a crash of Redis would lose jobs."
+    return Finding("persistence", "failed", "the append-only file is off", advice)
+
+
+def _eviction(kept: dict[str, str]) -> Finding:
+    policy = kept.get("maxmemory-policy")
+    if policy is None:
+        return Finding("eviction", "warning", "Redis does not say", "Make sure that its policy is noeviction.")
+    if policy == "noeviction" or kept.get("maxmemory") == "0":
+        return Finding("eviction", "ok", f"nothing is evicted (policy {policy}, maxmemory {kept.get('maxmemory')})")
+    return Finding("eviction", "failed", f"policy {policy}", "Set maxmemory-policy noeviction: jobs would vanish.")
+
+
+def _workers(courier: Courier) -> Iterator[Finding]:
+    """Who answers, who consumes what, and whether a job is really carried; that job asks the servers."""
+    workers = courier.workers()
+    if not workers:
+        advice = "Start one: celery -A worker.app worker"
+        yield Finding("workers", "failed", "no worker answers", advice)
+        return
+    yield Finding("workers", "ok", f"{len(workers)} answer: {', '.join(sorted(workers))}")
+    consumed = {queue for queues in workers.values() for queue in queues}
+    orphans = [queue for queue in courier.queue_depths() if queue not in consumed]
+    if orphans:
+        named = ", ".join(orphans)
+        yield Finding("consumers", "failed", f"nobody consumes {named}", f"Start a worker with -Q {','.join(orphans)}")
+    begun_s = time.monotonic()
+    try:
+        payload = courier.status().result(timeout_s=CARRY_S)
+    except StillRunning:
+        found = f"a question was not carried within {CARRY_S:.0f} s"
+        yield Finding(
+            "progress", "failed", found, "All slots are busy or stuck: look at Flower, restart what is stuck."
+        )
+        return
+    except CourierError as error:
+        yield Finding("progress", "failed", str(error), "Look into the worker's log.")
+        return
+    yield Finding("progress", "ok", f"a question was carried in {time.monotonic() - begun_s:.1f} s")
+    yield from (_server(entry) for entry in payload["servers"])
+
+
+def _server(entry: dict[str, Any]) -> Finding:
+    check = f"server {entry['server_name']}"
+    if entry["status"] == "up":
+        return Finding(check, "ok", f"up, {entry['latency_ms']:.0f} ms. {entry['note']}".strip())
+    reason = entry["error"]["message"] if entry["error"] else entry["note"]
+    if entry["status"] == "not responding":
+        return Finding(check, "unavailable", f"not responding. {reason}", "Start it, or correct its url.")
+    return Finding(check, "unavailable", f"degraded. {reason}", "Look at the server itself.")
