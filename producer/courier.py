@@ -14,17 +14,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+import kombu
 import kombu.exceptions
 import redis
 from celery import Celery
 from celery.exceptions import BackendError
 from kombu.connection import Connection
 
+from producer.batches import BatchDesk
 from producer.errors import BrokerUnavailable, CourierError, NotFound, StillRunning, from_payload
 from worker.ledger import Ledger, job_id_for
 from worker.logs import shown_job
 from worker.payloads import (
     AuditJob,
+    DeleteAllJob,
     DeleteJob,
     DownloadJob,
     ExistsJob,
@@ -252,6 +255,28 @@ class Courier:
     def trace(self, uid: str) -> Handle:
         """Why the image, series or study that bears ``uid`` is where it is."""
         return self.enqueue("pacs.trace", TraceJob, {"uid": uid})
+
+    def delete_all(
+        self,
+        confirm: str = "",
+        *,
+        servers: Sequence[str] | None = None,
+        permanent: bool = True,
+        dry_run: bool = False,
+    ) -> Handle:
+        """Delete every study, on every server or on those named, as a batch that bears the handle's id.
+
+        ``confirm`` has to be "delete all studies", but for a ``dry_run``, which only counts them.
+        """
+        job = {**_of(servers), "confirm": confirm, "permanent": permanent, "dry_run": dry_run}
+        return self.enqueue("pacs.delete_all", DeleteAllJob, job)
+
+    @property
+    def batch(self) -> BatchDesk:
+        """Batches by their id: how far they are, and pausing, resuming and cancelling them."""
+        if self._ledger is None:
+            raise BrokerUnavailable("Batches are in the ledger; give ledger_url.")
+        return BatchDesk(self._ledger)
 
     def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
         """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""

@@ -101,6 +101,27 @@ class StudiesJob(Job):
     cursor: Annotated[str, Field(max_length=16_384)] | None = None
 
 
+class DeleteAllJob(Job):
+    """`pacs.delete_all`. ``confirm`` has to be the sentence "delete all studies", but for a ``dry_run``."""
+
+    servers: Servers | None = None
+    confirm: str = ""
+    permanent: bool = True
+    dry_run: bool = False
+
+
+class BatchJob(Job):
+    """`pacs.batch.show`, `.pause`, `.resume` and `.cancel`."""
+
+    batch_id: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class BatchChunkJob(BatchJob):
+    """`pacs.batch.chunk`: one piece of a batch's plan. Sent by the batch itself."""
+
+    chunk: Annotated[int, Field(ge=0)]
+
+
 class DownloadJob(Job):
     """`pacs.download`: one study, as a ZIP file or as a folder of files."""
 
@@ -356,6 +377,45 @@ class StudiesPayload(Payload):
     studies: list[StudyEntry]
     servers: list[ListedServer]
     cursor: str | None
+
+
+class BatchServer(BaseModel):
+    """What became of the items of one server. ``remaining`` is how many studies it lists after the batch."""
+
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    server_type: str
+    planned: int = 0
+    deleted: int = 0
+    hidden: int = 0
+    not_there: int = 0
+    refused: int = 0
+    failed: int = 0
+    remaining: int | None = None
+
+
+class BatchFailure(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    server_name: str
+    study_uid: str
+    status: Literal["refused", "failed"]
+    code: str
+    message: str
+
+
+class BatchPayload(Payload):
+    """The result of `pacs.delete_all`: counts per server. ``failures`` are the first; the report has them all."""
+
+    operation: Literal["delete_all"] = "delete_all"
+    batch_id: str
+    status: Literal["planned", "done"]
+    items: int
+    servers: list[BatchServer]
+    failures: list[BatchFailure]
+    failures_total: int
+    warnings: list[str]
 
 
 class DownloadPayload(Payload):

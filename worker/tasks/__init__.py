@@ -3,6 +3,6 @@
 One module per kind of work; ``door.py`` is what they share. Importing this package registers them all.
 """
 
-from worker.tasks import audits, deletions, downloads, lookups, servers, studies, trace, uploads
+from worker.tasks import audits, batches, deletions, downloads, lookups, servers, studies, trace, uploads
 
-__all__ = ["audits", "deletions", "downloads", "lookups", "servers", "studies", "trace", "uploads"]
+__all__ = ["audits", "batches", "deletions", "downloads", "lookups", "servers", "studies", "trace", "uploads"]

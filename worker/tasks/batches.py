@@ -1,0 +1,51 @@
+"""The doors of `pacs.delete_all` and `pacs.batch.*`, and which kinds of batch there are."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from celery import Task
+
+from worker.app import app
+from worker.jobs import batches
+from worker.jobs.delete_all import StudyDeletions, delete_all
+from worker.tasks.door import deliver
+
+KINDS = {"delete": StudyDeletions()}
+
+
+@app.task(name="pacs.delete_all", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_delete_all(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Delete every study, as a batch that bears the job's id."""
+    return deliver(self, delete_all, job)
+
+
+@app.task(name="pacs.batch.chunk", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_chunk(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """One piece of a batch."""
+    return deliver(self, partial(batches.chunk, kinds=KINDS), job)
+
+
+@app.task(name="pacs.batch.show", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_show(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """How far a batch is."""
+    return deliver(self, batches.show, job)
+
+
+@app.task(name="pacs.batch.pause", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_pause(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Begin nothing new of a batch for now."""
+    return deliver(self, batches.pause, job)
+
+
+@app.task(name="pacs.batch.resume", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_resume(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Go on with a paused batch."""
+    return deliver(self, batches.resume, job)
+
+
+@app.task(name="pacs.batch.cancel", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_cancel(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """End a batch; what was done stays done."""
+    return deliver(self, batches.cancel, job)
