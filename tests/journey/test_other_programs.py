@@ -1,0 +1,134 @@
+"""The examples of docs/examples, run as other programs would: an upload that is stored, then one that is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import processes as parts
+from sandbox.processes import HOST, Processes
+from sandbox.synthetic import image, new_uid
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+LOGIN = "ops:a-password-of-the-test"
+WAIT_S = 60
+
+#: Runs a script where importing anything of ours fails.
+WITHOUT_US = """
+import runpy, sys
+sys.modules |= dict.fromkeys(("producer", "worker", "celeryconfig", "sandbox"))
+script = sys.argv.pop(1)
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def missing(what: str) -> None:
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        missing(f"{name} is not installed")
+    return str(found)
+
+
+@pytest.fixture
+def environ(steady: Any) -> dict[str, str]:
+    """What an example is told: where Redis is, and nothing else of the product."""
+    queue = steady.settings.queue
+    ours = ("PACS_", "BROKER_URL", "RESULT_BACKEND", "LEDGER_URL", "PYTHONPATH")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return {
+        **inherited,
+        "BROKER_URL": queue.broker_url,
+        "RESULT_BACKEND": queue.result_backend,
+        "LEDGER_URL": queue.ledger_url,
+    }
+
+
+def stores_then_is_refused(command: list[str | Path], image_server: Any, environ: Mapping[str, str]) -> str:
+    """Run an example twice with one image; returns what it said of the refusal."""
+    study = new_uid()
+    url = image_server.put("an image.dcm", image(study))
+
+    def run() -> subprocess.CompletedProcess[str]:
+        line = [*command, url]
+        return subprocess.run(line, env=environ, capture_output=True, text=True, timeout=WAIT_S, check=False)
+
+    first = run()
+    assert (first.returncode, first.stderr) == (0, "")
+    assert first.stdout.startswith("stored on msdicom: http")
+    assert study in first.stdout
+    second = run()
+    assert (second.returncode, second.stdout) == (1, "")
+    return second.stderr
+
+
+REFUSAL = "image_already_exists on msdicom: The image is already on msdicom.\n"
+
+
+def test_a_python_program_uses_the_library(environ: dict[str, str], image_server: Any) -> None:
+    script = EXAMPLES / "upload_with_courier.py"
+    assert stores_then_is_refused([sys.executable, script], image_server, environ) == REFUSAL
+
+
+def test_a_celery_program_needs_nothing_of_ours(environ: dict[str, str], image_server: Any) -> None:
+    script = EXAMPLES / "upload_with_celery.py"
+    command = [sys.executable, "-I", "-c", WITHOUT_US, script]
+    assert stores_then_is_refused(command, image_server, environ) == REFUSAL
+    proof = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_US, EXAMPLES / "upload_with_courier.py"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "import of producer halted" in proof.stderr, "the way this test keeps our packages away does not work"
+
+
+def test_curl_goes_through_flower(steady: Any, environ: dict[str, str], image_server: Any, tmp_path: Path) -> None:
+    program("curl")
+    port = parts.free_port()
+    address = f"http://{HOST}:{port}"
+    with Processes(tmp_path / "flower") as children:
+        flower = children.start(
+            "flower",
+            [sys.executable, "-m", "celery", "-A", "worker.app", "flower", f"--address={HOST}", f"--port={port}"],
+            ready=lambda _: parts.answers(f"{address}/healthcheck"),
+            environ={"PACS_CONFIG": str(steady.config), "FLOWER_BASIC_AUTH": LOGIN},
+            grace_s=2,
+        )
+        flower.wait_ready()
+        told = {**environ, "FLOWER_URL": address, "FLOWER_LOGIN": LOGIN, "NO_PROXY": HOST, "no_proxy": HOST}
+        script = EXAMPLES / "upload_with_flower.sh"
+        said = stores_then_is_refused([script], image_server, told)
+        for part in ("FAILURE", "image_already_exists", "The image is already on msdicom."):
+            assert part in said
+        stranger = subprocess.run(
+            [script, "http://nowhere"],
+            env={**told, "FLOWER_LOGIN": "ops:wrong"},
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+        assert (stranger.returncode, stranger.stdout) == (22, "")
+
+
+def test_node_speaks_to_the_workers_through_redis(environ: dict[str, str], image_server: Any) -> None:
+    node = program("node")
+    if not (EXAMPLES / "node_modules" / "celery-node").is_dir():
+        missing("celery-node is not installed: npm install --prefix docs/examples")
+    script = EXAMPLES / "upload_with_node.mjs"
+    assert stores_then_is_refused([node, script], image_server, environ) == REFUSAL
