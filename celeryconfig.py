@@ -28,7 +28,12 @@ task_serializer = "json"
 result_serializer = "json"
 accept_content = ["json"]
 result_extended = False
-task_track_started = True
+# "Started" would be written before the claim, and so over a failure or over what a parked job waits for, by any message
+# that comes twice. A job that takes longer than a beat shows its stages instead (worker/jobs/run.py).
+task_track_started = False
+# A store that fails for a moment is tried again: Celery would call the job failed, whatever the ledger says.
+result_backend_always_retry = True
+result_backend_max_retries = 10
 
 # Events for Flower. What they show of the arguments is redacted (worker/app.py, producer/courier.py).
 worker_send_task_events = True

@@ -5,6 +5,7 @@ Started with ``celery -A worker.app worker``. No job's work lives here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -47,6 +48,10 @@ class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
         kwargs = self.kwargs
         return shown_job(kwargs.get("job") if isinstance(kwargs, dict) else None)
 
+    def info(self, safe: bool = False) -> dict[str, Any]:  # noqa: ARG002 - Celery's signature
+        """What `inspect` and Flower's page of a worker say of a message: never its bare arguments."""
+        return {**super().info(), "args": self.argsrepr, "kwargs": self.kwargsrepr}
+
 
 class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
     """What all doors share. A `CourierError` is an answer, not a crash: it is logged in one line."""
@@ -56,6 +61,11 @@ class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
     # Enough of a result for logs and events to say who answered, too little to reach its metadata; and the repr of a
     # whole one costs nearly a millisecond per job.
     resultrepr_maxsize = 200
+
+    def after_return(self, status: str, retval: object, task_id: str, *_: object) -> None:  # noqa: ARG002 - Celery's
+        """The result back-end has it. Should this be lost, a sweep tells the outcome once more."""
+        with contextlib.suppress(redis.RedisError):
+            tools().ledger.told(task_id)
 
 
 def _settings() -> Settings:
@@ -136,7 +146,7 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
         while not self._stop.wait(settings.jobs.sweep_s):
             try:
                 sweep(ledger)
-            except BROKER_ERRORS as error:
+            except Exception as error:  # noqa: BLE001 - without its sweeper a worker would wake nobody any more
                 log.warning("Could not sweep: %s; trying again", type(error).__name__)
 
 

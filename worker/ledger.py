@@ -7,7 +7,8 @@ No Celery and no HTTP live here.
 Keys, all below ``courier:`` in a database of their own:
 
     job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …
-    due           zset    job ids by the time (ms) at which somebody has to look at them again
+    due           zset    job ids by the time (ms) at which somebody has to look at them again: to begin, to go on, or,
+                          once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
     deaths:HASH   int     how often the worker died doing this content
     hold:UID      hash    the job that may store (or delete) this SOP instance now; by digest: write to a destination
@@ -116,12 +117,15 @@ _PARK = (
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'waiting', 'lease_ms', 0, 'code', ARGV[4], 'message', ARGV[5])
-redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
+local delay_ms = tonumber(ARGV[3])
 if ARGV[6] == '0' then
   redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+  delay_ms = delay_ms * 2 ^ math.min(redis.call('HINCRBY', KEYS[1], 'waits', 1) - 1, 4)
 else
+  redis.call('HDEL', KEYS[1], 'waits')
   note_of_job(KEYS[1], ARGV[7], ARGV[8], true)
 end
+redis.call('ZADD', KEYS[2], now + delay_ms, ARGV[1])
 return 1
 """
 )
@@ -134,8 +138,8 @@ local job, due, dead, deaths = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local state = redis.call('HGET', job, 'state')
 if redis.call('HGET', job, 'fence') ~= ARGV[2] or state ~= 'running' then return 0 end
 redis.call('HSET', job, 'state', ARGV[3], 'outcome', ARGV[4], 'code', ARGV[5], 'ended_ms', now)
-redis.call('HDEL', job, 'memo', 'lease_ms', 'sends', 'message')
-redis.call('ZREM', due, ARGV[1])
+redis.call('HDEL', job, 'lease_ms', 'sends', 'waits', 'message')
+redis.call('ZADD', due, now + ARGV[8], ARGV[1])
 note_of_job(job, ARGV[7], ARGV[6], ARGV[5] ~= 'done')
 local hold = redis.call('HGET', job, 'hold')
 if hold and redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
@@ -147,12 +151,18 @@ if ARGV[3] == 'dead' then
   redis.call('ZADD', dead, now, ARGV[1])
 else
   redis.call('DEL', deaths)
-  redis.call('HDEL', job, 'job')
+  redis.call('HDEL', job, 'job', 'memo')
   redis.call('PEXPIRE', job, ARGV[6])
 end
 return 1
 """
 )
+
+_TOLD = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state ~= 'done' and state ~= 'dead' then return 0 end
+return redis.call('ZREM', KEYS[2], ARGV[1])
+"""
 
 _SWEEP = (
     _NOW
@@ -166,7 +176,7 @@ for _, id in ipairs(ids) do
     local sends = math.min(redis.call('HINCRBY', job, 'sends', 1), 7)
     if fields[3] == 'waiting' then redis.call('HSET', job, 'woken', 1) end
     redis.call('ZADD', KEYS[1], now + ARGV[2] * 2 ^ (sends - 1), id)
-    woken[#woken + 1] = {id, fields[1], fields[2]}
+    woken[#woken + 1] = {id, fields[1], fields[2] or '{}'}
   else
     redis.call('ZREM', KEYS[1], id)
   end
@@ -187,6 +197,7 @@ return state
 )
 
 # KEYS: hold, job, then the gates and after them the sets of the study and the series, if the image is to be stored.
+# A job whose source gives another image than it did before gives up the image it held.
 _HOLD = """
 local owner = redis.call('HGET', KEYS[1], 'job_id')
 if owner and owner ~= ARGV[1] then return owner end
@@ -197,6 +208,11 @@ for i = 3, 2 + half do
   local deleter = redis.call('HGET', KEYS[i], 'job_id')
   if deleter and not registered then return deleter end
 end
+local before = redis.call('HMGET', KEYS[2], 'hold', 'storing')
+if before[1] and not registered and redis.call('HGET', before[1], 'job_id') == ARGV[1] then
+  redis.call('DEL', before[1])
+end
+for key in string.gmatch(before[2] or '', '%S+') do redis.call('SREM', key, ARGV[1]) end
 redis.call('HSET', KEYS[1], 'job_id', ARGV[1])
 redis.call('HSET', KEYS[2], 'hold', KEYS[1])
 for i = 3 + half, #KEYS do
@@ -391,6 +407,7 @@ class Ledger:
         self._cancel, self._hold, self._intend = script(_CANCEL), script(_HOLD), script(_INTEND)
         self._claim_study, self._stored = script(_CLAIM_STUDY), script(_STORED)
         self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
+        self._told = script(_TOLD)
 
     @classmethod
     def connect(cls, url: str, **times: float) -> Ledger:
@@ -429,11 +446,18 @@ class Ledger:
         return bool(self._heartbeat(keys=keys, args=[job_id, fence, _ms(self.lease_s)]))
 
     def park(self, job_id: str, fence: int, *, delay_s: float, code: str, message: str, counts: bool = True) -> None:
-        """Put the job aside until ``delay_s`` from now; an attempt that ``counts`` not is given back."""
+        """Put the job aside until ``delay_s`` from now.
+
+        An attempt that ``counts`` not is given back, and each such wait in a row is longer, up to 16 × ``delay_s``.
+        """
         keys = [_job(job_id), PREFIX + "due"]
         args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, int(counts)]
         note = _note("waiting", job_id, code=code, message=message, delay_s=round(delay_s, 1))
         self._guard(self._park(keys=keys, args=[*args, note, self.keep_ms]))
+
+    def told(self, job_id: str) -> None:
+        """The outcome of an ended job is where its client looks for it: nobody has to be woken to bring it there."""
+        self._told(keys=[_job(job_id), PREFIX + "due"], args=[job_id])
 
     def finish(
         self,
@@ -445,7 +469,7 @@ class Ledger:
         task: str,
         job: Mapping[str, Any],
     ) -> None:
-        """Write the outcome, once, and let go of whatever the job held."""
+        """Write the outcome, once, and let go of whatever the job held. Until it is `told`, the job stays due."""
         ending = {"code": code, "task": task}
         self._end(job_id, fence, "done", outcome=outcome, ending=ending, deaths=_deaths(task, job))
 
@@ -476,7 +500,7 @@ class Ledger:
         keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", deaths]
         note = _note("ended", job_id, **ending, **_gist(outcome))
         args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, note]
-        self._guard(self._finish(keys=keys, args=args))
+        self._guard(self._finish(keys=keys, args=[*args, self._grace_ms]))
 
     def cancel(self, job_id: str) -> str:
         """Ask for the job to end before its push; gives the state it was in, "" if it is unknown."""

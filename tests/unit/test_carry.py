@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import fakeredis
 import pytest
+import redis
 
+from sandbox.processes import poll
 from worker.errors import NotDicom, PacsUnauthorized, PacsUnavailable
-from worker.jobs.carry import Done, Failed, Parked, Verdict, backoff_s, carry
+from worker.jobs.carry import Done, Failed, NotTaken, Parked, Verdict, backoff_s, carry
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import PREFIX, LeaseLost, Ledger
@@ -142,6 +146,69 @@ def test_a_cancelled_job_does_no_work(desk: Desk) -> None:
     verdict = desk.carry(AssertionError("the work must not run"))
     assert isinstance(verdict, Failed)
     assert verdict.error.code == "cancelled"
+
+
+def test_a_job_whose_push_may_have_arrived_is_not_called_cancelled(desk: Desk) -> None:
+    fence = desk.ledger.claim("j1", task="pacs.upload", job=JOB).fence
+    desk.ledger.intend("j1", fence, {"uncertain": True})
+    desk.client.hset(f"{PREFIX}job:j1", "lease_ms", 0)
+    desk.ledger.cancel("j1")
+    assert desk.carry(lambda job, run: run.memo) == Done({"uncertain": True})
+
+
+def test_a_message_is_given_back_when_the_ledger_cannot_be_asked(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise redis.ConnectionError
+
+    monkeypatch.setattr(desk.ledger, "claim", unreachable)
+    assert desk.carry(AssertionError("the work must not run")) == NotTaken()
+
+
+def test_an_overtaken_attempt_shows_nothing_over_its_successors_result(desk: Desk) -> None:
+    def overtaken(job: Mapping[str, Any], run: Run) -> dict[str, Any]:
+        desk.client.hset(f"{PREFIX}job:j1", "lease_ms", 0)
+        assert isinstance(desk.carry(NotDicom("No.")), Failed)
+        raise PacsUnavailable("Later.")
+
+    assert desk.carry(overtaken) == Parked()
+    assert desk.shown == []
+
+
+def a_run(ledger: Ledger) -> Run:
+    claim = ledger.claim("j1", task="pacs.upload", job=JOB)
+    return Run("j1", claim.fence, claim.attempt, last=False, ledger=ledger, stage="push")
+
+
+def test_two_attempts_at_one_job_in_one_process_do_not_end_each_others_pulse(desk: Desk) -> None:
+    pulse = Pulse(desk.ledger, lambda *_: None)
+    with contextlib.ExitStack() as second, pulse.beating(a_run(desk.ledger)):
+        desk.client.hset(f"{PREFIX}job:j1", "lease_ms", 0)
+        second.enter_context(pulse.beating(a_run(desk.ledger)))
+
+
+def test_a_result_backend_that_hangs_costs_no_lease(desk: Desk) -> None:
+    ledger, back = Ledger(desk.client, lease_s=0.3), threading.Event()
+    run = a_run(ledger)
+    until_ms = int(ledger.look("j1")["lease_ms"])
+    with Pulse(ledger, lambda *_: cast(None, back.wait(10)), beat_s=0.01).beating(run):
+        try:
+            assert poll(lambda: int(ledger.look("j1")["lease_ms"]) > until_ms + 300, timeout_s=5)
+        finally:
+            back.set()
+
+
+def test_a_stage_that_cannot_be_shown_leaves_the_next_one_to_be_shown(desk: Desk) -> None:
+    shown: list[str] = []
+
+    def publish(_: str, meta: dict[str, Any]) -> None:
+        shown.append(meta["stage"])
+        raise OSError(len(shown))
+
+    run = a_run(desk.ledger)
+    with Pulse(desk.ledger, publish, beat_s=0.01).beating(run):
+        assert poll(lambda: shown == ["push"], timeout_s=5)
+        run.stage = "describe"
+        assert poll(lambda: shown == ["push", "describe"], timeout_s=5)
 
 
 def test_what_the_other_side_asked_for_is_waited_for(desk: Desk) -> None:

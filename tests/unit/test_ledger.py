@@ -91,6 +91,31 @@ def test_a_finished_job_keeps_no_message_and_a_dead_one_does(ledger: Ledger, cli
     assert "job" not in ledger.look("j2")
 
 
+def test_an_outcome_is_brought_again_until_it_is_told(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    finish(ledger, claim(ledger).fence, status="stored")
+    assert ledger.sweep() == []
+    client.zadd(f"{PREFIX}due", {"j1": 0})
+    assert [(due.job_id, due.task, due.job) for due in ledger.sweep()] == [("j1", TASK, {})]
+    assert claim(ledger).outcome == {"payload": {"status": "stored"}}
+    ledger.told("j1")
+    assert client.zscore(f"{PREFIX}due", "j1") is None
+
+
+def test_a_job_that_has_not_ended_stays_due_whatever_was_told_of_it(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    ledger.submit("j1", task=TASK, job=JOB)
+    ledger.told("j1")
+    assert client.zscore(f"{PREFIX}due", "j1") is not None
+
+
+def test_a_dead_letter_keeps_its_memo_so_that_a_replay_can_tell_what_is_ours(ledger: Ledger) -> None:
+    fence = claim(ledger).fence
+    ledger.intend("j1", fence, {"server": "msdicom"})
+    ledger.bury("j1", fence, outcome={"error": {}}, code="pacs_unavailable", task=TASK, job=JOB)
+    assert "memo" in ledger.look("j1")
+
+
 def test_a_parked_job_is_not_claimed_before_it_is_due_and_is_woken_once(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
@@ -108,6 +133,19 @@ def test_waiting_for_a_turn_costs_no_attempt(ledger: Ledger, client: fakeredis.F
     ledger.park("j1", claim(ledger).fence, delay_s=0, code="waiting", message="…", counts=False)
     ledger.sweep()
     assert claim(ledger).attempt == 1
+
+
+def test_who_waits_for_long_looks_ever_more_rarely(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    waits = []
+    for _ in range(7):
+        ledger.park("j1", claim(ledger).fence, delay_s=10, code="waiting", message="…", counts=False)
+        seconds, microseconds = client.time()
+        score = client.zscore(f"{PREFIX}due", "j1")
+        assert score is not None
+        waits.append(round(score / 1000 - seconds - microseconds / 1e6))
+        client.zadd(f"{PREFIX}due", {"j1": 0})
+        ledger.sweep()
+    assert waits == [10, 20, 40, 80, 160, 160, 160]
 
 
 def test_a_message_that_got_lost_is_sent_again_ever_more_rarely(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
@@ -130,6 +168,15 @@ def test_one_job_at_a_time_may_store_an_image(ledger: Ledger) -> None:
     assert ledger.hold_image("1.2.3", job_id="j2", fence=second.fence) == "j1"
     finish(ledger, first.fence)
     assert ledger.hold_image("1.2.3", job_id="j2", fence=second.fence) is None
+
+
+def test_a_job_whose_source_gives_another_image_gives_up_the_one_it_held(ledger: Ledger) -> None:
+    first, second = claim(ledger, "j1"), claim(ledger, "j2")
+    for uid, study in (("1.2.3", "1.2"), ("1.4.3", "1.4")):
+        assert ledger.hold_image(uid, job_id="j1", fence=first.fence, into=(study,)) is None
+    assert ledger.hold_image("1.2.3", job_id="j2", fence=second.fence) is None
+    assert ledger.hold_image("1.4.3", job_id="j2", fence=second.fence) == "j1"
+    assert (ledger.known("1.2").storing, ledger.known("1.4").storing) == ([], ["j1"])
 
 
 def test_a_late_holder_cannot_hold_an_image_or_announce_a_push(ledger: Ledger, client: fakeredis.FakeRedis) -> None:

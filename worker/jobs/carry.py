@@ -45,7 +45,12 @@ class Parked:
     """Not over: somebody will be woken for it, or is at it already."""
 
 
-Verdict = Done | Failed | Parked
+@dataclass(frozen=True)
+class NotTaken:
+    """The ledger did not say whose job it is. The message may be all there is of it, so it has to come again."""
+
+
+Verdict = Done | Failed | Parked | NotTaken
 Work = Callable[[Mapping[str, Any], Run, Tools], dict[str, Any]]
 
 
@@ -55,7 +60,11 @@ def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, 
     The verdict of a job that is over is the recorded one, whoever did it.
     """
     job: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
-    claim = tools.ledger.claim(job_id, task=task, job=job)
+    try:
+        claim = tools.ledger.claim(job_id, task=task, job=job)
+    except redis.RedisError as error:
+        log.warning("The ledger did not take the claim (%s); the message is given back", type(error).__name__)
+        return NotTaken()
     if claim.state is not ClaimState.YOURS:
         return _recorded(claim)
     limits = tools.settings.jobs
@@ -120,7 +129,7 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
 
 
 def _fit_to_try(claim: Claim, limits: JobSettings) -> None:
-    if claim.cancelled:
+    if claim.cancelled and claim.memo is None:  # what has begun is cancelled where the work can tell how far it came
         raise Cancelled("The job was cancelled before it began.")
     if claim.deaths >= limits.max_deaths:
         raise Poisoned(
@@ -167,4 +176,4 @@ def _record(verdict: Verdict, run: Run, *, task: str, job: Mapping[str, Any], to
                 message=verdict.message,
                 counts=verdict.counts,
             )
-            log.info("Parked for %.1f s: %s", verdict.delay_s, verdict.message)
+            log.info("Parked for at least %.1f s: %s", verdict.delay_s, verdict.message)

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import redis
-
 from worker.errors import Cancelled
 from worker.ledger import Ledger
 
@@ -66,63 +64,70 @@ Publish = Callable[[str, dict[str, Any]], None]
 
 
 class Pulse:
-    """One thread per process that renews leases and shows stages while jobs run.
+    """Two threads per process: one renews the leases of running jobs, the other shows their stages.
 
-    A stage is shown only when it lasts longer than a beat: quick jobs cost nothing.
+    They are two because a result back-end that hangs must not cost anybody a lease. A stage is shown only when it
+    lasts longer than a beat: quick jobs cost nothing.
     """
 
     def __init__(self, ledger: Ledger, publish: Publish, *, beat_s: float = 0.25) -> None:
         self._ledger = ledger
         self._publish = publish
         self._beat_s = beat_s
-        self._runs: dict[str, tuple[Run, float]] = {}
+        self._runs: dict[tuple[str, int], tuple[Run, float]] = {}  # an overtaken attempt may still be here
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     @contextlib.contextmanager
     def beating(self, run: Run) -> Iterator[None]:
         """The lease of ``run`` is kept alive inside; after it, nothing more is published for the job."""
         with self._lock:
-            self._runs[run.job_id] = (run, time.monotonic())
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name="pulse", daemon=True)
-                self._thread.start()
+            self._runs[_attempt(run)] = (run, time.monotonic())
+            if not self._threads:
+                for name, beat in (("pulse", self._renew), ("stages", self._show_stage)):
+                    thread = threading.Thread(target=self._loop, args=(beat,), name=name, daemon=True)
+                    thread.start()
+                    self._threads.append(thread)
         try:
             yield
         finally:
             with self._lock:
-                del self._runs[run.job_id]
+                del self._runs[_attempt(run)]
             with run.lock:  # a beat under way ends before the result is stored, so it cannot overwrite it
                 run.lost = True
 
     def show(self, run: Run, meta: dict[str, Any]) -> None:
-        """Show ``meta`` at once, while the job is still ours to speak for."""
-        self._publish(run.job_id, meta)
+        """Show ``meta`` at once, if the job is still ours to speak for: nothing may cover a later attempt's result."""
+        with run.lock:
+            if not run.lost and self._ledger.heartbeat(run.job_id, run.fence):
+                self._publish(run.job_id, meta)
 
-    def _loop(self) -> None:
-        shown: dict[str, str] = {}
-        renewed: dict[str, float] = {}
+    def _loop(self, beat: Callable[[Run, float, dict[tuple[str, int], Any]], None]) -> None:
+        done: dict[tuple[str, int], Any] = {}  # by attempt: when it was renewed, or which stage was shown
         while True:
             time.sleep(self._beat_s)
             with self._lock:
                 runs = list(self._runs.values())
-            alive = {run.job_id for run, _ in runs}
-            shown = {job_id: stage for job_id, stage in shown.items() if job_id in alive}
-            renewed = {job_id: at for job_id, at in renewed.items() if job_id in alive}
+                done = {attempt: what for attempt, what in done.items() if attempt in self._runs}
             for run, begun in runs:
                 try:
-                    self._beat(run, begun, shown, renewed)
-                except redis.RedisError as error:
-                    log.warning("The ledger did not take a heartbeat (%s); trying again", type(error).__name__)
+                    beat(run, begun, done)
+                except Exception as error:  # noqa: BLE001 - without this thread every job would lose its lease
+                    log.warning("A beat failed (%s); trying again", type(error).__name__)
 
-    def _beat(self, run: Run, begun: float, shown: dict[str, str], renewed: dict[str, float]) -> None:
+    def _renew(self, run: Run, begun: float, renewed: dict[tuple[str, int], Any]) -> None:
         now = time.monotonic()
-        if now - renewed.get(run.job_id, begun) >= self._ledger.lease_s / 3:
-            renewed[run.job_id] = now
+        if now - renewed.get(_attempt(run), begun) >= self._ledger.lease_s / 3:
             if not self._ledger.heartbeat(run.job_id, run.fence):
                 run.lost = True
+            renewed[_attempt(run)] = now
+
+    def _show_stage(self, run: Run, begun: float, shown: dict[tuple[str, int], Any]) -> None:
         stage = run.stage
-        with run.lock:
-            if not run.lost and now - begun >= self._beat_s and shown.get(run.job_id) != stage:
-                shown[run.job_id] = stage
-                self._publish(run.job_id, {"stage": stage, "attempt": run.attempt})
+        if time.monotonic() - begun >= self._beat_s and shown.get(_attempt(run)) != stage:
+            shown[_attempt(run)] = stage
+            self.show(run, {"stage": stage, "attempt": run.attempt})
+
+
+def _attempt(run: Run) -> tuple[str, int]:
+    return run.job_id, run.fence

@@ -63,6 +63,9 @@ class Memo:
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "route": self.route.model_dump()}
 
+    def is_about(self, instance: Instance, sha256: str) -> bool:
+        return (self.instance.sop_instance_uid, self.sha256) == (instance.sop_instance_uid, sha256)
+
     @classmethod
     def from_json(cls, memo: Mapping[str, Any]) -> Memo:
         known = dict(memo)
@@ -127,6 +130,8 @@ def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
         with run.step("check"):
             _wait_for_turn(instance, run)
             seen = _check(instance, tools)
+        if earlier is not None and not earlier.is_about(instance, fetched.sha256):
+            earlier = None  # the source gives another file now: what an earlier attempt pushed proves nothing for it
         with run.step("route"):
             decision = decide(seen.answers)
             memo = _memo(instance, fetched, earlier, tools)

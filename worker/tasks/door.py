@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
 from celery import Task
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 
 from worker.app import pulse, tools
-from worker.jobs.carry import Done, Failed, Parked, Work, carry
+from worker.jobs.carry import Done, Failed, NotTaken, Parked, Work, carry
 from worker.jobs.follow import follow
 from worker.ledger import job_id_for
 from worker.logs import job_lines
+
+#: Without a ledger nothing can be done; a message that is given back comes again at once.
+PAUSE_S = 1.0
 
 
 def deliver(task: Task, work: Work, message: object) -> dict[str, Any]:
@@ -28,5 +32,8 @@ def deliver(task: Task, work: Work, message: object) -> dict[str, Any]:
             return payload
         case Failed(error):
             raise error from None
+        case NotTaken():
+            time.sleep(PAUSE_S)
+            raise Reject("the ledger cannot be reached", requeue=True)
         case Parked():
             raise Ignore
