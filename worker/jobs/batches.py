@@ -189,6 +189,7 @@ def _apply(kind: Kind, number: int, desk: Desk) -> _Left:
             else:
                 begun.discard(item.number)
                 left.busy |= result is None
+    run.ledger.intend(run.job_id, run.fence, {"begun": sorted(begun)})  # what nobody began is not resumed
     return left
 
 
