@@ -13,6 +13,14 @@ ask() { # ask PATH [CURL OPTIONS…]; the login goes through a pipe, so that it 
 
 field() { sed -nE "s/.*\"$1\": ?\"([^\"]*)\".*/\1/p"; }
 
+refused() { # Flower writes the error object as Python does, inside one JSON string; its sentence ends the traceback
+  local server sentence
+  server=$(grep -oE "'server_name': '[^']*'" <<<"$1" | head -n 1 | cut -d "'" -f 4) || true
+  sentence=$(sed -nE 's/.*\\n[A-Za-z_.]+: ([a-z_]+): (.*)\\n"\}$/\1 on SERVER: \2/p' <<<"$1")
+  [ -n "$sentence" ] || sentence=$1 # the worker itself failed
+  echo "${sentence/SERVER/${server:-None}}"
+}
+
 sent=$(ask /api/task/send-task/pacs.upload --data "{\"kwargs\": {\"job\": {\"image_url\": \"$1\"}}}")
 id=$(field task-id <<<"$sent")
 
@@ -23,8 +31,8 @@ for _ in $(seq 120); do
       echo "stored on $(field server_name <<<"$answer"): $(field viewer_url <<<"$answer")"
       exit 0
       ;;
-    FAILURE) # Flower writes the error object as Python does, inside one JSON string
-      echo "$answer" >&2
+    FAILURE)
+      refused "$answer" >&2
       exit 1
       ;;
   esac
