@@ -262,7 +262,7 @@ class MsDicom:
             return rules.TROUBLE
         now_s = self._site.clock.now_s()
         uids = [rules.bare_uid(header.text(tag) or "") for tag in rules.TRIPLE]
-        self._settle(uids, now_s)
+        self._settle()
         pending_until_s = None
         if mood.pending_45071 is not None:
             pending_until_s = 1e12 if isinstance(mood.pending_45071, str) else now_s + mood.pending_45071
@@ -276,18 +276,13 @@ class MsDicom:
             return rules.DUPLICATE if duplicate.row.pending_until_s is None else rules.PENDING
         return None if pending_until_s is None else rules.PENDING
 
-    def _settle(self, uids: Sequence[str], now_s: float) -> None:
-        """End the pending state of whatever is due; one look-up for a store, a scan for everything else."""
-        for row in self._store.instances(sop_instance_uid=uids[2], view="pending_until_s IS NOT NULL"):
-            if row.pending_until_s is not None and row.pending_until_s <= now_s:
-                with self._store.transaction():
-                    self._store.complete([row.key])
-                    self._publish("Create", row, now_s)
-
-    def _settle_all(self) -> None:
+    def _settle(self) -> None:
+        """End the pending state of whatever is due."""
         now_s = self._site.clock.now_s()
-        for row in self._store.instances(view="pending_until_s IS NOT NULL"):
-            self._settle(["", "", row.sop_instance_uid], now_s)
+        for row in self._store.due(now_s):
+            with self._store.transaction():
+                self._store.complete([row.key])
+                self._publish("Create", row, now_s)
 
     def _publish(self, action: str, row: Row, now_s: float) -> None:
         entry = {
@@ -314,7 +309,7 @@ class MsDicom:
         except queries.BadQuery as error:
             raise Problem(400, str(error)) from None
         self._check_outage(request[MOOD], needs_files=version == 1 or not query.plain or query.level == "instance")
-        self._settle_all()
+        self._settle()
         found = self._store.search(query.level, query.conditions, view=_CREATED, limit=query.limit, offset=query.offset)
         if query.fuzzy:
             ripe_s = self._site.clock.now_s() - FUZZY_LAG_S
@@ -384,7 +379,7 @@ class MsDicom:
         mood: Mood = request[MOOD]
         if mood.database_down:
             raise Problem(503, "The data store operation failed.")
-        self._settle_all()
+        self._settle()
         rows = self._store.instances(
             study_instance_uid=uids["study"],
             series_instance_uid=uids.get("series"),
@@ -496,7 +491,7 @@ class MsDicom:
         if request[MOOD].database_down:
             raise Problem(503, "The data store operation failed.")
         now_s = self._site.clock.now_s()
-        self._settle_all()
+        self._settle()
         rows = self._store.instances(
             study_instance_uid=uids["study"],
             series_instance_uid=uids.get("series"),
@@ -520,7 +515,7 @@ class MsDicom:
         except FeedError as error:
             raise Problem(400, str(error)) from None
         self._check_outage(request[MOOD], needs_files=window.with_metadata)
-        self._settle_all()
+        self._settle()
         entries = [self._entry(entry, window) for entry in window.choose(self._store.journal())]
         return web.json_response(entries)
 
@@ -532,7 +527,7 @@ class MsDicom:
         except FeedError as error:
             raise Problem(400, str(error)) from None
         self._check_outage(request[MOOD], needs_files=window.with_metadata)
-        self._settle_all()
+        self._settle()
         last = self._store.last_note()
         return web.Response(status=204) if last is None else web.json_response(self._entry(last, window))
 

