@@ -1,0 +1,79 @@
+"""The contract as it is written down: schemas are those of the code, every task and command has its section."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from producer.cli import main
+from worker import schema
+from worker.errors import CourierError, NotFound, from_payload
+from worker.payloads import UploadJob, read_job
+
+ROOT = Path(__file__).parents[2]
+JOBS = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+CLI = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def task_names() -> set[str]:
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "worker" / "tasks").glob("*.py"))
+    return {name for source in sources for name in re.findall(r'name="(pacs\.[a-z_.]+)"', source)}
+
+
+def test_the_schemas_in_the_docs_are_those_of_the_code() -> None:
+    kept = {path.name: path.read_text(encoding="utf-8") for path in schema.FOLDER.glob("*.json")}
+    made = {name: schema.written(document) for name, document in schema.schemas().items()}
+    assert kept == made, "run: python -m worker.schema"
+
+
+def test_writing_them_takes_away_those_whose_class_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "GoneJob.json").write_text("{}", encoding="utf-8")
+    schema.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(schema.schemas())
+
+
+def test_a_schema_says_what_a_message_must_and_may_hold() -> None:
+    upload = schema.schemas()["UploadJob.json"]
+    assert upload["required"] == ["image_url"]
+    assert set(upload["properties"]) == set(UploadJob.model_fields)
+    assert set(schema.schemas()["Error.json"]["required"]) == set(NotFound("x").payload)
+
+
+def test_the_error_schema_names_every_code() -> None:
+    codes = schema.schemas()["Error.json"]["properties"]["code"]["enum"]
+    assert codes == sorted({kind.code for kind in CourierError.subclasses()})
+    assert all(type(from_payload({"code": code, "message": ""})) is not CourierError for code in codes)
+    assert [code for code in codes if f"`{code}`" not in JOBS] == []
+
+
+@pytest.mark.parametrize("task", sorted(task_names()))
+def test_every_task_has_a_section_that_links_its_schemas(task: str) -> None:
+    section = re.search(rf"^## `{re.escape(task)}`.*?(?=^## |\Z)", JOBS, re.MULTILINE | re.DOTALL)
+    assert section, f"docs/jobs.md lacks a section ## `{task}`"
+    linked = re.findall(r"schema/(\w+\.json)", section[0])
+    assert linked
+    assert [name for name in linked if not (schema.FOLDER / name).exists()] == []
+
+
+def test_every_example_of_a_message_is_valid() -> None:
+    kinds = {kind.__name__: kind for kind in schema._below(schema.Job)}
+    sections = re.findall(r"^## `(pacs\.[a-z_.]+)`(.*?)(?=^## |\Z)", JOBS, re.MULTILINE | re.DOTALL)
+    for task, section in sections:
+        kind = kinds[re.findall(r"schema/(\w+Job)\.json", section)[0]]
+        examples = re.findall(r"```json\n(\{\"job\".*?)\n```", section, re.DOTALL)
+        assert examples, f"{task} has no example message"
+        for example in examples:
+            read_job(kind, json.loads(example)["job"])
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_has_a_section_that_names_its_options(command: str) -> None:
+    section = re.search(rf"^## `pacs {command}.*?(?=^## |\Z)", CLI, re.MULTILINE | re.DOTALL)
+    assert section, f"docs/cli.md lacks a section ## `pacs {command} …`"
+    options = [one for one in main.commands[command].params if isinstance(one, click.Option)]
+    names = [option.opts[0] for option in options]
+    assert [name for name in names if name not in section[0] and name not in ("--json", "--timeout")] == []
