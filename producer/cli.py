@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from producer.commands import audit, deletions, doctor, downloads, lookups, servers, studies, trace, uploads
+from producer.commands import audit, batches, deletions, doctor, downloads, lookups, servers, studies, trace, uploads
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -24,6 +24,8 @@ for command in (
     lookups.metadata,
     studies.studies,
     deletions.delete,
+    batches.delete_all,
+    batches.batch,
     downloads.download,
     servers.status,
     servers.storage,
