@@ -6,6 +6,7 @@ Nothing here knows of samples, tables or pytest.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -476,6 +477,19 @@ def flower(processes: Processes, config: Path, *, name: str = "flower") -> Flowe
 
 
 def _hears_events(broker_url: str) -> bool:
-    """Whether somebody's queue is bound to the exchange of Celery's events; jobs before that stay unnamed."""
+    """Whether somebody listens to Celery's events; what is sent before that is never heard of.
+
+    Publishing is the only way to learn of a pattern's listeners: what goes out is an event of a kind that nobody knows,
+    in kombu's envelope.
+    """
+    event = {"type": "courier-ready", "hostname": "readiness", "timestamp": time.time(), "clock": 1, "utcoffset": 0}
+    message = {
+        "body": base64.b64encode(json.dumps(event).encode()).decode(),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {},
+        "properties": {"body_encoding": "base64", "delivery_tag": "1", "delivery_info": {"exchange": "celeryev"}},
+    }
     with Redis.from_url(broker_url, socket_timeout=1) as client:
-        return bool(client.exists("_kombu.binding.celeryev"))
+        database = client.get_connection_kwargs()["db"]
+        return bool(client.publish(f"/{database}.celeryev/courier.ready", json.dumps(message)))
