@@ -21,7 +21,7 @@ def main(image_url: str) -> int:
         return 3
     if job.failed():  # the result is an exception; its only argument is the error object
         error = result.args[0]
-        print(f"{error['code']} on {error['server_name']}: {error['message']}", file=sys.stderr)
+        print(f"{error['code']}: {error['message']} [{error['server_name'] or 'no server'}]", file=sys.stderr)
         return 1
     print(f"stored on {result['server_name']}: {result['viewer_url']}")
     return 0

@@ -15,7 +15,7 @@ def main(image_url: str) -> int:
         try:
             stored = job.result(timeout_s=60)
         except CourierError as error:  # or its subclasses: ImageAlreadyExists, SourceNotFound, NotDicom …
-            print(f"{error.code} on {error.server_name}: {error.message}", file=sys.stderr)
+            print(f"{error.code}: {error.message} [{error.server_name or 'no server'}]", file=sys.stderr)
             return 1
         except StillRunning:
             print(f"{job.id} is not over yet; ask again with courier.handle({job.id!r})", file=sys.stderr)

@@ -15,10 +15,9 @@ field() { sed -nE "s/.*\"$1\": ?\"([^\"]*)\".*/\1/p"; }
 
 refused() { # Flower writes the error object as Python does, inside one JSON string; its sentence ends the traceback
   local server sentence
-  server=$(grep -oE "'server_name': '[^']*'" <<<"$1" | head -n 1 | cut -d "'" -f 4) || true
-  sentence=$(sed -nE 's/.*\\n[A-Za-z_.]+: ([a-z_]+): (.*)\\n"\}$/\1 on SERVER: \2/p' <<<"$1")
-  [ -n "$sentence" ] || sentence=$1 # the worker itself failed
-  echo "${sentence/SERVER/${server:-None}}"
+  server=$(grep -oE "'server_name': ('[^']*'|None)" <<<"$1" | head -n 1 | cut -d "'" -f 4) || true
+  sentence=$(sed -nE 's/.*\\n[A-Za-z_.]+: ([a-z_]+: .*)\\n"\}$/\1/p' <<<"$1")
+  echo "${sentence:-$1} [${server:-no server}]"
 }
 
 sent=$(ask /api/task/send-task/pacs.upload --data "{\"kwargs\": {\"job\": {\"image_url\": \"$1\"}}}")

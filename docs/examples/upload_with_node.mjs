@@ -12,7 +12,7 @@ try {
 } catch (failure) {
   if (failure.message === "FAILURE") {
     const [error] = failure.exc_message; // the error object is the exception's only argument
-    console.error(`${error.code} on ${error.server_name}: ${error.message}`);
+    console.error(`${error.code}: ${error.message} [${error.server_name ?? "no server"}]`);
     process.exitCode = 1;
   } else {
     console.error(`${job.taskId} is not over yet; ask again with client.asyncResult("${job.taskId}")`);

@@ -1,4 +1,4 @@
-"""The examples of docs/examples, run as other programs would: an upload that is stored, then one that is refused."""
+"""The examples of docs/examples, run as other programs would: an upload that is stored, and two that are not."""
 
 from __future__ import annotations
 
@@ -57,36 +57,36 @@ def environ(steady: Any) -> dict[str, str]:
     }
 
 
-def stores_then_is_refused(command: list[str | Path], image_server: Any, environ: Mapping[str, str]) -> str:
-    """Run an example twice with one image; returns what it said of the refusal."""
+def works(command: list[str | Path], image_server: Any, environ: Mapping[str, str]) -> None:
+    """An example stores an image, is refused it a second time, and is told of a source that is not there."""
     study = new_uid()
     url = image_server.put("an image.dcm", image(study))
 
-    def run() -> subprocess.CompletedProcess[str]:
-        line = [*command, url]
-        return subprocess.run(line, env=environ, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    def run(image_url: str) -> tuple[int, str, str]:
+        line = [*command, image_url]
+        ended = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=WAIT_S, check=False)
+        return ended.returncode, ended.stdout, ended.stderr
 
-    first = run()
-    assert (first.returncode, first.stderr) == (0, "")
-    assert first.stdout.startswith("stored on msdicom: http")
-    assert study in first.stdout
-    second = run()
-    assert (second.returncode, second.stdout) == (1, "")
-    return second.stderr
-
-
-REFUSAL = "image_already_exists on msdicom: The image is already on msdicom.\n"
+    status, stored, said = run(url)
+    assert (status, said) == (0, "")
+    assert stored.startswith("stored on msdicom: http")
+    assert study in stored
+    assert run(url) == (1, "", "image_already_exists: The image is already on msdicom. [msdicom]\n")
+    status, stored, said = run(image_server.url("nothing.dcm"))
+    assert (status, stored, said.count("\n")) == (1, "", 1)
+    assert said.startswith("source_not_found: ")
+    assert said.endswith(" [no server]\n")
 
 
 def test_a_python_program_uses_the_library(environ: dict[str, str], image_server: Any) -> None:
     script = EXAMPLES / "upload_with_courier.py"
-    assert stores_then_is_refused([sys.executable, script], image_server, environ) == REFUSAL
+    works([sys.executable, script], image_server, environ)
 
 
 def test_a_celery_program_needs_nothing_of_ours(environ: dict[str, str], image_server: Any) -> None:
     script = EXAMPLES / "upload_with_celery.py"
     command = [sys.executable, "-I", "-c", WITHOUT_US, script]
-    assert stores_then_is_refused(command, image_server, environ) == REFUSAL
+    works(command, image_server, environ)
     proof = subprocess.run(
         [sys.executable, "-I", "-c", WITHOUT_US, EXAMPLES / "upload_with_courier.py"],
         env=environ,
@@ -112,7 +112,7 @@ def test_curl_goes_through_flower(steady: Any, environ: dict[str, str], image_se
         flower.wait_ready()
         told = {**environ, "FLOWER_URL": address, "FLOWER_LOGIN": LOGIN, "NO_PROXY": HOST, "no_proxy": HOST}
         script = EXAMPLES / "upload_with_flower.sh"
-        assert stores_then_is_refused([script], image_server, told) == REFUSAL
+        works([script], image_server, told)
         stranger = subprocess.run(
             [script, "http://nowhere"],
             env={**told, "FLOWER_LOGIN": "ops:wrong"},
@@ -129,4 +129,4 @@ def test_node_speaks_to_the_workers_through_redis(environ: dict[str, str], image
     if not (EXAMPLES / "node_modules" / "celery-node").is_dir():
         missing("celery-node is not installed: npm install --prefix docs/examples")
     script = EXAMPLES / "upload_with_node.mjs"
-    assert stores_then_is_refused([node, script], image_server, environ) == REFUSAL
+    works([node, script], image_server, environ)
