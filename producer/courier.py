@@ -129,14 +129,10 @@ class Courier:
     ) -> None:
         self.settings = settings or Settings.load()
         queue = self.settings.queue
-        self._app = Celery("pacs-producer", set_as_current=False)
-        self._app.config_from_object("celeryconfig")
-        self._app.conf.update(
-            broker_url=broker_url or queue.broker_url,
-            result_backend=result_backend or queue.result_backend,
-            result_expires=self.settings.results.expires_s,
-            task_publish_retry=False,
-        )
+        broker = broker_url or queue.broker_url
+        self._app = _celery(self.settings, broker, result_backend or queue.result_backend)
+        # Results are polled: with a back-end, Celery would subscribe to each one it sends, and not send without it.
+        self._sender = _celery(self.settings, broker, "disabled://")
         ledger_url = ledger_url or (None if broker_url else queue.ledger_url)
         self._ledger = (
             None
@@ -151,6 +147,7 @@ class Courier:
         self.close()
 
     def close(self) -> None:
+        self._sender.close()
         self._app.close()
 
     def upload(
@@ -289,7 +286,7 @@ class Courier:
             return handle
         try:
             with _reachable():
-                self._app.send_task(
+                self._sender.send_task(
                     task, kwargs={"job": job}, task_id=handle.id, argsrepr="()", kwargsrepr=shown_job(job)
                 )
         except BrokerUnavailable:
@@ -383,6 +380,18 @@ def _depth(connection: Connection, queue: str) -> int:
         return int(channel.queue_declare(queue=queue, passive=True).message_count)
     except connection.channel_errors:  # nothing was ever sent to it
         return 0
+
+
+def _celery(settings: Settings, broker_url: str, result_backend: str) -> Celery:
+    app = Celery("pacs-producer", set_as_current=False)
+    app.config_from_object("celeryconfig")
+    app.conf.update(
+        broker_url=broker_url,
+        result_backend=result_backend,
+        result_expires=settings.results.expires_s,
+        task_publish_retry=False,
+    )
+    return app
 
 
 def _of(servers: Sequence[str] | None) -> dict[str, list[str] | None]:

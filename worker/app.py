@@ -15,6 +15,7 @@ import kombu.exceptions
 import redis
 from celery import Celery, Task, bootsteps, signals
 from celery.exceptions import BackendError
+from celery.result import denied_join_result
 from celery.worker.request import Request
 
 from worker.destinations import Destinations
@@ -154,13 +155,14 @@ def sweep(ledger: Ledger) -> int:
     """Send a message for every job that is due; returns how many."""
     due = ledger.sweep()
     for job in due:
-        app.send_task(
-            job.task,
-            kwargs={"job": job.job},
-            task_id=job.job_id,
-            argsrepr="()",
-            kwargsrepr=shown_job(job.job),
-        )
+        with denied_join_result():  # else it would subscribe to the result, and wake nobody while that is out of reach
+            app.send_task(
+                job.task,
+                kwargs={"job": job.job},
+                task_id=job.job_id,
+                argsrepr="()",
+                kwargsrepr=shown_job(job.job),
+            )
         log.info("Woke job %s (%s)", job.job_id, job.task)
     return len(due)
 

@@ -26,12 +26,20 @@ def everything_in(url):
         return "\n".join(texts)
 
 
-def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(worker, redis, image_server, tmp_path):
+def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
+    worker, redis, sandbox, image_server, tmp_path
+):
     running = worker(results={"metadata": "uids"})
     with Processes(tmp_path / "flower") as children:
         flower = parts.flower(children, running.config)
         flower.child.wait_ready()
         with Courier(running.settings) as courier:
+            slow = image_server.put("slow.dcm", image(new_uid()))
+            sandbox.set_mood("msdicom", "store", latency_ms=1500, times=1)
+            first = courier.upload(f"{slow}?sig={SIGNATURE}")
+            assert parts.poll(lambda: first.stage() == "push", timeout_s=WAIT_S)
+            inspected = str(courier._app.control.inspect(timeout=0.5).active())
+            first.result(timeout_s=WAIT_S)
             urls = [image_server.put(f"image-{n}.dcm", image(new_uid(), PatientID=PATIENT)) for n in range(3)]
             bad = image_server.put("page.html", b"<html>")
             plain = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
@@ -55,7 +63,13 @@ def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(worker
     assert "pacs.upload" in pages
     for name in ("image-0.dcm", "image-1.dcm", "page.html"):
         assert name in pages
-    shown = {"Flower": pages, "Flower's log": log_of_flower, "the worker's log": running.log}
+    assert "slow.dcm" in inspected
+    shown = {
+        "celery inspect": inspected,
+        "Flower": pages,
+        "Flower's log": log_of_flower,
+        "the worker's log": running.log,
+    }
     for database in (redis.broker_url, redis.result_backend, redis.ledger_url):
         shown[database] = everything_in(database)
     assert [place for place, text in shown.items() if SIGNATURE in text] == []

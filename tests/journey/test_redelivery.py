@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import requests
+from celery import Celery
 
 from producer import Courier
+from producer.errors import ImageAlreadyExists
+from sandbox import processes as parts
+from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
+from worker.ledger import Ledger
 
 WAIT_S = 30
 QUICK = {"lease_s": 1.5, "grace_s": 2, "sweep_s": 0.2, "backoff_base_s": 0.1}
@@ -103,3 +108,58 @@ def test_a_job_whose_message_was_lost_is_woken_from_the_ledger(worker, redis, im
         courier._app.control.purge()
         worker(jobs=QUICK)
         assert handle.result(timeout_s=WAIT_S)["status"] == "stored"
+
+
+def test_an_outcome_whose_holder_died_before_anybody_was_told_is_told_by_another(
+    worker, redis, image_server, sandbox, tmp_path
+):
+    study, port = new_uid(), parts.free_port()
+    queue = {**parts.queue_settings(redis), "result_backend": f"redis://{parts.HOST}:{port}/0"}
+    doomed = worker(jobs=QUICK, queue=queue, may_show_tracebacks=True)
+    ledger = Ledger.connect(redis.ledger_url)
+    with Courier(doomed.settings) as courier, Processes(tmp_path / "results") as running:
+        handle = courier.upload(image_server.put("a.dcm", image(study)))
+        assert parts.poll(lambda: ledger.look(handle.id).get("state") == "done", timeout_s=WAIT_S)
+        doomed.kill()
+        parts.redis(running, port=port)
+        worker(jobs=QUICK, queue=queue)
+        payload = handle.result(timeout_s=WAIT_S)
+        assert (payload["status"], payload["attempts"]) == ("stored", 1)
+    assert stored_once(sandbox, study)
+
+
+def test_a_plain_clients_message_outlives_a_ledger_that_cannot_be_reached(
+    worker, redis, image_server, sandbox, tmp_path
+):
+    study, port = new_uid(), parts.free_port()
+    queue = {**parts.queue_settings(redis), "ledger_url": f"redis://{parts.HOST}:{port}/0"}
+    running = worker(jobs=QUICK, queue=queue, may_show_tracebacks=True)
+    plain = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
+    url = image_server.put("a.dcm", image(study))
+    with Processes(tmp_path / "ledger") as children:
+        waiting = plain.send_task("pacs.upload", kwargs={"job": {"image_url": url}})
+        assert parts.poll(lambda: "the message is given back" in running.log, timeout_s=WAIT_S)
+        parts.redis(children, port=port)
+        assert waiting.get(timeout=WAIT_S)["status"] == "stored"
+        running.stop()
+    assert stored_once(sandbox, study)
+
+
+def test_what_was_pushed_of_one_file_says_nothing_of_another_that_the_source_gives_later(
+    worker, image_server, sandbox, put
+):
+    first, other = image(new_uid()), image(new_uid())
+    put(sandbox.msdicom, other)
+    running = worker(jobs={**QUICK, "max_attempts": 50, "backoff_cap_s": 0.5})
+    with Courier(running.settings) as courier:
+        sandbox.set_mood("msdicom", "store", status=503)
+        handle = courier.upload(image_server.put("latest.dcm", first), server="msdicom")
+        for _, report in courier.watch([handle], timeout_s=WAIT_S):
+            if report.stage == "waiting":
+                break
+        image_server.put("latest.dcm", other)
+        with pytest.raises(ImageAlreadyExists):
+            handle.result(timeout_s=WAIT_S)
+        sandbox.calm()
+        late = courier.upload(image_server.put("first.dcm", first), server="msdicom")
+        assert late.result(timeout_s=WAIT_S)["status"] == "stored"
