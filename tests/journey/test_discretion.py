@@ -26,6 +26,13 @@ def everything_in(url):
         return "\n".join(texts)
 
 
+def named_in_flower(flower, courier):
+    """Whether Flower follows the worker by now: it never learns the arguments of jobs that came before that."""
+    probe = courier.upload("http://192.0.2.1/probe.dcm").id
+    page = f"{flower.url}/task/{probe}"
+    return parts.poll(lambda: "probe.dcm" in requests.get(page, timeout=10).text, timeout_s=2, every_s=0.1)
+
+
 def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
     worker, redis, sandbox, image_server, tmp_path
 ):
@@ -48,7 +55,6 @@ def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
             refused = courier.upload(f"{bad}?sig={SIGNATURE}")
             assert ours.result(timeout_s=WAIT_S)["status"] == "stored"
             assert theirs.get(timeout=WAIT_S)["status"] == "stored"
-            assert refused.courier.reports([refused.id])
             for _ in courier.as_completed([refused], timeout_s=WAIT_S):
                 pass
             ids = [ours.id, theirs.id, refused.id]
