@@ -17,9 +17,10 @@ from worker.errors import (
 )
 from worker.pacs import dcm4chee, dicomjson, msdicom, orthanc
 from worker.pacs.connections import idle_limit_s
-from worker.pacs.dicomweb import check_filters, check_uid, path_of
+from worker.pacs.dicomweb import check_filters, path_of
 from worker.pacs.protocol import Found
 from worker.pacs.transport import Answer, kind_of_status, retry_after_s
+from worker.payloads import check_uid
 
 KINDS: dict[type[CourierError], list[int]] = {
     PacsUnauthorized: [401, 403],

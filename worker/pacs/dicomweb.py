@@ -16,20 +16,19 @@ from urllib.parse import quote, urlencode
 
 from pydicom.datadict import tag_for_keyword
 
-from worker.errors import InvalidRequest, InvalidUid, NotFound, PacsMisanswered, PacsRejected
+from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsRejected
 from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, text
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Found, Part, Retrieved
 from worker.pacs.stow import StowBody
 from worker.pacs.transport import Answer, Request, Transport
-from worker.payloads import Dataset, Level
+from worker.payloads import Dataset, Level, check_uid
 
 DICOM_JSON = {"Accept": "application/dicom+json"}
 #: Metadata is worth compressing; a query's few hundred bytes are not.
 DICOM_JSON_GZIP = {**DICOM_JSON, "Accept-Encoding": "gzip"}
 AS_STORED = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
 
-_UID = re.compile(r"[0-9]+(\.[0-9]+)*", re.ASCII)
 #: Legal in a query as they are, and Orthanc understands them only so. DCM4CHEE makes a list of a bare comma.
 _RAW = "!$'()*;:@/?"
 _TAG = re.compile(r"[0-9A-Fa-f]{8}", re.ASCII)
@@ -195,12 +194,6 @@ def path_of(found: Found) -> str:
     if found.sop_instance_uid is not None:
         path += f"/instances/{found.sop_instance_uid}"
     return path
-
-
-def check_uid(uid: str) -> None:
-    """Refuse what no server should be asked for: ``*`` would match everything, a comma makes a list."""
-    if len(uid) > 64 or not _UID.fullmatch(uid):
-        raise InvalidUid("A UID is at most 64 digits and dots.")
 
 
 def check_filters(filters: Mapping[str, str], *, allowed: Collection[str] | None = None) -> None:
