@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from producer.audits import pages, whole
 from producer.cli import main
-from producer.errors import InvalidRequest, PacsUnavailable
+from producer.errors import Cancelled, InvalidRequest, PacsUnavailable
 from sandbox.synthetic import image, new_uid
 
 WAIT_S = 30
@@ -181,6 +181,17 @@ def test_differences_that_are_too_many_for_a_list_are_all_in_the_plan(courier, p
     line = json.loads(plan.read_text(encoding="utf-8").splitlines()[1])
     assert line["keep"] == "dcm4chee"
     assert sorted(line["steps"][0]["image_uids"]) == sorted(fewer)
+
+
+def test_an_audit_can_be_cancelled_between_two_pages(courier, sandbox, splits):
+    sandbox.set_mood("msdicom", "query", latency_ms=700)
+    handle = courier.audit()
+    for _, report in courier.watch([handle], timeout_s=WAIT_S):
+        if report.stage == "list":
+            break
+    assert handle.cancel()
+    with pytest.raises(Cancelled):
+        handle.result(timeout_s=WAIT_S)
 
 
 def test_what_an_audit_cannot_be_asked_is_refused(courier, steady):
