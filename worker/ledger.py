@@ -120,7 +120,8 @@ redis.call('HSET', KEYS[1], 'state', 'waiting', 'lease_ms', 0, 'code', ARGV[4], 
 local delay_ms = tonumber(ARGV[3])
 if ARGV[6] == '0' then
   redis.call('HINCRBY', KEYS[1], 'attempts', -1)
-  delay_ms = delay_ms * 2 ^ math.min(redis.call('HINCRBY', KEYS[1], 'waits', 1) - 1, 4)
+  local waits = math.min(redis.call('HINCRBY', KEYS[1], 'waits', 1), 20)
+  delay_ms = math.max(delay_ms, math.min(delay_ms * 2 ^ (waits - 1), 8000))
 else
   redis.call('HDEL', KEYS[1], 'waits')
   note_of_job(KEYS[1], ARGV[7], ARGV[8], true)
@@ -448,7 +449,7 @@ class Ledger:
     def park(self, job_id: str, fence: int, *, delay_s: float, code: str, message: str, counts: bool = True) -> None:
         """Put the job aside until ``delay_s`` from now.
 
-        An attempt that ``counts`` not is given back, and each such wait in a row is longer, up to 16 × ``delay_s``.
+        An attempt that ``counts`` not is given back, and such waits in a row get longer, up to 8 s.
         """
         keys = [_job(job_id), PREFIX + "due"]
         args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, int(counts)]
