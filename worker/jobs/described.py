@@ -5,8 +5,6 @@ Nothing is asked of a server here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from worker.pacs.protocol import Found
 from worker.payloads import Dataset, Place
 from worker.settings import ResultSettings, ServerSettings
@@ -19,11 +17,11 @@ def uids_only(ds: Dataset) -> Dataset:
     return {tag: ds[tag] for tag in _UID_TAGS if tag in ds}
 
 
-def allowed(datasets: Iterable[Dataset], results: ResultSettings) -> list[Dataset]:
-    """As much of each dataset as `results.metadata` lets into results."""
+def allowed(ds: Dataset, results: ResultSettings) -> Dataset:
+    """As much of ``ds`` as `results.metadata` lets into results."""
     if results.metadata == "none":
-        return []
-    return [ds if results.metadata == "full" else uids_only(ds) for ds in datasets]
+        return {}
+    return ds if results.metadata == "full" else uids_only(ds)
 
 
 def place(found: Found, server: ServerSettings) -> Place:

@@ -155,7 +155,7 @@ def _read(reply: Reply, results: ResultSettings) -> Description:
             server_name=server.name,
             server_type=server.type,
         )
-    datasets = allowed(datasets, results)
+    datasets = [allowed(ds, results) for ds in datasets]
     if len(json.dumps(datasets)) > MAX_METADATA_BYTES:
         return Description([uids_only(ds) for ds in datasets], reduced=True)
     return Description(datasets)

@@ -21,6 +21,7 @@ from worker.errors import (
     TryAgain,
 )
 from worker.instances import Instance, identify
+from worker.jobs.described import allowed, place
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import Receipt
@@ -29,7 +30,6 @@ from worker.payloads import Dataset, Route, RouteReason, StudyAction, UploadJob,
 from worker.routing import Answer, Decision, Exists, Follow, New, Open, choose, decide
 from worker.settings import ServerSettings
 from worker.sources import Fetched
-from worker.viewer import viewer_url
 
 #: How long a server that failed a push gets no new studies.
 SICK_S = 30.0
@@ -37,8 +37,6 @@ SICK_S = 30.0
 PENDINGS_BEFORE_REMOVAL = 3
 #: How soon to look again whether the other job with the same image has ended.
 TURN_S = 0.5
-
-_UID_TAGS = ("00080016", "00080018", "0020000D", "0020000E")
 
 
 @dataclass(frozen=True)
@@ -361,10 +359,7 @@ def _metadata(pacs: Pacs, instance: Instance) -> Dataset:
 
 def _allowed(metadata: Dataset, job: UploadJob, tools: Tools) -> Dataset:
     """As much metadata as the site allows in results; a job may ask for less, never for more."""
-    level = "none" if job.metadata is False else tools.settings.results.metadata
-    if level == "none":
-        return {}
-    return {tag: metadata[tag] for tag in _UID_TAGS if tag in metadata} if level == "uids" else metadata
+    return {} if job.metadata is False else allowed(metadata, tools.settings.results)
 
 
 def _already_exists(server: str, memo: Memo, tools: Tools) -> ImageAlreadyExists:
@@ -401,9 +396,4 @@ def _uids(instance: Instance) -> dict[str, str]:
 
 
 def _viewer(server: ServerSettings, instance: Instance) -> str:
-    return viewer_url(
-        server,
-        study=instance.study_instance_uid,
-        series=instance.series_instance_uid,
-        image=instance.sop_instance_uid,
-    )
+    return place(_image(instance), server).viewer_url
