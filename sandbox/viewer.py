@@ -17,7 +17,7 @@ from pydicom.datadict import keyword_for_tag
 from pydicom.uid import UID
 
 from sandbox import ohif, pictures
-from sandbox.dcm4chee_aets import APPLICATION_ENTITIES
+from sandbox.dcm4chee.aets import APPLICATION_ENTITIES
 from sandbox.store import Attributes, Condition, Found, Row, Store, first_value
 
 #: What a client of each dialect sees: neither what is hidden nor what is not complete yet.

@@ -20,7 +20,7 @@ from worker.ledger import PREFIX, LeaseLost, Ledger
 from worker.settings import Settings
 
 STUDIES = [f"1.2.{number}" for number in range(CHUNK_ITEMS * (WIDTH + 1) + 7)]
-SERVERS = ("a", "b")
+SERVERS = {"a": "msdicom", "b": "dcm4chee"}
 
 
 @dataclass
@@ -257,7 +257,7 @@ def test_a_batch_whose_own_job_was_cancelled_stops(bench: Bench) -> None:
 
 
 def test_all_batches_are_listed_until_they_expire(bench: Bench) -> None:
-    bench.batches.open("C", kind="imagined", servers=["a"], order={}, width=1)
+    bench.batches.open("C", kind="imagined", servers={"a": "orthanc"}, order={}, width=1)
     assert {batch.id for batch in bench.batches.list()} == {"B", "C"}
     bench.client.delete(f"{PREFIX}batch:B")
     assert [batch.id for batch in bench.batches.list()] == ["C"]

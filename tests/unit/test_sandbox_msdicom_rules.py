@@ -9,9 +9,9 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
 from sandbox.datasets import JsonStyle, NotDicom, read_header, whole
-from sandbox.msdicom_query import RESOURCES, BadQuery, fold
-from sandbox.msdicom_query import parse as parse_query
-from sandbox.msdicom_rules import accepts_dicom_json, is_date, is_uid, judge, lenient_media_types, strict_media_type
+from sandbox.msdicom.query import RESOURCES, BadQuery, fold
+from sandbox.msdicom.query import parse as parse_query
+from sandbox.msdicom.rules import accepts_dicom_json, is_date, is_uid, judge, lenient_media_types, strict_media_type
 from sandbox.store import Condition
 from sandbox.synthetic import image, new_uid
 

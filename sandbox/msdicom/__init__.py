@@ -1,7 +1,7 @@
 """MSDICOM, as a sandbox: Microsoft's DICOM server in its API versions 1 and 2 (the ``archived`` branch of its code).
 
-Routes, answers and codes of that server, over real HTTP and a real store. What it accepts is in ``msdicom_rules.py``,
-its searches are in ``msdicom_query.py``; how bytes travel and what a mood does to a connection, in ``web.py``. What is
+Routes, answers and codes of that server, over real HTTP and a real store. What it accepts is in ``rules.py``,
+its searches are in ``query.py``; how bytes travel and what a mood does to a connection, in ``web.py``. What is
 left out is listed in ``docs/sandbox.md``.
 """
 
@@ -20,11 +20,11 @@ from typing import Any
 
 from aiohttp import web
 
-from sandbox import msdicom_query as queries
-from sandbox import msdicom_rules as rules
 from sandbox.datasets import Header, JsonStyle, NotDicom, elements, read_header, whole
 from sandbox.moods import Mood
-from sandbox.msdicom_feed import FeedError, Window, read_window
+from sandbox.msdicom import query as queries
+from sandbox.msdicom import rules as rules
+from sandbox.msdicom.feed import FeedError, Window, read_window
 from sandbox.pictures import NoPicture, render
 from sandbox.pixels import (
     EXPLICIT_LE,

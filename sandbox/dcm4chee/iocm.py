@@ -16,9 +16,9 @@ from aiohttp import web
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from sandbox.dcm4chee_admin import finish_task, queue_task
-from sandbox.dcm4chee_aets import EXPIRED, NOTE, REJECTION_CODES, REVOKE, ApplicationEntity, RejectionCode
-from sandbox.dcm4chee_archive import (
+from sandbox.dcm4chee.admin import finish_task, queue_task
+from sandbox.dcm4chee.aets import EXPIRED, NOTE, REJECTION_CODES, REVOKE, ApplicationEntity, RejectionCode
+from sandbox.dcm4chee.archive import (
     PURGE_INTERVAL_S,
     RESERVED,
     Archive,
@@ -30,8 +30,8 @@ from sandbox.dcm4chee_archive import (
     plain_json,
     refuse,
 )
-from sandbox.dcm4chee_objects import KEY_OBJECT, written
-from sandbox.dcm4chee_qido import rejection_state
+from sandbox.dcm4chee.objects import KEY_OBJECT, written
+from sandbox.dcm4chee.qido import rejection_state
 from sandbox.store import Condition, NewInstance, Row
 from sandbox.web import MOOD, operation
 

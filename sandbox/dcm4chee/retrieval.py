@@ -13,9 +13,9 @@ from email.utils import formatdate
 
 from aiohttp import web
 
-from sandbox.dcm4chee_aets import ApplicationEntity
-from sandbox.dcm4chee_archive import Archive, Refusal, entity, need_database, refuse, warning
-from sandbox.dcm4chee_objects import Attributes
+from sandbox.dcm4chee.aets import ApplicationEntity
+from sandbox.dcm4chee.archive import Archive, Refusal, entity, need_database, refuse, warning
+from sandbox.dcm4chee.objects import Attributes
 from sandbox.store import Condition, Row
 from sandbox.web import MOOD, Streamed
 

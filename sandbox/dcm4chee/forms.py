@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree as Xml
 
-from sandbox.dcm4chee_archive import keyword
+from sandbox.dcm4chee.archive import keyword
 
 _NAMESPACE = "http://dicom.nema.org/PS3.19/models/NativeDICOM"
 _PERSON = ("FamilyName", "GivenName", "MiddleName", "NamePrefix", "NameSuffix")

@@ -12,8 +12,8 @@ from typing import Any
 
 from aiohttp import web
 
-from sandbox.dcm4chee_aets import APPLICATION_ENTITIES, REJECTION_CODES, REVOKE
-from sandbox.dcm4chee_archive import DEVICE, Archive, need_database, plain_json, refuse
+from sandbox.dcm4chee.aets import APPLICATION_ENTITIES, REJECTION_CODES, REVOKE
+from sandbox.dcm4chee.archive import DEVICE, Archive, need_database, plain_json, refuse
 from sandbox.web import MOOD, operation
 
 #: A disk of a size that its own content can be seen on; the machine's real one is other programs' business.

@@ -1,6 +1,6 @@
 """What every room of the DCM4CHEE stand-in stands on: its state, its forms of error, how it reads a query string.
 
-No service here; see ``dcm4chee_stow.py``, ``_qido``, ``_wado``, ``_iocm`` and ``_admin``.
+No service here; see ``stow.py``, ``_qido``, ``_wado``, ``_iocm`` and ``_admin``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from urllib.parse import unquote_plus
 from aiohttp import web
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
-from sandbox.dcm4chee_aets import APPLICATION_ENTITIES, ApplicationEntity
+from sandbox.dcm4chee.aets import APPLICATION_ENTITIES, ApplicationEntity
 from sandbox.store import Store
 from sandbox.web import MOOD, Site
 

@@ -16,8 +16,8 @@ from pydicom.datadict import dictionary_VR
 
 from sandbox import datasets
 from sandbox.datasets import Header
-from sandbox.dcm4chee_aets import NOTE, REJECTION_CODES
-from sandbox.dcm4chee_archive import (
+from sandbox.dcm4chee.aets import NOTE, REJECTION_CODES
+from sandbox.dcm4chee.archive import (
     DEVICE,
     PURGE_INTERVAL_S,
     RESERVED,
@@ -31,9 +31,9 @@ from sandbox.dcm4chee_archive import (
     refuse,
     services_url,
 )
-from sandbox.dcm4chee_forms import native_xml
-from sandbox.dcm4chee_media import ANY, accepted, media
-from sandbox.dcm4chee_objects import INDEXED, PATIENT_TAGS, STYLE, Unreadable, read_header, supplemented_issuer
+from sandbox.dcm4chee.forms import native_xml
+from sandbox.dcm4chee.media import ANY, accepted, media
+from sandbox.dcm4chee.objects import INDEXED, PATIENT_TAGS, STYLE, Unreadable, read_header, supplemented_issuer
 from sandbox.store import Condition, NewInstance, Row, Spool, first_value
 from sandbox.web import DICOM_JSON, MOOD, BrokenMultipart, Part, TooLarge, dicom_json, operation, read_parts
 

@@ -17,10 +17,10 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from sandbox import pictures, pixels
 from sandbox.datasets import DEFLATED, Header
-from sandbox.dcm4chee_archive import Archive, Refusal, refuse, warning
-from sandbox.dcm4chee_media import ANY, Media, accepted
-from sandbox.dcm4chee_objects import has_pixels, read_header
-from sandbox.dcm4chee_retrieval import OCTETS, Matched, Parts, completeness, match_rows, not_acceptable, related
+from sandbox.dcm4chee.archive import Archive, Refusal, refuse, warning
+from sandbox.dcm4chee.media import ANY, Media, accepted
+from sandbox.dcm4chee.objects import has_pixels, read_header
+from sandbox.dcm4chee.retrieval import OCTETS, Matched, Parts, completeness, match_rows, not_acceptable, related
 from sandbox.store import Row
 from sandbox.web import CHUNK_BYTES, Streamed, operation
 

@@ -15,8 +15,8 @@ from typing import Any
 from aiohttp import web
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
-from sandbox.dcm4chee_aets import NOTE, ApplicationEntity
-from sandbox.dcm4chee_archive import (
+from sandbox.dcm4chee.aets import NOTE, ApplicationEntity
+from sandbox.dcm4chee.archive import (
     CREATOR,
     PRIVATE,
     RESERVED,
@@ -32,8 +32,8 @@ from sandbox.dcm4chee_archive import (
     services_url,
     warning,
 )
-from sandbox.dcm4chee_forms import csv_text, native_xml
-from sandbox.dcm4chee_media import ANY, Media, accepted
+from sandbox.dcm4chee.forms import csv_text, native_xml
+from sandbox.dcm4chee.media import ANY, Media, accepted
 from sandbox.store import COLUMNS, EVERYTHING, Condition, Found, Level, first_value
 from sandbox.web import DICOM_JSON, dicom_json, multipart, once, operation
 

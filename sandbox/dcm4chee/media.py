@@ -11,7 +11,7 @@ from email.message import Message
 
 from aiohttp import web
 
-from sandbox.dcm4chee_archive import parameters
+from sandbox.dcm4chee.archive import parameters
 
 ANY = "*/*"
 

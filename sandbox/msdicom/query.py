@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
 
-from sandbox.msdicom_rules import is_date
+from sandbox.msdicom.rules import is_date
 from sandbox.store import Condition, Found, Level
 
 STUDY_COLUMNS = {

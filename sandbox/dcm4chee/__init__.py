@@ -14,13 +14,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from sandbox import dcm4chee_admin as admin
-from sandbox import dcm4chee_frames as frames
-from sandbox import dcm4chee_iocm as iocm
-from sandbox import dcm4chee_qido as qido
-from sandbox import dcm4chee_stow as stow
-from sandbox import dcm4chee_wado as wado
-from sandbox.dcm4chee_archive import Archive, Refusal, Service
+from sandbox.dcm4chee import admin, frames, iocm, qido, stow, wado
+from sandbox.dcm4chee.archive import Archive, Refusal, Service
 from sandbox.store import Store, first_wins
 from sandbox.web import Handler, Site, Streamed, door, operation
 

@@ -1,6 +1,6 @@
 """WADO-RS as DCM4CHEE has it (PS3.18 10.4): objects, as multipart or ZIP, and their metadata.
 
-Which form and which status; how bytes are changed is in ``dcm4chee_objects.py``.
+Which form and which status; how bytes are changed is in ``objects.py``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from aiohttp import web
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from sandbox.datasets import AttributePath, JsonStyle
-from sandbox.dcm4chee_aets import ApplicationEntity
-from sandbox.dcm4chee_archive import Archive, Refusal, services_url
-from sandbox.dcm4chee_forms import native_xml
-from sandbox.dcm4chee_frames import FRAME_TYPES, pixel_data
-from sandbox.dcm4chee_media import ANY, Media, accepted
-from sandbox.dcm4chee_objects import (
+from sandbox.dcm4chee.aets import ApplicationEntity
+from sandbox.dcm4chee.archive import Archive, Refusal, services_url
+from sandbox.dcm4chee.forms import native_xml
+from sandbox.dcm4chee.frames import FRAME_TYPES, pixel_data
+from sandbox.dcm4chee.media import ANY, Media, accepted
+from sandbox.dcm4chee.objects import (
     BULK_ABOVE_BYTES,
     Attributes,
     Outgoing,
@@ -34,7 +34,7 @@ from sandbox.dcm4chee_objects import (
     read_header,
     shown,
 )
-from sandbox.dcm4chee_retrieval import (
+from sandbox.dcm4chee.retrieval import (
     OCTETS,
     Matched,
     Parts,
