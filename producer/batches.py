@@ -50,7 +50,7 @@ class BatchDesk:
         batch = self.get(batch_id)
         with _reachable():
             for one in Batches(self.ledger).report(batch):
-                yield one.as_json()
+                yield one.as_json(batch.types[one.item.server])
 
     def _steer(self, batch_id: str, to: State, *out_of: State) -> Batch:
         with _reachable():

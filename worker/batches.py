@@ -144,10 +144,11 @@ class Settled:
     code: str = ""
     message: str = ""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, server_type: str) -> dict[str, Any]:
         return {
             "number": self.item.number,
             "server_name": self.item.server,
+            "server_type": server_type,
             "study_uid": self.item.text,
             "status": self.status,
             "code": self.code,
@@ -163,6 +164,7 @@ class Batch:
     state: State
     kind: str
     servers: tuple[str, ...]
+    types: Mapping[str, str]
     order: Mapping[str, Any]
     items: int
     chunks: int
@@ -189,7 +191,9 @@ class Batch:
             "settled": self.settled,
             "created_ms": self.created_ms,
             "warnings": list(self.warnings),
-            "servers": [{"server_name": name, **self.counts[name]} for name in self.servers],
+            "servers": [
+                {"server_name": name, "server_type": self.types[name], **self.counts[name]} for name in self.servers
+            ],
         }
 
 
@@ -205,10 +209,12 @@ class Batches:
 
     # --- the plan -------------------------------------------------------------------------------------------
 
-    def open(self, batch_id: str, *, kind: str, servers: Sequence[str], order: Mapping[str, Any], width: int) -> bool:
-        """Begin to plan a batch; False if it is known."""
+    def open(
+        self, batch_id: str, *, kind: str, servers: Mapping[str, str], order: Mapping[str, Any], width: int
+    ) -> bool:
+        """Begin to plan a batch for ``servers``, by name and type; False if it is known."""
         keys = [_key(batch_id), PREFIX + "batches"]
-        args: list[str | int] = [batch_id, kind, json.dumps(list(servers)), json.dumps(dict(order)), width]
+        args: list[str | int] = [batch_id, kind, json.dumps(dict(servers)), json.dumps(dict(order)), width]
         return bool(self._open(keys=keys, args=args))
 
     def clear_plan(self, batch_id: str) -> None:
@@ -334,8 +340,8 @@ class Batches:
 
 
 def _batch(batch_id: str, fields: Mapping[str, str]) -> Batch:
-    servers = tuple(json.loads(fields["servers"]))
-    counts: dict[str, dict[str, int]] = {server: {"planned": 0} for server in servers}
+    types: dict[str, str] = json.loads(fields["servers"])
+    counts: dict[str, dict[str, int]] = {server: {"planned": 0} for server in types}
     for field, count in fields.items():
         if field.startswith("n:"):
             _, server, status = field.split(":")
@@ -344,7 +350,8 @@ def _batch(batch_id: str, fields: Mapping[str, str]) -> Batch:
         id=batch_id,
         state=cast(State, fields["state"]),
         kind=fields["kind"],
-        servers=servers,
+        servers=tuple(types),
+        types=types,
         order=json.loads(fields["order"]),
         items=int(fields["items"]),
         chunks=int(fields["chunks"]),

@@ -395,10 +395,33 @@ class BatchServer(BaseModel):
     remaining: int | None = None
 
 
+class BatchStatePayload(Payload):
+    """The result of `pacs.batch.show`, `.pause`, `.resume` and `.cancel`: the batch as it stands."""
+
+    operation: Literal["batch"] = "batch"
+    batch_id: str
+    kind: str
+    state: Literal["planning", "planned", "running", "paused", "cancelled", "done"]
+    items: int
+    settled: int
+    created_ms: int
+    servers: list[BatchServer]
+    warnings: list[str]
+
+
+class BatchChunkPayload(Payload):
+    """The result of `pacs.batch.chunk`."""
+
+    operation: Literal["batch_chunk"] = "batch_chunk"
+    batch_id: str
+    chunk: int
+
+
 class BatchFailure(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     server_name: str
+    server_type: str
     study_uid: str
     status: Literal["refused", "failed"]
     code: str

@@ -15,7 +15,7 @@ from worker.errors import Cancelled, CourierError, NotFound
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.pacs.protocol import Pacs
-from worker.payloads import BatchChunkJob, BatchJob, read_job
+from worker.payloads import BatchChunkJob, BatchChunkPayload, BatchJob, BatchStatePayload, read_job
 
 #: How many chunks of a batch are open at a time, over all workers, and how many items of each are worked at together.
 WIDTH = 4
@@ -160,7 +160,7 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
         _give_up(batches, batch, still_open, left, run)
     batches.end_chunk(batch.id, job.chunk)
     batches.fill(batch.id)
-    return {"operation": "batch_chunk", "job_id": run.job_id, "batch_id": batch.id, "chunk": job.chunk}
+    return BatchChunkPayload(job_id=run.job_id, batch_id=batch.id, chunk=job.chunk).as_json()
 
 
 def _apply(kind: Kind, number: int, desk: Desk) -> _Left:
@@ -233,4 +233,4 @@ def cancel(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
 
 def _told(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     batch = _current(Batches(tools.ledger), read_job(BatchJob, message).batch_id)
-    return {"operation": "batch", "job_id": run.job_id, **batch.as_json()}
+    return BatchStatePayload.model_validate({"job_id": run.job_id, **batch.as_json()}).as_json()

@@ -75,9 +75,9 @@ def delete_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
     job = read_job(DeleteAllJob, message)
     if not job.dry_run and job.confirm != CONFIRMATION:
         raise ConfirmationRequired(f'Nothing was deleted: confirm has to be "{CONFIRMATION}".')
-    names = [pacs.server.name for pacs in asked(job.servers, tools.fleet)]
+    servers = {pacs.server.name: pacs.server.type for pacs in asked(job.servers, tools.fleet)}
     batches = Batches(tools.ledger)
-    batches.open(run.job_id, kind="delete", servers=names, order={"permanent": job.permanent}, width=WIDTH)
+    batches.open(run.job_id, kind="delete", servers=servers, order={"permanent": job.permanent}, width=WIDTH)
     batch = batches.get(run.job_id)
     assert batch is not None  # noqa: S101 - it was opened in the line above
     batch = conduct(StudyDeletions(), batch, run, tools, dry_run=job.dry_run)
@@ -132,7 +132,7 @@ def _payload(batch: Batch, remaining: Mapping[str, int], run: Run, tools: Tools)
         servers=[
             BatchServer(
                 server_name=name,
-                server_type=tools.fleet[name].server.type,
+                server_type=batch.types[name],
                 remaining=remaining.get(name),
                 **batch.counts[name],
             )
@@ -141,6 +141,7 @@ def _payload(batch: Batch, remaining: Mapping[str, int], run: Run, tools: Tools)
         failures=[
             BatchFailure(
                 server_name=one.item.server,
+                server_type=batch.types[one.item.server],
                 study_uid=one.item.text,
                 status="refused" if one.status == "refused" else "failed",
                 code=one.code,
