@@ -38,7 +38,9 @@ def _facts(payload: Mapping[str, Any]) -> Table:
     if payload["held_by"]:
         table.add_row("held now", "", "", payload["held_by"])
     for job in payload["jobs"]:
-        outcome = f"job {job['state']}, attempts: {job['attempts']}" + (f", {job['code']}" if job["code"] else "")
+        outcome = f"job {job['state']}, attempts: {job['attempts']}" + (
+            f", {job['code']}" if job["code"] not in (None, "done") else ""
+        )
         table.add_row(outcome, "", job["created_at"] or "", job["job_id"])
     return table
 
