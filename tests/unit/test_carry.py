@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import fakeredis
@@ -16,9 +17,10 @@ import redis
 from sandbox.processes import poll
 from worker.errors import NotDicom, PacsUnauthorized, PacsUnavailable
 from worker.jobs.carry import Done, Failed, NotTaken, Parked, Verdict, backoff_s, carry
+from worker.jobs.follow import follow
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
-from worker.ledger import PREFIX, LeaseLost, Ledger
+from worker.ledger import PREFIX, LeaseLost, Ledger, job_id_for
 from worker.settings import JobSettings, Settings
 
 JOB = {"image_url": "http://host/a.dcm?sig=SECRET"}
@@ -154,6 +156,17 @@ def test_a_job_whose_push_may_have_arrived_is_not_called_cancelled(desk: Desk) -
     desk.client.hset(f"{PREFIX}job:j1", "lease_ms", 0)
     desk.ledger.cancel("j1")
     assert desk.carry(lambda job, run: run.memo) == Done({"uncertain": True})
+
+
+def test_a_second_wish_under_one_key_fails_when_the_first_is_a_dead_letter(desk: Desk) -> None:
+    first = job_id_for("order-7")
+    for _ in range(3):
+        desk.carry(PacsUnavailable("Later."), first)
+        desk.make_due(first)
+    tools = cast(Tools, SimpleNamespace(ledger=desk.ledger))
+    verdict = desk.carry(lambda _, run: follow("pacs.upload", {"idempotency_key": "order-7"}, run, tools), "j2")
+    assert isinstance(verdict, Failed)
+    assert verdict.error.code == "pacs_unavailable"
 
 
 def test_a_message_is_given_back_when_the_ledger_cannot_be_asked(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

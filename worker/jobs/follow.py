@@ -25,6 +25,7 @@ def follow(task: str, message: Mapping[str, Any], run: Run, tools: Tools) -> dic
         raise NotYet(f"job {first} bears the same idempotency key", delay_s=LOOK_AGAIN_S)
     outcome: dict[str, Any] = json.loads(record["outcome"])
     if "error" in outcome:
+        run.last = True  # the first wish was tried as often as it may be
         raise from_payload(outcome["error"])
     payload: dict[str, Any] = outcome["payload"]
     return payload
