@@ -276,8 +276,11 @@ def answer_then_drop_the_next(server: Scripted, connection: socket.socket) -> No
     drop(server, connection)
 
 
-def test_a_query_on_a_connection_closed_while_idle_is_asked_again(scripted: Callable[..., Scripted]) -> None:
-    ward = pacs(scripted(answer_then_drop_the_next, EMPTY).url)
+@pytest.mark.parametrize("server_type", ["dicomweb", "orthanc"])
+def test_a_query_on_a_connection_closed_while_idle_is_asked_again(
+    scripted: Callable[..., Scripted], server_type: str
+) -> None:
+    ward = pacs(scripted(answer_then_drop_the_next, EMPTY).url, type=server_type)
     assert ward.find("study", "1.1") == []
     assert ward.find("study", "1.1") == []
 

@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -90,6 +91,11 @@ def stow(stored: Iterable[Any] = (), failed: Iterable[Any] = ()) -> dict[str, An
 
 def study(uid: str = "1.1") -> dict[str, Any]:
     return {"0020000D": {"vr": "UI", "Value": [uid]}}
+
+
+def indexed(uid: str) -> dict[str, Any]:
+    """A study as Orthanc's own API tells it."""
+    return {"ID": "k1", "MainDicomTags": {"StudyInstanceUID": uid}, "Type": "Study"}
 
 
 def fates(pacs: Pacs, *uids: str) -> list[Fate]:
@@ -413,11 +419,26 @@ def test_orthanc_06_nothing_found_is_an_empty_list() -> None:
 
 
 def test_orthanc_07_a_key_it_does_not_know_returns_everything_so_answers_are_compared() -> None:
-    pacs, _ = asked("orthanc", Reply(200, [study("1.1"), study("1.9")]))
+    pacs, _ = asked("orthanc", Reply(200, [indexed("1.1"), indexed("1.9")]))
     with pytest.raises(PacsMisanswered):
         pacs.find("study", "1.1")
     with pytest.raises(InvalidRequest):
         pacs.studies(filters={"NoSuchKey": "1"}, limit=1, offset=0)
+
+
+def test_orthanc_is_asked_by_qido_for_the_uids_above_what_its_index_has() -> None:
+    image = {"MainDicomTags": {"SOPInstanceUID": "1.3"}}
+    pacs, wire = asked("orthanc", Reply(200, [image]), Reply(200, [image_item("1.3")]), Reply(200, [indexed("1.1")]))
+    assert [replace(found, attributes={}) for found in pacs.find("image", "1.3")] == [IMAGE]
+    assert pacs.find("study", "1.1") == [STUDY]
+    assert wire.calls == ["POST /tools/find", "GET /dicom-web/instances?SOPInstanceUID=1.3", "POST /tools/find"]
+
+
+@pytest.mark.parametrize("answer", [{}, ["k1"], [{"ID": "k1"}], [{"MainDicomTags": {}}], [{"MainDicomTags": ["1.1"]}]])
+def test_orthancs_index_has_to_say_what_it_found(answer: object) -> None:
+    pacs, _ = asked("orthanc", Reply(200, answer))
+    with pytest.raises(PacsMisanswered):
+        pacs.find("study", "1.1")
 
 
 def test_orthanc_08_values_are_not_decoded_so_none_is_encoded() -> None:

@@ -1,7 +1,7 @@
 """One server's HTTP connections: sending, waiting, and turning every failure into one of our errors.
 
 Nothing here knows DICOM. Nothing here sleeps, follows a redirect or reads the environment, or retries, with
-two exceptions: one fresh token after a 401, and a GET that met a connection closed while idle (RFC 9112
+two exceptions: one fresh token after a 401, and a question that met a connection closed while idle (RFC 9112
 9.3.1). urllib3 is used without requests on top: its pools are made for threads, and a query costs two thirds
 of the processor time.
 """
@@ -55,7 +55,8 @@ class Credentials(Protocol):
 class Request:
     """One call. ``target`` is path and query on the server; ``body`` is iterated afresh for every sending.
 
-    ``expected`` are the statuses that the caller understands; any other becomes an error.
+    ``expected`` are the statuses that the caller understands; any other becomes an error. ``only_asks`` marks a POST
+    that changes nothing: a connection closed while idle is no reason to fail, as with a GET.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Request:
     body: Iterable[bytes] | None = None
     expected: Collection[int] = (200,)
     read_timeout_s: float | None = None
+    only_asks: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Transport:
             try:
                 return self._urlopen(request, authorization)
             except Stale:
-                if request.method != "GET":
+                if request.method != "GET" and not request.only_asks:
                     raise
                 return self._urlopen(request, authorization)
         except wire.HTTPError as error:
