@@ -1,0 +1,210 @@
+"""What a deletion ends as: a table over what each server finds and does, with a ledger on fakeredis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import fakeredis
+import pytest
+
+from worker.batches import Batch, Item, Settled
+from worker.errors import (
+    CourierError,
+    InvalidRequest,
+    InvalidUid,
+    PacsMisanswered,
+    PacsRejected,
+    PacsUnauthorized,
+    PacsUnavailable,
+)
+from worker.jobs.batches import Desk
+from worker.jobs.delete_all import StudyDeletions, study_pages
+from worker.jobs.deletions import delete
+from worker.jobs.run import NotYet, Run
+from worker.jobs.tools import Tools
+from worker.ledger import Ledger
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Deletion, DeletionFate, Found, StudyPage
+from worker.settings import ServerSettings, Settings
+
+DELETED, HIDDEN = Deletion(DeletionFate.DELETED), Deletion(DeletionFate.HIDDEN, "Later.")
+GONE, REFUSED = Deletion(DeletionFate.NOT_THERE), Deletion(DeletionFate.REFUSED, "No.")
+SILENT, LOCKED = PacsUnavailable("a is silent."), PacsUnauthorized("Log in.")
+HERE, NOWHERE = [Found("study", "1.2")], cast(list[Found], [])
+
+
+@dataclass
+class Stub:
+    """A server that finds and deletes what the test says."""
+
+    name: str
+    finds: list[Found] | CourierError = field(default_factory=lambda: HERE)
+    deletes: Deletion | CourierError = DELETED
+    promise: Deletion = DELETED
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def server(self) -> ServerSettings:
+        return ServerSettings(name=self.name, type="dicomweb", url="http://host")
+
+    def find(self, level: str, uid: str) -> list[Found]:
+        self.asked.append("find")
+        return cast(list[Found], _told(self.finds))
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        self.asked.append("delete")
+        answer = cast(Deletion, _told(self.deletes))
+        if answer.fate in (DeletionFate.DELETED, DeletionFate.HIDDEN):
+            self.finds, self.deletes = NOWHERE, GONE
+        return answer
+
+    def deletion(self, level: str, *, permanent: bool) -> Deletion:
+        return self.promise
+
+    def instances(self, found: Found) -> Iterator[Found]:
+        yield from (found, found)
+
+
+def _told(answer: Any) -> Any:
+    if isinstance(answer, CourierError):
+        raise type(answer)(answer.message, server_name="a", server_type="dicomweb")
+    return answer
+
+
+@dataclass
+class Bench:
+    client: fakeredis.FakeRedis
+    servers: list[Stub]
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.client)
+        self.tools = Tools(Settings(), self.ledger, cast(Any, None), Fleet(cast(Any, self.servers)))
+
+    def run(self, job_id: str = "j1") -> Run:
+        claim = self.ledger.claim(job_id, task="pacs.delete", job={})
+        return Run(job_id, claim.fence, claim.attempt, last=False, ledger=self.ledger, memo=claim.memo)
+
+    def delete(self, job_id: str = "j1", **fields: Any) -> dict[str, str] | CourierError:
+        """Statuses by server, or the error, after one attempt at the job."""
+        run = self.run(job_id)
+        try:
+            answer = delete({"level": "study", "uid": "1.2", **fields}, run, self.tools)
+        except CourierError as error:
+            self.ledger.park(job_id, run.fence, delay_s=0, code="", message="")
+            return error
+        self.ledger.finish(job_id, run.fence, outcome={}, code="done", task="pacs.delete", job={})
+        return {entry["server_name"]: entry["status"] for entry in answer["servers"]}
+
+
+@pytest.fixture
+def client() -> Iterator[fakeredis.FakeRedis]:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "end"),
+    [
+        ((HERE, DELETED), (HERE, HIDDEN), {"a": "deleted", "b": "hidden"}),
+        ((NOWHERE, GONE), (HERE, DELETED), {"a": "not_there", "b": "deleted"}),
+        ((HERE, REFUSED), (HERE, DELETED), {"a": "refused", "b": "deleted"}),
+        ((HERE, PacsRejected("No.")), (HERE, DELETED), {"a": "refused", "b": "deleted"}),
+        ((HERE, LOCKED), (HERE, DELETED), {"a": "refused", "b": "deleted"}),
+        ((HERE, GONE), (HERE, DELETED), {"a": "not_there", "b": "deleted"}),
+        ((NOWHERE, GONE), (NOWHERE, GONE), "not_found"),
+        ((HERE, REFUSED), (NOWHERE, GONE), "pacs_rejected"),
+        ((SILENT, GONE), (NOWHERE, GONE), "pacs_unavailable"),
+        ((SILENT, GONE), (HERE, DELETED), "pacs_unavailable"),
+        ((HERE, SILENT), (HERE, DELETED), "pacs_unavailable"),
+        ((LOCKED, GONE), (HERE, DELETED), "pacs_unauthorized"),
+        ((LOCKED, GONE), (SILENT, DELETED), "pacs_unavailable"),
+        ((InvalidUid("No."), GONE), (NOWHERE, GONE), "invalid_uid"),
+    ],
+)
+def test_a_deletion_ends_as_its_servers_answered(client: fakeredis.FakeRedis, a: Any, b: Any, end: Any) -> None:
+    ended = Bench(client, [Stub("a", *a), Stub("b", *b)]).delete()
+    assert (ended.code if isinstance(ended, CourierError) else ended) == end
+
+
+def test_the_next_attempt_asks_only_the_server_that_was_silent(client: fakeredis.FakeRedis) -> None:
+    a, b = Stub("a", SILENT), Stub("b")
+    bench = Bench(client, [a, b])
+    first = bench.delete()
+    assert isinstance(first, CourierError)
+    assert [entry["status"] for entry in first.details["servers"]] == ["unavailable", "deleted"]
+    assert "b (deleted)" in first.message
+    a.finds, seen = HERE, len(b.asked)
+    assert bench.delete() == {"a": "deleted", "b": "deleted"}
+    assert "delete" not in b.asked[seen:]
+
+
+@pytest.mark.parametrize(("promise", "status"), [(DELETED, "deleted"), (HIDDEN, "hidden")])
+def test_a_delete_whose_answer_was_lost_is_what_the_dialect_makes_of_it(
+    client: fakeredis.FakeRedis, promise: Deletion, status: str
+) -> None:
+    a = Stub("a", deletes=PacsMisanswered("Lost."), promise=promise)
+    bench = Bench(client, [a])
+    assert isinstance(bench.delete(), PacsMisanswered)
+    a.finds, a.deletes = NOWHERE, GONE
+    assert bench.delete() == {"a": status}
+
+
+def test_a_dry_run_deletes_nothing_and_shows_what_is_known(client: fakeredis.FakeRedis) -> None:
+    servers = [Stub("a", SILENT), Stub("b", promise=HIDDEN), Stub("c", promise=REFUSED), Stub("d", NOWHERE)]
+    ended = Bench(client, servers).delete(dry_run=True)
+    assert ended == {"a": "unavailable", "b": "would_hide", "c": "refused", "d": "not_there"}
+    assert all("delete" not in stub.asked for stub in servers)
+
+
+def test_the_claim_on_a_study_goes_when_every_server_says_that_it_is_gone(client: fakeredis.FakeRedis) -> None:
+    a, b = Stub("a"), Stub("b")
+    bench = Bench(client, [a, b])
+    bench.ledger.claim_study("1.2", server="a", job_id="j0")
+    bench.delete("j1", servers=["a"])
+    assert bench.ledger.claimed_server("1.2") == "a"
+    a.finds, a.deletes, b.finds = HERE, DELETED, SILENT
+    bench.delete("j2", servers=["a"])
+    assert bench.ledger.claimed_server("1.2") == "a"
+    a.finds = b.finds = HERE
+    a.deletes = b.deletes = DELETED
+    bench.delete("j3")
+    assert bench.ledger.claimed_server("1.2") is None
+
+
+@pytest.mark.parametrize(("level", "uid"), [("study", "1.2"), ("series", "1.2.1"), ("image", "1.2.1.1")])
+def test_a_deletion_waits_for_who_is_storing(client: fakeredis.FakeRedis, level: str, uid: str) -> None:
+    a = Stub("a")
+    bench = Bench(client, [a])
+    upload = bench.run("j0")
+    bench.ledger.hold_image("1.2.1.1", job_id="j0", fence=upload.fence, into=("1.2", "1.2.1"))
+    with pytest.raises(NotYet, match="j0"):
+        bench.delete(level=level, uid=uid)
+    assert a.asked == []
+
+
+def test_an_item_of_a_batch_waits_too_and_the_others_go_on(client: fakeredis.FakeRedis) -> None:
+    bench = Bench(client, [Stub("a")])
+    upload = bench.run("j0")
+    bench.ledger.hold_image("1.2.1.1", job_id="j0", fence=upload.fence, into=("1.2", "1.2.1"))
+    batch = Batch("B", "running", "delete", ("a",), {"a": "dicomweb"}, {"permanent": True}, 2, 1, 1, 0, 0, {})
+    items = [Item(0, "a", "1.2"), Item(1, "a", "1.3")]
+    desk = Desk(batch, bench.run("B.0"), bench.tools)
+    assert StudyDeletions().apply(items, desk, resumed=set()) == [None, Settled(items[1], "deleted")]
+    late = bench.run("j9")
+    assert bench.ledger.hold_image("1.3.1", job_id="j9", fence=late.fence, into=("1.3", "1.3.2")) is None
+
+
+def test_a_list_that_cannot_be_paged_to_its_end_says_so() -> None:
+    class Long:
+        server = ServerSettings(name="a", type="dcm4chee", url="http://host")
+
+        def studies(self, *, filters: Any, limit: int, offset: int) -> StudyPage:
+            if offset >= 2:
+                raise InvalidRequest("No further.")
+            return StudyPage([{"0020000D": {"vr": "UI", "Value": [f"1.{offset}"]}}], next_offset=offset + 1)
+
+    warnings: list[str] = []
+    assert list(study_pages(cast(Any, Long()), warnings)) == [["1.0"], ["1.1"]]
+    assert "no more than 2 studies" in warnings[0]
