@@ -55,6 +55,7 @@ task_create_missing_queues = True
 task_queues: dict[str, dict[str, str]] = {"celery": {}, "batches": {}, "admin": {}}
 task_routes = {
     "pacs.batch.*": {"queue": "batches"},
+    "pacs.audit": {"queue": "batches"},
     "pacs.status": {"queue": "admin"},
     "pacs.storage": {"queue": "admin"},
     "pacs.database": {"queue": "admin"},

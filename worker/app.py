@@ -59,9 +59,9 @@ class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
 
     Request = ShownRequest
     throws = (CourierError,)
-    # Enough of a result for logs and events to say who answered, too little to reach its metadata; and the repr of a
-    # whole one costs nearly a millisecond per job.
-    resultrepr_maxsize = 200
+    # Operation and job id, which stand first in every result, and nothing of a patient behind them in logs and events;
+    # and the repr of a whole one costs nearly a millisecond per job.
+    resultrepr_maxsize = 100
 
     def after_return(self, status: str, retval: object, task_id: str, *_: object) -> None:  # noqa: ARG002 - Celery's
         """The result back-end has it. Should this be lost, a sweep tells the outcome once more."""

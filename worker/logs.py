@@ -63,7 +63,7 @@ def shown_job(job: object) -> str:
     """A job as Flower, events and logs may show it."""
     if not isinstance(job, Mapping):
         return "{…}"
-    hidden = ("idempotency_key", "cursor")
+    hidden = ("version", "idempotency_key", "cursor")
     shown = {str(name): _shown_field(str(name), value) for name, value in job.items() if name not in hidden}
     return json.dumps(shown, ensure_ascii=False)[:500]
 

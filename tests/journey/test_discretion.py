@@ -10,6 +10,7 @@ from producer import Courier
 from sandbox import processes as parts
 from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
+from worker.payloads import StudiesJob
 
 WAIT_S = 30
 SIGNATURE, PATIENT = "SIGNATURE-5f1c", "PLANTED-PATIENT"
@@ -31,6 +32,28 @@ def named_in_flower(flower, courier):
     probe = courier.upload("http://192.0.2.1/probe.dcm").id
     page = f"{flower.url}/task/{probe}"
     return parts.poll(lambda: "probe.dcm" in requests.get(page, timeout=10).text, timeout_s=2, every_s=0.1)
+
+
+def test_results_with_metadata_show_none_of_it_in_flower_and_logs(worker, image_server, sandbox, put, tmp_path):
+    running = worker(results={"metadata": "full"})
+    study = new_uid()
+    put(sandbox.msdicom, image(study, PatientID=PATIENT))
+    with Processes(tmp_path / "flower") as children:
+        flower = parts.flower(children, running.config)
+        flower.child.wait_ready()
+        with Courier(running.settings) as courier:
+            assert parts.poll(lambda: named_in_flower(flower, courier), timeout_s=20, every_s=0.5)
+            handles = [
+                courier.metadata("study", study),
+                courier.enqueue("pacs.list_studies", StudiesJob, {"filters": {"PatientID": PATIENT}}),
+                courier.upload(image_server.put("next.dcm", image(study, PatientID=PATIENT))),
+            ]
+            results = [handle.result(timeout_s=WAIT_S) for handle in handles]
+        assert all(PATIENT in str(result) for result in results), "the results themselves do hold it"
+        pages = [f"{flower.url}/task/{handle.id}" for handle in handles]
+        assert parts.poll(lambda: all("SUCCESS" in requests.get(page, timeout=10).text for page in pages), timeout_s=15)
+        shown = "\n".join(requests.get(page, timeout=10).text for page in pages) + flower.child.log + running.log
+    assert PATIENT not in shown
 
 
 def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
