@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: How long a server may think about how it is.
 PROBE_TIMEOUT_S = 10.0
+#: How long an event may wait for others.
+EVENTS_S = 0.1
 #: What Redis, kombu and the result backend raise when they cannot be reached.
 BROKER_ERRORS = (redis.RedisError, kombu.exceptions.OperationalError, BackendError)
 
@@ -168,6 +170,37 @@ def sweep(ledger: Ledger) -> int:
 
 
 app.steps["worker"].add(Sweeper)
+
+
+class EventsTogether(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
+    """Sends the events for Flower ten times a second, together: one by one they are a tenth of a job's work."""
+
+    requires = ("celery.worker.consumer.events:Events",)
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._due = False
+
+    def start(self, parent: Any) -> None:
+        self._due = False  # after a lost connection nothing is left of what was due
+        if parent.hub is not None and parent.event_dispatcher is not None:
+            parent.event_dispatcher.on_send_buffered = functools.partial(self._gather, parent)
+
+    def stop(self, parent: Any) -> None:
+        self._send(parent)
+
+    def _gather(self, parent: Any) -> None:
+        if not self._due:
+            self._due = True
+            parent.hub.call_soon(parent.hub.call_later, EVENTS_S, self._send, parent)  # timers are its own thread's
+
+    def _send(self, parent: Any) -> None:
+        self._due = False
+        if parent.event_dispatcher is not None:
+            parent.event_dispatcher.flush()
+
+
+app.steps["consumer"].add(EventsTogether)
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped
