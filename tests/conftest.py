@@ -6,6 +6,7 @@ A server that is not installed fails the test in CI (``CI=true``) and skips it, 
 ``redis_url``     the ledger's database on it
 ``sandbox``       emptied and calm for each test: ``.msdicom``, ``.dcm4chee``, ``.control``, ``.set_mood(…)``
 ``orthanc``       base URL of a real Orthanc's DICOMweb; never emptied, so bring UIDs of your own
+``azurite``       Azure's emulator of its blob storage, never emptied: ``.url``, ``.connection_string``
 ``image_server``  for one test; ``.put(path, body, …)`` gives the URL where it is served
 ``worker``        starts real worker processes for one test: ``worker(servers=…, jobs={"lease_s": 2})``
 """
@@ -23,7 +24,7 @@ import pytest
 
 from sandbox import processes as parts
 from sandbox.images import ImageServer
-from sandbox.processes import Child, OrthancPart, Processes, RedisPart, SandboxPart
+from sandbox.processes import AzuritePart, Child, OrthancPart, Processes, RedisPart, SandboxPart
 from worker.settings import Settings
 
 #: What a worker's log holds when its code, and not its input, is wrong (the second as worker/jobs/carry.py logs it).
@@ -95,6 +96,12 @@ def orthanc_server(processes: Processes) -> OrthancPart:
 @pytest.fixture(scope="session")
 def orthanc(orthanc_server: OrthancPart) -> str:
     return orthanc_server.url
+
+
+@pytest.fixture(scope="session")
+def azurite(processes: Processes) -> AzuritePart:
+    server: AzuritePart = _or_missing(lambda: parts.azurite(processes))
+    return server
 
 
 @pytest.fixture
