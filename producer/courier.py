@@ -7,6 +7,7 @@ message is sent cannot be lost with the message.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 import uuid
@@ -22,10 +23,11 @@ from celery.exceptions import BackendError
 from kombu.connection import Connection
 
 from producer.batches import BatchDesk
-from producer.errors import BrokerUnavailable, CourierError, NotFound, StillRunning, from_payload
-from worker.ledger import Ledger, job_id_for
+from producer.errors import BrokerUnavailable, CourierError, InvalidRequest, NotFound, StillRunning, from_payload
+from worker.ledger import DueJob, Ledger, job_id_for
 from worker.logs import shown_job
 from worker.payloads import (
+    MESSAGE_BYTES,
     AuditJob,
     DeleteAllJob,
     DeleteJob,
@@ -48,6 +50,8 @@ Status = Literal["queued", "running", "waiting", "done", "failed"]
 
 _UNREACHABLE = (redis.ConnectionError, redis.TimeoutError, kombu.exceptions.OperationalError, BackendError)
 _POLL_S = 0.1
+#: What Celery puts around a job.
+_ENVELOPE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -279,21 +283,30 @@ class Courier:
         """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""
         job = {"version": 1, **{name: value for name, value in job.items() if value is not None}}
         read_job(kind, job)
+        if len(json.dumps(job)) > MESSAGE_BYTES - _ENVELOPE_BYTES:
+            raise InvalidRequest(f"The job is too large for a message, which is {MESSAGE_BYTES} bytes at most.")
         handle = Handle(job_id_for(job.get("idempotency_key")), self)
         with _reachable():
             known = self._ledger is not None and not self._ledger.submit(handle.id, task=task, job=job)
         if known:
             return handle
+        self._send(DueJob(handle.id, task, job))
+        return handle
+
+    def _send(self, due: DueJob) -> None:
         try:
             with _reachable():
                 self._sender.send_task(
-                    task, kwargs={"job": job}, task_id=handle.id, argsrepr="()", kwargsrepr=shown_job(job)
+                    due.task,
+                    kwargs={"job": due.job},
+                    task_id=due.job_id,
+                    argsrepr="()",
+                    kwargsrepr=shown_job(due.job),
                 )
         except BrokerUnavailable:
             if self._ledger is None:
                 raise
-            log.warning("The message of job %s could not be sent; it is in the ledger and will be woken", handle.id)
-        return handle
+            log.warning("The message of job %s could not be sent; it is in the ledger and will be woken", due.job_id)
 
     @property
     def ledger(self) -> Ledger | None:

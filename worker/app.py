@@ -18,6 +18,7 @@ from celery.exceptions import BackendError
 from celery.result import denied_join_result
 from celery.worker.request import Request
 
+from worker import consumer
 from worker.destinations import Destinations
 from worker.errors import CourierError
 from worker.jobs.run import Pulse
@@ -86,7 +87,9 @@ app.conf.update(
     broker_url=settings.queue.broker_url,
     result_backend=settings.queue.result_backend,
     result_expires=settings.results.expires_s,
+    worker_consumer=f"{consumer.__name__}:{consumer.PacsConsumer.__name__}",
 )
+consumer.install()
 
 
 def _ledger() -> Ledger:

@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from worker.errors import InvalidRequest, InvalidUid
 
 VERSION = 1
+#: What a message may weigh: it says where the bytes are and never holds them. A worker throws larger ones away.
+MESSAGE_BYTES = 262_144
 
 Level = Literal["image", "series", "study"]
 RouteReason = Literal["study_exists", "claimed", "new_study", "requested"]

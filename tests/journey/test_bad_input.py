@@ -14,10 +14,13 @@ import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
+from redis import Redis
 
 from producer import Courier
-from producer.errors import CourierError
+from producer.errors import CourierError, InvalidRequest
+from sandbox.processes import poll
 from sandbox.synthetic import image, new_uid
+from worker.payloads import MESSAGE_BYTES
 
 WAIT_S = 60
 
@@ -158,13 +161,73 @@ def test_bad_input_ends_with_its_code_and_one_helpful_sentence(worker, image_ser
     assert "PASSWORD" not in running.log
 
 
-@pytest.mark.parametrize("garbage", [b"not json", b"[[], {}, {}]"])
-def test_a_message_that_is_no_task_does_not_stop_the_worker(worker, redis, image_server, garbage):
-    running = worker(may_show_tracebacks=True)  # Celery itself logs what it throws away
+PLANTED = "DOE-JANE-5551234"
+#: Bodies that are no task, however well they are wrapped: as bytes with their content type, and headers.
+NO_TASKS: dict[str, tuple[bytes, str, dict[str, Any]]] = {
+    "no-json": (f"not json {PLANTED}".encode(), "application/json", {}),
+    "no-object": (f'[[], {{}}, "{PLANTED}"]'.encode(), "application/json", {}),
+    "task-is-a-number": (f'{{"task": 1, "id": "{PLANTED}"}}'.encode(), "application/json", {}),
+    "task-is-a-list": (f'{{"task": ["{PLANTED}"]}}'.encode(), "application/json", {}),
+    "task-without-id": (f'{{"task": "pacs.upload", "kwargs": {{"a": "{PLANTED}"}}}}'.encode(), "application/json", {}),
+    "unknown-task-without-id": (f'{{"task": "pacs.{PLANTED}"}}'.encode(), "application/json", {}),
+    "kwargs-are-a-list": (b'{"task": "pacs.upload", "id": "1", "kwargs": []}', "application/json", {}),
+    "number": (b"5", "application/json", {}),
+    "nothing": (b"", "application/json", {}),
+    "deeply-nested": (b"[" * 100_000, "application/json", {}),
+    "body-of-two-parts": (b"[[], {}]", "application/json", {"task": "pacs.upload", "id": "a"}),
+    "body-of-wrong-parts": (b'["a", 5, null]', "application/json", {"task": "pacs.upload", "id": "a"}),
+    "embed-is-nothing": (b"[[], {}, null]", "application/json", {"task": "pacs.upload", "id": "a"}),
+    "id-is-a-number": (b"[[], {}, {}]", "application/json", {"task": "pacs.upload", "id": 5}),
+    "header-without-id": (b"[[], {}, {}]", "application/json", {"task": "pacs.upload"}),
+    "task-header-is-a-list": (b"[[], {}, {}]", "application/json", {"task": ["pacs.upload"], "id": "a"}),
+    "time-limit-is-a-word": (b"[[], {}, {}]", "application/json", {"task": "pacs.upload", "id": "a", "timelimit": "x"}),
+    "eta-is-a-word": (b"[[], {}, {}]", "application/json", {"task": "pacs.upload", "id": "a", "eta": PLANTED}),
+    "pickle": (f"cbuiltins\neval\n{PLANTED}".encode(), "application/x-python-serialize", {}),
+    "unknown-content-type": (PLANTED.encode(), "application/x-shiny", {}),
+    "unknown-compression": (b"[[], {}, {}]", "application/json", {"compression": "application/x-shiny"}),
+}
+#: What anybody who reaches Redis can push onto the queue's list: no message, or one whose wrapping is torn.
+NO_MESSAGES = [
+    b"\xff\xfe",
+    f"not json {PLANTED}".encode(),
+    b"5",
+    b"null",
+    b"{}",
+    f'{{"properties": "{PLANTED}"}}'.encode(),
+    b'{"body": "%%%", "properties": {"body_encoding": "base64", "delivery_tag": "1"}}',
+    b'{"body": "W10=", "headers": [], "properties": {"delivery_tag": "2", "delivery_info": {}}}',
+    b'{"body": "W10=", "headers": [1], "properties": {"delivery_tag": {}, "delivery_info": {}}}',
+]
+
+
+def test_what_is_no_job_is_thrown_away_and_neither_stops_the_worker_nor_is_quoted(worker, redis, image_server):
+    running = worker()
     with Courier(running.settings) as courier, courier._app.connection_for_write() as connection:
         queue = connection.SimpleQueue("celery")
-        queue.put(garbage, serializer=None, content_type="application/json", content_encoding="utf-8")
+        for body, content_type, headers in NO_TASKS.values():
+            queue.put(body, serializer=None, content_type=content_type, content_encoding="utf-8", headers=dict(headers))
         queue.close()
-        courier._app.send_task("pacs.nonsense", kwargs={"job": {}})
+        with Redis.from_url(redis.broker_url) as client:
+            client.lpush("celery", *NO_MESSAGES)
+        send = courier._app.send_task
+        unknown = send("pacs.nonsense", kwargs={"job": {"patient": PLANTED}})
+        large = send("pacs.upload", kwargs={"job": {"image_url": image_server.url("a.dcm"), "note": PLANTED * 20_000}})
+        for refused in (unknown, large):
+            with pytest.raises(InvalidRequest, match="threw the message away"):
+                courier.handle(refused.id).result(timeout_s=WAIT_S)
         handle = courier.upload(image_server.put("good.dcm", image(new_uid())))
         assert handle.result(timeout_s=WAIT_S)["status"] == "stored"
+        with Redis.from_url(redis.broker_url) as client:
+            assert poll(lambda: client.hlen("unacked") == 0, timeout_s=5), "they would come again"
+    assert running.log.count("Threw a message away") == len(NO_TASKS) + 2
+    assert running.log.count("Threw away what is no message") == len(NO_MESSAGES)
+    assert PLANTED not in running.log
+    assert "Connection to broker lost" not in running.log
+
+
+def test_a_job_that_is_too_large_is_refused_before_it_is_sent(redis):
+    with (
+        Courier(broker_url=redis.broker_url, result_backend=redis.result_backend) as courier,
+        pytest.raises(InvalidRequest, match="bytes"),
+    ):
+        courier.studies(filters={"PatientID": "7" * MESSAGE_BYTES})

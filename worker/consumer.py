@@ -1,0 +1,135 @@
+"""What a worker does with messages that are no jobs: it throws them away, says so in one line, and goes on.
+
+Celery's own consumer quotes the body of such a message in its log, and a few of them make it drop its connection, find
+the same message again, and so on for ever. Nothing here knows what a job is about; that begins in ``tasks/``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import redis
+from celery import signals
+from celery.exceptions import BackendError
+from celery.worker.consumer import Consumer
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import redis as redis_transport
+
+from worker.errors import InvalidRequest
+from worker.payloads import MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
+
+#: Names of tasks and ids that may stand in a log: neither sentences nor URLs.
+_NAME: Final = re.compile(r"[\w.:-]{1,200}", re.ASCII)
+
+
+def unfit(message: Any) -> str | None:
+    """Why ``message`` (kombu's) cannot be a job for anybody; None if it may be one.
+
+    Raises whatever decoding its body raises.
+    """
+    if len(message.body or b"") > MESSAGE_BYTES:
+        return f"it is larger than {MESSAGE_BYTES} bytes"
+    if not isinstance(message.headers, dict):
+        return "its headers are no object"
+    body = message.payload
+    if "task" in message.headers:  # the second version of Celery's protocol
+        named, shaped = message.headers, isinstance(body, list | tuple) and len(body) == 3
+        arguments = body if shaped else ()
+    else:
+        named, shaped = body, isinstance(body, dict)
+        arguments = (body.get("args", []), body.get("kwargs", {}), {}) if shaped else ()
+    if not shaped or not isinstance(named.get("task"), str):
+        return "it is no task"
+    if not isinstance(named.get("id"), str) or not _NAME.fullmatch(named["id"]):
+        return "its id is none"
+    kinds = (list | tuple, dict, dict)
+    if not all(isinstance(argument, kind) for argument, kind in zip(arguments, kinds, strict=True)):
+        return "its arguments are not of the right kinds"
+    return None
+
+
+class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
+    """Celery's consumer, which survives whatever lies in its queues and quotes none of it."""
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        take = super().create_task_handler(*args, **kwargs)
+
+        def on_message(message: Any) -> None:
+            try:
+                reason = unfit(message)
+                if reason is None:
+                    take(message)
+                    return
+            except Exception as error:
+                if isinstance(error, self.connection_errors + self.channel_errors):
+                    raise
+                reason = f"it cannot be read ({type(error).__name__})"
+            self.throw_away(message, reason)
+
+        return on_message
+
+    def on_decode_error(self, message: Any, exc: BaseException) -> None:
+        self.throw_away(message, f"it cannot be read ({type(exc).__name__})")
+
+    def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ARG002 - Celery's signature
+        self.throw_away(message, "it is no task")
+
+    def on_unknown_task(self, body: object, message: Any, exc: BaseException) -> None:  # noqa: ARG002 - Celery's
+        self.throw_away(message, "no task is called so")
+
+    def on_invalid_task(self, body: object, message: Any, exc: BaseException) -> None:  # noqa: ARG002 - Celery's
+        self.throw_away(message, f"it is no task that can be run ({type(exc).__name__})")
+
+    def throw_away(self, message: Any, reason: str) -> None:
+        """Reject it for good, in one line; whoever waits for its id is told."""
+        task, job_id = _named(message)
+        size = len(message.body or b"")
+        log.error("Threw a message away: %s (task %s, id %s, %d bytes)", reason, task or "-", job_id or "-", size)
+        if not message.acknowledged:
+            message.reject_log_error(log, self.connection_errors)
+        signals.task_rejected.send(sender=self, message=message, exc=None)
+        if job_id:
+            self._tell(job_id, InvalidRequest(f"The worker threw the message away: {reason}."))
+
+    def _tell(self, job_id: str, error: InvalidRequest) -> None:
+        try:
+            self.app.backend.store_result(job_id, error, "FAILURE")
+        except (BackendError, redis.RedisError) as away:
+            log.warning("Nobody could be told: %s", type(away).__name__)
+        if self.event_dispatcher:
+            self.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(error.message))
+
+
+def _named(message: Any) -> tuple[str | None, str | None]:
+    """The task and the id that the headers name, if they can be shown."""
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    task, job_id = (
+        name if isinstance(name, str) and _NAME.fullmatch(name) else None
+        for name in (headers.get("task"), headers.get("id"))
+    )
+    return task, job_id
+
+
+class PacsChannel(redis_transport.Channel):
+    """A queue in Redis is a list to which anybody may push anything: what is no message at all ends here."""
+
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[no-untyped-call]  # kombu is untyped
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            log.error("Threw away what is no message: %s", type(error).__name__)
+            return True
+
+
+class PacsTransport(redis_transport.Transport):
+    Channel = PacsChannel
+
+
+def install() -> None:
+    """Let this process's connections to Redis brokers be of the kind above; before the first one is made."""
+    TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), f"{__name__}:{PacsTransport.__name__}"))
