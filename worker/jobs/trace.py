@@ -143,7 +143,8 @@ def _why(seen: Sequence[Said], known: Mapping[str, Known], first: str | None) ->
     if claimed == first:
         return f"It is on {first}, which its study is claimed for."
     return (
-        f"It is on {first}; the ledger holds no decision of ours about it, so it was put there by others or long ago."
+        f"It is on {first}; the ledger holds no claim or route of ours for it, so it was opened there by others or"
+        " long ago. What we decided about a single image of it: trace that image's UID."
     )
 
 
