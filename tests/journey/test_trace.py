@@ -54,7 +54,7 @@ def test_what_others_put_there_is_found_and_said_to_be_theirs(courier, put, sand
     put(sandbox.dcm4chee, image(study))
     trace = courier.trace(study).result(timeout_s=WAIT_S)
     assert (trace["server_name"], trace["timeline"], trace["claim"]) == ("dcm4chee", [], None)
-    assert "put there by others" in trace["why"]
+    assert "opened there by others" in trace["why"]
 
 
 def test_a_silent_server_is_part_of_the_answer_and_the_ledger_still_knows(courier, pacs, image_server, sandbox):
