@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 ServerType = Literal["msdicom", "dcm4chee", "orthanc", "dicomweb"]
 MODES = ("both", "either")
+AZURE_CREDENTIALS = ("connection_string", "account_key", "sas_token")
 
 
 class SettingsError(Exception):
@@ -105,6 +106,57 @@ class S3Settings(_Section):
     region: str | None = None
 
 
+class AzureSettings(_Section):
+    """One storage account. ``containers`` are those that may be used; none are without an entry, ``*`` stands for all.
+
+    At most one credential, and named (``…_env``, ``…_file``), never written here; without one only public containers
+    can be read.
+    """
+
+    containers: tuple[str, ...] = ()
+    account_url: Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$")] | None = None
+    connection_string_env: str | None = None
+    connection_string_file: Path | None = None
+    account_key_env: str | None = None
+    account_key_file: Path | None = None
+    sas_token_env: str | None = None
+    sas_token_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> AzureSettings:
+        kinds = [kind for kind in AZURE_CREDENTIALS if self._names(kind)]
+        if len(kinds) > 1:
+            raise ValueError(f"name one credential, not {' and '.join(kinds)}")
+        if kinds == ["connection_string"] and self.account_url:
+            raise ValueError("the connection string says where the account is; leave account_url out")
+        if (self.containers or kinds) and not self.account_url and kinds != ["connection_string"]:
+            raise ValueError("account_url or a connection string is needed")
+        return self
+
+    def credential(self, environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
+        """The kind of the credential (one of `AZURE_CREDENTIALS`) and the credential; two empty words if none is named.
+
+        Raises
+        ------
+        SettingsError
+            It is not where the settings point.
+        """
+        for kind in AZURE_CREDENTIALS:
+            if variable := getattr(self, f"{kind}_env"):
+                if variable not in environ:
+                    raise SettingsError(f"the environment variable {variable} (azure.{kind}_env) is not set")
+                return kind, environ[variable].strip()
+            if file := getattr(self, f"{kind}_file"):
+                try:
+                    return kind, Path(file).read_text(encoding="utf-8").strip()
+                except (OSError, ValueError):
+                    raise SettingsError(f"the file {file} (azure.{kind}_file) cannot be read") from None
+        return "", ""
+
+    def _names(self, kind: str) -> bool:
+        return bool(getattr(self, f"{kind}_env") or getattr(self, f"{kind}_file"))
+
+
 #: A host, everything below one (``*.example.org``), an address (IPv6 in brackets) or ``*``; a port if only that one.
 HostPattern = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^\s*/:@\[\]?#]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$")]
 
@@ -120,13 +172,15 @@ class SourceSettings(_Section):
     max_redirects: Annotated[int, Field(ge=0)] = 5
     ca_file: Path | None = None
     s3: S3Settings = S3Settings()
+    azure: AzureSettings = AzureSettings()
 
 
 class DownloadSettings(_Section):
-    """Where downloads may go: below ``folders``, and into the buckets of ``s3``; nowhere without an entry."""
+    """Where downloads may go: below ``folders``, into buckets of ``s3``, into containers of ``azure``; nowhere else."""
 
     folders: tuple[Path, ...] = ()
     s3: S3Settings = S3Settings()
+    azure: AzureSettings = AzureSettings()
 
 
 class ResultSettings(_Section):

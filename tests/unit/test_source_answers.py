@@ -310,11 +310,6 @@ def test_an_authority_that_cannot_be_read_stops_the_start_by_its_name(tmp_path: 
         Sources(SourceSettings(ca_file=ca_file))
 
 
-def test_a_url_of_azure_is_refused_with_what_to_use_instead() -> None:
-    with pytest.raises(SourceNotAllowed, match="SAS"):
-        Sources(SourceSettings()).fetch("az://container/a.dcm")
-
-
 @given(st.text(max_size=60))
 def test_no_file_url_ends_as_anything_but_an_error_of_ours(path: str) -> None:
     sources = Sources(SourceSettings(folders=(Path("/nonexistent"),)))

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from worker.errors import SourceNotAllowed
 from worker.settings import SourceSettings
+from worker.sources.azure import AzureSource
 from worker.sources.folder import FolderSource
 from worker.sources.http import HttpSource, Resolve, resolve
 from worker.sources.s3 import S3Source
@@ -46,6 +47,7 @@ class Sources:
             "https": http,
             "file": FolderSource(settings),
             "s3": S3Source(settings),
+            "az": AzureSource(settings),
         }
 
     def fetch(self, url: str) -> Fetched:
@@ -65,8 +67,7 @@ class Sources:
         source = self._by_scheme.get(scheme)
         if source is None:
             spoken = ", ".join(self._by_scheme)
-            hint = "; use the blob's https URL with a signature (SAS)" if scheme == "az" else ""
-            raise SourceNotAllowed(f"Images are fetched by {spoken}; this URL starts with none of them{hint}.")
+            raise SourceNotAllowed(f"Images are fetched by {spoken}; this URL starts with none of them.")
         total_timeout_s = self._settings.total_timeout_s
         limits = Limits(self._settings.max_bytes, time.monotonic() + total_timeout_s, total_timeout_s)
         return source.fetch(url, limits)

@@ -1,0 +1,69 @@
+"""Images in Azure's blob storage: ``az://container/path/to/blob``, read with the worker's own credential.
+
+Whoever may enqueue could read with that credential, so only containers that the settings name are read. The SDK signs
+for the one blob; the fetch itself is `http`'s, because the SDK reads by ranges and repeats by itself those that fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from worker.azure import AzureAccount, container_and_blob
+from worker.errors import CourierError, SourceDenied, SourceNotAllowed, TryAgain
+from worker.logs import shown_url
+from worker.settings import SettingsError, SourceSettings
+from worker.sources.http import HttpSource
+from worker.sources.spool import Fetched, Limits
+
+
+class AzureSource:
+    def __init__(self, settings: SourceSettings) -> None:
+        self._settings = settings.azure
+        self._account = AzureAccount(
+            settings.azure, connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.idle_timeout_s
+        )
+        # Where the account is was said by the operator, not by whoever enqueued; no answer leads elsewhere.
+        anywhere = {"allow_hosts": ("*",), "allow_private_networks": True, "max_redirects": 0}
+        self._http = HttpSource(settings.model_copy(update=anywhere))
+
+    def fetch(self, url: str, limits: Limits) -> Fetched:
+        names = container_and_blob(url)
+        if names is None:
+            raise SourceNotAllowed(
+                "The Azure URL is malformed; write az://container/path/to/blob, without a signature."
+            )
+        container, blob = names
+        if not any(fnmatchcase(container, pattern) for pattern in self._settings.containers):
+            raise SourceNotAllowed(
+                f"The container {container} is not on the list of allowed sources; "
+                "add it to sources.azure.containers if images may be fetched from it."
+            )
+        source = f"az://{container}/{blob}"
+        try:
+            signed_url = self._account.url(container, blob)
+        except SettingsError as error:
+            raise SourceDenied(f"{source} cannot be asked for: {error}.") from error
+        with _named(shown_url(signed_url), source):
+            return replace(self._http.fetch(signed_url, limits), source=source)
+
+    def close(self) -> None:
+        self._http.close()
+        self._account.close()
+
+
+@contextmanager
+def _named(asked: str, source: str) -> Iterator[None]:
+    """What the fetch says of the URL that was ``asked`` for, said of the one that the job names."""
+    try:
+        yield
+    except SourceDenied as error:
+        advice = "check the credential of sources.azure and what it may read, and that the blob is not archived"
+        raise SourceDenied(f"{source} may not be read; {advice}.") from error
+    except CourierError as error:
+        sentence = error.message.replace(asked, source)
+        if isinstance(error, TryAgain):
+            raise type(error)(sentence, retry_after_s=error.retry_after_s) from error
+        raise type(error)(sentence) from error
