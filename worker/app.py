@@ -102,9 +102,17 @@ def _ledger() -> Ledger:
     )
 
 
-@functools.cache
+_building = threading.RLock()
+
+
 def tools() -> Tools:
     """This process's tools, made at its first job: no connection is made before a fork."""
+    with _building:  # the first jobs come on several threads at once
+        return _tools()
+
+
+@functools.cache
+def _tools() -> Tools:
     return Tools(
         settings=settings,
         ledger=_ledger(),
@@ -121,8 +129,14 @@ def _impatient(server: ServerSettings) -> ServerSettings:
     return server.model_copy(update={"read_timeout_s": read_timeout_s, "max_concurrency": 2})
 
 
-@functools.cache
 def pulse() -> Pulse:
+    """What keeps this process's jobs alive."""
+    with _building:
+        return _pulse()
+
+
+@functools.cache
+def _pulse() -> Pulse:
     return Pulse(tools().ledger, _publish)
 
 
@@ -208,8 +222,14 @@ app.steps["consumer"].add(EventsTogether)
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _needs_servers(**_: Any) -> None:
+    """Stop the start for want of a server or of its secret, not the first job."""
     if not settings.servers:
         raise SystemExit("pacs-courier: no [[servers]] are set; name a pacs.toml in PACS_CONFIG (docs/settings.md)")
+    try:
+        for server in settings.servers:
+            connect(server)
+    except SettingsError as error:
+        raise SystemExit(f"pacs-courier: {error}") from None
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]  # celery is untyped
