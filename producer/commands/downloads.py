@@ -36,7 +36,7 @@ def download(
     timeout_s: float | None,
     as_json: bool,
 ) -> int:
-    """Bring a study to DESTINATION: a path of the worker's machine, file:///… or s3://bucket/key.
+    """Bring a study to DESTINATION: a path of the worker's machine, file:///…, s3://bucket/key or az://container/blob.
 
     It appears there when it is whole, with a manifest.json in it; nothing there is overwritten.
     """

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from worker.settings import AuthSettings, ServerSettings, Settings, SettingsError
 
 SERVER = '[[servers]]\nname = "msdicom"\ntype = "msdicom"\nurl = "http://localhost:8080/v2/"\n'
+AZURE = "[downloads.azure]\naccount_url = 'https://account.example'\n"
 DOCS = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
 
 
@@ -52,6 +53,14 @@ def test_the_file_is_read_and_the_environment_lies_over_it(tmp_path: Path) -> No
         (SERVER.replace("msdicom", "both", 1), r"setting servers\.0\.name: 'both' is the name of a mode"),
         (SERVER.replace("http://localhost", "http://me:secret@localhost"), r"setting servers\.0\.url"),
         (SERVER + 'auth = { type = "oauth2" }', r"servers\.0\.auth: auth type 'oauth2' needs token_url"),
+        (
+            "[sources.azure]\ncontainers = ['a']",
+            r"setting sources\.azure: account_url or a connection string is needed",
+        ),
+        (AZURE + "account_key_env = 'A'\nsas_token_file = 'b'", r"name one credential, not account_key and sas_token"),
+        (AZURE + "connection_string_env = 'A'", r"setting downloads\.azure: the connection string says where"),
+        (AZURE.replace("https://", "https://me:secret@"), r"setting downloads\.azure\.account_url"),
+        (AZURE.replace(".example", ".example/?sig=secret"), r"setting downloads\.azure\.account_url"),
         ("[routing\n", r"is not valid TOML"),
     ],
 )

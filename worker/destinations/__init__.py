@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from worker.destinations.azure import AzureDestinations
 from worker.destinations.folder import FolderDestinations
 from worker.destinations.mark import Archive, Files, Mark
 from worker.destinations.s3 import S3Destinations
@@ -15,6 +16,7 @@ from worker.settings import DownloadSettings
 
 __all__ = ["Archive", "Destinations", "Files", "Mark"]
 
+_Family = FolderDestinations | S3Destinations | AzureDestinations
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}):").match
 
 
@@ -22,9 +24,10 @@ class Destinations:
     """Every place a worker may write to, behind one door; shared by all threads."""
 
     def __init__(self, settings: DownloadSettings) -> None:
-        self._by_scheme: dict[str, FolderDestinations | S3Destinations] = {
+        self._by_scheme: dict[str, _Family] = {
             "file": FolderDestinations(settings),
             "s3": S3Destinations(settings),
+            "az": AzureDestinations(settings),
         }
 
     def archive(self, url: str) -> Archive:
@@ -35,7 +38,7 @@ class Destinations:
         """The folder (or prefix) that ``url`` names; `InvalidRequest` if nothing may be written there."""
         return self._chosen(url).files(url)
 
-    def _chosen(self, url: str) -> FolderDestinations | S3Destinations:
+    def _chosen(self, url: str) -> _Family:
         match = _SCHEME(url)
         chosen = self._by_scheme.get(match[1].lower() if match else "")
         if chosen is None:

@@ -1,0 +1,343 @@
+"""Downloads into Azure's blob storage (Azurite), and what comes of an account that says no: whole, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import fakeredis
+import pytest
+from azure.storage.blob import (
+    BlobBlock,
+    BlobServiceClient,
+    ContainerClient,
+    ContainerSasPermissions,
+    generate_container_sas,
+)
+
+from sandbox import processes as parts
+from sandbox.processes import AZURITE_ACCOUNT, AZURITE_KEY, HOST, AzuritePart, SandboxPart
+from sandbox.synthetic import image, new_uid
+from worker.destinations import Destinations, Mark
+from worker.destinations.azure import BLOCK_BYTES
+from worker.errors import CourierError, InvalidRequest, SourceUnreachable
+from worker.instances import identify
+from worker.jobs.downloads import download
+from worker.jobs.run import Run
+from worker.jobs.tools import Tools
+from worker.ledger import Ledger
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Part
+from worker.pacs.registry import connect
+from worker.settings import AzureSettings, DownloadSettings, ServerSettings, Settings
+
+MARK = Mark.of("1.2.3", ["1.2.3.4"])
+
+
+def downloads(**azure: Any) -> DownloadSettings:
+    return DownloadSettings(azure=AzureSettings.model_validate({"containers": ["out-*", "absent"], **azure}))
+
+
+@dataclass
+class Desk:
+    """One server that has one study, one container, and a ledger."""
+
+    tools: Tools
+    container: ContainerClient
+    jobs: int = 0
+    study: str = field(default_factory=new_uid)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def store(self, series: str, *, side: int = 64) -> None:
+        sop = new_uid()
+        content = image(self.study, series=series, sop=sop, side=side)
+        (pacs,) = self.tools.fleet
+        pacs.store([Part(identify(io.BytesIO(content)), lambda: io.BytesIO(content), len(content))])
+        self.files[f"{series}/{sop}.dcm"] = content
+
+    def download(self, name: str, *, form: str = "zip", container: str | None = None) -> dict[str, Any]:
+        self.jobs += 1
+        job_id = f"j{self.jobs}"
+        claim = self.tools.ledger.claim(job_id, task="pacs.download", job={"n": self.jobs})
+        run = Run(job_id, claim.fence, 1, last=False, ledger=self.tools.ledger)
+        url = f"az://{container or self.container.container_name}/{name}"
+        try:
+            return download({"study_uid": self.study, "destination": url, "format": form}, run, self.tools)
+        finally:
+            self.tools.ledger.finish(run.job_id, run.fence, outcome={}, code="", task="", job={})
+
+    def refusal(self, name: str, *, form: str = "zip", container: str | None = None) -> str:
+        """The reason why a destination is refused."""
+        with pytest.raises(InvalidRequest) as caught:
+            self.download(name, form=form, container=container)
+        return str(caught.value.details["reason"])
+
+    def blobs(self) -> set[str]:
+        return set(self.container.list_blob_names())
+
+    def read(self, name: str) -> bytes:
+        return self.container.get_blob_client(name).download_blob().readall()
+
+
+@pytest.fixture(scope="module")
+def account(azurite: AzuritePart) -> Iterator[BlobServiceClient]:
+    with BlobServiceClient.from_connection_string(azurite.connection_string) as service:
+        yield service
+
+
+@pytest.fixture
+def container(account: BlobServiceClient) -> ContainerClient:
+    """A new one that may be written to."""
+    return account.create_container(f"out-{random.randrange(10**9)}")
+
+
+@pytest.fixture
+def desk_with(sandbox: SandboxPart, container: ContainerClient) -> Callable[..., Desk]:
+    def start(**azure: Any) -> Desk:
+        server = ServerSettings.model_validate(
+            {"name": "ward", "type": "msdicom", "url": sandbox.msdicom, "read_timeout_s": 5}
+        )
+        settings = Settings(downloads=downloads(**azure))
+        tools = Tools(
+            settings=settings,
+            ledger=Ledger(fakeredis.FakeRedis(decode_responses=True)),
+            sources=None,  # type: ignore[arg-type]  # nothing is fetched here
+            fleet=Fleet([connect(server)]),
+            destinations=Destinations(settings.downloads),
+            rng=random.Random(1),
+        )
+        desk = Desk(tools, container)
+        for series in ("1", "1", "2"):
+            desk.store(f"{desk.study}.{series}")
+        return desk
+
+    return start
+
+
+@pytest.fixture
+def desk(desk_with: Callable[..., Desk], azurite: AzuritePart, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setenv("AZURE_SECRET", azurite.connection_string)
+    return desk_with(connection_string_env="AZURE_SECRET")
+
+
+def opened(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.testzip() is None
+        return {name: archive.read(name) for name in archive.namelist() if name != "manifest.json"}
+
+
+def test_an_archive_appears_whole_and_is_known_again_and_nothing_is_laid_over_it(desk: Desk) -> None:
+    payload = desk.download("2026/ein study ü.zip")
+    content = desk.read("2026/ein study ü.zip")
+    assert opened(content) == desk.files
+    assert (payload["archive_bytes"], payload["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    properties = desk.container.get_blob_client("2026/ein study ü.zip").get_blob_properties()
+    assert properties.content_settings.content_type == "application/zip"
+    assert desk.download("2026/ein study ü.zip")["status"] == "already_there"
+    desk.store(f"{desk.study}.2")
+    assert desk.refusal("2026/ein study ü.zip") == "exists"
+    desk.container.upload_blob("mine.zip", b"mine")
+    assert desk.refusal("mine.zip") == "exists"
+    assert (desk.read("2026/ein study ü.zip"), desk.read("mine.zip")) == (content, b"mine")
+
+
+def test_what_somebody_else_put_there_meanwhile_is_left_alone(desk: Desk) -> None:
+    url = f"az://{desk.container.container_name}/a.zip"
+
+    def chunks() -> Iterator[bytes]:
+        yield b"ours"
+        desk.container.upload_blob("a.zip", b"mine", overwrite=True)
+
+    with pytest.raises(InvalidRequest, match="something else"):
+        desk.tools.destinations.archive(url).write(chunks(), MARK)
+    assert desk.read("a.zip") == b"mine"
+
+
+def test_what_another_program_is_uploading_there_is_left_alone(desk: Desk) -> None:
+    theirs = desk.container.get_blob_client("a.zip")
+    theirs.stage_block("1", b"theirs")
+    assert desk.refusal("a.zip") == "exists"
+    theirs.commit_block_list([BlobBlock("1")])
+    assert desk.read("a.zip") == b"theirs"
+
+
+def test_a_large_archive_goes_in_blocks_and_a_failed_one_is_never_seen(
+    desk: Desk, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        desk.store(f"{desk.study}.3", side=2400)
+    monkeypatch.setattr("worker.jobs.downloads.COMPRESS_LEVEL", 0)
+    sandbox.set_mood("msdicom", "retrieve", truncate=True)
+    with pytest.raises(CourierError):
+        desk.download("large.zip")
+    assert desk.blobs() == set()
+    sandbox.calm()
+    # What a worker that was killed had staged.
+    desk.container.get_blob_client("large.zip").stage_block(f"{uuid4().hex}-00000", b"half of it")
+    assert desk.blobs() == set()
+    payload = desk.download("large.zip")
+    assert payload["archive_bytes"] > 2 * BLOCK_BYTES
+    listed, left = desk.container.get_blob_client("large.zip").get_block_list("all")
+    assert ([block.size for block in listed][:2], len(listed), left) == ([BLOCK_BYTES, BLOCK_BYTES], 3, [])
+    assert opened(desk.read("large.zip")) == desk.files
+
+
+def test_files_are_resumed_and_whole_with_their_manifest(desk: Desk) -> None:
+    first, second, _ = desk.files
+    desk.container.upload_blob(f"study/{first}", desk.files[first])
+    desk.container.upload_blob(f"study/{second}", b"half of it")
+    # An account with folders lists these too.
+    desk.container.upload_blob(f"study/{first.partition('/')[0]}", b"", metadata={"hdi_isfolder": "true"})
+    payload = desk.download("study", form="files")
+    assert payload["resumed"] == 1
+    assert {name: desk.read(f"study/{name}") for name in desk.files} == desk.files
+    manifest = json.loads(desk.read("study/manifest.json"))
+    assert {entry["file"] for entry in manifest["instances"]} == set(desk.files)
+    assert desk.download("study/", form="files")["status"] == "already_there"
+    desk.container.upload_blob("mixed/mine.txt", b"mine")
+    assert desk.refusal("mixed", form="files") == "exists"
+    assert {name for name in desk.blobs() if name.startswith("mixed/")} == {"mixed/mine.txt"}
+
+
+def test_files_that_were_cut_off_are_no_download_until_the_rest_has_come(desk: Desk, sandbox: SandboxPart) -> None:
+    sandbox.set_mood("msdicom", "retrieve", truncate=True)
+    with pytest.raises(CourierError):
+        desk.download("study", form="files")
+    assert "study/manifest.json" not in desk.blobs()
+    sandbox.calm()
+    assert desk.download("study", form="files")["status"] == "downloaded"
+    assert desk.blobs() == {f"study/{name}" for name in (*desk.files, "manifest.json")}
+
+
+def test_a_manifest_that_is_none_of_ours_is_something_else(desk: Desk) -> None:
+    desk.container.upload_blob("study/manifest.json", b"{}")
+    assert desk.refusal("study", form="files") == "exists"
+
+
+@pytest.mark.parametrize("form", ["zip", "files"])
+def test_a_container_that_is_missing_and_an_endpoint_that_is_down_are_told_apart(
+    desk: Desk, desk_with: Callable[..., Desk], form: str
+) -> None:
+    assert desk.refusal("a", form=form, container="absent") == "missing"
+    down = desk_with(account_url=f"http://{HOST}:{parts.free_port()}/{AZURITE_ACCOUNT}")
+    with pytest.raises(SourceUnreachable):
+        down.download("a", form=form)
+
+
+def test_only_the_containers_of_the_settings_are_written_to(desk: Desk, account: BlobServiceClient) -> None:
+    account.create_container(name := f"private-{random.randrange(10**9)}")
+    for container in (name, "Out-1", "out-1/..", f"out-1/../{name}"):
+        assert desk.refusal("a.zip", container=container) == "not_allowed"
+    assert desk.refusal("a.zip?sig=secret") == "not_allowed"
+    assert list(account.get_container_client(name).list_blob_names()) == []
+    with pytest.raises(InvalidRequest):
+        Destinations(DownloadSettings()).archive("az://out-1/a.zip")
+
+
+@pytest.mark.parametrize("form", ["zip", "files"])
+def test_a_credential_that_may_not_write_is_denied_and_leaves_nothing(
+    desk_with: Callable[..., Desk], azurite: AzuritePart, tmp_path: Path, form: str
+) -> None:
+    secret = tmp_path / "secret"
+    desk = desk_with(account_url=azurite.url, sas_token_file=secret)
+    for permission, minutes in ((ContainerSasPermissions(read=True, list=True), 1), (all_of_it(), -1)):
+        secret.write_text(container_sas(desk.container.container_name, permission, minutes=minutes), encoding="utf-8")
+        assert desk.refusal("a", form=form) == "denied"
+        assert desk.blobs() == set()
+    secret.write_text(container_sas(desk.container.container_name, all_of_it()), encoding="utf-8")
+    assert desk.download("a", form=form)["status"] == "downloaded"
+
+
+@pytest.mark.parametrize("key", ["d3Jvbmc=", "no base64!"])
+def test_a_key_that_is_wrong_is_denied_and_not_told(
+    desk_with: Callable[..., Desk], azurite: AzuritePart, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("AZURE_SECRET", key)
+    desk = desk_with(account_url=azurite.url, account_key_env="AZURE_SECRET")
+    with pytest.raises(InvalidRequest) as caught:
+        desk.download("a.zip")
+    assert caught.value.details["reason"] == "denied"
+    assert key not in str(caught.value)
+
+
+def test_a_credential_that_is_not_set_is_named(desk_with: Callable[..., Desk], azurite: AzuritePart) -> None:
+    desk = desk_with(account_url=azurite.url, account_key_env="NOT_SET")
+    with pytest.raises(InvalidRequest, match="NOT_SET"):
+        desk.download("a.zip")
+
+
+def all_of_it() -> ContainerSasPermissions:
+    return ContainerSasPermissions(read=True, list=True, write=True)
+
+
+def container_sas(name: str, permission: ContainerSasPermissions, *, minutes: int = 1) -> str:
+    expiry = datetime.now(UTC) + timedelta(minutes=minutes)
+    return generate_container_sas(AZURITE_ACCOUNT, name, account_key=AZURITE_KEY, permission=permission, expiry=expiry)
+
+
+# --- an account that says what Azurite never does -------------------------------------------------------------------
+
+
+class No(BaseHTTPRequestHandler):
+    """Answers every PUT with the status and the code of Azure that its server holds."""
+
+    def do_PUT(self) -> None:
+        self.server.asked.append(self.path)
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", "0")
+        self.send_header("x-ms-error-code", self.server.code)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def no() -> Iterator[Any]:
+    with HTTPServer((HOST, 0), No) as server:
+        server.asked = []
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (403, "AuthorizationFailure", "denied"),
+        (403, "UnauthorizedBlobOverwrite", "exists"),
+        (404, "ContainerNotFound", "missing"),
+        (409, "BlobAlreadyExists", "exists"),
+        (409, "BlobImmutableDueToPolicy", "denied"),
+        (409, "BlockCountExceedsLimit", "full"),
+        (409, "ContainerBeingDeleted", None),
+        (412, "LeaseIdMissing", "denied"),
+        (413, "RequestBodyTooLarge", "full"),
+        (429, "TooManyRequests", None),
+        (500, "InternalError", None),
+        (503, "ServerBusy", None),
+        (507, "", "full"),
+    ],
+)
+def test_a_no_is_judged_after_one_attempt(no: Any, status: int, code: str, reason: str | None) -> None:
+    no.status, no.code = status, code
+    account_url = f"http://{HOST}:{no.server_port}"
+    archive = Destinations(downloads(account_url=account_url)).archive("az://out-1/a.zip")
+    with pytest.raises(InvalidRequest if reason else SourceUnreachable) as caught:
+        archive.write(iter([b"content"]), MARK)
+    assert caught.value.details.get("reason") == reason
+    assert len(no.asked) == 1

@@ -1,0 +1,226 @@
+"""Downloads into Azure's blob storage: ``az://container/path/to/blob``, only into containers that the settings name.
+
+A blob's blocks are staged out of sight, and the list of them that makes it appear comes last, on the condition that
+nothing of that name is there. What an archive holds stands in its blob's metadata. Blocks that nobody lists are never
+seen; Azure drops them with the next list of that blob, or after a week.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from worker.azure import AzureAccount, container_and_blob
+from worker.destinations.mark import CHUNK_BYTES, MANIFEST, Mark, refusal, something_else
+from worker.errors import CourierError, SourceUnreachable
+from worker.settings import DownloadSettings, SettingsError
+
+if TYPE_CHECKING:
+    from azure.core.exceptions import HttpResponseError
+    from azure.storage.blob import ContainerClient
+
+#: One block, and so the memory that it takes. A blob has 50,000 of them at most: 400 GB.
+BLOCK_BYTES = 8 * CHUNK_BYTES
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 60
+#: ``InvalidBlobOrBlock`` is how another program's unfinished upload shows: all its blocks' ids have one length.
+_TAKEN = frozenset(
+    ("BlobAlreadyExists", "ConditionNotMet", "InvalidBlobOrBlock", "InvalidBlobType", "UnauthorizedBlobOverwrite")
+)
+_FULL = frozenset(("BlockCountExceedsLimit", "BlockListTooLong", "RequestBodyTooLarge"))
+_BUSY = frozenset(("AccountBeingCreated", "ContainerBeingDeleted", "OperationTimedOut", "ServerBusy"))
+_ADVICE = "check the credential of downloads.azure and what it may do"
+
+
+class AzureDestinations:
+    def __init__(self, settings: DownloadSettings) -> None:
+        self._settings = settings.azure
+        self._account = AzureAccount(settings.azure, connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S)
+
+    def archive(self, url: str) -> AzureArchive:
+        return AzureArchive(*self._place(url))
+
+    def files(self, url: str) -> AzureFiles:
+        container, name = self._place(url)
+        return AzureFiles(container, name.rstrip("/") + "/")
+
+    def _place(self, url: str) -> tuple[_Container, str]:
+        names = container_and_blob(url)
+        if names is None:
+            sentence = "An Azure destination is written as az://container/path/to/blob, without a signature."
+            raise refusal(sentence, "not_allowed")
+        container, blob = names
+        if not any(fnmatchcase(container, pattern) for pattern in self._settings.containers):
+            sentence = f"The container {container} is not among downloads.azure.containers; add it to write there."
+            raise refusal(sentence, "not_allowed")
+        try:
+            client = self._account.service().get_container_client(container)
+        except SettingsError as error:
+            raise refusal(f"az://{container} cannot be written: {error}.", "denied") from error
+        return _Container(client, container), blob
+
+
+class _Container:
+    """What is asked of one container."""
+
+    def __init__(self, client: ContainerClient, name: str) -> None:
+        self._client = client
+        self.name = name
+
+    def shown(self, name: str) -> str:
+        return f"az://{self.name}/{name}"
+
+    def head(self, name: str) -> Mapping[str, str] | None:
+        """The metadata of a blob; None if it is not there."""
+        from azure.core.exceptions import ResourceNotFoundError  # noqa: PLC0415 (as in worker/azure.py)
+
+        with _translated(self.shown(name)):
+            try:
+                return self._client.get_blob_client(name).get_blob_properties().metadata
+            except ResourceNotFoundError as error:
+                if _code(error) == "ContainerNotFound":
+                    raise
+                return None
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """The blobs below ``prefix``, without what an account with folders shows of these."""
+        with _translated(self.shown(prefix)):
+            for blob in self._client.list_blobs(name_starts_with=prefix, include=["metadata"]):
+                if (blob.metadata or {}).get("hdi_isfolder") != "true":
+                    yield blob.name
+
+    def read(self, name: str) -> Iterator[bytes]:
+        with _translated(self.shown(name)):
+            yield from self._client.get_blob_client(name).download_blob().chunks()
+
+    def write(
+        self,
+        name: str,
+        chunks: Iterator[bytes],
+        *,
+        content_type: str,
+        metadata: Mapping[str, str] | None = None,
+        replace: bool = False,
+    ) -> int:
+        """The size in bytes. Nothing is laid over what is there unless it may be ``replace``d."""
+        from azure.core import MatchConditions  # noqa: PLC0415 (as in worker/azure.py)
+        from azure.storage.blob import BlobBlock, ContentSettings  # noqa: PLC0415
+
+        blob = self._client.get_blob_client(name)
+        blocks: list[BlobBlock] = []
+        attempt, size_bytes = uuid4().hex, 0
+        condition: dict[str, Any] = {} if replace else {"match_condition": MatchConditions.IfMissing}
+        with _translated(self.shown(name)):
+            for block in _blocks(chunks):
+                blocks.append(BlobBlock(f"{attempt}-{len(blocks):05}"))
+                blob.stage_block(blocks[-1].id, block, length=len(block))
+                size_bytes += len(block)
+            blob.commit_block_list(
+                blocks,
+                content_settings=ContentSettings(content_type=content_type),
+                metadata=dict(metadata or {}),
+                **condition,
+            )
+        return size_bytes
+
+
+class AzureArchive:
+    def __init__(self, container: _Container, name: str) -> None:
+        self.shown = container.shown(name)
+        self._container = container
+        self._name = name
+
+    def look(self) -> Mark | None:
+        metadata = self._container.head(self._name)
+        if metadata is None:
+            return None
+        try:
+            return Mark(metadata["pacs_study"], int(metadata["pacs_images"]), metadata["pacs_images_sha256"])
+        except (KeyError, ValueError):
+            raise something_else(self.shown) from None
+
+    def write(self, chunks: Iterator[bytes], mark: Mark) -> int:
+        metadata = {
+            "pacs_study": mark.study_uid,
+            "pacs_images": str(mark.images),
+            "pacs_images_sha256": mark.images_sha256,
+        }
+        return self._container.write(self._name, chunks, content_type="application/zip", metadata=metadata)
+
+
+class AzureFiles:
+    """Blobs below a prefix; the download is whole when the manifest is among them."""
+
+    def __init__(self, container: _Container, prefix: str) -> None:
+        self.shown = container.shown(prefix)
+        self._container = container
+        self._prefix = prefix
+
+    def look(self) -> Mark | None:
+        if self._container.head(self._prefix + MANIFEST) is None:
+            return None
+        mark = Mark.of_manifest(b"".join(self._container.read(self._prefix + MANIFEST)))
+        if mark is None:
+            raise something_else(self.shown)
+        return mark
+
+    def names(self) -> set[str]:
+        return {name.removeprefix(self._prefix) for name in self._container.names(self._prefix)} - {""}
+
+    def read(self, name: str) -> Iterator[bytes]:
+        return self._container.read(self._prefix + name)
+
+    def write(self, name: str, chunks: Iterator[bytes]) -> int:
+        # An unfinished download may have left the name with bytes that are not the image's.
+        return self._container.write(self._prefix + name, chunks, content_type="application/dicom", replace=True)
+
+    def finish(self, manifest: bytes) -> None:
+        self._container.write(self._prefix + MANIFEST, iter([manifest]), content_type="application/json")
+
+
+def _blocks(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of `BLOCK_BYTES`, the last one shorter."""
+    block = bytearray()
+    for chunk in chunks:
+        block += chunk
+        while len(block) >= BLOCK_BYTES:
+            yield bytes(memoryview(block)[:BLOCK_BYTES])
+            del block[:BLOCK_BYTES]
+    if block:
+        yield bytes(block)
+
+
+@contextmanager
+def _translated(shown: str) -> Iterator[None]:
+    """The SDK's errors end here; their own text is left out because it may quote more than the address."""
+    from azure.core import exceptions as azure  # noqa: PLC0415 (as in worker/azure.py)
+
+    try:
+        yield
+    except azure.HttpResponseError as error:
+        raise _judge(error, shown) from error
+    except azure.AzureError as error:
+        raise SourceUnreachable(f"{shown} cannot be written at present; it is tried again.") from error
+
+
+def _judge(error: HttpResponseError, shown: str) -> CourierError:
+    from azure.core.exceptions import ClientAuthenticationError  # noqa: PLC0415 (as in worker/azure.py)
+
+    code, status = _code(error), error.status_code or 0
+    if code in _TAKEN:
+        return something_else(shown)
+    if code in _FULL or status in (413, 507):
+        return refusal(f"{shown} cannot be written: it is more than Azure takes or has room for.", "full")
+    if status == 404:
+        return refusal(f"{shown} cannot be written: there is no such container.", "missing")
+    refused = 400 <= status < 500 and status not in (408, 429) and code not in _BUSY
+    if refused or isinstance(error, ClientAuthenticationError):
+        return refusal(f"{shown} may not be written (status {status}); {_ADVICE}.", "denied")
+    return SourceUnreachable(f"{shown} cannot be written at present (status {status}); it is tried again.")
+
+
+def _code(error: HttpResponseError) -> str:
+    code = getattr(error, "error_code", None) or ""
+    return str(getattr(code, "value", code))  # an enumeration's member where the SDK knows it
