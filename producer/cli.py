@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import click
 
-from producer.commands import audit, batches, deletions, doctor, downloads, lookups, servers, studies, trace, uploads
+from producer.commands import (
+    audit,
+    batches,
+    dead,
+    deletions,
+    doctor,
+    downloads,
+    lookups,
+    servers,
+    studies,
+    trace,
+    uploads,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -33,5 +45,6 @@ for command in (
     trace.trace,
     doctor.doctor,
     audit.audit,
+    dead.dead,
 ):
     main.add_command(command)

@@ -23,6 +23,7 @@ from celery.exceptions import BackendError
 from kombu.connection import Connection
 
 from producer.batches import BatchDesk
+from producer.dead import DeadDesk
 from producer.errors import BrokerUnavailable, CourierError, InvalidRequest, NotFound, StillRunning, from_payload
 from worker.ledger import DueJob, Ledger, job_id_for
 from worker.logs import shown_job
@@ -279,6 +280,13 @@ class Courier:
             raise BrokerUnavailable("Batches are in the ledger; give ledger_url.")
         return BatchDesk(self._ledger)
 
+    @property
+    def dead(self) -> DeadDesk:
+        """Dead letters: listing, showing, replaying and purging them."""
+        if self._ledger is None:
+            raise BrokerUnavailable("Dead letters are in the ledger; give ledger_url.")
+        return DeadDesk(self._ledger, forget=self._forget, send=self._send)
+
     def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
         """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""
         job = {"version": 1, **{name: value for name, value in job.items() if value is not None}}
@@ -292,6 +300,11 @@ class Courier:
             return handle
         self._send(DueJob(handle.id, task, job))
         return handle
+
+    def _forget(self, job_id: str) -> None:
+        backend = self._app.backend
+        with _reachable():
+            backend.delete(backend.get_key_for_task(job_id))
 
     def _send(self, due: DueJob) -> None:
         try:

@@ -20,8 +20,8 @@ Keys, all below ``courier:`` in a database of their own:
     placed        hash    server → number of new studies it was given
     sick:NAME     string  a server that lately failed a push; expires by itself
 
-States: ``queued`` → ``running`` ⇄ ``waiting`` → ``done`` | ``dead``. Only the holder of the current *fence* may
-move a running job on; whoever comes late is refused with `LeaseLost`.
+States: ``queued`` → ``running`` ⇄ ``waiting`` → ``done`` | ``dead``; a dead job that is replayed is ``queued`` again.
+Only the holder of the current *fence* may move a running job on; whoever comes late is refused with `LeaseLost`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, cast
 
 import redis
 
+from worker.logs import shown_job
+
 PREFIX: Final = "courier:"
 #: A trail keeps so many decisions, the latest ones.
 TRAIL_LENGTH: Final = 100
+#: So many records are read at a time.
+PAGE: Final = 200
 #: Names made from idempotency keys, so that every producer makes the same one.
 _NAMESPACE: Final = uuid.UUID("6f1c35f2-6a0d-4d55-9d3b-8a3f1f0a7c11")
 
@@ -93,6 +97,7 @@ if not state then redis.call('HSET', job, 'task', ARGV[2], 'job', ARGV[3], 'crea
 local attempts = redis.call('HINCRBY', job, 'attempts', 1)
 local fence = redis.call('HINCRBY', job, 'fence', 1)
 redis.call('HSET', job, 'state', 'running', 'lease_ms', now + ARGV[4])
+if died > 0 then redis.call('HSET', job, 'deaths', died) end
 redis.call('HDEL', job, 'sends', 'woken')
 redis.call('ZADD', due, now + ARGV[4], ARGV[1])
 return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0}
@@ -164,6 +169,41 @@ local state = redis.call('HGET', KEYS[1], 'state')
 if state ~= 'done' and state ~= 'dead' then return 0 end
 return redis.call('ZREM', KEYS[2], ARGV[1])
 """
+
+# What the job held it let go of at its end, and what it was told of is outdated; its memo says how far it came.
+_REPLAY = (
+    _NOW
+    + _TRAIL
+    + """
+local job = KEYS[1]
+if redis.call('HGET', job, 'state') ~= 'dead' then return 0 end
+note_of_job(job, ARGV[3], ARGV[4], true)
+redis.call('HSET', job, 'state', 'queued', 'attempts', 0, 'replayed_ms', now)
+redis.call('HINCRBY', job, 'replays', 1)
+redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'gates', 'storing',
+  'sends', 'waits', 'woken')
+redis.call('ZREM', KEYS[3], ARGV[1])
+redis.call('DEL', KEYS[4])
+redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
+return 1
+"""
+)
+
+# A message of it may still be on its way, and would begin a job that nobody knows: so it stays as any job that ended.
+_PURGE = (
+    _NOW
+    + _TRAIL
+    + """
+local job = KEYS[1]
+if redis.call('HGET', job, 'state') ~= 'dead' then return 0 end
+note_of_job(job, ARGV[2], ARGV[3], true)
+redis.call('HSET', job, 'state', 'done')
+redis.call('HDEL', job, 'job', 'memo')
+redis.call('PEXPIRE', job, ARGV[3])
+redis.call('ZREM', KEYS[2], ARGV[1])
+return 1
+"""
+)
 
 _SWEEP = (
     _NOW
@@ -335,7 +375,10 @@ class StudyClaim:
 
 @dataclass(frozen=True)
 class Note:
-    """One decision on a trail: ``event`` (claimed, routed, stored, waiting, ended), its job, and what belongs to it."""
+    """One decision on a trail: ``event``, its job, and what belongs to it.
+
+    Events: claimed, routed, stored, waiting, ended, replayed, purged.
+    """
 
     at_ms: int
     event: str
@@ -364,6 +407,35 @@ class Load:
     open: int
     overdue: int
     dead: int
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A job that nothing but a person can help. ``about`` is what it was to do, fit to be shown.
+
+    ``deaths`` is how often a worker died on it, ``replays`` how often it was replayed before; ``begun`` says that it
+    had come as far as to write down what it was about to do, ``uids`` what it had got hold of.
+    """
+
+    job_id: str
+    task: str
+    about: str
+    error: dict[str, Any]
+    attempts: int
+    deaths: int
+    replays: int
+    created_ms: int
+    died_ms: int
+    begun: bool
+    uids: list[str]
+
+    @property
+    def code(self) -> str:
+        return str(self.error.get("code", ""))
+
+    @property
+    def message(self) -> str:
+        return str(self.error.get("message", ""))
 
 
 @dataclass(frozen=True)
@@ -408,7 +480,7 @@ class Ledger:
         self._cancel, self._hold, self._intend = script(_CANCEL), script(_HOLD), script(_INTEND)
         self._claim_study, self._stored = script(_CLAIM_STUDY), script(_STORED)
         self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
-        self._told = script(_TOLD)
+        self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
 
     @classmethod
     def connect(cls, url: str, **times: float) -> Ledger:
@@ -517,6 +589,60 @@ class Ledger:
         record = self._hash(_job(job_id))
         record.pop("job", None)
         return record
+
+    # --- dead letters ---------------------------------------------------------------------------------------
+
+    def dead_letters(
+        self, *, code: str | None = None, since_s: float | None = None, before_s: float | None = None
+    ) -> Iterator[DeadLetter]:
+        """The latest first; of one code, dead since ``since_s`` and before ``before_s`` (Unix time)."""
+        least = "-inf" if since_s is None else _ms(since_s)
+        most = "+inf" if before_s is None else f"({_ms(before_s)}"
+        start = 0
+        while ids := self._redis.zrevrangebyscore(PREFIX + "dead", most, least, start=start, num=PAGE):
+            for letter in self._letters(cast(list[str], ids)):
+                if code is None or letter.code == code:
+                    yield letter
+            start += PAGE
+
+    def dead_letter(self, job_id: str) -> DeadLetter | None:
+        return next(iter(self._letters([job_id])), None)
+
+    def _letters(self, job_ids: Sequence[str]) -> list[DeadLetter]:
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hgetall(_job(job_id))
+            rows = zip(job_ids, pipe.execute(), strict=True)
+        return [_letter(job_id, row) for job_id, row in rows if row.get("state") == "dead"]
+
+    def notes_of(self, letter: DeadLetter) -> list[Note]:
+        """What the trails of all that the job got hold of say of it, each note once, in order."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for uid in letter.uids:
+                pipe.lrange(_trail(uid), 0, -1)
+            rows = dict.fromkeys(row for trail in pipe.execute() for row in trail)
+        notes = [note for note in map(_read_note, rows) if note.job_id == letter.job_id]
+        return sorted(notes, key=lambda note: note.at_ms)
+
+    def replay(self, job_id: str) -> DueJob | None:
+        """Make a dead letter a queued job again, with its memo and no attempts; None if it is no dead letter.
+
+        Like a submitted one it is due after the grace period, should its message get lost.
+        """
+        record = self._hash(_job(job_id))
+        task, job = record.get("task", ""), json.loads(record.get("job") or "{}")
+        keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", _deaths(task, job)]
+        args: list[str | int] = [job_id, self._grace_ms, _note("replayed", job_id, task=task), self.keep_ms]
+        replayed = self._replay(keys=keys, args=args)
+        return DueJob(job_id, task, job) if replayed else None
+
+    def purge(self, job_id: str) -> bool:
+        """Drop a dead letter and its message, so that it cannot be replayed; False if it is none.
+
+        Its outcome and its trail are kept as long as those of any ended job.
+        """
+        keys = [_job(job_id), PREFIX + "dead"]
+        return bool(self._purge(keys=keys, args=[job_id, _note("purged", job_id), self.keep_ms]))
 
     # --- images and studies ---------------------------------------------------------------------------------
 
@@ -675,6 +801,23 @@ def _gist(outcome: Mapping[str, Any]) -> dict[str, Any]:
     """What a trail says of an outcome: the sentence and the server, none of the metadata."""
     told = outcome.get("error") or outcome.get("payload") or {}
     return {name: told[name] for name in ("message", "server_name") if told.get(name)}
+
+
+def _letter(job_id: str, row: Mapping[str, str]) -> DeadLetter:
+    held = " ".join(row.get(name, "") for name in ("hold", "gates", "storing")).split()
+    return DeadLetter(
+        job_id=job_id,
+        task=row.get("task", ""),
+        about=shown_job(json.loads(row.get("job") or "{}")),
+        error=json.loads(row["outcome"]).get("error", {}),
+        attempts=int(row.get("attempts", 0)),
+        deaths=int(row.get("deaths", 0)),
+        replays=int(row.get("replays", 0)),
+        created_ms=int(float(row.get("created_ms", 0))),
+        died_ms=int(float(row.get("ended_ms", 0))),
+        begun="memo" in row,
+        uids=list(dict.fromkeys(key.rpartition(":")[2] for key in held)),
+    )
 
 
 def _deaths(task: str, job: Mapping[str, Any]) -> str:

@@ -311,3 +311,121 @@ def test_a_trail_is_short_and_goes_by_itself(ledger: Ledger, client: fakeredis.F
     trail = ledger.known("1.3").trail
     assert [note.details["number"] for note in trail] == list(range(5, TRAIL_LENGTH + 5))
     assert 0 < client.pttl(f"{PREFIX}trail:1.3") <= 86_400_000
+
+
+# --- dead letters -------------------------------------------------------------------------------------------------
+
+
+def bury(ledger: Ledger, job_id: str, code: str = "pacs_unavailable", **job: Any) -> None:
+    job = {**JOB, **job}
+    fence = ledger.claim(job_id, task=TASK, job=job).fence
+    outcome = {"error": {"code": code, "message": "It is away.", "details": {}}}
+    ledger.bury(job_id, fence, outcome=outcome, code=code, task=TASK, job=job)
+
+
+def died(client: fakeredis.FakeRedis, **at_s: float) -> None:
+    client.zadd(f"{PREFIX}dead", {job_id: at * 1000 for job_id, at in at_s.items()})
+
+
+def test_dead_letters_are_listed_by_code_and_time_the_latest_first(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    for job_id, code in (("j1", "poisoned"), ("j2", "pacs_unavailable"), ("j3", "poisoned")):
+        bury(ledger, job_id, code)
+    died(client, j1=100, j2=200, j3=300)
+
+    def ids(**wish: Any) -> list[str]:
+        return [letter.job_id for letter in ledger.dead_letters(**wish)]
+
+    assert ids() == ["j3", "j2", "j1"]
+    assert ids(code="poisoned") == ["j3", "j1"]
+    assert ids(since_s=200) == ["j3", "j2"]
+    assert ids(before_s=200) == ["j1"]
+    assert ids(since_s=150, before_s=250, code="poisoned") == []
+
+
+def test_more_dead_letters_than_a_page_are_all_listed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.ledger.PAGE", 2)
+    for number in range(5):
+        bury(ledger, f"j{number}")
+    assert {letter.job_id for letter in ledger.dead_letters()} == {f"j{number}" for number in range(5)}
+
+
+def test_a_dead_letter_shows_what_it_was_about_and_no_credential(ledger: Ledger) -> None:
+    bury(ledger, "j1", image_url="http://me:word@host/a.dcm?sig=word")
+    letter = ledger.dead_letter("j1")
+    assert letter is not None
+    assert (letter.task, letter.code, letter.message, letter.attempts) == (TASK, "pacs_unavailable", "It is away.", 1)
+    assert "http://host/a.dcm" in letter.about
+    assert "word" not in repr(letter)
+    assert ledger.dead_letter("j2") is None
+
+
+def test_a_replay_queues_the_job_with_its_memo_and_a_clean_count(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    claim(ledger)
+    expire_lease(client)
+    second = claim(ledger)
+    ledger.hold_image("1.2", job_id="j1", fence=second.fence, into=("1", "1.1"))
+    ledger.intend("j1", second.fence, {"server": "msdicom"})
+    ledger.bury("j1", second.fence, outcome={"error": {"code": "poisoned"}}, code="poisoned", task=TASK, job=JOB)
+    letter = ledger.dead_letter("j1")
+    assert letter is not None
+    assert (letter.deaths, letter.attempts, letter.begun, letter.uids) == (1, 2, True, ["1.2", "1", "1.1"])
+    due = ledger.replay("j1")
+    assert due is not None
+    assert (due.job_id, due.task, due.job) == ("j1", TASK, JOB)
+    assert ledger.dead_letter("j1") is None
+    assert list(ledger.dead_letters()) == []
+    assert client.zscore(f"{PREFIX}due", "j1") is not None
+    assert [note.event for note in ledger.known("1.2").trail] == ["ended", "replayed"]
+    again = claim(ledger)
+    assert (again.state, again.attempt, again.deaths, again.memo) == (ClaimState.YOURS, 1, 0, {"server": "msdicom"})
+    expire_lease(client)
+    assert claim(ledger).deaths == 1, "its deaths are counted anew"
+
+
+def test_a_replayed_job_holds_nothing_from_its_former_life(ledger: Ledger) -> None:
+    first = claim(ledger)
+    ledger.hold_image("1.2", job_id="j1", fence=first.fence, into=("1", "1.1"))
+    ledger.bury("j1", first.fence, outcome={"error": {"code": "poisoned"}}, code="poisoned", task=TASK, job=JOB)
+    deleter = claim(ledger, "j2")
+    assert ledger.shut("1", job_id="j2", fence=deleter.fence) is None
+    ledger.replay("j1")
+    again = claim(ledger)
+    assert ledger.hold_image("1.2", job_id="j1", fence=again.fence, into=("1", "1.1")) == "j2"
+
+
+def test_only_a_dead_letter_is_replayed_and_only_once(ledger: Ledger) -> None:
+    assert ledger.replay("j0") is None
+    running = claim(ledger)
+    assert ledger.replay("j1") is None
+    finish(ledger, running.fence)
+    assert ledger.replay("j1") is None
+    bury(ledger, "j2")
+    assert ledger.replay("j2") is not None
+    assert ledger.replay("j2") is None
+
+
+def test_a_purged_letter_is_gone_and_a_late_message_does_not_begin_it_anew(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    bury(ledger, "j1")
+    assert ledger.purge("j1")
+    assert (ledger.dead_letter("j1"), list(ledger.dead_letters()), ledger.replay("j1")) == (None, [], None)
+    assert not ledger.purge("j1")
+    assert client.hget(f"{PREFIX}job:j1", "job") is None
+    assert client.pttl(f"{PREFIX}job:j1") > 0
+    late = claim(ledger)
+    assert (late.state, late.outcome["error"]["code"]) == (ClaimState.DONE, "pacs_unavailable")
+
+
+def test_the_notes_of_a_dead_letter_are_its_own_each_once_and_in_order(ledger: Ledger) -> None:
+    first = claim(ledger)
+    ledger.hold_image("1.2", job_id="j1", fence=first.fence, into=("1", "1.1"))
+    ledger.claim_study("1", server="msdicom", job_id="j0")
+    ledger.intend("j1", first.fence, {"server": "msdicom"}, decision={"server": "msdicom"})
+    ledger.park("j1", first.fence, delay_s=0, code="pacs_unavailable", message="Away.")
+    ledger.sweep()
+    outcome = {"error": {"code": "pacs_unavailable", "message": "Away."}}
+    ledger.bury("j1", claim(ledger).fence, outcome=outcome, code="pacs_unavailable", task=TASK, job=JOB)
+    letter = ledger.dead_letter("j1")
+    assert letter is not None
+    assert [note.event for note in ledger.notes_of(letter)] == ["routed", "waiting", "ended"]

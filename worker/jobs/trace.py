@@ -32,7 +32,11 @@ from worker.payloads import (
 
 LEVELS: tuple[Level, ...] = ("image", "series", "study")
 #: What comes first of what stands on two trails in the same millisecond.
-ORDER = {event: number for number, event in enumerate(("claimed", "routed", "stored", "waiting", "ended"))}
+ORDER = {event: number for number, event in enumerate(("claimed", "routed", "stored", "waiting", "ended", "replayed"))}
+_BY_HAND = {
+    "replayed": "Taken out of the dead letters and queued again.",
+    "purged": "Dropped from the dead letters.",
+}
 #: The records of so many jobs are shown, the latest ones.
 MAX_JOBS = 20
 
@@ -241,7 +245,7 @@ def told(note: Note) -> str:
         case "ended":
             return _ending(details)
         case _:
-            return note.event
+            return _BY_HAND.get(note.event, note.event)
 
 
 def _ending(details: Mapping[str, Any]) -> str:
