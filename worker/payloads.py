@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.errors import InvalidRequest, InvalidUid
+from worker.logs import shown_text, shown_url
 
 VERSION = 1
 #: What a message may weigh: it says where the bytes are and never holds them. A worker throws larger ones away.
@@ -633,7 +634,7 @@ def read_job(kind: type[JobType], message: object) -> JobType:
         return kind.model_validate(dict(message))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
+        field = shown_text(".".join(shown_url(str(part)) for part in first["loc"]), limit=100)
+        reason = shown_text(first["msg"].removeprefix("Value error, "), limit=300)
         sentence = f"Field {field} of the job: {reason}." if field else f"The job: {reason}."
         raise InvalidRequest(sentence, details={"field": field or None}) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -86,3 +87,14 @@ def test_a_part_is_handed_on_before_the_next_block_is_read() -> None:
     first = next(read_parts(blocks, TYPE, error=PacsMisanswered))
     assert first.transfer_syntax_uid == PARTS[0][0]
     assert source.tell() < len(BODY)
+
+
+def test_a_block_full_of_empty_parts_costs_ten_times_its_size_at_most() -> None:
+    body = b"--BB\r\n\r\n\r\n" * 20_000 + b"--BB--"
+    parts = read_parts([body], TYPE, error=PacsMisanswered)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in parts) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(body)
+    finally:
+        tracemalloc.stop()

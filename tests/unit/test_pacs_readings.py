@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, cast
 
 import pytest
 
@@ -17,10 +18,32 @@ from worker.errors import (
 )
 from worker.pacs import dcm4chee, dicomjson, msdicom, orthanc
 from worker.pacs.connections import idle_limit_s
-from worker.pacs.dicomweb import check_filters, path_of
+from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
 from worker.pacs.protocol import Found
-from worker.pacs.transport import Answer, kind_of_status, retry_after_s
+from worker.pacs.transport import Answer, Request, Transport, kind_of_status, retry_after_s
 from worker.payloads import check_uid
+from worker.settings import ServerSettings
+
+
+class Canned:
+    """A transport that has one answer to everything."""
+
+    base_path = ""
+    server = ServerSettings.model_validate({"name": "one", "type": "msdicom", "url": "http://127.0.0.1:1"})
+
+    def __init__(self, document: object) -> None:
+        self._body = json.dumps(document).encode()
+
+    def exchange(self, request: Request) -> Answer:
+        return Answer(200, {}, self._body)
+
+    def error(self, kind: type[CourierError], sentence: str, **more: Any) -> CourierError:
+        return kind(sentence, **more)
+
+
+def web_that_answers(document: object) -> DicomWeb:
+    return DicomWeb(cast(Transport, Canned(document)))
+
 
 KINDS: dict[type[CourierError], list[int]] = {
     PacsUnauthorized: [401, 403],
@@ -111,6 +134,15 @@ def test_the_path_of_an_object_holds_its_parents(found: Found, path: str) -> Non
 def test_a_uid_that_would_match_more_than_itself_is_never_asked_for(uid: str) -> None:
     with pytest.raises(InvalidUid):
         check_uid(uid)
+
+
+@pytest.mark.parametrize("uid", ["../../other", "..", "1.2/3", "1.2?x=1", "1.2\r\n", "1 2", "١.٢", "1" * 65])
+def test_a_uid_in_an_answer_that_would_lead_the_next_question_elsewhere_is_no_answer(uid: str) -> None:
+    ds = {tag: {"vr": "UI", "Value": [value]} for tag, value in (("0020000D", uid), ("0020000E", "1.2"))}
+    with pytest.raises(PacsMisanswered):
+        web_that_answers([ds]).find("series", "1.2")
+    with pytest.raises(PacsMisanswered):
+        list(web_that_answers([{"00080018": {"Value": [uid]}}]).instances(Found("series", "1.1", "1.2"), page=10))
 
 
 @pytest.mark.parametrize("filters", [{"Foo": "1"}, {"limit": "1"}, {"PatientID": " "}, {"PatientID": ""}])

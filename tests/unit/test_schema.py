@@ -11,8 +11,8 @@ import pytest
 
 from producer.cli import main
 from worker import schema
-from worker.errors import CourierError, NotFound, from_payload
-from worker.payloads import UploadJob, read_job
+from worker.errors import CourierError, InvalidRequest, NotFound, from_payload
+from worker.payloads import StudiesJob, UploadJob, read_job
 
 ROOT = Path(__file__).parents[2]
 JOBS = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
@@ -68,6 +68,15 @@ def test_every_example_of_a_message_is_valid() -> None:
         assert examples, f"{task} has no example message"
         for example in examples:
             read_job(kind, json.loads(example)["job"])
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "x" * 100_000, "https://user:secret@h/?sig=secret"])
+def test_a_refusal_names_a_field_so_that_it_can_stand_in_a_line(name: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        read_job(StudiesJob, {"filters": {name: 1}})
+    assert refusal.value.message.isprintable()
+    assert len(refusal.value.message) < 200
+    assert "secret" not in refusal.value.message
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))

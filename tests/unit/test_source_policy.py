@@ -327,3 +327,9 @@ def test_an_allow_list_entry_that_can_be_no_host_names_its_setting() -> None:
 def test_an_allow_list_entry_may_be_an_address_a_port_of_any_host_or_in_capitals(entry: str, url: str) -> None:
     policy = Policy(SourceSettings(allow_hosts=(entry,), allow_private_networks=True))
     assert policy.read(url).url
+
+
+def test_a_url_longer_than_a_job_may_hold_is_not_taken_apart() -> None:
+    assert EVERY_HOST.read("http://h.example/" + "a" * 8_000)
+    with pytest.raises(SourceNotAllowed, match="8192"):
+        EVERY_HOST.read("http://[" + "::" * 100_000 + "]/")

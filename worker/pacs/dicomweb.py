@@ -32,6 +32,7 @@ AS_STORED = {"Accept": 'multipart/related; type="application/dicom"; transfer-sy
 #: Legal in a query as they are, and Orthanc understands them only so. DCM4CHEE makes a list of a bare comma.
 _RAW = "!$'()*;:@/?"
 _TAG = re.compile(r"[0-9A-Fa-f]{8}", re.ASCII)
+_FITS_PATH = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}").fullmatch
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class DicomWeb:
                 series = text(ds, SERIES_INSTANCE_UID) or found.series_instance_uid
                 if not image or not series or text(ds, STUDY_INSTANCE_UID) not in ("", found.study_instance_uid):
                     raise self.misanswered("an image without the UIDs above it")
-                yield Found("image", found.study_instance_uid, series, image, attributes=ds)
+                yield self._nameable(Found("image", found.study_instance_uid, series, image, attributes=ds))
             offset += len(datasets)  # and not by the page: a server may hold its pages smaller than it was asked
 
     def push(self, parts: Sequence[Part], *, expected: Collection[int]) -> Answer:
@@ -178,8 +179,15 @@ class DicomWeb:
         if not study or (level != "study" and not series) or (level == "image" and not image):
             raise self.misanswered("a match without the UIDs above it")
         if level == "study":
-            return Found(level, study, attributes=ds)
-        return Found(level, study, series, image if level == "image" else None, attributes=ds)
+            return self._nameable(Found(level, study, attributes=ds))
+        return self._nameable(Found(level, study, series, image if level == "image" else None, attributes=ds))
+
+    def _nameable(self, found: Found) -> Found:
+        """``found``, if its UIDs can stand in the path of what is asked next; letters in them are tolerated."""
+        uids = (found.study_instance_uid, found.series_instance_uid, found.sop_instance_uid)
+        if not all(uid is None or _FITS_PATH(uid) for uid in uids):
+            raise self.misanswered("a UID that is none")
+        return found
 
 
 def _window(limit: int, offset: int) -> tuple[tuple[str, str], ...]:

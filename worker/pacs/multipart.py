@@ -6,7 +6,8 @@ The splitting is python-multipart's; here stand the order of events and the chec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -15,13 +16,15 @@ from worker.errors import CourierError
 from worker.pacs.protocol import Retrieved
 
 
-@dataclass
+class _PartEnds(Enum):
+    """One object for all of them, because a block may hold a part in every dozen of its bytes."""
+
+    HERE = "here"
+
+
+@dataclass(frozen=True, slots=True)
 class _PartBegins:
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class _PartEnds:
-    pass
+    transfer_syntax_uid: str | None
 
 
 _Event = _PartBegins | _PartEnds | bytes
@@ -44,7 +47,7 @@ def read_parts(
         events = _Reader(boundary).events(blocks, error=error)
         for event in events:
             if isinstance(event, _PartBegins):
-                yield Retrieved(_transfer_syntax(event.headers), _content(events))
+                yield Retrieved(event.transfer_syntax_uid, _content(events))
     else:
         raise error("It is neither multipart/related nor application/dicom.")
 
@@ -105,14 +108,14 @@ class _Reader:
         self._name = self._value = b""
 
     def _on_headers_finished(self) -> None:
-        self._pending.append(_PartBegins(self._headers))
+        self._pending.append(_PartBegins(_transfer_syntax(self._headers)))
         self._headers = {}
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         self._pending.append(data[start:end])
 
     def _on_part_end(self) -> None:
-        self._pending.append(_PartEnds())
+        self._pending.append(_PartEnds.HERE)
 
     def _on_end(self) -> None:
         self._complete = True

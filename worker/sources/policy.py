@@ -20,6 +20,7 @@ from worker.settings import SettingsError, SourceSettings
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+_MAX_URL = 8192  # as in a job; a redirect's has no other bound than that of a header
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _IS_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?").fullmatch
 _IS_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*").fullmatch
@@ -160,6 +161,8 @@ def normal_host(text: str) -> str:
 
 
 def _take_apart(url: str) -> Target:
+    if len(url) > _MAX_URL:
+        raise SourceNotAllowed(f"The URL has more than {_MAX_URL} characters; use a shorter one.")
     if _CONTROL.search(url):
         raise SourceNotAllowed("The URL has control characters in it; correct the URL.")
     try:
