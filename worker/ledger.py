@@ -41,6 +41,11 @@ from worker.logs import shown_job
 PREFIX: Final = "courier:"
 #: A trail keeps so many decisions, the latest ones.
 TRAIL_LENGTH: Final = 100
+#: What comes first of what stands on two trails in the same millisecond.
+ORDER: Final = {
+    event: number
+    for number, event in enumerate(("claimed", "routed", "stored", "waiting", "ended", "replayed", "purged"))
+}
 #: So many records are read at a time.
 PAGE: Final = 200
 #: Names made from idempotency keys, so that every producer makes the same one.
@@ -622,7 +627,7 @@ class Ledger:
                 pipe.lrange(_trail(uid), 0, -1)
             rows = dict.fromkeys(row for trail in pipe.execute() for row in trail)
         notes = [note for note in map(_read_note, rows) if note.job_id == letter.job_id]
-        return sorted(notes, key=lambda note: note.at_ms)
+        return sorted(notes, key=lambda note: (note.at_ms, ORDER.get(note.event, 0)))
 
     def replay(self, job_id: str) -> DueJob | None:
         """Make a dead letter a queued job again, with its memo and no attempts; None if it is no dead letter.

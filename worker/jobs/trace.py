@@ -15,7 +15,7 @@ from worker.errors import CourierError, NotFound
 from worker.jobs.described import place
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
-from worker.ledger import Known, Ledger, Note
+from worker.ledger import ORDER, Known, Ledger, Note
 from worker.pacs.protocol import Found, Pacs
 from worker.payloads import (
     Fault,
@@ -31,8 +31,6 @@ from worker.payloads import (
 )
 
 LEVELS: tuple[Level, ...] = ("image", "series", "study")
-#: What comes first of what stands on two trails in the same millisecond.
-ORDER = {event: number for number, event in enumerate(("claimed", "routed", "stored", "waiting", "ended", "replayed"))}
 _BY_HAND = {
     "replayed": "Taken out of the dead letters and queued again.",
     "purged": "Dropped from the dead letters.",
