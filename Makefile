@@ -47,7 +47,10 @@ check: $(VENV)/.ready-dev ## style, types, import floors, compose file
 test: check ## the gate: check and the whole suite
 	@$(BIN)/pytest
 
+fuzz: $(VENV)/.ready-dev ## broken files, answers, messages and URLs by the thousand
+	@$(BIN)/python -m tests.fuzz
+
 bench: $(VENV)/.ready ## figures, as ratios within one run
 	@$(BIN)/python -m benchmarks.uploads
 
-.PHONY: help run viewer worker check test bench
+.PHONY: help run viewer worker check test fuzz bench

@@ -248,3 +248,14 @@ def test_orthanc_is_asked_in_characters_that_need_no_encoding(value: str, sent: 
 def test_what_orthanc_matched_too_widely_is_left_out(name: str, wanted: str, matches: bool) -> None:
     ds = {"00100010": {"vr": "PN", "Value": [{"Alphabetic": name}]}}
     assert orthanc.is_match(ds, {"PatientName": wanted}) is matches
+
+
+@pytest.mark.parametrize("space", [[], {}, "x", None, 1.5])
+def test_a_space_that_is_no_number_is_no_space(space: object) -> None:
+    system = {"dcmStorageID": "fs1", "totalSpace": space, "usableSpace": 1}
+    assert dcm4chee.storage_state([system]).total_bytes is None
+
+
+def test_a_health_report_with_entries_that_are_none_says_nothing_of_the_database() -> None:
+    report = cast(Transport, Canned({"details": ["x", None, 1, []]}))
+    assert msdicom.MsDicom(report).database().ok is None

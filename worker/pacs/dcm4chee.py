@@ -220,10 +220,10 @@ def storage_state(systems: Sequence[Mapping[str, Any]]) -> StorageState:
     """The sum over the storage systems; those with the same figures share a file system and count once."""
     if not systems:
         return StorageState(note="The archive lists no storage, which means that none can be opened.")
-    figures = {(system.get("totalSpace"), system.get("usableSpace")) for system in systems}
-    names = ", ".join(str(system.get("dcmStorageID")) for system in systems)
-    if not all(isinstance(total, int) and isinstance(usable, int) for total, usable in figures):
+    names = ", ".join(str(system.get("dcmStorageID"))[:64] for system in systems[:20])
+    if not all(isinstance(system.get(space), int) for system in systems for space in ("totalSpace", "usableSpace")):
         return StorageState(note=f"The archive tells no space for {names}.")
+    figures = {(system.get("totalSpace"), system.get("usableSpace")) for system in systems}
     total_bytes = sum(int(total or 0) for total, _ in figures)
     free_bytes = sum(int(usable or 0) for _, usable in figures)
     return StorageState(total_bytes, free_bytes, total_bytes - free_bytes, note=f"storage: {names}")

@@ -128,7 +128,7 @@ class MsDicom:
         """Oddity: "Health is outside the version and up to 30 seconds old"."""
         details = (self._health() or {}).get("details")
         for entry in details if isinstance(details, list) else ():
-            if entry.get("name") == "DataStoreHealthCheck":
+            if isinstance(entry, dict) and entry.get("name") == "DataStoreHealthCheck":
                 status = entry.get("status")
                 return DatabaseState(ok=status == "Healthy", note=f"{status}, as of up to 30 s ago")
         return DatabaseState(ok=None, note="The server's health report does not mention its database.")

@@ -1,0 +1,159 @@
+"""One case through one target: what comes out, how long it takes, what memory it needs. Knows no target."""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from hypothesis.strategies import SearchStrategy
+
+from worker.errors import CourierError
+
+LIMIT_S = 1.0
+#: Memory may be so many times the input.
+FACTOR = 10
+#: What any case may take beyond it: an exception with its frames, a pydantic error, the window of a reader.
+ALLOWANCE_BYTES = 256 * 1024
+#: A case that is not back after so much processor time is interrupted.
+_INTERRUPT_S = 2.0
+
+
+class Finding(AssertionError):
+    """A property that does not hold; the text says which."""
+
+
+class _Hangs(BaseException):
+    """Raised into a case that does not come back; not an Exception, so that no handler in the code eats it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that reads what others wrote.
+
+    ``prepare`` turns the case into what it is given and is not measured; ``act`` is. ``check`` holds the result, or
+    the error, against what else is known of the case.
+    """
+
+    name: str
+    seeds: Callable[[], list[bytes]]
+    shaped: SearchStrategy[bytes]
+    prepare: Callable[[bytes], Any]
+    act: Callable[[Any], Any]
+    check: Callable[[Any, Any], None]
+    factor: int = FACTOR
+    allowance_bytes: Callable[[bytes], int] = lambda _: ALLOWANCE_BYTES
+
+
+@dataclass
+class Tally:
+    """The worst of the cases so far. ``ratio`` is peak memory less the allowance, over the input's length."""
+
+    cases: int = 0
+    refused: int = 0
+    worst_s: float = 0.0
+    worst_ratio: float = 0.0
+    worst_bytes: int = 0
+
+
+def run_case(target: Target, case: bytes, tally: Tally) -> None:
+    """Hold every property against one case; `Finding` is the first that does not hold."""
+    prepared = target.prepare(case)
+    result, seconds, peak_bytes = _measured(target, prepared)
+    if seconds > LIMIT_S:  # the meter of memory slows things down, and so does a neighbour
+        seconds = min(seconds, _seconds(target, prepared))
+    if seconds > LIMIT_S:
+        raise Finding(f"takes {seconds:.1f} s of processor time")
+    allowance_bytes = target.allowance_bytes(case)
+    allowed_bytes = target.factor * len(case) + allowance_bytes
+    if peak_bytes > allowed_bytes:
+        raise Finding(f"takes {peak_bytes:,} bytes for an input of {len(case):,}; {allowed_bytes:,} are allowed")
+    if isinstance(result, CourierError):
+        _check_error(result)
+    target.check(prepared, result)
+    tally.cases += 1
+    tally.refused += isinstance(result, CourierError)
+    tally.worst_s = max(tally.worst_s, seconds)
+    tally.worst_bytes = max(tally.worst_bytes, peak_bytes)
+    tally.worst_ratio = max(tally.worst_ratio, (peak_bytes - allowance_bytes) / max(len(case), 1))
+
+
+def warm_up(target: Target) -> None:
+    """Have everything loaded that is loaded once, such as the tables of international host names."""
+    for seed in target.seeds():
+        with suppress(Finding):  # it comes again, measured
+            _outcome(target, target.prepare(seed))
+
+
+def _check_error(error: CourierError) -> None:
+    text = str(error)
+    if not error.code:
+        raise Finding(f"raises an error without a code: {error!r}")
+    if len(text) > 2_000:
+        raise Finding(f"raises an error of {len(text):,} characters")
+    if not text.isprintable() or not encodes(text):
+        raise Finding(f"raises an error that cannot be logged as it is: {text!r}")
+
+
+def encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _measured(target: Target, prepared: Any) -> tuple[Any, float, int]:
+    tracemalloc.start()
+    try:
+        begun_s = time.thread_time()
+        result = _outcome(target, prepared)
+        return result, time.thread_time() - begun_s, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def _seconds(target: Target, prepared: Any) -> float:
+    begun_s = time.thread_time()
+    _outcome(target, prepared)
+    return time.thread_time() - begun_s
+
+
+def _outcome(target: Target, prepared: Any) -> Any:
+    """What came out: a result, or one of our own errors. Anything else is a finding."""
+    try:
+        with _interrupted():
+            return target.act(prepared)
+    except CourierError as error:
+        return error
+    except Finding:
+        raise
+    except _Hangs:
+        raise Finding(f"is not back after {_INTERRUPT_S:g} s of processor time") from None
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise Finding(
+            f"crashes with {type(error).__name__} in {where.name} ({where.filename}:{where.lineno})"
+        ) from error
+
+
+@contextmanager
+def _interrupted() -> Iterator[None]:
+    """Counts processor time: the timer of wall time is pytest-timeout's."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise _Hangs
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _INTERRUPT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
