@@ -21,8 +21,8 @@ LIMIT_S = 1.0
 FACTOR = 10
 #: What any case may take beyond it: an exception with its frames, a pydantic error, the window of a reader.
 ALLOWANCE_BYTES = 256 * 1024
-#: A case that is not back after so much processor time is interrupted.
-_INTERRUPT_S = 2.0
+#: A case that is not back after so much processor time is interrupted; the meter of memory slows it down fivefold.
+_INTERRUPT_S = 5.0
 
 
 class Finding(AssertionError):
