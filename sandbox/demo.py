@@ -183,7 +183,7 @@ def run(console: Console, folder: Path, *, once: bool) -> int:
 
 def _stop_on_signals() -> None:
     """SIGTERM and a closed terminal end the run as Ctrl-C does: by leaving every block."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT is ignored in a shell's background
         signal.signal(number, signal.default_int_handler)
 
 
