@@ -50,7 +50,10 @@ test: check ## the gate: check and the whole suite
 fuzz: $(VENV)/.ready-dev ## broken files, answers, messages and URLs by the thousand
 	@$(BIN)/python -m tests.fuzz
 
+chaos: $(VENV)/.ready-dev ## workers, Redis and servers killed, cut and starved; writes docs/guarantees.md
+	@$(BIN)/python -m tests.chaos
+
 bench: $(VENV)/.ready ## figures, as ratios within one run
 	@$(BIN)/python -m benchmarks.uploads
 
-.PHONY: help run viewer worker check test fuzz bench
+.PHONY: help run viewer worker check test fuzz chaos bench

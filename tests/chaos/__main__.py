@@ -1,0 +1,46 @@
+"""``make chaos``: everything is killed, cut and starved at full size, and docs/guarantees.md tells what came of it.
+
+python -m tests.chaos [--seed N] [words for pytest, after which nothing is written]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+import time
+
+import pytest
+
+from tests.chaos.measured import BOOK, DOCUMENT, FRAME, Book, document, facts
+
+
+class _Keeper:
+    """Keeps the book that pytest's tests have written."""
+
+    book = Book()
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self.book = session.config.stash.get(BOOK, Book())
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(prog="python -m tests.chaos")
+    arguments.add_argument("--seed", type=int, default=secrets.randbits(32))
+    asked, words = arguments.parse_known_args()
+    os.environ.update(CHAOS_FULL="1", CHAOS_SEED=str(asked.seed))
+    print(f"seed {asked.seed}", flush=True)
+    keeper, begun_s = _Keeper(), time.monotonic()
+    status = pytest.main(["tests/chaos", "--timeout=900", "--durations=0", *words], plugins=[keeper])
+    if status != pytest.ExitCode.OK or words:
+        print("docs/guarantees.md is as it was.")
+        return int(status)
+    known = facts(command="make chaos", seed=asked.seed, took_s=time.monotonic() - begun_s)
+    DOCUMENT.write_text(document(keeper.book.rows, known, FRAME.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"Wrote {DOCUMENT} from {len(keeper.book.rows)} measurements.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

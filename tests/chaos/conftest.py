@@ -1,0 +1,48 @@
+"""What chaos tests share. ``make chaos`` runs all of them at full size and writes docs/guarantees.md.
+
+``guarantee``  ``guarantee.row(area=…, fault=…, point=…, outcome=…, recovery_s=…)``: a line of docs/guarantees.md.
+               Without ``make chaos`` it goes nowhere, so nothing else is needed.
+``full``       whether this is ``make chaos``
+``seed``       of whatever is random; printed with a test that fails
+
+A test marked ``full`` runs in ``make chaos`` alone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+
+from tests.chaos.measured import BOOK, Book
+
+
+def is_full() -> bool:
+    return os.environ.get("CHAOS_FULL") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if is_full():
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def guarantee(pytestconfig: pytest.Config) -> Book:
+    return pytestconfig.stash.setdefault(BOOK, Book())
+
+
+@pytest.fixture
+def full() -> bool:
+    return is_full()
+
+
+@pytest.fixture
+def seed() -> int:
+    chosen = int(os.environ.get("CHAOS_SEED") or secrets.randbits(32))
+    print(f"CHAOS_SEED={chosen}")
+    return chosen
