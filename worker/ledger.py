@@ -317,7 +317,7 @@ if server then return {server, 0} end
 redis.call('HSET', KEYS[1], 'server', ARGV[1], 'claimed_by', ARGV[2], 'claimed_ms', now)
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
-note(KEYS[3], ARGV[4], ARGV[5])
+if ARGV[4] ~= '' then note(KEYS[3], ARGV[4], ARGV[5]) end
 return {ARGV[1], 1}
 """
 )
@@ -688,10 +688,13 @@ class Ledger:
             return None
         return Receipt(row["job_id"], row["server"], row["sha256"], int(row["size_bytes"]))
 
-    def claim_study(self, study_instance_uid: str, *, server: str, job_id: str) -> StudyClaim:
-        """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice."""
+    def claim_study(self, study_instance_uid: str, *, server: str, job_id: str, told: bool = True) -> StudyClaim:
+        """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice.
+
+        ``told`` leaves a line on the study's trail.
+        """
         keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed", _trail(study_instance_uid)]
-        note = _note("claimed", job_id, server=server)
+        note = _note("claimed", job_id, server=server) if told else ""
         chosen, first = self._claim_study(keys=keys, args=[server, job_id, self._claim_ms, note, self.keep_ms])
         return StudyClaim(str(chosen), bool(first))
 

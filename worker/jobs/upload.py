@@ -11,30 +11,29 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from worker.errors import (
-    CourierError,
-    ImageAlreadyExists,
-    PacsMisanswered,
-    PacsRejected,
-    PacsUnavailable,
-    StudyConflict,
-    TryAgain,
-)
+from worker.errors import CourierError, PacsMisanswered, PacsUnavailable, TryAgain
 from worker.instances import Instance, identify
-from worker.jobs.described import allowed, place
+from worker.jobs.described import allowed
+from worker.jobs.placement import (
+    PENDINGS_BEFORE_REMOVAL,
+    SICK_S,
+    Arrival,
+    Wish,
+    already_exists,
+    image_of,
+    refusal,
+    settle,
+    uids_of,
+    viewer_of,
+)
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import Receipt
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part
-from worker.payloads import Dataset, Route, RouteReason, StudyAction, UploadJob, UploadPayload, read_job
-from worker.routing import Answer, Decision, Exists, Follow, New, Open, choose, decide
-from worker.settings import ServerSettings
+from worker.payloads import Dataset, Route, StudyAction, UploadJob, UploadPayload, read_job
+from worker.routing import Answer, Decision, Exists, decide
 from worker.sources import Fetched
 
-#: How long a server that failed a push gets no new studies.
-SICK_S = 30.0
-#: After so many answers "being stored", what is left of a broken store is removed (docs/pacs-oddities.md).
-PENDINGS_BEFORE_REMOVAL = 3
 #: How soon to look again whether the other job with the same image has ended.
 TURN_S = 0.5
 
@@ -189,59 +188,13 @@ def _yes(reply: list[Found] | CourierError) -> bool | None:
 
 def _route(trip: _Trip, memo: Memo, decision: Decision, seen: _Seen) -> Memo:
     """Where the image goes; for a study that is nowhere, by the claim."""
-    match decision:
-        case Exists(server):
-            raise _already_exists(server, memo, trip.tools)
-        case Open(unanswered):
-            raise seen.errors[unanswered[0]]
-        case Follow(server, study_on):
-            return _follow(trip.job, memo, server, study_on)
-        case New():
-            return _claim(trip, memo)
+    wish = Wish(trip.run.job_id, trip.job.server)
+    placed = settle(decision, _arrival(memo), wish, errors=seen.errors, tools=trip.tools)
+    return replace(memo, server=placed.server, route=placed.route, warnings=(*memo.warnings, *placed.warnings))
 
 
-def _follow(job: UploadJob, memo: Memo, server: str, study_on: tuple[str, ...]) -> Memo:
-    if job.server is not None and job.server not in study_on:
-        raise StudyConflict(
-            f"The study is on {server}; leave out the server or name {server}, so that the study is not split.",
-            server_name=server,
-            details={"study_on": list(study_on), "requested": job.server},
-        )
-    reason: RouteReason = "requested" if job.server else "study_exists"
-    warnings = (*memo.warnings, "study_split") if len(study_on) > 1 else memo.warnings
-    route = Route(reason=reason, study_on=list(study_on), candidates=memo.route.candidates)
-    return replace(memo, server=job.server or server, route=route, warnings=warnings)
-
-
-def _claim(trip: _Trip, memo: Memo) -> Memo:
-    job, tools = trip.job, trip.tools
-    study_uid = memo.instance.study_instance_uid
-    healthy = _healthy(tools)
-    proposal = job.server or tools.ledger.claimed_server(study_uid) or _choose(healthy, tools)
-    claim = tools.ledger.claim_study(study_uid, server=proposal, job_id=trip.run.job_id)
-    if job.server is not None and claim.server != job.server:
-        raise StudyConflict(
-            f"Another job has claimed the study for {claim.server}; leave out the server or name {claim.server}.",
-            server_name=claim.server,
-            details={"study_on": [], "requested": job.server},
-        )
-    reason: RouteReason = "requested" if job.server else "new_study" if claim.first else "claimed"
-    route = Route(reason=reason, study_on=[], candidates=[server.name for server in healthy])
-    return replace(memo, server=claim.server, route=route)
-
-
-def _healthy(tools: Tools) -> list[ServerSettings]:
-    """Servers that may be given a new study: those whose last push did not fail. All have answered the check."""
-    sick = tools.ledger.sick(tools.fleet.names)
-    return [pacs.server for pacs in tools.fleet if pacs.server.name not in sick]
-
-
-def _choose(healthy: list[ServerSettings], tools: Tools) -> str:
-    if not healthy:
-        raise PacsUnavailable("No server takes new studies at present; the job waits for one.")
-    routing = tools.settings.routing
-    placed = tools.ledger.placed() if routing.policy == "balanced" else {}
-    return choose(healthy, routing, placed=placed, rng=tools.rng)
+def _arrival(memo: Memo) -> Arrival:
+    return Arrival(memo.instance, memo.sha256, memo.source)
 
 
 def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
@@ -262,39 +215,22 @@ def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
 
 
 def _judge(outcome: Outcome, memo: Memo, pacs: Pacs, *, resumed: bool, tools: Tools) -> Memo:
-    context: dict[str, Any] = {
-        "server_name": pacs.server.name,
-        "server_type": pacs.server.type,
-        "details": {"failure_reason": outcome.failure_reason, **_uids(memo.instance)},
-    }
-    said = f" ({outcome.message})" if outcome.message else ""
     match outcome.fate:
         case Fate.STORED:
             return replace(memo, warnings=(*memo.warnings, *outcome.warnings))
         case Fate.ALREADY_THERE if resumed:
             return memo
         case Fate.ALREADY_THERE:
-            raise _already_exists(memo.server, memo, tools)
-        case Fate.CONFLICT:
-            raise StudyConflict(f"{memo.server} holds the study with other data{said}; correct the file.", **context)
-        case Fate.REJECTED:
-            raise PacsRejected(f"{memo.server} will not take this image{said}; correct the file.", **context)
-        case Fate.UNMENTIONED:
-            raise PacsMisanswered(f"{memo.server} did not say what became of the image; it is sent again.", **context)
-        case Fate.PENDING:
-            wait_s = tools.settings.jobs.pending_wait_s
-            raise PacsUnavailable(
-                f"{memo.server} says that it is storing this image already.", retry_after_s=wait_s, **context
-            )
-        case Fate.TRY_AGAIN:
-            raise PacsUnavailable(f"{memo.server} had trouble while storing the image{said}.", **context)
+            raise already_exists(memo.server, _arrival(memo), tools)
+        case _:
+            raise refusal(outcome, memo.instance, pacs, pending_wait_s=tools.settings.jobs.pending_wait_s)
 
 
 def _pending(memo: Memo, pacs: Pacs, run: Run) -> None:
     """Count the answers "being stored"; when they do not end, clear what a broken store left behind."""
     counted = replace(memo, pendings=memo.pendings + 1)
     if counted.pendings >= PENDINGS_BEFORE_REMOVAL:
-        pacs.delete(_image(memo.instance), permanent=True)
+        pacs.delete(image_of(memo.instance), permanent=True)
         counted = replace(counted, pendings=0)
     run.intend(counted.as_json())
 
@@ -338,7 +274,7 @@ def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
         sha256=memo.sha256,
         warnings=list(warnings),
         metadata=_allowed(metadata, trip.job, tools),
-        viewer_url=_viewer(pacs.server, instance),
+        viewer_url=viewer_of(pacs.server, instance),
         source=memo.source,
         timings_ms=run.timings_ms,
         attempts=run.attempt,
@@ -346,13 +282,13 @@ def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
 
 
 def _metadata(pacs: Pacs, instance: Instance) -> Dataset:
-    datasets = pacs.metadata(_image(instance))
+    datasets = pacs.metadata(image_of(instance))
     if not datasets:
         raise PacsMisanswered(
             f"{pacs.server.name} accepted the image but does not show it; it is looked for again.",
             server_name=pacs.server.name,
             server_type=pacs.server.type,
-            details=_uids(instance),
+            details=uids_of(instance),
         )
     return datasets[0]
 
@@ -360,40 +296,3 @@ def _metadata(pacs: Pacs, instance: Instance) -> Dataset:
 def _allowed(metadata: Dataset, job: UploadJob, tools: Tools) -> Dataset:
     """As much metadata as the site allows in results; a job may ask for less, never for more."""
     return {} if job.metadata is False else allowed(metadata, tools.settings.results)
-
-
-def _already_exists(server: str, memo: Memo, tools: Tools) -> ImageAlreadyExists:
-    settings = tools.fleet[server].server
-    receipt = tools.ledger.receipt(memo.instance.sop_instance_uid)
-    known = receipt.sha256 if receipt and receipt.server == server else None
-    same = None if known is None else known == memo.sha256
-    sentence = f"The image is already on {server}" + (", with other bytes." if same is False else ".")
-    return ImageAlreadyExists(
-        sentence,
-        server_name=server,
-        server_type=settings.type,
-        details={
-            **_uids(memo.instance),
-            "sha256": memo.sha256,
-            "stored_sha256": known,
-            "same_bytes": same,
-            "viewer_url": _viewer(settings, memo.instance),
-            "source": memo.source,
-        },
-    )
-
-
-def _image(instance: Instance) -> Found:
-    return Found("image", instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid)
-
-
-def _uids(instance: Instance) -> dict[str, str]:
-    return {
-        "study_uid": instance.study_instance_uid,
-        "series_uid": instance.series_instance_uid,
-        "image_uid": instance.sop_instance_uid,
-    }
-
-
-def _viewer(server: ServerSettings, instance: Instance) -> str:
-    return place(_image(instance), server).viewer_url

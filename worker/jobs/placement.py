@@ -1,0 +1,189 @@
+"""Which server an image goes to, and why one will not have it: what a single upload and a batch of them share.
+
+Decided by `worker/routing.py` over what the servers said; here it meets the claims. Nothing is pushed here, and nothing
+is asked of a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from worker.errors import (
+    CourierError,
+    ImageAlreadyExists,
+    PacsMisanswered,
+    PacsRejected,
+    PacsUnavailable,
+    StudyConflict,
+)
+from worker.instances import Instance
+from worker.jobs.described import place
+from worker.jobs.tools import Tools
+from worker.pacs.protocol import Fate, Found, Outcome, Pacs
+from worker.payloads import Route, RouteReason
+from worker.routing import Decision, Exists, Follow, New, Open, choose
+from worker.settings import ServerSettings
+
+#: How long a server that failed a push gets no new studies.
+SICK_S = 30.0
+#: After so many answers "being stored", what is left of a broken store is removed (docs/pacs-oddities.md).
+PENDINGS_BEFORE_REMOVAL = 3
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An image as it came: what it says of itself, its digest, and where it was fetched."""
+
+    instance: Instance
+    sha256: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image goes, why, and what the result has to warn of."""
+
+    server: str
+    route: Route
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Who asks for a place: the job, and the server that it names, if it does.
+
+    ``told`` says whether a claim is worth a line on the study's trail.
+    """
+
+    job_id: str
+    server: str | None = None
+    told: bool = True
+
+
+def settle(
+    decision: Decision, arrival: Arrival, wish: Wish, *, errors: Mapping[str, CourierError], tools: Tools
+) -> Placement:
+    """Where the image goes; for a study that is nowhere, by the claim.
+
+    Raises
+    ------
+    ImageAlreadyExists
+        It is on a server.
+    CourierError
+        The one of the first server in ``errors`` that leaves the question open.
+    StudyConflict
+        The study belongs to another server than the one that was asked for.
+    PacsUnavailable
+        No server takes new studies.
+    """
+    match decision:
+        case Exists(server):
+            raise already_exists(server, arrival, tools)
+        case Open(unanswered):
+            raise errors[unanswered[0]]
+        case Follow(server, study_on):
+            return _follow(wish, server, study_on, candidates=tools.fleet.names)
+        case New():
+            return _claim(arrival.instance.study_instance_uid, wish, tools)
+
+
+def _follow(wish: Wish, server: str, study_on: tuple[str, ...], *, candidates: Sequence[str]) -> Placement:
+    if wish.server is not None and wish.server not in study_on:
+        raise StudyConflict(
+            f"The study is on {server}; leave out the server or name {server}, so that the study is not split.",
+            server_name=server,
+            details={"study_on": list(study_on), "requested": wish.server},
+        )
+    reason: RouteReason = "requested" if wish.server else "study_exists"
+    route = Route(reason=reason, study_on=list(study_on), candidates=list(candidates))
+    return Placement(wish.server or server, route, ("study_split",) if len(study_on) > 1 else ())
+
+
+def _claim(study_instance_uid: str, wish: Wish, tools: Tools) -> Placement:
+    healthy = _healthy(tools)
+    proposal = wish.server or tools.ledger.claimed_server(study_instance_uid) or _choose(healthy, tools)
+    claim = tools.ledger.claim_study(study_instance_uid, server=proposal, job_id=wish.job_id, told=wish.told)
+    if wish.server is not None and claim.server != wish.server:
+        raise StudyConflict(
+            f"Another job has claimed the study for {claim.server}; leave out the server or name {claim.server}.",
+            server_name=claim.server,
+            details={"study_on": [], "requested": wish.server},
+        )
+    reason: RouteReason = "requested" if wish.server else "new_study" if claim.first else "claimed"
+    return Placement(claim.server, Route(reason=reason, study_on=[], candidates=[server.name for server in healthy]))
+
+
+def _healthy(tools: Tools) -> list[ServerSettings]:
+    """Servers that may be given a new study: those whose last push did not fail. All have answered the check."""
+    sick = tools.ledger.sick(tools.fleet.names)
+    return [pacs.server for pacs in tools.fleet if pacs.server.name not in sick]
+
+
+def _choose(healthy: list[ServerSettings], tools: Tools) -> str:
+    if not healthy:
+        raise PacsUnavailable("No server takes new studies at present; the job waits for one.")
+    routing = tools.settings.routing
+    placed = tools.ledger.placed() if routing.policy == "balanced" else {}
+    return choose(healthy, routing, placed=placed, rng=tools.rng)
+
+
+def already_exists(server: str, arrival: Arrival, tools: Tools) -> ImageAlreadyExists:
+    settings = tools.fleet[server].server
+    receipt = tools.ledger.receipt(arrival.instance.sop_instance_uid)
+    known = receipt.sha256 if receipt and receipt.server == server else None
+    same = None if known is None else known == arrival.sha256
+    sentence = f"The image is already on {server}" + (", with other bytes." if same is False else ".")
+    return ImageAlreadyExists(
+        sentence,
+        server_name=server,
+        server_type=settings.type,
+        details={
+            **uids_of(arrival.instance),
+            "sha256": arrival.sha256,
+            "stored_sha256": known,
+            "same_bytes": same,
+            "viewer_url": viewer_of(settings, arrival.instance),
+            "source": arrival.source,
+        },
+    )
+
+
+def refusal(outcome: Outcome, instance: Instance, pacs: Pacs, *, pending_wait_s: float) -> CourierError:
+    """What a server's answer means for an image that it neither stored nor had before."""
+    name = pacs.server.name
+    context: dict[str, Any] = {
+        "server_name": name,
+        "server_type": pacs.server.type,
+        "details": {"failure_reason": outcome.failure_reason, **uids_of(instance)},
+    }
+    said = f" ({outcome.message})" if outcome.message else ""
+    match outcome.fate:
+        case Fate.CONFLICT:
+            return StudyConflict(f"{name} holds the study with other data{said}; correct the file.", **context)
+        case Fate.REJECTED:
+            return PacsRejected(f"{name} will not take this image{said}; correct the file.", **context)
+        case Fate.UNMENTIONED:
+            return PacsMisanswered(f"{name} did not say what became of the image; it is sent again.", **context)
+        case Fate.PENDING:
+            sentence = f"{name} says that it is storing this image already."
+            return PacsUnavailable(sentence, retry_after_s=pending_wait_s, **context)
+        case _:
+            return PacsUnavailable(f"{name} had trouble while storing the image{said}.", **context)
+
+
+def image_of(instance: Instance) -> Found:
+    return Found("image", instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid)
+
+
+def uids_of(instance: Instance) -> dict[str, str]:
+    return {
+        "study_uid": instance.study_instance_uid,
+        "series_uid": instance.series_instance_uid,
+        "image_uid": instance.sop_instance_uid,
+    }
+
+
+def viewer_of(server: ServerSettings, instance: Instance) -> str:
+    return place(image_of(instance), server).viewer_url
