@@ -17,9 +17,9 @@ from worker.settings import AzureSettings, SettingsError
 if TYPE_CHECKING:
     from azure.storage.blob import BlobServiceClient
 
-_AZURE_URL = re.compile(
-    r"(?i:az)://(?P<container>\$root|[a-z0-9][a-z0-9-]{1,61}[a-z0-9])/(?P<blob>[^\x00-\x1f?#\\]{1,1024})"
-).fullmatch
+_CONTAINER = r"(?i:az)://(?P<container>\$root|[a-z0-9][a-z0-9-]{1,61}[a-z0-9])"
+_AZURE_URL = re.compile(_CONTAINER + r"/(?P<blob>[^\x00-\x1f?#\\]{1,1024})").fullmatch
+_AZURE_PREFIX = re.compile(_CONTAINER + r"/(?P<prefix>([^\x00-\x1f?#\\]{0,1023}/)?)").fullmatch
 #: How long a URL that this worker signs for itself is good for; it is looked at when a fetch starts.
 _SIGNED_FOR = timedelta(hours=1)
 
@@ -37,6 +37,12 @@ def container_and_blob(url: str) -> tuple[str, str] | None:
     if match is None or {".", ".."} & set(match["blob"].split("/")):
         return None
     return match["container"], match["blob"]
+
+
+def container_and_prefix(url: str) -> tuple[str, str] | None:
+    """What ``az://container/prefix/`` names; None if malformed."""
+    match = _AZURE_PREFIX(url)
+    return (match["container"], match["prefix"]) if match else None
 
 
 class AzureAccount:

@@ -336,3 +336,38 @@ def test_a_signed_url_that_expired_or_was_changed_or_is_not_signed_is_denied(wri
 def test_a_missing_blob_behind_a_signed_url_is_not_found(writer: BlobServiceClient) -> None:
     with pytest.raises(SourceNotFound):
         over_http().fetch(signed(writer, "nothing.dcm"))
+
+
+def test_a_prefix_is_listed_page_by_page_with_urls_that_fetch(
+    azurite: AzuritePart, writer: BlobServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = writer.get_container_client("images")
+    names = [f"many/{number}.dcm" for number in range(12)] + ["many/a b/ü+%20.dcm", "many/DICOMDIR"]
+    for name in names:
+        container.upload_blob(name, b"0123456789")
+    monkeypatch.setattr("worker.sources.azure.PAGE_ENTRIES", 5)
+    fetching = sources(azurite.url, monkeypatch)
+    pages = list(fetching.pages("az://images/many/"))
+    assert [len(page) for page in pages] == [5, 5, 4]
+    found = {one.url: one for page in pages for one in page}
+    assert set(found) == {f"az://images/{name}" for name in names}
+    assert {one.size_bytes for one in found.values()} == {10}
+    assert [one.url for one in found.values() if one.why_not] == ["az://images/many/DICOMDIR"]
+    fetching.fetch("az://images/many/a b/ü+%20.dcm").close()
+    assert URL in {one.url for page in fetching.pages("az://images/") for one in page}
+    for url, kind in (
+        ("az://images/nothing/", SourceNotFound),
+        ("az://nothing-here/", SourceNotFound),
+        ("az://private/", SourceNotAllowed),
+        ("az://images/a?b/", SourceNotAllowed),
+    ):
+        with pytest.raises(kind):
+            list(fetching.pages(url))
+    fetching.close()
+    nowhere = f"http://{HOST}:{parts.free_port()}/{AZURITE_ACCOUNT}"
+    for url, key, kind in ((azurite.url, WRONG_KEY, SourceDenied), (nowhere, AZURITE_KEY, SourceUnreachable)):
+        broken = sources(url, monkeypatch, key=key)
+        with pytest.raises(kind) as caught:
+            list(broken.pages("az://images/"))
+        assert AZURITE_KEY not in str(caught.value)
+        broken.close()

@@ -287,3 +287,32 @@ def test_a_presigned_url_that_was_changed_is_denied(rclone: str) -> None:
 def test_an_unsigned_url_is_denied_and_a_missing_object_is_not_found(rclone: str) -> None:
     refused(sources(rclone), f"{rclone}/images/2024/a%20b.dcm", SourceDenied)
     refused(sources(rclone), presigned(rclone, "nothing.dcm"), SourceNotFound)
+
+
+def test_a_prefix_is_listed_page_by_page_with_urls_that_fetch(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.sources.s3.PAGE_ENTRIES", 20)
+    writer = client(endpoint)
+    keys = [f"many/{number:04}.dcm" for number in range(25)] + ["many/a b/ü+&%.dcm", "many/DICOMDIR"]
+    for key in keys:
+        writer.put_object(Bucket="images", Key=key, Body=BODY[:10])
+    writer.close()
+    fetching = sources(endpoint)
+    pages = list(fetching.pages("s3://images/many/"))
+    assert len(pages) == 2
+    found = {one.url: one for page in pages for one in page}
+    assert set(found) == {f"s3://images/{key}" for key in keys}
+    assert {one.size_bytes for one in found.values()} == {10}
+    assert [one.url for one in found.values() if one.why_not] == ["s3://images/many/DICOMDIR"]
+    fetching.fetch("s3://images/many/a b/ü+&%.dcm").close()
+    assert "s3://images/2024/a b.dcm" in {one.url for page in fetching.pages("s3://images/") for one in page}
+    for url, kind in (
+        ("s3://images/nothing/", SourceNotFound),
+        ("s3://nothing-here/", SourceNotFound),
+        ("s3://private/", SourceNotAllowed),
+        ("s3:///many/", SourceNotAllowed),
+    ):
+        with pytest.raises(kind):
+            list(fetching.pages(url))
+    fetching.close()
+    with pytest.raises(SourceUnreachable):
+        list(sources(f"http://{HOST}:{parts.free_port()}").pages("s3://images/"))

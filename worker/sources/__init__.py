@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from typing import Protocol
 
-from worker.errors import SourceNotAllowed
+from worker.errors import SourceNotAllowed, SourceNotFound
+from worker.logs import shown_url
 from worker.settings import SourceSettings
+from worker.sources.archives import Archives, is_archive, is_entry
 from worker.sources.azure import AzureSource
 from worker.sources.folder import FolderSource
 from worker.sources.http import HttpSource, Resolve, resolve
+from worker.sources.listing import Listed, Listing
 from worker.sources.s3 import S3Source
 from worker.sources.spool import Fetched, Limits
 
-__all__ = ["Fetched", "Source", "Sources"]
+__all__ = ["Fetched", "Listed", "Source", "Sources"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}):").match
 
@@ -41,14 +45,11 @@ class Sources:
 
     def __init__(self, settings: SourceSettings, *, resolve: Resolve = resolve) -> None:
         self._settings = settings
-        http = HttpSource(settings, resolve=resolve)
-        self._by_scheme: dict[str, Source] = {
-            "http": http,
-            "https": http,
-            "file": FolderSource(settings),
-            "s3": S3Source(settings),
-            "az": AzureSource(settings),
-        }
+        http, s3, azure = HttpSource(settings, resolve=resolve), S3Source(settings), AzureSource(settings)
+        folder = FolderSource(settings)
+        self._by_scheme: dict[str, Source] = {"http": http, "https": http, "file": folder, "s3": s3, "az": azure}
+        self._listings: dict[str, Listing] = {"file": folder, "s3": s3, "az": azure}
+        self._archives = Archives(self._fetch, self._limits)
 
     def fetch(self, url: str) -> Fetched:
         """All bytes behind ``url``, hashed; close them when done.
@@ -57,22 +58,66 @@ class Sources:
         ------
         SourceNotAllowed, SourceNotFound, SourceDenied, SourceTooLarge
             Trying again would end the same way.
+        NotDicom
+            The archive of which it is to be an entry is none, or damaged.
         SourceUnreachable, SourceTruncated
             Time may cure it.
         """
-        if any("\ud800" <= character <= "\udfff" for character in url):
-            raise SourceNotAllowed("The URL is no valid Unicode text; correct the URL.")
-        match = _SCHEME(url)
-        scheme = match[1].lower() if match else ""
-        source = self._by_scheme.get(scheme)
+        _check_text(url)
+        if is_entry(url):
+            return self._archives.fetch(url, self._limits())
+        return self._fetch(url, self._limits())
+
+    def pages(self, url: str) -> Iterator[list[Listed]]:
+        """What ``url`` holds, page by page: below ``s3://bucket/prefix/``, ``az://container/prefix/`` and
+        ``file:///folder/``, or in a ZIP file at any URL that can be fetched.
+
+        Raises
+        ------
+        SourceNotAllowed
+            As for a fetch, or it is nothing that can be listed.
+        SourceNotFound
+            It is not there, or there is nothing in it.
+        CourierError
+            As for a fetch.
+        """
+        _check_text(url)
+        listing = self._listings.get(_scheme(url)) if url.endswith("/") else None
+        if listing is None and not is_archive(url):
+            raise SourceNotAllowed(
+                "Only s3://bucket/prefix/, az://container/prefix/, file:///folder/ (with the slash at the end) and ZIP "
+                "files can be listed; give other images by their URLs, in a file."
+            )
+        empty = True
+        for page in (listing or self._archives).pages(url):
+            empty = False
+            yield page
+        if empty:
+            raise SourceNotFound(f"There is nothing in {shown_url(url)}; check the URL.")
+
+    def _fetch(self, url: str, limits: Limits) -> Fetched:
+        source = self._by_scheme.get(_scheme(url))
         if source is None:
             spoken = ", ".join(self._by_scheme)
             raise SourceNotAllowed(f"Images are fetched by {spoken}; this URL starts with none of them.")
-        total_timeout_s = self._settings.total_timeout_s
-        limits = Limits(self._settings.max_bytes, time.monotonic() + total_timeout_s, total_timeout_s)
         return source.fetch(url, limits)
 
+    def _limits(self) -> Limits:
+        total_timeout_s = self._settings.total_timeout_s
+        return Limits(self._settings.max_bytes, time.monotonic() + total_timeout_s, total_timeout_s)
+
     def close(self) -> None:
-        """Let go of kept connections; a fetch that is under way ends on its own."""
+        """Let go of kept connections and archives; a fetch that is under way ends on its own."""
+        self._archives.close()
         for source in self._by_scheme.values():
             source.close()
+
+
+def _scheme(url: str) -> str:
+    match = _SCHEME(url)
+    return match[1].lower() if match else ""
+
+
+def _check_text(url: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in url):
+        raise SourceNotAllowed("The URL is no valid Unicode text; correct the URL.")

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from worker.errors import (
     CourierError,
@@ -24,10 +24,14 @@ from worker.errors import (
 )
 from worker.logs import shown_url
 from worker.settings import SourceSettings
+from worker.sources.listing import Listed, listed, paged
 from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
 
 _ABSOLUTE = re.compile(r"file:/", re.IGNORECASE).match
 _TO_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: How many folders deep is looked; each takes an open file.
+MAX_DEPTH = 64
 # Not blocking, because opening a FIFO would otherwise wait for somebody to write into it.
 _TO_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -47,14 +51,33 @@ class FolderSource:
             raise _judge(error, source) from error
         return fetched
 
+    def pages(self, url: str) -> Iterator[list[Listed]]:
+        """The files below ``file:///folder/``, in the order in which the folders hold them."""
+        path = path_of(url)
+        try:
+            yield from paged(self._below(path))
+        except OSError as error:
+            raise _judge(error, shown_url(url)) from error
+
+    def _below(self, path: Path) -> Iterator[Listed]:
+        real, folder = self._allowed(path)
+        yield from _walk(_to_folder(folder, real.relative_to(folder).parts), path.as_posix().rstrip("/"))
+
+    def _allowed(self, path: Path) -> tuple[Path, Path]:
+        """Where ``path`` leads, and the folder of the settings that it is below."""
+        real = Path(os.path.realpath(path))
+        folder = next((folder for folder in self._folders if real.is_relative_to(folder)), None)
+        if folder is None:
+            raise SourceNotAllowed("The file is in none of the folders that sources.folders names; put it into one.")
+        return real, folder
+
     def close(self) -> None:
         """Nothing is kept open between fetches."""
 
     def _open(self, path: Path) -> BinaryIO:
-        real = Path(os.path.realpath(path))
-        folder = next((folder for folder in self._folders if real.is_relative_to(folder)), None)
-        if folder is None or real == folder:
-            raise SourceNotAllowed("The file is in none of the folders that sources.folders names; put it into one.")
+        real, folder = self._allowed(path)
+        if real == folder:
+            raise SourceNotAllowed("The URL names a folder and no file; name a file.")
         descriptor = _descend(folder, real.relative_to(folder).parts)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -92,6 +115,52 @@ def _descend(folder: Path, parts: tuple[str, ...]) -> int:
             os.close(descriptor)
         descriptor = following
     return descriptor
+
+
+def _to_folder(folder: Path, parts: tuple[str, ...]) -> int:
+    """As above, to a folder that can be read."""
+    descriptor = os.open(folder, _READ_FOLDER)
+    for part in parts:
+        try:
+            following = os.open(part, _READ_FOLDER, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = following
+    return descriptor
+
+
+def _walk(descriptor: int, path: str, depth: int = 0) -> Iterator[Listed]:
+    """What is below the open folder, which is closed at the end. Links to folders are not followed."""
+    try:
+        with os.scandir(descriptor) as found:
+            for one in found:
+                below = f"{path}/{one.name}"
+                if one.is_dir(follow_symlinks=False):
+                    if depth >= MAX_DEPTH:
+                        yield Listed(_url(below), None, f"below more than {MAX_DEPTH} folders")
+                    else:
+                        yield from _walk(os.open(one.name, _READ_FOLDER, dir_fd=descriptor), below, depth + 1)
+                else:
+                    yield _file(one, below)
+    finally:
+        os.close(descriptor)
+
+
+def _file(one: os.DirEntry[str], path: str) -> Listed:
+    url = _url(path)
+    try:
+        status = one.stat()  # of what it leads to; whether that may be read is for the fetch to say
+    except OSError:
+        return Listed(url, None, "a link that leads nowhere, or a file that has gone")
+    if not stat.S_ISREG(status.st_mode):
+        return Listed(url, None, "a link to a folder, or a device")
+    if any("\ud800" <= sign <= "\udfff" for sign in path):
+        return Listed(url, status.st_size, "its name is not UTF-8")
+    return listed(url, one.name, status.st_size)
+
+
+def _url(path: str) -> str:
+    return f"file://{quote(os.fsencode(path))}"
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

@@ -24,9 +24,12 @@ from worker.errors import (
 from worker.logs import shown_url
 from worker.settings import SourceSettings
 from worker.sources.encoding import decoded, is_plain
+from worker.sources.listing import PAGE_ENTRIES, Listed, listed
 from worker.sources.spool import Fetched, Limits, spool
 
-_S3_URL = re.compile(r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})/(?P<key>[^\x00-\x1f]+)").fullmatch
+_BUCKET = r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})"
+_S3_URL = re.compile(_BUCKET + r"/(?P<key>[^\x00-\x1f]+)").fullmatch
+_S3_PREFIX = re.compile(_BUCKET + r"/(?P<prefix>([^\x00-\x1f]*/)?)").fullmatch
 #: Small, because a read waits until it is full and the fetch's time is looked at in between.
 _READ_BYTES = 65_536
 _GONE = frozenset(("NoSuchKey", "NoSuchBucket", "NoSuchVersion"))
@@ -42,11 +45,7 @@ class S3Source:
 
     def fetch(self, url: str, limits: Limits) -> Fetched:
         bucket, key = bucket_and_key(url)
-        if not any(fnmatchcase(bucket, pattern) for pattern in self._settings.s3.buckets):
-            raise SourceNotAllowed(
-                f"The bucket {bucket} is not on the list of allowed sources; "
-                "add it to sources.s3.buckets if images may be fetched from it."
-            )
+        self._check(bucket)
         source = shown_url(url)
         with _translated(source):
             answer = self._connected().get_object(Bucket=bucket, Key=key)
@@ -60,6 +59,30 @@ class S3Source:
                 source=source,
                 limits=limits,
                 announced_bytes=size_bytes if is_plain(encoding) else None,
+            )
+
+    def pages(self, url: str) -> Iterator[list[Listed]]:
+        """The objects below ``s3://bucket/prefix/``, a page of S3's at a time."""
+        bucket, prefix = _bucket_and_prefix(url)
+        self._check(bucket)
+        source = shown_url(url)
+        more: dict[str, str] = {}
+        while True:
+            with _translated(source):
+                answer = self._connected().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_ENTRIES, **more)
+            found = ((one["Key"], one.get("Size")) for one in answer.get("Contents", ()))
+            page = [listed(f"s3://{bucket}/{key}", key, size) for key, size in found if not key.endswith("/")]
+            if page:
+                yield page
+            if not answer.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def _check(self, bucket: str) -> None:
+        if not any(fnmatchcase(bucket, pattern) for pattern in self._settings.s3.buckets):
+            raise SourceNotAllowed(
+                f"The bucket {bucket} is not on the list of allowed sources; "
+                "add it to sources.s3.buckets if images may be fetched from it."
             )
 
     def close(self) -> None:
@@ -79,6 +102,13 @@ def bucket_and_key(url: str) -> tuple[str, str]:
     if match is None:
         raise SourceNotAllowed("The S3 URL is malformed; write s3://bucket/key, without user name or password.")
     return match["bucket"], match["key"]
+
+
+def _bucket_and_prefix(url: str) -> tuple[str, str]:
+    match = _S3_PREFIX(url)
+    if match is None:
+        raise SourceNotAllowed("The S3 URL is malformed; write s3://bucket/prefix/, without user name or password.")
+    return match["bucket"], match["prefix"]
 
 
 def _client(settings: SourceSettings) -> Any:

@@ -1,0 +1,243 @@
+"""Folders and archives say what they hold, and give nothing that lies outside of them or that blows up."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+import struct
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from worker.errors import (
+    CourierError,
+    NotDicom,
+    SourceDenied,
+    SourceNotAllowed,
+    SourceNotFound,
+    SourceTooLarge,
+)
+from worker.settings import SourceSettings
+from worker.sources import Listed, Sources, archives
+from worker.sources.listing import PAGE_ENTRIES
+
+BODY = b"0123456789abcdef" * 2000
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    inside = tmp_path / "in"
+    inside.mkdir()
+    (tmp_path / "outside.dcm").write_bytes(BODY)
+    return inside
+
+
+@pytest.fixture
+def sources(folder: Path) -> Sources:
+    return Sources(SourceSettings(folders=(folder,), max_bytes=10_000_000))
+
+
+def everything(sources: Sources, url: str) -> dict[str, Listed]:
+    return {one.url: one for page in sources.pages(url) for one in page}
+
+
+def names(found: dict[str, Listed]) -> dict[str, str]:
+    return {url.rpartition("/")[2]: one.why_not for url, one in found.items()}
+
+
+def test_a_folder_gives_every_file_below_it_by_a_url_that_fetches_it(sources: Sources, folder: Path) -> None:
+    (folder / "a b" / "ü#?%").mkdir(parents=True)
+    for name in ("one.dcm", "a b/two", "a b/ü#?%/three!.dcm"):
+        (folder / name).write_bytes(BODY)
+    found = everything(sources, f"{folder.as_uri()}/")
+    assert len(found) == 3
+    for url, one in found.items():
+        assert (one.size_bytes, one.why_not) == (len(BODY), "")
+        with sources.fetch(url) as fetched:
+            assert fetched.stream.read() == BODY
+    assert len(everything(sources, (folder / "a b").as_uri() + "/")) == 2
+
+
+def test_what_is_no_image_is_listed_with_the_reason(sources: Sources, folder: Path) -> None:
+    (folder / "sub").mkdir()
+    for name in ("DICOMDIR", "manifest.json", "more.zip", "x.dcm"):
+        (folder / name).write_bytes(BODY)
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "up").symlink_to(folder.parent)
+    os.mkfifo(folder / "pipe")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.dcm")).write_bytes(BODY)
+    found = names(everything(sources, f"{folder.as_uri()}/"))
+    assert [name for name, why_not in found.items() if not why_not] == ["x.dcm"]
+    assert len(found) == 8  # a link out of the folder is not followed
+
+
+def test_folders_are_paged_and_none_is_listed_that_the_settings_do_not_name(sources: Sources, folder: Path) -> None:
+    for number in range(PAGE_ENTRIES + 1):
+        (folder / str(number)).touch()
+    assert [len(page) for page in sources.pages(f"{folder.as_uri()}/")] == [PAGE_ENTRIES, 1]
+    (folder / "empty").mkdir()
+    (folder / "up").symlink_to(folder.parent)
+    for url, kind in (
+        (f"{folder.parent.as_uri()}/", SourceNotAllowed),
+        (f"{folder.as_uri()}/../", SourceNotAllowed),
+        (f"{folder.as_uri()}/up/", SourceNotAllowed),
+        (f"{folder.as_uri()}/missing/", SourceNotFound),
+        (f"{folder.as_uri()}/empty/", SourceNotFound),
+        (f"{folder.as_uri()}/0/", SourceNotAllowed),
+        (folder.as_uri(), SourceNotAllowed),
+        ("https://images.example.org/all/", SourceNotAllowed),
+        ("s3://elsewhere/", SourceNotAllowed),
+        ("az://elsewhere/a/", SourceNotAllowed),
+        ("az://elsewhere/a?sig=x/", SourceNotAllowed),
+    ):
+        with pytest.raises(kind):
+            everything(sources, url)
+    if os.geteuid():
+        (folder / "locked").mkdir(mode=0)
+        with pytest.raises(SourceDenied):
+            everything(sources, f"{folder.as_uri()}/locked/")
+
+
+Packed = Callable[..., str]
+
+
+@pytest.fixture
+def packed(folder: Path) -> Packed:
+    def pack(entries: dict[str, bytes], name: str = "images.zip", how: int = zipfile.ZIP_DEFLATED) -> str:
+        with zipfile.ZipFile(folder / name, "w", how) as archive:
+            for entry, body in entries.items():
+                archive.writestr(entry, body)
+        return (folder / name).as_uri()
+
+    return pack
+
+
+def test_an_archive_gives_each_entry_by_a_url_that_fetches_it(sources: Sources, packed: Packed) -> None:
+    bodies = {f"a b/ü#?%!/{number}.dcm": random.Random(number).randbytes(50_000) for number in range(30)}
+    url = packed(bodies | {"folder/": b""})
+    found = everything(sources, url)
+    assert len(found) == 30
+    assert all(one.size_bytes == 50_000 and one.url.startswith(f"zip+{url}!/") for one in found.values())
+    assert everything(sources, f"zip+{url}") == found
+
+    def body(url: str) -> bytes:
+        with sources.fetch(url) as fetched:
+            assert "!/a%20b/" in fetched.source
+            return fetched.stream.read()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(body, found)) == list(bodies.values())
+    # Another worker, or this one later, opens the archive anew.
+    sources.close()
+    assert body(next(iter(found))) == next(iter(bodies.values()))
+    with pytest.raises(SourceNotFound, match="no such entry"):
+        sources.fetch(f"zip+{url}!/elsewhere.dcm")
+
+
+def test_an_archive_is_fetched_once_for_all_its_entries_and_let_go_later(
+    sources: Sources, packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    inner = sources._archives._fetch
+    monkeypatch.setattr(sources._archives, "_fetch", lambda url, limits: [fetched.append(url), inner(url, limits)][1])
+    first, second, third = (packed({"a": BODY, "b": BODY}, f"{number}.zip") for number in range(3))
+    for _ in range(3):
+        for entry in ("a", "b"):
+            sources.fetch(f"zip+{first}!/{entry}").close()
+    assert fetched == [first]
+    for url in (second, third):
+        sources.fetch(f"zip+{url}!/a").close()
+    assert list(sources._archives._kept) == [second, third]
+    sources._archives._drop_idle()
+    assert len(sources._archives._kept) == 2
+    monkeypatch.setattr(archives, "KEEP_S", -1.0)
+    sources._archives._drop_idle()
+    assert not sources._archives._kept
+
+
+def test_entries_that_lead_astray_are_neither_listed_as_images_nor_read(
+    sources: Sources, packed: Packed, folder: Path
+) -> None:
+    url = packed({"../up.dcm": BODY, "/root.dcm": BODY, "C:/a.dcm": BODY, "inner.zip": BODY, "__MACOSX/._a": BODY})
+    link = zipfile.ZipInfo("link.dcm")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(folder / "images.zip", "a") as archive:
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("lzma.dcm", BODY, zipfile.ZIP_LZMA)
+        archive.writestr("good.dcm", BODY)
+        archive.writestr("twice.dcm", BODY)
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("twice.dcm", BODY)
+    found = everything(sources, url)
+    assert [one.rpartition("/")[2] for one, listed in found.items() if not listed.why_not] == ["good.dcm"]
+    for one, listed in found.items():
+        if listed.why_not:
+            with pytest.raises(SourceNotAllowed):
+                sources.fetch(one)
+    for malformed in (f"zip+{url}", f"zip+{url}!/", f"zip+zip+{url}!/inner.zip!/a"):
+        with pytest.raises(SourceNotAllowed):
+            sources.fetch(malformed)
+    with pytest.raises(SourceNotAllowed, match="none of the folders"):
+        sources.fetch(f"zip+{folder.parent.as_uri()}/outside.dcm!/a")
+    with pytest.raises(SourceNotAllowed, match="entry of an archive"):
+        everything(sources, f"zip+{url}!/inner.zip")
+
+
+def refused(sources: Sources, url: str, kind: type[CourierError]) -> None:
+    with pytest.raises(kind):
+        everything(sources, url)
+    with pytest.raises(kind):
+        sources.fetch(f"zip+{url}!/a")
+    assert not sources._archives._kept
+
+
+def test_what_is_no_archive_or_damaged_is_refused(sources: Sources, packed: Packed, folder: Path) -> None:
+    whole = Path(packed({"a": BODY}, how=zipfile.ZIP_STORED)[len("file://") :]).read_bytes()
+    (folder / "none.zip").write_bytes(BODY)
+    refused(sources, (folder / "none.zip").as_uri(), NotDicom)
+    (folder / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    refused(sources, (folder / "cut.zip").as_uri(), NotDicom)
+    (folder / "bit.zip").write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(NotDicom, match="damaged"):
+        sources.fetch(f"zip+{(folder / 'bit.zip').as_uri()}!/a")
+    for _ in range(200):
+        rng = random.Random(_)
+        spoilt = bytearray(whole[-150:])
+        for _ in range(3):
+            spoilt[rng.randrange(len(spoilt))] = rng.randrange(256)
+        (folder / "fuzz.zip").write_bytes(whole[:-150] + spoilt)
+        try:
+            for url in everything(sources, (folder / "fuzz.zip").as_uri()):
+                sources.fetch(url).close()
+        except CourierError:
+            pass
+        sources.close()
+
+
+def test_an_archive_that_would_blow_up_is_refused_before_it_does(
+    sources: Sources, packed: Packed, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = packed({"a": bytes(20_000_000)})
+    with pytest.raises(SourceTooLarge):
+        sources.fetch(f"zip+{bomb}!/a")
+    monkeypatch.setattr(archives, "GROWTH_BYTES", 1_000_000)
+    sources.close()
+    refused(sources, bomb, SourceTooLarge)
+    monkeypatch.setattr(archives, "MAX_ENTRIES", 3)
+    refused(sources, packed({name: b"" for name in "abcd"}), SourceTooLarge)
+    monkeypatch.setattr(archives, "MAX_DIRECTORY_BYTES", 200)
+    refused(sources, packed({name: b"" for name in "abcd"}), SourceTooLarge)
+
+
+def test_an_archive_whose_entries_share_their_bytes_is_refused(sources: Sources, packed: Packed, folder: Path) -> None:
+    url = packed({"a": BODY, "b": BODY}, how=zipfile.ZIP_STORED)
+    path = folder / "images.zip"
+    content = bytearray(path.read_bytes())
+    second = content.rfind(b"PK\x01\x02")
+    content[second + 42 : second + 46] = struct.pack("<I", 0)  # the second entry begins where the first does
+    path.write_bytes(content)
+    refused(sources, url, SourceNotAllowed)
