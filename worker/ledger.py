@@ -6,7 +6,7 @@ No Celery and no HTTP live here.
 
 Keys, all below ``courier:`` in a database of their own:
 
-    job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …
+    job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …; what it holds
     due           zset    job ids by the time (ms) at which somebody has to look at them again: to begin, to go on, or,
                           once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
@@ -152,8 +152,10 @@ redis.call('HSET', job, 'state', ARGV[3], 'outcome', ARGV[4], 'code', ARGV[5], '
 redis.call('HDEL', job, 'lease_ms', 'sends', 'waits', 'message')
 redis.call('ZADD', due, now + ARGV[8], ARGV[1])
 note_of_job(job, ARGV[7], ARGV[6], ARGV[5] ~= 'done')
-local hold = redis.call('HGET', job, 'hold')
-if hold and redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
+local held = redis.call('HMGET', job, 'hold', 'holds')
+for hold in string.gmatch((held[1] or '') .. ' ' .. (held[2] or ''), '%S+') do
+  if redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
+end
 for gate in string.gmatch(redis.call('HGET', job, 'gates') or '', '%S+') do
   if redis.call('HGET', gate, 'job_id') == ARGV[1] then redis.call('DEL', gate) end
 end
@@ -185,7 +187,7 @@ if redis.call('HGET', job, 'state') ~= 'dead' then return 0 end
 note_of_job(job, ARGV[3], ARGV[4], true)
 redis.call('HSET', job, 'state', 'queued', 'attempts', 0, 'replayed_ms', now)
 redis.call('HINCRBY', job, 'replays', 1)
-redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'gates', 'storing',
+redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates', 'storing',
   'sends', 'waits', 'woken')
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('DEL', KEYS[4])
@@ -267,6 +269,59 @@ for i = 3 + half, #KEYS do
 end
 if half > 0 then redis.call('HSET', KEYS[2], 'storing', table.concat(KEYS, ' ', 3 + half)) end
 return ''
+"""
+
+# The same for many images at once, held until they are let go; a job's record lists what it holds so. ARGV: job, fence,
+# then image, study and series of each. Nobody can hold some of them and wait for the rest: what is another's is left out.
+_HOLD_MANY = f"""
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return {{'!lost'}} end
+local before = redis.call('HMGET', KEYS[1], 'holds', 'storing')
+local holds, storing, mine, into, owners = {{}}, {{}}, {{}}, {{}}, {{}}
+for key in string.gmatch(before[1] or '', '%S+') do holds[#holds + 1] = key; mine[key] = true end
+for key in string.gmatch(before[2] or '', '%S+') do storing[#storing + 1] = key; into[key] = true end
+for i = 3, #ARGV, 3 do
+  local hold = '{PREFIX}hold:' .. ARGV[i]
+  local owner = redis.call('HGET', hold, 'job_id') or ''
+  if owner == ARGV[1] then owner = '' end
+  for above = i + 1, i + 2 do
+    if owner == '' and not mine[hold] then owner = redis.call('HGET', '{PREFIX}gate:' .. ARGV[above], 'job_id') or '' end
+  end
+  owners[#owners + 1] = owner
+  if owner == '' then
+    redis.call('HSET', hold, 'job_id', ARGV[1])
+    if not mine[hold] then holds[#holds + 1] = hold; mine[hold] = true end
+    for above = i + 1, i + 2 do
+      local key = '{PREFIX}storing:' .. ARGV[above]
+      if not into[key] then
+        redis.call('SADD', key, ARGV[1])
+        redis.call('PEXPIRE', key, 86400000)
+        storing[#storing + 1] = key
+        into[key] = true
+      end
+    end
+  end
+end
+if #holds > 0 then
+  redis.call('HSET', KEYS[1], 'holds', table.concat(holds, ' '), 'storing', table.concat(storing, ' '))
+end
+return owners
+"""
+
+# ARGV: job, fence, then the images that stay held. As long as there is one, so does what it is stored into.
+_LET_GO_MANY = f"""
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
+local keep, kept = {{}}, {{}}
+for i = 3, #ARGV do keep['{PREFIX}hold:' .. ARGV[i]] = true end
+for key in string.gmatch(redis.call('HGET', KEYS[1], 'holds') or '', '%S+') do
+  if keep[key] then
+    kept[#kept + 1] = key
+  elseif redis.call('HGET', key, 'job_id') == ARGV[1] then
+    redis.call('DEL', key)
+  end
+end
+if #kept > 0 then return redis.call('HSET', KEYS[1], 'holds', table.concat(kept, ' ')) end
+for key in string.gmatch(redis.call('HGET', KEYS[1], 'storing') or '', '%S+') do redis.call('SREM', key, ARGV[1]) end
+return redis.call('HDEL', KEYS[1], 'holds', 'storing')
 """
 
 _SHUT = """
@@ -485,6 +540,7 @@ class Ledger:
         self._cancel, self._hold, self._intend = script(_CANCEL), script(_HOLD), script(_INTEND)
         self._claim_study, self._stored = script(_CLAIM_STUDY), script(_STORED)
         self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
+        self._hold_many, self._let_go_many = script(_HOLD_MANY), script(_LET_GO_MANY)
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
 
     @classmethod
@@ -661,6 +717,20 @@ class Ledger:
         owner = str(self._hold(keys=keys, args=[job_id, fence]))
         self._guard(owner != "!lost")
         return owner or None
+
+    def hold_images(self, images: Sequence[tuple[str, str, str]], *, job_id: str, fence: int) -> list[str | None]:
+        """`hold_image` for many, in one step; in their order, the id of the job that has it, or None where we do.
+
+        Each is named by its image, study and series UIDs. They are ours until they are let go or the job ends.
+        """
+        args: list[str | int] = [job_id, fence, *(uid for uids in images for uid in uids)]
+        owners = cast(list[str], self._hold_many(keys=[_job(job_id)], args=args) if images else [])
+        self._guard(owners != ["!lost"])
+        return [owner or None for owner in owners]
+
+    def let_go_images(self, *, job_id: str, fence: int, but: Iterable[str] = ()) -> None:
+        """Let others have the images that `hold_images` gave us, ``but`` those whose fate is not known."""
+        self._let_go_many(keys=[_job(job_id)], args=[job_id, fence, *but])
 
     def hold_destination(self, url_sha256: str, *, job_id: str, fence: int) -> str | None:
         """Be the one job that may write to a destination, known by a digest; otherwise the id of the job that is."""

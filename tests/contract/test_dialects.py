@@ -495,3 +495,20 @@ def test_a_real_server_takes_the_right_password_and_no_other(
 
 def test_every_dialect_is_in_this_suite() -> None:
     assert {habits.server_type for habits in HABITS.values()} == set(DIALECTS)
+
+
+@pytest.mark.parametrize("several", [2, 7, 60])
+def test_of_many_images_of_a_study_those_are_named_that_are_there(pacs: Pacs, several: int) -> None:
+    study = new_uid()
+    there = stored(pacs, *(image(study, side=8) for _ in range(several)))
+    elsewhere = stored(pacs, image(new_uid(), side=8))
+    uids = [uid_of("image", one) for one in there]
+    absent = [new_uid() for _ in range(several)]
+    assert pacs.present(study, [*uids, *absent, uid_of("image", elsewhere[0])]) == set(uids)
+    assert pacs.present(study, uids[:1]) == set(uids[:1])
+    assert pacs.present(study, absent) == pacs.present(new_uid(), uids) == pacs.present(study, []) == set()
+
+
+def test_one_request_may_be_as_large_as_the_product_documents(pacs: Pacs, habits: Habits) -> None:
+    documented = {"msdicom": 2_147_483_647, "dcm4chee": 10_000_000_000, "orthanc": None, "dicomweb": None}
+    assert pacs.request_bytes == documented[habits.server_type]

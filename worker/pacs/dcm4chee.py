@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -70,6 +70,8 @@ CODES: Codes = {
 class Dcm4chee:
     #: Oddity: "What comes back is not what was sent".
     keeps_bytes = False
+    #: HTTP_MAX_POST_SIZE of the image.
+    request_bytes = 10_000_000_000
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -79,6 +81,10 @@ class Dcm4chee:
 
     def find(self, level: Level, uid: str) -> list[Found]:
         return self._web.find(level, uid)
+
+    def present(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
+        """Oddity: "Parameters are not to be trusted with anything": a list of UIDs is a repeated parameter."""
+        return self._web.present_in_lists(study_instance_uid, sop_instance_uids)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
         """An image that is there already is `STORED` too. Oddity: "A duplicate is a success"."""

@@ -29,6 +29,9 @@ DICOM_JSON = {"Accept": "application/dicom+json"}
 DICOM_JSON_GZIP = {**DICOM_JSON, "Accept-Encoding": "gzip"}
 AS_STORED = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
 
+#: So many images are asked for one by one before the whole study is listed, or named in one query.
+FEW, LISTED = 3, 50
+
 #: Legal in a query as they are, and Orthanc understands them only so. DCM4CHEE makes a list of a bare comma.
 _RAW = "!$'()*;:@/?"
 _TAG = re.compile(r"[0-9A-Fa-f]{8}", re.ASCII)
@@ -98,6 +101,30 @@ class DicomWeb:
                     raise self.misanswered("an image without the UIDs above it")
                 yield self._nameable(Found("image", found.study_instance_uid, series, image, attributes=ds))
             offset += len(datasets)  # and not by the page: a server may hold its pages smaller than it was asked
+
+    def present(self, study_instance_uid: str, sop_instance_uids: Collection[str], *, page: int) -> set[str]:
+        """Few are asked for one by one; for more, the study's images are listed."""
+        wanted = set(sop_instance_uids)
+        if len(wanted) <= FEW:
+            found = [one for uid in wanted for one in self.find("image", uid)]
+            there = {one.sop_instance_uid for one in found if one.study_instance_uid == study_instance_uid}
+        else:
+            there = {one.sop_instance_uid for one in self.instances(Found("study", study_instance_uid), page=page)}
+        return {uid for uid in there & wanted if uid is not None}
+
+    def present_in_lists(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
+        """The same where a query may name several UIDs, the parameter repeated."""
+        wanted = sorted(set(sop_instance_uids))
+        target = f"{self._base}{path_of(Found('study', study_instance_uid))}/instances"
+        there: set[str] = set()
+        for first in range(0, len(wanted), LISTED):
+            asked = [("SOPInstanceUID", check_uid(uid)) for uid in wanted[first : first + LISTED]]
+            found = self._search(f"{target}?{urlencode([*asked, ('limit', str(LISTED))])}", DICOM_JSON_GZIP)
+            uids = {text(ds, SOP_INSTANCE_UID) for ds in found}
+            if not uids <= {uid for _, uid in asked}:
+                raise self.misanswered("matches that were not asked for")
+            there |= uids
+        return there
 
     def push(self, parts: Sequence[Part], *, expected: Collection[int]) -> Answer:
         """Send ``parts`` to ``/studies``, streamed; a fresh token makes the body be built again."""

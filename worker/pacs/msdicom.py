@@ -6,7 +6,7 @@ Only what this product does in its own way; each habit is told in docs/pacs-oddi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -66,6 +66,8 @@ _TAG = re.compile(r"\(([0-9A-Fa-f]{4}),([0-9A-Fa-f]{4})\)", re.ASCII)
 
 class MsDicom:
     keeps_bytes = True
+    #: Of the server itself; Azure's service takes 4 GB by now.
+    request_bytes = 2_147_483_647
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -74,6 +76,9 @@ class MsDicom:
 
     def find(self, level: Level, uid: str) -> list[Found]:
         return self._web.find(level, uid)
+
+    def present(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
+        return self._web.present(study_instance_uid, sop_instance_uids, page=MAX_PAGE)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
         answer = self._web.push(parts, expected=(200, 202, 204, 409))

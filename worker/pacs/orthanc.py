@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from pydicom.datadict import tag_for_keyword
 
 from worker.pacs.dicomjson import values
-from worker.pacs.dicomweb import DicomWeb, check_filters
+from worker.pacs.dicomweb import LISTED, DicomWeb, check_filters
 from worker.pacs.protocol import (
     DatabaseState,
     Deletion,
@@ -49,6 +49,7 @@ BAD_FILE = "The server cannot read the file as DICOM."
 
 class Orthanc:
     keeps_bytes = True
+    request_bytes = None
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -64,11 +65,25 @@ class Orthanc:
         check_uid(uid)
         question = {"Level": RESOURCES[level][0], "Query": {IDENTIFIERS[level]: uid}, "Expand": True}
         matches = self._look_up(question)
-        if not all(isinstance(match, dict) and _bears(match, IDENTIFIERS[level], uid) for match in matches):
+        if not all(_tag(match, IDENTIFIERS[level]) == uid for match in matches):
             raise self._web.misanswered("matches that were not asked for")
         if level == "study":
             return [Found("study", uid) for _ in matches]
         return self._web.find(level, uid) if matches else []
+
+    def present(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
+        """From the index, which takes a list; QIDO opens the file of every image that it lists."""
+        there: set[str] = set()
+        wanted = sorted(set(sop_instance_uids))
+        for first in range(0, len(wanted), LISTED):
+            uids = [check_uid(uid) for uid in wanted[first : first + LISTED]]
+            query = {"StudyInstanceUID": check_uid(study_instance_uid), "SOPInstanceUID": "\\".join(uids)}
+            matches = self._look_up({"Level": "Instance", "Query": query, "Expand": True})
+            found = {_tag(match, "SOPInstanceUID") for match in matches}
+            if not found <= set(uids):
+                raise self._web.misanswered("matches that were not asked for")
+            there |= found
+        return there
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
         """Oddity: "A 400 may have stored the good ones"."""
@@ -156,9 +171,9 @@ class Orthanc:
         return found
 
 
-def _bears(match: Mapping[str, Any], keyword: str, uid: str) -> bool:
-    tags = match.get("MainDicomTags")
-    return isinstance(tags, dict) and str(tags.get(keyword, "")).strip(" \0") == uid
+def _tag(match: object, keyword: str) -> str:
+    tags = match.get("MainDicomTags") if isinstance(match, dict) else None
+    return str(tags.get(keyword, "")).strip(" \0") if isinstance(tags, dict) else ""
 
 
 def unencoded_value(value: str) -> str:

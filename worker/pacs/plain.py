@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from worker.pacs.dicomjson import WARNING_REASON, number
@@ -48,6 +48,7 @@ WARNINGS = {
 class PlainDicomWeb:
     #: Unknown, so never relied upon.
     keeps_bytes = False
+    request_bytes = None
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -56,6 +57,9 @@ class PlainDicomWeb:
 
     def find(self, level: Level, uid: str) -> list[Found]:
         return self._web.find(level, uid)
+
+    def present(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
+        return self._web.present(study_instance_uid, sop_instance_uids, page=MAX_PAGE)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
         answer = self._web.push(parts, expected=(200, 202, 204, 400, 409))

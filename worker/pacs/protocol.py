@@ -6,7 +6,7 @@ dialect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -140,8 +140,17 @@ class Pacs(Protocol):
         """Whether a retrieved instance is byte for byte what was stored (transfer-syntax=*)."""
         ...
 
+    @property
+    def request_bytes(self) -> int | None:
+        """How many bytes the body of one `store` may have, as documented; None where nothing is."""
+        ...
+
     def find(self, level: Level, uid: str) -> list[Found]:
         """Every object of ``level`` that bears ``uid``; [] only when the server said that there is none."""
+        ...
+
+    def present(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
+        """Those of the images that the server has in that study, in as few questions as it allows."""
         ...
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
