@@ -187,8 +187,8 @@ if redis.call('HGET', job, 'state') ~= 'dead' then return 0 end
 note_of_job(job, ARGV[3], ARGV[4], true)
 redis.call('HSET', job, 'state', 'queued', 'attempts', 0, 'replayed_ms', now)
 redis.call('HINCRBY', job, 'replays', 1)
-redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates', 'storing',
-  'sends', 'waits', 'woken')
+redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
+  'storing', 'sends', 'waits', 'woken')
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('DEL', KEYS[4])
 redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
@@ -272,7 +272,7 @@ return ''
 """
 
 # The same for many images at once, held until they are let go; a job's record lists what it holds so. ARGV: job, fence,
-# then image, study and series of each. Nobody can hold some of them and wait for the rest: what is another's is left out.
+# then image, study and series of each. What is another's is left out, and nobody waits for it while holding the rest.
 _HOLD_MANY = f"""
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return {{'!lost'}} end
 local before = redis.call('HMGET', KEYS[1], 'holds', 'storing')
@@ -284,7 +284,8 @@ for i = 3, #ARGV, 3 do
   local owner = redis.call('HGET', hold, 'job_id') or ''
   if owner == ARGV[1] then owner = '' end
   for above = i + 1, i + 2 do
-    if owner == '' and not mine[hold] then owner = redis.call('HGET', '{PREFIX}gate:' .. ARGV[above], 'job_id') or '' end
+    local gate = '{PREFIX}gate:' .. ARGV[above]
+    if owner == '' and not mine[hold] then owner = redis.call('HGET', gate, 'job_id') or '' end
   end
   owners[#owners + 1] = owner
   if owner == '' then

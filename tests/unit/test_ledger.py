@@ -254,6 +254,52 @@ def test_a_study_is_not_deleted_while_it_is_stored_into_nor_stored_into_while_it
     assert ledger.shut("1.2.1", job_id="j3", fence=delete.fence) == "j2"
 
 
+def test_many_images_are_held_in_one_step_and_what_is_anothers_is_left_to_it(ledger: Ledger) -> None:
+    single, batch, other = claim(ledger, "j1"), claim(ledger, "b1"), claim(ledger, "b2")
+    images = [(f"1.2.1.{number}", "1.2", "1.2.1") for number in range(3)]
+    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=single.fence, into=("1.2", "1.2.1")) is None
+    assert ledger.hold_images(images, job_id="b1", fence=batch.fence) == [None, "j1", None]
+    assert ledger.hold_images(images, job_id="b1", fence=batch.fence) == [None, "j1", None]
+    assert ledger.hold_images(images, job_id="b2", fence=other.fence) == ["b1", "j1", "b1"]
+    late = claim(ledger, "j2")
+    assert ledger.hold_image("1.2.1.0", job_id="j2", fence=late.fence) == "b1"
+    assert ledger.known("1.2.1").storing == ["b1", "j1"]
+    ledger.let_go_images(job_id="b1", fence=batch.fence, but=["1.2.1.2"])
+    assert ledger.hold_images(images, job_id="b2", fence=other.fence) == [None, "j1", "b1"]
+    assert ledger.known("1.2").storing == ["b1", "b2", "j1"]  # one of them may still arrive there
+    ledger.let_go_images(job_id="b1", fence=batch.fence)
+    assert ledger.hold_images(images[2:], job_id="b2", fence=other.fence) == [None]
+    finish(ledger, single.fence)
+    finish(ledger, other.fence, "b2")
+    assert (ledger.known("1.2").storing, ledger.known("1.2.1").storing) == ([], [])
+    assert ledger.hold_images(images, job_id="b1", fence=batch.fence) == [None, None, None]
+    assert ledger.hold_images([], job_id="b1", fence=batch.fence) == []
+
+
+def test_many_images_are_not_stored_into_what_is_being_deleted_unless_they_came_first(ledger: Ledger) -> None:
+    batch, delete = claim(ledger, "b1"), claim(ledger, "j3")
+    first, second = ("1.2.1.1", "1.2", "1.2.1"), ("1.2.1.2", "1.2", "1.2.1")
+    assert ledger.hold_images([first], job_id="b1", fence=batch.fence) == [None]
+    assert ledger.shut("1.2.1", job_id="j3", fence=delete.fence) == "b1"
+    assert ledger.hold_images([first, second], job_id="b1", fence=batch.fence) == [None, "j3"]
+    ledger.let_go_images(job_id="b1", fence=batch.fence)
+    assert ledger.shut("1.2.1", job_id="j3", fence=delete.fence) is None
+    assert ledger.hold_images([first], job_id="b1", fence=batch.fence) == ["j3"]
+
+
+def test_a_late_holder_holds_no_images_and_lets_none_go(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    late = claim(ledger, "b1")
+    expire_lease(client, "b1")
+    again = claim(ledger, "b1")
+    other = claim(ledger, "b2")
+    image = ("1.2.1.1", "1.2", "1.2.1")
+    with pytest.raises(LeaseLost):
+        ledger.hold_images([image], job_id="b1", fence=late.fence)
+    assert ledger.hold_images([image], job_id="b1", fence=again.fence) == [None]
+    ledger.let_go_images(job_id="b1", fence=late.fence)
+    assert ledger.hold_images([image], job_id="b2", fence=other.fence) == ["b1"]
+
+
 def events(ledger: Ledger, uid: str) -> list[tuple[str, str]]:
     return [(note.event, note.job_id) for note in ledger.known(uid).trail]
 
