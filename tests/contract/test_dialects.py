@@ -31,7 +31,7 @@ from worker.errors import (
 )
 from worker.instances import identify
 from worker.pacs.dicomjson import SOP_INSTANCE_UID, STUDY_INSTANCE_UID, text
-from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs, Part
+from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs, Part, Passing
 from worker.pacs.registry import DIALECTS, connect
 from worker.payloads import Level
 from worker.settings import AuthSettings, ServerSettings, ServerType
@@ -229,6 +229,41 @@ def test_many_threads_may_store_and_find_at_once(pacs: Pacs) -> None:
     assert found == [1] * 16
 
 
+# Storing what arrives from elsewhere
+
+
+def passing(content: bytes, *, block_bytes: int = 1000) -> Passing:
+    blocks = (content[at : at + block_bytes] for at in range(0, len(content), block_bytes))
+    return Passing(part(content).instance, blocks)
+
+
+def test_images_that_pass_by_once_are_stored_whole_and_judged_one_by_one(pacs: Pacs, habits: Habits) -> None:
+    study = new_uid()
+    images = [image(study), image(study, side=600), image(study)[132:]]
+    outcomes = pacs.store_passing(passing(content) for content in images)
+    assert [outcome.sop_instance_uid for outcome in outcomes] == [uid_of("image", part(one)) for one in images]
+    assert [outcome.fate for outcome in outcomes] == [Fate.STORED] * 3
+    came = retrieved(pacs, Found("study", study))
+    assert [pydicom.dcmread(io.BytesIO(came[outcome.sop_instance_uid])).Rows for outcome in outcomes] == [64, 600, 64]
+    (again,) = pacs.store_passing([passing(images[0])])
+    assert again.fate is habits.duplicate
+
+
+def test_what_breaks_off_while_it_passes_is_not_stored(pacs: Pacs) -> None:
+    study, broken = new_uid(), passing(image(new_uid(), side=600))
+
+    def breaking() -> Iterator[bytes]:
+        yield next(broken.chunks)
+        yield b"x" * 300_000
+        raise PacsUnavailable("the other server is gone")
+
+    with pytest.raises(PacsUnavailable, match="the other server is gone"):
+        pacs.store_passing([passing(image(study)), Passing(broken.instance, breaking())])
+    assert pacs.find("image", broken.instance.sop_instance_uid) == []
+    (outcome,) = pacs.store_passing([passing(image(study))])
+    assert outcome.fate is Fate.STORED, "and nothing is stuck"
+
+
 # Describing and listing
 
 
@@ -415,6 +450,7 @@ def whole_retrieval(pacs: Pacs) -> None:
 CALLS: Mapping[str, Callable[[Pacs], object]] = {
     "find": lambda pacs: pacs.find("study", "1.2"),
     "store": lambda pacs: pacs.store([part(image("1.2"))]),
+    "store_passing": lambda pacs: pacs.store_passing([passing(image("1.2"))]),
     "metadata": lambda pacs: pacs.metadata(Found("study", "1.2")),
     "studies": lambda pacs: pacs.studies(filters={}, limit=1, offset=0),
     "instances": lambda pacs: list(pacs.instances(Found("study", "1.2"))),
@@ -485,7 +521,7 @@ def test_a_real_server_takes_the_right_password_and_no_other(
         return connect(ServerSettings(name="ward", type=server_type, url=guarded_orthanc, auth=auth))
 
     stored(with_password("secret"), image(new_uid()))
-    for call in ("find", "store", "metadata", "retrieve"):
+    for call in ("find", "store", "store_passing", "metadata", "retrieve"):
         with pytest.raises(PacsUnauthorized):
             CALLS[call](with_password("wrong"))
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import tracemalloc
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import pytest
 from python_multipart.multipart import parse_options_header
 
-from worker.errors import SourceTruncated
+from worker.errors import PacsUnavailable, SourceTruncated
 from worker.instances import Instance
 from worker.pacs.multipart import read_parts
-from worker.pacs.protocol import Part
-from worker.pacs.stow import PREAMBLE, StowBody
+from worker.pacs.protocol import Part, Passing
+from worker.pacs.stow import PREAMBLE, PassingBody, StowBody
 
 GIB = 1024**3
 
@@ -108,3 +109,55 @@ def test_a_gibibyte_passes_through_a_few_large_blocks() -> None:
     assert sent == body.content_length > GIB
     assert peak_bytes < 4 * 1024**2
     assert min(size for size in stream.reads if size) >= 64 * 1024
+
+
+# Instances that pass by once
+
+
+def passing(*chunks: bytes, has_preamble: bool = True) -> Passing:
+    return Passing(Instance("1.1", "1.2", "1.3", "1.4", "1.2.840.10008.1.2.1", has_preamble), iter(chunks))
+
+
+def body_of(*images: Passing) -> PassingBody:
+    return PassingBody(iter(images), again=lambda: PacsUnavailable("it has passed"))
+
+
+def test_what_passes_is_framed_as_what_is_spooled() -> None:
+    body = body_of(passing(b"abc", b"d"), passing(), passing(b"x" * 600_000), passing(b"\2\0", has_preamble=False))
+    read = read_parts(iter([b"".join(body)]), body.content_type, error=AssertionError)
+    assert [b"".join(one.chunks) for one in read] == [b"abcd", b"", b"x" * 600_000, PREAMBLE + b"\2\0"]
+    assert len(body.sent) == 4
+
+
+def test_what_has_passed_is_not_sent_twice_as_an_empty_body() -> None:
+    body = body_of(passing(b"abc"))
+    list(body)
+    with pytest.raises(PacsUnavailable, match="it has passed"):
+        list(body)
+
+
+def test_a_body_that_breaks_off_has_no_closing_boundary() -> None:
+    def breaking() -> Iterator[bytes]:
+        yield b"x" * 300_000
+        raise PacsUnavailable("gone")
+
+    body = body_of(Passing(passing().instance, breaking()))
+    blocks = iter(body)
+    sent = next(blocks)
+    assert len(sent) >= 300_000
+    assert b"--\r\n" not in sent
+    with pytest.raises(PacsUnavailable, match="gone"):
+        next(blocks)
+
+
+def test_a_gibibyte_that_passes_is_never_held() -> None:
+    block = bytes(256 * 1024)
+    body = body_of(*(Passing(passing().instance, (block for _ in range(1024))) for _ in range(4)))
+    tracemalloc.start()
+    try:
+        sent = sum(len(piece) for piece in body)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sent > GIB
+    assert peak_bytes < 4 * 1024**2

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from zipstream.ng import ZIP_DEFLATED, ZipStream
@@ -18,8 +17,9 @@ from zipstream.ng import ZIP_DEFLATED, ZipStream
 from worker.destinations import Mark
 from worker.destinations.mark import MANIFEST, something_else
 from worker.errors import InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered
-from worker.instances import Instance, identify_prefix
+from worker.instances import Instance
 from worker.jobs.lookups import look, settle
+from worker.jobs.passing import Incoming
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.logs import shown_url
@@ -28,8 +28,6 @@ from worker.payloads import DownloadJob, DownloadPayload, read_job
 
 #: How soon to look again whether the other job with the same destination has ended.
 TURN_S = 1.0
-#: Within so many bytes a file has to say whose it is.
-MAX_HEAD_BYTES = 8 * 1_048_576
 #: Pixels of uncompressed images shrink to half at this level; more effort gains little.
 COMPRESS_LEVEL = 1
 #: After so many images it is asked whether the job is still wanted.
@@ -186,25 +184,12 @@ def name_of(series_uid: str, image_uid: str) -> str:
     return f"{series_uid}/{image_uid}.dcm"
 
 
-class _Incoming:
-    """One image while it arrives: identified by its first bytes, hashed and counted while it passes."""
-
-    def __init__(self, content: Iterator[bytes]) -> None:
-        self._content = content
-        self._digest = hashlib.sha256()
-        self._size_bytes = 0
-        self._head, self.instance = _identified(content)
+class _Incoming(Incoming):
+    """One image while it arrives, with its place in a download."""
 
     @property
     def name(self) -> str:
         return name_of(self.instance.series_instance_uid, self.instance.sop_instance_uid)
-
-    def chunks(self) -> Iterator[bytes]:
-        head, self._head = self._head, b""
-        for chunk in chain((head,), self._content):
-            self._digest.update(chunk)
-            self._size_bytes += len(chunk)
-            yield chunk
 
     def entry(self) -> dict[str, Any]:
         """Its line in the manifest, once all of it has passed."""
@@ -214,26 +199,9 @@ class _Incoming:
             "sop_class_uid": self.instance.sop_class_uid,
             "transfer_syntax_uid": self.instance.transfer_syntax_uid,
             "file": self.name,
-            "size_bytes": self._size_bytes,
-            "sha256": self._digest.hexdigest(),
+            "size_bytes": self.size_bytes,
+            "sha256": self.sha256,
         }
-
-
-def _identified(content: Iterator[bytes]) -> tuple[bytes, Instance]:
-    """As many bytes as it takes to know whose they are, tried again each time they have doubled."""
-    head, tried_bytes = bytearray(), 0
-    for chunk in content:
-        head += chunk
-        if len(head) >= 2 * tried_bytes:
-            tried_bytes = len(head)
-            if (instance := identify_prefix(bytes(head))) is not None:
-                return bytes(head), instance
-        if len(head) > MAX_HEAD_BYTES:
-            break
-    instance = identify_prefix(bytes(head))
-    if instance is None:
-        raise NotDicom("The file does not say in its first bytes which image it is.")
-    return bytes(head), instance
 
 
 def _retrieved(study: _Study, asked: Iterable[Found]) -> Iterator[_Incoming]:

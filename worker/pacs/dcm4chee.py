@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,15 +21,17 @@ from worker.pacs.protocol import (
     Found,
     Outcome,
     Part,
+    Passing,
     Retrieved,
     ServerState,
     StorageState,
     StudyPage,
 )
-from worker.pacs.stow import Codes, judge
+from worker.pacs.stow import Codes, Sent, judge
 from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Level
 
+STORE_STATUSES = (200, 202, 409)
 MAX_PAGE = 1000
 MAX_OFFSET = 99_999
 #: A reject is one transaction per instance and runs for minutes on a big study. Oddity: "Rejecting is slow".
@@ -72,6 +74,7 @@ class Dcm4chee:
     keeps_bytes = False
     #: HTTP_MAX_POST_SIZE of the image.
     request_bytes = 10_000_000_000
+    takes_passing = True
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -88,8 +91,13 @@ class Dcm4chee:
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
         """An image that is there already is `STORED` too. Oddity: "A duplicate is a success"."""
-        answer = self._web.push(parts, expected=(200, 202, 409))
-        return judge(parts, self._web.dataset(answer), codes=CODES, warnings_of=lambda _: ())
+        return self._judged(parts, self._web.push(parts, expected=STORE_STATUSES))
+
+    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
+        return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
+
+    def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
+        return judge(sent, self._web.dataset(answer), codes=CODES, warnings_of=lambda _: ())
 
     def metadata(self, found: Found) -> list[Dataset]:
         return self._web.metadata(found)

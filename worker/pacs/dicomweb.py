@@ -16,11 +16,11 @@ from urllib.parse import quote, urlencode
 
 from pydicom.datadict import tag_for_keyword
 
-from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsRejected
+from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
 from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, text
 from worker.pacs.multipart import read_parts
-from worker.pacs.protocol import Found, Part, Retrieved
-from worker.pacs.stow import StowBody
+from worker.pacs.protocol import Found, Part, Passing, Retrieved
+from worker.pacs.stow import PassingBody, StowBody
 from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Level, check_uid
 
@@ -99,7 +99,7 @@ class DicomWeb:
                 series = text(ds, SERIES_INSTANCE_UID) or found.series_instance_uid
                 if not image or not series or text(ds, STUDY_INSTANCE_UID) not in ("", found.study_instance_uid):
                     raise self.misanswered("an image without the UIDs above it")
-                yield self._nameable(Found("image", found.study_instance_uid, series, image, attributes=ds))
+                yield self.nameable(Found("image", found.study_instance_uid, series, image, attributes=ds))
             offset += len(datasets)  # and not by the page: a server may hold its pages smaller than it was asked
 
     def present(self, study_instance_uid: str, sop_instance_uids: Collection[str], *, page: int) -> set[str]:
@@ -129,13 +129,22 @@ class DicomWeb:
     def push(self, parts: Sequence[Part], *, expected: Collection[int]) -> Answer:
         """Send ``parts`` to ``/studies``, streamed; a fresh token makes the body be built again."""
         body = StowBody(parts)
-        headers = {
-            **DICOM_JSON,
-            "Content-Type": body.content_type,
-            "Content-Length": str(body.content_length),
-        }
-        request = Request("POST", f"{self._base}/studies", headers=headers, body=body, expected=expected)
-        return self.transport.exchange(request)
+        headers = {"Content-Type": body.content_type, "Content-Length": str(body.content_length)}
+        return self._post(body, headers, expected)
+
+    def push_passing(self, passing: Iterable[Passing], *, expected: Collection[int]) -> tuple[list[Passing], Answer]:
+        """Send instances to ``/studies`` while they arrive, chunked (RFC 9112 7.1); what was sent, and the answer."""
+        body = PassingBody(passing, again=self._passed_already)
+        answer = self._post(body, {"Content-Type": body.content_type}, expected)
+        return body.sent, answer
+
+    def _post(self, body: Iterable[bytes], headers: Mapping[str, str], expected: Collection[int]) -> Answer:
+        target = f"{self._base}/studies"
+        return self.transport.exchange(Request("POST", target, {**DICOM_JSON, **headers}, body, expected=expected))
+
+    def _passed_already(self) -> PacsUnavailable:
+        sentence = f"{self._name} wanted a fresh token after the images had passed; they are brought again."
+        return self.transport.error(PacsUnavailable, sentence)
 
     def metadata(self, found: Found) -> list[Dataset]:
         target = f"{self._base}{path_of(found)}/metadata"
@@ -206,10 +215,10 @@ class DicomWeb:
         if not study or (level != "study" and not series) or (level == "image" and not image):
             raise self.misanswered("a match without the UIDs above it")
         if level == "study":
-            return self._nameable(Found(level, study, attributes=ds))
-        return self._nameable(Found(level, study, series, image if level == "image" else None, attributes=ds))
+            return self.nameable(Found(level, study, attributes=ds))
+        return self.nameable(Found(level, study, series, image if level == "image" else None, attributes=ds))
 
-    def _nameable(self, found: Found) -> Found:
+    def nameable(self, found: Found) -> Found:
         """``found``, if its UIDs can stand in the path of what is asked next; letters in them are tolerated."""
         uids = (found.study_instance_uid, found.series_instance_uid, found.sop_instance_uid)
         if not all(uid is None or _FITS_PATH(uid) for uid in uids):

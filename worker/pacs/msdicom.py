@@ -6,7 +6,7 @@ Only what this product does in its own way; each habit is told in docs/pacs-oddi
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,17 +30,19 @@ from worker.pacs.protocol import (
     Found,
     Outcome,
     Part,
+    Passing,
     Retrieved,
     ServerState,
     StorageState,
     StudyPage,
 )
-from worker.pacs.stow import Codes, judge, unmentioned
-from worker.pacs.transport import Request, Transport
+from worker.pacs.stow import Codes, Sent, judge, unmentioned
+from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Level
 
 #: 400 also means that the server cancelled the call, so time may cure it. Oddity: "A cancelled call is a 400".
 STATUSES = {400: PacsMisanswered}
+STORE_STATUSES = (200, 202, 204, 409)
 MAX_PAGE = 200
 FILTERS = (
     "StudyInstanceUID",
@@ -68,6 +70,7 @@ class MsDicom:
     keeps_bytes = True
     #: Of the server itself; Azure's service takes 4 GB by now.
     request_bytes = 2_147_483_647
+    takes_passing = True
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -81,10 +84,15 @@ class MsDicom:
         return self._web.present(study_instance_uid, sop_instance_uids, page=MAX_PAGE)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
-        answer = self._web.push(parts, expected=(200, 202, 204, 409))
+        return self._judged(parts, self._web.push(parts, expected=STORE_STATUSES))
+
+    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
+        return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
+
+    def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
         if answer.status == 204:
-            return unmentioned(parts)
-        return judge(parts, self._web.dataset(answer), codes=CODES, warnings_of=warnings_of)
+            return unmentioned(sent)
+        return judge(sent, self._web.dataset(answer), codes=CODES, warnings_of=warnings_of)
 
     def metadata(self, found: Found) -> list[Dataset]:
         return self._web.metadata(found)

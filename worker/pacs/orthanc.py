@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,15 +22,17 @@ from worker.pacs.protocol import (
     Found,
     Outcome,
     Part,
+    Passing,
     Retrieved,
     ServerState,
     StorageState,
     StudyPage,
 )
-from worker.pacs.stow import judge, rejected_if_alone
-from worker.pacs.transport import Request, Transport
+from worker.pacs.stow import Sent, judge, rejected_if_alone
+from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Level, check_uid
 
+STORE_STATUSES = (200, 202, 400, 409)
 MAX_PAGE = 1000
 #: Orthanc's words for our levels, and the collections of its REST API.
 RESOURCES: Mapping[Level, tuple[str, str]] = {
@@ -50,6 +52,7 @@ BAD_FILE = "The server cannot read the file as DICOM."
 class Orthanc:
     keeps_bytes = True
     request_bytes = None
+    takes_passing = True
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -87,8 +90,13 @@ class Orthanc:
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
         """Oddity: "A 400 may have stored the good ones"."""
-        answer = self._web.push(parts, expected=(200, 202, 400, 409))
-        outcomes = judge(parts, self._web.dataset(answer), codes={}, warnings_of=lambda _: ())
+        return self._judged(parts, self._web.push(parts, expected=STORE_STATUSES))
+
+    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
+        return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
+
+    def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
+        outcomes = judge(sent, self._web.dataset(answer), codes={}, warnings_of=lambda _: ())
         return rejected_if_alone(outcomes, BAD_FILE) if answer.status == 400 else outcomes
 
     def metadata(self, found: Found) -> list[Dataset]:
@@ -106,7 +114,20 @@ class Orthanc:
         return StudyPage(matching, next_offset=offset + len(found) if found else None)
 
     def instances(self, found: Found) -> Iterator[Found]:
-        return self._web.instances(found, page=MAX_PAGE)
+        """Ask the index: QIDO opens every image's file, which costs as much as storing it (docs/performance.md).
+
+        The images come in one answer; their series are asked for after them, so that none is missing.
+        """
+        if found.level == "image":
+            yield found
+            return
+        images = self._expanded("image", found)
+        series = {str(one.get("ID")): _tag(one, IDENTIFIERS["series"]) for one in self._expanded("series", found)}
+        for one in images:
+            series_uid, image_uid = series.get(str(one.get("ParentSeries"))), _tag(one, IDENTIFIERS["image"])
+            if not series_uid or not image_uid:
+                raise self._web.misanswered("an image without the UIDs above it")
+            yield self._web.nameable(Found("image", found.study_instance_uid, series_uid, image_uid))
 
     def deletion(self, level: Level, *, permanent: bool) -> Deletion:  # noqa: ARG002 - the same at every level
         if not permanent:
@@ -141,14 +162,14 @@ class Orthanc:
 
     def _keys(self, found: Found) -> list[str]:
         """Orthanc's own keys for ``found``, its parents included in the question."""
-        level, _ = RESOURCES[found.level]
-        uids = {
-            "StudyInstanceUID": found.study_instance_uid,
-            "SeriesInstanceUID": found.series_instance_uid,
-            "SOPInstanceUID": found.sop_instance_uid,
-        }
-        question = {"Level": level, "Query": {name: uid for name, uid in uids.items() if uid is not None}}
-        return [str(key) for key in self._look_up(question)]
+        return [str(key) for key in self._look_up(_question(found.level, found))]
+
+    def _expanded(self, level: Level, above: Found) -> list[dict[str, Any]]:
+        """What the index says of everything of ``level`` below ``above``."""
+        matches = self._look_up({**_question(level, above), "Expand": True})
+        if not all(isinstance(match, dict) for match in matches):
+            raise self._web.misanswered("something that is no list of objects")
+        return matches
 
     def _look_up(self, question: Mapping[str, Any]) -> list[Any]:
         """What Orthanc's index knows: keys of Orthanc's own or, if ``Expand`` is asked for, what they stand for."""
@@ -169,6 +190,16 @@ class Orthanc:
         if not isinstance(found, dict):
             raise self._web.misanswered("something that is no object")
         return found
+
+
+def _question(level: Level, within: Found) -> dict[str, Any]:
+    """What to ask the index for all objects of ``level`` that are ``within`` or below it."""
+    uids = {
+        "StudyInstanceUID": within.study_instance_uid,
+        "SeriesInstanceUID": within.series_instance_uid,
+        "SOPInstanceUID": within.sop_instance_uid,
+    }
+    return {"Level": RESOURCES[level][0], "Query": {name: uid for name, uid in uids.items() if uid is not None}}
 
 
 def _tag(match: object, keyword: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from worker.pacs.dicomjson import WARNING_REASON, number
@@ -14,13 +14,14 @@ from worker.pacs.protocol import (
     Found,
     Outcome,
     Part,
+    Passing,
     Retrieved,
     ServerState,
     StorageState,
     StudyPage,
 )
-from worker.pacs.stow import judge, rejected_if_alone, unmentioned
-from worker.pacs.transport import Request, Transport
+from worker.pacs.stow import Sent, judge, rejected_if_alone, unmentioned
+from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Level
 
 #: What every server has to match on studies (PS3.18 10.6.1.2.3); it may ignore anything else.
@@ -35,6 +36,7 @@ FILTERS = (
     "StudyInstanceUID",
     "StudyID",
 )
+STORE_STATUSES = (200, 202, 204, 400, 409)
 MAX_PAGE = 1000
 BAD_FILE = "The server says that the file is bad."
 #: WarningReason (0008,1196), PS3.18 Table I.2-1.
@@ -49,6 +51,8 @@ class PlainDicomWeb:
     #: Unknown, so never relied upon.
     keeps_bytes = False
     request_bytes = None
+    #: As unknown: a proxy in front may want to know how much will come.
+    takes_passing = False
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -62,10 +66,15 @@ class PlainDicomWeb:
         return self._web.present(study_instance_uid, sop_instance_uids, page=MAX_PAGE)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
-        answer = self._web.push(parts, expected=(200, 202, 204, 400, 409))
+        return self._judged(parts, self._web.push(parts, expected=STORE_STATUSES))
+
+    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
+        return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
+
+    def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
         if answer.status == 204:
-            return unmentioned(parts)
-        outcomes = judge(parts, self._web.dataset(answer), codes={}, warnings_of=warnings_of)
+            return unmentioned(sent)
+        outcomes = judge(sent, self._web.dataset(answer), codes={}, warnings_of=warnings_of)
         return rejected_if_alone(outcomes, BAD_FILE) if answer.status == 400 else outcomes
 
     def metadata(self, found: Found) -> list[Dataset]:

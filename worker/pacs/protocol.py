@@ -6,7 +6,7 @@ dialect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -35,6 +35,14 @@ class Part:
     instance: Instance
     open: Callable[[], BinaryIO]
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Passing:
+    """One instance to push while it arrives from elsewhere. ``chunks`` come once, and nobody knows how many."""
+
+    instance: Instance
+    chunks: Iterator[bytes]
 
 
 class Fate(Enum):
@@ -155,6 +163,19 @@ class Pacs(Protocol):
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
         """One outcome per part, in the order given, judged by the answer's items, never by its status."""
+        ...
+
+    @property
+    def takes_passing(self) -> bool:
+        """Whether it is known to take a body whose length is not announced, as `store_passing` sends."""
+        ...
+
+    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
+        """As `store`, in one request, for instances that arrive while they are sent: one outcome for each that came.
+
+        Nothing can be sent a second time: where a fresh token would be needed, it raises `PacsUnavailable`. What
+        ``passing`` raises breaks the request off before its closing boundary, and is raised again.
+        """
         ...
 
     def metadata(self, found: Found) -> list[Dataset]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
-from worker.errors import SourceTruncated
+from worker.errors import CourierError, SourceTruncated
+from worker.instances import Instance
 from worker.pacs.dicomjson import (
     FAILED_SOP_SEQUENCE,
     FAILURE_REASON,
@@ -20,7 +22,7 @@ from worker.pacs.dicomjson import (
     number,
     text,
 )
-from worker.pacs.protocol import Fate, Outcome, Part
+from worker.pacs.protocol import Fate, Outcome, Part, Passing
 from worker.payloads import Dataset
 
 BLOCK_BYTES = 256 * 1024
@@ -28,6 +30,13 @@ PREAMBLE = b"\0" * 128 + b"DICM"
 
 #: What a code in FailureReason (0008,1197) means for the job, and a sentence for people.
 Codes = Mapping[int, tuple[Fate, str]]
+
+
+class Sent(Protocol):
+    """What an answer is matched to: a `Part`, or a `Passing` that has passed."""
+
+    @property
+    def instance(self) -> Instance: ...
 
 
 class StowBody:
@@ -39,10 +48,7 @@ class StowBody:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
-        boundary = secrets.token_hex(16)
-        self.content_type = f'multipart/related; type="application/dicom"; boundary={boundary}'
-        self._opening = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
-        self._closing = f"--{boundary}--\r\n".encode()
+        self.content_type, self._opening, self._closing = _framing()
 
     @property
     def content_length(self) -> int:
@@ -61,8 +67,43 @@ class StowBody:
         yield self._closing
 
 
+class PassingBody:
+    """As `StowBody`, for instances that pass by once and whose lengths nobody knows.
+
+    ``sent`` are those that have begun to pass. ``again`` makes the error for being asked for a second time.
+    """
+
+    def __init__(self, passing: Iterable[Passing], *, again: Callable[[], CourierError]) -> None:
+        self.sent: list[Passing] = []
+        self._passing: Iterable[Passing] | None = passing
+        self._again = again
+        self.content_type, self._opening, self._closing = _framing()
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self._passing is None:
+            raise self._again()
+        passing, self._passing = self._passing, None
+        return _in_blocks(self._pieces(passing))
+
+    def _pieces(self, passing: Iterable[Passing]) -> Iterator[bytes]:
+        for one in passing:
+            self.sent.append(one)
+            yield self._opening + _prefix(one)
+            yield from one.chunks
+            yield b"\r\n"
+        yield self._closing
+
+
+def _framing() -> tuple[str, bytes, bytes]:
+    """The type of a multipart body with a boundary of its own, what stands before a part, and after the last."""
+    boundary = secrets.token_hex(16)
+    content_type = f'multipart/related; type="application/dicom"; boundary={boundary}'
+    opening = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+    return content_type, opening, f"--{boundary}--\r\n".encode()
+
+
 def judge(
-    parts: Sequence[Part],
+    parts: Sequence[Sent],
     answer: Dataset,
     *,
     codes: Codes,
@@ -122,18 +163,18 @@ _FAMILIES: Mapping[tuple[int, int], tuple[Fate, str]] = {
 }
 
 
-def _stored(part: Part, warnings: tuple[str, ...]) -> Outcome:
+def _stored(part: Sent, warnings: tuple[str, ...]) -> Outcome:
     return Outcome(part.instance.sop_instance_uid, Fate.STORED, warnings=warnings)
 
 
-def _failed(part: Part, item: Dataset, codes: Codes) -> Outcome:
+def _failed(part: Sent, item: Dataset, codes: Codes) -> Outcome:
     code = number(item, FAILURE_REASON)
     fate, sentence = fate_of(code, codes)
     return Outcome(part.instance.sop_instance_uid, fate, failure_reason=code, message=sentence)
 
 
 def _eliminate(
-    parts: Sequence[Part], outcomes: Sequence[Outcome | None], nameless: Sequence[Dataset], codes: Codes
+    parts: Sequence[Sent], outcomes: Sequence[Outcome | None], nameless: Sequence[Dataset], codes: Codes
 ) -> list[Outcome]:
     left = sum(outcome is None for outcome in outcomes)
     matched = iter(nameless if len(nameless) == left else ())
@@ -148,13 +189,13 @@ def _eliminate(
     return judged
 
 
-def _unmentioned(part: Part, *, left: int) -> Outcome:
+def _unmentioned(part: Sent, *, left: int) -> Outcome:
     others = f", nor {left - 1} others" if left > 1 else ""
     sentence = f"The server's answer does not mention the image{others}, so it counts as not stored."
     return Outcome(part.instance.sop_instance_uid, Fate.UNMENTIONED, message=sentence)
 
 
-def unmentioned(parts: Sequence[Part]) -> list[Outcome]:
+def unmentioned(parts: Sequence[Sent]) -> list[Outcome]:
     """What an answer without any item means."""
     return [_unmentioned(part, left=len(parts)) for part in parts]
 
@@ -178,7 +219,7 @@ def _by_uid(found: Iterable[Dataset]) -> dict[str, list[Dataset]]:
     return by_uid
 
 
-def _prefix(part: Part) -> bytes:
+def _prefix(part: Sent) -> bytes:
     return b"" if part.instance.has_preamble else PREAMBLE
 
 

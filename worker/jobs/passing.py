@@ -1,0 +1,61 @@
+"""An image while it passes through a worker: known by its first bytes, hashed and counted as it goes, never kept.
+
+Where it comes from and where it goes is the affair of whoever lets it pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import chain
+
+from worker.errors import NotDicom
+from worker.instances import Instance, identify_prefix
+
+#: Within so many bytes a file has to say whose it is.
+MAX_HEAD_BYTES = 8 * 1_048_576
+
+
+class Incoming:
+    """One image, whose bytes are there once.
+
+    Raises
+    ------
+    NotDicom, MissingUid, InvalidUid
+        It cannot be read.
+    """
+
+    def __init__(self, content: Iterator[bytes]) -> None:
+        self._content = content
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+        self._head, self.instance = _identified(content)
+
+    def chunks(self) -> Iterator[bytes]:
+        """All of it; afterwards `size_bytes` and `sha256` are those of the image."""
+        head, self._head = self._head, b""
+        for chunk in chain((head,), self._content):
+            self._digest.update(chunk)
+            self.size_bytes += len(chunk)
+            yield chunk
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _identified(content: Iterator[bytes]) -> tuple[bytes, Instance]:
+    """As many bytes as it takes to know whose they are, tried again each time they have doubled."""
+    head, tried_bytes = bytearray(), 0
+    for chunk in content:
+        head += chunk
+        if len(head) >= 2 * tried_bytes:
+            tried_bytes = len(head)
+            if (instance := identify_prefix(bytes(head))) is not None:
+                return bytes(head), instance
+        if len(head) > MAX_HEAD_BYTES:
+            break
+    instance = identify_prefix(bytes(head))
+    if instance is None:
+        raise NotDicom("The file does not say in its first bytes which image it is.")
+    return bytes(head), instance
