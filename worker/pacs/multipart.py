@@ -15,6 +15,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from worker.errors import CourierError
 from worker.pacs.protocol import Retrieved
 
+#: RFC 2046 5.1.1 allows 70; the parser refuses more than 256.
+_MAX_BOUNDARY_BYTES = 256
+
 
 class _PartEnds(Enum):
     """One object for all of them, because a block may hold a part in every dozen of its bytes."""
@@ -43,7 +46,7 @@ def read_parts(
     if kind == b"application/dicom":
         syntax = options.get(b"transfer-syntax", b"").decode("latin-1")
         yield Retrieved(syntax or None, iter(blocks))
-    elif kind == b"multipart/related" and boundary:
+    elif kind == b"multipart/related" and boundary and len(boundary) <= _MAX_BOUNDARY_BYTES:
         events = _Reader(boundary).events(blocks, error=error)
         for event in events:
             if isinstance(event, _PartBegins):
