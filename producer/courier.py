@@ -417,6 +417,10 @@ def _celery(settings: Settings, broker_url: str, result_backend: str) -> Celery:
         result_expires=settings.results.expires_s,
         task_publish_retry=False,
     )
+    if settings.queue.signing.on:
+        from worker import signing  # noqa: PLC0415  # loads cryptography, which only those need who sign
+
+        signing.install(app, settings.queue.signing)
     return app
 
 

@@ -18,7 +18,7 @@ from celery.exceptions import BackendError
 from celery.result import denied_join_result
 from celery.worker.request import Request
 
-from worker import consumer
+from worker import consumer, signing
 from worker.destinations import Destinations
 from worker.errors import CourierError
 from worker.jobs.run import Pulse
@@ -90,6 +90,10 @@ app.conf.update(
     worker_consumer=f"{consumer.__name__}:{consumer.PacsConsumer.__name__}",
 )
 consumer.install()
+try:
+    signing.install(app, settings.queue.signing)
+except SettingsError as error:
+    raise SystemExit(f"pacs-courier: {error}") from None
 
 
 def _ledger() -> Ledger:
@@ -101,6 +105,15 @@ def _ledger() -> Ledger:
         claim_s=settings.routing.claim_s,
     )
 
+
+def _is_written_down(job_id: str) -> bool:
+    try:
+        return bool(tools().ledger.look(job_id))
+    except redis.RedisError:
+        return True  # nobody knows; whoever waits for it is told nothing rather than something wrong
+
+
+consumer.PacsConsumer.is_written_down = staticmethod(_is_written_down)
 
 _building = threading.RLock()
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import redis
 from celery import signals
-from celery.exceptions import BackendError
+from celery.exceptions import BackendError, SecurityError
 from celery.worker.consumer import Consumer
+from kombu.exceptions import ContentDisallowed
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as redis_transport
 
+from worker import signing
 from worker.errors import InvalidRequest
 from worker.payloads import MESSAGE_BYTES
 
@@ -27,12 +29,17 @@ log = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"[\w.:-]{1,200}", re.ASCII)
 
 
+class _Unsigned(Exception):
+    """No key that is trusted stands behind a message; the text says why."""
+
+
 def unfit(message: Any) -> str | None:
     """Why ``message`` (kombu's) cannot be a job for anybody; None if it may be one.
 
     Raises whatever decoding its body raises.
     """
-    if len(message.body or b"") > MESSAGE_BYTES:
+    signed = message.content_type == signing.CONTENT_TYPE  # in base64, and with a signature before it
+    if len(message.body or b"") > (MESSAGE_BYTES * 3 // 2 if signed else MESSAGE_BYTES):
         return f"it is larger than {MESSAGE_BYTES} bytes"
     if not isinstance(message.headers, dict):
         return "its headers are no object"
@@ -56,6 +63,9 @@ def unfit(message: Any) -> str | None:
 class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
     """Celery's consumer, which survives whatever lies in its queues and quotes none of it."""
 
+    #: Whether a job is one that the ledger will bring to its end, whatever becomes of a message; worker/app.py knows.
+    is_written_down: ClassVar[Callable[[str], bool]] = staticmethod(lambda _: False)
+
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         take = super().create_task_handler(*args, **kwargs)
 
@@ -63,18 +73,45 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
             try:
                 reason = unfit(message)
                 if reason is None:
+                    self._check_signature(message)
                     take(message)
                     return
             except Exception as error:
                 if isinstance(error, self.connection_errors + self.channel_errors):
                     raise
-                reason = f"it cannot be read ({type(error).__name__})"
+                self.on_decode_error(message, error)
+                return
             self.throw_away(message, reason)
 
         return on_message
 
+    def _check_signature(self, message: Any) -> None:
+        """The signature itself is good; is it one for this message?"""
+        if self.app.conf.task_serializer != signing.SERIALIZER:
+            return
+        reason: str | None = "it is of the first version of Celery's protocol, which is not signed here"
+        if "task" in message.headers:
+            reason = signing.objection(message.headers, message.payload[2], good_for_s=self.app.conf.result_expires)
+        if reason:
+            raise _Unsigned(reason)
+
     def on_decode_error(self, message: Any, exc: BaseException) -> None:
-        self.throw_away(message, f"it cannot be read ({type(exc).__name__})")
+        signed = self.app.conf.task_serializer == signing.SERIALIZER
+        if isinstance(exc, _Unsigned):
+            reason = str(exc)
+        elif signed and isinstance(exc, ContentDisallowed):
+            reason = "it is not signed"
+        elif any(isinstance(one, SecurityError) for one in (exc, *exc.args)):  # kombu wraps it
+            reason = "its signature is none of a trusted key"
+        else:
+            self.throw_away(message, f"it cannot be read ({type(exc).__name__})")
+            return
+        self.throw_away(message, f"{reason} (queue.signing)", tell=not self._goes_on(message))
+
+    def _goes_on(self, message: Any) -> bool:
+        """Whether the id is that of a job whose own message was, or will be, signed: this one must not end it."""
+        _, job_id = _named(message)
+        return job_id is not None and type(self).is_written_down(job_id)
 
     def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ARG002 - Celery's signature
         self.throw_away(message, "it is no task")
@@ -85,7 +122,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
     def on_invalid_task(self, body: object, message: Any, exc: BaseException) -> None:  # noqa: ARG002 - Celery's
         self.throw_away(message, f"it is no task that can be run ({type(exc).__name__})")
 
-    def throw_away(self, message: Any, reason: str) -> None:
+    def throw_away(self, message: Any, reason: str, *, tell: bool = True) -> None:
         """Reject it for good, in one line; whoever waits for its id is told."""
         task, job_id = _named(message)
         size = len(message.body or b"")
@@ -93,7 +130,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         if not message.acknowledged:
             message.reject_log_error(log, self.connection_errors)
         signals.task_rejected.send(sender=self, message=message, exc=None)
-        if job_id:
+        if job_id and tell:
             self._tell(job_id, InvalidRequest(f"The worker threw the message away: {reason}."))
 
     def _tell(self, job_id: str, error: InvalidRequest) -> None:

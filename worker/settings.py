@@ -188,12 +188,32 @@ class ResultSettings(_Section):
     expires_s: Annotated[int, Field(gt=0)] = 86_400
 
 
+class SigningSettings(_Section):
+    """Whose messages a worker takes: without these three keys anybody's who can reach the broker."""
+
+    key_file: Path | None = None
+    certificate_file: Path | None = None
+    trusted_folder: Path | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> SigningSettings:
+        missing = [name for name in ("key_file", "certificate_file", "trusted_folder") if not getattr(self, name)]
+        if 0 < len(missing) < 3:
+            raise ValueError(f"signing also needs {' and '.join(missing)}")
+        return self
+
+    @property
+    def on(self) -> bool:
+        return self.key_file is not None
+
+
 class QueueSettings(_Section):
     """Where messages, results and the ledger live. Three databases, so that none can flush another's keys."""
 
     broker_url: str = "redis://localhost:6379/0"
     result_backend: str = "redis://localhost:6379/1"
     ledger_url: str = "redis://localhost:6379/2"
+    signing: SigningSettings = SigningSettings()
 
 
 class JobSettings(_Section):
