@@ -1,0 +1,321 @@
+"""What a batch is to be about, as people have it: a file of URLs or UIDs, standard input, a few words of a command.
+
+Rows are read one by one, judged, and put aside in temporary files that vanish by themselves; memory stays flat however
+many there are. Nothing of a row's text is ever quoted: a wrong column may hold patients.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Self
+
+from producer.errors import InvalidRequest, InvalidUid
+from worker.payloads import check_uid
+
+#: A longer line is no row of anything.
+MAX_LINE_BYTES = 65_536
+#: So many bad rows are kept for the report; the others are counted.
+BAD_SHOWN = 20
+_DELIMITERS = (",", ";", "\t", "|")
+_SCHEMES = ("http", "https", "s3", "az", "file")
+_URL = re.compile(rf"(?i:(?P<zip>zip\+)?(?P<scheme>{'|'.join(_SCHEMES)})):")
+_NOT_IN_URL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+_MAX_URL = 8192
+
+#: The item of a row's text; `Unfit` says why there is none.
+Judge = Callable[[str], str]
+
+
+class Unfit(ValueError):
+    """A row that is no item, in half a sentence."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a row stands, and its text."""
+
+    place: str
+    text: str
+
+
+@dataclass(frozen=True)
+class BadRow:
+    place: str
+    why: str
+
+
+def study_uid(text: str) -> str:
+    """The study UID that ``text`` is."""
+    try:
+        return check_uid(text)
+    except InvalidUid:
+        raise Unfit("no UID: at most 64 digits and dots") from None
+
+
+def image_url(text: str) -> str:
+    """The URL of one image that ``text`` is, as far as that can be seen."""
+    match = _URL.match(text)
+    if match is None:
+        raise Unfit(f"no URL: it has to begin with {', '.join(f'{scheme}:' for scheme in _SCHEMES)}")
+    if len(text) > _MAX_URL:
+        raise Unfit(f"longer than {_MAX_URL} characters")
+    if _NOT_IN_URL.search(text):
+        raise Unfit("no URL: it has control characters in it")
+    if match["zip"]:
+        if "!/" not in text:
+            raise Unfit("a whole archive; name it in the command itself, and its entries are found")
+    elif is_source(text):
+        raise Unfit("a prefix, a folder or an archive; name it in the command itself, and what it holds is found")
+    return text
+
+
+def is_source(text: str) -> bool:
+    """Whether ``text`` names many images that a worker has to list: a prefix, a folder or an archive."""
+    match = _URL.match(text)
+    if match is None:
+        return False
+    if match["zip"]:
+        return "!/" not in text
+    bare = text.partition("?")[0].partition("#")[0]
+    lists = match["scheme"].lower() in ("s3", "az", "file")
+    return (lists and text.endswith("/")) or bare.lower().endswith(".zip")
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def rows_of_file(name: str, *, column: str | None = None) -> Iterator[Row | BadRow]:
+    """The rows of a file, or of standard input where ``name`` is ``-``.
+
+    Without ``column`` a row is a line; empty ones and those that begin with # are left out. With it the file is CSV
+    with a line of headings (separated by comma, semicolon, tab or bar), or JSON Lines, whose field is meant.
+
+    Raises
+    ------
+    InvalidRequest
+        It cannot be read, or has no such column.
+    """
+    shown = "standard input" if name == "-" else Path(name).name
+    with _opened(name) as file:
+        lines = _Lines(file, shown)
+        first = lines.peek()
+        if column is None:
+            if name.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson")):
+                raise InvalidRequest(f"{shown} has columns; say which one is meant with --column NAME.")
+            yield from _plain(lines)
+        elif first.lstrip()[:1] == "{":
+            yield from _json_lines(lines, column)
+        else:
+            yield from _csv(lines, column, first)
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[BinaryIO]:
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        file = open(name, "rb")  # noqa: SIM115 - closed below; errors of reading are not those of opening
+    except OSError as error:
+        raise InvalidRequest(f"{name} cannot be read: {error.strerror}.") from None
+    with file:
+        try:
+            yield file
+        except OSError as error:
+            raise InvalidRequest(f"{name} cannot be read to its end: {error.strerror}.") from None
+
+
+class _Lines:
+    """A file's lines as text, none of them longer than memory; ``number`` is the last one's."""
+
+    def __init__(self, file: BinaryIO, shown: str) -> None:
+        self._file = file
+        self._ahead: list[str] = []
+        self.shown = shown
+        self.number = 0
+
+    @property
+    def place(self) -> str:
+        return f"line {self.number}"
+
+    def peek(self) -> str:
+        """The first line that is not empty, which will come again."""
+        while (line := self._read()) is not None:
+            self._ahead.append(line)
+            if line.strip():
+                return line
+        return ""
+
+    def __iter__(self) -> Iterator[str]:
+        while (line := self._ahead.pop(0) if self._ahead else self._read()) is not None:
+            self.number += 1
+            yield line
+
+    def _read(self) -> str | None:
+        data = self._file.readline(MAX_LINE_BYTES)
+        if not data:
+            return None
+        if len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
+            while (rest := self._file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            return _TOO_LONG
+        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+
+
+#: Stands for a line that was too long. It begins with what no text has.
+_TOO_LONG = "\ufffe too long\n"
+
+
+def _fault(line: str) -> str:
+    """What is wrong with a line, whatever it was to say."""
+    if line.isascii():
+        return ""
+    if line.startswith(_TOO_LONG[0]):
+        return f"longer than {MAX_LINE_BYTES} bytes"
+    if any("\ud800" <= sign <= "\udfff" for sign in line):
+        return "not UTF-8"
+    return ""
+
+
+def _plain(lines: _Lines) -> Iterator[Row | BadRow]:
+    for line in lines:
+        fault = _fault(line)
+        text = line.strip()
+        if fault:
+            yield BadRow(lines.place, fault)
+        elif text and not text.startswith("#"):
+            yield Row(lines.place, text)
+
+
+def _json_lines(lines: _Lines, column: str) -> Iterator[Row | BadRow]:
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            document: Any = None if _fault(line) else json.loads(line)
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict):
+            yield BadRow(lines.place, _fault(line) or "no JSON object")
+        elif not isinstance(document.get(column), str):
+            yield BadRow(lines.place, f"without a text called {column}")
+        else:
+            yield Row(lines.place, document[column].strip())
+
+
+def _csv(lines: _Lines, column: str, heading: str) -> Iterator[Row | BadRow]:
+    delimiter = next((one for one in _DELIMITERS if column in _cells(heading, one)), None)
+    if delimiter is None:
+        has = max((_cells(heading, one) for one in _DELIMITERS), key=len)
+        named = ", ".join(has) if heading.strip() and len(has) < 50 else "none that can be read"
+        raise InvalidRequest(f"{lines.shown} has no column called {column}; its columns: {named}.")
+    at = _cells(heading, delimiter).index(column)
+    reader = csv.reader(lines, delimiter=delimiter)
+    begun = False
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error:
+            yield BadRow(lines.place, "not CSV")
+            continue
+        if cells is None:
+            return
+        if not begun:
+            begun = bool(cells)
+        elif any(cells):
+            fault = _fault(cells[0]) if len(cells) == 1 else ""
+            yield _cell(cells, at, column, lines.place) if not fault else BadRow(lines.place, fault)
+
+
+def _cell(cells: list[str], at: int, column: str, place: str) -> Row | BadRow:
+    if at >= len(cells) or not cells[at].strip():
+        return BadRow(place, f"without a text in the column {column}")
+    fault = _fault(cells[at])
+    return BadRow(place, fault) if fault else Row(place, cells[at].strip())
+
+
+def _cells(heading: str, delimiter: str) -> list[str]:
+    return [cell.strip() for cell in next(csv.reader([heading], delimiter=delimiter), [])]
+
+
+# --- items ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Items:
+    """The items of rows, in their order, in a file of their own; iterating reads them again.
+
+    ``bad`` are the first bad rows, ``bad_total`` counts them. An item that comes twice is in here twice: each is
+    planned once, and the planner counts the others.
+    """
+
+    count: int = 0
+    bad_total: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._texts: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n")  # noqa: SIM115
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._texts.close()
+
+    def __iter__(self) -> Iterator[str]:
+        self._texts.seek(0)
+        for line in self._texts:
+            yield line[:-1]
+
+    def add(self, rows: Iterable[Row | BadRow], judge: Judge) -> None:
+        """Take rows in; what is bad is counted and does not stop it."""
+        for row in rows:
+            if isinstance(row, BadRow):
+                self._refuse(row)
+                continue
+            try:
+                self._texts.write(f"{judge(row.text)}\n")
+                self.count += 1
+            except Unfit as unfit:
+                self._refuse(BadRow(row.place, str(unfit)))
+        self._texts.flush()
+
+    def check(self, *, skip_bad: bool) -> None:
+        """Refuse to go on with bad rows, unless they may be skipped, and with no item at all.
+
+        Raises
+        ------
+        InvalidRequest
+            The sentence names the first bad rows; ``details`` have them too.
+        """
+        if self.bad_total and not skip_bad:
+            told = f"{self.told_bad()}\nNothing was begun: correct them, or leave them out with --skip-bad."
+            bad = [vars(one) for one in self.bad]
+            raise InvalidRequest(told, details={"bad_rows": bad, "bad_total": self.bad_total})
+        if not self.count:
+            left = f"; {self.bad_total} bad rows were left out" if self.bad_total else ""
+            raise InvalidRequest(f"There is nothing to do: no item was given{left}.")
+
+    def told_bad(self) -> str:
+        """The bad rows as people are told of them: the first with their places, then how many more."""
+        lines = "".join(f"\n  {one.place}: {one.why}" for one in self.bad)
+        more = self.bad_total - len(self.bad)
+        rest = f"\n  and {more} more" if more else ""
+        return f"{counted(self.bad_total, 'row is', 'rows are')} bad:{lines}{rest}"
+
+    def _refuse(self, row: BadRow) -> None:
+        self.bad_total += 1
+        if len(self.bad) < BAD_SHOWN:
+            self.bad.append(row)
+
+
+def counted(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"

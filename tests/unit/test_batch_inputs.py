@@ -1,0 +1,197 @@
+"""What people have as items of a batch is read row by row, and what is wrong with it is said with the row's number."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from producer.errors import InvalidRequest
+from producer.inputs import BadRow, Items, Row, image_url, is_source, rows_of_file, study_uid
+
+UIDS = ["1.2.3", "1.2.4", "1.2.5"]
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    def write(content: str | bytes, name: str = "items.txt") -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+OPEN: list[Items] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_open():
+    yield
+    while OPEN:
+        OPEN.pop().__exit__()
+
+
+def read(name: str, column: str | None = None, judge=study_uid) -> Items:
+    items = Items()
+    OPEN.append(items)
+    items.add(rows_of_file(name, column=column), judge)
+    return items
+
+
+def test_a_text_file_has_an_item_a_line_with_comments_and_empty_lines_between(file) -> None:
+    items = read(file("\ufeff# of Monday\n1.2.3\r\n\n  1.2.4  \n#1.2.9\n1.2.5"))
+    assert (list(items), items.count, items.bad_total) == (UIDS, 3, 0)
+    assert list(items) == UIDS  # as often as it is wanted
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "name,study\nA,1.2.3\nB,1.2.4\nC,1.2.5\n",
+        "\ufeffstudy;name\r\n1.2.3;A\r\n1.2.4;B\r\n\r\n1.2.5;C\r\n",
+        'name\tstudy\n"A\nB"\t1.2.3\nB\t"1.2.4"\nC\t 1.2.5 \n',
+        "\n\nstudy\n1.2.3\n1.2.4\n1.2.5",
+        '{"study": "1.2.3", "name": {"a": 1}}\n\n{"study": " 1.2.4"}\n{"study": "1.2.5"}\n',
+    ],
+)
+def test_a_column_of_csv_or_a_field_of_json_lines_is_read_whatever_separates_it(file, content: str) -> None:
+    items = read(file(content, "items.csv"), "study")
+    assert (list(items), items.bad_total) == (UIDS, 0)
+
+
+def test_standard_input_is_read_like_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1.2.3\n1.2.4\n1.2.5\n")))
+    assert list(read("-")) == UIDS
+
+
+def test_bad_rows_are_told_by_their_lines_and_quote_nothing(file) -> None:
+    name = "1.2.3\nDOE^JANE\n1.2.*\n" + "9" * 65 + "\n1.2.4\n"
+    items = read(file(name.encode() + b"\xff\xfe\n" + b"7" * 70_000 + b"\n1.2.5\n"))
+    assert list(items) == UIDS
+    assert [one.place for one in items.bad] == ["line 2", "line 3", "line 4", "line 6", "line 7"]
+    assert "not UTF-8" in items.bad[3].why
+    assert "longer than" in items.bad[4].why
+    with pytest.raises(InvalidRequest) as caught:
+        items.check(skip_bad=False)
+    assert "DOE" not in caught.value.message
+    assert caught.value.details["bad_total"] == 5
+    assert "line 6: not UTF-8" in caught.value.message
+    assert "--skip-bad" in caught.value.message
+    items.check(skip_bad=True)
+
+
+def test_bad_rows_of_columns_are_told_by_their_lines(file) -> None:
+    items = read(file('study,name\n1.2.3,A\n,B\nx,"C\nC"\n1.2.4,D\n', "items.csv"), "study")
+    assert (list(items), [one.place for one in items.bad]) == (["1.2.3", "1.2.4"], ["line 3", "line 5"])
+    rows = ['{"study": "1.2.3"}', "[1]", '{"study": 7}', "{", '{"other": "1.2.3"}', "[" * 5000]
+    items = read(file("\n".join(rows), "items.jsonl"), "study")
+    assert (list(items), [one.place for one in items.bad]) == (["1.2.3"], [f"line {n}" for n in range(2, 7)])
+
+
+def test_of_many_bad_rows_the_first_twenty_are_told_and_the_others_counted(file) -> None:
+    items = read(file("x\n" * 1234))
+    with pytest.raises(InvalidRequest) as caught:
+        items.check(skip_bad=False)
+    assert caught.value.message.count("\n  line") == 20
+    assert "and 1214 more" in caught.value.message
+    assert "1,234 rows" in caught.value.message
+    with pytest.raises(InvalidRequest, match="nothing to do"):
+        items.check(skip_bad=True)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "# nothing\n"])
+def test_an_empty_input_is_an_error(file, content: str) -> None:
+    with pytest.raises(InvalidRequest, match="nothing to do"):
+        read(file(content)).check(skip_bad=False)
+
+
+def test_what_cannot_be_read_or_has_no_such_column_is_refused_at_once(file, tmp_path: Path) -> None:
+    for name, column, says in (
+        (str(tmp_path / "missing"), None, "No such file"),
+        (str(tmp_path), None, "directory"),
+        (file("study,name\n", "a.csv"), None, "--column"),
+        (file("study,name\n1.2.3,A\n", "b.csv"), "uid", "its columns: study, name"),
+        (file("", "c.csv"), "uid", "no column"),
+        (file(b"\0\xff" * 1000, "d.csv"), "uid", "no column"),
+    ):
+        with pytest.raises(InvalidRequest, match=says):
+            read(name, column)
+
+
+def test_an_unclosed_quote_costs_its_own_row_and_not_the_program(file) -> None:
+    items = read(file('study\n1.2.3\n"' + "1.2.4\n" * 50_000, "a.csv"), "study")
+    assert "1.2.3" in list(items)
+    assert items.bad_total
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("https://host/a.dcm?sig=1", True),
+        ("HTTP://host/wado/instances/1/", True),
+        ("s3://bucket/key", True),
+        ("az://container/blob", True),
+        ("file:///data/a.dcm", True),
+        ("zip+https://host/a.zip?sig=1!/b.dcm", True),
+        ("zip+https://host/a.zip", False),
+        ("https://host/a.ZIP?sig=1", False),
+        ("s3://bucket/prefix/", False),
+        ("file:///data/", False),
+        ("/data/a.dcm", False),
+        ("ftp://host/a", False),
+        ("1.2.3", False),
+        ("https://host/a\tb", False),
+        ("https://host/" + "a" * 8192, False),
+    ],
+)
+def test_a_row_of_an_upload_is_the_url_of_one_image(text: str, holds: bool) -> None:
+    with Items() as items:
+        items.add([Row("line 1", text)], image_url)
+        assert (items.count, items.bad_total) == (int(holds), int(not holds))
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("s3://bucket/", True),
+        ("az://container/prefix/", True),
+        ("file:///data/", True),
+        ("https://host/all.zip", True),
+        ("https://host/all.zip?sig=a.b", True),
+        ("zip+https://host/all", True),
+        ("https://host/folder/", False),
+        ("https://host/a.dcm?file=b.zip", False),
+        ("zip+https://host/all.zip!/a", False),
+        ("folder/all.zip", False),
+        ("1.2.3", False),
+    ],
+)
+def test_what_a_worker_has_to_list_is_told_from_what_is_one_image(text: str, holds: bool) -> None:
+    assert is_source(text) is holds
+
+
+@given(st.binary(max_size=400), st.sampled_from([None, "study", "a"]))
+def test_no_bytes_break_the_reader(tmp_path_factory, content: bytes, column: str | None) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.txt"
+    path.write_bytes(b"study,a\n" + content if column else content)
+    rows = list(rows_of_file(str(path), column=column))
+    assert all(isinstance(row, BadRow) or row.text for row in rows)
+
+
+@given(st.lists(st.from_regex(r"[0-9]{1,5}(\.[0-9]{1,5}){0,6}", fullmatch=True), min_size=1, max_size=30))
+def test_what_was_written_is_what_is_read_in_every_form(tmp_path_factory, uids: list[str]) -> None:
+    path = tmp_path_factory.getbasetemp() / "round.txt"
+    for column, content in (
+        (None, "\n".join(uids)),
+        ("study", "no,study\n" + "".join(f"{n},{uid}\n" for n, uid in enumerate(uids))),
+        ("study", "".join(json.dumps({"study": uid}) + "\n" for uid in uids)),
+    ):
+        path.write_text(content, encoding="utf-8")
+        with read(str(path), column) as items:
+            assert (list(items), items.bad_total) == (uids, 0)
