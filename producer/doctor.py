@@ -22,6 +22,8 @@ from worker.settings import Settings, SettingsError
 CARRY_S = 20.0
 #: A job that nobody looked at for so long after it was due: no sweeper is at work.
 OVERDUE_S = 30.0
+#: A worker whose watchdog said nothing for so long does not run any more, or its process is stuck.
+SILENT_S = 60.0
 #: Clocks further apart than this make log lines and deadlines hard to compare.
 CLOCK_S = 2.0
 
@@ -133,6 +135,8 @@ def _workers(courier: Courier) -> Iterator[Finding]:
         yield Finding("workers", "failed", "no worker answers", advice)
         return
     yield Finding("workers", "ok", f"{len(workers)} answer: {', '.join(sorted(workers))}")
+    if courier.ledger is not None:
+        yield from _progress(courier.ledger, set(workers))
     consumed = {queue for queues in workers.values() for queue in queues}
     orphans = [queue for queue in courier.queue_depths() if queue not in consumed]
     if orphans:
@@ -152,6 +156,23 @@ def _workers(courier: Courier) -> Iterator[Finding]:
         return
     yield Finding("progress", "ok", f"a question was carried in {time.monotonic() - begun_s:.1f} s")
     yield from (_server(entry) for entry in payload["servers"])
+
+
+def _progress(ledger: Ledger, answering: set[str]) -> Iterator[Finding]:
+    """What the workers' own watchdogs say: a worker that answers may still do nothing."""
+    now_s = time.time()
+    told = ledger.workers(now_s=now_s)
+    advice = "Restart it; its log says where it is stuck (docs/observability.md)."
+    for name in sorted(answering | {name for name, said in told.items() if now_s - said["at"] < SILENT_S}):
+        said = told.get(name)
+        if said is None or now_s - said["at"] > SILENT_S + said["every_s"]:
+            yield Finding(f"worker {name}", "failed", "answers, but its watchdog has said nothing lately", advice)
+        elif not said["ok"]:
+            yield Finding(f"worker {name}", "failed", f"is stuck: {said['complaint']}", advice)
+        elif said["complaint"]:
+            yield Finding(f"worker {name}", "warning", said["complaint"], "Look again in a minute.")
+        else:
+            yield Finding(f"worker {name}", "ok", "gets on")
 
 
 def _server(entry: dict[str, Any]) -> Finding:

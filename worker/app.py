@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
+import signal
 import threading
 from typing import Any
 
+import billiard
 import kombu.exceptions
 import redis
 from celery import Celery, Task, bootsteps, signals
@@ -18,7 +21,7 @@ from celery.exceptions import BackendError
 from celery.result import denied_join_result
 from celery.worker.request import Request
 
-from worker import consumer, signing
+from worker import consumer, signing, watchdog
 from worker.destinations import Destinations
 from worker.errors import CourierError
 from worker.jobs.run import Pulse
@@ -200,6 +203,39 @@ def sweep(ledger: Ledger) -> int:
 
 
 app.steps["worker"].add(Sweeper)
+
+
+class WatchedOver(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
+    """Lets a watchdog look whether this worker gets anywhere, and say so to whoever asks."""
+
+    def start(self, parent: Any) -> None:
+        ledger = _ledger()
+        watchdog.Watchdog(
+            functools.partial(consumer.look, parent),
+            watchdog_s=settings.worker.watchdog_s,
+            hung_s=settings.worker.hung_s,
+            tell=functools.partial(_tell, parent.hostname, ledger),
+            end=_end_hard,
+        ).start()
+
+
+def _tell(name: str, ledger: Ledger, told: watchdog.Told) -> None:
+    if settings.worker.health_file is not None:
+        watchdog.write(settings.worker.health_file, told)
+    with contextlib.suppress(redis.RedisError):
+        ledger.say_how(name, told.as_json())
+
+
+def _end_hard() -> None:
+    """End this process and the children of its pool at once: nothing that is stuck is waited for."""
+    for child in billiard.active_children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+    os._exit(watchdog.EXIT_STATUS)
+
+
+app.steps["worker"].add(WatchedOver)
+app.steps["consumer"].add(consumer.Turns)
 
 
 class EventsTogether(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped

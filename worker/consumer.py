@@ -12,16 +12,18 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
 import redis
-from celery import signals
+from celery import bootsteps, signals
 from celery.exceptions import BackendError, SecurityError
+from celery.worker import state
 from celery.worker.consumer import Consumer
-from kombu.exceptions import ContentDisallowed
+from kombu.exceptions import ContentDisallowed, OperationalError
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as redis_transport
 
 from worker import signing
 from worker.errors import InvalidRequest
 from worker.payloads import MESSAGE_BYTES
+from worker.watchdog import Signs, times_woken
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +67,15 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
 
     #: Whether a job is one that the ledger will bring to its end, whatever becomes of a message; worker/app.py knows.
     is_written_down: ClassVar[Callable[[str], bool]] = staticmethod(lambda _: False)
+    #: Messages that came, whatever became of them, and turns of the loop: what a watchdog judges it by.
+    taken = 0
+    turns = 0
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         take = super().create_task_handler(*args, **kwargs)
 
         def on_message(message: Any) -> None:
+            self.taken += 1
             try:
                 reason = unfit(message)
                 if reason is None:
@@ -140,6 +146,48 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
             log.warning("Nobody could be told: %s", type(away).__name__)
         if self.event_dispatcher:
             self.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(error.message))
+
+
+class Turns(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
+    """Counts that the consumer's loop turns: a timer of its own, set anew with each connection."""
+
+    def start(self, parent: Any) -> None:
+        if parent.hub is not None:
+            parent.timer.call_repeatedly(1.0, self._count, (parent,))
+
+    @staticmethod
+    def _count(parent: Any) -> None:
+        parent.turns += 1
+
+
+def look(worker: Any) -> Signs:
+    """What Celery's ``worker`` (its controller) shows of its progress; the broker is asked anew each time."""
+    consumer = worker.consumer
+    return Signs(
+        turns=None if consumer.hub is None else consumer.turns,
+        taken=consumer.taken,
+        worked=times_woken() if worker.pool_cls.__module__ == "celery.concurrency.thread" else None,
+        slots=worker.pool.num_processes,
+        busy=len(state.active_requests),
+        waiting=_waiting(worker.app),
+        stopping=any(asked not in (None, False) for asked in (state.should_stop, state.should_terminate)),
+    )
+
+
+def _waiting(app: Any) -> int | None:
+    """How many messages are in the queues that this worker is to consume; None if the broker does not answer."""
+    depth = 0
+    try:
+        with app.connection_for_read() as connection:
+            connection.ensure_connection(max_retries=1, timeout=5)
+            for queue in list(app.amqp.queues.consume_from):
+                try:
+                    depth += connection.default_channel.queue_declare(queue=queue, passive=True).message_count
+                except connection.channel_errors:  # nothing was ever sent to it
+                    continue
+    except (OperationalError, OSError, redis.RedisError):
+        return None
+    return depth
 
 
 def _named(message: Any) -> tuple[str | None, str | None]:

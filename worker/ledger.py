@@ -19,6 +19,7 @@ Keys, all below ``courier:`` in a database of their own:
     trail:UID     list    what was decided about an image, a series or a study, the latest ones, for `pacs.trace`
     placed        hash    server → number of new studies it was given
     sick:NAME     string  a server that lately failed a push; expires by itself
+    workers       hash    worker → what its watchdog last said of it
 
 States: ``queued`` → ``running`` ⇄ ``waiting`` → ``done`` | ``dead``; a dead job that is replayed is ``queued`` again.
 Only the holder of the current *fence* may move a running job on; whoever comes late is refused with `LeaseLost`.
@@ -822,6 +823,20 @@ class Ledger:
     def placed(self) -> dict[str, int]:
         """How many new studies each server was given."""
         return {server: int(count) for server, count in self._hash(PREFIX + "placed").items()}
+
+    # --- workers --------------------------------------------------------------------------------------------
+
+    def say_how(self, worker: str, told: str) -> None:
+        """Keep what the watchdog of ``worker`` says (JSON)."""
+        self._redis.hset(PREFIX + "workers", worker, told)
+
+    def workers(self, *, now_s: float) -> dict[str, dict[str, Any]]:
+        """What the watchdog of each worker said last: ``ok``, ``complaint``, ``every_s``, ``at``; a day old at most."""
+        told = {name: json.loads(row) for name, row in self._hash(PREFIX + "workers").items()}
+        gone = [name for name, said in told.items() if now_s - said["at"] > 86_400]
+        if gone:
+            self._redis.hdel(PREFIX + "workers", *gone)
+        return {name: said for name, said in told.items() if name not in gone}
 
     # --- the ledger itself ----------------------------------------------------------------------------------
 

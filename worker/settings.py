@@ -229,6 +229,14 @@ class JobSettings(_Section):
     backoff_cap_s: Annotated[float, Field(gt=0)] = 60
 
 
+class WorkerSettings(_Section):
+    """How a worker that gets nowhere is noticed."""
+
+    watchdog_s: Annotated[float, Field(ge=0)] = 120
+    hung_s: Annotated[float, Field(gt=0)] = 1200
+    health_file: Path | None = None
+
+
 class Settings(_Section):
     servers: tuple[ServerSettings, ...] = ()
     routing: RoutingSettings = RoutingSettings()
@@ -237,6 +245,7 @@ class Settings(_Section):
     results: ResultSettings = ResultSettings()
     queue: QueueSettings = QueueSettings()
     jobs: JobSettings = JobSettings()
+    worker: WorkerSettings = WorkerSettings()
 
     @field_validator("servers")
     @classmethod
