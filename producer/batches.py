@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import redis
 
 from producer.errors import BrokerUnavailable, NotFound
-from worker.batches import Batch, Batches, State
+from worker.batches import Batch, Batches
 from worker.ledger import Ledger
 
 
@@ -35,26 +35,26 @@ class BatchDesk:
 
     def pause(self, batch_id: str) -> Batch:
         """Begin nothing new until it is resumed; what is under way comes to its end."""
-        return self._steer(batch_id, "paused", "running")
+        return self._steered(batch_id, Batches.pause)
 
     def resume(self, batch_id: str) -> Batch:
         """Go on with it."""
-        return self._steer(batch_id, "running", "paused")
+        return self._steered(batch_id, Batches.resume)
 
     def cancel(self, batch_id: str) -> Batch:
         """End it; what was done stays done."""
-        return self._steer(batch_id, "cancelled", "planning", "running", "paused")
+        return self._steered(batch_id, Batches.cancel)
 
     def report(self, batch_id: str) -> Iterator[dict[str, Any]]:
         """What became of each item, one after the other."""
         batch = self.get(batch_id)
         with _reachable():
-            for one in Batches(self.ledger).report(batch):
-                yield one.as_json(batch.types[one.item.server])
+            for row in Batches(self.ledger).rows(batch):
+                yield row.as_json(batch.types)
 
-    def _steer(self, batch_id: str, to: State, *out_of: State) -> Batch:
+    def _steered(self, batch_id: str, steer: Callable[[Batches, str], object]) -> Batch:
         with _reachable():
-            Batches(self.ledger).steer(batch_id, to, out_of=out_of)
+            steer(Batches(self.ledger), batch_id)
         return self.get(batch_id)
 
 

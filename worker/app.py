@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import billiard
@@ -26,7 +27,7 @@ from worker.destinations import Destinations
 from worker.errors import CourierError
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from worker.ledger import DueJob, Ledger
 from worker.logs import configure, shown_job
 from worker.pacs.fleet import Fleet
 from worker.pacs.registry import connect
@@ -118,6 +119,22 @@ def _is_written_down(job_id: str) -> bool:
 
 consumer.PacsConsumer.is_written_down = staticmethod(_is_written_down)
 
+
+#: How many jobs this process does at a time, as far as it has been told.
+_pool_size = int(app.conf.worker_concurrency or 8)
+
+
+def batch_slots(pool_size: int) -> int:
+    """How many of them may be chunks of batches: a quarter of the slots, one at least, is for single jobs alone."""
+    return max(1, pool_size - max(1, pool_size // 4))
+
+
+@signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]  # celery is untyped
+def _see_pool_size(instance: Any = None, **_: Any) -> None:
+    global _pool_size  # noqa: PLW0603 - the command line says it after this module was loaded, before its tools are made
+    _pool_size = int(getattr(instance, "concurrency", None) or _pool_size)
+
+
 _building = threading.RLock()
 
 
@@ -136,6 +153,8 @@ def _tools() -> Tools:
         destinations=Destinations(settings.downloads),
         fleet=Fleet([connect(server) for server in settings.servers]),
         probes=Fleet([connect(_impatient(server)) for server in settings.servers], threads=8),
+        wake=wake,
+        batch_slots=threading.Semaphore(batch_slots(_pool_size)),
     )
 
 
@@ -190,16 +209,29 @@ def sweep(ledger: Ledger) -> int:
     """Send a message for every job that is due; returns how many."""
     due = ledger.sweep()
     for job in due:
-        with denied_join_result():  # else it would subscribe to the result, and wake nobody while that is out of reach
-            app.send_task(
-                job.task,
-                kwargs={"job": job.job},
-                task_id=job.job_id,
-                argsrepr="()",
-                kwargsrepr=shown_job(job.job),
-            )
+        _send(job)
         log.info("Woke job %s (%s)", job.job_id, job.task)
     return len(due)
+
+
+def _send(job: DueJob) -> None:
+    with denied_join_result():  # else it would subscribe to the result, and wake nobody while that is out of reach
+        app.send_task(
+            job.task,
+            kwargs={"job": job.job},
+            task_id=job.job_id,
+            argsrepr="()",
+            kwargsrepr=shown_job(job.job),
+        )
+
+
+def wake(jobs: Sequence[DueJob]) -> None:
+    """Send the messages of jobs that the ledger knows. It does not matter if that fails: they are due later."""
+    try:
+        for job in jobs:
+            _send(job)
+    except BROKER_ERRORS as error:
+        log.warning("Messages could not be sent now: %s", type(error).__name__)
 
 
 app.steps["worker"].add(Sweeper)

@@ -1,46 +1,88 @@
-"""What the ledger holds of a batch: its frozen plan, what became of each item, and how far it is.
+"""What the ledger holds of a batch: its frozen plan, what became of each item in each pass, and how far it is.
 
-No PACS and no Celery here, and nothing of what an item means: an item is a server and one line of text. A batch is
-stored in about its items' text and one byte each, however many there are; nothing here holds them all.
+No PACS and no Celery here, and nothing of what an item means: an item is one line of text, and a server if it is known.
+Nothing here holds all items at once. Plans are made through `worker.planning.Planner`.
+
+A batch is a sequence of passes over the same frozen chunks: ``survey`` (what would happen), ``apply`` (do it),
+``verify`` (see whether it is so) and ``undo`` (take it back). A chunk in a pass is a job of the ledger,
+``BATCH.PASS.NUMBER``, so lease, fence and retry are a job's; at most ``width`` chunks are open at a time.
 
 Keys, all below ``courier:batch:ID``:
 
-    (itself)    hash    state, kind, servers, width, items, chunks, next, finished … and a count per server and status
-    :plan       hash    chunk number → its items, one per line: the server's position and the item's text
-    :seen       set     what has been planned already; only while it is planned
-    :outcomes   string  one letter per item; a zero byte is open
-    :notes      hash    item number → why it failed
-    :ended      bitmap  the chunks that are over
+    (itself)        hash    state, kind, order, servers, items, chunks …; for each pass ``PASS:next`` (chunks begun),
+                            ``PASS:open`` (under way), ``PASS:finished``, ``PASS:round``, ``PASS:begun_ms``,
+                            ``PASS:ended_ms``, ``PASS:bytes``; and counts: ``n:plan:SERVER``,
+                            ``n:PASS:SERVER:STATUS`` ("-": no server)
+    :plan:TOKEN     hash    chunk number → its items, deflated, one a line: position of the server or "-", size in bytes
+                            or "-", text. A planner writes under a token of its own, so that two cannot mix.
+    :outcomes:PASS  string  one letter per item; a zero byte is open
+    :results:PASS   hash    chunk number → what more there is to say of its items, deflated JSON rows: place in the
+                            chunk, server, code, message, result. The results of ``apply`` are the items' receipts.
+    :ended:PASS     bitmap  the chunks that are over
 
-States: ``planning`` → ``running`` ⇄ ``paused`` → ``done`` | ``cancelled``; a dry run ends as ``planned``. A chunk is a
-job of the ledger, ``ID.NUMBER``, so lease, fence and retry are a job's; at most ``width`` chunks are open at a time.
+States: ``planning`` → ``planned`` → ``running`` → ``verifying`` → ``done`` | ``cancelled``; ``undoing`` → ``undone``.
+Each of those in -ing may be ``paused`` and goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast, get_args
 
-from worker.ledger import PREFIX, LeaseLost, Ledger
+from redis.client import NEVER_DECODE
 
-State = Literal["planning", "planned", "running", "paused", "cancelled", "done"]
-ItemStatus = Literal["open", "deleted", "hidden", "not_there", "refused", "failed"]
-LETTERS: Final[Mapping[ItemStatus, str]] = {
-    "open": "\0",
-    "deleted": "d",
-    "hidden": "h",
-    "not_there": "n",
-    "refused": "r",
-    "failed": "f",
+from worker.ledger import PREFIX, DueJob, LeaseLost, Ledger
+
+State = Literal["planning", "planned", "running", "verifying", "paused", "cancelled", "done", "undoing", "undone"]
+Pass = Literal["survey", "apply", "verify", "undo"]
+PASSES: Final[tuple[Pass, ...]] = get_args(Pass)
+#: The state of a batch while it is in a pass.
+STATE_OF: Final[Mapping[Pass, State]] = {
+    "survey": "planning",
+    "apply": "running",
+    "verify": "verifying",
+    "undo": "undoing",
 }
+ACTIVE: Final[tuple[State, ...]] = tuple(STATE_OF.values())
+ItemStatus = Literal[
+    "open",  # nothing is known of it yet in this pass
+    "planned",  # survey: it goes on to be applied
+    "skipped",  # nothing is to be done with it, and why
+    "refused",  # somebody said no: trying again would end the same way
+    "failed",  # it was tried as often as it may be; `retry` opens it again
+    "deleted",
+    "hidden",
+    "not_there",
+    "stored",
+    "already_there",
+    "copied",
+    "downloaded",
+    "verified",  # verify: it is as it should be
+    "differs",  # verify, undo: it is there, but not the same
+    "missing",  # verify: it is not there
+    "unverified",  # verify: nobody can say
+    "undone",
+    "kept",  # undo: it is not ours to take back, or has changed since
+]
+LETTERS: Final[Mapping[ItemStatus, str]] = dict(zip(get_args(ItemStatus), "\0pkrfdhnsacwvxmquo", strict=True))
 _STATUSES: Final[Mapping[str, ItemStatus]] = {letter: status for status, letter in LETTERS.items()}
+#: Of an item that ended so in ``apply`` there is nothing to verify or to undo, unless it left a result.
+NOT_DONE: Final = frozenset({"open", "skipped", "refused", "failed"})
+#: What reports and results name among the failures.
+TROUBLE: Final = frozenset({"refused", "failed", "differs", "missing"})
 CHUNK_ITEMS: Final = 100
 #: The task that does a chunk.
 CHUNK_TASK: Final = "pacs.batch.chunk"
-_PARTS: Final = ("", ":plan", ":seen", ":outcomes", ":notes", ":ended")
+#: So many chunks are read at a time by who reads them all.
+_CHUNKS_READ: Final = 20
+_NO_SERVER: Final = "-"
+#: The record of a chunk that ended serves messages of it that come late; there are many such records.
+_RECORD_KEEP_MS: Final = 300_000
 
 _NOW = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
 
@@ -49,54 +91,139 @@ _OPEN = (
     + """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'planning', 'kind', ARGV[2], 'servers', ARGV[3], 'order', ARGV[4],
-  'width', ARGV[5], 'items', 0, 'chunks', 0, 'next', 0, 'finished', 0, 'created_ms', now)
+  'width', ARGV[5], 'name', ARGV[6], 'items', 0, 'chunks', 0, 'bytes', 0, 'created_ms', now)
+redis.call('PEXPIRE', KEYS[1], ARGV[7])
 redis.call('ZADD', KEYS[2], now, ARGV[1])
 return 1
 """
 )
 
+# What the planner has skipped it has written under its token, too.
+# KEYS: batch; outcomes and results of the planner, those of apply. ARGV: token, then fields of the batch.
+_FREEZE = """
+local b = redis.call('HMGET', KEYS[1], 'state', 'planner', 'frozen')
+if b[1] ~= 'planning' or b[2] ~= ARGV[1] or b[3] then return 0 end
+redis.call('HSET', KEYS[1], 'frozen', 1, unpack(ARGV, 2))
+for i = 2, 3 do
+  if redis.call('EXISTS', KEYS[i]) == 1 then redis.call('RENAME', KEYS[i], KEYS[i + 2]) end
+end
+return 1
+"""
+
 # The jobs are written down in the same step that counts them as under way: none can be lost between the two.
+# KEYS: batch, ended, due. ARGV: batch id, pass, its state, prefix of jobs, task, template, delay, life of records.
 _FILL = (
     _NOW
     + """
-local b = redis.call('HMGET', KEYS[1], 'state', 'next', 'chunks', 'finished', 'width')
-if b[1] ~= 'running' then return 0 end
-local next, chunks, finished, width = tonumber(b[2]), tonumber(b[3]), tonumber(b[4]), tonumber(b[5])
-local begun = 0
-while next < chunks and next - finished < width do
-  local id = string.format('%s.%d', ARGV[1], next)
-  redis.call('HSET', ARGV[2] .. id, 'state', 'queued', 'task', ARGV[3], 'job', string.format(ARGV[4], next),
-    'attempts', 0, 'fence', 0, 'created_ms', now)
-  redis.call('ZADD', KEYS[2], now, id)
+local p = ARGV[2]
+local b = redis.call('HMGET', KEYS[1], 'state', 'chunks', 'width', p .. ':next', p .. ':open', p .. ':round', 'pass')
+if b[1] ~= ARGV[3] or b[7] ~= p then return {} end
+local chunks, width = tonumber(b[2]), tonumber(b[3])
+local next, open, round = tonumber(b[4] or 0), tonumber(b[5] or 0), tonumber(b[6] or 0)
+local begun = {}
+while next < chunks and open < width do
+  if redis.call('GETBIT', KEYS[2], next) == 0 then
+    local id = string.format('%s.%s.%d', ARGV[1], p, next)
+    local tail = '}'
+    if round > 0 then
+      id = id .. '.' .. round
+      tail = ', "round": ' .. round .. '}'
+    end
+    local job = ARGV[6] .. next .. tail
+    redis.call('HSET', ARGV[4] .. id, 'state', 'queued', 'task', ARGV[5], 'job', job,
+      'attempts', 0, 'fence', 0, 'created_ms', now, 'keep_ms', ARGV[8])
+    redis.call('ZADD', KEYS[3], now + ARGV[7], id)
+    begun[#begun + 1] = {id, job}
+    open = open + 1
+  end
   next = next + 1
-  begun = begun + 1
 end
-redis.call('HSET', KEYS[1], 'next', next)
+redis.call('HSET', KEYS[1], p .. ':next', next, p .. ':open', open)
 return begun
 """
 )
 
-# An outcome is written once; whoever comes late finds the item settled.
+# An outcome is written once; whoever comes late finds the item settled. What was written before stays in the rows too.
+# KEYS: batch, outcomes, results, job. ARGV: fence, chunk, rows or "", bytes field, bytes, then at, letter, count field.
 _RECORD = """
 local holder = redis.call('HMGET', KEYS[4], 'fence', 'state')
 if holder[1] ~= ARGV[1] or holder[2] ~= 'running' then return -1 end
 local written = 0
-for i = 2, #ARGV, 4 do
+for i = 6, #ARGV, 3 do
   local at = tonumber(ARGV[i])
   local letter = redis.call('GETRANGE', KEYS[2], at, at)
   if letter == '' or letter == '\\0' then
     redis.call('SETRANGE', KEYS[2], at, ARGV[i + 1])
     redis.call('HINCRBY', KEYS[1], ARGV[i + 2], 1)
-    if ARGV[i + 3] ~= '' then redis.call('HSET', KEYS[3], at, ARGV[i + 3]) end
     written = written + 1
   end
 end
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[3], ARGV[2], ARGV[3]) end
+if tonumber(ARGV[5]) > 0 then redis.call('HINCRBY', KEYS[1], ARGV[4], ARGV[5]) end
 return written
 """
 
 _END_CHUNK = """
-if redis.call('SETBIT', KEYS[2], ARGV[1], 1) == 0 then redis.call('HINCRBY', KEYS[1], 'finished', 1) end
+if redis.call('SETBIT', KEYS[2], ARGV[2], 1) == 0 then
+  redis.call('HINCRBY', KEYS[1], ARGV[1] .. ':open', -1)
+  redis.call('HINCRBY', KEYS[1], ARGV[1] .. ':finished', 1)
+end
+local b = redis.call('HMGET', KEYS[1], ARGV[1] .. ':finished', 'chunks')
+return b[1] == b[2] and 1 or 0
+"""
+
+# KEYS: batch, outcomes, ended. ARGV: pass, chunk, then at, letter, count field.
+_REOPEN = """
+for i = 3, #ARGV, 3 do
+  local at = tonumber(ARGV[i])
+  if redis.call('GETRANGE', KEYS[2], at, at) == ARGV[i + 1] then
+    redis.call('SETRANGE', KEYS[2], at, '\\0')
+    redis.call('HINCRBY', KEYS[1], ARGV[i + 2], -1)
+  end
+end
+if redis.call('SETBIT', KEYS[3], ARGV[2], 0) == 1 then redis.call('HINCRBY', KEYS[1], ARGV[1] .. ':finished', -1) end
 return 1
+"""
+
+# KEYS: batch; then all that belongs to it, to be kept. ARGV: job id, pass, state, then the states it may come out of.
+# A conductor that was interrupted finds that it has begun already.
+_BEGIN = (
+    _NOW
+    + """
+local p = ARGV[2]
+local b = redis.call('HMGET', KEYS[1], 'state', 'pass', 'conductor', p .. ':begun_by')
+if b[4] == ARGV[1] then return 1 end
+local may = false
+for i = 4, #ARGV do may = may or b[1] == ARGV[i] end
+if not may or b[3] ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'state', ARGV[3], 'pass', p, p .. ':begun_by', ARGV[1], p .. ':begun_ms', now,
+  p .. ':next', 0, p .. ':open', 0)
+redis.call('HINCRBY', KEYS[1], p .. ':finished', 0)
+if b[4] then redis.call('HINCRBY', KEYS[1], p .. ':round', 1) end
+redis.call('HDEL', KEYS[1], p .. ':ended_ms')
+for i = 1, #KEYS do redis.call('PERSIST', KEYS[i]) end
+return 1
+"""
+)
+
+_END_PASS = (
+    _NOW
+    + """
+local b = redis.call('HMGET', KEYS[1], 'state', 'pass')
+if b[2] ~= ARGV[1] or b[1] ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], 'state', ARGV[3], ARGV[1] .. ':ended_ms', now)
+return 1
+"""
+)
+
+# A batch has one conductor at a time. ARGV: the job that wants to be it, prefix of jobs.
+_TAKE = """
+local mine = redis.call('HGET', KEYS[1], 'conductor')
+if mine == ARGV[1] then return '' end
+local state = mine and redis.call('HGET', ARGV[2] .. mine, 'state')
+if state == 'queued' or state == 'running' or state == 'waiting' then return mine end
+redis.call('HSET', KEYS[1], 'conductor', ARGV[1])
+return ''
 """
 
 _STEER = (
@@ -114,13 +241,39 @@ return state
 """
 )
 
-# A batch whose own job is over (cancelled, dead) is nobody's any more: it stops.
+# A plan that is still being made is not paused: nothing of it has been done.
+_PAUSE = (
+    _NOW
+    + """
+local b = redis.call('HMGET', KEYS[1], 'state', 'frozen')
+if not b[1] then return '' end
+if (b[1] == 'planning' and b[2]) or b[1] == 'running' or b[1] == 'verifying' or b[1] == 'undoing' then
+  redis.call('HSET', KEYS[1], 'state', 'paused', 'paused_from', b[1], 'paused_ms', now)
+  return 'paused'
+end
+return b[1]
+"""
+)
+
+_RESUME = """
+local b = redis.call('HMGET', KEYS[1], 'state', 'paused_from')
+if not b[1] then return '' end
+if b[1] ~= 'paused' then return b[1] end
+redis.call('HSET', KEYS[1], 'state', b[2] or 'running')
+return b[2] or 'running'
+"""
+
+# A batch whose conductor's job is over (cancelled, dead) is nobody's any more: it stops.
 _STATE = """
-local state = redis.call('HGET', KEYS[1], 'state') or ''
-local job = redis.call('HGET', KEYS[2], 'state')
-if (state == 'planning' or state == 'running' or state == 'paused') and (job == 'done' or job == 'dead') then
-  redis.call('HSET', KEYS[1], 'state', 'cancelled')
-  return 'cancelled'
+local b = redis.call('HMGET', KEYS[1], 'state', 'conductor', 'paused_from')
+local state = b[1] or ''
+local doing = state == 'paused' and b[3] or state
+if b[2] and (doing == 'planning' or doing == 'running' or doing == 'verifying' or doing == 'undoing') then
+  local job = redis.call('HGET', ARGV[1] .. b[2], 'state')
+  if job == 'done' or job == 'dead' then
+    state = doing == 'verifying' and 'done' or 'cancelled'
+    redis.call('HSET', KEYS[1], 'state', state)
+  end
 end
 return state
 """
@@ -128,71 +281,173 @@ return state
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to do: ``number`` in the batch, at which server, and what, in the words of the batch's kind."""
+    """One thing to do: ``number`` in the batch, and what, in the words of the batch's kind.
+
+    ``server`` is "" where nobody has said which one yet.
+    """
 
     number: int
     server: str
     text: str
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of an item, and why, where that has to be said."""
+    """What became of an item in a pass, and why, where that has to be said.
+
+    ``server`` is where, if that is not the item's own. ``result`` is what report, verify and undo need to know later:
+    small, flat and JSON; its ``size_bytes`` counts as carried.
+    """
 
     item: Item
     status: ItemStatus
     code: str = ""
     message: str = ""
+    result: Mapping[str, Any] = field(default_factory=dict)
+    server: str = ""
 
-    def as_json(self, server_type: str) -> dict[str, Any]:
+    @property
+    def server_name(self) -> str:
+        return self.server or self.item.server
+
+
+@dataclass(frozen=True)
+class Row:
+    """All that a report says of an item: what became of it in each pass that has come to it."""
+
+    item: Item
+    passes: Mapping[Pass, Settled]
+
+    @property
+    def settled(self) -> Settled:
+        """What became of it when it was applied."""
+        return self.passes.get("apply", Settled(self.item, "open"))
+
+    def as_json(self, types: Mapping[str, str]) -> dict[str, Any]:
+        one = self.settled
+        told = {"number": self.item.number, "item": self.item.text, **_told(one, types)}
+        if not self.item.text.partition(":")[2]:
+            told["study_uid"] = self.item.text
+        told["size_bytes"] = one.result.get("size_bytes", self.item.size_bytes)
+        others = {str(name): _told(found, types) for name, found in self.passes.items() if name != "apply"}
+        return {**told, **others}
+
+
+def _told(one: Settled, types: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "server_name": one.server_name or None,
+        "server_type": types.get(one.server_name),
+        "status": one.status,
+        "code": one.code,
+        "message": one.message,
+        "result": dict(one.result),
+    }
+
+
+@dataclass(frozen=True)
+class PassState:
+    """How far a pass is. ``counts`` are the items per server ("" for none) and status."""
+
+    begun: int = 0
+    finished: int = 0
+    round: int = 0
+    bytes: int = 0
+    begun_by: str = ""
+    begun_ms: int | None = None
+    ended_ms: int | None = None
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for counts in self.counts.values():
+            for status, n in counts.items():
+                totals[status] = totals.get(status, 0) + n
+        return totals
+
+    @property
+    def settled(self) -> int:
+        return sum(self.totals.values())
+
+    def as_json(self) -> dict[str, Any]:
         return {
-            "number": self.item.number,
-            "server_name": self.item.server,
-            "server_type": server_type,
-            "study_uid": self.item.text,
-            "status": self.status,
-            "code": self.code,
-            "message": self.message,
+            "chunks_finished": self.finished,
+            "settled": self.settled,
+            "bytes": self.bytes,
+            "begun_ms": self.begun_ms,
+            "ended_ms": self.ended_ms,
+            "totals": self.totals,
         }
+
+
+_NO_PASS: Final = PassState()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch as it stands. ``counts`` are the items per server and status; ``planned`` is one of them."""
+    """A batch as it stands. ``order`` is what was asked for, ``servers`` those that its plan names, in order.
+
+    ``types`` are the types of those and of all that were configured when it began.
+    """
 
     id: str
     state: State
     kind: str
-    servers: tuple[str, ...]
-    types: Mapping[str, str]
-    order: Mapping[str, Any]
-    items: int
-    chunks: int
-    begun: int
-    finished: int
-    created_ms: int
-    counts: Mapping[str, Mapping[str, int]]
+    order: Mapping[str, Any] = field(default_factory=dict)
+    servers: tuple[str, ...] = ()
+    types: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    items: int = 0
+    chunks: int = 0
+    bytes: int = 0
+    width: int = 1
+    created_ms: int = 0
+    frozen: bool = False
+    planner: str = ""
+    conductor: str = ""
+    current: Pass | None = None
+    planned: Mapping[str, int] = field(default_factory=dict)
+    passes: Mapping[Pass, PassState] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def of(self, which: Pass) -> PassState:
+        return self.passes.get(which, _NO_PASS)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """The items per server: how many are ``planned``, and what became of them when they were applied."""
+        applied = self.of("apply").counts
+        names = dict.fromkeys((*self.servers, *filter(None, applied)))
+        return {name: {"planned": self.planned.get(name, 0), **applied.get(name, {})} for name in names}
 
     @property
     def settled(self) -> int:
-        return sum(n for counts in self.counts.values() for status, n in counts.items() if status != "planned")
+        """How many items are settled in the pass that the batch is in; in ``apply``, if it is in none."""
+        in_pass = self.current if self.current and self.state in (*ACTIVE, "paused") else "apply"
+        return self.of(in_pass).settled
 
     @property
     def over(self) -> bool:
-        return self.state in ("planned", "cancelled", "done")
+        return self.state in ("planned", "cancelled", "done", "undone")
 
     def as_json(self) -> dict[str, Any]:
         return {
             "batch_id": self.id,
+            "name": self.name,
             "kind": self.kind,
             "state": self.state,
+            "pass": self.current,
             "items": self.items,
+            "bytes": self.bytes,
             "settled": self.settled,
             "created_ms": self.created_ms,
             "warnings": list(self.warnings),
+            "totals": self.of("apply").totals,
+            "passes": {name: found.as_json() for name, found in self.passes.items()},
             "servers": [
-                {"server_name": name, "server_type": self.types[name], **self.counts[name]} for name in self.servers
+                {"server_name": name, "server_type": self.types.get(name) or None, **counts}
+                for name, counts in self.counts.items()
             ],
         }
 
@@ -201,131 +456,332 @@ class Batches:
     """The batches in a ledger. Safe for threads."""
 
     def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
         self._redis = ledger.client
         self._keep_ms = ledger.keep_ms
+        self._grace_ms = ledger.grace_ms
         script = self._redis.register_script
-        self._open, self._fill, self._record = script(_OPEN), script(_FILL), script(_RECORD)
-        self._end_chunk, self._steer, self._state = script(_END_CHUNK), script(_STEER), script(_STATE)
+        self._open, self._freeze, self._fill = script(_OPEN), script(_FREEZE), script(_FILL)
+        self._record, self._end_chunk, self._reopen = script(_RECORD), script(_END_CHUNK), script(_REOPEN)
+        self._begin, self._end_pass, self._take = script(_BEGIN), script(_END_PASS), script(_TAKE)
+        self._steer, self._pause, self._resume = script(_STEER), script(_PAUSE), script(_RESUME)
+        self._state = script(_STATE)
 
     # --- the plan -------------------------------------------------------------------------------------------
 
     def open(
-        self, batch_id: str, *, kind: str, servers: Mapping[str, str], order: Mapping[str, Any], width: int
+        self,
+        batch_id: str,
+        *,
+        kind: str,
+        order: Mapping[str, Any],
+        servers: Mapping[str, str] | None = None,
+        width: int,
+        name: str = "",
     ) -> bool:
-        """Begin to plan a batch for ``servers``, by name and type; False if it is known."""
+        """Begin to plan a batch; False if it is known. ``servers`` are those it is about, by name and type.
+
+        What no conductor begins is forgotten after as long as results are kept.
+        """
         keys = [_key(batch_id), PREFIX + "batches"]
-        args: list[str | int] = [batch_id, kind, json.dumps(dict(servers)), json.dumps(dict(order)), width]
-        return bool(self._open(keys=keys, args=args))
+        args: list[str | int] = [batch_id, kind, json.dumps(dict(servers or {})), json.dumps(dict(order)), width, name]
+        return bool(self._open(keys=keys, args=[*args, self._keep_ms]))
 
-    def clear_plan(self, batch_id: str) -> None:
-        """Forget what a planner that did not come to its end has left."""
-        self._redis.delete(*(_key(batch_id, part) for part in (":plan", ":seen")))
-
-    def unseen(self, batch_id: str, server: int, texts: Sequence[str]) -> list[str]:
-        """Those of ``texts`` that are not planned yet: a list that is paged through can show one twice."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for text in texts:
-                pipe.sadd(_key(batch_id, ":seen"), f"{server} {text}")
-            return [text for text, added in zip(texts, pipe.execute(), strict=True) if added]
-
-    def plan_chunk(self, batch_id: str, chunk: int, lines: Sequence[tuple[int, str]]) -> None:
-        """Write down a chunk: servers by their position, and texts."""
-        content = "\n".join(f"{server} {text}" for server, text in lines)
-        self._redis.hset(_key(batch_id, ":plan"), str(chunk), content)
-
-    def freeze(
-        self, batch_id: str, *, chunks: int, planned: Mapping[str, int], warnings: Sequence[str], state: State
-    ) -> None:
-        """The plan is complete and does not change any more; a batch that was cancelled meanwhile stays so."""
-        items = sum(planned.values())
-        fields: dict[Any, Any] = {f"n:{server}:planned": count for server, count in planned.items()}
-        fields.update(items=items, chunks=chunks, warnings=json.dumps(list(warnings)))
+    def begin_plan(self, batch_id: str) -> str:
+        """Begin the plan, once more if another planner has not come to its end; gives the new planner's token."""
+        token = uuid.uuid4().hex[:12]
+        before = cast(str | None, self._redis.hget(_key(batch_id), "planner"))
         with self._redis.pipeline() as pipe:
-            pipe.hset(_key(batch_id), mapping=fields)
-            pipe.delete(_key(batch_id, ":seen"))
-            if items:
-                pipe.setrange(_key(batch_id, ":outcomes"), items - 1, "\0")
+            pipe.hset(_key(batch_id), "planner", token)
+            if before:
+                pipe.delete(*(_key(batch_id, f":{part}:{before}") for part in ("plan", "outcomes", "results")))
             pipe.execute()
-        self._steer(keys=[_key(batch_id)], args=[state, "planning"])
+        return token
+
+    def plan_chunks(self, batch_id: str, token: str, chunks: Mapping[int, str]) -> None:
+        """Write down chunks by their number: lines as the top of this module says, without the last line's end."""
+        key = _key(batch_id, f":plan:{token}")
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hset(key, mapping={str(number): cast(Any, deflated(lines)) for number, lines in chunks.items()})
+            pipe.pexpire(key, self._keep_ms)
+            pipe.pexpire(_key(batch_id), self._keep_ms)
+            pipe.execute()
+
+    def skip_planned(self, batch_id: str, token: str, skipped: Mapping[int, str]) -> None:
+        """Items of whole chunks, by their number, that the plan itself leaves out, and why."""
+        by_chunk: dict[int, list[list[Any]]] = {}
+        for number, why in skipped.items():
+            chunk, at = divmod(number, CHUNK_ITEMS)
+            by_chunk.setdefault(chunk, []).append([at, "", "", why, {}])
+        with self._redis.pipeline(transaction=False) as pipe:
+            for number in skipped:
+                pipe.setrange(_key(batch_id, f":outcomes:{token}"), number, LETTERS["skipped"])
+            for chunk, rows in by_chunk.items():
+                pipe.hset(_key(batch_id, f":results:{token}"), str(chunk), cast(Any, deflated(json.dumps(rows))))
+            for part in ("outcomes", "results"):
+                pipe.pexpire(_key(batch_id, f":{part}:{token}"), self._keep_ms)
+            pipe.execute()
+
+    def freeze(  # noqa: PLR0913 - what a plan comes to
+        self,
+        batch_id: str,
+        token: str,
+        *,
+        items: int,
+        planned: Mapping[str, int],
+        servers: Mapping[str, str],
+        size_bytes: int = 0,
+        skipped: Mapping[str, int] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> bool:
+        """The plan is complete and does not change any more; the batch stays ``planning`` until it has a conductor.
+
+        False: another planner has taken over, or the batch was cancelled meanwhile.
+        """
+        fields: dict[str, Any] = {f"n:plan:{name or _NO_SERVER}": n for name, n in planned.items()}
+        fields.update({f"n:apply:{name or _NO_SERVER}:skipped": n for name, n in (skipped or {}).items()})
+        fields.update(items=items, chunks=-(-items // CHUNK_ITEMS), bytes=size_bytes)
+        fields.update(servers=json.dumps(dict(servers)), warnings=json.dumps(list(warnings)))
+        parts = (f":outcomes:{token}", f":results:{token}", ":outcomes:apply", ":results:apply")
+        keys = [_key(batch_id), *(_key(batch_id, part) for part in parts)]
+        args: Sequence[Any] = [token, *(part for pair in fields.items() for part in pair)]
+        return bool(self._freeze(keys=keys, args=args))
+
+    def set_fleet(self, batch_id: str, types: Mapping[str, str]) -> None:
+        """Say of all configured servers what type they are: a producer does not know, and an upload may go to any."""
+        self._redis.hset(_key(batch_id), "fleet", json.dumps(dict(types)))
 
     # --- its items ------------------------------------------------------------------------------------------
 
-    def items(self, batch: Batch, chunk: int) -> list[Settled]:
-        """The items of a chunk, with what became of each so far."""
-        content = cast(str | None, self._redis.hget(_key(batch.id, ":plan"), str(chunk)))
-        lines = content.split("\n") if content else []
-        first = chunk * CHUNK_ITEMS
-        letters = str(self._redis.getrange(_key(batch.id, ":outcomes"), first, first + len(lines) - 1))
-        found = []
-        for number, (line, letter) in enumerate(zip(lines, letters, strict=True), start=first):
-            server, _, text = line.partition(" ")
-            found.append(Settled(Item(number, batch.servers[int(server)], text), _STATUSES[letter]))
-        return self._with_notes(batch.id, found)
+    def chunk_rows(self, batch: Batch, chunk: int, passes: Sequence[Pass]) -> list[Row]:
+        """The items of a chunk, in order, with what became of each so far in ``passes``."""
+        found = next(self._read(batch, [chunk], passes))
+        items = [one.item for one in found[passes[0]]]
+        return [Row(item, {which: found[which][at] for which in passes}) for at, item in enumerate(items)]
 
-    def report(self, batch: Batch) -> Iterator[Settled]:
-        """Every item in the order of the plan, a chunk at a time."""
-        for chunk in range(batch.chunks):
-            yield from self.items(batch, chunk)
+    def items(self, batch: Batch, chunk: int, which: Pass = "apply") -> list[Settled]:
+        """The items of a chunk, in order, with what became of each so far in a pass."""
+        return next(self._read(batch, [chunk], [which]))[which]
 
-    def failures(self, batch: Batch, limit: int) -> list[Settled]:
-        """The first items that failed or were refused."""
-        if not self._redis.hlen(_key(batch.id, ":notes")):
-            return []
-        return list(islice((one for one in self.report(batch) if one.status in ("failed", "refused")), limit))
+    def rows(self, batch: Batch, passes: Sequence[Pass] = PASSES) -> Iterator[Row]:
+        """Every item in the order of the plan, with what became of it in ``passes``, some chunks at a time."""
+        begun = [which for which in passes if which == "apply" or which in batch.passes]
+        for some in _some(batch.chunks, _CHUNKS_READ):
+            for found in self._read(batch, some, begun):
+                for at, one in enumerate(found[begun[0]]):
+                    yield Row(one.item, {which: found[which][at] for which in begun})
 
-    def settle(self, batch_id: str, outcomes: Iterable[Settled], *, job_id: str, fence: int) -> None:
-        """Write outcomes down, each once, as the holder of a job; `LeaseLost` if it is another's now."""
-        args: list[str | int] = [fence]
-        for one in outcomes:
-            note = json.dumps({"code": one.code, "message": one.message[:300]}) if one.code or one.message else ""
-            args += [one.item.number, LETTERS[one.status], f"n:{one.item.server}:{one.status}", note]
-        keys = [_key(batch_id), _key(batch_id, ":outcomes"), _key(batch_id, ":notes"), f"{PREFIX}job:{job_id}"]
-        if len(args) > 1 and int(self._record(keys=keys, args=args)) < 0:
+    def report(self, batch: Batch, which: Pass = "apply") -> Iterator[Settled]:
+        """What became of every item in a pass, in the order of the plan."""
+        for some in _some(batch.chunks, _CHUNKS_READ):
+            for found in self._read(batch, some, [which]):
+                yield from found[which]
+
+    def troubled(self, batch: Batch, which: Pass = "apply") -> Iterator[Settled]:
+        """What failed, was refused, or is not as it should be; only its chunks are read."""
+        letters = frozenset(LETTERS[cast(ItemStatus, status)] for status in TROUBLE)
+        for chunk in self._chunks_with(batch, which, letters):
+            yield from (one for one in self.items(batch, chunk, which) if one.status in TROUBLE)
+
+    def failures(self, batch: Batch, limit: int, which: Pass = "apply") -> list[Settled]:
+        return list(islice(self.troubled(batch, which), limit))
+
+    def settle(
+        self, batch: Batch, which: Pass, chunk: int, outcomes: Iterable[Settled], *, job_id: str, fence: int
+    ) -> None:
+        """Write outcomes of a chunk down, each once, as the holder of a job; `LeaseLost` if it is another's now.
+
+        An outcome that is ``open`` leaves the item open and keeps what it says for who looks, or for the next attempt.
+        """
+        settled = list(outcomes)
+        if not settled:
+            return
+        rows, changed = self._merged(batch, which, chunk, settled)
+        carried = sum(_carried(one) for one in settled)
+        args: list[Any] = [fence, chunk, deflated(json.dumps(rows, separators=(",", ":"))) if changed else ""]
+        args += [f"{which}:bytes", carried]
+        for one in settled:
+            if one.status != "open":
+                args += [one.item.number, LETTERS[one.status], _count_field(which, one)]
+        parts = (f":outcomes:{which}", f":results:{which}")
+        keys = [_key(batch.id), *(_key(batch.id, part) for part in parts), f"{PREFIX}job:{job_id}"]
+        if int(self._record(keys=keys, args=args)) < 0:
             raise LeaseLost
 
-    def _with_notes(self, batch_id: str, found: list[Settled]) -> list[Settled]:
-        noted = [one for one in found if one.status in ("failed", "refused")]
-        if not noted:
-            return found
-        rows = cast(list[Any], self._redis.hmget(_key(batch_id, ":notes"), [str(one.item.number) for one in noted]))
-        notes = {one.item.number: json.loads(row) for one, row in zip(noted, rows, strict=True) if row}
-        return [Settled(one.item, one.status, **notes.get(one.item.number, {})) for one in found]
+    def _merged(
+        self, batch: Batch, which: Pass, chunk: int, settled: Sequence[Settled]
+    ) -> tuple[list[list[Any]], bool]:
+        """The rows of a chunk with what is new in them; whether anything is."""
+        new = {}
+        for one in settled:
+            row = [one.item.number % CHUNK_ITEMS, one.server, one.code, one.message[:300], dict(one.result)]
+            if any(row[1:]):
+                new[row[0]] = row
+        if not new:
+            return [], False
+        blob = _ask_raw(self._redis, "HGET", _key(batch.id, f":results:{which}"), chunk)
+        rows = {row[0]: row for row in _rows(cast(bytes | None, blob))}
+        return [*{**rows, **new}.values()], True
+
+    def _read(self, batch: Batch, chunks: Iterable[int], passes: Sequence[Pass]) -> Iterator[dict[Pass, list[Settled]]]:
+        """By pass, the items of each of the ``chunks``; all read in one go."""
+        wanted = [str(chunk) for chunk in chunks]
+        if not wanted:
+            return
+        first, last = int(wanted[0]) * CHUNK_ITEMS, (int(wanted[-1]) + 1) * CHUNK_ITEMS - 1
+        with self._redis.pipeline(transaction=False) as pipe:
+            _ask_raw(pipe, "HMGET", _key(batch.id, f":plan:{batch.planner}"), *wanted)
+            for which in passes:
+                pipe.getrange(_key(batch.id, f":outcomes:{which}"), first, last)
+                _ask_raw(pipe, "HMGET", _key(batch.id, f":results:{which}"), *wanted)
+            plans, *found = pipe.execute()
+        for place, (chunk, plan) in enumerate(zip(wanted, plans, strict=True)):
+            items = _items(batch, int(chunk), plan)
+            start = int(chunk) * CHUNK_ITEMS - first
+            yield {
+                which: _settled(items, found[2 * n][start : start + len(items)], found[2 * n + 1][place])
+                for n, which in enumerate(passes)
+            }
+
+    def _chunks_with(self, batch: Batch, which: Pass, letters: frozenset[str]) -> Iterator[int]:
+        """The chunks that have an item with one of ``letters``."""
+        for some in _some(batch.chunks, 100):
+            first, last = some[0] * CHUNK_ITEMS, min((some[-1] + 1) * CHUNK_ITEMS, batch.items) - 1
+            found = str(self._redis.getrange(_key(batch.id, f":outcomes:{which}"), first, last))
+            found = found.ljust(last - first + 1, "\0")
+            for chunk in some:
+                start = chunk * CHUNK_ITEMS - first
+                if not letters.isdisjoint(found[start : start + CHUNK_ITEMS]):
+                    yield chunk
 
     # --- its course -----------------------------------------------------------------------------------------
 
-    def fill(self, batch_id: str) -> None:
-        """Write down jobs for the next chunks, as many as may be open at a time; the sweeper sends them."""
-        job = json.dumps({"version": 1, "batch_id": batch_id, "chunk": 0}).replace("%", "%%")
-        template = job.replace('"chunk": 0', '"chunk": %d')
-        args = [batch_id, f"{PREFIX}job:", CHUNK_TASK, template]
-        self._fill(keys=[_key(batch_id), PREFIX + "due"], args=args)
+    def take(self, batch_id: str, job_id: str) -> str | None:
+        """Become the batch's conductor; the id of the job that is, if there is another under way."""
+        return str(self._take(keys=[_key(batch_id)], args=[job_id, f"{PREFIX}job:"])) or None
 
-    def end_chunk(self, batch_id: str, chunk: int) -> None:
-        self._end_chunk(keys=[_key(batch_id), _key(batch_id, ":ended")], args=[chunk])
+    def begin(self, batch_id: str, which: Pass, *, job_id: str, out_of: Sequence[State]) -> bool:
+        """Begin a pass as the batch's conductor, if the batch is in one of the states ``out_of``.
 
-    def open_chunks(self, batch: Batch) -> list[int]:
+        True also if this conductor has begun it before.
+        """
+        keys = [_key(batch_id), *self._all_keys(batch_id)]
+        return bool(self._begin(keys=keys, args=[job_id, which, STATE_OF[which], *out_of]))
+
+    def reopen(self, batch: Batch, which: Pass, statuses: Iterable[ItemStatus]) -> int:
+        """Open the items again that ended so, with their chunks and those that have open items; how many chunks."""
+        opened = frozenset(statuses)
+        letters = frozenset(LETTERS[status] for status in opened) | {"\0"}
+        chunks = 0
+        for chunk in self._chunks_with(batch, which, letters):
+            args: list[Any] = [which, chunk]
+            for one in self.items(batch, chunk, which):
+                if one.status in opened:
+                    args += [one.item.number, LETTERS[one.status], _count_field(which, one)]
+            parts = (f":outcomes:{which}", f":ended:{which}")
+            self._reopen(keys=[_key(batch.id), *(_key(batch.id, part) for part in parts)], args=args)
+            chunks += 1
+        return chunks
+
+    def forget_pass(self, batch: Batch, which: Pass) -> None:
+        """A pass begins again from nothing."""
+        fields = [f"{which}:finished", f"{which}:bytes"]
+        fields += [
+            f"n:{which}:{server or _NO_SERVER}:{status}"
+            for server, counts in batch.of(which).counts.items()
+            for status in counts
+        ]
+        with self._redis.pipeline() as pipe:
+            pipe.hdel(_key(batch.id), *fields)
+            pipe.delete(*(_key(batch.id, part) for part in _parts(which)))
+            pipe.execute()
+
+    def end_pass(self, batch_id: str, which: Pass, to: State) -> bool:
+        """The pass is over; the batch goes on to ``to``, unless somebody has steered it elsewhere."""
+        return bool(self._end_pass(keys=[_key(batch_id)], args=[which, STATE_OF[which], to]))
+
+    def fill(self, batch: Batch, which: Pass, *, due_in_s: float | None = None) -> list[DueJob]:
+        """Write down jobs for the next chunks, as many as may be open at a time, and give them back to be sent.
+
+        Should their messages get lost, they are due after the grace period, or after ``due_in_s``.
+        """
+        template = json.dumps(_message(batch, which))[:-1] + ', "chunk": '
+        delay_ms = self._grace_ms if due_in_s is None else int(due_in_s * 1000)
+        keys = [_key(batch.id), _key(batch.id, f":ended:{which}"), PREFIX + "due"]
+        args: Sequence[Any] = [
+            batch.id,
+            which,
+            STATE_OF[which],
+            f"{PREFIX}job:",
+            CHUNK_TASK,
+            template,
+            delay_ms,
+            _RECORD_KEEP_MS,
+        ]
+        return [DueJob(job_id, CHUNK_TASK, json.loads(job)) for job_id, job in self._fill(keys=keys, args=args)]
+
+    def end_chunk(self, batch_id: str, which: Pass, chunk: int) -> bool:
+        """The chunk is over; True if with it the whole pass is."""
+        keys = [_key(batch_id), _key(batch_id, f":ended:{which}")]
+        return bool(self._end_chunk(keys=keys, args=[which, chunk]))
+
+    def open_chunks(self, batch: Batch, which: Pass) -> list[int]:
         """The chunks that were begun and are not over."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for chunk in range(batch.begun):
-                pipe.getbit(_key(batch.id, ":ended"), chunk)
-            return [chunk for chunk, ended in enumerate(pipe.execute()) if not ended]
+        bits = cast(bytes | None, _ask_raw(self._redis, "GET", _key(batch.id, f":ended:{which}"))) or b""
+        begun = batch.of(which).begun
+        bits = bits.ljust(-(-begun // 8), b"\0")
+        full = {place for place, byte in enumerate(bits) if byte == 0xFF}
+        return [
+            chunk for chunk in range(begun) if chunk // 8 not in full and not bits[chunk // 8] >> (7 - chunk % 8) & 1
+        ]
 
     def state(self, batch_id: str) -> str:
-        """The state, seen to be ``cancelled`` when the batch's own job is over; "" if there is none."""
-        return str(self._state(keys=[_key(batch_id), f"{PREFIX}job:{batch_id}"]))
+        """The state, seen to be over when the conductor's job is; "" if there is no such batch."""
+        return str(self._state(keys=[_key(batch_id)], args=[f"{PREFIX}job:"]))
 
     def steer(self, batch_id: str, to: State, *, out_of: Sequence[State]) -> str:
         """Move the batch on to ``to`` if it is in one of the states ``out_of``; its state then."""
         return str(self._steer(keys=[_key(batch_id)], args=[to, *out_of]))
 
+    def pause(self, batch_id: str) -> str:
+        """Begin nothing new until it is resumed; the state then."""
+        return str(self._pause(keys=[_key(batch_id)]))
+
+    def resume(self, batch_id: str) -> str:
+        """Go on where it was paused; the state then."""
+        state = str(self._resume(keys=[_key(batch_id)]))
+        self.rouse(batch_id)
+        return state
+
+    def cancel(self, batch_id: str) -> str:
+        """End it; the state then. A plan that nobody has begun to apply is dropped with it."""
+        state = self.steer(batch_id, "cancelled", out_of=[*ACTIVE, "planned", "paused"])
+        self.rouse(batch_id)
+        return state
+
+    def rouse(self, batch_id: str) -> None:
+        """Have all who wait at the batch look again now: it has been steered elsewhere."""
+        batch = self.get(batch_id)
+        if batch is None:
+            return
+        jobs = (
+            [chunk_job(batch, batch.current, chunk).job_id for chunk in self.open_chunks(batch, batch.current)]
+            if batch.current
+            else []
+        )
+        for job_id in (*jobs, batch.conductor):
+            self._ledger.rouse(job_id, by_sweeper=True)
+
     def expire(self, batch_id: str) -> None:
         """It is over: kept as long as results are."""
         with self._redis.pipeline(transaction=False) as pipe:
-            for part in _PARTS:
-                pipe.pexpire(_key(batch_id, part), self._keep_ms)
+            for key in (_key(batch_id), *self._all_keys(batch_id)):
+                pipe.pexpire(key, self._keep_ms)
             pipe.execute()
 
     def get(self, batch_id: str) -> Batch | None:
+        """The batch as it stands; None if there is none of that id."""
+        self.state(batch_id)
         fields = cast(dict[str, str], self._redis.hgetall(_key(batch_id)))
         return _batch(batch_id, fields) if "kind" in fields else None
 
@@ -338,28 +794,124 @@ class Batches:
             self._redis.zrem(PREFIX + "batches", *gone)
         return [batch for batch in found.values() if batch is not None]
 
+    def _all_keys(self, batch_id: str) -> Sequence[str]:
+        token = cast(str | None, self._redis.hget(_key(batch_id), "planner"))
+        parts = [f":plan:{token}", *(part for which in PASSES for part in _parts(which))]
+        return [_key(batch_id, part) for part in parts]
+
+
+def _ask_raw(client: Any, *command: Any) -> Any:
+    """A command whose answer is bytes and not text, sent by a client or put into a pipeline."""
+    return client.execute_command(*command, **{NEVER_DECODE: True})
+
+
+def _some(chunks: int, at_a_time: int) -> Iterator[range]:
+    for first in range(0, chunks, at_a_time):
+        yield range(first, min(first + at_a_time, chunks))
+
+
+def deflated(text: str) -> bytes:
+    return zlib.compress(text.encode())
+
+
+def chunk_job(batch: Batch, which: Pass, chunk: int) -> DueJob:
+    """The job that does a chunk in the current round of a pass."""
+    number = batch.of(which).round
+    message = {**_message(batch, which), "chunk": chunk, **({"round": number} if number else {})}
+    return DueJob(f"{batch.id}.{which}.{chunk}" + (f".{number}" if number else ""), CHUNK_TASK, message)
+
+
+def _message(batch: Batch, which: Pass) -> dict[str, Any]:
+    named = {"name": batch.name} if batch.name else {}
+    return {"version": 1, "batch_id": batch.id, **named, "pass": which}
+
+
+def _parts(which: Pass) -> tuple[str, ...]:
+    return (f":outcomes:{which}", f":results:{which}", f":ended:{which}")
+
+
+def _items(batch: Batch, chunk: int, blob: bytes | None) -> list[Item]:
+    if blob is None:
+        return []
+    found = []
+    for number, line in enumerate(zlib.decompress(blob).decode().split("\n"), start=chunk * CHUNK_ITEMS):
+        server, size, text = line.split("\t", 2)
+        name = "" if server == _NO_SERVER else batch.servers[int(server)]
+        found.append(Item(number, name, text, None if size == "-" else int(size)))
+    return found
+
+
+def _rows(blob: bytes | None) -> list[list[Any]]:
+    return cast(list[list[Any]], json.loads(zlib.decompress(blob))) if blob else []
+
+
+def _settled(items: Sequence[Item], letters: str, blob: bytes | None) -> list[Settled]:
+    letters = letters.ljust(len(items), "\0")
+    found = [Settled(item, _STATUSES[letter]) for item, letter in zip(items, letters, strict=True)]
+    for at, server, code, message, result in _rows(blob):
+        found[at] = replace(found[at], server=server, code=code, message=message, result=result)
+    return found
+
+
+def _carried(one: Settled) -> int:
+    if one.status in NOT_DONE:
+        return 0
+    return int(one.result.get("size_bytes") or one.item.size_bytes or 0)
+
+
+def _count_field(which: Pass, one: Settled) -> str:
+    return f"n:{which}:{one.server_name or _NO_SERVER}:{one.status}"
+
 
 def _batch(batch_id: str, fields: Mapping[str, str]) -> Batch:
-    types: dict[str, str] = json.loads(fields["servers"])
-    counts: dict[str, dict[str, int]] = {server: {"planned": 0} for server in types}
-    for field, count in fields.items():
-        if field.startswith("n:"):
-            _, server, status = field.split(":")
-            counts[server][status] = int(count)
+    planned: dict[str, int] = {}
+    counts: dict[str, dict[str, dict[str, int]]] = {which: {} for which in PASSES}
+    for name, count in fields.items():
+        match name.split(":"):
+            case ["n", "plan", server]:
+                planned["" if server == _NO_SERVER else server] = int(count)
+            case ["n", which, server, status] if int(count):
+                counts[which].setdefault("" if server == _NO_SERVER else server, {})[status] = int(count)
     return Batch(
         id=batch_id,
         state=cast(State, fields["state"]),
         kind=fields["kind"],
-        servers=tuple(types),
-        types=types,
         order=json.loads(fields["order"]),
+        servers=tuple(json.loads(fields["servers"])),
+        types={**json.loads(fields["servers"]), **json.loads(fields.get("fleet", "{}"))},
+        name=fields.get("name", ""),
         items=int(fields["items"]),
         chunks=int(fields["chunks"]),
-        begun=int(fields["next"]),
-        finished=int(fields["finished"]),
+        bytes=int(fields.get("bytes", 0)),
+        width=int(fields["width"]),
         created_ms=int(fields["created_ms"]),
-        counts=counts,
+        frozen="frozen" in fields,
+        planner=fields.get("planner", ""),
+        conductor=fields.get("conductor", ""),
+        current=cast(Pass | None, fields.get("pass")),
+        planned=planned,
+        passes={
+            which: _pass_state(fields, which, counts[which])
+            for which in PASSES
+            if f"{which}:begun_by" in fields or counts[which]
+        },
         warnings=tuple(json.loads(fields.get("warnings", "[]"))),
+    )
+
+
+def _pass_state(fields: Mapping[str, str], which: str, counts: Mapping[str, Mapping[str, int]]) -> PassState:
+    def number(name: str) -> int:
+        return int(fields.get(f"{which}:{name}", 0))
+
+    return PassState(
+        begun=number("next"),
+        finished=number("finished"),
+        round=number("round"),
+        bytes=number("bytes"),
+        begun_by=fields.get(f"{which}:begun_by", ""),
+        begun_ms=number("begun_ms") or None,
+        ended_ms=number("ended_ms") or None,
+        counts=counts,
     )
 
 

@@ -33,7 +33,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import redis
 
@@ -129,7 +129,9 @@ if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'waiting', 'lease_ms', 0, 'code', ARGV[4], 'message', ARGV[5])
 local delay_ms = tonumber(ARGV[3])
-if ARGV[6] == '0' then
+if ARGV[6] == 'steady' then
+  redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+elseif ARGV[6] == 'growing' then
   redis.call('HINCRBY', KEYS[1], 'attempts', -1)
   local waits = math.min(redis.call('HINCRBY', KEYS[1], 'waits', 1), 20)
   delay_ms = math.max(delay_ms, math.min(delay_ms * 2 ^ (waits - 1), 8000))
@@ -137,6 +139,7 @@ else
   redis.call('HDEL', KEYS[1], 'waits')
   note_of_job(KEYS[1], ARGV[7], ARGV[8], true)
 end
+if ARGV[6] ~= 'counts' and redis.call('HEXISTS', KEYS[1], 'woken') == 1 then delay_ms = 0 end
 redis.call('ZADD', KEYS[2], now + delay_ms, ARGV[1])
 return 1
 """
@@ -166,7 +169,7 @@ if ARGV[3] == 'dead' then
 else
   redis.call('DEL', deaths)
   redis.call('HDEL', job, 'job', 'memo')
-  redis.call('PEXPIRE', job, ARGV[6])
+  redis.call('PEXPIRE', job, redis.call('HGET', job, 'keep_ms') or ARGV[6])
 end
 return 1
 """
@@ -231,6 +234,19 @@ for _, id in ipairs(ids) do
   end
 end
 return woken
+"""
+)
+
+# Who is at it just now looks again, when it is put aside.
+_ROUSE = (
+    _NOW
+    + """
+local fields = redis.call('HMGET', KEYS[1], 'state', 'task', 'job')
+if fields[1] ~= 'waiting' and fields[1] ~= 'running' then return {} end
+redis.call('HSET', KEYS[1], 'woken', 1)
+if fields[1] == 'running' then return {} end
+if ARGV[2] == '1' then redis.call('ZADD', KEYS[2], now, ARGV[1]) end
+return {fields[2], fields[3] or '{}'}
 """
 )
 
@@ -394,6 +410,9 @@ return redis.call('HGET', KEYS[2], 'opened_by') == ARGV[1] and 1 or 0
 )
 
 
+Wait = Literal["counts", "growing", "steady"]
+
+
 class LeaseLost(Exception):
     """Another attempt has taken this job over: whatever the late holder knows is no longer wanted."""
 
@@ -533,7 +552,7 @@ class Ledger:
         self._redis = client
         self.lease_s = lease_s
         self.client = client
-        self._grace_ms = _ms(grace_s)
+        self.grace_ms = _ms(grace_s)
         self.keep_ms = _ms(keep_s)
         self._claim_ms = _ms(claim_s)
         script = client.register_script
@@ -544,6 +563,7 @@ class Ledger:
         self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
         self._hold_many, self._let_go_many = script(_HOLD_MANY), script(_LET_GO_MANY)
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
+        self._rouse = script(_ROUSE)
 
     @classmethod
     def connect(cls, url: str, **times: float) -> Ledger:
@@ -563,7 +583,7 @@ class Ledger:
     def submit(self, job_id: str, *, task: str, job: Mapping[str, Any], due_in_s: float | None = None) -> bool:
         """Write the job down; False if it is known. Should its message get lost, it is due after the grace period."""
         keys = [_job(job_id), PREFIX + "due"]
-        delay_ms = self._grace_ms if due_in_s is None else _ms(due_in_s)
+        delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)
         return bool(self._submit(keys=keys, args=[job_id, task, _dump(job), delay_ms]))
 
     def claim(self, job_id: str, *, task: str, job: Mapping[str, Any]) -> Claim:
@@ -581,13 +601,22 @@ class Ledger:
         keys = [_job(job_id), PREFIX + "due"]
         return bool(self._heartbeat(keys=keys, args=[job_id, fence, _ms(self.lease_s)]))
 
-    def park(self, job_id: str, fence: int, *, delay_s: float, code: str, message: str, counts: bool = True) -> None:
+    def park(
+        self,
+        job_id: str,
+        fence: int,
+        *,
+        delay_s: float,
+        code: str,
+        message: str,
+        wait: Wait = "counts",
+    ) -> None:
         """Put the job aside until ``delay_s`` from now.
 
-        An attempt that ``counts`` not is given back, and such waits in a row get longer, up to 8 s.
+        Unless the attempt ``counts``, it is given back; ``growing`` waits in a row get longer, up to 8 s.
         """
         keys = [_job(job_id), PREFIX + "due"]
-        args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, int(counts)]
+        args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, wait]
         note = _note("waiting", job_id, code=code, message=message, delay_s=round(delay_s, 1))
         self._guard(self._park(keys=keys, args=[*args, note, self.keep_ms]))
 
@@ -636,15 +665,21 @@ class Ledger:
         keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", deaths]
         note = _note("ended", job_id, **ending, **_gist(outcome))
         args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, note]
-        self._guard(self._finish(keys=keys, args=[*args, self._grace_ms]))
+        self._guard(self._finish(keys=keys, args=[*args, self.grace_ms]))
 
     def cancel(self, job_id: str) -> str:
         """Ask for the job to end before its push; gives the state it was in, "" if it is unknown."""
         return str(self._cancel(keys=[_job(job_id), PREFIX + "due"], args=[job_id]))
 
+    def rouse(self, job_id: str, *, by_sweeper: bool = False) -> DueJob | None:
+        """Have a waiting job look again before its time; the message to send for it, unless the sweeper shall."""
+        args: list[str | int] = [job_id, int(by_sweeper)]
+        found = cast(list[str], self._rouse(keys=[_job(job_id), PREFIX + "due"], args=args))
+        return DueJob(job_id, found[0], json.loads(found[1])) if found else None
+
     def sweep(self, limit: int = 200) -> list[DueJob]:
         """Jobs that somebody has to be woken for. Each is due again later, and later each time, until claimed."""
-        rows = self._sweep(keys=[PREFIX + "due"], args=[limit, self._grace_ms, _job("")])
+        rows = self._sweep(keys=[PREFIX + "due"], args=[limit, self.grace_ms, _job("")])
         return [DueJob(job_id, task, json.loads(job)) for job_id, task, job in rows]
 
     def look(self, job_id: str) -> dict[str, str]:
@@ -695,7 +730,7 @@ class Ledger:
         record = self._hash(_job(job_id))
         task, job = record.get("task", ""), json.loads(record.get("job") or "{}")
         keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", _deaths(task, job)]
-        args: list[str | int] = [job_id, self._grace_ms, _note("replayed", job_id, task=task), self.keep_ms]
+        args: list[str | int] = [job_id, self.grace_ms, _note("replayed", job_id, task=task), self.keep_ms]
         replayed = self._replay(keys=keys, args=args)
         return DueJob(job_id, task, job) if replayed else None
 

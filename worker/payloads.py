@@ -113,16 +113,53 @@ class DeleteAllJob(Job):
     dry_run: bool = False
 
 
+class BatchItem(BaseModel):
+    """An item of a batch inside a message: what, and where and how large if that is known."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    item: Annotated[str, Field(min_length=1, max_length=8192)]
+    server: str | None = None
+    size_bytes: Annotated[int, Field(ge=0)] | None = None
+
+
+class BatchOrderJob(Job):
+    """What every order of a batch may say; its kind adds what it needs.
+
+    ``items`` are for small batches; with ``planned`` the plan of the batch that bears the job's id is in the ledger
+    already, and with it all that was asked for. At most ``requests_per_s`` and ``bytes_per_s`` over all workers, and
+    only in the ``window`` ("20:00-06:00 Europe/Berlin"; UTC without a time zone).
+    """
+
+    items: Annotated[list[str | BatchItem], Field(min_length=1, max_length=5000)] | None = None
+    planned: bool = False
+    name: Annotated[str, Field(max_length=80)] = ""
+    dry_run: bool = False
+    verify: bool = True
+    width: Annotated[int, Field(ge=1, le=64)] | None = None
+    requests_per_s: Annotated[float, Field(gt=0)] | None = None
+    bytes_per_s: Annotated[float, Field(ge=1)] | None = None
+    window: Annotated[str, Field(max_length=100)] | None = None
+
+
 class BatchJob(Job):
-    """`pacs.batch.show`, `.pause`, `.resume` and `.cancel`."""
+    """`pacs.batch.show`, `.pause`, `.resume`, `.cancel`, `.apply`, `.retry`, `.verify` and `.undo`."""
 
     batch_id: Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class BatchChunkJob(BatchJob):
-    """`pacs.batch.chunk`: one piece of a batch's plan. Sent by the batch itself."""
+BatchPass = Literal["survey", "apply", "verify", "undo"]
 
+
+class BatchChunkJob(BatchJob):
+    """`pacs.batch.chunk`: one piece of a batch's plan in one pass over it. Sent by the batch itself."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    which: Annotated[BatchPass, Field(alias="pass")] = "apply"
     chunk: Annotated[int, Field(ge=0)]
+    round: Annotated[int, Field(ge=0)] = 0
+    name: str = ""
 
 
 class DownloadJob(Job):
@@ -162,7 +199,7 @@ class Payload(BaseModel):
     job_id: str
 
     def as_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)
 
 
 class Route(BaseModel):
@@ -388,8 +425,13 @@ class BatchServer(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     server_name: str
-    server_type: str
+    server_type: str | None
     planned: int = 0
+    skipped: int = 0
+    stored: int = 0
+    already_there: int = 0
+    copied: int = 0
+    downloaded: int = 0
     deleted: int = 0
     hidden: int = 0
     not_there: int = 0
@@ -398,25 +440,77 @@ class BatchServer(BaseModel):
     remaining: int | None = None
 
 
+class BatchPassState(BaseModel):
+    """How far one pass of a batch is. ``totals`` are the items by what became of them in it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    chunks_finished: int
+    settled: int
+    bytes: int
+    begun_ms: int | None
+    ended_ms: int | None
+    totals: dict[str, int]
+
+
+BatchState = Literal["planning", "planned", "running", "verifying", "paused", "cancelled", "done", "undoing", "undone"]
+
+
 class BatchStatePayload(Payload):
-    """The result of `pacs.batch.show`, `.pause`, `.resume` and `.cancel`: the batch as it stands."""
+    """The result of `pacs.batch.show`, `.pause`, `.resume` and `.cancel`: the batch as it stands.
+
+    ``totals`` are all items by what became of them; those of ``servers`` are what is known to be at one.
+    """
 
     operation: Literal["batch"] = "batch"
     batch_id: str
+    name: str = ""
     kind: str
-    state: Literal["planning", "planned", "running", "paused", "cancelled", "done"]
+    state: BatchState
+    pass_: Annotated[BatchPass | None, Field(alias="pass")] = None
     items: int
+    bytes: int = 0
     settled: int
     created_ms: int
+    totals: dict[str, int] = {}
+    passes: dict[BatchPass, BatchPassState] = {}
     servers: list[BatchServer]
     warnings: list[str]
+
+
+class BatchTrouble(BaseModel):
+    """An item that is not as it should be, and the pass that says so."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+    number: int
+    item: str
+    pass_: Annotated[BatchPass, Field(alias="pass")]
+    server_name: str | None
+    server_type: str | None
+    status: str
+    code: str
+    message: str
+
+
+class BatchEndPayload(BatchStatePayload):
+    """The result of `pacs.batch.apply`, `.retry`, `.verify`, `.undo` and of every order of a batch.
+
+    ``failures`` are the first; the report has them all.
+    """
+
+    failures: list[BatchTrouble]
+    failures_total: int
 
 
 class BatchChunkPayload(Payload):
     """The result of `pacs.batch.chunk`."""
 
+    model_config = ConfigDict(populate_by_name=True)
+
     operation: Literal["batch_chunk"] = "batch_chunk"
     batch_id: str
+    which: Annotated[BatchPass, Field(alias="pass")]
     chunk: int
 
 

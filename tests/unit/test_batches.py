@@ -2,61 +2,121 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import fakeredis
 import pytest
 
-from worker.batches import CHUNK_ITEMS, CHUNK_TASK, Batch, Batches, Item, Settled
-from worker.errors import Cancelled, CourierError, PacsUnavailable
-from worker.jobs.batches import GROUP_ITEMS, WIDTH, Desk, chunk, conduct
+from worker.batches import CHUNK_ITEMS, CHUNK_TASK, Batch, Batches, Item, Pass, Settled
+from worker.errors import Cancelled, CourierError, InvalidRequest, PacsRejected, PacsUnavailable
+from worker.jobs.batches import WIDTH, Answer, Conductor, Desk, Work, conducted
 from worker.jobs.carry import Done, Failed, Parked, carry
+from worker.jobs.chunks import chunk
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
-from worker.ledger import PREFIX, LeaseLost, Ledger
-from worker.settings import Settings
+from worker.ledger import PREFIX, DueJob, LeaseLost, Ledger
+from worker.logs import shown_job
+from worker.planning import Planned, Planner
+from worker.settings import ServerSettings, Settings
 
 STUDIES = [f"1.2.{number}" for number in range(CHUNK_ITEMS * (WIDTH + 1) + 7)]
 SERVERS = {"a": "msdicom", "b": "dcm4chee"}
+GROUP_ITEMS = 8
 
 
 @dataclass
 class Imagined:
-    """A kind whose servers list ``lists`` and whose items answer ``answers``, else are deleted."""
+    """A kind whose servers list ``lists`` and whose items answer ``answers``, else are ``usual`` for the pass."""
 
     lists: dict[str, list[list[str]]] = field(default_factory=lambda: {"a": [STUDIES], "b": []})
     answers: dict[str, Any] = field(default_factory=dict)
     groups: list[tuple[list[str], set[int]]] = field(default_factory=list)
+    has: tuple[Pass, ...] = ("apply",)
+    group_items: int = GROUP_ITEMS
+    doing: Pass = "apply"
 
-    def pages(self, pacs: Any, order: Mapping[str, Any], warnings: list[str]) -> Iterator[list[str]]:
-        yield from self.lists[pacs]
+    @property
+    def passes(self) -> dict[Pass, Work]:
+        works: dict[Pass, Work] = {
+            "survey": self.survey,
+            "apply": self.apply,
+            "verify": self.verify,
+            "undo": self.undo,
+        }
+        return {which: works[which] for which in self.has}
 
-    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Settled | CourierError | None]:
+    def check(self, item: Planned) -> Planned:
+        return item
+
+    def pages(self, desk: Desk) -> Iterator[list[Planned]]:
+        for server, pages in self.lists.items():
+            for page in pages:
+                yield [Planned(text, server) for text in page]
+
+    def survey(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:
+        return self._each(items, resumed, "planned", "survey")
+
+    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:
+        return self._each(items, resumed, "deleted", "apply")
+
+    def verify(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:
+        assert all(desk.known(item).status == "deleted" for item in items)
+        return self._each(items, resumed, "verified", "verify")
+
+    def undo(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:
+        return self._each(items, resumed, "undone", "undo")
+
+    def _each(self, items: Sequence[Item], resumed: set[int], usual: str, which: Pass) -> list[Answer]:
         self.groups.append(([item.text for item in items], resumed))
-        return [self._one(item) for item in items]
+        return [self._one(item, usual) if which == self.doing else Settled(item, cast(Any, usual)) for item in items]
 
-    def _one(self, item: Item) -> Settled | CourierError | None:
-        answer = self.answers.get(item.text, "deleted")
+    def _one(self, item: Item, usual: str) -> Answer:
+        answer = self.answers.get(item.text, usual)
         if isinstance(answer, BaseException) and not isinstance(answer, CourierError):
             raise answer
-        return Settled(item, answer) if isinstance(answer, str) else answer
+        return Settled(item, cast(Any, answer)) if isinstance(answer, str) else answer
+
+
+@dataclass(frozen=True)
+class Server:
+    server: ServerSettings
+
+
+class Imaginary(dict[str, Server]):
+    """A fleet without servers behind it."""
+
+    @property
+    def names(self) -> list[str]:
+        return list(self)
+
+
+def fleet_of(servers: Mapping[str, str]) -> Any:
+    settings = [ServerSettings.model_validate({"name": n, "type": t, "url": "http://host"}) for n, t in servers.items()]
+    return Imaginary({server.name: Server(server) for server in settings})
 
 
 @dataclass
 class Bench:
     client: fakeredis.FakeRedis
     kind: Imagined = field(default_factory=Imagined)
+    sent: list[DueJob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.client)
         self.batches = Batches(self.ledger)
         settings = Settings.model_validate({"jobs": {"max_attempts": 2, "max_deaths": 2}})
-        fleet = cast(Any, {name: name for name in SERVERS})
-        self.tools = Tools(settings, self.ledger, cast(Any, None), fleet, rng=random.Random(1))
-        self.batches.open("B", kind="imagined", servers=SERVERS, order={}, width=WIDTH)
+        fleet = fleet_of(SERVERS)
+        self.tools = Tools(settings, self.ledger, cast(Any, None), fleet, rng=random.Random(1), wake=self.sent.extend)
+        self.open()
+
+    def open(self, **order: Any) -> None:
+        self.client.delete(f"{PREFIX}batch:B")
+        self.batches.open("B", kind="imagined", servers=SERVERS, order=order, width=WIDTH)
 
     @property
     def batch(self) -> Batch:
@@ -64,31 +124,54 @@ class Bench:
         assert batch is not None
         return batch
 
-    def conduct(self, *, dry_run: bool = False) -> Batch | NotYet | Cancelled:
-        """One look of the conductor, as a job of the ledger."""
-        claim = self.ledger.claim("B", task="t", job={})
-        run = Run("B", claim.fence, 1, last=False, ledger=self.ledger)
+    def conduct(self, wish: str = "order", job_id: str = "B") -> Batch | NotYet | CourierError:
+        """One look of a conductor, as a job of the ledger."""
+        self.client.zadd(f"{PREFIX}due", {job_id: 0})
+        claim = self.ledger.claim(job_id, task="t", job={})
+        run = Run(job_id, claim.fence, 1, last=False, ledger=self.ledger)
+        conductor = Conductor(self.kind, "B", run, self.tools, may_be_empty=True)
         try:
-            return conduct(self.kind, self.batch, run, self.tools, dry_run=dry_run)
-        except (NotYet, Cancelled) as end:
-            return end
-        finally:
-            self.ledger.park("B", claim.fence, delay_s=0, code="", message="", counts=False)
+            end = cast(Batch, getattr(conductor, wish)())
+        except NotYet as wait:
+            self.ledger.park(job_id, claim.fence, delay_s=0, code="", message="", wait="growing")
+            return wait
+        except CourierError as error:
+            self.ledger.finish(job_id, claim.fence, outcome={"payload": {}}, code="done", task="t", job={})
+            return error
+        self.ledger.finish(job_id, claim.fence, outcome={"payload": {}}, code="done", task="t", job={})
+        return end
+
+    def see_through(self, wish: str = "order", job_id: str = "B") -> Batch | NotYet | CourierError:
+        """Look after it until it is over, and do every chunk whose message is sent."""
+        for _ in range(20):
+            end = self.conduct(wish, job_id)
+            while self.sent:
+                job = self.sent.pop(0)
+                if job.task == CHUNK_TASK:
+                    self.carry(job)
+            if not isinstance(end, NotYet):
+                return end
+        raise AssertionError("it does not end")
 
     def due(self) -> list[int]:
-        """The chunks that a sweep would send now."""
-        return sorted(job.job["chunk"] for job in self.ledger.sweep() if job.task == CHUNK_TASK)
+        """The chunks whose messages were sent since the last look."""
+        chunks = sorted(job.job["chunk"] for job in self.sent if job.task == CHUNK_TASK)
+        self.sent.clear()
+        return chunks
 
-    def do(self, number: int) -> Any:
+    def do(self, number: int, which: Pass = "apply") -> Any:
         """A delivered message for a chunk, carried as any job."""
-        job = {"version": 1, "batch_id": "B", "chunk": number}
+        job = {"version": 1, "batch_id": "B", "pass": which, "chunk": number}
+        return self.carry(DueJob(f"B.{which}.{number}", CHUNK_TASK, job))
+
+    def carry(self, job: DueJob) -> Any:
         work = lambda message, run, tools: chunk(message, run, tools, kinds={"imagined": self.kind})  # noqa: E731
         pulse = Pulse(self.ledger, lambda *_: None)
-        return carry(work, task=CHUNK_TASK, job_id=f"B.{number}", message=job, tools=self.tools, pulse=pulse)
+        return carry(work, task=job.task, job_id=job.job_id, message=job.job, tools=self.tools, pulse=pulse)
 
     def again(self, number: int) -> Any:
         """The same when it is due again."""
-        self.client.zadd(f"{PREFIX}due", {f"B.{number}": 0})
+        self.client.zadd(f"{PREFIX}due", {f"B.apply.{number}": 0})
         self.ledger.sweep()
         return self.do(number)
 
@@ -99,18 +182,19 @@ def bench() -> Iterator[Bench]:
         yield Bench(client)
 
 
-def test_a_plan_holds_every_item_once_and_little_more_than_its_text(bench: Bench) -> None:
+def test_a_plan_holds_every_item_once_in_less_than_its_text(bench: Bench) -> None:
     bench.kind.lists = {"a": [STUDIES[:300], STUDIES[250:]], "b": [["1.2.0"], [], ["9.9"]]}
     bench.conduct()
     batch = bench.batch
     assert (batch.items, batch.chunks) == (len(STUDIES) + 2, WIDTH + 2)
     assert batch.counts == {"a": {"planned": len(STUDIES)}, "b": {"planned": 2}}
     planned = [one.item for one in bench.batches.report(batch)]
-    assert sorted(item.number for item in planned) == list(range(batch.items))
+    assert [item.number for item in planned] == list(range(batch.items))
     assert {item.text for item in planned if item.server == "a"} == set(STUDIES)
-    stored = sum(len(text) for text in bench.client.hvals(f"{PREFIX}batch:B:plan"))
-    assert stored + bench.client.strlen(f"{PREFIX}batch:B:outcomes") <= sum(len(item.text) + 4 for item in planned)
-    assert not bench.client.exists(f"{PREFIX}batch:B:seen")
+    assert [row.item for row in bench.batches.rows(batch)] == planned
+    key = f"{PREFIX}batch:B:plan:{batch.planner}"
+    stored = sum(int(bench.client.hstrlen(key, str(chunk))) for chunk in range(batch.chunks))
+    assert 0 < stored < sum(len(item.text) for item in planned)
 
 
 def test_a_plan_that_broke_begins_again(bench: Bench) -> None:
@@ -119,19 +203,67 @@ def test_a_plan_that_broke_begins_again(bench: Bench) -> None:
         raise PacsUnavailable("Later.")
 
     bench.kind.lists = {"a": cast(Any, pages()), "b": []}
-    with pytest.raises(PacsUnavailable):
-        bench.conduct()
-    assert bench.batch.state == "planning"
+    assert isinstance(bench.conduct(), PacsUnavailable)
+    assert not bench.batch.frozen
+    bench.client.hset(f"{PREFIX}job:B", "state", "queued")
+    bench.batches.steer("B", "planning", out_of=["cancelled"])
     bench.kind.lists = {"a": [STUDIES[:3]], "b": []}
     bench.conduct()
     assert (bench.batch.state, bench.batch.items) == ("running", 3)
 
 
-def test_a_dry_run_plans_and_does_nothing(bench: Bench) -> None:
-    batch = bench.conduct(dry_run=True)
+def test_of_two_who_plan_the_same_batch_only_the_later_one_is_believed(bench: Bench) -> None:
+    with Planner(bench.batches, "B") as slow:
+        slow.add_all(Planned(text, "a", skip="not this one") for text in STUDIES[:150])
+        with Planner(bench.batches, "B") as quick:
+            quick.add_all(Planned(text, "b") for text in STUDIES[150:160])
+            slow.add_all(Planned(text, "a") for text in STUDIES[200:])
+            quick.freeze()
+        with pytest.raises(Cancelled):
+            slow.freeze()
+    rows = list(bench.batches.rows(bench.batch))
+    assert [(row.item.text, row.item.server) for row in rows] == [(text, "b") for text in STUDIES[150:160]]
+    assert {row.settled.status for row in rows} == {"open"}
+
+
+def test_a_plan_says_what_it_leaves_out_and_where_and_how_large_things_are(bench: Bench) -> None:
+    with Planner(bench.batches, "B") as planner:
+        assert planner.add(Planned("http://host/1\tx", size_bytes=7))
+        assert not planner.add(Planned("http://host/1\tx", size_bytes=7))
+        assert planner.add(Planned("http://host/1\tx", "b"))
+        assert planner.add(Planned("http://host/2", "elsewhere", 9, skip="it is there"))
+        for wrong in ("", "two\nlines", "\udcff"):
+            with pytest.raises(InvalidRequest):
+                planner.add(Planned(wrong))
+        assert (planner.items, planner.repeated, planner.bytes) == (3, 1, 7)
+        planner.freeze(warnings=["one"])
+    batch = bench.batch
+    assert (batch.items, batch.bytes, batch.warnings, batch.servers) == (3, 7, ("one",), ("a", "b", "elsewhere"))
+    assert batch.planned == {"": 1, "b": 1, "elsewhere": 1}
+    assert batch.of("apply").counts == {"elsewhere": {"skipped": 1}}
+    first, second, third = bench.batches.rows(batch)
+    assert (first.item, second.item.server) == (Item(0, "", "http://host/1\tx", 7), "b")
+    assert (third.settled.status, third.settled.message, third.item.size_bytes) == ("skipped", "it is there", 9)
+
+
+def test_a_dry_run_plans_and_does_nothing_until_the_plan_is_applied(bench: Bench) -> None:
+    bench.open(dry_run=True)
+    bench.kind.has = ("survey", "apply")
+    bench.kind.doing = "survey"
+    no = PacsRejected("It is locked.", server_name="a")
+    bench.kind.answers = {"1.2.0": "skipped", "1.2.1": no}
+    batch = bench.see_through()
     assert isinstance(batch, Batch)
     assert (batch.state, batch.items) == ("planned", len(STUDIES))
-    assert bench.due() == []
+    assert batch.of("survey").totals == {"planned": len(STUDIES) - 2, "skipped": 1, "refused": 1}
+    assert batch.of("apply").totals == {"skipped": 1, "refused": 1}
+    assert isinstance(bench.conduct("retry", "J"), InvalidRequest)
+    batch = bench.see_through("apply", "K")
+    assert isinstance(batch, Batch)
+    assert batch.state == "done"
+    assert batch.of("apply").totals == {"skipped": 1, "refused": 1, "deleted": len(STUDIES) - 2}
+    (refused,) = bench.batches.failures(batch, 10)
+    assert (refused.item.text, refused.code, refused.message) == ("1.2.1", "pacs_rejected", "It is locked.")
 
 
 def test_chunks_begin_as_others_end_and_the_batch_is_done_when_all_are(bench: Bench) -> None:
@@ -142,6 +274,7 @@ def test_chunks_begin_as_others_end_and_the_batch_is_done_when_all_are(bench: Be
     assert isinstance(bench.conduct(), NotYet)
     for number in (0, 2, 3, WIDTH, WIDTH + 1):
         assert isinstance(bench.do(number), Done)
+    assert [job.job_id for job in bench.sent][-1:] == ["B"]  # the last one wakes the conductor
     batch = bench.conduct()
     assert isinstance(batch, Batch)
     assert (batch.state, batch.settled) == ("done", len(STUDIES))
@@ -151,8 +284,91 @@ def test_chunks_begin_as_others_end_and_the_batch_is_done_when_all_are(bench: Be
     assert max(len(group) for group, _ in bench.kind.groups) == GROUP_ITEMS
 
 
-def test_nothing_to_do_is_done_at_once(bench: Bench) -> None:
+def test_all_passes_walk_over_the_same_items_and_each_keeps_what_it_found(bench: Bench) -> None:
+    bench.kind.has = ("survey", "apply", "verify", "undo")
+    bench.kind.lists = {"a": [STUDIES[:120]], "b": []}
+    here = Settled(Item(3, "a", "1.2.3"), "deleted", result={"size_bytes": 40, "sha256": "abc"}, server="b")
+    bench.kind.answers = {"1.2.3": here, "1.2.4": PacsRejected("No.")}
+    batch = bench.see_through()
+    assert isinstance(batch, Batch)
+    assert (batch.state, batch.of("apply").bytes) == ("done", 40)
+    assert batch.of("verify").totals == {"verified": 119}  # nothing was done to the refused one
+    assert batch.counts["b"] == {"planned": 0, "deleted": 1}
+    bench.kind.doing = "verify"
+    bench.kind.answers = {"1.2.5": "missing"}
+    batch = bench.see_through("verify", "V")
+    assert isinstance(batch, Batch)
+    assert batch.of("verify").totals == {"verified": 118, "missing": 1}
+    batch = bench.see_through("undo", "U")
+    assert isinstance(batch, Batch)
+    assert (batch.state, batch.of("undo").totals) == ("undone", {"undone": 119})
+    row = list(bench.batches.rows(batch))[3].as_json(batch.types)
+    assert (row["study_uid"], row["server_name"], row["server_type"], row["size_bytes"]) == (
+        "1.2.3",
+        "b",
+        "dcm4chee",
+        40,
+    )
+    assert row["result"]["sha256"] == "abc"
+    assert [row[which]["status"] for which in ("survey", "verify", "undo")] == ["planned", "verified", "undone"]
+
+
+def test_retry_opens_what_failed_and_nothing_else(bench: Bench) -> None:
+    bench.kind.has = ("apply", "verify")
+    bench.kind.answers = {"1.2.3": PacsUnavailable("Later."), "1.2.250": PacsUnavailable("Later."), "1.2.9": "skipped"}
+    bench.conduct()
+    for number in (0, 1, 2, 3, 4, 5, 0, 2):
+        bench.again(number)
+    assert isinstance(bench.conduct(), NotYet)
+    batch = bench.see_through()
+    assert isinstance(batch, Batch)
+    assert batch.of("apply").totals == {"deleted": len(STUDIES) - 3, "failed": 2, "skipped": 1}
+    bench.kind.answers.clear()
+    bench.kind.groups.clear()
+    batch = bench.see_through("retry", "R")
+    assert isinstance(batch, Batch)
+    assert (batch.state, batch.of("apply").totals) == ("done", {"deleted": len(STUDIES) - 1, "skipped": 1})
+    assert batch.of("verify").totals == {"verified": len(STUDIES) - 1}
+    assert [group for group, _ in bench.kind.groups] == [["1.2.3"], ["1.2.250"]] * 2  # apply, then verify
+    assert isinstance(bench.conduct("retry", "S"), InvalidRequest)
+
+
+def test_what_a_cancelled_batch_left_open_can_be_gone_on_with(bench: Bench) -> None:
+    bench.conduct()
+    bench.do(0)
+    bench.batches.cancel("B")
+    for number in range(1, bench.batch.of("apply").begun):
+        assert isinstance(bench.do(number), Done)
+    assert isinstance(bench.conduct(), Cancelled)
+    batch = bench.see_through("retry", "R")
+    assert isinstance(batch, Batch)
+    assert (batch.state, batch.settled) == ("done", len(STUDIES))
+    texts = [text for group, _ in bench.kind.groups for text in group]
+    assert sorted(texts) == sorted(STUDIES)
+
+
+def test_a_batch_has_one_conductor_at_a_time(bench: Bench) -> None:
+    bench.conduct()
+    for wish in ("apply", "retry", "verify", "undo"):
+        assert isinstance(bench.conduct(wish, f"J{wish}"), InvalidRequest)
+    assert bench.batch.conductor == "B"
+    end = bench.see_through()
+    assert isinstance(end, Batch)
+    refusal = bench.conduct("undo", "U")
+    assert isinstance(refusal, InvalidRequest)
+    assert "no undo" in refusal.message
+    assert bench.batch.state == "done"
+
+
+def test_nothing_to_do_is_refused_unless_that_is_as_it_may_be(bench: Bench) -> None:
     bench.kind.lists = {"a": [], "b": [[]]}
+    claim = bench.ledger.claim("B", task="t", job={})
+    run = Run("B", claim.fence, 1, last=False, ledger=bench.ledger)
+    with pytest.raises(InvalidRequest, match="nothing to do"):
+        Conductor(bench.kind, "B", run, bench.tools).order()
+    assert bench.batch.state == "cancelled"
+    bench.open()
+    bench.client.hset(f"{PREFIX}job:B", "state", "queued")
     batch = bench.conduct()
     assert isinstance(batch, Batch)
     assert (batch.state, batch.items) == ("done", 0)
@@ -160,17 +376,43 @@ def test_nothing_to_do_is_done_at_once(bench: Bench) -> None:
 
 def test_a_silent_server_leaves_its_items_open_for_the_next_attempt_then_failed(bench: Bench) -> None:
     bench.kind.lists = {"a": [STUDIES[:10]], "b": [["9.1", "9.2"]]}
-    bench.kind.answers = {"1.2.3": PacsUnavailable("Later.")}
+    silence = PacsUnavailable("Later.")
+    bench.kind.answers = dict.fromkeys(STUDIES[:8], silence)
     bench.conduct()
     assert isinstance(bench.do(0), Parked)
-    assert bench.batch.counts["b"] == {"planned": 2, "deleted": 2}
-    assert bench.batch.counts["a"] == {"planned": 10, "deleted": 7}  # what came after the group was not tried
+    assert bench.batch.counts == {"a": {"planned": 10}, "b": {"planned": 2, "deleted": 2}}
+    assert [text for group, _ in bench.kind.groups for text in group] == [*STUDIES[:8], "9.1", "9.2"]
+    bench.kind.answers = {"1.2.3": silence}
     assert isinstance(bench.again(0), Done)
     assert bench.batch.counts["a"] == {"planned": 10, "deleted": 9, "failed": 1}
-    assert bench.kind.groups[-1][1] == {3}  # it may have been done in the first attempt
+    assert bench.kind.groups[-2] == (["1.2.8", "1.2.9", *STUDIES[:6]], set(range(6)))  # they may have been done before
     (failure,) = bench.batches.failures(bench.batch, 10)
     assert (failure.item.text, failure.code, failure.message) == ("1.2.3", "pacs_unavailable", "Later.")
     assert isinstance(bench.conduct(), Batch)
+
+
+def test_an_item_that_always_fails_keeps_no_other_of_its_chunk_from_its_turn(bench: Bench) -> None:
+    bench.kind.group_items = 1
+    bench.kind.lists = {"a": [STUDIES[:6]], "b": []}
+    bench.kind.answers = {"1.2.0": PacsUnavailable("Later.")}
+    bench.conduct()
+    assert isinstance(bench.do(0), Parked)
+    assert isinstance(bench.again(0), Done)
+    assert bench.batch.counts["a"] == {"planned": 6, "deleted": 5, "failed": 1}
+
+
+def test_an_item_whose_server_is_not_configured_any_more_has_failed_and_the_others_go_on(bench: Bench) -> None:
+    bench.kind.lists = {"a": [STUDIES[:150]], "b": [["9.1", "9.2"]]}
+    bench.conduct()
+    del bench.tools.fleet["a"]  # type: ignore[attr-defined]
+    bench.sent.clear()
+    for number in (0, 1):
+        assert isinstance(bench.do(number), Done)
+    batch = bench.conduct()
+    assert isinstance(batch, Batch)
+    assert batch.counts == {"a": {"planned": 150, "failed": 150}, "b": {"planned": 2, "deleted": 2}}
+    failure = bench.batches.failures(batch, 1)[0]
+    assert (failure.code, "No server is called a any more" in failure.message) == ("invalid_request", True)
 
 
 def test_an_item_in_another_jobs_hands_is_waited_for(bench: Bench) -> None:
@@ -192,9 +434,12 @@ def test_a_worker_that_dies_in_a_chunk_leaves_the_rest_to_the_next(bench: Bench)
         bench.do(0)
     assert bench.batch.counts["a"] == {"planned": 20, "deleted": GROUP_ITEMS}
     bench.kind.answers = {f"1.2.{number}": "not_there" for number in range(GROUP_ITEMS)}
-    bench.client.hset(f"{PREFIX}job:B.0", "lease_ms", 0)
+    bench.client.hset(f"{PREFIX}job:B.apply.0", "lease_ms", 0)
     assert isinstance(bench.do(0), Done)
-    assert bench.kind.groups[-2] == (STUDIES[8:16], set(range(8, 16)))
+    assert bench.kind.groups[-2:] == [
+        (STUDIES[16:20] + STUDIES[8:12], {8, 9, 10, 11}),
+        (STUDIES[12:16], {12, 13, 14, 15}),
+    ]
     assert bench.batch.counts["a"] == {"planned": 20, "deleted": 20}
 
 
@@ -202,58 +447,129 @@ def test_a_chunk_whose_job_is_a_dead_letter_has_failed_and_the_batch_goes_on(ben
     bench.kind.lists = {"a": [STUDIES[:20]], "b": []}
     bench.conduct()
     for _ in range(2):  # killed, and killed again
-        bench.ledger.claim("B.0", task=CHUNK_TASK, job={"version": 1, "batch_id": "B", "chunk": 0})
-        bench.client.hset(f"{PREFIX}job:B.0", "lease_ms", 0)
+        message = {"version": 1, "batch_id": "B", "pass": "apply", "chunk": 0}
+        bench.ledger.claim("B.apply.0", task=CHUNK_TASK, job=message)
+        bench.client.hset(f"{PREFIX}job:B.apply.0", "lease_ms", 0)
     assert isinstance(bench.do(0), Failed)
     batch = bench.conduct()
     assert isinstance(batch, Batch)
     assert batch.counts["a"] == {"planned": 20, "failed": 20}
     assert {one.code for one in bench.batches.report(batch)} == {"poisoned"}
+    batch = bench.see_through("retry", "R")
+    assert isinstance(batch, Batch)
+    assert batch.counts["a"] == {"planned": 20, "deleted": 20}
+
+
+def test_a_chunk_that_nobody_knows_any_more_is_written_down_again(bench: Bench) -> None:
+    bench.kind.lists = {"a": [STUDIES[:20]], "b": []}
+    bench.conduct()
+    bench.client.delete(f"{PREFIX}job:B.apply.0")
+    bench.client.zrem(f"{PREFIX}due", "B.apply.0")
+    bench.conduct()
+    (job,) = [job for job in bench.ledger.sweep() if job.task == CHUNK_TASK]
+    assert isinstance(bench.carry(job), Done)
+    assert isinstance(bench.conduct(), Batch)
 
 
 def test_a_late_holder_settles_nothing_and_nothing_is_settled_twice(bench: Bench) -> None:
     bench.kind.lists = {"a": [STUDIES[:2]], "b": []}
     bench.conduct()
-    late = bench.ledger.claim("B.0", task=CHUNK_TASK, job={})
-    bench.client.hset(f"{PREFIX}job:B.0", "lease_ms", 0)
-    holder = bench.ledger.claim("B.0", task=CHUNK_TASK, job={})
+    late = bench.ledger.claim("B.apply.0", task=CHUNK_TASK, job={})
+    bench.client.hset(f"{PREFIX}job:B.apply.0", "lease_ms", 0)
+    holder = bench.ledger.claim("B.apply.0", task=CHUNK_TASK, job={})
     first, _ = (one.item for one in bench.batches.items(bench.batch, 0))
+    late_one = [Settled(first, "failed")]
     with pytest.raises(LeaseLost):
-        bench.batches.settle("B", [Settled(first, "failed")], job_id="B.0", fence=late.fence)
+        bench.batches.settle(bench.batch, "apply", 0, late_one, job_id="B.apply.0", fence=late.fence)
     for status in ("deleted", "not_there"):
-        bench.batches.settle("B", [Settled(first, cast(Any, status))], job_id="B.0", fence=holder.fence)
+        settled = [Settled(first, cast(Any, status))]
+        bench.batches.settle(bench.batch, "apply", 0, settled, job_id="B.apply.0", fence=holder.fence)
     assert bench.batch.counts["a"] == {"planned": 2, "deleted": 1}
 
 
-def test_a_paused_batch_begins_nothing_until_it_is_resumed(bench: Bench) -> None:
+@pytest.mark.parametrize("which", ["apply", "verify"])
+def test_a_paused_batch_begins_nothing_until_it_is_resumed(bench: Bench, which: Pass) -> None:
+    bench.kind.has = ("apply", "verify")
     bench.conduct()
-    bench.batches.steer("B", "paused", out_of=["running"])
-    assert isinstance(bench.do(0), Parked)
+    if which == "verify":
+        for number in range(WIDTH + 2):
+            bench.do(number)
+        assert isinstance(bench.conduct(), NotYet)
+    bench.batches.pause("B")
+    assert isinstance(bench.do(0, which), Parked)
     assert isinstance(bench.conduct(), NotYet)
-    assert bench.batch.settled == 0
-    bench.batches.steer("B", "running", out_of=["paused"])
+    assert (bench.batch.state, bench.batch.settled) == ("paused", 0)
+    bench.batches.resume("B")
+    bench.ledger.sweep()
+    assert isinstance(bench.do(0, which), Done)
+    assert (bench.batch.settled, bench.batch.current) == (CHUNK_ITEMS, which)
+
+
+def test_a_chunk_that_finds_no_slot_makes_room_and_loses_no_attempt(bench: Bench) -> None:
+    bench.tools = replace(bench.tools, batch_slots=threading.Semaphore(0))
+    bench.conduct()
+    for _ in range(4):
+        assert isinstance(bench.again(0), Parked)
+    bench.tools = replace(bench.tools, batch_slots=threading.Semaphore(1))
     assert isinstance(bench.again(0), Done)
-    assert bench.batch.settled == CHUNK_ITEMS
+    assert isinstance(bench.again(1), Done)
 
 
 def test_a_cancelled_batch_ends_when_what_is_under_way_has_ended(bench: Bench) -> None:
     bench.conduct()
     bench.do(0)
-    bench.batches.steer("B", "cancelled", out_of=["running"])
+    bench.batches.cancel("B")
     assert isinstance(bench.conduct(), NotYet)
-    for number in range(1, bench.batch.begun):
+    for number in range(1, bench.batch.of("apply").begun):
         assert isinstance(bench.do(number), Done)
     end = bench.conduct()
     assert isinstance(end, Cancelled)
     assert end.details["settled"] == CHUNK_ITEMS
-    assert bench.batches.steer("B", "running", out_of=["paused"]) == "cancelled"
+    assert bench.batches.resume("B") == "cancelled"
 
 
-def test_a_batch_whose_own_job_was_cancelled_stops(bench: Bench) -> None:
+def test_a_batch_whose_conductor_was_cancelled_stops_and_expires(bench: Bench) -> None:
     bench.conduct()
     bench.client.hset(f"{PREFIX}job:B", "state", "done")
     assert isinstance(bench.do(0), Done)
     assert (bench.batch.state, bench.batch.settled) == ("cancelled", 0)
+    assert all(bench.client.ttl(key) > 0 for key in bench.client.keys(f"{PREFIX}batch:B*"))
+
+
+def test_a_wish_about_a_batch_is_a_job_with_a_result_of_its_own(bench: Bench) -> None:
+    bench.kind.answers = {"1.2.3": PacsRejected("No.", server_name="a")}
+    assert isinstance(bench.see_through(), Batch)
+    bench.kind.has = ("apply", "verify")
+    claim = bench.ledger.claim("V", task="t", job={})
+    run = Run("V", claim.fence, 1, last=False, ledger=bench.ledger)
+    with pytest.raises(NotYet):
+        conducted({"batch_id": "B"}, run, bench.tools, kinds={"imagined": bench.kind}, wish=Conductor.verify)
+    for job in list(bench.sent):
+        bench.carry(job)
+    while bench.sent:
+        bench.carry(bench.sent.pop()) if bench.sent[-1].task == CHUNK_TASK else bench.sent.pop()
+    told = conducted({"batch_id": "B"}, run, bench.tools, kinds={"imagined": bench.kind}, wish=Conductor.verify)
+    assert (told["job_id"], told["batch_id"], told["state"], told["pass"]) == ("V", "B", "done", "verify")
+    assert told["passes"]["verify"]["totals"] == {"verified": len(STUDIES) - 1}
+    assert [(one["item"], one["pass"], one["code"]) for one in told["failures"]] == [
+        ("1.2.3", "apply", "pacs_rejected")
+    ]
+    assert told["failures_total"] == 1
+
+
+def test_a_message_of_a_chunk_is_small_and_says_what_flower_shows(bench: Bench) -> None:
+    bench.batches.open("N", kind="imagined", servers=SERVERS, order={}, width=1, name="spring cleaning")
+    with Planner(bench.batches, "N") as planner:
+        planner.add_all(Planned(text, "a") for text in STUDIES)
+        planner.freeze()
+    bench.batches.take("N", "J")
+    assert bench.batches.begin("N", "apply", job_id="J", out_of=["planning"])
+    batch = bench.batches.get("N")
+    assert batch is not None
+    (job,) = bench.batches.fill(batch, "apply")
+    assert len(json.dumps(job.job)) < 120
+    assert "spring cleaning" in shown_job(job.job)
+    assert '"chunk": 0' in shown_job(job.job)
 
 
 def test_all_batches_are_listed_until_they_expire(bench: Bench) -> None:

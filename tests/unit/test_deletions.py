@@ -188,7 +188,7 @@ def test_an_item_of_a_batch_waits_too_and_the_others_go_on(client: fakeredis.Fak
     bench = Bench(client, [Stub("a")])
     upload = bench.run("j0")
     bench.ledger.hold_image("1.2.1.1", job_id="j0", fence=upload.fence, into=("1.2", "1.2.1"))
-    batch = Batch("B", "running", "delete", ("a",), {"a": "dicomweb"}, {"permanent": True}, 2, 1, 1, 0, 0, {})
+    batch = Batch("B", "running", "delete", {"permanent": True}, ("a",), {"a": "dicomweb"})
     items = [Item(0, "a", "1.2"), Item(1, "a", "1.3")]
     desk = Desk(batch, bench.run("B.0"), bench.tools)
     assert StudyDeletions().apply(items, desk, resumed=set()) == [None, Settled(items[1], "deleted")]

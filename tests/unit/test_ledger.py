@@ -130,7 +130,7 @@ def test_a_parked_job_is_not_claimed_before_it_is_due_and_is_woken_once(
 
 
 def test_waiting_for_a_turn_costs_no_attempt(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    ledger.park("j1", claim(ledger).fence, delay_s=0, code="waiting", message="…", counts=False)
+    ledger.park("j1", claim(ledger).fence, delay_s=0, code="waiting", message="…", wait="growing")
     ledger.sweep()
     assert claim(ledger).attempt == 1
 
@@ -138,7 +138,7 @@ def test_waiting_for_a_turn_costs_no_attempt(ledger: Ledger, client: fakeredis.F
 def test_who_waits_for_long_looks_ever_more_rarely(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
     waits = []
     for _ in range(7):
-        ledger.park("j1", claim(ledger).fence, delay_s=1, code="waiting", message="…", counts=False)
+        ledger.park("j1", claim(ledger).fence, delay_s=1, code="waiting", message="…", wait="growing")
         seconds, microseconds = client.time()
         score = client.zscore(f"{PREFIX}due", "j1")
         assert score is not None
@@ -343,7 +343,7 @@ def test_trouble_is_told_on_the_trails_of_the_image_and_of_what_it_goes_into(
 def test_taking_turns_leaves_no_trail_and_a_refused_holder_no_note(ledger: Ledger) -> None:
     job = claim(ledger)
     ledger.hold_image("1.3", job_id="j1", fence=job.fence)
-    ledger.park("j1", job.fence, delay_s=0, code="waiting", message="…", counts=False)
+    ledger.park("j1", job.fence, delay_s=0, code="waiting", message="…", wait="growing")
     with pytest.raises(LeaseLost):
         finish(ledger, job.fence)
     assert events(ledger, "1.3") == []

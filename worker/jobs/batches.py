@@ -1,205 +1,409 @@
-"""The engine of batches: plan, apply chunk by chunk, see to the end. What an item is, is said by the batch's kind.
+"""The course of a batch: plan, then pass after pass over its chunks, to the end. What an item is, its `Kind` says.
 
 A batch has a job of its own, its *conductor*, which plans, then sleeps in the ledger and looks now and then; each
-chunk of the plan is a job of the ledger as well. So a batch survives whatever a job survives, and nothing here loops.
+chunk of the plan is in each pass a job of the ledger as well (``chunks.py``). So a batch survives whatever a job
+survives, and nothing here loops. The first conductor bears the batch's id; each later wish (apply a plan, retry,
+verify, undo) is a conductor of its own, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from worker.batches import CHUNK_ITEMS, Batch, Batches, Item, Settled
-from worker.errors import Cancelled, CourierError, NotFound
+from worker.batches import ACTIVE, NOT_DONE, TROUBLE, Batch, Batches, Item, Pass, Row, Settled, State, chunk_job
+from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
-from worker.pacs.protocol import Pacs
-from worker.payloads import BatchChunkJob, BatchChunkPayload, BatchJob, BatchStatePayload, read_job
+from worker.ledger import LeaseLost
+from worker.payloads import (
+    BatchEndPayload,
+    BatchItem,
+    BatchJob,
+    BatchOrderJob,
+    BatchStatePayload,
+    BatchTrouble,
+    read_job,
+)
+from worker.planning import Planned, Planner
 
-#: How many chunks of a batch are open at a time, over all workers, and how many items of each are worked at together.
+#: How many chunks of a batch are open at a time, over all workers, unless its order says so.
 WIDTH = 4
-GROUP_ITEMS = 8
-#: How soon the conductor looks again; how soon a chunk does, if it is paused or its items are in other jobs' hands.
+#: How soon the conductor looks again, if nobody wakes it before.
 LOOK_AGAIN_S = 1.0
-TURN_S = 1.0
+#: A result passes through Redis; the report has them all.
+MAX_FAILURES_TOLD = 100
+
+#: What a kind says of an item: settled; an error (`Refused` and `NeedsPerson` settle it as refused and failed, any
+#: other leaves it open for another attempt); or None: another job is at it, look again soon.
+Answer = Settled | CourierError | None
+
+
+@dataclass
+class Spent:
+    """What a group has cost, for the batch's rates. A kind that says nothing has asked once per item."""
+
+    requests: float | None = None
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Desk:
-    """What a kind works with: the batch, the attempt at one of its chunks, and the tools."""
+    """What a kind works with: the batch, the attempt at one of its chunks (or at its plan), and the tools."""
 
     batch: Batch
     run: Run
     tools: Tools
+    #: What is known of the chunk's items, by number.
+    rows: Mapping[int, Row] = field(default_factory=dict)
+    #: The servers that failed in this attempt, by name, and how: not asked again in it, or their time-outs add up.
+    down: dict[str, CourierError] = field(default_factory=dict)
+    #: What has to be known of the plan.
+    warnings: list[str] = field(default_factory=list)
+    spent: Spent = field(default_factory=Spent)
+
+    def known(self, item: Item, which: Pass = "apply") -> Settled:
+        """What an earlier pass made of the item: where, and its result; `open` if it has not come to it."""
+        row = self.rows.get(item.number)
+        return (row.passes.get(which) if row else None) or Settled(item, "open")
+
+
+class Work(Protocol):
+    """One pass over a group of a chunk's items."""
+
+    def __call__(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]: ...
 
 
 class Kind(Protocol):
-    """What a batch is about. It SHALL keep no state of its own."""
+    """What a batch is about. One module per kind in ``worker/jobs``, one line in ``worker/tasks/batches.py`` (KINDS).
 
-    def pages(self, pacs: Pacs, order: Mapping[str, Any], warnings: list[str]) -> Iterator[list[str]]:
-        """The texts of the items on one server, page by page; what has to be known of the plan goes to ``warnings``."""
+    It SHALL keep no state of its own: what it needs later it says in `Settled.result` and finds again by `Desk.known`.
+
+    A pass is a function like this, say ``apply(items, desk, *, resumed)``; it
+
+    * SHALL return one `Answer` per item, in the order given;
+    * SHALL accept what is done already: ``resumed`` are the numbers of those that an earlier attempt may have done, or
+      half done, and whose end nobody has seen;
+    * SHALL raise only our errors; a raised one is the answer for the whole group;
+    * SHALL NOT sleep, retry, or write receipts and trails: an item's receipt is its result;
+    * SHALL leave alone what other jobs hold (None), and hold nothing when it returns;
+    * SHOULD not ask servers in `Desk.down`, and add to it those that it finds silent;
+    * SHOULD say in `Desk.spent` what it took, if that is not one request per item.
+
+    Which items come to it: ``survey`` and ``apply`` get what is open; ``verify`` what was done (`NOT_DONE` says what
+    was not), ``undo`` that and whatever left a result. What survey settles as anything but ``planned`` is not applied;
+    apply SHALL not rely on a survey having been made. The server of an item is configured when the item comes here.
+    """
+
+    @property
+    def group_items(self) -> int:
+        """How many items of a chunk a pass takes at a time; what is done together is settled together."""
         ...
 
-    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Settled | CourierError | None]:
-        """Do the items at the same time. ``resumed``: those that an earlier attempt may have done.
+    @property
+    def passes(self) -> Mapping[Pass, Work]:
+        """The passes that it has, ``apply`` at least: ``{"apply": self.apply, "verify": self.verify}``."""
+        ...
 
-        An error leaves its item open, for another attempt; None: another job is at it.
+    def check(self, item: Planned) -> Planned:
+        """An item from a message as it shall be planned; `InvalidRequest` or `InvalidUid` say what is wrong with it."""
+        ...
+
+    def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
+        """List what there is to do, lazily, page by page, where an order brings no items. The batch's order says what.
+
+        The same item may come twice. What has to be known of the plan goes to `Desk.warnings`. An error begins the plan
+        anew, or ends the batch, as it does with any job: nothing is done before the last page.
         """
         ...
+
+
+def in_turns(pages: Sequence[Iterator[Sequence[Planned]]]) -> Iterator[Sequence[Planned]]:
+    """A page of each in turn, so that a chunk has items of several servers."""
+    left = list(pages)
+    while left:
+        for one in list(left):
+            page = next(one, None)
+            if page is None:
+                left.remove(one)
+            else:
+                yield page
+
+
+def to_do(which: Pass, row: Row) -> bool:
+    """Whether a pass has anything to do with an item that is still open in it."""
+    applied = row.settled
+    if row.passes[which].status != "open":
+        return False
+    if which in ("survey", "apply"):
+        return applied.status == "open"
+    return applied.status not in NOT_DONE or (which == "undo" and bool(applied.result))
 
 
 # --- the conductor ----------------------------------------------------------------------------------------------
 
 
-def conduct(kind: Kind, batch: Batch, run: Run, tools: Tools, *, dry_run: bool) -> Batch:
-    """One look at a batch: plan it, start what may start, and give it back when it is over.
+@dataclass(frozen=True)
+class Conductor:
+    """An attempt of a job to see a batch through."""
 
-    Raises
-    ------
-    NotYet
-        It goes on; look again.
-    Cancelled
-        Somebody has ended it; ``details`` say how far it came.
-    """
-    batches = Batches(tools.ledger)
-    if batch.state == "planning":
-        with run.step("plan"):
-            _plan(kind, batch, run, tools, dry_run=dry_run)
-    batches.fill(batch.id)
-    batch = _current(batches, batch.id)
-    _bury_lost_chunks(batch, batches, run, tools)
-    batch = _current(batches, batch.id)
-    if batch.state == "cancelled" and not batches.open_chunks(batch):
-        batches.expire(batch.id)
+    kind: Kind
+    batch_id: str
+    run: Run
+    tools: Tools
+    may_be_empty: bool = False
+
+    @property
+    def batches(self) -> Batches:
+        return Batches(self.tools.ledger)
+
+    @property
+    def batch(self) -> Batch:
+        return current(self.batches, self.batch_id)
+
+    def order(self, items: Sequence[str | BatchItem] | None = None) -> Batch:
+        """Plan it, unless it is planned, then see it through; a dry run ends before anything is done.
+
+        Raises
+        ------
+        NotYet
+            It goes on; look again.
+        Cancelled
+            Somebody has ended it; ``details`` say how far it came.
+        """
+        batch = self._take()
+        if batch.current is None:
+            types = {name: self.tools.fleet[name].server.type for name in self.tools.fleet.names}
+            self.batches.set_fleet(self.batch_id, types)
+        if not batch.frozen:
+            with self.run.step("plan"):
+                self._plan(items)
+        self._refuse_an_empty_plan()
+        self._walk("survey", out_of=["planning"], to="planned")
+        if self.batch.order.get("dry_run"):
+            self.batches.expire(self.batch_id)
+            return self.batch
+        return self._apply(out_of=["planned"])
+
+    def apply(self) -> Batch:
+        """See a plan through that was looked at."""
+        self._take("planned")
+        return self._apply(out_of=["planned"])
+
+    def retry(self) -> Batch:
+        """Try again what failed, and what a cancelled batch had left open."""
+        batch = self._take("done", "cancelled")
+        if self._is_new("apply") and batch.state in ("done", "cancelled"):
+            if not self.batches.reopen(batch, "apply", ["failed"]):
+                raise InvalidRequest("There is nothing to try again: no item of the batch has failed or is open.")
+            self.batches.reopen(batch, "verify", ["failed", "differs", "missing", "unverified"])
+        return self._apply(out_of=["done", "cancelled"])
+
+    def verify(self) -> Batch:
+        """Look once more whether all that was done is so."""
+        batch = self._take("done")
+        self._needs("verify")
+        if self._is_new("verify") and batch.state == "done":
+            self.batches.forget_pass(batch, "verify")
+        self._walk("verify", out_of=["done"], to="done")
+        return self._ended()
+
+    def undo(self) -> Batch:
+        """Take back what was done."""
+        batch = self._take("done", "cancelled", "undone")
+        self._needs("undo")
+        if self._is_new("undo") and batch.state in ("done", "cancelled", "undone"):
+            self.batches.reopen(batch, "undo", ["failed"])
+        self._walk("undo", out_of=["done", "cancelled", "undone"], to="undone")
+        return self._ended()
+
+    def _apply(self, *, out_of: Sequence[State]) -> Batch:
+        batch = self.batch
+        verifies = "verify" in self.kind.passes and batch.order.get("verify", True)
+        self._walk("apply", out_of=out_of, to="verifying" if verifies else "done")
+        if verifies:
+            self._walk("verify", out_of=["verifying"], to="done")
+        return self._ended()
+
+    def _take(self, *states: State) -> Batch:
+        """Be the conductor, of a batch that is in one of ``states`` unless this one has begun already."""
+        batch = self.batch
+        mine = batch.conductor == self.run.job_id
+        if states and not mine and batch.state not in states:
+            raise InvalidRequest(f"The batch is {batch.state}; that can be done when it is {' or '.join(states)}.")
+        if other := self.batches.take(self.batch_id, self.run.job_id):
+            raise InvalidRequest(f"Job {other} is at this batch; wait for it, or cancel it.")
+        return self.batch
+
+    def _needs(self, which: Pass) -> None:
+        if which not in self.kind.passes:
+            raise InvalidRequest(f"A batch of the kind {self.batch.kind} has no {which}.")
+
+    def _is_new(self, which: Pass) -> bool:
+        return self.batch.of(which).begun_by != self.run.job_id
+
+    def _refuse_an_empty_plan(self) -> None:
+        batch = self.batch
+        if batch.items or self.may_be_empty:
+            return
+        self.batches.cancel(self.batch_id)
+        self.batches.expire(self.batch_id)
+        raise InvalidRequest("There is nothing to do: what was asked for holds no item.", details=batch.as_json())
+
+    def _walk(self, which: Pass, *, out_of: Sequence[State], to: State) -> None:
+        """Look after a pass; returns when it is over, at once if the kind has no such pass."""
+        batches = self.batches
+        if which not in self.kind.passes:
+            batches.steer(self.batch_id, to, out_of=out_of)
+            return
+        if not self._is_new(which) and self.batch.of(which).ended_ms:
+            return
+        if not batches.begin(self.batch_id, which, job_id=self.run.job_id, out_of=out_of):
+            self._stand_aside(which)
+        self.tools.wake(batches.fill(self.batch, which))
+        bury_lost_chunks(self.batch, which, self.run, self.tools)
+        batch = self.batch
+        if batch.state in ("cancelled", "paused"):
+            self._stand_aside(which)
+        if batch.of(which).finished == batch.chunks and batches.end_pass(self.batch_id, which, to):
+            return
+        told = f"{which}: {batch.of(which).settled} of {batch.items} items are settled"
+        raise NotYet(told, delay_s=LOOK_AGAIN_S)
+
+    def _stand_aside(self, which: Pass) -> None:
+        """The batch has been steered elsewhere: wait, or end with it when what is under way has ended."""
+        batch = self.batch
+        if batch.state == "paused":
+            raise NotYet("the batch is paused", delay_s=LOOK_AGAIN_S)
+        if batch.state in ACTIVE or self.batches.open_chunks(batch, which):
+            raise NotYet(f"the batch is {batch.state}", delay_s=LOOK_AGAIN_S)
+        self.batches.expire(self.batch_id)
         raise Cancelled(
             f"The batch was cancelled after {batch.settled} of {batch.items} items.", details=batch.as_json()
         )
-    if batch.state == "running" and batch.finished == batch.chunks:
-        batches.steer(batch.id, "done", out_of=["running"])
-        batch = _current(batches, batch.id)
-    if not batch.over or batch.state == "cancelled":
-        raise NotYet(f"{batch.settled} of {batch.items} items are settled", delay_s=LOOK_AGAIN_S)
-    batches.expire(batch.id)
-    return batch
+
+    def _ended(self) -> Batch:
+        self.batches.expire(self.batch_id)
+        return self.batch
+
+    # --- its plan
+
+    def _plan(self, items: Sequence[str | BatchItem] | None) -> None:
+        """Write the plan, and freeze it. From the start, if an earlier try broke."""
+        desk = Desk(self.batch, self.run, self.tools)
+        pages = iter([[self.kind.check(_planned(one)) for one in items]]) if items else self.kind.pages(desk)
+        with Planner(self.batches, self.batch_id) as planner:
+            for page in pages:
+                planner.add_all(page)
+                self.run.stage = f"plan {planner.items}"
+                if self.run.lost:
+                    raise LeaseLost
+                if self.batches.state(self.batch_id) != "planning":
+                    break
+            planner.freeze(warnings=desk.warnings)
 
 
-def _plan(kind: Kind, batch: Batch, run: Run, tools: Tools, *, dry_run: bool) -> None:
-    """List what there is to do, server by server in turns, and freeze it. From the start, if an earlier try broke."""
-    batches = Batches(tools.ledger)
-    batches.clear_plan(batch.id)
-    warnings: list[str] = []
-    pages = {name: kind.pages(tools.fleet[name], batch.order, warnings) for name in batch.servers}
-    planned = dict.fromkeys(batch.servers, 0)
-    lines: list[tuple[int, str]] = []
-    chunks = 0
-    while pages:
-        for position, name in enumerate(batch.servers):
-            texts = next(pages[name], None) if name in pages else []
-            if texts is None:
-                del pages[name]
-                continue
-            new = batches.unseen(batch.id, position, texts)
-            planned[name] += len(new)
-            lines += [(position, text) for text in new]
-        while len(lines) >= CHUNK_ITEMS or (lines and not pages):
-            batches.plan_chunk(batch.id, chunks, lines[:CHUNK_ITEMS])
-            lines, chunks = lines[CHUNK_ITEMS:], chunks + 1
-        run.stage = f"plan {sum(planned.values())}"
-        if batches.state(batch.id) != "planning":
-            return
-    state: Any = "planned" if dry_run else "running"
-    batches.freeze(batch.id, chunks=chunks, planned=planned, warnings=warnings, state=state)
+def _planned(one: str | BatchItem) -> Planned:
+    return Planned(one) if isinstance(one, str) else Planned(one.item, one.server or "", one.size_bytes)
 
 
-def _bury_lost_chunks(batch: Batch, batches: Batches, run: Run, tools: Tools) -> None:
-    """A chunk whose job is over without having ended it (a dead letter) is settled as failed, with its code."""
-    for chunk in batches.open_chunks(batch):
-        record = tools.ledger.look(f"{batch.id}.{chunk}")
+def bury_lost_chunks(batch: Batch, which: Pass, run: Run, tools: Tools) -> None:
+    """A chunk whose job is over without having ended it (a dead letter) is settled as failed, with its code.
+
+    One whose job nobody knows any more is written down again.
+    """
+    batches, ended = Batches(tools.ledger), False
+    for chunk in batches.open_chunks(batch, which):
+        job = chunk_job(batch, which, chunk)
+        record = tools.ledger.look(job.job_id)
+        if not record:
+            tools.ledger.submit(job.job_id, task=job.task, job=job.job, due_in_s=0)
         if record.get("state") not in ("done", "dead"):
             continue
-        still_open = [one.item for one in batches.items(batch, chunk) if one.status == "open"]
+        rows = batches.chunk_rows(batch, chunk, list(dict.fromkeys(("apply", which))))
         message = "The job that was to do it has ended; see the dead letters."
-        failed = [Settled(item, "failed", record.get("code", ""), message) for item in still_open]
-        batches.settle(batch.id, failed, job_id=run.job_id, fence=run.fence)
-        batches.end_chunk(batch.id, chunk)
+        failed = [Settled(row.item, "failed", record.get("code", ""), message) for row in rows if to_do(which, row)]
+        settle(batch, which, chunk, failed, run=run)
+        batches.end_chunk(batch.id, which, chunk)
+        ended = True
+    if ended:
+        tools.wake(batches.fill(batch, which))
 
 
-def _current(batches: Batches, batch_id: str) -> Batch:
+def settle(batch: Batch, which: Pass, chunk: int, outcomes: Sequence[Settled], *, run: Run) -> None:
+    """Write outcomes of a pass down. What a survey leaves out is out for good."""
+    batches = Batches(run.ledger)
+    batches.settle(batch, which, chunk, outcomes, job_id=run.job_id, fence=run.fence)
+    if which == "survey":
+        out = [one for one in outcomes if one.status not in ("planned", "open")]
+        batches.settle(batch, "apply", chunk, out, job_id=run.job_id, fence=run.fence)
+
+
+def current(batches: Batches, batch_id: str) -> Batch:
     batch = batches.get(batch_id)
     if batch is None:
         raise NotFound(f"No batch is called {batch_id}; batches are kept as long as results.")
     return batch
 
 
-# --- a chunk ----------------------------------------------------------------------------------------------------
+# --- orders -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Left:
-    """Why items of a chunk are still open after an attempt."""
-
-    down: dict[str, CourierError] = field(default_factory=dict)
-    busy: bool = False
-    stopped: bool = False
-
-
-def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[str, Kind]) -> dict[str, Any]:
-    """Do what is still open of one chunk, and let the next one begin."""
-    job = read_job(BatchChunkJob, message)
+def order(
+    message: Mapping[str, Any], run: Run, tools: Tools, *, kind: Kind, name: str, form: type[BatchOrderJob]
+) -> dict[str, Any]:
+    """`pacs.batch.upload` and the like: plan a batch of a kind, and see it through; it bears the job's id."""
+    job = read_job(form, message)
     batches = Batches(tools.ledger)
-    batch = _current(batches, job.batch_id)
-    with run.step("apply"):
-        left = _apply(kinds[batch.kind], job.chunk, Desk(batch, run, tools))
-    still_open = [one.item for one in batches.items(batch, job.chunk) if one.status == "open"]
-    if still_open and not left.stopped:
-        if left.down and not run.last:
-            raise next(iter(left.down.values()))
-        if left.busy:
-            raise NotYet("other jobs are at the same studies", delay_s=TURN_S)
-        _give_up(batches, batch, still_open, left, run)
-    batches.end_chunk(batch.id, job.chunk)
-    batches.fill(batch.id)
-    return BatchChunkPayload(job_id=run.job_id, batch_id=batch.id, chunk=job.chunk).as_json()
+    if batches.get(run.job_id) is None:
+        if job.planned:
+            raise InvalidRequest("The plan of this batch is gone: plans are kept as long as results. Plan it again.")
+        wishes = job.model_dump(mode="json", exclude={"version", "items", "planned", "name"}, exclude_none=True)
+        batches.open(run.job_id, kind=name, order=wishes, width=job.width or WIDTH, name=job.name)
+    batch = Conductor(kind, run.job_id, run, tools).order(job.items)
+    return end_payload(batch, run, tools)
 
 
-def _apply(kind: Kind, number: int, desk: Desk) -> _Left:
-    """Group by group. A server that fails is not asked again in this attempt, so that its time-outs do not add up."""
-    batches, run = Batches(desk.tools.ledger), desk.run
-    begun: set[int] = set(run.memo["begun"]) if run.memo else set()
-    still_open = [one.item for one in batches.items(desk.batch, number) if one.status == "open"]
-    left = _Left()
-    for at in range(0, len(still_open), GROUP_ITEMS):
-        state = batches.state(desk.batch.id)
-        if state == "paused":
-            raise NotYet("the batch is paused", delay_s=TURN_S)
-        if state != "running":
-            left.stopped = True
-            break
-        group = [item for item in still_open[at : at + GROUP_ITEMS] if item.server not in left.down]
-        resumed = begun & {item.number for item in group}
-        begun |= {item.number for item in group}
-        run.intend({"begun": sorted(begun)})
-        results = kind.apply(group, desk, resumed=resumed)
-        settled = [one for one in results if isinstance(one, Settled)]
-        batches.settle(desk.batch.id, settled, job_id=run.job_id, fence=run.fence)
-        for item, result in zip(group, results, strict=True):
-            if isinstance(result, CourierError):
-                left.down[item.server] = result
-            else:
-                begun.discard(item.number)
-                left.busy |= result is None
-    run.ledger.intend(run.job_id, run.fence, {"begun": sorted(begun)})  # what nobody began is not resumed
-    return left
+def conducted(
+    message: Mapping[str, Any],
+    run: Run,
+    tools: Tools,
+    *,
+    kinds: Mapping[str, Kind],
+    wish: Callable[[Conductor], Batch],
+) -> dict[str, Any]:
+    """`pacs.batch.apply`, `.retry`, `.verify` and `.undo`: a further conductor of a batch that is there."""
+    batch_id = read_job(BatchJob, message).batch_id
+    batch = current(Batches(tools.ledger), batch_id)
+    return end_payload(wish(Conductor(kinds[batch.kind], batch_id, run, tools)), run, tools)
 
 
-def _give_up(batches: Batches, batch: Batch, items: Sequence[Item], left: _Left, run: Run) -> None:
-    """The last attempt: what its servers did not do has failed."""
-    errors = [left.down[item.server] for item in items]
-    failed = [
-        Settled(item, "failed", error.payload["code"], error.message) for item, error in zip(items, errors, strict=True)
-    ]
-    batches.settle(batch.id, failed, job_id=run.job_id, fence=run.fence)
+def end_payload(batch: Batch, run: Run, tools: Tools) -> dict[str, Any]:
+    """What a batch came to. What a survey refused counts where it was not applied."""
+    batches = Batches(tools.ledger)
+    passes: list[Pass] = [which for which in batch.passes if which != "survey"]
+    told: list[BatchTrouble] = []
+    for which in passes:
+        found = batches.failures(batch, MAX_FAILURES_TOLD - len(told), which)
+        told += [_trouble(one, which, batch) for one in found]
+    total = sum(batch.of(which).totals.get(status, 0) for which in passes for status in TROUBLE)
+    return BatchEndPayload.model_validate(
+        {"job_id": run.job_id, **batch.as_json(), "failures": told, "failures_total": total}
+    ).as_json()
+
+
+def _trouble(one: Settled, which: Pass, batch: Batch) -> BatchTrouble:
+    return BatchTrouble(
+        number=one.item.number,
+        item=one.item.text,
+        pass_=which,
+        server_name=one.server_name or None,
+        server_type=batch.types.get(one.server_name) or None,
+        status=one.status,
+        code=one.code,
+        message=one.message,
+    )
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------
@@ -211,26 +415,23 @@ def show(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
 
 def pause(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     """Begin nothing new until it is resumed; what is under way comes to its end."""
-    job = read_job(BatchJob, message)
-    Batches(tools.ledger).steer(job.batch_id, "paused", out_of=["running"])
+    Batches(tools.ledger).pause(read_job(BatchJob, message).batch_id)
     return _told(message, run, tools)
 
 
 def resume(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     job = read_job(BatchJob, message)
-    batches = Batches(tools.ledger)
-    batches.steer(job.batch_id, "running", out_of=["paused"])
-    batches.fill(job.batch_id)
+    Batches(tools.ledger).resume(job.batch_id)
     return _told(message, run, tools)
 
 
 def cancel(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     """End it; what was done stays done."""
-    job = read_job(BatchJob, message)
-    Batches(tools.ledger).steer(job.batch_id, "cancelled", out_of=["planning", "running", "paused"])
+    Batches(tools.ledger).cancel(read_job(BatchJob, message).batch_id)
     return _told(message, run, tools)
 
 
 def _told(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
-    batch = _current(Batches(tools.ledger), read_job(BatchJob, message).batch_id)
+    batches = Batches(tools.ledger)
+    batch = current(batches, read_job(BatchJob, message).batch_id)
     return BatchStatePayload.model_validate({"job_id": run.job_id, **batch.as_json()}).as_json()

@@ -23,7 +23,7 @@ from worker.errors import (
 )
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
-from worker.ledger import Claim, ClaimState, LeaseLost
+from worker.ledger import Claim, ClaimState, LeaseLost, Wait
 from worker.logs import where_it_broke
 from worker.settings import JobSettings
 
@@ -80,7 +80,7 @@ def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, 
     try:
         with pulse.beating(run):
             verdict = _attempt(work, claim, job, run, tools)
-            if isinstance(verdict, _Park) and verdict.meta:
+            if isinstance(verdict, _Park) and verdict.meta and run.shown:
                 pulse.show(run, verdict.meta)
             _record(verdict, run, task=task, job=job, tools=tools)
     except (LeaseLost, redis.RedisError) as error:
@@ -103,7 +103,7 @@ class _Park(Parked):
     delay_s: float
     code: str
     message: str
-    counts: bool = True
+    wait: Wait = "counts"
     meta: dict[str, Any] | None = None  # what watchers of the job may see meanwhile
 
 
@@ -117,7 +117,8 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
     except CourierError as error:
         return Failed(error)
     except NotYet as wait:
-        return _Park(delay_s=wait.delay_s, code="waiting", message=wait.message, counts=False)
+        how: Wait = "steady" if wait.steady else "growing"
+        return _Park(delay_s=wait.delay_s, code="waiting", message=wait.message, wait=how)
     except (LeaseLost, redis.RedisError):
         raise
     except Exception as error:  # noqa: BLE001 - the outermost door of a job: a bug must not lose it
@@ -174,6 +175,6 @@ def _record(verdict: Verdict, run: Run, *, task: str, job: Mapping[str, Any], to
                 delay_s=verdict.delay_s,
                 code=verdict.code,
                 message=verdict.message,
-                counts=verdict.counts,
+                wait=verdict.wait,
             )
             log.info("Parked for at least %.1f s: %s", verdict.delay_s, verdict.message)

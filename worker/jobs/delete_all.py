@@ -6,16 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from worker.batches import Batch, Batches, Item, ItemStatus, Settled
+from worker.batches import Batch, Batches, Item, ItemStatus, Pass, Settled
 from worker.errors import ConfirmationRequired, CourierError, InvalidRequest, NeedsPerson, Refused
-from worker.jobs.batches import WIDTH, Desk, conduct
+from worker.jobs.batches import WIDTH, Answer, Conductor, Desk, Work, in_turns
 from worker.jobs.deletions import asked, forget_what_is_gone, remove
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
-from worker.payloads import BatchFailure, BatchPayload, BatchServer, DeleteAllJob, read_job
+from worker.payloads import BatchFailure, BatchPayload, BatchServer, DeleteAllJob, check_uid, read_job
+from worker.planning import Planned
 
 CONFIRMATION = "delete all studies"
 PAGE_STUDIES = 1000
@@ -33,10 +34,21 @@ _STATUS: Mapping[DeletionFate, ItemStatus] = {
 class StudyDeletions:
     """The kind of batch whose items are studies to delete, one per server that has them."""
 
-    def pages(self, pacs: Pacs, order: Mapping[str, Any], warnings: list[str]) -> Iterator[list[str]]:  # noqa: ARG002
-        return study_pages(pacs, warnings)
+    group_items = 8
 
-    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Settled | CourierError | None]:
+    @property
+    def passes(self) -> Mapping[Pass, Work]:
+        return {"apply": self.apply}
+
+    def check(self, item: Planned) -> Planned:
+        check_uid(item.text)
+        return item
+
+    def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
+        servers = [desk.tools.fleet[name] for name in desk.batch.servers]
+        return in_turns([_planned(pacs, desk.warnings) for pacs in servers])
+
+    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:
         run, fleet = desk.run, desk.tools.fleet
         permanent = bool(desk.batch.order["permanent"])
         ledger = desk.tools.ledger
@@ -77,15 +89,19 @@ def delete_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
         raise ConfirmationRequired(f'Nothing was deleted: confirm has to be "{CONFIRMATION}".')
     servers = {pacs.server.name: pacs.server.type for pacs in asked(job.servers, tools.fleet)}
     batches = Batches(tools.ledger)
-    batches.open(run.job_id, kind="delete", servers=servers, order={"permanent": job.permanent}, width=WIDTH)
-    batch = batches.get(run.job_id)
-    assert batch is not None  # noqa: S101 - it was opened in the line above
-    batch = conduct(StudyDeletions(), batch, run, tools, dry_run=job.dry_run)
+    order = {"permanent": job.permanent, "dry_run": job.dry_run, "verify": False}
+    batches.open(run.job_id, kind="delete", servers=servers, order=order, width=WIDTH)
+    batch = Conductor(StudyDeletions(), run.job_id, run, tools, may_be_empty=True).order()
     remaining = {}
     if batch.state == "done":
         with run.step("verify"):
             remaining = _remaining(batch, tools.fleet)
     return _payload(batch, remaining, run, tools).as_json()
+
+
+def _planned(pacs: Pacs, warnings: list[str]) -> Iterator[Sequence[Planned]]:
+    for page in study_pages(pacs, warnings):
+        yield [Planned(study_uid, pacs.server.name) for study_uid in page]
 
 
 def study_pages(pacs: Pacs, warnings: list[str]) -> Iterator[list[str]]:

@@ -20,17 +20,24 @@ log = logging.getLogger(__name__)
 
 
 class NotYet(Exception):
-    """Another job has to end first. Waiting for it is no failed attempt."""
+    """Another job has to end first. Waiting for it is no failed attempt.
 
-    def __init__(self, message: str, *, delay_s: float) -> None:
+    Waits in a row get longer, unless they are ``steady``: then it is known when to look again.
+    """
+
+    def __init__(self, message: str, *, delay_s: float, steady: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.delay_s = delay_s
+        self.steady = steady
 
 
 @dataclass
 class Run:
-    """An attempt under way. ``memo`` is what an earlier attempt wrote down before its push, if it came so far."""
+    """An attempt under way. ``memo`` is what an earlier attempt wrote down before its push, if it came so far.
+
+    A job that is a piece of another one is not ``shown`` to whoever looks for results.
+    """
 
     job_id: str
     fence: int
@@ -43,6 +50,7 @@ class Run:
     timings_ms: dict[str, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     lost: bool = False
+    shown: bool = True
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -124,7 +132,7 @@ class Pulse:
 
     def _show_stage(self, run: Run, begun: float, shown: dict[tuple[str, int], Any]) -> None:
         stage = run.stage
-        if time.monotonic() - begun >= self._beat_s and shown.get(_attempt(run)) != stage:
+        if run.shown and time.monotonic() - begun >= self._beat_s and shown.get(_attempt(run)) != stage:
             shown[_attempt(run)] = stage
             self.show(run, {"stage": stage, "attempt": run.attempt})
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from worker.destinations import Destinations
-from worker.ledger import Ledger
+from worker.ledger import DueJob, Ledger
 from worker.pacs.fleet import Fleet
 from worker.settings import DownloadSettings, Settings
 from worker.sources import Sources
+
+
+def _leave_it_to_the_sweeper(jobs: Sequence[DueJob]) -> None:
+    """What is due is sent in any case."""
 
 
 @dataclass(frozen=True)
@@ -25,3 +30,10 @@ class Tools:
     destinations: Destinations = field(default_factory=lambda: Destinations(DownloadSettings()))
     clock: Callable[[], float] = time.perf_counter
     rng: random.Random = field(default_factory=random.SystemRandom)
+    #: Sends the messages of jobs that the ledger knows, now. May fail to: they are due later in any case.
+    wake: Callable[[Sequence[DueJob]], None] = _leave_it_to_the_sweeper
+    #: How many chunks of batches this process does at a time, so that single jobs always find it ready.
+    batch_slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(64))
+    #: Seconds since the epoch, and waiting for less than a beat of the pulse: for windows and rates of batches.
+    now: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep

@@ -9,10 +9,12 @@ from celery import Task
 
 from worker.app import app
 from worker.jobs import batches
+from worker.jobs.batches import Conductor, Kind
+from worker.jobs.chunks import chunk
 from worker.jobs.delete_all import StudyDeletions, delete_all
 from worker.tasks.door import deliver
 
-KINDS = {"delete": StudyDeletions()}
+KINDS: dict[str, Kind] = {"delete": StudyDeletions()}
 
 
 @app.task(name="pacs.delete_all", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
@@ -21,10 +23,10 @@ def pacs_delete_all(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     return deliver(self, delete_all, job)
 
 
-@app.task(name="pacs.batch.chunk", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+@app.task(name="pacs.batch.chunk", bind=True, ignore_result=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_chunk(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     """One piece of a batch."""
-    return deliver(self, partial(batches.chunk, kinds=KINDS), job)
+    return deliver(self, partial(chunk, kinds=KINDS), job)
 
 
 @app.task(name="pacs.batch.show", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
@@ -49,3 +51,27 @@ def pacs_batch_resume(self: Task, job: object = None, **_: Any) -> dict[str, Any
 def pacs_batch_cancel(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     """End a batch; what was done stays done."""
     return deliver(self, batches.cancel, job)
+
+
+@app.task(name="pacs.batch.apply", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_apply(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """See a plan through that was looked at."""
+    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.apply), job)
+
+
+@app.task(name="pacs.batch.retry", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_retry(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Try again what failed of a batch."""
+    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.retry), job)
+
+
+@app.task(name="pacs.batch.verify", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_verify(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Look once more whether what a batch did is so."""
+    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.verify), job)
+
+
+@app.task(name="pacs.batch.undo", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_undo(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Take back what a batch did."""
+    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.undo), job)
