@@ -449,6 +449,7 @@ def whole_retrieval(pacs: Pacs) -> None:
 
 CALLS: Mapping[str, Callable[[Pacs], object]] = {
     "find": lambda pacs: pacs.find("study", "1.2"),
+    "present": lambda pacs: pacs.present("1.2", ["1.2.3"]),
     "store": lambda pacs: pacs.store([part(image("1.2"))]),
     "store_passing": lambda pacs: pacs.store_passing([passing(image("1.2"))]),
     "metadata": lambda pacs: pacs.metadata(Found("study", "1.2")),

@@ -14,10 +14,15 @@ from worker.instances import Instance, identify_prefix
 
 #: Within so many bytes a file has to say whose it is.
 MAX_HEAD_BYTES = 8 * 1_048_576
+#: The preamble of a file, and the word after it that one without a preamble lacks too.
+PREAMBLE_BYTES = 132
 
 
 class Incoming:
     """One image, whose bytes are there once.
+
+    ``with_preamble``: whether the digest is that of the file, or of what follows the preamble, which means nothing
+    and which not every server keeps.
 
     Raises
     ------
@@ -25,17 +30,19 @@ class Incoming:
         It cannot be read.
     """
 
-    def __init__(self, content: Iterator[bytes]) -> None:
+    def __init__(self, content: Iterator[bytes], *, with_preamble: bool = True) -> None:
         self._content = content
         self._digest = hashlib.sha256()
         self.size_bytes = 0
         self._head, self.instance = _identified(content)
+        self._unhashed = PREAMBLE_BYTES if self.instance.has_preamble and not with_preamble else 0
 
     def chunks(self) -> Iterator[bytes]:
         """All of it; afterwards `size_bytes` and `sha256` are those of the image."""
         head, self._head = self._head, b""
         for chunk in chain((head,), self._content):
-            self._digest.update(chunk)
+            self._digest.update(memoryview(chunk)[self._unhashed :] if self._unhashed else chunk)
+            self._unhashed = 0  # the first chunk is longer than that, or nobody could have read whose image it is
             self.size_bytes += len(chunk)
             yield chunk
 

@@ -1,0 +1,532 @@
+"""One study from one server to another: both sandbox dialects in both directions, and a real Orthanc on either end."""
+
+from __future__ import annotations
+
+import io
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pydicom
+import pytest
+
+from sandbox.synthetic import image, new_uid
+from worker.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable, StudyConflict
+from worker.instances import identify
+from worker.jobs import transfers
+from worker.jobs.migrations import (
+    Account,
+    Memory,
+    copy_study,
+    delete_source,
+    resume_deletion,
+    survey_study,
+    undo_study,
+    verify_study,
+)
+from worker.jobs.transfers import Transfer, images_on
+from worker.pacs.protocol import Fate, Found, Pacs, Part, Passing
+from worker.pacs.registry import connect
+from worker.settings import ServerSettings, ServerType
+
+WHERE: Mapping[str, Callable[[pytest.FixtureRequest], str]] = {
+    "msdicom": lambda request: str(request.getfixturevalue("sandbox").msdicom),
+    "dcm4chee": lambda request: str(request.getfixturevalue("sandbox").dcm4chee),
+    "orthanc": lambda request: str(request.getfixturevalue("orthanc")),
+}
+WAYS = [
+    ("msdicom", "dcm4chee"),
+    ("dcm4chee", "msdicom"),
+    ("orthanc", "msdicom"),
+    ("orthanc", "dcm4chee"),
+    ("msdicom", "orthanc"),
+    ("dcm4chee", "orthanc"),
+]
+#: Which servers give back what they were given (docs/pacs-oddities.md).
+KEEPERS = {"msdicom", "orthanc"}
+
+
+def server(kind: ServerType, url: str, name: str = "") -> Pacs:
+    return connect(ServerSettings(name=name or kind, type=kind, url=url, read_timeout_s=5))
+
+
+def put(pacs: Pacs, *contents: bytes) -> None:
+    parts = [Part(identify(io.BytesIO(one)), lambda one=one: io.BytesIO(one), len(one)) for one in contents]  # type: ignore[misc]
+    assert {outcome.fate for outcome in pacs.store(parts)} == {Fate.STORED}
+
+
+@dataclass
+class Move:
+    """One study, from one server to another; what was written down outlives an attempt."""
+
+    source: Pacs
+    target: Pacs
+    study: str = field(default_factory=new_uid)
+    written: dict[str, Any] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    attempts: int = 0
+
+    def put(self, pacs: Pacs, number: int = 1, *, series: int = 1, **more: Any) -> list[str]:
+        """``number`` more images of the study on a server; their UIDs."""
+        uids = [new_uid() for _ in range(number)]
+        put(
+            pacs,
+            *(
+                image(self.study, series=f"{self.study}.{series}", sop=uid, seed=n, **more)
+                for n, uid in enumerate(uids)
+            ),
+        )
+        return uids
+
+    def transfer(self) -> Transfer:
+        self.attempts += 1
+        return Transfer(self.source, self.target, self.study)
+
+    def memory(self, name: str) -> Memory:
+        def remember(what: Mapping[str, Any]) -> None:
+            self.written[name] = dict(what)
+
+        return Memory(self.written.get(name), remember)
+
+    def copy(self, attempt: int = 1) -> dict[str, Any]:
+        self.results.append(copy_study(self.transfer(), self.memory("apply"), attempt=attempt))
+        return self.results[-1]
+
+    def verify(self, digests: Any = "all", *, delete: bool = False, attempt: int = 1) -> dict[str, Any]:
+        transfer, memory, account = self.transfer(), self.memory("verify"), Account.of(*self.results)
+        result = resume_deletion(transfer, memory)
+        if result is None:
+            result = verify_study(transfer, account, memory, digests=digests, attempt=attempt)
+            if delete:
+                result = delete_source(transfer, account, result, memory)
+        self.results.append(result)
+        return result
+
+    def undo(self, attempt: int = 1) -> dict[str, Any]:
+        return undo_study(self.transfer(), Account.of(*self.results), self.memory("undo"), attempt=attempt)
+
+    @property
+    def on_source(self) -> set[str]:
+        return set(images_on(self.source, self.study))
+
+    @property
+    def on_target(self) -> set[str]:
+        return set(images_on(self.target, self.study))
+
+
+@pytest.fixture(params=WAYS, ids="-to-".join)
+def way(request: pytest.FixtureRequest) -> Move:
+    source, target = request.param
+    return Move(*(server(kind, WHERE[kind](request)) for kind in (source, target)))
+
+
+@pytest.fixture
+def move(request: pytest.FixtureRequest) -> Move:
+    """Where faults come from: sandbox servers on both ends."""
+    return Move(*(server(kind, WHERE[kind](request)) for kind in ("msdicom", "dcm4chee")))
+
+
+def pixels_of(pacs: Pacs, study: str) -> dict[str, bytes]:
+    with pacs.retrieve(Found("study", study)) as parts:
+        read = [pydicom.dcmread(io.BytesIO(b"".join(part.chunks))) for part in parts]
+    return {ds.SOPInstanceUID: ds.PixelData for ds in read}
+
+
+# Copying
+
+
+def test_a_study_is_copied_verified_and_taken_back(way: Move) -> None:
+    uids = {*way.put(way.source, 3), *way.put(way.source, 2, series=2)}
+    copied = way.copy()
+    assert set(copied["added"]) == way.on_target == way.on_source == uids
+    assert (copied["images"], copied["there_before"]) == (5, 0)
+    assert pixels_of(way.target, way.study) == pixels_of(way.source, way.study)
+
+    verified = way.verify()
+    kept = way.target.server.type in KEEPERS
+    assert verified["digests"]["compared"] == (5 if kept else 0)
+    unkept = {way.source.server.type, way.target.server.type} - KEEPERS
+    assert set(verified["digests"]["not_kept_by"]) == unkept
+    assert (verified["images"], verified["images_on_target"], verified["topped_up"]) == (5, 5, 0)
+
+    assert way.undo()["removed"] == 5
+    assert way.on_target == set()
+    assert way.on_source == uids
+
+
+def test_only_what_the_target_lacks_is_brought_and_taken_back(way: Move) -> None:
+    there = way.put(way.target, 2)
+    shared = new_uid()
+    for pacs in (way.source, way.target):
+        put(pacs, image(way.study, sop=shared))
+    missing = way.put(way.source, 2)
+    copied = way.copy()
+    assert set(copied["added"]) == set(missing)
+    assert (copied["images"], copied["there_before"]) == (3, 1)
+    assert way.verify()["images_on_target"] == 5
+    assert way.undo()["removed"] == 2
+    assert way.on_target == {*there, shared}
+
+
+def test_a_study_that_the_source_does_not_have_is_not_found(move: Move) -> None:
+    with pytest.raises(NotFound, match="msdicom does not have the study"):
+        move.copy()
+    move.put(move.target)
+    with pytest.raises(NotFound, match="dcm4chee has 1 images"):
+        survey_study(move.transfer(), {})
+
+
+def test_a_survey_counts_and_warns(move: Move) -> None:
+    move.put(move.source, 3)
+    found = survey_study(move.transfer(), {"third": True, "fourth": None, "fifth": False})
+    assert (found["images"], found["images_on_target"], found["missing"]) == (3, 0, 3)
+    assert [warning.split(" ")[0] for warning in found["warnings"]] == ["study_split:", "fourth"]
+
+
+# A study that changes
+
+
+def test_what_the_source_gets_meanwhile_is_topped_up_and_taken_back_too(way: Move) -> None:
+    way.put(way.source, 2)
+    way.copy()
+    late = way.put(way.source, 2, series=2)
+    verified = way.verify()
+    assert (verified["topped_up"], set(verified["added"])) == (2, set(late))
+    assert way.on_target == way.on_source
+    assert way.undo()["removed"] == 4
+    assert way.on_target == set()
+
+
+def test_a_study_that_grows_for_ever_is_given_up_with_a_sentence(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    move.put(move.source, 1)
+    move.copy()
+    retrieve = move.source.retrieve
+
+    def growing(found: Found) -> Any:
+        answer = retrieve(found)
+        move.put(move.source, 1)
+        return answer
+
+    move.put(move.source, 1)
+    monkeypatch.setattr(move.source, "retrieve", growing)
+    with pytest.raises(StudyConflict, match="grows: after 3 rounds 1 images"):
+        move.verify()
+
+
+def test_an_image_that_is_retrieved_without_being_listed_is_brought_along(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move.put(move.source, 2)
+    listed = images_on(move.source, move.study)
+    late = move.put(move.source, 1)
+    monkeypatch.setattr("worker.jobs.migrations.images_on", lambda pacs, _: listed if pacs is move.source else {})
+    copied = move.copy()
+    assert set(late) <= set(copied["added"]) == move.on_target
+
+
+def test_what_the_target_has_lost_is_told_and_brought_again(move: Move) -> None:
+    uids = move.put(move.source, 3)
+    move.copy()
+    lost = Found("image", move.study, f"{move.study}.1", uids[0])
+    move.target.delete(lost, permanent=True)
+    verified = move.verify()
+    assert (verified["lost"], verified["topped_up"]) == (1, 0)
+    assert move.on_target == set(uids)
+
+
+# Digests
+
+
+def different(move: Move) -> str:
+    """The same UID with other bytes on both ends; the study else is whole."""
+    uid = new_uid()
+    put(move.source, image(move.study, sop=uid, seed=1))
+    put(move.target, image(move.study, sop=uid, seed=2))
+    return uid
+
+
+@pytest.fixture
+def keepers(request: pytest.FixtureRequest) -> Move:
+    return Move(*(server(kind, WHERE[kind](request)) for kind in ("msdicom", "orthanc")))
+
+
+def test_other_bytes_under_the_same_uid_are_found(keepers: Move) -> None:
+    uid = different(keepers)
+    keepers.put(keepers.source, 2)
+    keepers.copy()
+    with pytest.raises(StudyConflict, match="are not what msdicom has") as caught:
+        keepers.verify()
+    assert caught.value.details["different"] == [uid]
+    assert keepers.verify("none")["digests"]["compared"] == 0
+
+
+def test_a_sample_is_one_image_of_each_series(keepers: Move) -> None:
+    keepers.put(keepers.source, 3)
+    keepers.put(keepers.source, 2, series=2)
+    keepers.copy()
+    assert keepers.verify("sample")["digests"] == {"mode": "sample", "compared": 2, "not_kept_by": []}
+
+
+def test_the_source_is_not_read_again_for_what_has_passed_whole(keepers: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    keepers.put(keepers.source, 3)
+    keepers.copy()
+
+    def never(found: Found) -> Any:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(keepers.source, "retrieve", never)
+    assert keepers.verify()["digests"]["compared"] == 3
+
+
+def test_a_file_without_preamble_is_the_same_image(keepers: Move) -> None:
+    put(keepers.target, image(keepers.study)[132:])
+    keepers.source, keepers.target = keepers.target, keepers.source
+    keepers.copy()
+    assert keepers.verify()["digests"]["compared"] == 1
+
+
+# The source's copy
+
+
+def test_the_source_is_deleted_after_verification_and_brought_back_by_undo(way: Move) -> None:
+    shared = new_uid()
+    for pacs in (way.source, way.target):
+        put(pacs, image(way.study, sop=shared))
+    uids = {*way.put(way.source, 2), shared}
+    before = pixels_of(way.source, way.study)
+    there = way.put(way.target, 1)
+    way.copy()
+    assert way.verify(delete=True)["source_deleted"]
+    assert way.on_source == set()
+    assert way.on_target == {*uids, *there}
+
+    undone = way.undo()
+    assert (undone["removed"], undone["restored"]) == (2, 3)
+    assert way.on_source == uids
+    assert pixels_of(way.source, way.study) == before
+    assert way.on_target == {shared, *there}
+
+
+def test_nothing_is_deleted_where_the_bytes_differ(keepers: Move) -> None:
+    different(keepers)
+    keepers.put(keepers.source)
+    keepers.copy()
+    with pytest.raises(StudyConflict):
+        keepers.verify(delete=True)
+    assert len(keepers.on_source) == 2
+
+
+def test_the_source_is_looked_at_once_more_right_before_it_is_deleted(move: Move) -> None:
+    move.put(move.source, 2)
+    move.copy()
+    transfer, memory, account = move.transfer(), move.memory("verify"), Account.of(*move.results)
+    verified = verify_study(transfer, account, memory, digests="all")
+    late = move.put(move.source, 1)
+    with pytest.raises(PacsMisanswered, match="got images while"):
+        delete_source(transfer, account, verified, memory)
+    assert set(late) < move.on_source
+    assert move.verify(delete=True, attempt=2)["source_deleted"]
+    assert set(late) < move.on_target
+    assert move.undo()["removed"] == 3
+    assert set(late) < move.on_source
+
+
+def test_a_worker_that_died_while_deleting_the_source_knows_that_it_did(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move.put(move.source, 2)
+    move.copy()
+    delete = move.source.delete
+
+    def dying(found: Found, *, permanent: bool) -> Any:
+        delete(found, permanent=permanent)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(move.source, "delete", dying)
+    with pytest.raises(KeyboardInterrupt):
+        move.verify(delete=True)
+    monkeypatch.undo()
+    assert move.verify(delete=True, attempt=2)["source_deleted"]
+    assert move.undo()["restored"] == 2
+    assert len(move.on_source) == 2
+
+
+def test_undo_removes_nothing_that_the_source_no_longer_has(move: Move) -> None:
+    uids = move.put(move.source, 2)
+    move.copy()
+    move.source.delete(Found("image", move.study, f"{move.study}.1", uids[0]), permanent=True)
+    with pytest.raises(StudyConflict, match="Nothing was removed"):
+        move.undo()
+    assert move.on_target == set(uids)
+
+
+def test_undo_removes_nothing_if_what_has_to_go_back_is_gone(move: Move) -> None:
+    uids = move.put(move.source, 2)
+    move.copy()
+    move.verify(delete=True)
+    move.target.delete(Found("image", move.study, f"{move.study}.1", uids[0]), permanent=True)
+    with pytest.raises(StudyConflict, match="no longer has 1"):
+        move.undo()
+    assert move.on_target == {uids[1]}
+
+
+# When things go wrong
+
+
+def attempts(move: Move, most: int = 5) -> dict[str, Any]:
+    """As the engine does it: again, until it is done."""
+    for attempt in range(1, most + 1):
+        try:
+            return move.copy(attempt)
+        except (PacsUnavailable, PacsMisanswered):
+            continue
+    raise AssertionError(f"not done after {most} attempts")
+
+
+FAULTS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
+    "source cut off": ("msdicom", "retrieve", {"truncate": 30_000, "times": 2}),
+    "source cut off cleanly": ("msdicom", "retrieve", {"truncate": "cleanly", "times": 1}),
+    "source gone": ("msdicom", "retrieve", {"status": 503, "times": 2}),
+    "target in trouble": ("dcm4chee", "store", {"status": 503, "times": 2}),
+    "target busy": ("dcm4chee", "store", {"status": 429, "retry_after_s": 1, "times": 1}),
+    "target full": ("dcm4chee", "store", {"disk_full": "A700", "times": 2}),
+    "target resets": ("dcm4chee", "store", {"reset_after_bytes": 30_000, "times": 2}),
+    "answer lost": ("dcm4chee", "store", {"commit_then_drop": True, "times": 2}),
+    "last part lost": ("dcm4chee", "store", {"lose_last_part": True, "times": 3}),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "turned"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_after_a_fault_the_next_attempt_goes_on_and_ends_clean(
+    move: Move, sandbox: Any, monkeypatch: pytest.MonkeyPatch, fault: str, turned: bool
+) -> None:
+    monkeypatch.setattr(transfers, "REQUEST_IMAGES", 4)
+    dialect, operation, mood = FAULTS[fault]
+    if turned:
+        move.source, move.target = move.target, move.source
+        dialect = {"msdicom": "dcm4chee", "dcm4chee": "msdicom"}[dialect]
+        mood = {**mood, "disk_full": "272"} if "disk_full" in mood else mood
+    uids = move.put(move.source, 10)
+    there = move.put(move.target, 1)
+    sandbox.set_mood(dialect, operation, **mood)
+    copied = attempts(move)
+    assert move.attempts > 1 or fault == "last part lost"
+    assert set(copied["added"]) == set(uids), "what an attempt before has brought is ours too"
+    verified = move.verify()
+    assert (verified["topped_up"], move.on_target) == (0, {*uids, *there})
+    assert move.undo()["removed"] == 10
+    assert move.on_target == set(there)
+
+
+def test_what_was_answered_before_the_source_broke_off_is_not_sent_again(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source breaks off between two images: those before are stored in a request that ends well."""
+    uids = move.put(move.source, 3)
+    retrieve = move.source.retrieve
+
+    class Broken:
+        def __init__(self, found: Found) -> None:
+            self._answer = retrieve(found)
+
+        def __enter__(self) -> Iterator[Any]:
+            return self._parts(self._answer.__enter__())
+
+        def __exit__(self, *_: object) -> None:
+            self._answer.__exit__(None, None, None)
+
+        @staticmethod
+        def _parts(parts: Any) -> Iterator[Any]:
+            yield next(parts)
+            yield next(parts)
+            raise PacsMisanswered("cut off")
+
+    monkeypatch.setattr(move.source, "retrieve", Broken)
+    with pytest.raises(PacsMisanswered, match="cut off"):
+        move.copy()
+    assert len(move.on_target) == 2
+    monkeypatch.undo()
+    assert set(move.copy(2)["added"]) == set(uids)
+
+
+def test_an_image_that_the_target_refuses_is_told_and_the_others_are_there(move: Move) -> None:
+    uids = move.put(move.source, 3)
+    bad = move.put(move.source, 1, PatientName="Somebody^Else")
+    with pytest.raises(StudyConflict, match="another patient") as caught:
+        move.copy()
+    assert caught.value.details["refused"] == bad
+    assert set(caught.value.details["result"]["added"]) == set(uids) == move.on_target
+
+
+def test_several_bad_images_in_one_request_do_not_take_the_others_with_them(
+    keepers: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real Orthanc answers 400 and names none of them."""
+    uids = keepers.put(keepers.source, 4)
+    seen: list[int] = []
+    send = keepers.target.store_passing
+
+    def spoiling(passing: Iterable[Passing]) -> Any:
+        def spoiled() -> Iterator[Passing]:
+            for number, one in enumerate(passing):
+                seen.append(number)
+                bad = one.instance.sop_instance_uid in uids[:2]
+                content = b"".join(one.chunks)
+                yield Passing(one.instance, iter([b"<html>" * 50 if bad else content]))
+
+        return send(spoiled())
+
+    monkeypatch.setattr(keepers.target, "store_passing", spoiling)
+    with pytest.raises(PacsRejected) as caught:
+        keepers.copy()
+    assert caught.value.details["refused"] == sorted(uids[:2])
+    assert keepers.on_target == set(uids[2:])
+    assert len(seen) == 6, "four together, then the two of which nothing was said, alone"
+
+
+def test_a_store_that_was_left_behind_is_cleared_after_some_attempts(move: Move, sandbox: Any) -> None:
+    move.source, move.target = move.target, move.source
+    uids = move.put(move.source, 2)
+    sandbox.set_mood("msdicom", "store", pending_45071="never", times=1)
+    copied = attempts(move)
+    assert move.attempts == 4
+    assert set(copied["added"]) == set(uids) == move.on_target
+
+
+# What cannot pass
+
+
+@pytest.fixture
+def guarded(request: pytest.FixtureRequest) -> Move:
+    """A target of which nobody knows whether it takes a body of unknown length."""
+    source = server("dcm4chee", WHERE["dcm4chee"](request))
+    return Move(source, server("dicomweb", WHERE["orthanc"](request), "plain"))
+
+
+def test_images_are_spooled_one_by_one_where_lengths_have_to_be_announced(
+    guarded: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uids = guarded.put(guarded.source, 3)
+    monkeypatch.setattr(guarded.target, "store_passing", None)
+    assert set(guarded.copy()["added"]) == set(uids) == guarded.on_target
+    assert guarded.verify()["digests"]["not_kept_by"] == ["dcm4chee", "plain"]
+
+
+def test_a_target_that_wants_to_know_the_length_is_given_spooled_images_from_then_on(move: Move, sandbox: Any) -> None:
+    uids = move.put(move.source, 3)
+    sandbox.set_mood("dcm4chee", "store", status=411, times=1)
+    assert set(move.copy()["added"]) == set(uids) == move.on_target
+    assert move.attempts == 1
+
+
+def test_an_image_of_any_size_passes_in_the_same_memory(move: Move) -> None:
+    move.put(move.source, 1, side=5000)
+    tracemalloc.start()
+    try:
+        move.copy()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 8 * 1_048_576, "of an image of 50 MB"

@@ -1,0 +1,302 @@
+"""Images of one study on their way from one server to another, straight through: none is kept.
+
+What is asked for in which pieces, how it is cut into requests, and what an answer means for each image. When a study
+is brought over, and what is checked afterwards, is said elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from worker.errors import (
+    CourierError,
+    InvalidUid,
+    MissingUid,
+    NotDicom,
+    NotFound,
+    PacsMisanswered,
+    PacsRejected,
+    PacsUnavailable,
+)
+from worker.jobs.downloads import to_ask
+from worker.jobs.passing import Incoming
+from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
+from worker.sources.spool import Limits, spool
+
+#: A request ends after so many images or so many bytes: what breaks off later leaves what was answered.
+REQUEST_IMAGES = 50
+REQUEST_BYTES = 64 * 1_048_576
+#: How long one image may take that has to be spooled.
+SPOOL_TIMEOUT_S = 3600.0
+LENGTH_REQUIRED = 411
+
+ErrorKind = TypeVar("ErrorKind", bound=CourierError)
+
+
+@dataclass
+class Transfer:
+    """One study on its way, and what has come of each image.
+
+    ``resumed``: an earlier attempt may have pushed some of it, so what is there already may be ours. ``look`` is called
+    before each request, with the number of images that are stored.
+    """
+
+    source: Pacs
+    target: Pacs
+    study_uid: str
+    resumed: bool = False
+    look: Callable[[int], None] = lambda _: None
+    max_spool_bytes: int = 4 * 1024**3
+    pending_wait_s: float | None = None
+    #: What we stored, with the digest of what passed.
+    stored: dict[str, str] = field(default_factory=dict)
+    #: What somebody else stored meanwhile.
+    there: set[str] = field(default_factory=set)
+    refused: dict[str, Outcome] = field(default_factory=dict)
+    size_bytes: int = 0
+    warnings: set[str] = field(default_factory=set)
+    #: Whether images are spooled one by one, because the target does not take what has no announced length.
+    spooled: bool = False
+    #: The images that the source lists, or has sent, each with its series.
+    listed: dict[str, str] = field(default_factory=dict)
+    #: What an answer left open.
+    unclear: dict[str, Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spooled = not self.target.takes_passing
+
+    @property
+    def settled(self) -> set[str]:
+        return self.stored.keys() | self.there | self.refused.keys()
+
+    def error(self, kind: type[ErrorKind], pacs: Pacs, sentence: str, **more: object) -> ErrorKind:
+        details = {"study_uid": self.study_uid}
+        server = pacs.server
+        return kind(sentence, server_name=server.name, server_type=server.type, details=details, **more)
+
+
+def images_on(pacs: Pacs, study_uid: str) -> dict[str, str]:
+    """The images of a study that a server lists, each with its series; {} if the server says that it has none."""
+    found = pacs.find("study", study_uid)
+    return {
+        str(image.sop_instance_uid): str(image.series_instance_uid) for one in found for image in pacs.instances(one)
+    }
+
+
+def bring(
+    transfer: Transfer, wanted: Collection[str], *, on_source: Mapping[str, str], on_target: Collection[str]
+) -> None:
+    """Bring the ``wanted`` images to the target; ``transfer`` says what came of each.
+
+    What the source sends although neither server had listed it is brought along, because the study has grown. An image
+    of which an answer says nothing is sent once more, alone, so that one bad file among several is told from the rest.
+
+    Raises
+    ------
+    CourierError
+        A server failed; what was stored before that stays, and is known to ``transfer`` as far as it was answered.
+    """
+    transfer.listed = dict(on_source)
+    transfer.unclear.clear()
+    _pass(transfer, set(wanted), known=on_source.keys() | set(on_target), alone=False)
+    again = {uid for uid, outcome in transfer.unclear.items() if outcome.fate is Fate.UNMENTIONED}
+    for uid in again:
+        del transfer.unclear[uid]
+    _pass(transfer, again, known=transfer.listed.keys() | set(on_target), alone=True)
+    _check_all_came(transfer, wanted)
+
+
+def digests_on(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str]) -> dict[str, str]:
+    """The SHA-256 of what a server gives back for each of the ``wanted`` images, without its preamble."""
+    digests: dict[str, str] = {}
+    for image in _received(pacs, study_uid, series_of, wanted):
+        for _ in image.chunks():
+            pass
+        digests[image.instance.sop_instance_uid] = image.sha256
+    return {uid: digest for uid, digest in digests.items() if uid in wanted}
+
+
+# --- one way through --------------------------------------------------------------------------------------------
+
+
+def _pass(transfer: Transfer, wanted: set[str], *, known: set[str], alone: bool) -> None:
+    """Ask for ``wanted`` and send it on, ``alone`` or many to a request; the rest again, if it has to be spooled."""
+    if not wanted:
+        return
+    spooled = transfer.spooled
+    with closing(_received(transfer.source, transfer.study_uid, transfer.listed, wanted)) as images:
+        arriving = _Arriving(images, lambda uid: uid in wanted or uid not in known)
+        while transfer.spooled == spooled and arriving.more():
+            transfer.look(len(transfer.stored))
+            _send(transfer, arriving, alone=alone)
+        arriving.check()
+    if transfer.spooled != spooled:
+        _pass(transfer, wanted - transfer.settled, known=known | transfer.settled, alone=alone)
+
+
+def _send(transfer: Transfer, arriving: _Arriving, *, alone: bool) -> None:
+    """One request. A target that wants to know its length (RFC 9110 15.5.12) is given spooled images from now on."""
+    if transfer.spooled:
+        _spool_and_send(transfer, arriving.take())
+        return
+    share = _Share(arriving, 1 if alone else REQUEST_IMAGES)
+    try:
+        outcomes = transfer.target.store_passing(share)
+    except PacsRejected as error:
+        if error.details.get("status") == LENGTH_REQUIRED:
+            transfer.spooled = True
+        else:
+            _refused_as_a_whole(transfer, share.sent, error)
+        return
+    for image, outcome in zip(share.sent, outcomes, strict=True):
+        _judge(transfer, image, outcome)
+
+
+def _spool_and_send(transfer: Transfer, image: Incoming) -> None:
+    limits = Limits(transfer.max_spool_bytes, time.monotonic() + SPOOL_TIMEOUT_S, SPOOL_TIMEOUT_S)
+    with spool(image.chunks(), source=f"An image of {transfer.source.server.name}", limits=limits) as fetched:
+        try:
+            (outcome,) = transfer.target.store([Part(image.instance, fetched.open, fetched.size_bytes)])
+        except PacsRejected as error:
+            _refused_as_a_whole(transfer, [image], error)
+        else:
+            _judge(transfer, image, outcome)
+
+
+def _refused_as_a_whole(transfer: Transfer, sent: list[Incoming], error: PacsRejected) -> None:
+    """A request that is refused for good says something of its image only if it had but one."""
+    fate = Fate.REJECTED if len(sent) == 1 else Fate.UNMENTIONED
+    for image in sent:
+        _judge(transfer, image, Outcome(image.instance.sop_instance_uid, fate, message=error.message))
+
+
+def _judge(transfer: Transfer, image: Incoming, outcome: Outcome) -> None:
+    uid = image.instance.sop_instance_uid
+    transfer.listed.setdefault(uid, image.instance.series_instance_uid)
+    if outcome.fate is Fate.STORED or (outcome.fate is Fate.ALREADY_THERE and transfer.resumed):
+        transfer.stored[uid] = image.sha256
+        transfer.size_bytes += image.size_bytes
+        transfer.warnings |= set(outcome.warnings)
+    elif outcome.fate is Fate.ALREADY_THERE:
+        transfer.there.add(uid)
+    elif outcome.fate in (Fate.CONFLICT, Fate.REJECTED):
+        transfer.refused[uid] = outcome
+    else:
+        transfer.unclear[uid] = outcome
+
+
+def _check_all_came(transfer: Transfer, wanted: Collection[str]) -> None:
+    """An error for what is neither stored nor refused: the next attempt asks for that alone."""
+    source, target = transfer.source, transfer.target
+    if transfer.unclear:
+        outcome = next(iter(transfer.unclear.values()))
+        count = len(transfer.unclear)
+        if outcome.fate is Fate.UNMENTIONED:
+            sentence = f"{target.server.name} did not say what became of {count} images; they are sent again."
+            raise transfer.error(PacsMisanswered, target, sentence)
+        sentence = f"{target.server.name} had trouble while storing {count} images ({outcome.message})."
+        wait_s = transfer.pending_wait_s if outcome.fate is Fate.PENDING else None
+        raise transfer.error(PacsUnavailable, target, sentence, retry_after_s=wait_s)
+    if missing := set(wanted) - transfer.settled:
+        sentence = f"{source.server.name} did not send {len(missing)} of the images that it lists; it is asked again."
+        raise transfer.error(PacsMisanswered, source, sentence)
+
+
+def pending(transfer: Transfer) -> list[str]:
+    """The images of which the target says that they are being stored, by us or by what was left behind."""
+    return [uid for uid, outcome in transfer.unclear.items() if outcome.fate is Fate.PENDING]
+
+
+# --- images as they arrive --------------------------------------------------------------------------------------
+
+
+class _Arriving:
+    """Those images of an answer that are wanted, one ahead, so that no request is begun for nothing.
+
+    An error between two images waits until the request before it has its answer; one in the middle of an image is the
+    request's, which it breaks off.
+    """
+
+    def __init__(self, images: Iterator[Incoming], is_wanted: Callable[[str], bool]) -> None:
+        self._images: Iterator[Incoming] | None = images
+        self._is_wanted = is_wanted
+        self._seen: set[str] = set()
+        self._ahead: Incoming | None = None
+        self._error: CourierError | None = None
+
+    def more(self) -> bool:
+        """Whether there is another; what was left of the one before is skipped."""
+        if self._ahead is None and self._images is not None:
+            self._ahead = self._next(self._images)
+        return self._ahead is not None
+
+    def take(self) -> Incoming:
+        """The one that `more` has found."""
+        image, self._ahead = self._ahead, None
+        assert image is not None  # noqa: S101 - whoever takes has asked
+        return image
+
+    def check(self) -> None:
+        """Raise what the images ended with, if it was an error."""
+        if self._error is not None:
+            raise self._error
+
+    def _next(self, images: Iterator[Incoming]) -> Incoming | None:
+        try:
+            for image in images:
+                uid = image.instance.sop_instance_uid
+                if uid not in self._seen and self._is_wanted(uid):
+                    self._seen.add(uid)
+                    return image
+        except CourierError as error:
+            self._error = error
+        self._images = None
+        return None
+
+
+class _Share:
+    """As many of the arriving images as go into one request; ``sent`` are those that have begun to pass."""
+
+    def __init__(self, arriving: _Arriving, most_images: int) -> None:
+        self.sent: list[Incoming] = []
+        self._arriving = arriving
+        self._most_images = most_images
+
+    def __iter__(self) -> Iterator[Passing]:
+        size_bytes = 0
+        while len(self.sent) < self._most_images and size_bytes < REQUEST_BYTES and self._arriving.more():
+            image = self._arriving.take()
+            self.sent.append(image)
+            yield Passing(image.instance, image.chunks())
+            size_bytes += image.size_bytes
+
+
+def _received(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str]) -> Generator[Incoming]:
+    """The images that a server sends when it is asked for ``wanted``, others among them.
+
+    What does not belong to the study, or cannot be read, is an error of the server.
+    """
+    name = pacs.server.name
+    try:
+        for asked in to_ask(Found("study", study_uid), series_of, wanted):
+            with pacs.retrieve(asked) as parts:
+                for part in parts:
+                    image = Incoming(part.chunks, with_preamble=False)
+                    if image.instance.study_instance_uid != study_uid:
+                        raise _misanswered(pacs, study_uid, f"{name} sent an image of another study.")
+                    yield image
+    except NotFound as error:
+        sentence = f"{name} lost a part of the study meanwhile; it is looked at again."
+        raise _misanswered(pacs, study_uid, sentence) from error
+    except (NotDicom, MissingUid, InvalidUid) as error:
+        sentence = f"{name} sent an image that cannot be read: {error.message}"
+        raise _misanswered(pacs, study_uid, sentence) from error
+
+
+def _misanswered(pacs: Pacs, study_uid: str, sentence: str) -> PacsMisanswered:
+    server, details = pacs.server, {"study_uid": study_uid}
+    return PacsMisanswered(sentence, server_name=server.name, server_type=server.type, details=details)
