@@ -142,6 +142,75 @@ class BatchOrderJob(Job):
     window: Annotated[str, Field(max_length=100)] | None = None
 
 
+class BatchUploadJob(BatchOrderJob):
+    """`pacs.batch.upload`: images by their URLs, or all that ``source`` holds, to where they belong or to ``server``.
+
+    ``source``: `s3://bucket/prefix/`, `az://container/prefix/`, `file:///folder/`, or a ZIP file at any URL.
+    """
+
+    source: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
+    server: str | None = None
+
+    @model_validator(mode="after")
+    def _about_one_thing(self) -> BatchUploadJob:
+        _exactly_one(self, "items", "source")
+        return self
+
+
+class BatchStudiesJob(BatchOrderJob):
+    """What orders about studies have in common: their UIDs, those that match ``filters``, or ``everything``.
+
+    ``servers``: only on these.
+    """
+
+    filters: Annotated[dict[str, str], Field(min_length=1, max_length=50)] | None = None
+    everything: bool = False
+    servers: Servers | None = None
+
+    @model_validator(mode="after")
+    def _about_one_thing(self) -> BatchStudiesJob:
+        _exactly_one(self, "items", "filters", "everything")
+        return self
+
+
+class BatchDeleteJob(BatchStudiesJob):
+    """`pacs.batch.delete`. With ``keep``, where a copy of each study goes before, it can be undone.
+
+    ``everything`` needs the sentence "delete all studies" in ``confirm``.
+    """
+
+    permanent: bool = True
+    keep: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
+    confirm: str = ""
+
+
+class BatchDownloadJob(BatchStudiesJob):
+    """`pacs.batch.download`: each study as a ZIP file or a folder below ``destination``."""
+
+    destination: Annotated[str, Field(min_length=1, max_length=8192)]
+    format: Literal["zip", "files"] = "zip"
+
+
+class BatchMigrateJob(BatchStudiesJob):
+    """`pacs.batch.migrate`: studies from one server to another; moved, not copied, with ``delete_source``."""
+
+    from_server: Annotated[str, Field(min_length=1, max_length=64)]
+    to_server: Annotated[str, Field(min_length=1, max_length=64)]
+    delete_source: bool = False
+
+    @model_validator(mode="after")
+    def _two_servers(self) -> BatchMigrateJob:
+        if self.from_server == self.to_server:
+            raise ValueError("from_server and to_server are the same")
+        return self
+
+
+def _exactly_one(job: BatchOrderJob, *names: str) -> None:
+    """What a batch is about is said in one way; a plan that is in the ledger already says it all."""
+    if not job.planned and sum(bool(getattr(job, name)) for name in names) != 1:
+        raise ValueError(f"exactly one of {', '.join(names)} says what it is about")
+
+
 class BatchJob(Job):
     """`pacs.batch.show`, `.pause`, `.resume`, `.cancel`, `.apply`, `.retry`, `.verify` and `.undo`."""
 
