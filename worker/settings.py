@@ -37,7 +37,7 @@ class AuthSettings(_Section):
     password_file: Path | None = None
     token_env: str | None = None
     token_file: Path | None = None
-    token_url: str | None = None
+    token_url: Annotated[str, Field(pattern=r"^https?://[^\s/@]+(/\S*)?$")] | None = None
     client_id: str | None = None
     client_secret_env: str | None = None
     client_secret_file: Path | None = None

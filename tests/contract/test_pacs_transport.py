@@ -538,7 +538,7 @@ def test_a_token_is_fetched_again_before_it_expires(scripted: Callable[..., Scri
     now = [1000.0]
     tokens = scripted(token("t1"), token("t2", expires_in=30), token("t3", expires_in=None), token("t4"))
     server = ServerSettings(name="ward", type="dicomweb", url=tokens.url, auth=oauth2(tokens.url))
-    credentials = ClientCredentials(server, clock=lambda: now[0])
+    credentials = ClientCredentials(server, SECRET, clock=lambda: now[0])
     given = []
     for now[0] in (1000.0, 1239.0, 1241.0, 1259.0, 1262.0, 999_999.0):
         given.append(credentials.authorization().removeprefix("Bearer "))

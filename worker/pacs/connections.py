@@ -116,6 +116,18 @@ def authorities(server: ServerSettings) -> ssl.SSLContext:
     return context
 
 
+def mistrust(error: BaseException) -> str:
+    """Why TLS failed, in words: what OpenSSL says of the certificate, if that was it."""
+    waiting: list[Any] = [error]  # libraries wrap it in several ways
+    for _ in range(20):
+        one = waiting.pop() if waiting else None
+        if isinstance(one, ssl.SSLCertVerificationError):
+            return f"its TLS certificate is not trusted ({one.verify_message}); name its authority in ca_file"
+        if isinstance(one, BaseException):
+            waiting += [*one.args, one.__cause__, one.__context__, getattr(one, "reason", None)]
+    return "TLS failed, its certificate may not be the one that ca_file vouches for"
+
+
 def idle_limit_s(keep_alive: str | None) -> float:
     """How long to trust an idle connection: half of what ``Keep-Alive: timeout=`` announces."""
     for parameter in (keep_alive or "").split(","):

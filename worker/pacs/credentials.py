@@ -49,11 +49,17 @@ class Bearer:
         return f"Bearer {_secret(self._server, 'token')}"
 
 
-def _secret(server: ServerSettings, kind: str) -> str:
+def _read(server: ServerSettings, kind: str) -> str:
     try:
-        secret = server.auth.secret(kind)
+        return server.auth.secret(kind)
     except OSError as error:
         raise SettingsError(f"the {kind}_file of server {server.name} cannot be read: {error.strerror}") from error
+    except ValueError:
+        raise SettingsError(f"the {kind}_file of server {server.name} is no text in UTF-8") from None
+
+
+def _secret(server: ServerSettings, kind: str) -> str:
+    secret = _read(server, kind)
     if not secret.isprintable() or not secret.isascii():
         raise SettingsError(f"the {kind} of server {server.name} holds characters that no header can carry")
     return secret
@@ -79,4 +85,4 @@ def credentials(server: ServerSettings) -> Credentials:
             # Loading it takes 0.2 s, which only its users pay.
             from worker.pacs.oauth2 import ClientCredentials  # noqa: PLC0415
 
-            return ClientCredentials(server)
+            return ClientCredentials(server, _read(server, "client_secret"))

@@ -29,7 +29,7 @@ from worker.errors import (
     PacsUnavailable,
     TryAgain,
 )
-from worker.pacs.connections import Stale, pool
+from worker.pacs.connections import Stale, mistrust, pool
 from worker.settings import ServerSettings
 
 BLOCK_BYTES = 256 * 1024
@@ -244,7 +244,7 @@ def _reason(error: wire.HTTPError, server: ServerSettings, read_timeout_s: float
         (wire.NewConnectionError, "connect", "no connection could be made"),
         (wire.ConnectTimeoutError, "connect", f"no connection within {server.connect_timeout_s:g} s"),
         (wire.EmptyPoolError, "connect", f"all {server.max_concurrency} connections to it are in use"),
-        (wire.SSLError, "answer", "TLS failed, its certificate may not be the one that ca_file vouches for"),
+        (wire.SSLError, "answer", mistrust(error)),
         (wire.ReadTimeoutError, "answer", f"nothing came within {read_timeout_s:g} s"),
     )
     for kind, phase, words in reasons:
