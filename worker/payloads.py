@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from worker.errors import InvalidRequest, InvalidUid
 from worker.logs import shown_text, shown_url
+from worker.windows import check_window
 
 VERSION = 1
 #: What a message may weigh: it says where the bytes are and never holds them. A worker throws larger ones away.
@@ -139,7 +140,7 @@ class BatchOrderJob(Job):
     width: Annotated[int, Field(ge=1, le=64)] | None = None
     requests_per_s: Annotated[float, Field(gt=0)] | None = None
     bytes_per_s: Annotated[float, Field(ge=1)] | None = None
-    window: Annotated[str, Field(max_length=100)] | None = None
+    window: Annotated[str, Field(max_length=100), AfterValidator(check_window)] | None = None
 
 
 class BatchUploadJob(BatchOrderJob):

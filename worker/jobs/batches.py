@@ -9,6 +9,7 @@ verify, undo) is a conductor of its own, one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +33,8 @@ from worker.planning import Planned, Planner
 WIDTH = 4
 #: How soon the conductor looks again, if nobody wakes it before.
 LOOK_AGAIN_S = 1.0
+#: How soon somebody looks again who is paused, finds no slot, or whose items are in other jobs' hands.
+TURN_S = 1.0
 #: A result passes through Redis; the report has them all.
 MAX_FAILURES_TOLD = 100
 
@@ -141,6 +144,17 @@ def to_do(which: Pass, row: Row) -> bool:
     return applied.status not in NOT_DONE or (which == "undo" and bool(applied.result))
 
 
+@contextmanager
+def slot(tools: Tools) -> Iterator[None]:
+    """Batches never take all of a worker: who finds no slot makes room."""
+    if not tools.batch_slots.acquire(blocking=False):
+        raise NotYet("batches have as much of this worker as they may have", delay_s=TURN_S, steady=True)
+    try:
+        yield
+    finally:
+        tools.batch_slots.release()
+
+
 # --- the conductor ----------------------------------------------------------------------------------------------
 
 
@@ -177,7 +191,7 @@ class Conductor:
             types = {name: self.tools.fleet[name].server.type for name in self.tools.fleet.names}
             self.batches.set_fleet(self.batch_id, types)
         if not batch.frozen:
-            with self.run.step("plan"):
+            with slot(self.tools), self.run.step("plan"):
                 self._plan(items)
         self._refuse_an_empty_plan()
         self._walk("survey", out_of=["planning"], to="planned")

@@ -5,20 +5,17 @@ The course of a batch is in ``batches.py``; what is done to an item, with its ki
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from worker.batches import STATE_OF, Batch, Batches, Item, Pass, Row, Settled
 from worker.errors import CourierError, InvalidRequest, NeedsPerson, Refused
-from worker.jobs.batches import Answer, Desk, Kind, Spent, current, settle, to_do
+from worker.jobs.batches import TURN_S, Answer, Desk, Kind, Spent, current, settle, slot, to_do
+from worker.jobs.pace import Pace
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.payloads import BatchChunkJob, BatchChunkPayload, read_job
-
-#: How soon a chunk looks again that is paused, has no slot, or whose items are in other jobs' hands.
-TURN_S = 1.0
 
 
 @dataclass
@@ -40,9 +37,9 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
     job = read_job(BatchChunkJob, message)
     batches = Batches(tools.ledger)
     batch = current(batches, job.batch_id)
-    with _slot(tools), run.step(job.which):
-        left = _do(kinds[batch.kind], job, batch, run, tools)
-        still_open = [row.item for row in _open_rows(batches, batch, job.which, job.chunk)]
+    with slot(tools), run.step(job.which):
+        left = _Attempt(kinds[batch.kind], job, batch, run, tools).go()
+        still_open = [row.item for row in _open_rows(batches, batch, job)]
         if still_open and not left.stopped:
             if any(left.error_of(item) for item in still_open) and not run.last:
                 raise next(error for item in still_open if (error := left.error_of(item)))
@@ -59,72 +56,93 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
     return BatchChunkPayload(job_id=run.job_id, batch_id=batch.id, which=job.which, chunk=job.chunk).as_json()
 
 
-@contextmanager
-def _slot(tools: Tools) -> Iterator[None]:
-    """Batches never take all of a worker: a chunk that finds no slot makes room."""
-    if not tools.batch_slots.acquire(blocking=False):
-        raise NotYet("as many chunks as may be are under way here", delay_s=TURN_S, steady=True)
-    try:
-        yield
-    finally:
-        tools.batch_slots.release()
-
-
-def _open_rows(batches: Batches, batch: Batch, which: Pass, number: int) -> list[Row]:
+def _open_rows(batches: Batches, batch: Batch, job: BatchChunkJob) -> list[Row]:
     """What the pass still has to do of a chunk, with all that is known of it."""
     surveyed: tuple[Pass, ...] = ("survey",) if "survey" in batch.passes else ()
-    passes: list[Pass] = list(dict.fromkeys(("apply", which, *surveyed)))
-    return [row for row in batches.chunk_rows(batch, number, passes) if to_do(which, row)]
+    passes: list[Pass] = list(dict.fromkeys(("apply", job.which, *surveyed)))
+    return [row for row in batches.chunk_rows(batch, job.chunk, passes) if to_do(job.which, row)]
 
 
-def _do(kind: Kind, job: BatchChunkJob, batch: Batch, run: Run, tools: Tools) -> _Left:
-    """Group by group. A server that fails is not asked again in this attempt, so that its time-outs do not add up."""
-    batches = Batches(tools.ledger)
-    begun: set[int] = set(run.memo["begun"]) if run.memo else set()
-    rows = _open_rows(batches, batch, job.which, job.chunk)
-    left = _Left()
-    known = {row.item.number: row for row in rows}
-    items = _configured([row.item for row in rows], batch, job, run, tools)
-    items.sort(key=lambda item: item.number in begun)  # what failed before comes last, and keeps nobody from his turn
-    for at in range(0, len(items), kind.group_items):
-        state = batches.state(batch.id)
-        if state == "paused":
-            raise NotYet("the batch is paused", delay_s=TURN_S)
-        if state != STATE_OF[job.which]:
-            left.stopped = True
-            break
-        group = [item for item in items[at : at + kind.group_items] if item.server not in left.down]
-        if not group:
-            continue
-        resumed = begun & {item.number for item in group}
-        begun |= {item.number for item in group}
-        run.intend({"begun": sorted(begun)})
-        desk = Desk(batch, run, tools, rows=known, down=left.down, spent=Spent())
-        answers = _answers(kind, job.which, group, desk, resumed)
+@dataclass
+class _Attempt:
+    """An attempt at a chunk in a pass. ``begun`` are the items that it or an earlier one may have done."""
+
+    kind: Kind
+    job: BatchChunkJob
+    batch: Batch
+    run: Run
+    tools: Tools
+    left: _Left = field(default_factory=_Left)
+
+    def __post_init__(self) -> None:
+        self.batches = Batches(self.tools.ledger)
+        self.pace = Pace(self.batch, self.run, self.tools)
+        self.begun: set[int] = set((self.run.memo or {}).get("begun", []))
+        self.rows: dict[int, Row] = {}
+
+    def go(self) -> _Left:
+        """Group by group. A server that is down is not asked again, so that its time-outs do not add up."""
+        self.rows = {row.item.number: row for row in _open_rows(self.batches, self.batch, self.job)}
+        items = self._configured([row.item for row in self.rows.values()])
+        items.sort(key=lambda item: item.number in self.begun)  # what failed before keeps nobody else from its turn
+        size = self.pace.group_items(self.kind.group_items)
+        for at in range(0, len(items), size):
+            group = [item for item in items[at : at + size] if item.server not in self.left.down]
+            if group and not self._may_go_on(group):
+                self.left.stopped = True
+                break
+            if group:
+                self._do(group)
+        self._remember()
+        return self.left
+
+    def _may_go_on(self, group: Sequence[Item]) -> bool:
+        state = self.batches.state(self.batch.id)
+        try:
+            if state == "paused":
+                raise NotYet("the batch is paused", delay_s=TURN_S)
+            if state == STATE_OF[self.job.which]:
+                self.pace.wait(group)
+                return True
+        except NotYet:
+            self._remember()
+            raise
+        return False
+
+    def _do(self, group: Sequence[Item]) -> None:
+        resumed = self.begun & {item.number for item in group}
+        self.begun |= {item.number for item in group}
+        self.run.intend(self._memo)
+        desk = Desk(self.batch, self.run, self.tools, rows=self.rows, down=self.left.down, spent=Spent())
+        answers = _answers(self.kind, self.job.which, group, desk, resumed)
         settled = [one for one in map(_settled, group, answers) if one]
-        settle(batch, job.which, job.chunk, settled, run=run)
-        begun -= {one.item.number for one in settled if one.status != "open"}
-        begun -= {item.number for item, answer in zip(group, answers, strict=True) if answer is None}
-        _note_what_is_left(group, answers, left)
-    if begun:
-        run.ledger.intend(run.job_id, run.fence, {"begun": sorted(begun)})  # what nobody began is not resumed
-    return left
+        settle(self.batch, self.job.which, self.job.chunk, settled, run=self.run)
+        self.pace.account(settled, desk.spent)
+        self.begun -= {one.item.number for one in settled if one.status != "open"}
+        self.begun -= {item.number for item, answer in zip(group, answers, strict=True) if answer is None}
+        _note_what_is_left(group, answers, self.left)
 
+    @property
+    def _memo(self) -> dict[str, Any]:
+        return {"begun": sorted(self.begun), **self.pace.memo}
 
-def _configured(items: list[Item], batch: Batch, job: BatchChunkJob, run: Run, tools: Tools) -> list[Item]:
-    """The items whose server the settings still know; the others have failed."""
-    gone = [item for item in items if item.server and item.server not in tools.fleet.names]
-    failed = [
-        Settled(
-            item,
-            "failed",
-            InvalidRequest.code,
-            f"No server is called {item.server} any more; put it back into the settings, then retry the batch.",
-        )
-        for item in gone
-    ]
-    settle(batch, job.which, job.chunk, failed, run=run)
-    return [item for item in items if item not in gone] if gone else items
+    def _remember(self) -> None:
+        """What nobody has begun is not resumed by the next attempt."""
+        memo = self._memo
+        if any(memo.values()) or self.run.memo:
+            self.run.ledger.intend(self.run.job_id, self.run.fence, memo)
+
+    def _configured(self, items: list[Item]) -> list[Item]:
+        """The items whose server the settings still know; the others have failed."""
+        known = {"", *self.tools.fleet.names}
+        why = "No server is called {} any more; put it back into the settings, then retry the batch."
+        failed = [
+            Settled(item, "failed", InvalidRequest.code, why.format(item.server))
+            for item in items
+            if item.server not in known
+        ]
+        settle(self.batch, self.job.which, self.job.chunk, failed, run=self.run)
+        return [item for item in items if item.server in known]
 
 
 def _answers(kind: Kind, which: Pass, group: Sequence[Item], desk: Desk, resumed: set[int]) -> list[Answer]:

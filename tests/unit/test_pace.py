@@ -1,0 +1,160 @@
+"""How fast a batch may go: its window of the day, and its rates over all who work at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, cast
+from zoneinfo import ZoneInfo
+
+import fakeredis
+import pytest
+
+from worker.batches import Batch, Item, Settled
+from worker.errors import InvalidRequest
+from worker.jobs.batches import Spent
+from worker.jobs.pace import Pace, Rate
+from worker.jobs.run import NotYet, Run
+from worker.jobs.tools import Tools
+from worker.ledger import Ledger
+from worker.payloads import BatchOrderJob, read_job
+from worker.settings import Settings
+from worker.windows import Window
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("window", "at", "hours"),
+    [
+        ("20:00-06:00 Europe/Berlin", "2026-07-01T19:00", 1),
+        ("20:00-06:00 Europe/Berlin", "2026-07-01T20:00", 0),
+        ("20:00-06:00 Europe/Berlin", "2026-07-01T23:30", 0),
+        ("20:00-06:00 Europe/Berlin", "2026-07-02T05:59", 0),
+        ("20:00-06:00 Europe/Berlin", "2026-07-02T06:00", 14),
+        ("09:00-17:00 Europe/Berlin", "2026-07-02T17:00", 16),
+        ("09:00-17:00 Europe/Berlin", "2026-07-02T08:00", 1),
+        ("03:00-04:00 Europe/Berlin", "2026-03-29T01:00", 1),  # the clocks go forward at 2
+        ("03:00-04:00 Europe/Berlin", "2026-10-25T01:00", 3),  # and back at 3
+        ("03:00-04:00", "2026-07-01T04:00", 1),  # UTC is two hours behind
+    ],
+)
+def test_a_window_opens_by_the_clocks_of_its_place(window: str, at: str, hours: float) -> None:
+    now_s = datetime.fromisoformat(at).replace(tzinfo=BERLIN).timestamp()
+    assert Window.read(window).opens_in_s(now_s) == hours * 3600
+
+
+@pytest.mark.parametrize(
+    "window", ["", "20:00", "20:00-20:00", "24:00-06:00", "20:00-06:00 Nowhere/Town", "20:00-06:00 ../passwd", "8-9"]
+)
+def test_a_window_that_is_none_is_refused_before_anything_is_planned(window: str) -> None:
+    with pytest.raises(InvalidRequest, match="20:00-06:00 Europe/Berlin"):
+        read_job(BatchOrderJob, {"window": window})
+
+
+@pytest.mark.parametrize("per_s", [0.01, 0.3, 0.7, 1, 1.5, 3, 9.5, 49, 50, 1000, 7.5e6])
+def test_a_rate_in_tickets_is_never_faster_and_hardly_slower(per_s: float) -> None:
+    rate = Rate.of(per_s)
+    really = rate.amount * rate.worth / rate.window_s
+    assert 0.9 * per_s <= really <= per_s * (1 + 1e-9)
+
+
+@dataclass
+class Clock:
+    """Time goes on when somebody sleeps; `limits` looks at it as well."""
+
+    now_s: float = 1_700_000_000.0
+    slept: list[float] = field(default_factory=list)
+
+    def now(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now_s += seconds
+
+
+@dataclass
+class Bench:
+    client: fakeredis.FakeRedis
+    clock: Clock
+
+    def pace(self, memo: Mapping[str, Any] | None = None, **order: Any) -> Pace:
+        ledger = Ledger(self.client)
+        none = cast(Any, None)
+        tools = Tools(Settings(), ledger, none, none, now=self.clock.now, sleep=self.clock.sleep)
+        run = Run("B.apply.0", 1, 1, last=False, ledger=ledger, memo=cast(Any, memo))
+        return Pace(Batch("B", "running", "imagined", order), run, tools)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    clock = Clock()
+    monkeypatch.setattr("limits.storage.redis.time.time", clock.now)
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield Bench(client, clock)
+
+
+def items(number: int, size_bytes: int | None = None) -> list[Item]:
+    return [Item(at, "a", f"1.{at}", size_bytes) for at in range(number)]
+
+
+def test_a_batch_without_limits_waits_for_nothing(bench: Bench) -> None:
+    pace = bench.pace()
+    pace.wait(items(100))
+    pace.account([], Spent(requests=1000, size_bytes=10**9))
+    pace.wait(items(100))
+    assert (bench.clock.slept, pace.memo, pace.group_items(100)) == ([], {}, 100)
+
+
+def test_outside_its_window_a_chunk_makes_room_until_it_opens(bench: Bench) -> None:
+    at = datetime.fromtimestamp(bench.clock.now_s, ZoneInfo("UTC"))
+    shut = f"{(at.hour + 1) % 24:02}:00-{(at.hour + 2) % 24:02}:00"
+    with pytest.raises(NotYet, match="window") as caught:
+        bench.pace(window=shut).wait(items(1))
+    assert (caught.value.steady, 0 < caught.value.delay_s <= 30) == (True, True)
+    bench.pace(window=f"{at.hour:02}:00-{(at.hour + 1) % 24:02}:00").wait(items(1))
+
+
+def test_two_chunks_together_keep_to_the_rate_of_their_batch(bench: Bench) -> None:
+    one, other = bench.pace(requests_per_s=10), bench.pace(requests_per_s=10)
+    begun_s = bench.clock.now_s
+    for _ in range(25):
+        for pace in (one, other):
+            pace.wait(items(2))
+            pace.account([], Spent())
+    took_s = bench.clock.now_s - begun_s
+    assert 8.5 <= took_s <= 11  # 100 requests, the first second's are had at once
+
+
+def test_what_a_group_really_took_is_paid_before_the_next_one_begins(bench: Bench) -> None:
+    pace = bench.pace(bytes_per_s=1000)
+    group = items(2, 100)
+    pace.wait(group)
+    assert bench.clock.slept == []
+    pace.account([Settled(group[0], "stored", result={"size_bytes": 1500})], Spent(size_bytes=2000))
+    pace.wait(items(1))
+    assert 0.9 <= sum(bench.clock.slept) <= 1.6
+
+
+def test_a_wait_that_is_long_leaves_the_slot_to_others_and_is_not_forgotten(bench: Bench) -> None:
+    pace = bench.pace(bytes_per_s=1000)
+    pace.wait(items(1))
+    pace.account([], Spent(size_bytes=60_000))
+    with pytest.raises(NotYet) as caught:
+        pace.wait(items(1))
+    assert caught.value.steady
+    assert caught.value.delay_s == 30
+    assert 55_000 < pace.memo["owed"]["bytes"] < 60_000
+    again = bench.pace(memo={"begun": [], **pace.memo}, bytes_per_s=1000)
+    with pytest.raises(NotYet):
+        again.wait(items(1))
+    bench.clock.now_s += 3600
+    assert pace.memo["owed"]["bytes"] > again.memo["owed"]["bytes"]
+
+
+def test_groups_are_no_larger_than_a_second_allows(bench: Bench) -> None:
+    assert bench.pace(requests_per_s=3.5).group_items(8) == 3
+    assert bench.pace(requests_per_s=0.2).group_items(8) == 1
+    assert bench.pace(requests_per_s=1000).group_items(8) == 8
