@@ -37,6 +37,9 @@ viewer: .run/ohif/index.html ## fetch the OHIF viewer (needs npm); `make run` th
 worker: $(VENV)/.ready ## a worker for the servers in PACS_CONFIG
 	@$(BIN)/celery -A worker.app worker --loglevel=INFO
 
+flower: $(VENV)/.ready ## Flower on 127.0.0.1:5555; elsewhere only with FLOWER_BASIC_AUTH
+	@$(BIN)/python -m worker.flower
+
 check: $(VENV)/.ready-dev ## style, types, import floors, compose file
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -56,4 +59,4 @@ chaos: $(VENV)/.ready-dev ## workers, Redis and servers killed, cut and starved;
 bench: $(VENV)/.ready ## figures, as ratios within one run
 	@$(BIN)/python -m benchmarks.uploads
 
-.PHONY: help run viewer worker check test fuzz chaos bench
+.PHONY: help run viewer worker flower check test fuzz chaos bench

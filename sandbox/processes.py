@@ -37,8 +37,6 @@ AZURITE = Path(__file__).parents[1] / "tests" / "servers" / "node_modules" / ".b
 AZURITE_ACCOUNT = "devstoreaccount1"
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 ORTHANC_DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
-#: What Flower's list of tasks shows: the redacted job too, which its default leaves out.
-FLOWER_COLUMNS = "name,kwargs,state,received,runtime,worker,uuid"
 #: Settings of whoever starts us must not leak into a part that gets its own.
 _NOT_INHERITED = ("PACS_", "CELERY_", "FLOWER_", "BROKER_URL", "RESULT_BACKEND", "LEDGER_URL")
 
@@ -513,8 +511,7 @@ class FlowerPart:
 def flower(processes: Processes, config: Path, *, name: str = "flower") -> FlowerPart:
     """Start Flower on loopback, without a password; ``child.wait_ready`` waits until it answers and hears events."""
     port = free_port()
-    command = [sys.executable, "-m", "celery", "-A", "worker.app", "flower", f"--address={HOST}", f"--port={port}"]
-    command += [f"--tasks-columns={FLOWER_COLUMNS}"]
+    command = [sys.executable, "-m", "worker.flower", f"--port={port}"]
     broker_url = Settings.load({"PACS_CONFIG": str(config)}).queue.broker_url
 
     def ready(_: Child) -> bool:

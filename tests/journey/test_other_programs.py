@@ -104,7 +104,7 @@ def test_curl_goes_through_flower(steady: Any, environ: dict[str, str], image_se
     with Processes(tmp_path / "flower") as children:
         flower = children.start(
             "flower",
-            [sys.executable, "-m", "celery", "-A", "worker.app", "flower", f"--address={HOST}", f"--port={port}"],
+            [sys.executable, "-m", "worker.flower", f"--port={port}"],
             ready=lambda _: parts.answers(f"{address}/healthcheck"),
             environ={"PACS_CONFIG": str(steady.config), "FLOWER_BASIC_AUTH": LOGIN},
             grace_s=2,
