@@ -421,9 +421,9 @@ def orthanc(processes: Processes, *, name: str = "orthanc", overrides: Mapping[s
 
 
 def write_settings(path: Path, tree: Mapping[str, Any]) -> Path:
-    """``tree`` as the ``pacs.toml`` at ``path``."""
+    """``tree`` as the ``pacs.toml`` at ``path``; logs are for people to read, unless it says otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tomli_w.dumps(tree), encoding="utf-8")
+    path.write_text(tomli_w.dumps({"logs": {"format": "text"}, **tree}), encoding="utf-8")
     return path
 
 

@@ -28,7 +28,8 @@ from worker.errors import CourierError
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
 from worker.ledger import DueJob, Ledger
-from worker.logs import configure, shown_job
+from worker.lines import configure
+from worker.logs import shown_job
 from worker.pacs.fleet import Fleet
 from worker.pacs.registry import connect
 from worker.settings import ServerSettings, Settings, SettingsError
@@ -210,7 +211,7 @@ def sweep(ledger: Ledger) -> int:
     due = ledger.sweep()
     for job in due:
         _send(job)
-        log.info("Woke job %s (%s)", job.job_id, job.task)
+        log.info("Woke job %s (%s)", job.job_id, job.task, extra={"job_id": job.job_id, "task": job.task})
     return len(due)
 
 
@@ -315,4 +316,4 @@ def _needs_servers(**_: Any) -> None:
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _logging(loglevel: int | str = logging.INFO, **_: Any) -> None:
-    configure(loglevel)
+    configure(loglevel, shape=settings.logs.format)

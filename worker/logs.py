@@ -1,4 +1,7 @@
-"""Log lines of a job bear its id and stage, and never a patient, a credential or the query of a URL."""
+"""What may be said of a job in a log: its id and how far it is; never a patient, a credential or the query of a URL.
+
+How a line looks is said in ``lines.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +12,85 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from typing import Any
 
-_job_id: ContextVar[str] = ContextVar("job_id", default="-")
+#: What is known of the job at work here; and of the one before it, of which Celery still speaks once it has ended.
+_line: ContextVar[dict[str, object] | None] = ContextVar("line", default=None)
+_last: ContextVar[dict[str, object] | None] = ContextVar("last", default=None)
 
 _BEFORE_AUTHORITY = re.compile(r"([^:/?#]*:)?//")
 _IS_HOST_AND_PORT = re.compile(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?").fullmatch
 _MAY_HIDE = re.compile(r"//|[?#@]")
-
-FORMAT = "%(asctime)s %(levelname)s %(job_id)s %(name)s: %(message)s"
-
-
-class _JobFilter(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.job_id = _job_id.get()
-        return True
+_IS_UID = re.compile(r"[0-9.]{1,64}").fullmatch
+_IS_NAME = re.compile(r"[\w.:-]{1,200}", re.ASCII).fullmatch
+_USER = re.compile(r"://[^\s/@'\"]*@")
+_QUERY = re.compile(r"(://[^\s?#'\"<>]*)[?#][^\s'\"<>]*")
 
 
 @contextlib.contextmanager
-def job_lines(job_id: str) -> Iterator[None]:
+def job_lines(job_id: str, task: str = "") -> Iterator[None]:
     """Every line logged inside belongs to this job."""
-    token = _job_id.set(job_id)
+    line: dict[str, object] = {"job_id": job_id}
+    if task:
+        line["task"] = task
+    token = _line.set(line)
     try:
         yield
     finally:
-        _job_id.reset(token)
+        _line.reset(token)
+        _last.set(line)
 
 
-def configure(level: int | str = logging.INFO) -> None:
-    """One handler on standard error for the whole process."""
-    handler = logging.StreamHandler()
-    handler.addFilter(_JobFilter())
-    handler.setFormatter(logging.Formatter(FORMAT))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level)
-    for chatty in ("urllib3", "botocore", "boto3", "s3transfer", "requests_oauth2client"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+def about(**known: object) -> None:
+    """From here on lines of the job at work say this too: ``study_uid``, ``server_name``, ``stage``, ``attempt``.
+
+    Without a job at work it says nothing.
+    """
+    line = _line.get()
+    if line is not None:
+        line.update(known)
+
+
+def about_study(message: Mapping[str, Any]) -> None:
+    """The same, with the study that a job's message names, if it names one."""
+    uid = message.get("study_uid") or (message.get("uid") if message.get("level") == "study" else None)
+    if isinstance(uid, str) and _IS_UID(uid):
+        about(study_uid=uid)
+
+
+def about_line(record: logging.LogRecord) -> Mapping[str, object]:
+    """What is known of the job that ``record`` is about: of the one at work, or that which the record itself names."""
+    line = _line.get()
+    if line is not None:
+        return line
+    job_id, task = getattr(record, "job_id", None), getattr(record, "task", "")
+    told = getattr(record, "data", None)  # Celery's: name and id of a task, and more that is not for a log
+    if isinstance(told, Mapping):
+        job_id, task = told.get("id"), told.get("name")
+    if not isinstance(job_id, str) or not _IS_NAME(job_id):
+        return {}
+    last = _last.get()
+    if last is not None and last["job_id"] == job_id:
+        return last
+    return {"job_id": job_id, "task": task} if isinstance(task, str) and _IS_NAME(task) else {"job_id": job_id}
+
+
+def without_queries(sentence: str) -> str:
+    """``sentence`` of whomever, its URLs without userinfo, query and fragment."""
+    if "://" not in sentence:
+        return sentence
+    return _QUERY.sub(r"\1", _USER.sub("://", sentence))
+
+
+def frames_of(error: BaseException | None) -> str:
+    """A traceback as it may be logged: types and frames of the error and its causes, and none of their texts."""
+    parts = []
+    while error is not None:
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        kind = f"{type(error).__module__}.{type(error).__qualname__}"
+        parts.append(f"Traceback (most recent call last):\n{frames}{kind}")
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\n\nwhich came of:\n\n".join(parts)
 
 
 def where_it_broke(error: BaseException) -> str:

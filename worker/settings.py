@@ -237,6 +237,12 @@ class WorkerSettings(_Section):
     health_file: Path | None = None
 
 
+class LogSettings(_Section):
+    """``auto``: text on a terminal, JSON otherwise."""
+
+    format: Literal["auto", "json", "text"] = "auto"
+
+
 class Settings(_Section):
     servers: tuple[ServerSettings, ...] = ()
     routing: RoutingSettings = RoutingSettings()
@@ -246,6 +252,7 @@ class Settings(_Section):
     queue: QueueSettings = QueueSettings()
     jobs: JobSettings = JobSettings()
     worker: WorkerSettings = WorkerSettings()
+    logs: LogSettings = LogSettings()
 
     @field_validator("servers")
     @classmethod

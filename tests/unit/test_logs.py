@@ -1,10 +1,18 @@
-"""What of a URL and of a job may be shown. No logging is set up here."""
+"""What of a URL and of a job may be shown, and what a line of the log says of its job."""
 
 from __future__ import annotations
 
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
 import pytest
 
-from worker.logs import shown_job, shown_text, shown_url
+from worker.lines import configure
+from worker.logs import about, about_study, job_lines, shown_job, shown_text, shown_url
+from worker.pacs.fleet import Fleet
 
 
 @pytest.mark.parametrize(
@@ -38,3 +46,95 @@ def test_a_signed_url_is_hidden_wherever_in_a_job_it_stands() -> None:
 def test_what_cannot_stand_in_a_line_is_replaced(text: str) -> None:
     assert shown_text(text, limit=10).isprintable()
     assert shown_job({"server": text}).encode()
+
+
+@pytest.fixture
+def lines() -> Iterator[Callable[[Any], Callable[[], list[str]]]]:
+    """Configures logging afresh onto a stream of its own; what was before comes back."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    written = io.StringIO()
+
+    def start(shape: Literal["auto", "json", "text"]) -> Callable[[], list[str]]:
+        configure(logging.INFO, shape=shape)
+        handler = root.handlers[0]
+        assert isinstance(handler, logging.StreamHandler)
+        handler.setStream(written)
+        return lambda: written.getvalue().splitlines()
+
+    yield start
+    root.handlers[:], root.level = before[0], before[1]
+
+
+def work() -> None:
+    log = logging.getLogger("worker.jobs.any")
+    with job_lines("job-1", "pacs.upload"):
+        about(stage="claimed", attempt=2)
+        log.info("begun")
+        about(stage="push", study_uid="1.2.3", server_name="msdicom")
+        log.warning("Slow: %s", "https://user:secret@host.example/a?sig=secret#secret")
+        about_study({"study_uid": "1.2\nsecret"})
+    context = {"id": "job-1", "name": "pacs.upload", "kwargs": "secret", "return_value": "secret"}
+    celery = logging.getLogger("celery.app.trace")
+    celery.info("Task %(name)s[%(id)s] succeeded", context, extra={"data": context})
+    celery.info("Task received", extra={"data": {"id": "job-2", "name": "pacs.delete"}})
+    log.info("nobody's")
+
+
+def test_json_lines_say_all_that_is_known_of_their_job_and_nothing_else(lines: Any) -> None:
+    written = lines("json")
+    work()
+    begun, slow, succeeded, received, nobodys = (json.loads(line) for line in written())
+    known = {"job_id": "job-1", "task": "pacs.upload", "attempt": 2}
+    assert {name: begun[name] for name in (*known, "stage")} == known | {"stage": "claimed"}
+    later = known | {"stage": "push", "study_uid": "1.2.3", "server_name": "msdicom"}
+    usual = {"time", "level", "logger", "message"}
+    for line in (slow, succeeded):
+        assert {name: value for name, value in line.items() if name not in usual} == later
+    assert {name: received[name] for name in received.keys() - usual} == {"job_id": "job-2", "task": "pacs.delete"}
+    assert nobodys.keys() == usual
+    assert slow["message"] == "Slow: https://host.example/a"
+    assert slow["time"].endswith("Z")
+    assert "secret" not in "".join(written())
+
+
+def test_text_lines_say_the_same(lines: Any) -> None:
+    written = lines("text")
+    work()
+    begun, slow, *_, nobodys = written()
+    assert begun.endswith("INFO job-1 worker.jobs.any: begun [task=pacs.upload stage=claimed attempt=2]")
+    assert "Slow: https://host.example/a [task=pacs.upload stage=push" in slow
+    assert "study_uid=1.2.3 server_name=msdicom]" in slow
+    assert nobodys.endswith("INFO - worker.jobs.any: nobody's")
+
+
+@pytest.mark.parametrize("shape", ["json", "text"])
+def test_a_traceback_is_logged_without_what_its_errors_say(lines: Any, shape: str) -> None:
+    written, said = lines(shape), "".join(["sec", "ret"])
+    try:
+        try:
+            raise ValueError(said)
+        except ValueError as error:
+            raise OSError(said) from error
+    except OSError:
+        logging.getLogger("any").exception("It broke")
+    text = "\n".join(written())
+    assert "secret" not in text
+    assert "builtins.OSError" in text
+    assert "builtins.ValueError" in text
+    assert "Traceback (most recent call last)" in text
+
+
+def test_without_a_terminal_lines_are_json(lines: Any) -> None:
+    written = lines("auto")
+    logging.getLogger("any").info("x")
+    assert json.loads(written()[0])["message"] == "x"
+
+
+def test_what_is_asked_of_servers_at_once_belongs_to_the_job_that_asks(lines: Any) -> None:
+    written = lines("json")
+    fleet = Fleet([])
+    with job_lines("job-1"):
+        fleet.gather([lambda: logging.getLogger("any").info("asking")] * 2)
+    fleet.close()
+    assert [json.loads(line)["job_id"] for line in written()] == ["job-1"] * 2

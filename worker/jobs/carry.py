@@ -24,7 +24,7 @@ from worker.errors import (
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import Claim, ClaimState, LeaseLost, Wait
-from worker.logs import where_it_broke
+from worker.logs import about, about_study, where_it_broke
 from worker.settings import JobSettings
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, 
         return NotTaken()
     if claim.state is not ClaimState.YOURS:
         return _recorded(claim)
+    about(stage="claimed", attempt=claim.attempt)
+    about_study(job)
     limits = tools.settings.jobs
     run = Run(
         job_id=job_id,

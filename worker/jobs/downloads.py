@@ -22,7 +22,7 @@ from worker.jobs.lookups import look, settle
 from worker.jobs.passing import Incoming
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
-from worker.logs import shown_url
+from worker.logs import about, shown_url
 from worker.pacs.protocol import Found, Pacs
 from worker.payloads import DownloadJob, DownloadPayload, read_job
 
@@ -75,6 +75,7 @@ def download(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, An
     _take_turn(place.shown, run)
     with run.step("check"):
         reply = settle("study", job.study_uid, look("study", job.study_uid, mode=job.mode, fleet=tools.fleet))
+        about(server_name=reply.pacs.server.name)
         study = _study(reply.pacs, reply.found[0], run)
         there = place.look()
     if there == study.mark:

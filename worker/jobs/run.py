@@ -15,6 +15,7 @@ from typing import Any
 
 from worker.errors import Cancelled
 from worker.ledger import Ledger
+from worker.logs import about, job_lines
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Run:
     def step(self, name: str) -> Iterator[None]:
         """Time what happens inside and show it as the job's stage."""
         self.stage, begun = name, self.clock()
+        about(stage=name)
         try:
             yield
         finally:
@@ -118,10 +120,11 @@ class Pulse:
                 runs = list(self._runs.values())
                 done = {attempt: what for attempt, what in done.items() if attempt in self._runs}
             for run, begun in runs:
-                try:
-                    beat(run, begun, done)
-                except Exception as error:  # noqa: BLE001 - without this thread every job would lose its lease
-                    log.warning("A beat failed (%s); trying again", type(error).__name__)
+                with job_lines(run.job_id):
+                    try:
+                        beat(run, begun, done)
+                    except Exception as error:  # noqa: BLE001 - without this thread every job would lose its lease
+                        log.warning("A beat failed (%s); trying again", type(error).__name__)
 
     def _renew(self, run: Run, begun: float, renewed: dict[tuple[str, int], Any]) -> None:
         now = time.monotonic()

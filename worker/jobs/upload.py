@@ -29,6 +29,7 @@ from worker.jobs.placement import (
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import Receipt
+from worker.logs import about
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part
 from worker.payloads import Dataset, Route, StudyAction, UploadJob, UploadPayload, read_job
 from worker.routing import Answer, Decision, Exists, decide
@@ -101,6 +102,8 @@ def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     if trip.job.server is not None:
         tools.fleet[trip.job.server]  # an unknown name is refused before anything is fetched
     memo = Memo.from_json(run.memo) if run.memo else None
+    if memo is not None:
+        about(study_uid=memo.instance.study_instance_uid, server_name=memo.server)
     if memo is None or not _arrived(memo, trip):
         memo = _bring(trip, memo)
     if not memo.stored:
@@ -124,6 +127,7 @@ def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
     with fetched:
         with run.step("identify"):
             instance = identify(fetched.stream)
+        about(study_uid=instance.study_instance_uid)
         with run.step("check"):
             _wait_for_turn(instance, run)
             seen = _check(instance, tools)
@@ -135,6 +139,7 @@ def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
             if isinstance(decision, Exists) and earlier is not None and _may_be_ours(earlier, decision.server):
                 return earlier
             memo = _route(trip, memo, decision, seen)
+        about(server_name=memo.server)
         with run.step("push"):
             return _push(trip, memo, fetched, resumed=_may_be_ours(earlier, memo.server))
 

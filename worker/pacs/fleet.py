@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 from worker.errors import CourierError, InvalidRequest
@@ -36,19 +37,23 @@ class Fleet:
 
     def gather(self, questions: Sequence[Callable[[], Answer]]) -> list[Answer | CourierError]:
         """Ask everything at the same time; an error of ours stands in the place of its answer."""
-        futures = [self._pool.submit(_answer, question) for question in questions[1:]]
+        futures = [self._ask(question) for question in questions[1:]]
         first = [_answer(question) for question in questions[:1]]
         return first + [future.result() for future in futures]
 
     def in_order(self, questions: Sequence[Callable[[], Answer]]) -> Iterator[Answer | CourierError]:
         """As `gather`, one answer after the other; whoever stops listening does not wait for the rest."""
-        futures = [self._pool.submit(_answer, question) for question in questions]
+        futures = [self._ask(question) for question in questions]
         try:
             for future in futures:
                 yield future.result()
         finally:
             for future in futures:
                 future.cancel()
+
+    def _ask(self, question: Callable[[], Answer]) -> Future[Answer | CourierError]:
+        """In the context of whoever asks: its lines in the log are those of the same job."""
+        return self._pool.submit(copy_context().run, _answer, question)
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -25,7 +25,7 @@ def deliver(task: Task, work: Work, message: object) -> dict[str, Any]:
     key = message.get("idempotency_key") if isinstance(message, dict) else None
     if isinstance(key, str) and key and job_id_for(key) != job_id:
         work = partial(follow, task.name)
-    with job_lines(job_id):
+    with job_lines(job_id, task.name):
         verdict = carry(work, task=task.name, job_id=job_id, message=message, tools=tools(), pulse=pulse())
     match verdict:
         case Done(payload):

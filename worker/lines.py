@@ -1,0 +1,87 @@
+"""How a line of the log looks: JSON for machines, text on a terminal; in both, all that is known of its job.
+
+What may be said of a job and of a URL is decided in ``logs.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Final, Literal
+
+from pythonjsonlogger.json import JsonFormatter
+
+from worker.logs import about_line, frames_of, without_queries
+
+Shape = Literal["auto", "json", "text"]
+_Exception = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+#: What others say below these levels is of no use here, or quotes a URL with its query.
+LEVELS: Final = {
+    "urllib3": logging.ERROR,
+    "botocore": logging.WARNING,
+    "boto3": logging.WARNING,
+    "s3transfer": logging.WARNING,
+    "requests_oauth2client": logging.WARNING,
+    "azure": logging.WARNING,
+}
+
+
+class _JobFilter(logging.Filter):
+    """Lays what is known of the job beside the record, in the thread that logs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.about = about_line(record)
+        return True
+
+
+class TextLines(logging.Formatter):
+    """``time LEVEL job logger: sentence [what is known of the job]``"""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(job_id)s %(name)s: %(message)s%(more)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        about = dict(record.about)  # type: ignore[attr-defined]  # the filter's
+        record.job_id = about.pop("job_id", "-")
+        record.more = f" [{' '.join(f'{name}={value}' for name, value in about.items())}]" if about else ""
+        record.message = without_queries(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: _Exception) -> str:
+        return frames_of(ei[1])
+
+
+class JsonLines(JsonFormatter):
+    """One object per line: time (RFC 3339, UTC), level, logger, message, what is known of the job, and exception."""
+
+    def add_fields(
+        self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
+    ) -> None:  # only these: what else hangs on a record may be a job's arguments
+        when = datetime.fromtimestamp(record.created, UTC)
+        log_data["time"] = when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        log_data["level"] = record.levelname
+        log_data["logger"] = record.name
+        log_data["message"] = without_queries(record.message)
+        log_data.update(record.about)  # type: ignore[attr-defined]  # the filter's
+        if "exc_info" in message_dict:
+            log_data["exception"] = message_dict["exc_info"]
+
+    def formatException(self, ei: _Exception) -> str:
+        return frames_of(ei[1])
+
+
+def configure(level: int | str = logging.INFO, *, shape: Shape = "auto") -> None:
+    """One handler on standard error for the whole process. ``auto``: text on a terminal, JSON otherwise."""
+    if shape == "auto":
+        shape = "text" if sys.stderr.isatty() else "json"
+    handler = logging.StreamHandler()
+    handler.addFilter(_JobFilter())
+    handler.setFormatter(TextLines() if shape == "text" else JsonLines(json_ensure_ascii=False))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name, least in LEVELS.items():
+        logging.getLogger(name).setLevel(least)
