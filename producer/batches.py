@@ -1,24 +1,147 @@
-"""Batches from a program: how far they are, pausing, resuming and cancelling them, and their report."""
+"""Batches from a program: ordering them, how far they are, steering them, their plan and their report.
+
+What an order is made of is in ``orders.py``; how it looks on a terminal in ``show_batches.py``.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import redis
 
 from producer.errors import BrokerUnavailable, NotFound
-from worker.batches import Batch, Batches
+from producer.orders import KINDS, Given, Order, Told, lines_of, of_plan_file, plan
+from producer.plans import PlanHeader, PlanLine
+from worker.batches import Batch, Batches, Row
 from worker.ledger import Ledger
+from worker.payloads import BatchJob, Job
+from worker.planning import Planned
+
+if TYPE_CHECKING:
+    from producer.courier import Handle
+
+Items = str | Path | Iterable[str]
+_POLL_S = 0.5
+
+
+class Enqueue(Protocol):
+    """`Courier.enqueue`."""
+
+    def __call__(
+        self, task: str, kind: type[Job], job: Mapping[str, Any], *, job_id: str | None = None, batch_id: str = ""
+    ) -> Handle: ...
 
 
 @dataclass(frozen=True)
 class BatchDesk:
-    """All batches of a ledger. A batch's id is that of the job that began it."""
+    """All batches of a ledger. A batch's id is that of the job that began it.
+
+    ``upload``, ``delete``, ``download`` and ``migrate`` order one. ``items`` are a list (or anything that can be gone
+    through once) of image URLs or study UIDs; the name of a file with one per line, or with ``column`` a CSV or JSON
+    Lines file; or, for an upload, a prefix, a folder or a ZIP file that a worker lists. What all of them take besides:
+    ``name``, ``width``, ``requests_per_s``, ``bytes_per_s``, ``window``, ``verify``, ``dry_run``; and for what is read
+    here ``skip_bad`` and ``column``.
+    """
 
     ledger: Ledger
+    enqueue: Enqueue
+
+    # --- orders ---------------------------------------------------------------------------------------------
+
+    def upload(self, items: Items, *, server: str | None = None, **options: Any) -> Handle:
+        """Put many images where they belong, or on the one ``server``."""
+        return self._asked("upload", items, options, server=server)
+
+    def delete(
+        self,
+        items: Items | None = None,
+        *,
+        servers: Iterable[str] | None = None,
+        permanent: bool = True,
+        keep: str | None = None,
+        **options: Any,
+    ) -> Handle:
+        """Delete studies on every server that has them, or on ``servers``.
+
+        ``keep``: a folder, ``s3://…`` or ``az://…`` where a copy goes before, from which it can be undone. Instead of
+        ``items``, ``filters`` (DICOM keywords) or ``everything=True`` with ``confirm="delete all studies"``.
+        """
+        named = None if servers is None else list(servers)
+        return self._asked("delete", items, options, servers=named, permanent=permanent, keep=keep)
+
+    def download(self, items: Items | None = None, *, destination: str, **options: Any) -> Handle:
+        """Bring studies below ``destination``, a folder of the worker's machine, ``s3://…`` or ``az://…``."""
+        return self._asked("download", items, options, destination=destination)
+
+    def migrate(
+        self, items: Items | None = None, *, source: str, target: str, delete_source: bool = False, **options: Any
+    ) -> Handle:
+        """Copy studies from the server ``source`` to ``target``; move them with ``delete_source``."""
+        wishes = {"from_server": source, "to_server": target, "delete_source": delete_source}
+        return self._asked("migrate", items, options, **wishes)
+
+    def order(self, order: Order, given: Given | None = None) -> Handle:
+        """Order a batch of a kind with the fields of its message.
+
+        Raises
+        ------
+        InvalidRequest
+            A field, or rows of what was given, are wrong; nothing was begun.
+        """
+        kind = KINDS[order.kind]
+        source = given.source if given and order.kind == "upload" else None
+        if given is None or source is not None:
+            job_id = str(uuid.uuid4())
+            return self.enqueue(kind.task, kind.form, order.message(source=source), job_id=job_id, batch_id=job_id)
+        order.planned()  # what is wrong with it is said before the items are read
+        with given.read(kind.judge) as items:
+            return self._planned(order, map(Planned, items), told=given.told)
+
+    def apply(self, what: str | Path) -> Handle:
+        """Do what a plan says: that of a batch, by its id, or a plan file, which becomes a batch of its own."""
+        if isinstance(what, str) and not Path(what).exists():
+            return self._go_on("apply", what)
+        order, plan_file = of_plan_file(Path(what))
+        return self._planned(order, lines_of(plan_file), told=lambda _: None)
+
+    def retry(self, batch_id: str) -> Handle:
+        """Try again what failed, and what a cancelled batch had left open."""
+        return self._go_on("retry", batch_id)
+
+    def verify(self, batch_id: str) -> Handle:
+        """Look once more whether what was done is so."""
+        return self._go_on("verify", batch_id)
+
+    def undo(self, batch_id: str) -> Handle:
+        """Take back what was done."""
+        return self._go_on("undo", batch_id)
+
+    def _planned(self, order: Order, lines: Iterable[Planned], *, told: Told) -> Handle:
+        """Plan it here, then have it seen through."""
+        kind = KINDS[order.kind]
+        with _reachable():
+            batch_id = plan(Batches(self.ledger), order, lines, told=told)
+        return self.enqueue(kind.task, kind.form, order.message(planned=True), job_id=batch_id, batch_id=batch_id)
+
+    def _asked(self, kind: str, items: Items | None, options: dict[str, Any], **wishes: Any) -> Handle:
+        how = {name: options.pop(name) for name in ("column", "skip_bad") if name in options}
+        order = Order(kind, {**options, **wishes})
+        if items is None:
+            return self.order(order)
+        given = Given((items,), **how) if isinstance(items, str | Path) else Given(items=items, **how)
+        return self.order(order, given)
+
+    def _go_on(self, wish: str, batch_id: str) -> Handle:
+        self.get(batch_id)
+        return self.enqueue(f"pacs.batch.{wish}", BatchJob, {"batch_id": batch_id}, batch_id=batch_id)
+
+    # --- what there is --------------------------------------------------------------------------------------
 
     def list(self) -> list[Batch]:
         """The latest first."""
@@ -33,6 +156,36 @@ class BatchDesk:
             raise NotFound(f"No batch is called {batch_id}; batches are kept as long as results.")
         return batch
 
+    def watch(self, batch_id: str, *, every_s: float = _POLL_S) -> Iterator[Batch]:
+        """The batch, again and again until it is over."""
+        while True:
+            batch = self.get(batch_id)
+            yield batch
+            if batch.over:
+                return
+            time.sleep(every_s)
+
+    def report(self, batch_id: str) -> Iterator[dict[str, Any]]:
+        """What became of each item, one after the other, however many there are."""
+        batch = self.get(batch_id)
+        for row in self.rows(batch):
+            yield row.as_json(batch.types)
+
+    def rows(self, batch: Batch) -> Iterator[Row]:
+        with _reachable():
+            yield from Batches(self.ledger).rows(batch)
+
+    def plan(self, batch_id: str) -> tuple[PlanHeader, Iterator[PlanLine]]:
+        """The plan of a batch, as a plan file has it; `NotFound` if it is still being made."""
+        batch = self.get(batch_id)
+        if not batch.frozen:
+            raise NotFound(f"The plan of {batch_id} is not complete yet; ask again when it is planned.")
+        order = {name: value for name, value in batch.order.items() if name not in ("dry_run", "confirm", "source")}
+        header = PlanHeader(kind=batch.kind, name=batch.name, batch_id=batch.id, order=order)
+        return header, (plan_line(row) for row in self.rows(batch))
+
+    # --- steering -------------------------------------------------------------------------------------------
+
     def pause(self, batch_id: str) -> Batch:
         """Begin nothing new until it is resumed; what is under way comes to its end."""
         return self._steered(batch_id, Batches.pause)
@@ -45,17 +198,28 @@ class BatchDesk:
         """End it; what was done stays done."""
         return self._steered(batch_id, Batches.cancel)
 
-    def report(self, batch_id: str) -> Iterator[dict[str, Any]]:
-        """What became of each item, one after the other."""
-        batch = self.get(batch_id)
-        with _reachable():
-            for row in Batches(self.ledger).rows(batch):
-                yield row.as_json(batch.types)
-
     def _steered(self, batch_id: str, steer: Callable[[Batches, str], object]) -> Batch:
         with _reachable():
             steer(Batches(self.ledger), batch_id)
         return self.get(batch_id)
+
+
+def plan_line(row: Row) -> PlanLine:
+    """What the plan says of an item: at which server, and whether and why it is left out."""
+    surveyed, applied = row.passes.get("survey"), row.settled
+    settled = surveyed if surveyed is not None and surveyed.status != "open" else None
+    if settled is None and applied.status == "skipped":
+        settled = applied
+    server = row.item.server or (settled.server_name if settled else "")
+    size = row.item.size_bytes
+    if size is None and settled is not None:
+        size = settled.result.get("size_bytes")
+    line = PlanLine(item=row.item.text, server=server or None, size_bytes=size)
+    if settled is None or settled.status == "planned":
+        return line
+    code = settled.code or ("" if settled.status == "skipped" else settled.status)
+    why = ": ".join(part for part in (code, settled.message) if part)
+    return line.model_copy(update={"do": "skip", "why": why})
 
 
 @contextlib.contextmanager

@@ -76,6 +76,8 @@ class Handle:
 
     id: str
     courier: Courier
+    #: The batch that the job is about, if it is.
+    batch_id: str = ""
 
     def report(self) -> Report:
         """Everything that is known of the job now."""
@@ -271,14 +273,15 @@ class Courier:
         ``confirm`` has to be "delete all studies", but for a ``dry_run``, which only counts them.
         """
         job = {**_of(servers), "confirm": confirm, "permanent": permanent, "dry_run": dry_run}
-        return self.enqueue("pacs.delete_all", DeleteAllJob, job)
+        job_id = str(uuid.uuid4())
+        return self.enqueue("pacs.delete_all", DeleteAllJob, job, job_id=job_id, batch_id=job_id)
 
     @property
     def batch(self) -> BatchDesk:
-        """Batches by their id: how far they are, and pausing, resuming and cancelling them."""
+        """Batches: ordering them, how far they are, pausing, resuming, cancelling, undoing, and their reports."""
         if self._ledger is None:
             raise BrokerUnavailable("Batches are in the ledger; give ledger_url.")
-        return BatchDesk(self._ledger)
+        return BatchDesk(self._ledger, self.enqueue)
 
     @property
     def dead(self) -> DeadDesk:
@@ -287,13 +290,18 @@ class Courier:
             raise BrokerUnavailable("Dead letters are in the ledger; give ledger_url.")
         return DeadDesk(self._ledger, forget=self._forget, send=self._send)
 
-    def enqueue(self, task: str, kind: type[Job], job: Mapping[str, Any]) -> Handle:
-        """Write a job down and send its message. Wrong fields are refused here, before anything is sent."""
+    def enqueue(
+        self, task: str, kind: type[Job], job: Mapping[str, Any], *, job_id: str | None = None, batch_id: str = ""
+    ) -> Handle:
+        """Write a job down and send its message. Wrong fields are refused here, before anything is sent.
+
+        ``job_id`` is that of a job whose batch is planned already; ``batch_id`` the batch that a job is about.
+        """
         job = {"version": 1, **{name: value for name, value in job.items() if value is not None}}
         read_job(kind, job)
         if len(json.dumps(job)) > MESSAGE_BYTES - _ENVELOPE_BYTES:
             raise InvalidRequest(f"The job is too large for a message, which is {MESSAGE_BYTES} bytes at most.")
-        handle = Handle(job_id_for(job.get("idempotency_key")), self)
+        handle = Handle(job_id or job_id_for(job.get("idempotency_key")), self, batch_id)
         with _reachable():
             known = self._ledger is not None and not self._ledger.submit(handle.id, task=task, job=job)
         if known:
@@ -342,9 +350,9 @@ class Courier:
         """Ask the result back-end anything; `BrokerUnavailable` if it does not answer."""
         self.reports([str(uuid.uuid4())])
 
-    def handle(self, job_id: str) -> Handle:
+    def handle(self, job_id: str, *, batch_id: str = "") -> Handle:
         """The handle of a job that was enqueued by anybody."""
-        return Handle(job_id, self)
+        return Handle(job_id, self, batch_id)
 
     def cancel(self, job_id: str) -> bool:
         """Ask for a job to end before its push; False if it is over or unknown."""

@@ -13,11 +13,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Self
 
 from producer.errors import InvalidRequest, InvalidUid
+from worker.logs import shown_text, shown_url
 from worker.payloads import check_uid
 
 #: A longer line is no row of anything.
@@ -103,7 +104,7 @@ def rows_of_file(name: str, *, column: str | None = None) -> Iterator[Row | BadR
     InvalidRequest
         It cannot be read, or has no such column.
     """
-    shown = "standard input" if name == "-" else Path(name).name
+    shown = shown_name(name)
     with _opened(name) as file:
         lines = _Lines(file, shown)
         first = lines.peek()
@@ -115,6 +116,10 @@ def rows_of_file(name: str, *, column: str | None = None) -> Iterator[Row | BadR
             yield from _json_lines(lines, column)
         else:
             yield from _csv(lines, column, first)
+
+
+def shown_name(name: str) -> str:
+    return "standard input" if name == "-" else Path(name).name
 
 
 @contextmanager
@@ -244,6 +249,40 @@ def _cell(cells: list[str], at: int, column: str, place: str) -> Row | BadRow:
 
 def _cells(heading: str, delimiter: str) -> list[str]:
     return [cell.strip() for cell in next(csv.reader([heading], delimiter=delimiter), [])]
+
+
+def rows_of_words(words: Iterable[str | Path], judge: Judge, *, column: str | None = None) -> Iterator[Row | BadRow]:
+    """The rows of what a command was given: items themselves, files, and ``-`` for standard input, in any order.
+
+    Raises
+    ------
+    InvalidRequest
+        A word is neither an item nor a file that is there.
+    """
+    named = list(words)
+    for number, word in enumerate(named, start=1):
+        if isinstance(word, str) and word != "-" and _fits(word, judge):
+            yield Row(f"argument {number}", word)
+            continue
+        if word != "-" and not Path(word).exists():
+            raise InvalidRequest(
+                f"{shown_text(shown_url(str(word)), limit=200)} is no file, and {_said_of(word, judge)}."
+            )
+        for row in rows_of_file(str(word), column=column):
+            shown = row.place if len(named) == 1 else f"{shown_name(str(word))}, {row.place}"
+            yield replace(row, place=shown)
+
+
+def _fits(text: str, judge: Judge) -> bool:
+    return not _said_of(text, judge)
+
+
+def _said_of(text: str | Path, judge: Judge) -> str:
+    try:
+        judge(str(text))
+    except Unfit as unfit:
+        return str(unfit)
+    return ""
 
 
 # --- items ------------------------------------------------------------------------------------------------------

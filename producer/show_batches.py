@@ -1,81 +1,326 @@
-"""How batches look on a terminal: how far they are while they run, counts per server when they are over."""
+"""How batches look on a terminal: how far they are while they run, plans and counts as tables, reports as lines."""
 
 from __future__ import annotations
 
+import csv
+import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, TextIO
 
+from rich.console import Group
+from rich.filesize import decimal
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from producer.batches import BatchDesk
 from producer.courier import Handle
 from producer.errors import NotFound
+from producer.plans import PlanLine
+from producer.progress import Meter, Pace
 from producer.show import errors_console
-from worker.batches import Batch
+from worker.batches import ACTIVE, TROUBLE, Batch
 
 _POLL_S = 0.5
-_COUNTS = ("planned", "deleted", "hidden", "not_there", "refused", "failed", "remaining")
+#: How often a line is written where there is no terminal.
+LINE_S = 30.0
+#: Columns of a report in CSV, with what an item of any kind may have come to.
+REPORT_COLUMNS = (
+    "number", "item", "server_name", "status", "code", "message", "size_bytes",
+    "study_uid", "series_uid", "image_uid", "sha256", "verify", "undo",
+)  # fmt: skip
+_STYLES = {"done": "green", "undone": "green", "planned": "cyan", "paused": "yellow", "cancelled": "red"}
 
 
-def counts_table(servers: Sequence[Mapping[str, Any]]) -> Table:
-    """One line per server, with the columns that hold anything."""
-    columns = [name for name in _COUNTS if name == "planned" or any(entry.get(name) for entry in servers)]
+def said(status: str) -> str:
+    return status.replace("_", " ")
+
+
+def _table(*headings: str, right: Sequence[str] = ()) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("server", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right")
+    for heading in headings:
+        justify: Literal["left", "right"] = "right" if heading in right else "left"
+        table.add_column(heading, overflow="fold", justify=justify)
+    return table
+
+
+# --- counts -----------------------------------------------------------------------------------------------------
+
+
+def counts_table(batch: Batch) -> Table:
+    """One line per server, with the outcomes that there are, of all passes."""
+    found: dict[str, dict[str, int]] = {}
+    for which, state in batch.passes.items():
+        if which != "survey":
+            for name, counts in state.counts.items():
+                for status, n in counts.items():
+                    row = found.setdefault(name, {})
+                    row[status] = row.get(status, 0) + n
+    planned = batch.planned if any(batch.planned.get(name) for name in batch.types) else {}
+    statuses = list(dict.fromkeys(status for counts in found.values() for status in counts))
+    names = [name for name in ("", *batch.types) if found.get(name) or planned.get(name)]
+    headings = (["planned"] if planned else []) + [said(status) for status in statuses]
+    table = _table("server", *headings, right=headings)
+    for name in names:
+        cells = [_count(planned.get(name))] if planned else []
+        cells += [_count(found.get(name, {}).get(status)) for status in statuses]
+        table.add_row(name or "–", *cells)
+    return table
+
+
+def _count(count: int | None) -> str:
+    return f"{count:,}" if count else ""
+
+
+def servers_table(servers: Sequence[Mapping[str, Any]]) -> Table:
+    """What `pacs.delete_all` says of each server, with the columns that hold anything."""
+    known = ("planned", "deleted", "hidden", "not_there", "refused", "failed", "remaining")
+    columns = [name for name in known if name == "planned" or any(entry.get(name) for entry in servers)]
+    table = _table("server", *map(said, columns), right=[said(name) for name in columns])
     for entry in servers:
-        table.add_row(entry["server_name"], *("" if entry.get(name) is None else str(entry[name]) for name in columns))
+        table.add_row(
+            entry["server_name"], *("" if entry.get(name) is None else f"{entry[name]:,}" for name in columns)
+        )
     return table
 
 
 def failures_table(failures: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("server", "study", "outcome", "why"):
-        table.add_column(heading, overflow="fold")
+    """The first of what is not as it should be."""
+    table = _table("item", "server", "outcome", "why")
     for one in failures:
-        why = escape(f"{one['code']}: {one['message']}")
-        table.add_row(one["server_name"], one["study_uid"], one["status"], why, style="yellow")
+        item = one.get("item") or one["study_uid"]
+        why = f"{one['code']}: {one['message']}" if one["code"] else one["message"]
+        table.add_row(escape(item), one["server_name"] or "–", said(one["status"]), escape(why), style="yellow")
     return table
 
 
 def batches_table(batches: Iterable[Batch]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("batch", "kind", "state", "settled", "items", "begun"):
+    for heading in ("batch", "kind", "name", "state", "settled", "items", "begun"):
         justify: Literal["left", "right"] = "right" if heading in ("settled", "items") else "left"
-        table.add_column(heading, overflow="fold", justify=justify, no_wrap=heading != "begun")
+        fixed = heading not in ("begun", "name")
+        table.add_column(heading, overflow="fold", justify=justify, no_wrap=fixed)
     for batch in batches:
-        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(batch.created_ms / 1000))
-        table.add_row(batch.id, batch.kind, batch.state, str(batch.settled), str(batch.items), begun)
+        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.created_ms / 1000))
+        state = Text(batch.state, style=_STYLES.get(batch.state, ""))
+        settled = f"{batch.settled:,}"
+        table.add_row(batch.id, batch.kind, escape(batch.name), state, settled, f"{batch.items:,}", begun)
     return table
 
 
+# --- plans ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlanSummary:
+    """What a plan comes to, by what is done, where, and why not; memory grows with the reasons alone."""
+
+    items: int = 0
+    bytes: int = 0
+    unsized: int = 0
+    groups: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lines: Iterable[PlanLine]) -> PlanSummary:
+        summary = cls()
+        for line in lines:
+            summary.add(line)
+        return summary
+
+    def add(self, line: PlanLine) -> None:
+        key = (line.do, line.server or "", line.why if len(self.groups) < 100 else "")
+        count, size = self.groups.get(key, (0, 0))
+        self.groups[key] = (count + 1, size + (line.size_bytes or 0))
+        self.items += 1
+        if line.do == "apply":
+            self.bytes += line.size_bytes or 0
+            self.unsized += line.size_bytes is None
+
+    @property
+    def to_do(self) -> int:
+        return sum(count for (do, *_), (count, _) in self.groups.items() if do == "apply")
+
+    def as_json(self) -> dict[str, Any]:
+        groups = [
+            {"do": do, "server_name": server or None, "why": why, "items": count, "bytes": size}
+            for (do, server, why), (count, size) in self.groups.items()
+        ]
+        return {"items": self.items, "to_do": self.to_do, "bytes": self.bytes, "groups": groups}
+
+
+def plan_table(summary: PlanSummary) -> Table:
+    table = _table("do", "server", "items", "bytes", "why", right=("items", "bytes"))
+    for (do, server, why), (count, size) in sorted(summary.groups.items()):
+        style = "" if do == "apply" else "yellow"
+        table.add_row(do, server or "–", f"{count:,}", decimal(size) if size else "", escape(why), style=style)
+    return table
+
+
+def plan_sentence(summary: PlanSummary) -> str:
+    skipped = summary.items - summary.to_do
+    left = f", {skipped:,} are left out" if skipped else ""
+    size = f" ({decimal(summary.bytes)})" if summary.bytes and not summary.unsized else ""
+    return f"{summary.to_do:,} of {summary.items:,} items to do{size}{left}."
+
+
+# --- reports ----------------------------------------------------------------------------------------------------
+
+
+def write_csv(rows: Iterable[Mapping[str, Any]], out: TextIO, *, delimiter: str = ",") -> None:
+    """A line of headings, then a line per item."""
+    writer = csv.writer(out, lineterminator="\n", delimiter=delimiter)
+    writer.writerow(REPORT_COLUMNS)
+    for row in rows:
+        result = row.get("result") or {}
+        cells = [row.get(name, result.get(name)) for name in REPORT_COLUMNS[:-2]]
+        writer.writerow([*cells, *((row.get(which) or {}).get("status") for which in REPORT_COLUMNS[-2:])])
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def json_array(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """One JSON document, row by row: a report can be long."""
+    separator = "["
+    for row in rows:
+        yield f"{separator}{json.dumps(row, ensure_ascii=False)}"
+        separator = ",\n"
+    yield "[]\n" if separator == "[" else "]\n"
+
+
+# --- how far it is ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """A batch at one moment, with its pace. ``batch`` is None until its job has begun."""
+
+    batch: Batch | None
+    stage: str
+    pace: Pace
+
+    @property
+    def planned_so_far(self) -> str:
+        """How far the listing is, while a worker makes the plan: the stage of its job says so."""
+        return self.stage.removeprefix("plan ") if self.stage.startswith("plan ") else ""
+
+    @property
+    def state(self) -> str:
+        return "queued" if self.batch is None else self.batch.state
+
+    def counts(self) -> str:
+        if self.batch is None or not self.batch.frozen:
+            return f"{self.planned_so_far} items found" if self.planned_so_far else ""
+        which = self.batch.current or "apply"
+        totals = self.batch.of(which).totals
+        return " · ".join(f"{said(status)} {n:,}" for status, n in totals.items() if status != "planned")
+
+    def speed(self) -> str:
+        """Items and bytes a second, and how long it will take."""
+        if self.batch is None or self.batch.state not in ACTIVE or not self.pace.items_per_s:
+            return ""
+        parts = [f"{self.pace.items_per_s:,.{0 if self.pace.items_per_s >= 10 else 1}f} items/s"]
+        if self.pace.bytes_per_s:
+            parts.append(f"{decimal(int(self.pace.bytes_per_s))}/s")
+        if self.pace.left_s is not None:
+            parts.append(f"{timedelta(seconds=round(self.pace.left_s))} left")
+        return " · ".join(parts)
+
+    def done(self) -> str:
+        if self.batch is None or not self.batch.items:
+            return ""
+        return f"{self.batch.settled:,}/{self.batch.items:,} {100 * self.batch.settled // self.batch.items:3} %"
+
+    def line(self) -> str:
+        """All of it in one line."""
+        parts = (f"{self.state} {self.done()}".strip(), self.speed(), self.counts())
+        return "; ".join(part.replace(" · ", ", ") for part in parts if part)
+
+    def renderable(self) -> Group:
+        """A line with a bar, and one or two below it."""
+        grid = Table.grid(expand=True, padding=(0, 1))
+        grid.add_column(no_wrap=True)
+        grid.add_column(ratio=1, min_width=10)
+        grid.add_column(no_wrap=True, justify="right")
+        batch = self.batch
+        bar = ProgressBar(
+            total=batch.items if batch and batch.items else None,
+            completed=batch.settled if batch else 0,
+            pulse=not (batch and batch.items),
+        )
+        grid.add_row(Text(self.state, style=_STYLES.get(self.state, "bold")), bar, self.done())
+        below = [Text(part, style="dim", overflow="fold") for part in (self.speed(), self._colored_counts()) if part]
+        return Group(grid, *below)
+
+    def _colored_counts(self) -> str:
+        return self.counts()
+
+    @property
+    def troubles(self) -> int:
+        if self.batch is None:
+            return 0
+        return sum(state.totals.get(status, 0) for state in self.batch.passes.values() for status in TROUBLE)
+
+
 def watch(desk: BatchDesk, handle: Handle, *, timeout_s: float | None, quiet: bool) -> None:
-    """Show a batch with a live line on standard error until its job is over or ``timeout_s`` has passed."""
+    """Show a batch on standard error until the job that sees it through is over or ``timeout_s`` has passed."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    hidden = quiet or not errors_console.is_terminal
-    with Progress(*columns, console=errors_console, transient=True, disable=hidden) as progress:
-        line = progress.add_task("queued", total=None)
-        while not handle.report().over and (deadline is None or time.monotonic() < deadline):
-            batch = _known(desk, handle.id)
-            if batch is not None:
-                total = batch.items or None
-                progress.update(line, description=batch.state, completed=batch.settled, total=total)
+    meter = Meter()
+    with _screen(quiet=quiet) as show:
+        while True:
+            report = handle.report()
+            show(_look(desk, handle, report.stage, meter))
+            if report.over or (deadline is not None and time.monotonic() >= deadline):
+                return
             time.sleep(_POLL_S)
 
 
-def _known(desk: BatchDesk, batch_id: str) -> Batch | None:
+def _look(desk: BatchDesk, handle: Handle, stage: str, meter: Meter) -> Look:
     try:
-        return desk.get(batch_id)
+        batch = desk.get(handle.batch_id or handle.id)
     except NotFound:
-        return None  # its job has not begun yet
+        return Look(None, stage, Pace())  # its job has not begun yet
+    which = batch.current or "apply"
+    state = batch.of(which)
+    pace = meter.look(
+        time.monotonic(),
+        about=(which, state.round, batch.state),
+        settled=state.settled,
+        carried_bytes=state.bytes,
+        items=batch.items,
+    )
+    return Look(batch, stage, pace)
+
+
+@contextmanager
+def _screen(*, quiet: bool) -> Iterator[Any]:
+    """What to do with a look: draw it over the last one, write a line now and then, or nothing."""
+    if quiet:
+        yield lambda _: None
+    elif errors_console.is_terminal:
+        with Live(console=errors_console, transient=True, refresh_per_second=4) as live:
+            yield lambda look: live.update(look.renderable())
+    else:
+        yield _Lines()
+
+
+class _Lines:
+    """A line when the state changes, and one now and then."""
+
+    def __init__(self) -> None:
+        self._state = ""
+        self._written_s = 0.0
+
+    def __call__(self, look: Look) -> None:
+        now = time.monotonic()
+        if look.state != self._state or now - self._written_s >= LINE_S:
+            self._state, self._written_s = look.state, now
+            errors_console.print(look.line(), highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,438 @@
+"""What begins something: ``pacs batch upload|delete|download|migrate|apply|retry|verify|undo``, ``pacs delete-all``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from producer.batches import BatchDesk
+from producer.commands.batches import (
+    batch,
+    batch_argument,
+    followed,
+    plan_json,
+    plan_option,
+    seen_through,
+    show_summary,
+    still_running,
+    told_plan,
+)
+from producer.commands.deletions import servers_option
+from producer.commands.door import (
+    DONE,
+    FAILED,
+    Command,
+    as_json_option,
+    ended,
+    entry,
+    plain_failures,
+    timeout_option,
+)
+from producer.commands.quantities import Bandwidth, Rate, Window
+from producer.courier import Courier, Handle
+from producer.errors import ConfirmationRequired, InvalidRequest
+from producer.orders import Given, Order, of_plan_file
+from producer.show import console, errors_console
+from producer.show_batches import PlanSummary, failures_table, servers_table
+from worker.batches import Batch
+
+CONFIRMATION = "delete all studies"
+
+yes_option = click.option("--yes", is_flag=True, help="Do not ask. Needed where nobody can be asked.")
+
+
+def ordering(command: Command) -> Command:
+    """The options that all orders have in common."""
+    for option in reversed(
+        (
+            click.option("--column", metavar="NAME", help="The files are CSV or JSON Lines, and this column is meant."),
+            click.option("--skip-bad", is_flag=True, help="Leave bad rows out instead of refusing them all."),
+            click.option("--name", metavar="WORDS", help="What the batch is called in lists."),
+            click.option(
+                "--width", type=click.IntRange(1, 64), help="Chunks (of 100 items) at a time, over all workers."
+            ),
+            click.option("--rate", type=Rate(), metavar="N/s", help="At most so many requests a second, as 50/s."),
+            click.option("--bandwidth", type=Bandwidth(), metavar="SIZE/s", help="At most so much, as 20MB/s."),
+            click.option("--window", type=Window(), metavar="FROM-TO", help='Only then: "20:00-06:00 Europe/Berlin".'),
+            click.option("--no-verify", is_flag=True, help="Do not look afterwards whether all is as it should be."),
+            click.option("--dry-run", is_flag=True, help="Stop at the plan and show it."),
+            plan_option,
+            click.option("--no-wait", is_flag=True, help="Print the batch's id and leave."),
+            timeout_option,
+            as_json_option,
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def choosing(command: Command) -> Command:
+    """Instead of UIDs: studies that match, or all."""
+    for option in (
+        click.option("--all", "everything", is_flag=True, help="Every study there is."),
+        click.option("--query", "queries", multiple=True, metavar="KEY=VALUE", help="Studies that match; repeatable."),
+    ):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a command was asked to behave, and what all orders may say."""
+
+    options: dict[str, Any]
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "name": options["name"],
+            "width": options["width"],
+            "requests_per_s": options["rate"],
+            "bytes_per_s": options["bandwidth"],
+            "window": options["window"],
+            "verify": False if options["no_verify"] else None,
+            "dry_run": True if self.plans_only else None,
+        }
+
+    @property
+    def plans_only(self) -> bool:
+        return bool(self.options["dry_run"] or self.options["plan_path"])
+
+    @property
+    def quiet(self) -> bool:
+        return bool(self.options["as_json"])
+
+    @property
+    def timeout_s(self) -> float | None:
+        timeout_s: float | None = self.options["timeout_s"]
+        return timeout_s
+
+    def given(self, words: Sequence[str]) -> Given | None:
+        if not words:
+            return None
+        column, skip_bad = self.options["column"], self.options["skip_bad"]
+        return Given(tuple(words), column=column, skip_bad=skip_bad, told=_say)
+
+
+def _say(sentence: str) -> None:
+    errors_console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+# --- the four orders --------------------------------------------------------------------------------------------
+
+
+@batch.command()
+@click.argument("sources", nargs=-1, required=True, metavar="URL|FILE|-…")
+@click.option("--server", help="Ask for this server instead of the routing policy's choice.")
+@ordering
+@plain_failures
+def upload(sources: Sequence[str], server: str | None, **options: Any) -> int:
+    """Put many images where their studies belong.
+
+    Give their URLs, files with a URL per line ("-": standard input), or one of s3://bucket/prefix/,
+    az://container/prefix/, file:///folder/ and a ZIP file at any URL, whose images a worker finds.
+    """
+    how = _How(options)
+    return _carried_out(Order("upload", {"server": server, **how.wishes}), how.given(sources), how)
+
+
+@batch.command()
+@click.argument("studies", nargs=-1, metavar="[UID|FILE|-]…")
+@choosing
+@servers_option
+@click.option(
+    "--keep", metavar="PLACE", help="Put a copy there first (folder, s3://… or az://…), so that it can be undone."
+)
+@click.option("--permanent/--hide", default=True, help="Delete them, or only hide them where a server can.")
+@click.option("--confirm", metavar="SENTENCE", help=f'With --all: has to be "{CONFIRMATION}".')
+@yes_option
+@ordering
+@plain_failures
+def delete(studies: Sequence[str], servers: Sequence[str], keep: str | None, **options: Any) -> int:
+    """Delete many studies, on every server that has them.
+
+    On a terminal the plan is shown first, and you are asked; elsewhere it needs --yes.
+    """
+    how = _How(options)
+    wishes = {"servers": list(servers) or None, "permanent": options["permanent"], "keep": _place(keep)}
+    if options["everything"]:
+        wishes["confirm"] = _sentence(options, asks=_asks(how))
+    order = Order("delete", {**wishes, **_chosen(studies, options), **how.wishes})
+    return _carried_out(order, how.given(studies), how, question="Delete these studies?")
+
+
+@batch.command()
+@click.argument("studies", nargs=-1, metavar="[UID|FILE|-]…")
+@choosing
+@servers_option
+@click.option(
+    "--to-folder",
+    "destination",
+    required=True,
+    metavar="PLACE",
+    help="A folder of the workers' machine, s3://… or az://….",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["zip", "files"]),
+    default="zip",
+    show_default=True,
+    help="One ZIP file or one folder per study.",
+)
+@ordering
+@plain_failures
+def download(studies: Sequence[str], servers: Sequence[str], destination: str, form: str, **options: Any) -> int:
+    """Bring many studies to a folder or a bucket; each appears there when it is whole."""
+    how = _How(options)
+    wishes = {"servers": list(servers) or None, "destination": _place(destination), "format": form}
+    order = Order("download", {**wishes, **_chosen(studies, options), **how.wishes})
+    return _carried_out(order, how.given(studies), how)
+
+
+@batch.command()
+@click.argument("studies", nargs=-1, metavar="[UID|FILE|-]…")
+@choosing
+@click.option("--from", "from_server", required=True, metavar="NAME", help="The server that has them.")
+@click.option("--to", "to_server", required=True, metavar="NAME", help="The server that is to have them.")
+@click.option(
+    "--delete-source", is_flag=True, help="Move: delete each from where it was when it is proven to be there."
+)
+@yes_option
+@ordering
+@plain_failures
+def migrate(studies: Sequence[str], from_server: str, to_server: str, delete_source: bool, **options: Any) -> int:
+    """Copy many studies from one server to another, or move them."""
+    how = _How(options)
+    wishes = {"from_server": from_server, "to_server": to_server, "delete_source": delete_source}
+    order = Order("migrate", {**wishes, **_chosen(studies, options), **how.wishes})
+    question = f"Move these studies, and delete them from {from_server}?" if delete_source else None
+    return _carried_out(order, how.given(studies), how, question=question)
+
+
+def _chosen(words: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    """What it is about, if not studies by their UIDs."""
+    queries: Sequence[str] = options["queries"]
+    if sum(map(bool, (words, queries, options["everything"]))) != 1:
+        raise click.UsageError("Say which studies: UIDs or a file of them, --query KEY=VALUE, or --all.")
+    if not all("=" in query for query in queries):
+        raise InvalidRequest("A query is written KEY=VALUE, such as StudyDate=20260101-20261231.")
+    filters = dict(query.partition("=")[::2] for query in queries)
+    return {"filters": filters or None, "everything": True if options["everything"] else None}
+
+
+def _place(text: str | None) -> str | None:
+    """A destination as jobs have it: a path is one of the worker's machine."""
+    return text if text is None or ":/" in text else Path(text).absolute().as_uri()
+
+
+def _sentence(options: dict[str, Any], *, asks: bool) -> str:
+    confirm: str | None = options["confirm"]
+    if confirm is None and asks:
+        confirm = click.prompt(f'All studies will be planned for deletion. Type "{CONFIRMATION}" to go on', default="")
+    if confirm != CONFIRMATION and not _How(options).plans_only:
+        raise ConfirmationRequired(f'Nothing was deleted: add --confirm "{CONFIRMATION}".')
+    return confirm or ""
+
+
+def _asks(how: _How) -> bool:
+    return sys.stdin.isatty() and not (how.options.get("yes") or how.plans_only or how.quiet)
+
+
+def _carried_out(order: Order, given: Given | None, how: _How, *, question: str | None = None) -> int:
+    """Order it, and show it to its end; after a look at the plan, if there is a ``question`` to be asked."""
+    if question and not (how.options["yes"] or how.plans_only or _asks(how)):
+        raise ConfirmationRequired("Nothing was begun: add --yes, because there is nobody to ask.")
+    with Courier() as courier:
+        if question and _asks(how):
+            return _asked_first(courier, order, given, how, question)
+        handle = courier.batch.order(order, given)
+        if how.options["no_wait"]:
+            return _left(handle, how)
+        if how.plans_only:
+            return _planned(courier, handle, how)
+        return seen_through(courier, handle, timeout_s=how.timeout_s, as_json=how.quiet)
+
+
+def _asked_first(courier: Courier, order: Order, given: Given | None, how: _How, question: str) -> int:
+    handle = courier.batch.order(Order(order.kind, {**order.wishes, "dry_run": True}), given)
+    status = _planned(courier, handle, how)
+    if status != DONE or not click.confirm(question):
+        courier.batch.cancel(handle.batch_id)
+        click.echo("Nothing was done.")
+        return FAILED
+    handle = courier.batch.apply(handle.batch_id)
+    if how.options["no_wait"]:
+        return _left(handle, how)
+    return seen_through(courier, handle, timeout_s=how.timeout_s, as_json=how.quiet)
+
+
+def _planned(courier: Courier, handle: Handle, how: _How) -> int:
+    """Wait for the plan and show it."""
+    followed(courier, handle, timeout_s=how.timeout_s, as_json=how.quiet)
+    report = handle.report()
+    if report.result is None or report.error is not None:
+        if how.quiet:
+            click.echo(json.dumps(entry(handle, report), ensure_ascii=False))
+        raise report.error or still_running(handle, how.timeout_s)
+    header, lines = courier.batch.plan(handle.batch_id)
+    path: Path | None = how.options["plan_path"]
+    summary = told_plan(header, lines, path)
+    if how.quiet:
+        click.echo(json.dumps({**report.result, **plan_json(summary, path)}, ensure_ascii=False))
+        return DONE
+    show_summary(summary, path)
+    for warning in courier.batch.get(handle.batch_id).warnings:
+        _say(f"warning: {warning}")
+    if path is None and how.plans_only:
+        console.print(f"pacs batch apply {handle.batch_id} does it.", highlight=False)
+    return DONE if summary.to_do or how.plans_only else FAILED
+
+
+def _left(handle: Handle, how: _How) -> int:
+    ids = {"batch_id": handle.batch_id, "job_id": handle.id}
+    click.echo(json.dumps(ids) if how.quiet else handle.batch_id)
+    return DONE
+
+
+# --- going on with one that is there ----------------------------------------------------------------------------
+
+
+def going_on(command: Command) -> Command:
+    for option in (
+        as_json_option,
+        timeout_option,
+        click.option("--no-wait", is_flag=True, help="Print the batch's id and leave."),
+    ):
+        command = option(command)
+    return command
+
+
+@batch.command()
+@click.argument("plan", metavar="PLAN|ID")
+@yes_option
+@going_on
+@plain_failures
+def apply(plan: str, yes: bool, **options: Any) -> int:
+    """Do what was planned: by a batch's id, or by a plan file as `--plan` wrote it."""
+    with Courier() as courier:
+        question = _question_of_file(Path(plan)) if Path(plan).exists() else _question_of(courier.batch.get(plan))
+        if not _agreed(question, yes=yes, as_json=options["as_json"]):
+            return FAILED
+        return _gone_on(courier, courier.batch.apply(plan), options)
+
+
+def _question_of_file(path: Path) -> str | None:
+    order, plan_file = of_plan_file(path)
+    summary = PlanSummary.of(plan_file)
+    if sys.stdin.isatty():
+        show_summary(summary, None)
+    return _question(order.kind, order.wishes.get("delete_source", False), summary.to_do)
+
+
+def _question_of(found: Batch) -> str | None:
+    return _question(found.kind, found.order.get("delete_source", False), found.items)
+
+
+def _question(kind: str, delete_source: bool, items: int) -> str | None:
+    """What has to be asked before it is done; None for what takes nothing away."""
+    return f"{kind.capitalize()} {items:,} items?" if kind == "delete" or delete_source else None
+
+
+def _agreed(question: str | None, *, yes: bool, as_json: bool) -> bool:
+    if question is None or yes:
+        return True
+    if as_json or not sys.stdin.isatty():
+        raise ConfirmationRequired("Nothing was begun: add --yes, because there is nobody to ask.")
+    if click.confirm(question):
+        return True
+    click.echo("Nothing was done.")
+    return False
+
+
+def _gone_on(courier: Courier, handle: Handle, options: dict[str, Any]) -> int:
+    if options["no_wait"]:
+        return _left(handle, _How(options))
+    return seen_through(courier, handle, timeout_s=options["timeout_s"], as_json=options["as_json"])
+
+
+def _add(name: str, act: Callable[[BatchDesk, str], Handle], sentence: str) -> None:
+    @batch.command(name, help=sentence)
+    @batch_argument
+    @going_on
+    @plain_failures
+    def command(batch_id: str, **options: Any) -> int:
+        with Courier() as courier:
+            return _gone_on(courier, act(courier.batch, batch_id), options)
+
+
+_add("retry", BatchDesk.retry, "Try again what failed of a batch, and what a cancelled one had left open.")
+_add("verify", BatchDesk.verify, "Look once more whether all that a batch did is so.")
+
+
+@batch.command()
+@batch_argument
+@yes_option
+@going_on
+@plain_failures
+def undo(batch_id: str, yes: bool, **options: Any) -> int:
+    """Take back what a batch did, as far as that can be done."""
+    with Courier() as courier:
+        found = courier.batch.get(batch_id)
+        if not _agreed(f"Undo the {found.kind} of {found.settled:,} items?", yes=yes, as_json=options["as_json"]):
+            return FAILED
+        return _gone_on(courier, courier.batch.undo(batch_id), options)
+
+
+# --- delete-all -------------------------------------------------------------------------------------------------
+
+
+@click.command("delete-all")
+@servers_option
+@click.option("--confirm", metavar="SENTENCE", help=f'Has to be "{CONFIRMATION}". On a terminal you are asked for it.')
+@click.option("--keep", is_flag=True, help="Only hide them, so that they can be had back, where a server can do that.")
+@click.option("--dry-run", is_flag=True, help="Count what would be deleted, and leave it.")
+@click.option("--no-wait", is_flag=True, help="Print the batch's id and leave.")
+@timeout_option
+@as_json_option
+@plain_failures
+def delete_all(servers: Sequence[str], confirm: str | None, keep: bool, dry_run: bool, **how: Any) -> int:
+    """Delete EVERY study on every server, or on those named, as a batch."""
+    named, quiet = servers or None, how["as_json"]
+    with Courier() as courier:
+        if confirm is None and not dry_run:
+            confirm = _asked_for(courier, named, how["timeout_s"]) if sys.stdin.isatty() and not quiet else ""
+        if not dry_run and confirm != CONFIRMATION:
+            raise ConfirmationRequired(f'Nothing was deleted: add --confirm "{CONFIRMATION}".')
+        handle = courier.delete_all(confirm or "", servers=named, permanent=not keep, dry_run=dry_run)
+        if how["no_wait"]:
+            click.echo(json.dumps({"batch_id": handle.id}) if quiet else handle.id)
+            return DONE
+        return _all_deleted(courier, handle, timeout_s=how["timeout_s"], as_json=quiet)
+
+
+def _asked_for(courier: Courier, servers: Sequence[str] | None, timeout_s: float | None) -> str:
+    """Show what would be deleted, then have the sentence typed."""
+    _all_deleted(courier, courier.delete_all(servers=servers, dry_run=True), timeout_s=timeout_s, as_json=False)
+    return str(click.prompt(f'All these studies will be deleted. Type "{CONFIRMATION}" to go on', default=""))
+
+
+def _all_deleted(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json: bool) -> int:
+    followed(courier, handle, timeout_s=timeout_s, as_json=as_json)
+    payload = ended(courier, handle, timeout_s=0 if timeout_s is not None else None, as_json=as_json)
+    if not as_json:
+        console.print(servers_table(payload["servers"]))
+        if payload["failures"]:
+            console.print(failures_table(payload["failures"]))
+        for warning in payload["warnings"]:
+            _say(f"warning: {warning}")
+        if payload["failures_total"] > len(payload["failures"]):
+            console.print(f"All {payload['failures_total']} failures: pacs batch report {handle.id}", highlight=False)
+    return FAILED if payload["failures_total"] else DONE

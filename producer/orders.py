@@ -1,0 +1,157 @@
+"""Orders of batches: what was asked for becomes a plan in the ledger, and a job that sees it through.
+
+What only this machine can read (files, standard input, a program's own list) is read, judged and planned here, row by
+row, before anything begins. What only workers can reach (prefixes, archives, servers) they list themselves.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from producer.errors import InvalidRequest
+from producer.inputs import BadRow, Items, Judge, Row, image_url, is_source, rows_of_words, study_uid
+from producer.plans import PlanFile
+from worker.batches import Batches
+from worker.payloads import (
+    BatchDeleteJob,
+    BatchDownloadJob,
+    BatchMigrateJob,
+    BatchOrderJob,
+    BatchUploadJob,
+    read_job,
+)
+from worker.planning import Planned, Planner
+
+#: So many chunks of a batch are open at a time unless its order says so.
+WIDTH: Final = 4
+
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class KindOfOrder:
+    """What the producer has to know of a kind of batch."""
+
+    task: str
+    form: type[BatchOrderJob]
+    judge: Judge
+
+
+KINDS: Final[Mapping[str, KindOfOrder]] = {
+    "upload": KindOfOrder("pacs.batch.upload", BatchUploadJob, image_url),
+    "delete": KindOfOrder("pacs.batch.delete", BatchDeleteJob, study_uid),
+    "download": KindOfOrder("pacs.batch.download", BatchDownloadJob, study_uid),
+    "migrate": KindOfOrder("pacs.batch.migrate", BatchMigrateJob, study_uid),
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a batch is to be about, as it was given: ``words`` are items, files or ``-``; or an ``items`` of a program.
+
+    ``told`` is given a sentence where something was left out.
+    """
+
+    words: tuple[str | Path, ...] = ()
+    items: Iterable[str] | None = None
+    column: str | None = None
+    skip_bad: bool = False
+    told: Told = lambda _: None
+
+    @property
+    def source(self) -> str | None:
+        """The one prefix, folder or archive that a worker has to list.
+
+        Raises
+        ------
+        InvalidRequest
+            There is more beside it.
+        """
+        found = [word for word in self.words if isinstance(word, str) and is_source(word)]
+        if found and len(self.words) > 1:
+            raise InvalidRequest("A prefix, a folder or an archive stands alone; make a batch of each.")
+        return found[0] if found else None
+
+    @contextmanager
+    def read(self, judge: Judge) -> Iterator[Items]:
+        """All items, judged; they are gone afterwards."""
+        rows: Iterator[Row | BadRow]
+        if self.items is not None:
+            rows = (Row(f"item {number}", text) for number, text in enumerate(self.items, start=1))
+        else:
+            rows = rows_of_words(self.words, judge, column=self.column)
+        with Items() as items:
+            items.add(rows, judge)
+            items.check(skip_bad=self.skip_bad)
+            if items.bad_total:
+                self.told(f"{items.told_bad()}\nThey are left out.")
+            yield items
+
+
+@dataclass(frozen=True)
+class Order:
+    """A batch of a kind, with the fields of its message."""
+
+    kind: str
+    wishes: Mapping[str, Any]
+
+    @property
+    def form(self) -> type[BatchOrderJob]:
+        return KINDS[self.kind].form
+
+    def planned(self) -> BatchOrderJob:
+        """As the job of a batch whose plan is in the ledger; `InvalidRequest` names the first field that is wrong."""
+        return read_job(self.form, self.message(planned=True))
+
+    def message(self, **more: Any) -> dict[str, Any]:
+        return {name: value for name, value in {**self.wishes, **more}.items() if value is not None}
+
+
+def plan(batches: Batches, order: Order, lines: Iterable[Planned], *, told: Told) -> str:
+    """Write the plan of a batch into the ledger, as its lines come; gives the batch's id.
+
+    Nothing of it is done before the batch's own job is there. What is left without one is forgotten.
+    """
+    job, batch_id = order.planned(), str(uuid.uuid4())
+    wishes = job.model_dump(mode="json", exclude={"version", "items", "planned", "name"}, exclude_none=True)
+    batches.open(batch_id, kind=order.kind, order=wishes, width=job.width or WIDTH, name=job.name)
+    try:
+        with Planner(batches, batch_id) as planner:
+            planner.add_all(lines)
+            planner.freeze()
+    except BaseException:
+        batches.cancel(batch_id)
+        raise
+    if planner.repeated:
+        told(f"{planner.repeated:,} of them are there more than once, and are done once.")
+    return batch_id
+
+
+def of_plan_file(path: Path) -> tuple[Order, PlanFile]:
+    """The order that a plan file holds, with the file, which was found whole.
+
+    Raises
+    ------
+    InvalidRequest
+        It is none, or not as it was written.
+    """
+    plan_file = PlanFile(path)
+    kind = plan_file.header.kind
+    if kind not in KINDS:
+        raise InvalidRequest(f"{path} is a plan of the kind {kind!r}, which is not known here; update pacs-courier.")
+    plan_file.must_be(KINDS[kind].judge)
+    if not plan_file.totals.counts["apply"]:
+        raise InvalidRequest(f"{path} leaves nothing to do: all its {plan_file.totals.items} items are to be skipped.")
+    wishes = {**plan_file.header.order, "name": plan_file.header.name, "dry_run": False}
+    return Order(kind, wishes), plan_file
+
+
+def lines_of(plan_file: PlanFile) -> Iterator[Planned]:
+    for line in plan_file:
+        skip = (line.why or "left out by the plan") if line.do == "skip" else ""
+        yield Planned(line.item, line.server or "", line.size_bytes, skip)

@@ -1,0 +1,45 @@
+"""How fast a batch goes and when it will be done, from what it looked like a while ago and now. Pure; no clock here."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+#: The pace is that of the last so many seconds: long enough for a slow server, short enough to show a change.
+WINDOW_S = 30.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """``left_s`` is None while nobody can say."""
+
+    items_per_s: float = 0.0
+    bytes_per_s: float = 0.0
+    left_s: float | None = None
+
+
+class Meter:
+    """Looks at one batch again and again."""
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, int, int]] = deque()
+        self._about: object = None
+
+    def look(self, at_s: float, *, about: object, settled: int, carried_bytes: int, items: int) -> Pace:
+        """The pace, with a further look at ``at_s`` seconds of any clock.
+
+        ``about`` is what the counts belong to: when it changes, as from one pass to the next, counting begins anew.
+        """
+        if about != self._about or (self._looks and settled < self._looks[-1][1]):
+            self._looks.clear()
+            self._about = about
+        self._looks.append((at_s, settled, carried_bytes))
+        while len(self._looks) > 2 and self._looks[1][0] <= at_s - WINDOW_S:
+            self._looks.popleft()
+        began_s, began_settled, began_bytes = self._looks[0]
+        elapsed_s = at_s - began_s
+        if elapsed_s <= 0:
+            return Pace()
+        items_per_s = (settled - began_settled) / elapsed_s
+        left_s = (items - settled) / items_per_s if items_per_s > 0 else None
+        return Pace(items_per_s, max(carried_bytes - began_bytes, 0) / elapsed_s, left_s)
