@@ -22,7 +22,7 @@ FACTOR = 10
 #: What any case may take beyond it: an exception with its frames, a pydantic error, the window of a reader.
 ALLOWANCE_BYTES = 256 * 1024
 #: A case that is not back after so much processor time is interrupted; the meter of memory slows it down fivefold.
-_INTERRUPT_S = 5.0
+INTERRUPT_S = 5.0
 
 
 class Finding(AssertionError):
@@ -135,7 +135,7 @@ def _outcome(target: Target, prepared: Any) -> Any:
     except Finding:
         raise
     except _Hangs:
-        raise Finding(f"is not back after {_INTERRUPT_S:g} s of processor time") from None
+        raise Finding(f"is not back after {INTERRUPT_S:g} s of processor time") from None
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise Finding(
@@ -151,7 +151,7 @@ def _interrupted() -> Iterator[None]:
         raise _Hangs
 
     before = signal.signal(signal.SIGVTALRM, interrupt)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _INTERRUPT_S)
+    signal.setitimer(signal.ITIMER_VIRTUAL, INTERRUPT_S)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from tests.fuzz import meter
 from tests.fuzz.campaign import by_bytes, by_hypothesis
 from tests.fuzz.meter import Tally, Target
 from tests.fuzz.secrets import SECRET
@@ -28,7 +29,8 @@ def test_nothing_that_hypothesis_makes_up_breaks_a_reader(target: Target) -> Non
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_no_damage_to_a_sample_breaks_a_reader(target: Target) -> None:
     tally = Tally()
-    seeds = target.seeds()[-5:]  # the whole of pydicom's samples is for `make fuzz`
+    # All of pydicom's samples, and the file that inflates to 16 MiB, are for `make fuzz`.
+    seeds = target.seeds()[-6:-1] if target.name == "identify" else target.seeds()[-5:]
     assert by_bytes(dataclasses.replace(target, seeds=lambda: seeds), CASES, tally, seed=1) == []
     assert tally.cases == CASES
 
@@ -65,7 +67,10 @@ def be_nobody(_case: bytes) -> None:
         (be_nobody, "without a code"),
     ],
 )
-def test_the_fuzzer_finds_each_kind_of_fault(act: Callable[[bytes], Any], words: str) -> None:
+def test_the_fuzzer_finds_each_kind_of_fault(
+    act: Callable[[bytes], Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meter, "INTERRUPT_S", 0.2)
     broken = Target(
         "broken",
         seeds=lambda: [b"x" * 100_000],

@@ -259,3 +259,27 @@ def test_a_space_that_is_no_number_is_no_space(space: object) -> None:
 def test_a_health_report_with_entries_that_are_none_says_nothing_of_the_database() -> None:
     report = cast(Transport, Canned({"details": ["x", None, 1, []]}))
     assert msdicom.MsDicom(report).database().ok is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"errorMessage":"' + b"x" * 100_000 + b'"}',
+        b"[" * 100_000,
+        b'{"errorMessage":"two\\nlines"}',
+        b"\xff" * 100,
+        b"",
+    ],
+)
+def test_an_archives_words_are_one_short_line_whatever_it_sends(body: bytes) -> None:
+    words = dcm4chee.error_message(Answer(500, {}, body))
+    assert 0 < len(words) <= 300
+    assert words.isprintable()
+
+
+def test_json_that_is_brackets_for_the_most_part_is_told_apart_from_the_thinnest_dicom_json() -> None:
+    thinnest = json.dumps([{"00080020": {"vr": "DA", "Value": ["1"]}}] * 5_000, separators=(",", ":")).encode()
+    assert not dicomjson.is_too_dense(thinnest)
+    assert not dicomjson.is_too_dense(b"[" + b",".join([b"{}"] * 900) + b"]"), "small ones cost nothing"
+    assert dicomjson.is_too_dense(b"[" + b",".join([b"{}"] * 5_000) + b"]")
+    assert dicomjson.is_too_dense(b"[" * 100_000)

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from worker.errors import InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from worker.logs import shown_text
 from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
 from worker.pacs.protocol import (
     DatabaseState,
@@ -209,6 +210,7 @@ class Dcm4chee:
 
 
 _JSON = {"Accept": "application/json"}
+_MAX_MESSAGE_BYTES = 8_192
 _MESSAGE = re.compile(r'"errorMessage"\s*:\s*"(.*)"\s*\}?\s*$', re.DOTALL)
 
 
@@ -219,15 +221,16 @@ def archive_path(base_path: str) -> str:
 
 def error_message(answer: Answer) -> str:
     """The archive's own words. They look like JSON but are not escaped. Oddity: "Errors look like JSON"."""
-    body = answer.body.decode("utf-8", "replace")
+    body = answer.body[:_MAX_MESSAGE_BYTES].decode("utf-8", "replace")
     try:
         found = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
-    if isinstance(found, dict) and isinstance(found.get("errorMessage"), str):
-        return str(found["errorMessage"])
+    message = found.get("errorMessage") if isinstance(found, dict) else None
     match = _MESSAGE.search(body)
-    return match[1] if match else f"status {answer.status}"
+    if not isinstance(message, str):
+        message = match[1] if match else f"status {answer.status}"
+    return shown_text(message, limit=300)
 
 
 def storage_state(systems: Sequence[Mapping[str, Any]]) -> StorageState:

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode
 from pydicom.datadict import tag_for_keyword
 
 from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
-from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, text
+from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, is_too_dense, text
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Found, Part, Passing, Retrieved
 from worker.pacs.stow import PassingBody, StowBody
@@ -183,6 +183,8 @@ class DicomWeb:
         return document
 
     def parse(self, answer: Answer) -> Any:
+        if is_too_dense(answer.body):
+            raise self.misanswered("JSON that is brackets for the most part")
         try:
             return json.loads(answer.body)
         except (ValueError, RecursionError) as error:
