@@ -51,6 +51,26 @@ class Spent:
     size_bytes: int | None = None
 
 
+@dataclass
+class Notes:
+    """What an attempt at a chunk leaves to the next, for itself, for the kind and for the pace.
+
+    ``begun`` are the items that this attempt or an earlier one may have done.
+    """
+
+    begun: set[int] = field(default_factory=set)
+    kind: Mapping[str, Any] = field(default_factory=dict)
+    pace: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, memo: Mapping[str, Any] | None, *, pace: Mapping[str, Any]) -> Notes:
+        memo = memo or {}
+        return cls(set(memo.get("begun", ())), memo.get("kind", {}), pace)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"begun": sorted(self.begun), **({"kind": self.kind} if self.kind else {}), **self.pace}
+
+
 @dataclass(frozen=True)
 class Desk:
     """What a kind works with: the batch, the attempt at one of its chunks (or at its plan), and the tools."""
@@ -65,6 +85,17 @@ class Desk:
     #: What has to be known of the plan.
     warnings: list[str] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
+    notes: Notes = field(default_factory=Notes)
+
+    @property
+    def memo(self) -> Mapping[str, Any]:
+        """What the kind has written down of this chunk in this pass, also in an earlier attempt."""
+        return self.notes.kind
+
+    def remember(self, memo: Mapping[str, Any]) -> None:
+        """Write down what an attempt after a death has to know, before it is acted upon."""
+        self.notes.kind = memo
+        self.run.intend(self.notes.as_json())
 
     def known(self, item: Item, which: Pass = "apply") -> Settled:
         """What an earlier pass made of the item: where, and its result; `open` if it has not come to it."""
@@ -90,7 +121,7 @@ class Kind(Protocol):
       half done, and whose end nobody has seen;
     * SHALL raise only our errors; a raised one is the answer for the whole group;
     * SHALL NOT sleep, retry, or write receipts and trails: an item's receipt is its result;
-    * SHALL leave alone what other jobs hold (None), and hold nothing when it returns;
+    * SHALL leave alone what other jobs hold (None), and hold nothing when it returns but what may be half done;
     * SHOULD not ask servers in `Desk.down`, and add to it those that it finds silent;
     * SHOULD say in `Desk.spent` what it took, if that is not one request per item.
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from worker.batches import STATE_OF, Batch, Batches, Item, Pass, Row, Settled
 from worker.errors import CourierError, InvalidRequest, NeedsPerson, Refused
-from worker.jobs.batches import TURN_S, Answer, Desk, Kind, Spent, current, settle, slot, to_do
+from worker.jobs.batches import TURN_S, Answer, Desk, Kind, Notes, Spent, current, settle, slot, to_do
 from worker.jobs.pace import Pace
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
@@ -77,14 +77,16 @@ class _Attempt:
     def __post_init__(self) -> None:
         self.batches = Batches(self.tools.ledger)
         self.pace = Pace(self.batch, self.run, self.tools)
-        self.begun: set[int] = set((self.run.memo or {}).get("begun", []))
+        self.notes = Notes.of(self.run.memo, pace=self.pace.memo)
         self.rows: dict[int, Row] = {}
 
     def go(self) -> _Left:
         """Group by group. A server that is down is not asked again, so that its time-outs do not add up."""
         self.rows = {row.item.number: row for row in _open_rows(self.batches, self.batch, self.job)}
         items = self._configured([row.item for row in self.rows.values()])
-        items.sort(key=lambda item: item.number in self.begun)  # what failed before keeps nobody else from its turn
+        items.sort(
+            key=lambda item: item.number in self.notes.begun
+        )  # what failed before keeps nobody else from its turn
         size = self.pace.group_items(self.kind.group_items)
         for at in range(0, len(items), size):
             group = [item for item in items[at : at + size] if item.server not in self.left.down]
@@ -110,25 +112,25 @@ class _Attempt:
         return False
 
     def _do(self, group: Sequence[Item]) -> None:
-        resumed = self.begun & {item.number for item in group}
-        self.begun |= {item.number for item in group}
-        self.run.intend(self._memo)
-        desk = Desk(self.batch, self.run, self.tools, rows=self.rows, down=self.left.down, spent=Spent())
+        resumed = self.notes.begun & {item.number for item in group}
+        self.notes.begun |= {item.number for item in group}
+        self.notes.pace = self.pace.memo
+        self.run.intend(self.notes.as_json())
+        desk = Desk(
+            self.batch, self.run, self.tools, rows=self.rows, down=self.left.down, spent=Spent(), notes=self.notes
+        )
         answers = _answers(self.kind, self.job.which, group, desk, resumed)
         settled = [one for one in map(_settled, group, answers) if one]
         settle(self.batch, self.job.which, self.job.chunk, settled, run=self.run)
         self.pace.account(settled, desk.spent)
-        self.begun -= {one.item.number for one in settled if one.status != "open"}
-        self.begun -= {item.number for item, answer in zip(group, answers, strict=True) if answer is None}
+        self.notes.begun -= {one.item.number for one in settled if one.status != "open"}
+        self.notes.begun -= {item.number for item, answer in zip(group, answers, strict=True) if answer is None}
         _note_what_is_left(group, answers, self.left)
-
-    @property
-    def _memo(self) -> dict[str, Any]:
-        return {"begun": sorted(self.begun), **self.pace.memo}
 
     def _remember(self) -> None:
         """What nobody has begun is not resumed by the next attempt."""
-        memo = self._memo
+        self.notes.pace = self.pace.memo
+        memo = self.notes.as_json()
         if any(memo.values()) or self.run.memo:
             self.run.ledger.intend(self.run.job_id, self.run.fence, memo)
 

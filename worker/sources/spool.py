@@ -33,6 +33,14 @@ class Fetched:
         """A view from byte 0 with a position of its own; closing it leaves the bytes for the next one."""
         return io.BufferedReader(_View(self.stream), CHUNK_BYTES)
 
+    def to_disk(self) -> None:
+        """Give the memory back; for whoever lets many of them wait at a time."""
+        if isinstance(self.stream, tempfile.SpooledTemporaryFile):
+            try:
+                self.stream.rollover()
+            except OSError as error:
+                raise _no_room(error) from error
+
     def close(self) -> None:
         self.stream.close()
 
@@ -112,11 +120,13 @@ def _fill(stream: IO[bytes], chunks: Iterator[bytes]) -> tuple[int, str]:
         try:
             stream.write(chunk)
         except OSError as error:
-            raise SourceUnreachable(
-                f"The worker has no room to keep the image ({error.strerror}); free its temporary folder."
-            ) from error
+            raise _no_room(error) from error
         size_bytes += len(chunk)
     return size_bytes, digest.hexdigest()
+
+
+def _no_room(error: OSError) -> SourceUnreachable:
+    return SourceUnreachable(f"The worker has no room to keep the image ({error.strerror}); free its temporary folder.")
 
 
 class _View(io.RawIOBase):

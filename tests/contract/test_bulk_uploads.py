@@ -1,0 +1,490 @@
+"""Many images at a time into real servers: the sandbox's two, and a real Orthanc where a product matters."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from sandbox import processes as parts
+from sandbox.images import ImageServer
+from sandbox.processes import RedisPart, SandboxPart
+from sandbox.synthetic import image, new_uid
+from worker.batches import Item, Row, Settled
+from worker.errors import CourierError
+from worker.instances import identify
+from worker.jobs.batches import Desk, Notes
+from worker.jobs.bulk_checks import undo, verify
+from worker.jobs.bulk_uploads import LOAD_IMAGES, Uploads
+from worker.jobs.run import Run
+from worker.jobs.tools import Tools
+from worker.ledger import Ledger
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Found, Outcome, Pacs, Part
+from worker.pacs.registry import connect
+from worker.settings import Settings
+from worker.sources import Sources
+
+_CHUNKS = itertools.count()
+
+
+class Counted:
+    """A server that counts what is stored per request, and otherwise is the one behind it."""
+
+    def __init__(self, pacs: Pacs) -> None:
+        self._pacs = pacs
+        self.requests: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pacs, name)
+
+    def store(self, parts: Sequence[Part]) -> list[Outcome]:
+        self.requests.append(len(parts))
+        return self._pacs.store(parts)
+
+
+@dataclass
+class Chunk:
+    """Attempts at the same items, each taking up where the one before left off."""
+
+    tools: Tools
+    urls: Sequence[str]
+    server: str = ""
+    last: bool = False
+    rows: dict[int, Row] = field(default_factory=dict)
+    job_id: str = field(default_factory=lambda: f"B.apply.{next(_CHUNKS)}")
+    settled: dict[int, Settled] = field(default_factory=dict)
+
+    def attempt(self) -> list[Settled | CourierError | None]:
+        """Those that are open; what is settled is as the batch would have it."""
+        results = self.carry()
+        self.settled.update({one.item.number: one for one in results if isinstance(one, Settled)})
+        return results
+
+    def carry(self) -> list[Settled | CourierError | None]:
+        items = [Item(n, self.server, url) for n, url in enumerate(self.urls) if n not in self.settled]
+        return Uploads(self.begin()).carry(items)
+
+    def begin(self) -> Desk:
+        """What the engine gives to a kind; the memo of the attempt before is in it."""
+        ledger = self.tools.ledger
+        ledger.client.hset(f"courier:job:{self.job_id}", "lease_ms", 0)
+        claim = ledger.claim(self.job_id, task="pacs.batch.chunk", job={})
+        run = Run(self.job_id, claim.fence, claim.attempt, last=self.last, ledger=ledger, memo=claim.memo)
+        return Desk(cast(Any, None), run, self.tools, rows=self.rows, notes=Notes.of(claim.memo, pace={}))
+
+    @property
+    def told(self) -> list[str]:
+        """In the order of the items, what became of each."""
+        return [self.settled[n].code or self.settled[n].status for n in range(len(self.urls))]
+
+
+def words(results: Sequence[Settled | CourierError | None]) -> list[str]:
+    """How an attempt ended, item by item; with a question mark for what stays open."""
+    return [
+        "another's"
+        if one is None
+        else f"{one.payload['code']}?"
+        if isinstance(one, CourierError)
+        else one.code or one.status
+        for one in results
+    ]
+
+
+@dataclass
+class Site:
+    tools: Tools
+    images: ImageServer
+    servers: dict[str, Counted]
+
+    @property
+    def desk(self) -> Desk:
+        return Chunk(self.tools, []).begin()
+
+    def chunk(self, *urls: str, **more: Any) -> Chunk:
+        return Chunk(self.tools, urls, **more)
+
+    def put(self, study: str, **more: Any) -> str:
+        sop = more.pop("sop", new_uid())
+        return self.images.put(f"{next(_CHUNKS)}.dcm", image(study, sop=sop, side=8, **more))
+
+    def study(self, count: int, study: str | None = None) -> list[str]:
+        study = study or new_uid()
+        return [self.put(study) for _ in range(count)]
+
+    def count(self, server: str, study: str) -> int:
+        return len({one.sop_instance_uid for one in self.servers[server].instances(Found("study", study))})
+
+
+@pytest.fixture
+def site_of(redis: RedisPart, image_server: ImageServer) -> Iterator[Callable[..., Site]]:
+    opened: list[Tools] = []
+
+    def build(servers: Sequence[dict[str, Any]], **sections: Any) -> Site:
+        tree = {
+            "servers": list(servers),
+            "queue": parts.queue_settings(redis),
+            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            **sections,
+        }
+        settings = Settings.model_validate(tree)
+        counted = {server.name: Counted(connect(server)) for server in settings.servers}
+        fleet = Fleet(counted.values())  # type: ignore[arg-type]  # it stands in for what is behind it
+        ledger = Ledger.connect(redis.ledger_url)
+        opened.append(Tools(settings, ledger, Sources(settings.sources), fleet))
+        return Site(opened[-1], image_server, counted)
+
+    yield build
+    for tools in opened:
+        tools.fleet.close()
+        tools.sources.close()
+        tools.ledger.client.close()
+
+
+@pytest.fixture
+def site(site_of: Callable[..., Site], sandbox: SandboxPart) -> Site:
+    return site_of(sandbox.servers())
+
+
+@pytest.fixture(params=["msdicom", "dcm4chee", "orthanc"])
+def any_server(request: pytest.FixtureRequest, site_of: Callable[..., Site]) -> Site:
+    """One server, called ward."""
+    if request.param == "orthanc":
+        url = request.getfixturevalue("orthanc")
+    else:
+        url = getattr(request.getfixturevalue("sandbox"), request.param)
+    return site_of([{"name": "ward", "type": request.param, "url": url}])
+
+
+def test_a_group_is_stored_in_few_requests_and_each_item_has_its_receipt(any_server: Site) -> None:
+    study = new_uid()
+    chunk = any_server.chunk(*any_server.study(2 * LOAD_IMAGES + 3, study))
+    chunk.attempt()
+    assert set(chunk.told) == {"stored"}
+    assert any_server.servers["ward"].requests == [LOAD_IMAGES, LOAD_IMAGES, 3]
+    assert any_server.count("ward", study) == 2 * LOAD_IMAGES + 3
+    receipt = chunk.settled[0].result
+    assert chunk.settled[0].server_name == "ward"
+    assert set(receipt) == {"study_uid", "series_uid", "image_uid", "sha256", "size_bytes"}
+    assert (receipt["study_uid"], len(receipt["sha256"])) == (study, 64)
+    assert any_server.tools.ledger.known(study).storing == []
+
+
+def test_each_item_of_a_mixed_group_ends_in_its_own_way(any_server: Site) -> None:
+    before, images = new_uid(), any_server.images
+    there = any_server.put(before)
+    any_server.chunk(there).attempt()
+    urls = [
+        any_server.put(before),
+        there,
+        *any_server.study(4),
+        images.put("page.html", b"<!doctype html><title>Log in</title>"),
+        images.url("absent.dcm"),
+        images.put("secret.dcm", b"", status=403),
+        images.put("cut.dcm", image(new_uid())[:-90]),
+        "http://elsewhere.example.org/a.dcm",
+    ]
+    chunk = any_server.chunk(*urls)
+    chunk.attempt()
+    assert chunk.told == [
+        "stored",
+        "image_already_exists",
+        *["stored"] * 4,
+        "not_dicom",
+        "source_not_found",
+        "source_denied",
+        "not_dicom",
+        "source_not_allowed",
+    ]
+    known = chunk.settled[1]
+    assert (known.status, known.server_name) == ("already_there", "ward")
+    assert any_server.count("ward", before) == 2
+
+
+def test_studies_go_where_a_single_upload_would_take_them(site: Site) -> None:
+    old, split, new = new_uid(), new_uid(), new_uid()
+    for server, study in (("dcm4chee", old), ("dcm4chee", split), ("msdicom", split)):
+        site.servers[server].store([_part(image(study))])
+    site.tools.ledger.claim_study(new, server="dcm4chee", job_id="another")
+    chunk = site.chunk(site.put(old), site.put(split), site.put(new), *site.study(2))
+    chunk.attempt()
+    places = [chunk.settled[n].server_name for n in range(5)]
+    assert places == ["dcm4chee", "msdicom", "dcm4chee", "msdicom", "msdicom"]
+    asked = site.chunk(site.put(old), *site.study(2), server="msdicom")
+    asked.attempt()
+    assert asked.told == ["study_conflict", "stored", "stored"]
+    site.tools.ledger.mark_sick("msdicom", for_s=30)
+    healthy = site.chunk(*site.study(2))
+    healthy.attempt()
+    assert {one.server_name for one in healthy.settled.values()} == {"dcm4chee"}
+
+
+def test_an_image_that_is_on_any_server_is_not_stored_on_another(site: Site) -> None:
+    study, sop = new_uid(), new_uid()
+    site.servers["dcm4chee"].store([_part(image(study, sop=sop))])
+    site.servers["msdicom"].store([_part(image(study))])
+    chunk = site.chunk(site.put(study, sop=sop), *site.study(6, study))
+    chunk.attempt()
+    assert chunk.told == ["image_already_exists", *["stored"] * 6]
+    assert chunk.settled[0].server_name == "dcm4chee"
+
+
+def test_one_image_under_two_urls_is_stored_once(site: Site) -> None:
+    study, sop = new_uid(), new_uid()
+    chunk = site.chunk(*(site.put(study, sop=sop, seed=n) for n in range(3)))
+    assert words(chunk.attempt()) == ["stored", "another's", "another's"]
+    chunk.attempt()
+    assert chunk.told == ["stored", "image_already_exists", "image_already_exists"]
+    assert site.count("msdicom", study) == 1
+
+
+def test_an_image_in_another_jobs_hands_is_left_to_it(site: Site) -> None:
+    study, sop, ledger = new_uid(), new_uid(), site.tools.ledger
+    single = ledger.claim("single", task="pacs.upload", job={})
+    ledger.hold_image(sop, job_id="single", fence=single.fence, into=(study,))
+    chunk = site.chunk(site.put(study, sop=sop), site.put(study))
+    assert words(chunk.attempt()) == ["another's", "stored"]
+    deletion = ledger.claim("deletion", task="pacs.delete", job={})
+    assert ledger.shut(study, job_id="deletion", fence=deletion.fence) == "single"
+    assert words(site.chunk(site.put(study)).attempt()) == ["another's"]
+
+
+def test_silence_is_never_taken_as_not_there(site: Site, sandbox: SandboxPart) -> None:
+    study, sop = new_uid(), new_uid()
+    site.servers["msdicom"].store([_part(image(study, sop=sop))])
+    chunk = site.chunk(site.put(study, sop=sop), *site.study(3))
+    sandbox.set_mood("dcm4chee", "query", status=503)
+    assert words(chunk.attempt()) == ["image_already_exists", *["pacs_unavailable?"] * 3]
+    assert site.servers["msdicom"].requests == [1]
+    sandbox.calm()
+    chunk.attempt()
+    assert chunk.told == ["image_already_exists", *["stored"] * 3]
+
+
+@pytest.mark.parametrize("server", ["msdicom", "dcm4chee"])
+def test_an_answer_that_was_lost_is_asked_for_and_nothing_is_stored_twice(
+    site: Site, sandbox: SandboxPart, server: str
+) -> None:
+    study = new_uid()
+    chunk = site.chunk(*site.study(8, study), server=server)
+    sandbox.set_mood(server, "store", commit_then_drop=True, times=1)
+    assert words(chunk.attempt()) == ["pacs_unavailable?"] * 8
+    single = site.tools.ledger.claim("single", task="pacs.upload", job={})
+    (held,) = site.tools.ledger.hold_images([_first_uids(site, server, study)], job_id="single", fence=single.fence)
+    assert held == chunk.job_id  # nobody else may store it until it is known whether we did
+    fetched = len(site.images.requests)
+    chunk.attempt()
+    assert chunk.told == ["stored"] * 8
+    assert (site.servers[server].requests, len(site.images.requests)) == ([8], fetched)
+    assert site.count(server, study) == 8
+
+
+def test_of_a_request_that_was_cut_off_what_arrived_is_kept_and_the_rest_sent(site: Site, sandbox: SandboxPart) -> None:
+    study = new_uid()
+    chunk = site.chunk(*site.study(8, study))
+    sandbox.set_mood("msdicom", "store", lose_last_part=True, times=1)
+    assert words(chunk.attempt()) == [*["stored"] * 7, "pacs_misanswered?"]
+    chunk.attempt()
+    assert chunk.told == ["stored"] * 8
+    assert site.servers["msdicom"].requests == [8, 1]
+
+
+@pytest.mark.parametrize(
+    ("server", "mood"),
+    [
+        ("msdicom", {"transient_272": True}),
+        ("dcm4chee", {"transient_272": True}),
+        ("dcm4chee", {"disk_full": "A700"}),
+        ("msdicom", {"status": 503}),
+        ("msdicom", {"reset_after_bytes": 900}),
+        ("msdicom", {"truncate": True}),
+    ],
+)
+def test_what_a_server_could_not_store_now_it_stores_later(
+    site: Site, sandbox: SandboxPart, server: str, mood: dict[str, Any]
+) -> None:
+    study = new_uid()
+    chunk = site.chunk(*site.study(5, study), server=server)
+    sandbox.set_mood(server, "store", **mood, times=1)
+    assert all(word.endswith("?") for word in words(chunk.attempt()))
+    chunk.attempt()
+    assert chunk.told == ["stored"] * 5
+    assert site.count(server, study) == 5
+
+
+def test_what_stays_pending_for_ever_is_cleared_and_stored(site: Site, sandbox: SandboxPart) -> None:
+    chunk = site.chunk(*site.study(3))
+    sandbox.set_mood("msdicom", "store", pending_45071="never", times=1)
+    for _ in range(4):
+        assert set(words(chunk.attempt())) <= {"pacs_unavailable?", "stored"}
+    chunk.attempt()
+    assert chunk.told == ["stored"] * 3
+
+
+def test_a_conflict_is_the_images_own(site: Site) -> None:
+    study = new_uid()
+    site.servers["dcm4chee"].store([_part(image(study))])
+    chunk = site.chunk(site.put(study), site.put(study, PatientID="SOMEBODY-ELSE"), site.put(study))
+    chunk.attempt()
+    assert chunk.told == ["stored", "study_conflict", "stored"]
+    assert chunk.settled[1].server_name == "dcm4chee"
+
+
+def test_an_image_that_nobody_can_read_is_found_by_sending_each_alone(
+    site_of: Callable[..., Site], orthanc: str
+) -> None:
+    site = site_of([{"name": "ward", "type": "orthanc", "url": orthanc}])
+    study = new_uid()
+    bad = [site.images.put(f"bad{n}.dcm", _unreadable(image(new_uid(), side=8))) for n in range(2)]
+    chunk = site.chunk(*site.study(3, study), *bad)
+    assert words(chunk.attempt()) == [*["stored"] * 3, *["pacs_misanswered?"] * 2]
+    chunk.attempt()
+    assert chunk.told == [*["stored"] * 3, *["pacs_rejected"] * 2]
+    assert site.servers["ward"].requests == [5, 1, 1]
+
+
+def test_a_server_that_fails_a_push_is_not_tried_again_in_the_same_attempt(site: Site, sandbox: SandboxPart) -> None:
+    sandbox.set_mood("msdicom", "store", status=503)
+    chunk = site.chunk(*site.study(2 * LOAD_IMAGES, new_uid()))
+    assert set(words(chunk.attempt())) == {"pacs_unavailable?"}
+    assert site.servers["msdicom"].requests == [LOAD_IMAGES]
+
+
+def test_a_worker_that_dies_before_the_batch_knows_finds_its_own_images(site: Site) -> None:
+    """The results of the first attempt are thrown away, as by a kill between the push and the record."""
+    study = new_uid()
+    chunk = site.chunk(*site.study(LOAD_IMAGES + 5, study))
+    assert set(words(chunk.carry())) == {"stored"}
+    fetched = len(site.images.requests)
+    chunk.attempt()
+    assert set(chunk.told) == {"stored"}
+    assert len(site.images.requests) == fetched
+    assert site.servers["msdicom"].requests == [LOAD_IMAGES, 5]
+
+
+def test_an_image_that_others_put_there_first_is_not_taken_for_ours_after_a_death(site: Site) -> None:
+    study, sop = new_uid(), new_uid()
+    url = site.put(study, sop=sop)
+    site.servers["msdicom"].store([_part(image(study, sop=sop, side=8))])
+    site.servers["msdicom"].present = lambda study, uids: set()  # type: ignore[attr-defined]  # it came after the check
+    chunk = site.chunk(url, site.put(study))
+    assert words(chunk.carry()) == ["image_already_exists", "stored"]
+    del site.servers["msdicom"].present  # type: ignore[attr-defined]
+    chunk.attempt()
+    assert chunk.told == ["image_already_exists", "stored"]
+
+
+def test_what_is_large_waits_on_the_disk_and_arrives_whole(site: Site) -> None:
+    study = new_uid()
+    urls = [site.images.put(f"{n}.dcm", image(study, side=900, seed=n)) for n in range(14)]
+    chunk = site.chunk(*urls)
+    chunk.attempt()
+    assert chunk.told == ["stored"] * 14
+    assert site.servers["msdicom"].requests == [11, 3]  # 1.6 MB each: 16 MiB make a load
+    assert words(verify(list(chunk.settled.values()), site.desk)) == ["verified"] * 14
+
+
+def test_what_may_have_arrived_when_it_was_given_up_is_ours_when_it_is_tried_again(
+    site: Site, sandbox: SandboxPart
+) -> None:
+    study = new_uid()
+    chunk = site.chunk(*site.study(4, study), last=True)
+    sandbox.set_mood("msdicom", "store", commit_then_drop=True)
+    results = chunk.attempt()
+    assert (chunk.told, [one.status for one in chunk.settled.values()]) == (["pacs_unavailable"] * 4, ["failed"] * 4)
+    assert words(undo(list(chunk.settled.values()), site.desk, resumed=set())) == ["kept"] * 4
+    sandbox.calm()
+    rows = {one.item.number: Row(one.item, {"apply": one}) for one in results if isinstance(one, Settled)}
+    again = site.chunk(*chunk.urls, rows=rows)
+    again.attempt()
+    assert again.told == ["stored"] * 4
+    assert site.servers["msdicom"].requests == [4]
+
+
+# --- verify and undo ------------------------------------------------------------------------------------------------
+
+
+def test_what_was_stored_is_verified_by_its_bytes_where_the_server_keeps_them(any_server: Site) -> None:
+    study = new_uid()
+    other = any_server.chunk(any_server.put(study))
+    other.attempt()
+    bare = any_server.images.put("bare.dcm", image(study, side=8)[132:])
+    chunk = any_server.chunk(*any_server.study(6, study), bare)
+    chunk.attempt()
+    assert chunk.told == ["stored"] * 7
+    keeps = any_server.servers["ward"].keeps_bytes
+    seen = verify(list(chunk.settled.values()), any_server.desk)
+    assert [(one.status, one.result["compared"]) for one in seen if isinstance(one, Settled)] == [
+        ("verified", "bytes" if keeps else "uids")
+    ] * 7
+    wrong = [
+        Settled(one.item, "stored", server="ward", result={**one.result, "sha256": "0"})
+        for one in chunk.settled.values()
+    ]
+    assert set(words(verify(wrong, any_server.desk))) == {"differs" if keeps else "verified"}
+    gone = [Settled(one.item, "stored", server="ward", result={**one.result, "image_uid": new_uid()}) for one in wrong]
+    assert set(words(verify(gone, any_server.desk))) == {"missing"}
+
+
+def test_of_a_silent_server_nothing_is_said_when_it_is_verified(site: Site, sandbox: SandboxPart) -> None:
+    chunk = site.chunk(*site.study(2))
+    chunk.attempt()
+    sandbox.set_mood("msdicom", "query", status=503)
+    assert words(verify(list(chunk.settled.values()), site.desk)) == ["pacs_unavailable?"] * 2
+
+
+def test_undo_removes_what_the_batch_stored_and_nothing_else(any_server: Site) -> None:
+    study, alone = new_uid(), new_uid()
+    before = any_server.chunk(any_server.put(study))
+    before.attempt()
+    chunk = any_server.chunk(before.urls[0], *any_server.study(5, study), *any_server.study(2, alone))
+    chunk.attempt()
+    assert chunk.told == ["image_already_exists", *["stored"] * 7]
+    stored = [one for one in chunk.settled.values() if one.status == "stored"]
+    assert words(undo(list(chunk.settled.values()), chunk.begin(), resumed=set())) == ["kept", *["undone"] * 7]
+    assert (any_server.count("ward", study), any_server.count("ward", alone)) == (1, 0)
+    assert any_server.tools.ledger.claimed_server(alone) is None
+    assert words(verify(list(before.settled.values()), any_server.desk)) == ["verified"]
+    again = Chunk(any_server.tools, [])
+    assert words(undo(stored, again.begin(), resumed=set())) == ["not_there"] * 7
+
+
+def test_undo_keeps_an_image_that_somebody_has_replaced_since(site: Site) -> None:
+    study, sop = new_uid(), new_uid()
+    chunk = site.chunk(site.put(study, sop=sop), site.put(study))
+    chunk.attempt()
+    server = site.servers["msdicom"]
+    server.delete(Found("image", study, f"{study}.1", sop), permanent=True)
+    server.store([_part(image(study, sop=sop, side=8, seed=7))])
+    assert words(undo(list(chunk.settled.values()), chunk.begin(), resumed=set())) == ["kept", "undone"]
+    assert site.count("msdicom", study) == 1
+
+
+def test_undo_waits_for_the_job_that_has_the_image_and_knows_its_own_work_after_a_death(site: Site) -> None:
+    chunk = site.chunk(*site.study(3))
+    chunk.attempt()
+    stored = list(chunk.settled.values())
+    ledger = site.tools.ledger
+    single = ledger.claim("single", task="pacs.delete", job={})
+    ledger.hold_image(stored[0].result["image_uid"], job_id="single", fence=single.fence)
+    back = Chunk(site.tools, [])
+    assert words(undo(stored, back.begin(), resumed=set())) == ["another's", "undone", "undone"]
+    assert words(undo(stored[1:], back.begin(), resumed={1, 2})) == ["undone", "undone"]
+
+
+def _part(content: bytes) -> Part:
+    return Part(identify(io.BytesIO(content)), lambda: io.BytesIO(content), len(content))
+
+
+def _first_uids(site: Site, server: str, study: str) -> tuple[str, str, str]:
+    found = next(iter(site.servers[server].instances(Found("study", study))))
+    return str(found.sop_instance_uid), study, str(found.series_instance_uid)
+
+
+def _unreadable(content: bytes) -> bytes:
+    """A file that says which image it is, and then has an element of a type that does not exist."""
+    return content.replace(b"\x10\x00\x10\x00PN", b"\x10\x00\x10\x00ZZ")

@@ -1,0 +1,193 @@
+"""What a batch of uploads has stored, looked at again: is it there, is it the same, and how is it undone.
+
+Whether something was stored by the batch is said by its receipts, never guessed from what a server has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from worker.batches import ItemStatus, Settled
+from worker.errors import CourierError, NeedsPerson, NotFound, Refused
+from worker.jobs.batches import Answer, Desk
+from worker.jobs.deletions import forget_what_is_gone, remove
+from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs, Retrieved
+from worker.pacs.stow import PREAMBLE
+
+#: Where a study has more images than this for each one that is wanted, they are fetched one by one.
+WORTH_ALL = 2
+
+_UNDONE: Mapping[DeletionFate, ItemStatus] = {
+    DeletionFate.DELETED: "undone",
+    DeletionFate.HIDDEN: "undone",
+    DeletionFate.NOT_THERE: "not_there",
+    DeletionFate.REFUSED: "refused",
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a server has of the images of one study that a batch has stored there.
+
+    ``same`` are those whose bytes are what was sent; None where the server does not keep them so.
+    """
+
+    there: set[str]
+    same: set[str] | None
+
+
+def verify(done: Sequence[Settled], desk: Desk) -> list[Answer]:
+    """Whether every image is where its receipt says; with the same bytes, where the server keeps them.
+
+    Of one that was there before, what the batch can say is where it was found.
+    """
+    seen = _seen(done, desk)
+    return [_verified(one, seen[_where(one)]) for one in done]
+
+
+def _verified(one: Settled, seen: Seen | CourierError) -> Settled | CourierError:
+    if isinstance(seen, CourierError):
+        return seen
+    image_uid = one.result["image_uid"]
+    if image_uid not in seen.there:
+        return _now(one, "missing", f"{one.server_name} does not have the image.")
+    if seen.same is None or one.status != "stored":
+        return Settled(one.item, "verified", server=one.server_name, result={"compared": "uids"})
+    if image_uid not in seen.same:
+        return _now(one, "differs", f"{one.server_name} has the image with other bytes than were sent.")
+    return Settled(one.item, "verified", server=one.server_name, result={"compared": "bytes"})
+
+
+def undo(done: Sequence[Settled], desk: Desk, *, resumed: set[int]) -> list[Answer]:
+    """Delete what the receipts prove to be the batch's own: those images, on that server, and as they were sent.
+
+    ``resumed``: items that an earlier attempt may have deleted, if it came so far as to note it.
+    """
+    run, ledger = desk.run, desk.run.ledger
+    stored = [one for one in done if one.status == "stored"]
+    begun = resumed & set(desk.memo.get("undoing", ()))
+    owners = ledger.hold_images([_uids(one) for one in stored], job_id=run.job_id, fence=run.fence)
+    ours = [one for one, owner in zip(stored, owners, strict=True) if owner is None]
+    results: dict[int, Answer] = {one.item.number: None for one in stored}
+    results |= {one.item.number: _not_ours(one) for one in done if one.status != "stored"}
+    try:
+        seen = _seen(ours, desk)
+        ready = []
+        for one in ours:
+            kept = _kept(one, seen[_where(one)], resumed=one.item.number in begun)
+            if kept is None:
+                ready.append(one)
+            else:
+                results[one.item.number] = kept
+        if ready:
+            desk.remember({"undoing": sorted(begun | {one.item.number for one in ready})})
+        deletions = desk.tools.fleet.gather([partial(_delete, one, begun, desk) for one in ready])
+        for one, deletion in zip(ready, deletions, strict=True):
+            results[one.item.number] = _taken_back(one, deletion)
+    finally:
+        ledger.let_go_images(job_id=run.job_id, fence=run.fence)
+    gone = {one.result["study_uid"] for one in ours if isinstance(results[one.item.number], Settled)}
+    forget_what_is_gone(gone, desk.tools)
+    return [results[one.item.number] for one in done]
+
+
+def _not_ours(one: Settled) -> Settled:
+    if one.status == "failed":
+        return _now(one, "kept", "Whether the batch stored it is not known; retry the batch, then undo it.")
+    return _now(one, "kept", "It was there before, and so is not the batch's.")
+
+
+def _kept(one: Settled, seen: Seen | CourierError, *, resumed: bool) -> Settled | CourierError | None:
+    """Why an image is not to be deleted; None if it is."""
+    if isinstance(seen, CourierError):
+        return seen
+    image_uid = one.result["image_uid"]
+    if image_uid not in seen.there:
+        return Settled(one.item, "undone" if resumed else "not_there", server=one.server_name)
+    if seen.same is not None and image_uid not in seen.same:
+        return _now(one, "kept", "It is another file now than the one that was stored, and so not the batch's.")
+    return None
+
+
+def _delete(one: Settled, begun: set[int], desk: Desk) -> Deletion:
+    found = Found("image", one.result["study_uid"], one.result["series_uid"], one.result["image_uid"])
+    return remove(desk.tools.fleet[one.server_name], [found], permanent=True, resumed=one.item.number in begun)
+
+
+def _taken_back(one: Settled, deletion: Deletion | CourierError) -> Settled | CourierError:
+    if isinstance(deletion, Refused | NeedsPerson):
+        return Settled(one.item, "refused", deletion.payload["code"], deletion.message, server=one.server_name)
+    if isinstance(deletion, CourierError):
+        return deletion
+    refused = deletion.fate is DeletionFate.REFUSED
+    code, note = ("pacs_rejected", deletion.note) if refused else ("", "")
+    hidden: dict[str, Any] = {"hidden": True} if deletion.fate is DeletionFate.HIDDEN else {}
+    return Settled(one.item, _UNDONE[deletion.fate], code, note, server=one.server_name, result=hidden)
+
+
+# --- asking the servers ---------------------------------------------------------------------------------------------
+
+
+def _seen(stored: Sequence[Settled], desk: Desk) -> dict[tuple[str, str], Seen | CourierError]:
+    """By server and study."""
+    by_study: dict[tuple[str, str], list[Settled]] = {}
+    for one in stored:
+        by_study.setdefault(_where(one), []).append(one)
+    fleet = desk.tools.fleet
+    questions = [partial(_look, fleet[server], study, group) for (server, study), group in by_study.items()]
+    return dict(zip(by_study, fleet.gather(questions), strict=True))
+
+
+def _look(pacs: Pacs, study_instance_uid: str, stored: Sequence[Settled]) -> Seen:
+    study = Found("study", study_instance_uid)
+    wanted = {str(one.result["image_uid"]): one for one in stored}
+    images = {found.sop_instance_uid: found for found in pacs.instances(study) if found.sop_instance_uid}
+    there = images.keys() & wanted.keys()
+    if not pacs.keeps_bytes:
+        return Seen(there, None)
+    worth_all = bool(there) and len(images) <= WORTH_ALL * len(there)
+    founds = [study] if worth_all else [images[uid] for uid in sorted(there)]
+    digests = _digests(pacs, founds, bare=any(one.result.get("preamble_added") for one in stored))
+    return Seen(there, {uid for uid in there if wanted[uid].result["sha256"] in digests})
+
+
+def _digests(pacs: Pacs, founds: Iterable[Found], *, bare: bool) -> set[str]:
+    """Of all images below, as they come back; with ``bare`` also as they were before they were given a preamble."""
+    digests: set[str] = set()
+    for found in founds:
+        try:
+            with pacs.retrieve(found) as retrieved:
+                for one in retrieved:
+                    digests.update(_digests_of(one, bare=bare))
+        except NotFound:
+            continue  # gone since it was listed
+    return digests
+
+
+def _digests_of(retrieved: Retrieved, *, bare: bool) -> Iterator[str]:
+    whole, without, skip = hashlib.sha256(), hashlib.sha256(), len(PREAMBLE)
+    for chunk in retrieved.chunks:
+        whole.update(chunk)
+        if bare:
+            without.update(chunk[skip:])
+            skip = max(0, skip - len(chunk))
+    yield whole.hexdigest()
+    if bare:
+        yield without.hexdigest()
+
+
+def _where(one: Settled) -> tuple[str, str]:
+    return one.server_name, str(one.result["study_uid"])
+
+
+def _uids(one: Settled) -> tuple[str, str, str]:
+    """Image, study, series."""
+    return one.result["image_uid"], one.result["study_uid"], one.result["series_uid"]
+
+
+def _now(one: Settled, status: ItemStatus, message: str) -> Settled:
+    return Settled(one.item, status, message=message, server=one.server_name)
