@@ -30,7 +30,7 @@ from worker.errors import (
 )
 from worker.instances import Instance, identify
 from worker.jobs.batches import Answer as Result
-from worker.jobs.batches import Desk, Work
+from worker.jobs.batches import Desk, Work, order
 from worker.jobs.bulk_checks import undo, verify
 from worker.jobs.placement import (
     PENDINGS_BEFORE_REMOVAL,
@@ -43,9 +43,11 @@ from worker.jobs.placement import (
     refusal,
     settle,
 )
+from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.logs import shown_url
 from worker.pacs.protocol import Fate, Outcome, Pacs, Part
+from worker.payloads import BatchUploadJob, read_job
 from worker.planning import Planned
 from worker.routing import Answer, Decision, Exists, decide
 from worker.sources import Fetched
@@ -131,8 +133,8 @@ class ImageUploads:
 
     def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
         """All that a worker finds below the order's source."""
-        order = desk.batch.order
-        source, server = order.get("source"), str(order.get("server") or "")
+        wishes = desk.batch.order
+        source, server = wishes.get("source"), str(wishes.get("server") or "")
         if source is None:
             raise InvalidRequest("A batch of uploads needs items, or a source that lists them.")
         for page in desk.tools.sources.pages(source):
@@ -141,6 +143,8 @@ class ImageUploads:
     def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Result]:  # noqa: ARG002
         """What an earlier attempt may have done is in its own notes, with where and what."""
         server = str(desk.batch.order.get("server") or "")
+        if server:
+            desk.tools.fleet[server]  # an unknown name is refused before anything is fetched
         wanted = [item if item.server or not server else replace(item, server=server) for item in items]
         return Uploads(desk).carry(wanted)
 
@@ -149,6 +153,25 @@ class ImageUploads:
 
     def undo(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Result]:
         return undo([desk.known(item) for item in items], desk, resumed=resumed)
+
+
+KIND = ImageUploads()
+
+
+def upload_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """`pacs.batch.upload`: plan it and see it through; it bears the job's id.
+
+    Raises
+    ------
+    InvalidRequest
+        No server is called as the one that all shall go to.
+    CourierError
+        As of any order of a batch.
+    """
+    server = read_job(BatchUploadJob, message).server
+    if server is not None:
+        tools.fleet[server]
+    return order(message, run, tools, kind=KIND, name="upload", form=BatchUploadJob)
 
 
 class Uploads:

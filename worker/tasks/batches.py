@@ -10,13 +10,13 @@ from celery import Task
 from worker.app import app
 from worker.jobs import batches
 from worker.jobs.batches import Conductor, Kind
-from worker.jobs.bulk_uploads import ImageUploads
+from worker.jobs.bulk_uploads import KIND as UPLOADS
+from worker.jobs.bulk_uploads import upload_all
 from worker.jobs.chunks import chunk
 from worker.jobs.delete_all import StudyDeletions, delete_all
-from worker.payloads import BatchUploadJob
 from worker.tasks.door import deliver
 
-KINDS: dict[str, Kind] = {"delete": StudyDeletions(), "upload": ImageUploads()}
+KINDS: dict[str, Kind] = {"delete": StudyDeletions(), "upload": UPLOADS}
 
 
 @app.task(name="pacs.delete_all", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
@@ -28,7 +28,7 @@ def pacs_delete_all(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
 @app.task(name="pacs.batch.upload", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_upload(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     """Upload many images."""
-    return deliver(self, partial(batches.order, kind=KINDS["upload"], name="upload", form=BatchUploadJob), job)
+    return deliver(self, upload_all, job)
 
 
 @app.task(name="pacs.batch.chunk", bind=True, ignore_result=True)  # type: ignore[untyped-decorator]  # celery is untyped
