@@ -545,7 +545,7 @@ class Uploads:
         """Of all but what may be on its way into a server still: who asks for it next has to find it decided."""
         unclear = {
             pushed.image_uid
-            for number, pushed in self._memo.items()
+            for number, pushed in {**self._others, **self._memo}.items()
             if (pushed.uncertain or pushed.pendings) and not isinstance(self.results.get(number), Settled)
         }
         self._run.ledger.let_go_images(job_id=self._run.job_id, fence=self._run.fence, but=unclear)
