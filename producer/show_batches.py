@@ -25,7 +25,8 @@ from producer.errors import NotFound
 from producer.plans import PlanLine
 from producer.progress import Meter, Pace
 from producer.show import errors_console
-from worker.batches import ACTIVE, TROUBLE, Batch
+from worker.batches import ACTIVE, Batch
+from worker.logs import shown_url
 
 _POLL_S = 0.5
 #: How often a line is written where there is no terminal.
@@ -100,18 +101,34 @@ def failures_table(failures: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def batches_table(batches: Iterable[Batch]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("batch", "kind", "name", "state", "settled", "items", "begun"):
-        justify: Literal["left", "right"] = "right" if heading in ("settled", "items") else "left"
-        fixed = heading not in ("begun", "name")
-        table.add_column(heading, overflow="fold", justify=justify, no_wrap=fixed)
+def batches_table(batches: Sequence[Batch]) -> Table:
+    """One line each, as wide as a terminal of 80 columns unless batches have names."""
+    named = any(batch.name for batch in batches)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("batch", "kind", *(["name"] if named else []), "state", "done", "items", "begun"):
+        justify: Literal["left", "right"] = "right" if heading in ("done", "items") else "left"
+        table.add_column(heading, overflow="fold", justify=justify, no_wrap=heading != "name")
     for batch in batches:
-        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.created_ms / 1000))
         state = Text(batch.state, style=_STYLES.get(batch.state, ""))
-        settled = f"{batch.settled:,}"
-        table.add_row(batch.id, batch.kind, escape(batch.name), state, settled, f"{batch.items:,}", begun)
+        name = [escape(batch.name)] if named else []
+        table.add_row(batch.id, batch.kind, *name, state, _percent(batch), f"{batch.items:,}", _begun(batch))
     return table
+
+
+def order_line(batch: Batch) -> str:
+    """What was asked for, in the words of the message."""
+    told = ((name, value) for name, value in batch.order.items() if name not in ("confirm", "dry_run", "filters"))
+    return ", ".join(f"{name} {shown_url(str(value))}" for name, value in told if value not in (None, False, ""))
+
+
+def _percent(batch: Batch) -> str:
+    return f"{100 * batch.settled // batch.items} %" if batch.items else ""
+
+
+def _begun(batch: Batch) -> str:
+    """The time of a batch of today, the day of another."""
+    begun, today = time.localtime(batch.created_ms / 1000), time.localtime()
+    return time.strftime("%H:%M" if begun[:3] == today[:3] else "%Y-%m-%d", begun)
 
 
 # --- plans ------------------------------------------------------------------------------------------------------
@@ -257,17 +274,8 @@ class Look:
             pulse=not (batch and batch.items),
         )
         grid.add_row(Text(self.state, style=_STYLES.get(self.state, "bold")), bar, self.done())
-        below = [Text(part, style="dim", overflow="fold") for part in (self.speed(), self._colored_counts()) if part]
+        below = [Text(part, style="dim", overflow="fold") for part in (self.speed(), self.counts()) if part]
         return Group(grid, *below)
-
-    def _colored_counts(self) -> str:
-        return self.counts()
-
-    @property
-    def troubles(self) -> int:
-        if self.batch is None:
-            return 0
-        return sum(state.totals.get(status, 0) for state in self.batch.passes.values() for status in TROUBLE)
 
 
 def watch(desk: BatchDesk, handle: Handle, *, timeout_s: float | None, quiet: bool) -> None:

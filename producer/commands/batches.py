@@ -25,6 +25,7 @@ from producer.show_batches import (
     failures_table,
     json_array,
     json_lines,
+    order_line,
     plan_sentence,
     plan_table,
     watch,
@@ -81,8 +82,7 @@ def followed(courier: Courier, handle: Handle, *, timeout_s: float | None, as_js
         watch(courier.batch, handle, timeout_s=timeout_s, quiet=as_json)
     except KeyboardInterrupt:
         raise StillRunning(
-            f"Left. The batch goes on: pacs batch watch {handle.batch_id} comes back to it, "
-            f"pacs batch pause or cancel {handle.batch_id} stops it."
+            f"You have left; the batch goes on. Come back with: pacs batch watch {handle.batch_id}"
         ) from None
 
 
@@ -147,7 +147,10 @@ def watch_batch(batch_id: str, timeout_s: float | None, as_json: bool) -> int:
 @as_json_option
 @plain_failures
 def show_plan(batch_id: str, jsonl: bool, plan_path: Path | None, as_json: bool) -> int:
-    """What a batch would do, or was to do: counts by server and by what is left out and why."""
+    """What a batch would do, or was to do.
+
+    Counts by server, and by what is left out and why.
+    """
     with Courier() as courier:
         header, lines = courier.batch.plan(batch_id)
         if jsonl:
@@ -198,7 +201,7 @@ def show_summary(summary: PlanSummary, path: Path | None) -> None:
 @as_json_option
 @plain_failures
 def report(batch_id: str, as_csv: bool, jsonl: bool, statuses: tuple[str, ...], as_json: bool) -> int:
-    """What became of each item, one after the other, however many there are."""
+    """What became of each item, however many there are."""
     with Courier() as courier:
         courier.batch.get(batch_id)
         rows = courier.batch.report(batch_id)
@@ -237,11 +240,13 @@ def _add(name: str, act: Callable[[BatchDesk, str], Batch], sentence: str) -> No
             click.echo(json.dumps(found.as_json()))
         else:
             console.print(batches_table([found]))
+            if order := order_line(found):
+                console.print(order, style="dim", highlight=False, markup=False)
             _show_counts(found)
         return DONE
 
 
 _add("show", BatchDesk.get, "How far a batch is.")
-_add("pause", BatchDesk.pause, "Begin nothing new of a batch until it is resumed; what is under way ends.")
+_add("pause", BatchDesk.pause, "Begin nothing new of a batch until it is resumed.")
 _add("resume", BatchDesk.resume, "Go on with a paused batch.")
 _add("cancel", BatchDesk.cancel, "End a batch; what was done stays done.")

@@ -190,7 +190,10 @@ def delete(studies: Sequence[str], servers: Sequence[str], keep: str | None, **o
 @ordering
 @plain_failures
 def download(studies: Sequence[str], servers: Sequence[str], destination: str, form: str, **options: Any) -> int:
-    """Bring many studies to a folder or a bucket; each appears there when it is whole."""
+    """Bring many studies to a folder or a bucket.
+
+    Each appears there when it is whole.
+    """
     how = _How(options)
     wishes = {"servers": list(servers) or None, "destination": _place(destination), "format": form}
     order = Order("download", {**wishes, **_chosen(studies, options), **how.wishes})
@@ -321,7 +324,10 @@ def going_on(command: Command) -> Command:
 @going_on
 @plain_failures
 def apply(plan: str, yes: bool, **options: Any) -> int:
-    """Do what was planned: by a batch's id, or by a plan file as `--plan` wrote it."""
+    """Do what was planned, by a batch's ID or a plan file.
+
+    A plan file is what --plan wrote; one that was edited or cut is refused.
+    """
     with Courier() as courier:
         question = _question_of_file(Path(plan)) if Path(plan).exists() else _question_of(courier.batch.get(plan))
         if not _agreed(question, yes=yes, as_json=options["as_json"]):
@@ -373,7 +379,7 @@ def _add(name: str, act: Callable[[BatchDesk, str], Handle], sentence: str) -> N
             return _gone_on(courier, act(courier.batch, batch_id), options)
 
 
-_add("retry", BatchDesk.retry, "Try again what failed of a batch, and what a cancelled one had left open.")
+_add("retry", BatchDesk.retry, "Try again what failed of a batch, or was left open.")
 _add("verify", BatchDesk.verify, "Look once more whether all that a batch did is so.")
 
 
