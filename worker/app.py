@@ -23,6 +23,7 @@ from celery.result import denied_join_result
 from celery.worker.request import Request
 
 from worker import consumer, signing, watchdog
+from worker.breakers import Breakers
 from worker.destinations import Destinations
 from worker.errors import CourierError
 from worker.jobs.run import Pulse
@@ -31,8 +32,10 @@ from worker.ledger import DueJob, Ledger
 from worker.lines import configure
 from worker.logs import shown_job
 from worker.pacs.fleet import Fleet
+from worker.pacs.guard import Guard
 from worker.pacs.registry import connect
 from worker.settings import ServerSettings, Settings, SettingsError
+from worker.slots import Slots
 from worker.sources import Sources
 
 log = logging.getLogger(__name__)
@@ -147,12 +150,16 @@ def tools() -> Tools:
 
 @functools.cache
 def _tools() -> Tools:
+    ledger = _ledger()
+    breakers = Breakers(ledger.client, settings.breaker, retry_after_cap_s=settings.jobs.retry_after_cap_s)
+    guard = Guard(breakers, Slots(ledger.client), settings.servers)
     return Tools(
         settings=settings,
-        ledger=_ledger(),
+        ledger=ledger,
+        breakers=breakers,
         sources=Sources(settings.sources),
         destinations=Destinations(settings.downloads),
-        fleet=Fleet([connect(server) for server in settings.servers]),
+        fleet=Fleet([connect(server, guard) for server in settings.servers]),
         probes=Fleet([connect(_impatient(server)) for server in settings.servers], threads=8),
         wake=wake,
         batch_slots=threading.Semaphore(batch_slots(_pool_size)),
@@ -207,7 +214,8 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
 
 
 def sweep(ledger: Ledger) -> int:
-    """Send a message for every job that is due; returns how many."""
+    """Send a message for every job that is due, or whose server is well again; returns how many."""
+    ledger.wake_parked()
     due = ledger.sweep()
     for job in due:
         _send(job)

@@ -31,7 +31,7 @@ drawing complete:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 
@@ -117,7 +117,15 @@ class SourceTruncated(TryAgain):
 
 
 class PacsUnavailable(TryAgain):
+    """``resting`` names the circuit breaker (worker/breakers.py) that is open, if that is why, or has become so by it.
+
+    Then the job waits for the server, and not for a time. ``is_attempt`` is False where the server was not asked, or
+    only to learn whether it is well again: that costs the job none of its attempts.
+    """
+
     code = "pacs_unavailable"
+    resting: str | None = None
+    is_attempt: bool = True
 
 
 class PacsMisanswered(TryAgain):
@@ -186,6 +194,25 @@ class PacsUnauthorized(NeedsPerson):
 
 class Poisoned(NeedsPerson):
     code = "poisoned"
+
+
+def is_resting(error: CourierError) -> bool:
+    """Whether the job that met ``error`` waits for a server that is left alone, rather than tries again."""
+    return isinstance(error, PacsUnavailable) and error.resting is not None
+
+
+def first_to_wait_for(errors: Sequence[CourierError]) -> CourierError:
+    """Of several servers' errors the one that decides what happens next.
+
+    A server that is left alone first, for it costs no attempt to wait for it; then one that time may cure.
+    """
+
+    def rank(error: CourierError) -> int:
+        if is_resting(error):
+            return 0
+        return 1 if isinstance(error, TryAgain) else 2
+
+    return min(errors, key=rank)
 
 
 def from_payload(payload: Mapping[str, Any]) -> CourierError:

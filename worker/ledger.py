@@ -18,8 +18,11 @@ Keys, all below ``courier:`` in a database of their own:
     study:UID     hash    the claim: which server a new study belongs to, and which job opened it
     trail:UID     list    what was decided about an image, a series or a study, the latest ones, for `pacs.trace`
     placed        hash    server → number of new studies it was given
-    sick:NAME     string  a server that lately failed a push; expires by itself
     workers       hash    worker → what its watchdog last said of it
+    parked        set     the circuit breakers that jobs wait for, and for each of them
+    parked:NAME   zset    the jobs that wait until it closes, by the time since when
+
+The breakers' own keys stand in ``breakers.py``.
 
 States: ``queued`` → ``running`` ⇄ ``waiting`` → ``done`` | ``dead``; a dead job that is replayed is ``queued`` again.
 Only the holder of the current *fence* may move a running job on; whoever comes late is refused with `LeaseLost`.
@@ -37,6 +40,7 @@ from typing import Any, Final, Literal, cast
 
 import redis
 
+from worker.breakers import BREAKER, by_server
 from worker.logs import shown_job
 
 PREFIX: Final = "courier:"
@@ -49,6 +53,15 @@ ORDER: Final = {
 }
 #: So many records are read at a time.
 PAGE: Final = 200
+#: Jobs that wait for a breaker, by its name.
+PARKED: Final = PREFIX + "parked:"
+#: So many of them are woken at a time when it closes, so far apart; the next ones with the next sweep.
+WOKEN_AT_ONCE: Final = 1000
+WOKEN_APART_MS: Final = 5
+#: How long the one that was woken to be the probe has, until another one is.
+PROBE_AGAIN_S: Final = 5.0
+#: How soon a job comes back whose breaker has closed while it was being parked.
+CLOSED_MEANWHILE_S: Final = 0.5
 #: Names made from idempotency keys, so that every producer makes the same one.
 _NAMESPACE: Final = uuid.UUID("6f1c35f2-6a0d-4d55-9d3b-8a3f1f0a7c11")
 
@@ -104,9 +117,13 @@ local attempts = redis.call('HINCRBY', job, 'attempts', 1)
 local fence = redis.call('HINCRBY', job, 'fence', 1)
 redis.call('HSET', job, 'state', 'running', 'lease_ms', now + ARGV[4])
 if died > 0 then redis.call('HSET', job, 'deaths', died) end
-redis.call('HDEL', job, 'sends', 'woken')
+local at = redis.call('HGET', job, 'parked')
+if at then redis.call('ZREM', ARGV[5] .. at, ARGV[1]) end
+redis.call('HDEL', job, 'sends', 'woken', 'parked')
 redis.call('ZADD', due, now + ARGV[4], ARGV[1])
-return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0}
+local since = redis.call('HGET', job, 'parked_ms')
+local waited = since and now - tonumber(since) or 0
+return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0, waited}
 """
 )
 
@@ -142,6 +159,61 @@ end
 if ARGV[6] ~= 'counts' and redis.call('HEXISTS', KEYS[1], 'woken') == 1 then delay_ms = 0 end
 redis.call('ZADD', KEYS[2], now + delay_ms, ARGV[1])
 return 1
+"""
+)
+
+# A breaker that has closed meanwhile wakes nobody any more: then the job is due at once.
+_PARK_FOR = (
+    _NOW
+    + _TRAIL
+    + """
+local job, due, parked, index, breaker = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+if redis.call('HGET', job, 'fence') ~= ARGV[2] then return 0 end
+if redis.call('HGET', job, 'state') ~= 'running' then return 0 end
+redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'code', ARGV[4], 'message', ARGV[5])
+if ARGV[10] == '0' then redis.call('HINCRBY', job, 'attempts', -1) end
+if redis.call('HSETNX', job, 'parked_ms', string.format('%.0f', now)) == 1 then
+  note_of_job(job, ARGV[7], ARGV[8], true)
+end
+if redis.call('EXISTS', breaker) == 0 then
+  redis.call('ZADD', due, now + ARGV[9], ARGV[1])
+  return 1
+end
+redis.call('HSET', job, 'parked', ARGV[6])
+redis.call('ZADD', parked, now, ARGV[1])
+redis.call('SADD', index, ARGV[6])
+redis.call('ZADD', due, tonumber(redis.call('HGET', job, 'parked_ms')) + ARGV[3], ARGV[1])
+return 1
+"""
+)
+
+# One job is woken to be the probe when the pause is over, another one if nothing comes of it; all when it has closed.
+_WAKE = (
+    _NOW
+    + """
+local index, due = KEYS[1], KEYS[2]
+local total = 0
+for _, name in ipairs(redis.call('SMEMBERS', index)) do
+  local breaker, parked = ARGV[1] .. name, ARGV[2] .. name
+  local fields = redis.call('HMGET', breaker, 'until_ms', 'probe_until_ms', 'woken_ms')
+  local count = 0
+  if not fields[1] then
+    count = tonumber(ARGV[3])
+  elseif tonumber(fields[1]) <= now and tonumber(fields[2] or 0) <= now
+      and tonumber(fields[3] or 0) + ARGV[4] <= now then
+    count = 1
+    redis.call('HSET', breaker, 'woken_ms', string.format('%.0f', now))
+  end
+  if count > 0 then
+    for i, id in ipairs(redis.call('ZRANGE', parked, 0, count - 1)) do
+      redis.call('ZADD', due, now + (i - 1) * ARGV[5], id)
+      redis.call('ZREM', parked, id)
+      total = total + 1
+    end
+    if redis.call('EXISTS', parked) == 0 then redis.call('SREM', index, name) end
+  end
+end
+return total
 """
 )
 
@@ -192,7 +264,7 @@ note_of_job(job, ARGV[3], ARGV[4], true)
 redis.call('HSET', job, 'state', 'queued', 'attempts', 0, 'replayed_ms', now)
 redis.call('HINCRBY', job, 'replays', 1)
 redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
-  'storing', 'sends', 'waits', 'woken')
+  'storing', 'sends', 'waits', 'woken', 'parked', 'parked_ms')
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('DEL', KEYS[4])
 redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
@@ -427,7 +499,10 @@ class ClaimState(Enum):
 
 @dataclass(frozen=True)
 class Claim:
-    """What became of the wish to do a job now. ``memo`` is what an earlier attempt left behind."""
+    """What became of the wish to do a job now. ``memo`` is what an earlier attempt left behind.
+
+    ``waited_s`` ago it was first parked for a server that was left alone; 0 if it never was.
+    """
 
     state: ClaimState
     fence: int = 0
@@ -435,6 +510,7 @@ class Claim:
     deaths: int = 0
     memo: dict[str, Any] | None = None
     cancelled: bool = False
+    waited_s: float = 0
     outcome: dict[str, Any] | None = None
 
 
@@ -562,6 +638,7 @@ class Ledger:
         self._claim_study, self._stored = script(_CLAIM_STUDY), script(_STORED)
         self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
         self._hold_many, self._let_go_many = script(_HOLD_MANY), script(_LET_GO_MANY)
+        self._park_for, self._wake = script(_PARK_FOR), script(_WAKE)
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
         self._rouse = script(_ROUSE)
 
@@ -589,11 +666,13 @@ class Ledger:
     def claim(self, job_id: str, *, task: str, job: Mapping[str, Any]) -> Claim:
         """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later."""
         keys = [_job(job_id), PREFIX + "due", _deaths(task, job)]
-        answer: list[Any] = self._claim(keys=keys, args=[job_id, task, _dump(job), _ms(self.lease_s)])
+        args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED]
+        answer: list[Any] = self._claim(keys=keys, args=args)
         state = ClaimState(answer[0])
         if state is ClaimState.YOURS:
-            fence, attempt, deaths, memo, cancelled = answer[1:]
-            return Claim(state, fence, attempt, deaths, json.loads(memo) if memo else None, bool(cancelled))
+            fence, attempt, deaths, memo, cancelled, waited_ms = answer[1:]
+            known = json.loads(memo) if memo else None
+            return Claim(state, fence, attempt, deaths, known, bool(cancelled), waited_s=waited_ms / 1000)
         return Claim(state, outcome=json.loads(answer[1]) if len(answer) > 1 else None)
 
     def heartbeat(self, job_id: str, fence: int) -> bool:
@@ -619,6 +698,40 @@ class Ledger:
         args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, wait]
         note = _note("waiting", job_id, code=code, message=message, delay_s=round(delay_s, 1))
         self._guard(self._park(keys=keys, args=[*args, note, self.keep_ms]))
+
+    def park_for(  # noqa: PLR0913 - as `park`, and for whom
+        self,
+        breaker: str,
+        job_id: str,
+        fence: int,
+        *,
+        max_wait_s: float,
+        code: str,
+        message: str,
+        counts: bool = False,
+    ) -> None:
+        """Put the job aside until ``breaker`` closes, or until ``max_wait_s`` after it was first put aside so.
+
+        An attempt that ``counts`` not is given back.
+        """
+        keys = [_job(job_id), PREFIX + "due", PARKED + breaker, PREFIX + "parked", BREAKER + breaker]
+        note = _note("waiting", job_id, code=code, message=message)
+        args: list[str | int] = [job_id, fence, _ms(max_wait_s), code, message, breaker, note, self.keep_ms]
+        self._guard(self._park_for(keys=keys, args=[*args, _ms(CLOSED_MEANWHILE_S), int(counts)]))
+
+    def wake_parked(self) -> int:
+        """Make due who waited for a breaker that has closed, and one for each that is half-open; returns how many."""
+        args: list[str | int] = [BREAKER, PARKED, WOKEN_AT_ONCE, _ms(PROBE_AGAIN_S), WOKEN_APART_MS]
+        return int(self._wake(keys=[PREFIX + "parked", PREFIX + "due"], args=args))
+
+    def parked(self) -> dict[str, int]:
+        """How many jobs wait for each server that is left alone."""
+        breakers = sorted(cast(set[str], self._redis.smembers(PREFIX + "parked")))
+        with self._redis.pipeline(transaction=False) as pipe:
+            for breaker in breakers:
+                pipe.zcard(PARKED + breaker)
+            counts = dict(zip(breakers, pipe.execute(), strict=True))
+        return by_server({breaker: count for breaker, count in counts.items() if count})
 
     def told(self, job_id: str) -> None:
         """The outcome of an ended job is where its client looks for it: nobody has to be woken to bring it there."""
@@ -845,15 +958,6 @@ class Ledger:
         return bool(self._forget_study(keys=keys))
 
     # --- servers --------------------------------------------------------------------------------------------
-
-    def mark_sick(self, server: str, *, for_s: float) -> None:
-        """A push to ``server`` failed: no new study for it until ``for_s`` from now."""
-        self._redis.set(PREFIX + "sick:" + server, 1, px=_ms(for_s))
-
-    def sick(self, servers: Iterable[str]) -> set[str]:
-        names = list(servers)
-        marks: list[Any] = self._redis.mget([PREFIX + "sick:" + name for name in names]) if names else []
-        return {name for name, mark in zip(names, marks, strict=True) if mark}
 
     def placed(self) -> dict[str, int]:
         """How many new studies each server was given."""

@@ -93,6 +93,12 @@ def frames_of(error: BaseException | None) -> str:
     return "\n\nwhich came of:\n\n".join(parts)
 
 
+def job_in_hand() -> str | None:
+    """The job that this thread works for, if it does."""
+    line = _line.get()
+    return None if line is None else str(line["job_id"])
+
+
 def where_it_broke(error: BaseException) -> str:
     """The error's type and frames without its text, which may quote a URL or a dataset."""
     frames = "".join(traceback.format_tb(error.__traceback__))

@@ -216,6 +216,15 @@ class QueueSettings(_Section):
     signing: SigningSettings = SigningSettings()
 
 
+class BreakerSettings(_Section):
+    """When a server that fails is left alone, and for how long."""
+
+    failures: Annotated[int, Field(ge=1)] = 5
+    window_s: Annotated[float, Field(gt=0)] = 900
+    pause_s: Annotated[float, Field(gt=0)] = 5
+    pause_cap_s: Annotated[float, Field(gt=0)] = 60
+
+
 class JobSettings(_Section):
     """How long a job is held, how often it is tried."""
 
@@ -227,6 +236,8 @@ class JobSettings(_Section):
     pending_wait_s: Annotated[float, Field(gt=0)] = 20
     backoff_base_s: Annotated[float, Field(gt=0)] = 1
     backoff_cap_s: Annotated[float, Field(gt=0)] = 60
+    retry_after_cap_s: Annotated[float, Field(gt=0)] = 600
+    max_wait_s: Annotated[float, Field(gt=0)] = 86_400
 
 
 class WorkerSettings(_Section):
@@ -253,6 +264,7 @@ class Settings(_Section):
     jobs: JobSettings = JobSettings()
     worker: WorkerSettings = WorkerSettings()
     logs: LogSettings = LogSettings()
+    breaker: BreakerSettings = BreakerSettings()
 
     @field_validator("servers")
     @classmethod

@@ -20,7 +20,7 @@ QUICK = {"max_attempts": 3, "backoff_base_s": 0.1, "sweep_s": 0.1, "lease_s": 1.
 
 @pytest.fixture
 def courier(worker):
-    running = worker(jobs=QUICK)
+    running = worker(jobs=QUICK, breaker={"failures": 1000})  # attempts are counted here
     with Courier(running.settings) as courier:
         yield courier
 

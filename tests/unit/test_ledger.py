@@ -225,13 +225,6 @@ def test_a_cancelled_job_says_so_at_its_next_claim_and_before_its_push(ledger: L
     assert claim(ledger, "j2").cancelled
 
 
-def test_a_sick_server_recovers_by_itself(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    ledger.mark_sick("msdicom", for_s=30)
-    assert ledger.sick(["msdicom", "dcm4chee"]) == {"msdicom"}
-    assert 0 < client.pttl(f"{PREFIX}sick:msdicom") <= 30_000
-    assert ledger.sick([]) == set()
-
-
 def test_an_idempotency_key_names_one_job_and_no_key_names_a_new_one() -> None:
     assert job_id_for("order-7") == job_id_for("order-7")
     assert job_id_for(None) != job_id_for(None)

@@ -9,13 +9,14 @@ import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import redis
 
 from worker.errors import (
     Cancelled,
     CourierError,
+    PacsUnavailable,
     Poisoned,
     Refused,
     TryAgain,
@@ -28,6 +29,9 @@ from worker.logs import about, about_study, where_it_broke
 from worker.settings import JobSettings
 
 log = logging.getLogger(__name__)
+
+#: Somebody waits for the answer to these: they do not sit out a server's illness, but end after their attempts.
+SOMEBODY_WAITS: Final = frozenset({"pacs.exists", "pacs.metadata", "pacs.list_studies"})
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,16 @@ def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, 
         job_id=job_id,
         fence=claim.fence,
         attempt=claim.attempt,
-        last=claim.attempt >= limits.max_attempts,
+        last=claim.attempt >= limits.max_attempts or claim.waited_s >= limits.max_wait_s,
         ledger=tools.ledger,
+        cancelled=claim.cancelled,
         memo=claim.memo,
         clock=tools.clock,
     )
     try:
         with pulse.beating(run):
-            verdict = _attempt(work, claim, job, run, tools)
-            if isinstance(verdict, _Park) and verdict.meta and run.shown:
+            verdict = _attempt(work, claim, job, run, tools, task=task)
+            if isinstance(verdict, _Park | _Rest) and verdict.meta and run.shown:
                 pulse.show(run, verdict.meta)
             _record(verdict, run, task=task, job=job, tools=tools)
     except (LeaseLost, redis.RedisError) as error:
@@ -109,12 +114,26 @@ class _Park(Parked):
     meta: dict[str, Any] | None = None  # what watchers of the job may see meanwhile
 
 
-def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: Tools) -> Verdict:
+@dataclass(frozen=True)
+class _Rest(Parked):
+    """Until a server that is left alone is well again."""
+
+    breaker: str
+    counts: bool
+    code: str
+    message: str
+    meta: dict[str, Any]
+
+
+def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: Tools, *, task: str) -> Verdict:
     limits = tools.settings.jobs
     try:
         _fit_to_try(claim, limits)
         return Done(work(job, run, tools))
     except TryAgain as error:
+        breaker = _to_wait_for(error, claim, limits, task)
+        if breaker is not None:
+            return _rest(error, breaker, run)
         return Failed(error) if run.last else _park(error, run, limits, tools.rng)
     except CourierError as error:
         return Failed(error)
@@ -141,16 +160,29 @@ def _fit_to_try(claim: Claim, limits: JobSettings) -> None:
         )
 
 
+def _to_wait_for(error: TryAgain, claim: Claim, limits: JobSettings, task: str) -> str | None:
+    """The circuit breaker that the job sits out, if it may still wait."""
+    if not isinstance(error, PacsUnavailable) or task in SOMEBODY_WAITS or claim.waited_s >= limits.max_wait_s:
+        return None
+    return None if error.is_attempt and claim.attempt >= limits.max_attempts else error.resting
+
+
 def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random) -> _Park:
+    """Back off; what the other side asked for comes first, so that not everybody is back at the same moment."""
     asked_s = (error.retry_after_s or 0) if isinstance(error, TryAgain) else 0
-    delay_s = max(asked_s, backoff_s(run.attempt, limits, rng))
-    meta = {
-        "stage": "waiting",
-        "attempt": run.attempt,
-        "code": error.payload["code"],
-        "message": error.message,
-    }
-    return _Park(meta=meta, delay_s=delay_s, code=error.payload["code"], message=error.message)
+    delay_s = min(asked_s, limits.retry_after_cap_s) + backoff_s(run.attempt, limits, rng)
+    return _Park(meta=_shown(error, run), delay_s=delay_s, code=error.payload["code"], message=error.message)
+
+
+def _rest(error: TryAgain, breaker: str, run: Run) -> _Rest:
+    counts = not isinstance(error, PacsUnavailable) or error.is_attempt
+    code = error.payload["code"]
+    return _Rest(meta=_shown(error, run), breaker=breaker, counts=counts, code=code, message=error.message)
+
+
+def _shown(error: CourierError, run: Run) -> dict[str, Any]:
+    shown = {"stage": "waiting", "attempt": run.attempt, "code": error.payload["code"], "message": error.message}
+    return shown if error.server_name is None else {**shown, "server_name": error.server_name}
 
 
 def backoff_s(attempt: int, limits: JobSettings, rng: random.Random) -> float:
@@ -180,3 +212,14 @@ def _record(verdict: Verdict, run: Run, *, task: str, job: Mapping[str, Any], to
                 wait=verdict.wait,
             )
             log.info("Parked for at least %.1f s: %s", verdict.delay_s, verdict.message)
+        case _Rest():
+            ledger.park_for(
+                verdict.breaker,
+                run.job_id,
+                run.fence,
+                max_wait_s=tools.settings.jobs.max_wait_s,
+                code=verdict.code,
+                message=verdict.message,
+                counts=verdict.counts,
+            )
+            log.info("Parked until %s is well again: %s", verdict.breaker, verdict.message)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from worker.batches import STATE_OF, Batch, Batches, Item, Pass, Row, Settled
-from worker.errors import CourierError, InvalidRequest, NeedsPerson, Refused
+from worker.errors import CourierError, InvalidRequest, NeedsPerson, Refused, first_to_wait_for, is_resting
 from worker.jobs.batches import TURN_S, Answer, Desk, Kind, Notes, Spent, current, settle, slot, to_do
 from worker.jobs.pace import Pace
 from worker.jobs.run import NotYet, Run
@@ -41,8 +41,9 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
         left = _Attempt(kinds[batch.kind], job, batch, run, tools).go()
         still_open = [row.item for row in _open_rows(batches, batch, job)]
         if still_open and not left.stopped:
-            if any(left.error_of(item) for item in still_open) and not run.last:
-                raise next(error for item in still_open if (error := left.error_of(item)))
+            errors = [error for item in still_open if (error := left.error_of(item))]
+            if errors and (not run.last or any(map(is_resting, errors))):
+                raise first_to_wait_for(errors)
             if left.busy:
                 raise NotYet("other jobs are at the same studies", delay_s=TURN_S)
             _give_up(batch, job, still_open, left, run)

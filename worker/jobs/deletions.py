@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from worker.errors import CourierError, NeedsPerson, NotFound, PacsRejected, Refused, TryAgain
+from worker.errors import CourierError, NeedsPerson, NotFound, PacsRejected, Refused, first_to_wait_for
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.pacs.fleet import Fleet
@@ -217,7 +217,7 @@ def _still_open(
     errors: Sequence[CourierError], entries: Sequence[DeletedEntry], details: Mapping[str, Any]
 ) -> CourierError:
     """The error that decides what happens next (a new attempt, if one may help), with what is done already."""
-    error = next((error for error in errors if isinstance(error, TryAgain)), errors[0])
+    error = first_to_wait_for(errors)
     gone = [f"{entry.server_name} ({entry.status})" for entry in entries if entry.status in ("deleted", "hidden")]
     error.payload["message"] += f" Done already on {', '.join(gone)}." if gone else ""
     error.payload["details"] = {**error.details, **details}

@@ -16,7 +16,7 @@ from zipstream.ng import ZIP_DEFLATED, ZipStream
 
 from worker.destinations import Mark
 from worker.destinations.mark import MANIFEST, something_else
-from worker.errors import InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered
+from worker.errors import Cancelled, InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered
 from worker.instances import Instance
 from worker.jobs.lookups import look, settle
 from worker.jobs.passing import Incoming
@@ -71,6 +71,8 @@ def download(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, An
         What came is not what the server lists: the answer was cut off, or the study changed meanwhile.
     """
     job = read_job(DownloadJob, message)
+    if run.cancelled:  # what an earlier attempt has left is seen by nobody
+        raise Cancelled("The job was cancelled before the download was whole.")
     place = (tools.destinations.archive if job.format == "zip" else tools.destinations.files)(job.destination)
     _take_turn(place.shown, run)
     with run.step("check"):

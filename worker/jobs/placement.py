@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from worker.breakers import BreakerState
 from worker.errors import (
     CourierError,
     ImageAlreadyExists,
@@ -17,6 +18,7 @@ from worker.errors import (
     PacsRejected,
     PacsUnavailable,
     StudyConflict,
+    first_to_wait_for,
 )
 from worker.instances import Instance
 from worker.jobs.described import place
@@ -26,8 +28,6 @@ from worker.payloads import Route, RouteReason
 from worker.routing import Decision, Exists, Follow, New, Open, choose
 from worker.settings import ServerSettings
 
-#: How long a server that failed a push gets no new studies.
-SICK_S = 30.0
 #: After so many answers "being stored", what is left of a broken store is removed (docs/pacs-oddities.md).
 PENDINGS_BEFORE_REMOVAL = 3
 
@@ -82,7 +82,7 @@ def settle(
         case Exists(server):
             raise already_exists(server, arrival, tools)
         case Open(unanswered):
-            raise errors[unanswered[0]]
+            raise first_to_wait_for([errors[name] for name in unanswered])
         case Follow(server, study_on):
             return _follow(wish, server, study_on, candidates=tools.fleet.names)
         case New():
@@ -116,17 +116,43 @@ def _claim(study_instance_uid: str, wish: Wish, tools: Tools) -> Placement:
 
 
 def _healthy(tools: Tools) -> list[ServerSettings]:
-    """Servers that may be given a new study: those whose last push did not fail. All have answered the check."""
-    sick = tools.ledger.sick(tools.fleet.names)
-    return [pacs.server for pacs in tools.fleet if pacs.server.name not in sick]
+    """Servers that may be given a new study, the healthiest alone; all have answered, or nobody would ask for a place.
+
+    Whether a server has the study is never guessed from this: it only chooses among those that do not have it.
+    """
+    servers = [pacs.server for pacs in tools.fleet]
+    if tools.breakers is None:
+        return servers
+    ranks = {name: _rank(state) for name, state in tools.breakers.states(tools.fleet.names).items()}
+    best = min(ranks.values())
+    return [server for server in servers if ranks[server.name] == best < _OPEN]
+
+
+_OPEN = 3
+
+
+def _rank(state: BreakerState) -> int:
+    """0: nothing is against it; 1: it failed lately; 2: somebody has to ask whether it is well; 3: it is left alone."""
+    if state.closed:
+        return 1 if state.lately else 0
+    return 2 if state.name == "half-open" else _OPEN
 
 
 def _choose(healthy: list[ServerSettings], tools: Tools) -> str:
     if not healthy:
-        raise PacsUnavailable("No server takes new studies at present; the job waits for one.")
+        raise _nobody(tools)
     routing = tools.settings.routing
     placed = tools.ledger.placed() if routing.policy == "balanced" else {}
     return choose(healthy, routing, placed=placed, rng=tools.rng)
+
+
+def _nobody(tools: Tools) -> PacsUnavailable:
+    """All are left alone: the job waits for the one that is asked again first."""
+    error = PacsUnavailable("No server takes new studies at present; the job waits for one.")
+    if tools.breakers is not None:
+        states = tools.breakers.states(tools.fleet.names).values()
+        error.resting, error.is_attempt = min(states, key=lambda state: state.pause_left_s or 0).breaker, False
+    return error
 
 
 def already_exists(server: str, arrival: Arrival, tools: Tools) -> ImageAlreadyExists:

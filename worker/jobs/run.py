@@ -45,6 +45,7 @@ class Run:
     attempt: int
     last: bool
     ledger: Ledger
+    cancelled: bool = False  # before this attempt began
     memo: dict[str, Any] | None = None
     clock: Callable[[], float] = time.perf_counter
     stage: str = "claimed"

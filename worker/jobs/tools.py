@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from worker.breakers import Breakers
 from worker.destinations import Destinations
 from worker.ledger import DueJob, Ledger
 from worker.pacs.fleet import Fleet
@@ -25,6 +26,8 @@ class Tools:
     ledger: Ledger
     sources: Sources
     fleet: Fleet
+    #: Of all servers, for all workers; without them nobody is left alone and nobody is sick.
+    breakers: Breakers | None = None
     #: The same servers over short-tempered connections of their own: asking how they are never waits behind work.
     probes: Fleet | None = None
     destinations: Destinations = field(default_factory=lambda: Destinations(DownloadSettings()))

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from worker.errors import CourierError, PacsMisanswered, PacsUnavailable, TryAgain
+from worker.errors import Cancelled, CourierError, PacsMisanswered, PacsUnavailable, TryAgain
 from worker.instances import Instance, identify
 from worker.jobs.described import allowed
 from worker.jobs.placement import (
     PENDINGS_BEFORE_REMOVAL,
-    SICK_S,
     Arrival,
     Wish,
     already_exists,
@@ -35,6 +34,8 @@ from worker.payloads import Dataset, Route, StudyAction, UploadJob, UploadPayloa
 from worker.routing import Answer, Decision, Exists, decide
 from worker.sources import Fetched
 
+#: Phases of a call (worker/pacs/) in which the server cannot have seen anything of it.
+NOT_SENT = ("resting", "connect")
 #: How soon to look again whether the other job with the same image has ended.
 TURN_S = 0.5
 
@@ -104,6 +105,8 @@ def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     memo = Memo.from_json(run.memo) if run.memo else None
     if memo is not None:
         about(study_uid=memo.instance.study_instance_uid, server_name=memo.server)
+    if run.cancelled and not (memo and (memo.uncertain or memo.stored)):
+        raise Cancelled("The job was cancelled before anything was pushed.")
     if memo is None or not _arrived(memo, trip):
         memo = _bring(trip, memo)
     if not memo.stored:
@@ -211,8 +214,9 @@ def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
     part = Part(memo.instance, fetched.open, fetched.size_bytes)
     try:
         (outcome,) = pacs.store([part])
-    except PacsUnavailable:
-        tools.ledger.mark_sick(memo.server, for_s=SICK_S)
+    except PacsUnavailable as error:
+        if error.details.get("phase") in NOT_SENT:
+            trip.run.intend(replace(memo, uncertain=resumed).as_json())
         raise
     if outcome.fate is Fate.PENDING:
         _pending(replace(memo, uncertain=resumed), pacs, trip.run)

@@ -8,6 +8,8 @@ from worker.errors import CourierError
 from worker.pacs import msdicom
 from worker.pacs.credentials import credentials
 from worker.pacs.dcm4chee import Dcm4chee
+from worker.pacs.guard import Guard
+from worker.pacs.guarded import GuardedTransport
 from worker.pacs.orthanc import Orthanc
 from worker.pacs.plain import PlainDicomWeb
 from worker.pacs.protocol import Pacs
@@ -24,13 +26,15 @@ DIALECTS: Mapping[ServerType, Callable[[Transport], Pacs]] = {
 STATUSES: Mapping[ServerType, Mapping[int, type[CourierError]]] = {"msdicom": msdicom.STATUSES}
 
 
-def connect(server: ServerSettings) -> Pacs:
-    """The configured server, ready to be asked; nothing is sent yet.
+def connect(server: ServerSettings, guard: Guard | None = None) -> Pacs:
+    """The configured server, ready to be asked, behind ``guard`` if there is one; nothing is sent yet.
 
     Raises
     ------
     SettingsError
         A secret is not where the settings say.
     """
-    transport = Transport(server, credentials(server), statuses=STATUSES.get(server.type))
-    return DIALECTS[server.type](transport)
+    account, statuses = credentials(server), STATUSES.get(server.type)
+    if guard is None:
+        return DIALECTS[server.type](Transport(server, account, statuses=statuses))
+    return DIALECTS[server.type](GuardedTransport(server, account, statuses=statuses, guard=guard))

@@ -1,0 +1,240 @@
+"""What stands before each call to a server, with two processes' guards on one fakeredis."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import fakeredis
+import pytest
+
+from sandbox.processes import poll
+from worker.breakers import BREAKER, CHANGES, Breakers, BreakerState
+from worker.errors import CourierError, PacsMisanswered, PacsRejected, PacsUnauthorized, PacsUnavailable
+from worker.logs import job_lines
+from worker.pacs.guard import Guard
+from worker.settings import BreakerSettings, ServerSettings
+from worker.slots import Slots
+
+SERVER = ServerSettings(name="a", type="dicomweb", url="http://a", max_concurrency=4, read_timeout_s=5)
+OTHER = ServerSettings(name="b", type="dicomweb", url="http://b")
+SETTINGS = BreakerSettings(failures=3, pause_s=60, pause_cap_s=600)
+
+
+class CountingBreakers(Breakers):
+    """Counts what is asked of Redis."""
+
+    asked = 0
+
+    def read(self, *args: Any) -> dict[str, BreakerState]:
+        self.asked += 1
+        return super().read(*args)
+
+    def succeeded(self, *args: Any, **kwargs: Any) -> BreakerState:
+        self.asked += 1
+        return super().succeeded(*args, **kwargs)
+
+
+@dataclass
+class Process:
+    """A worker process, as far as its calls to servers go."""
+
+    client: fakeredis.FakeRedis
+    breakers: CountingBreakers = field(init=False)
+    guard: Guard = field(init=False)
+    reached: int = 0
+
+    def __post_init__(self) -> None:
+        self.breakers = CountingBreakers(self.client, SETTINGS)
+        self.guard = Guard(self.breakers, Slots(self.client), [SERVER, OTHER])
+
+    def call(
+        self, error: CourierError | None = None, *, changes: bool = False, during: Callable[[], object] | None = None
+    ) -> CourierError | None:
+        """One call that ends with ``error``; what came of it."""
+        try:
+            with self.guard.call(SERVER, changes=changes):
+                self.reached += 1
+                if during:
+                    during()
+                if error:
+                    raise error
+        except CourierError as raised:
+            return raised
+        return None
+
+    def state(self, breaker: str = "a") -> str:
+        return self.breakers.read([breaker])[breaker].name
+
+
+def failure(**more: Any) -> PacsUnavailable:
+    return PacsUnavailable("No.", server_name="a", **{"details": {"phase": "answer"}, **more})
+
+
+def resting(error: CourierError | None) -> str | None:
+    assert isinstance(error, PacsUnavailable)
+    return error.resting
+
+
+@pytest.fixture
+def client() -> Iterator[fakeredis.FakeRedis]:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def one(client: fakeredis.FakeRedis) -> Process:
+    return Process(client)
+
+
+@pytest.fixture
+def two(client: fakeredis.FakeRedis) -> Process:
+    return Process(client)
+
+
+def open_it(process: Process, client: fakeredis.FakeRedis, *, half: bool = False) -> None:
+    for _ in range(SETTINGS.failures):
+        process.call(failure())
+    if half:
+        client.hset(f"{BREAKER}a", "until_ms", 0)
+
+
+def test_calls_to_a_server_that_is_well_ask_redis_for_nothing(one: Process) -> None:
+    one.call()
+    asked = one.breakers.asked
+    for _ in range(100):
+        assert one.call(changes=True) is None
+    assert one.breakers.asked == asked
+
+
+def test_after_enough_failures_the_server_is_not_asked_and_its_jobs_rest(
+    one: Process, two: Process, client: fakeredis.FakeRedis
+) -> None:
+    assert [resting(one.call(failure())) for _ in range(3)] == [None, None, "a"]
+    assert resting(refused := one.call()) == "a"
+    assert not refused.is_attempt
+    assert one.reached == 3
+    assert resting(two.call()) == "a"
+    assert two.reached == 0
+
+
+def test_the_one_that_knew_of_nothing_learns_it_within_a_second(
+    one: Process, two: Process, client: fakeredis.FakeRedis
+) -> None:
+    two.call()
+    open_it(one, client)
+    assert poll(lambda: resting(two.call(failure())) == "a" and two.call(None) is not None, timeout_s=10)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PacsRejected("No.", server_name="a"),
+        PacsUnauthorized("No.", server_name="a"),
+        PacsMisanswered("No.", server_name="a"),
+        PacsUnavailable("No.", server_name="b"),
+    ],
+    ids=lambda error: f"{error.code} of {error.server_name}",
+)
+def test_what_is_no_failure_of_the_server_leaves_it_closed(one: Process, error: CourierError) -> None:
+    for _ in range(5):
+        assert one.call(error) is error
+    assert one.state() == "closed"
+
+
+def test_a_refusal_is_an_answer_and_begins_the_count_anew(one: Process) -> None:
+    one.call(failure())
+    one.call(failure())
+    one.call(PacsRejected("No.", server_name="a"))
+    assert resting(one.call(failure())) is None
+
+
+def test_a_server_that_takes_no_changes_still_answers_questions(one: Process) -> None:
+    for _ in range(3):
+        one.call()
+        one.call(failure(details={"status": 503}), changes=True)
+    assert resting(one.call(changes=True)) == "a" + CHANGES
+    assert one.call() is None
+
+
+def test_a_change_that_does_not_even_connect_speaks_of_the_server(one: Process) -> None:
+    assert [resting(one.call(failure(details={"phase": "connect"}), changes=True)) for _ in range(3)][-1] == "a"
+    assert resting(one.call()) == "a"
+
+
+def test_slow_down_is_heeded_at_once(one: Process) -> None:
+    assert resting(one.call(failure(details={"status": 429}, retry_after_s=30), changes=True)) == "a"
+    assert resting(one.call()) == "a"
+
+
+def test_one_probe_over_all_processes_closes_it(one: Process, two: Process, client: fakeredis.FakeRedis) -> None:
+    open_it(one, client, half=True)
+    one.guard.refresh()
+    others: list[str | None] = []
+    assert one.call(during=lambda: others.extend([resting(two.call()), resting(one.call())])) is None
+    assert others == ["a", "a"]
+    assert one.state() == "closed"
+    two.guard.refresh()
+    assert two.call() is None
+
+
+def test_a_probe_that_fails_costs_its_job_nothing_either(one: Process, client: fakeredis.FakeRedis) -> None:
+    open_it(one, client, half=True)
+    one.guard.refresh()
+    verdict = one.call(failure())
+    assert resting(verdict) == "a"
+    assert not verdict.is_attempt
+    assert one.state() == "open"
+
+
+def test_a_probe_that_says_nothing_makes_room_for_the_next(one: Process, client: fakeredis.FakeRedis) -> None:
+    open_it(one, client, half=True)
+    one.guard.refresh()
+    one.call(PacsMisanswered("Cut off.", server_name="a"))
+    assert one.state() == "half-open"
+    assert one.call() is None
+    assert one.state() == "closed"
+
+
+@pytest.mark.parametrize(("verdict", "expected"), [(None, None), (failure(), "a")], ids=["well", "not well"])
+def test_the_probes_own_job_waits_for_the_verdict_and_no_other_does(
+    one: Process, client: fakeredis.FakeRedis, verdict: CourierError | None, expected: str | None
+) -> None:
+    open_it(one, client, half=True)
+    one.guard.refresh()
+    reached, leave = threading.Event(), threading.Event()
+    ends: dict[str, CourierError | None] = {}
+
+    def probe() -> None:
+        with job_lines("j1"):
+            ends["probe"] = one.call(verdict, during=lambda: (reached.set(), leave.wait(10)))
+
+    def second() -> None:
+        with job_lines("j1"):
+            ends["second"] = one.call()
+
+    threads = [threading.Thread(target=probe), threading.Thread(target=second)]
+    threads[0].start()
+    assert reached.wait(10)
+    threads[1].start()
+    with job_lines("j2"):
+        assert resting(one.call()) == "a"
+    assert "second" not in ends
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert (ends["second"] and resting(ends["second"])) == expected
+
+
+def test_more_calls_than_there_are_slots_wait_and_then_rest(client: fakeredis.FakeRedis) -> None:
+    server = SERVER.model_copy(update={"max_concurrency": 1, "read_timeout_s": 0.1})
+    guard = Guard(Breakers(client), Slots(client), [server])
+    with (
+        guard.call(server, changes=False),
+        pytest.raises(PacsUnavailable, match="1 requests in flight") as raised,
+        guard.call(server, changes=False),
+    ):
+        pass
+    assert raised.value.resting == "a"

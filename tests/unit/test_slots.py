@@ -1,0 +1,183 @@
+"""Slots that several processes share: each `Slots` below stands for a process, on one fakeredis."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+
+import fakeredis
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sandbox.processes import poll
+from worker.slots import SLOTS, NoSlot, Slots
+
+
+class CountingSlots(Slots):
+    """Counts what it asks of Redis."""
+
+    turns = 0
+
+    def turn(self, *args: object, **kwargs: object) -> tuple[int, int, int]:
+        self.turns += 1
+        return super().turn(*args, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def client() -> Iterator[fakeredis.FakeRedis]:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def process(client: fakeredis.FakeRedis) -> Callable[[], CountingSlots]:
+    return lambda: CountingSlots(client)
+
+
+def use(slots: Slots, *, limit: int, wait_s: float = 0) -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(slots.slot("a", limit=limit, wait_s=wait_s))
+    return stack
+
+
+def can_use(slots: Slots, *, limit: int) -> bool:
+    try:
+        use(slots, limit=limit).close()
+    except NoSlot:
+        return False
+    return True
+
+
+def test_the_limit_holds_over_all_processes(process: Callable[[], CountingSlots]) -> None:
+    one, two = process(), process()
+    with use(one, limit=3), use(one, limit=3), use(two, limit=3):
+        assert not can_use(one, limit=3)
+        assert not can_use(two, limit=3)
+
+
+def test_a_busy_process_asks_redis_for_nothing(process: Callable[[], CountingSlots]) -> None:
+    one = process()
+    for _ in range(500):
+        use(one, limit=4).close()
+    assert one.turns == 1
+
+
+def test_what_is_idle_is_given_back(process: Callable[[], CountingSlots], client: fakeredis.FakeRedis) -> None:
+    one, two = process(), process()
+    stacks = [use(one, limit=4) for _ in range(4)]
+    for stack in stacks:
+        stack.close()
+    one.tend()
+    one.tend()
+    assert client.hgetall(f"{SLOTS}a") == {}
+    assert can_use(two, limit=4)
+
+
+def test_a_newcomer_waits_until_the_others_have_shrunk(process: Callable[[], CountingSlots]) -> None:
+    one, two = process(), process()
+    stacks = [use(one, limit=4) for _ in range(4)]
+    entered = threading.Event()
+    leave = threading.Event()
+
+    def newcomer() -> None:
+        with two.slot("a", limit=4, wait_s=20):
+            entered.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=newcomer)
+    thread.start()
+    try:
+        assert not entered.wait(0.3)
+        one.tend()  # once a second: now it knows that somebody waits
+        stacks.pop().close()
+        assert entered.wait(10)
+        assert not can_use(one, limit=4)
+    finally:
+        leave.set()
+        thread.join()
+        for stack in stacks:
+            stack.close()
+
+
+def test_with_more_processes_than_slots_everybody_has_a_turn(process: Callable[[], CountingSlots]) -> None:
+    slots = [process() for _ in range(3)]
+    turns = [0, 0, 0]
+    over = threading.Event()
+
+    def work(number: int) -> None:
+        while not over.is_set():
+            with slots[number].slot("a", limit=1, wait_s=30):
+                turns[number] += 1
+            slots[number].tend()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert poll(lambda: min(turns) >= 2, timeout_s=30)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_dead_processs_slots_expire(client: fakeredis.FakeRedis) -> None:
+    dead = Slots(client, lease_s=0.2)
+    held = use(dead, limit=1)
+    other = Slots(client)
+    assert not can_use(other, limit=1)
+    assert poll(lambda: can_use(other, limit=1), timeout_s=10)
+    held.close()
+
+
+def test_a_process_that_was_taken_for_dead_comes_back_with_what_it_uses(client: fakeredis.FakeRedis) -> None:
+    one, two = Slots(client), Slots(client)
+    with use(one, limit=2):
+        client.delete(f"{SLOTS}a")
+        one.tend()
+        with use(two, limit=2):
+            assert not can_use(two, limit=2)
+
+
+class ManyProcesses(RuleBasedStateMachine):
+    """Whatever they do, and whoever dies: no more are in use than there may be."""
+
+    LIMIT = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.client = fakeredis.FakeRedis(decode_responses=True)
+        self.processes = [Slots(self.client) for _ in range(3)]
+        self.held: list[ExitStack] = []
+
+    def teardown(self) -> None:
+        for stack in self.held:
+            stack.close()
+        self.client.close()
+
+    @rule(number=st.integers(0, 2))
+    def take(self, number: int) -> None:
+        with suppress(NoSlot):
+            self.held.append(use(self.processes[number], limit=self.LIMIT))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def give(self, data: st.DataObject) -> None:
+        self.held.pop(data.draw(st.integers(0, len(self.held) - 1))).close()
+
+    @rule(number=st.integers(0, 2))
+    def tend(self, number: int) -> None:
+        self.processes[number].tend()
+
+    @invariant()
+    def the_limit_holds(self) -> None:
+        assert len(self.held) <= self.LIMIT
+        leased = [int(str(value).split(":")[0]) for value in self.client.hvals(f"{SLOTS}a")]
+        assert len(self.held) <= sum(leased) <= self.LIMIT
+
+
+ManyProcesses.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+test_no_sequence_of_events_exceeds_the_limit = ManyProcesses.TestCase

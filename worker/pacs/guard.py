@@ -1,0 +1,270 @@
+"""What stands before every call to a server in this process: its circuit breakers and its slots, all workers' alike.
+
+The states of the breakers are read once a second for all servers together, and after a failure of one's own; a call to
+a server that is well asks Redis for nothing. What is sent over the wire is none of this module's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import redis
+
+from worker.breakers import CHANGES, Breakers, BreakerState
+from worker.errors import CourierError, PacsUnavailable, TryAgain
+from worker.logs import job_in_hand
+from worker.settings import ServerSettings
+from worker.slots import NoSlot, Slots
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+#: A probe whose process has died is given up after this.
+PROBE_S = 10.0
+
+
+@dataclass
+class _Probe:
+    """The one call that was let through a half-open breaker, while it is this process's."""
+
+    breaker: str
+    job: str | None
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A state, and when by this process's clock it was read."""
+
+    state: BreakerState
+    at: float
+
+
+class Call:
+    """One call on its way. `answered` says that the server is well, before all of its answer has come."""
+
+    def __init__(self, guard: Guard, breakers: Sequence[str], probes: Sequence[_Probe]) -> None:
+        self._guard, self._breakers, self._probes = guard, breakers, {probe.breaker: probe for probe in probes}
+
+    def answered(self) -> None:
+        for breaker in self._breakers:
+            self._guard.succeeded(breaker, self._probes.pop(breaker, None))
+
+    def failed(self, error: PacsUnavailable) -> None:
+        """A breaker that is open now keeps the job from being tried again before the server is well."""
+        breaker = self._breakers[0] if _is_down(error) else self._breakers[-1]
+        probe = self._probes.pop(breaker, None)
+        if not self._guard.failed(breaker, probe, error.retry_after_s).closed:
+            error.resting, error.is_attempt = breaker, probe is None
+
+    def over(self) -> None:
+        """Nothing is known of the server by this call: another one may be the probe."""
+        for probe in self._probes.values():
+            self._guard.give_up(probe)
+
+
+class Guard:
+    """The breakers and slots as one process sees them. Safe for threads; made after a fork."""
+
+    def __init__(
+        self,
+        breakers: Breakers,
+        slots: Slots,
+        servers: Sequence[ServerSettings],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._breakers, self._slots, self._clock = breakers, slots, clock
+        self._names = [name for server in servers for name in (server.name, server.name + CHANGES)]
+        self._seen: dict[str, _Seen] = {}
+        self._probes: dict[str, _Probe] = {}
+        self._half_open = threading.Lock()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def call(self, server: ServerSettings, *, changes: bool) -> Iterator[Call]:
+        """Stand guard over one call to ``server``. What is raised inside is judged and goes on.
+
+        Raises
+        ------
+        PacsUnavailable
+            The server is left alone at present, or has no room for one more request; ``resting`` says so.
+        """
+        self._wake_up()
+        names = (server.name, server.name + CHANGES) if changes else (server.name,)
+        for name in names:
+            self._refuse_if_open(server, name)
+        with self._slot(server):
+            call = Call(self, names, [probe for name in names if (probe := self._admit(server, name))])
+            try:
+                yield call
+                call.answered()
+            except CourierError as error:
+                _judge(call, server, error)
+                raise
+            finally:
+                call.over()
+
+    @contextmanager
+    def _slot(self, server: ServerSettings) -> Iterator[None]:
+        limit, wait_s = server.max_concurrency, server.read_timeout_s
+        taken = False
+        try:
+            with self._slots.slot(server.name, limit=limit, wait_s=wait_s):
+                taken = True
+                yield
+        except NoSlot:
+            if taken:
+                raise
+            sentence = f"{server.name} has {limit} requests in flight and took no further one within {wait_s:g} s."
+            raise _resting(server, server.name, sentence) from None
+
+    # --- breakers -----------------------------------------------------------------------------------------------
+
+    def _refuse_if_open(self, server: ServerSettings, name: str) -> None:
+        left_s = self._pause_left_s(name)
+        if left_s is not None and left_s > 0:
+            raise _at_rest(server, name, left_s)
+
+    def _admit(self, server: ServerSettings, name: str) -> _Probe | None:
+        """Let a call through: as the probe, if the breaker is half-open. The probe's own job waits for its verdict."""
+        while (left_s := self._pause_left_s(name)) is not None:
+            if left_s > 0:
+                raise _at_rest(server, name, left_s)
+            with self._half_open:
+                under_way = self._probes.get(name)
+                if under_way is None:
+                    probe = _Probe(name, job_in_hand())
+                    mine, state = self._breakers.probe(name, probe.token, for_s=PROBE_S)
+                    self._see(name, state)
+                    if mine:
+                        self._probes[name] = probe
+                        log.info("Asking %s whether it is well again", name)
+                        return probe
+                    if not state.closed:
+                        raise _at_rest(server, name, state.pause_left_s or 0)
+                    continue
+            if under_way.job is None or under_way.job != job_in_hand():
+                raise _at_rest(server, name, 0)
+            under_way.over.wait(server.connect_timeout_s + server.read_timeout_s)
+        return None
+
+    def succeeded(self, name: str, probe: _Probe | None) -> None:
+        seen = self._seen.get(name)
+        if probe is None and (seen is None or not seen.state.failures or not seen.state.closed):
+            return
+        try:
+            self._see(name, self._breakers.succeeded(name, probe=probe.token if probe else ""))
+        except redis.RedisError as error:
+            log.warning("Could not note that %s is well: %s", name, type(error).__name__)
+        if probe is not None:
+            self._done(probe)
+            log.info("%s is well again", name)
+
+    def failed(self, name: str, probe: _Probe | None, retry_after_s: float | None) -> BreakerState:
+        try:
+            state = self._breakers.failed(name, probe=probe.token if probe else "", retry_after_s=retry_after_s)
+            if self._pause_left_s(name) is None and state.pause_left_s is not None:
+                log.warning("%s failed too often: it is left alone for %.1f s", name, state.pause_left_s)
+            self._see(name, state)
+        except redis.RedisError as error:
+            log.warning("Could not note a failure of %s: %s", name, type(error).__name__)
+            state = BreakerState(name)
+        if probe is not None:
+            self._done(probe)
+        return state
+
+    def give_up(self, probe: _Probe) -> None:
+        """It has said nothing of the server."""
+        try:
+            self._breakers.renew(probe.breaker, probe.token, for_s=0)
+        except redis.RedisError as error:
+            log.warning("Could not give up the probe of %s: %s", probe.breaker, type(error).__name__)
+        self._done(probe)
+
+    def _done(self, probe: _Probe) -> None:
+        with self._half_open:
+            if self._probes.get(probe.breaker) is probe:
+                del self._probes[probe.breaker]
+        probe.over.set()
+
+    def _see(self, name: str, state: BreakerState) -> None:
+        self._seen[name] = _Seen(state, self._clock())
+
+    def _pause_left_s(self, name: str) -> float | None:
+        """None: closed, as far as is known here; 0: half-open."""
+        seen = self._seen.get(name)
+        if seen is None or seen.state.pause_left_s is None:
+            return None
+        return max(0.0, seen.state.pause_left_s - (self._clock() - seen.at))
+
+    # --- once a second ------------------------------------------------------------------------------------------
+
+    def _wake_up(self) -> None:
+        if self._thread is None:
+            with self._starting:
+                if self._thread is None:
+                    self.refresh()
+                    self._thread = threading.Thread(target=self._loop, name="guard", daemon=True)
+                    self._thread.start()
+
+    def refresh(self) -> None:
+        """Read the states of all breakers. What a call learns meanwhile is newer, and stays."""
+        asked_at = self._clock()
+        for name, state in self._breakers.read(self._names).items():
+            seen = self._seen.get(name)
+            if seen is None or seen.at <= asked_at:
+                self._seen[name] = _Seen(state, asked_at)
+
+    def _beat(self) -> None:
+        self.refresh()
+        self._slots.tend()
+        for probe in list(self._probes.values()):
+            self._breakers.renew(probe.breaker, probe.token, for_s=PROBE_S)
+
+    def _loop(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            try:
+                self._beat()
+            except Exception as error:  # noqa: BLE001 - without this thread slots and breakers would stand still
+                log.warning("The guard could not look round (%s); trying again", type(error).__name__)
+
+
+def _judge(call: Call, server: ServerSettings, error: CourierError) -> None:
+    """What an error says of the server. A broken answer says neither that it is well nor that it is not."""
+    if error.server_name != server.name:
+        return
+    if isinstance(error, PacsUnavailable):
+        if error.resting is None:
+            call.failed(error)
+    elif not isinstance(error, TryAgain):
+        call.answered()
+
+
+def _is_down(error: PacsUnavailable) -> bool:
+    """Whether it concerns the server as such: it cannot be reached, or says itself for how long to leave it alone."""
+    answered = "status" in error.details or error.details.get("phase") == "answer"
+    return error.retry_after_s is not None or not answered
+
+
+def _at_rest(server: ServerSettings, breaker: str, left_s: float) -> PacsUnavailable:
+    what = "took no changes" if breaker.endswith(CHANGES) else "failed"
+    when = f"in {math.ceil(left_s)} s" if left_s > 0 else "by another job just now"
+    return _resting(server, breaker, f"{server.name} {what} lately and is left alone; it is asked again {when}.")
+
+
+def _resting(server: ServerSettings, breaker: str, sentence: str) -> PacsUnavailable:
+    details = {"phase": "resting"}
+    error = PacsUnavailable(sentence, server_name=server.name, server_type=server.type, details=details)
+    error.resting, error.is_attempt = breaker, False
+    return error
