@@ -15,6 +15,7 @@ from sandbox.images import ImageServer
 from sandbox.processes import RedisPart, SandboxPart
 from sandbox.synthetic import image, new_uid
 from worker.batches import Item, Row, Settled
+from worker.breakers import CHANGES, Breakers
 from worker.errors import CourierError
 from worker.instances import identify
 from worker.jobs.batches import Desk, Notes
@@ -135,7 +136,7 @@ def site_of(redis: RedisPart, image_server: ImageServer) -> Iterator[Callable[..
         counted = {server.name: Counted(connect(server)) for server in settings.servers}
         fleet = Fleet(counted.values())  # type: ignore[arg-type]  # it stands in for what is behind it
         ledger = Ledger.connect(redis.ledger_url)
-        opened.append(Tools(settings, ledger, Sources(settings.sources), fleet))
+        opened.append(Tools(settings, ledger, Sources(settings.sources), fleet, Breakers(ledger.client)))
         return Site(opened[-1], image_server, counted)
 
     yield build
@@ -217,7 +218,8 @@ def test_studies_go_where_a_single_upload_would_take_them(site: Site) -> None:
     asked = site.chunk(site.put(old), *site.study(2), server="msdicom")
     asked.attempt()
     assert asked.told == ["study_conflict", "stored", "stored"]
-    site.tools.ledger.mark_sick("msdicom", for_s=30)
+    assert site.tools.breakers is not None
+    site.tools.breakers.failed("msdicom" + CHANGES)
     healthy = site.chunk(*site.study(2))
     healthy.attempt()
     assert {one.server_name for one in healthy.settled.values()} == {"dcm4chee"}

@@ -33,8 +33,8 @@ from worker.jobs.batches import Answer as Result
 from worker.jobs.batches import Desk, Work, order
 from worker.jobs.bulk_checks import undo, verify
 from worker.jobs.placement import (
+    NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
-    SICK_S,
     Arrival,
     Placement,
     Wish,
@@ -478,7 +478,6 @@ class Uploads:
     def _not_answered(self, request: Sequence[_Image], pacs: Pacs, error: CourierError, resumed: set[int]) -> None:
         """A request that failed as a whole. Refused as a whole, each image is tried alone before it is refused."""
         if isinstance(error, PacsUnavailable):
-            self._tools.ledger.mark_sick(pacs.server.name, for_s=SICK_S)
             self._down[pacs.server.name] = error
         for image in request:
             number = image.item.number
@@ -489,7 +488,7 @@ class Uploads:
                     f"{name} refuses {len(request)} images together; each is sent alone.", server_name=name
                 )
                 continue
-            if isinstance(error, Refused | NeedsPerson):
+            if isinstance(error, Refused | NeedsPerson) or error.details.get("phase") in NOT_SENT:
                 self._note(number, uncertain=number in resumed)
             self.results[number] = _judged(image.item, error, pacs.server.name)
 

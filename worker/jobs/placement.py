@@ -28,6 +28,8 @@ from worker.payloads import Route, RouteReason
 from worker.routing import Decision, Exists, Follow, New, Open, choose
 from worker.settings import ServerSettings
 
+#: Phases of a call (worker/pacs/) in which the server cannot have seen anything of it.
+NOT_SENT = ("resting", "connect")
 #: After so many answers "being stored", what is left of a broken store is removed (docs/pacs-oddities.md).
 PENDINGS_BEFORE_REMOVAL = 3
 

@@ -15,6 +15,7 @@ from worker.errors import Cancelled, CourierError, PacsMisanswered, PacsUnavaila
 from worker.instances import Instance, identify
 from worker.jobs.described import allowed
 from worker.jobs.placement import (
+    NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
     Arrival,
     Wish,
@@ -34,8 +35,6 @@ from worker.payloads import Dataset, Route, StudyAction, UploadJob, UploadPayloa
 from worker.routing import Answer, Decision, Exists, decide
 from worker.sources import Fetched
 
-#: Phases of a call (worker/pacs/) in which the server cannot have seen anything of it.
-NOT_SENT = ("resting", "connect")
 #: How soon to look again whether the other job with the same image has ended.
 TURN_S = 0.5
 
