@@ -6,8 +6,10 @@ Loaded into a worker by ``celery worker -I benchmarks.noop``; the product does n
 ``NOOP_GROUP``       how many items are a group (100)
 ``NOOP_LOG``         receives one line per item done; what an earlier attempt may have done is looked up in it
 ``NOOP_RECEIPTS``    each item leaves a result as an upload does: three UIDs, a digest, a size
-``NOOP_LISTS``       how many items a worker finds, if an order brings none
-An item whose text ends in ``!kill`` kills its worker; one that ends in ``!slow`` takes five seconds.
+``NOOP_LISTS``       how many items a worker finds, if an order brings none; a thousand at a time
+``NOOP_LIST_S``      how long it looks for each thousand
+
+An item whose text ends in ``!kill`` kills its worker.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ SLEEP_S = float(os.environ.get("NOOP_SLEEP_S", "0"))
 LOG = Path(os.environ["NOOP_LOG"]) if "NOOP_LOG" in os.environ else None
 RECEIPTS = "NOOP_RECEIPTS" in os.environ
 LISTS = int(os.environ.get("NOOP_LISTS", "0"))
+LIST_S = float(os.environ.get("NOOP_LIST_S", "0"))
 
 
 class Noop:
@@ -53,6 +56,7 @@ class Noop:
 
     def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:  # noqa: ARG002 - of a kind
         for first in range(0, LISTS, 1000):
+            time.sleep(LIST_S)
             yield [Planned(listed(number)) for number in range(first, min(first + 1000, LISTS))]
 
     def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
@@ -60,8 +64,6 @@ class Noop:
         for item in items:
             if item.text.endswith("!kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            if item.text.endswith("!slow"):
-                time.sleep(5)
             if LOG and item.text not in done:
                 _write(item.text)
         time.sleep(SLEEP_S)

@@ -123,7 +123,6 @@ def _is_written_down(job_id: str) -> bool:
 
 consumer.PacsConsumer.is_written_down = staticmethod(_is_written_down)
 
-
 #: How many jobs this process does at a time, as far as it has been told.
 _pool_size = int(app.conf.worker_concurrency or 8)
 
@@ -153,15 +152,17 @@ def _tools() -> Tools:
     ledger = _ledger()
     breakers = Breakers(ledger.client, settings.breaker, retry_after_cap_s=settings.jobs.retry_after_cap_s)
     guard = Guard(breakers, Slots(ledger.client), settings.servers)
+    fleet = Fleet([connect(server, guard) for server in settings.servers])
     return Tools(
         settings=settings,
         ledger=ledger,
         breakers=breakers,
         sources=Sources(settings.sources),
         destinations=Destinations(settings.downloads),
-        fleet=Fleet([connect(server, guard) for server in settings.servers]),
+        fleet=fleet,
         probes=Fleet([connect(_impatient(server)) for server in settings.servers], threads=8),
         wake=wake,
+        bulk=Fleet(fleet),
         batch_slots=threading.Semaphore(batch_slots(_pool_size)),
     )
 

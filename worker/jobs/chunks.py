@@ -6,7 +6,7 @@ The course of a batch is in ``batches.py``; what is done to an item, with its ki
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from worker.batches import STATE_OF, Batch, Batches, Item, Pass, Row, Settled
@@ -34,6 +34,7 @@ class _Left:
 def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[str, Kind]) -> dict[str, Any]:
     """Do what is still open of one chunk, and let the next one begin."""
     run.shown = False
+    tools = replace(tools, fleet=tools.bulk or tools.fleet)
     job = read_job(BatchChunkJob, message)
     batches = Batches(tools.ledger)
     batch = current(batches, job.batch_id)

@@ -35,8 +35,10 @@ class Tools:
     rng: random.Random = field(default_factory=random.SystemRandom)
     #: Sends the messages of jobs that the ledger knows, now. May fail to: they are due later in any case.
     wake: Callable[[Sequence[DueJob]], None] = _leave_it_to_the_sweeper
+    #: The same servers once more, with threads of their own: what batches ask is never before what single jobs ask.
+    bulk: Fleet | None = None
     #: How many chunks of batches this process does at a time, so that single jobs always find it ready.
     batch_slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(64))
-    #: Seconds since the epoch, and waiting for less than a beat of the pulse: for windows and rates of batches.
+    #: Seconds since the epoch; and waiting for less than a beat of the pulse: for windows and rates of batches.
     now: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
