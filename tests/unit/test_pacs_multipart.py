@@ -46,6 +46,21 @@ def test_a_byte_at_a_time_does_not_matter() -> None:
     assert read(BODY[i : i + 1] for i in range(len(BODY))) == PARTS
 
 
+@pytest.mark.parametrize("step", range(1, 20))
+def test_a_preamble_is_skipped_and_what_only_resembles_a_delimiter_is_none(step: int) -> None:
+    def cut(body: bytes) -> list[bytes]:
+        return [body[at : at + step] for at in range(0, len(body), step)]
+
+    assert read(cut(b"\r\nsee --BB--\r\n--B\r\n" + BODY)) == PARTS
+    with pytest.raises(PacsMisanswered, match="closing boundary"):
+        read(cut(b"\r\n\x00u\x019--BB--\r\n"))
+
+
+def test_a_boundary_that_is_too_long_is_no_answer() -> None:
+    with pytest.raises(PacsMisanswered):
+        read([BODY], f"multipart/related; boundary={'B' * 257}")
+
+
 @pytest.mark.parametrize("end", range(len(BODY) - 2))
 def test_an_answer_cut_anywhere_before_its_closing_boundary_is_no_answer(end: int) -> None:
     with pytest.raises(PacsMisanswered):

@@ -22,12 +22,12 @@ FAILED_ATTRIBUTES_SEQUENCE = "00741048"
 ERROR_COMMENT = "00000902"
 
 
-#: DICOM JSON has some 17 bytes around each object and list (a tag, "vr", "Value"); Python needs up to 200 for one.
+#: DICOM JSON has some 13 to 22 bytes around each object and list (a tag, "vr", "Value"); Python needs up to 200 for one.
 _BYTES_PER_CONTAINER, _CONTAINERS_IN_ANY_CASE = 12, 1_000
 
 
 def is_too_dense(body: bytes) -> bool:
-    """Whether ``body`` has more objects and lists than DICOM JSON can have: parsed, it would take 24 times its size."""
+    """Whether ``body`` has more objects and lists than DICOM JSON can have: parsed, it could take 24 times its size."""
     return body.count(b"{") + body.count(b"[") > _CONTAINERS_IN_ANY_CASE + len(body) // _BYTES_PER_CONTAINER
 
 

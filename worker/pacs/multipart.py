@@ -47,12 +47,25 @@ def read_parts(
         syntax = options.get(b"transfer-syntax", b"").decode("latin-1")
         yield Retrieved(syntax or None, iter(blocks))
     elif kind == b"multipart/related" and boundary and len(boundary) <= _MAX_BOUNDARY_BYTES:
-        events = _Reader(boundary).events(blocks, error=error)
+        events = _Reader(boundary).events(_from_first_delimiter(blocks, b"--" + boundary), error=error)
         for event in events:
             if isinstance(event, _PartBegins):
                 yield Retrieved(event.transfer_syntax_uid, _content(events))
     else:
         raise error("It is neither multipart/related nor application/dicom.")
+
+
+def _from_first_delimiter(blocks: Iterable[bytes], delimiter: bytes) -> Iterator[bytes]:
+    """Without the preamble (RFC 2046 5.1.1): where the parser thinks that it ends depends on how the network cut it."""
+    left, tail = iter(blocks), b"\n"
+    for block in left:
+        tail += block
+        at = tail.find(b"\n" + delimiter)
+        if at >= 0:
+            yield tail[at + 1 :]
+            yield from left
+            return
+        tail = tail[-len(delimiter) :]
 
 
 def _content(events: Iterator[_Event]) -> Iterator[bytes]:
