@@ -621,6 +621,8 @@ class Batches:
             return [], False
         blob = _ask_raw(self._redis, "HGET", _key(batch.id, f":results:{which}"), chunk)
         rows = {row[0]: row for row in _rows(cast(bytes | None, blob))}
+        for place, row in new.items():  # whoever says nothing of it does not take back what an attempt has written
+            row[4] = row[4] or rows.get(place, row)[4]
         return [*{**rows, **new}.values()], True
 
     def _read(self, batch: Batch, chunks: Iterable[int], passes: Sequence[Pass]) -> Iterator[dict[Pass, list[Settled]]]:

@@ -467,6 +467,21 @@ return {ARGV[1], 1}
 """
 )
 
+# A study that never was claimed is not claimed by being moved: servers are asked first.
+_MOVE_CLAIM = (
+    _NOW
+    + _TRAIL
+    + """
+local server = redis.call('HGET', KEYS[1], 'server')
+if not server or server == ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'server', ARGV[1])
+redis.call('HINCRBY', KEYS[2], server, -1)
+redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
+note(KEYS[3], ARGV[2], ARGV[3])
+return 1
+"""
+)
+
 _STORED = (
     _NOW
     + _TRAIL
@@ -636,6 +651,7 @@ class Ledger:
         self._park, self._finish, self._sweep = script(_PARK), script(_FINISH), script(_SWEEP)
         self._cancel, self._hold, self._intend = script(_CANCEL), script(_HOLD), script(_INTEND)
         self._claim_study, self._stored = script(_CLAIM_STUDY), script(_STORED)
+        self._move_claim = script(_MOVE_CLAIM)
         self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
         self._hold_many, self._let_go_many = script(_HOLD_MANY), script(_LET_GO_MANY)
         self._park_for, self._wake = script(_PARK_FOR), script(_WAKE)
@@ -917,6 +933,12 @@ class Ledger:
         note = _note("claimed", job_id, server=server) if told else ""
         chosen, first = self._claim_study(keys=keys, args=[server, job_id, self._claim_ms, note, self.keep_ms])
         return StudyClaim(str(chosen), bool(first))
+
+    def move_claim(self, study_instance_uid: str, *, server: str, job_id: str) -> bool:
+        """The study is on ``server`` now and nowhere else: so is its claim, if it has one."""
+        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed", _trail(study_instance_uid)]
+        note = _note("claimed", job_id, server=server)
+        return bool(self._move_claim(keys=keys, args=[server, note, self.keep_ms]))
 
     def claimed_server(self, study_instance_uid: str) -> str | None:
         return self._hash(PREFIX + "study:" + study_instance_uid).get("server")

@@ -193,11 +193,15 @@ class BatchDownloadJob(BatchStudiesJob):
 
 
 class BatchMigrateJob(BatchStudiesJob):
-    """`pacs.batch.migrate`: studies from one server to another; moved, not copied, with ``delete_source``."""
+    """`pacs.batch.migrate`: studies from one server to another; moved, not copied, with ``delete_source``.
+
+    ``digests``: whether the bytes of all images, of one image of each series, or of none are compared at the end.
+    """
 
     from_server: Annotated[str, Field(min_length=1, max_length=64)]
     to_server: Annotated[str, Field(min_length=1, max_length=64)]
     delete_source: bool = False
+    digests: Literal["all", "sample", "none"] = "all"
 
     @model_validator(mode="after")
     def _two_servers(self) -> BatchMigrateJob:

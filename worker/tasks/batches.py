@@ -14,9 +14,10 @@ from worker.jobs.bulk_uploads import KIND as UPLOADS
 from worker.jobs.bulk_uploads import upload_all
 from worker.jobs.chunks import chunk
 from worker.jobs.delete_all import StudyDeletions, delete_all
+from worker.jobs.migrations import StudyMigrations, migrate
 from worker.tasks.door import deliver
 
-KINDS: dict[str, Kind] = {"delete": StudyDeletions(), "upload": UPLOADS}
+KINDS: dict[str, Kind] = {"delete": StudyDeletions(), "migrate": StudyMigrations(), "upload": UPLOADS}
 
 
 @app.task(name="pacs.delete_all", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
@@ -29,6 +30,12 @@ def pacs_delete_all(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
 def pacs_batch_upload(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     """Upload many images."""
     return deliver(self, upload_all, job)
+
+
+@app.task(name="pacs.batch.migrate", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_migrate(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Studies from one server to another, as a batch that bears the job's id."""
+    return deliver(self, migrate, job)
 
 
 @app.task(name="pacs.batch.chunk", bind=True, ignore_result=True)  # type: ignore[untyped-decorator]  # celery is untyped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,16 +16,7 @@ from sandbox.synthetic import image, new_uid
 from worker.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable, StudyConflict
 from worker.instances import identify
 from worker.jobs import transfers
-from worker.jobs.migrations import (
-    Account,
-    Memory,
-    copy_study,
-    delete_source,
-    resume_deletion,
-    survey_study,
-    undo_study,
-    verify_study,
-)
+from worker.jobs.moves import Receipt, copy_study, delete_source, survey_study, undo_study, verify_moved, verify_study
 from worker.jobs.transfers import Transfer, images_on
 from worker.pacs.protocol import Fate, Found, Pacs, Part, Passing
 from worker.pacs.registry import connect
@@ -63,8 +55,7 @@ class Move:
     source: Pacs
     target: Pacs
     study: str = field(default_factory=new_uid)
-    written: dict[str, Any] = field(default_factory=dict)
-    results: list[dict[str, Any]] = field(default_factory=list)
+    written: str = "{}"
     attempts: int = 0
 
     def put(self, pacs: Pacs, number: int = 1, *, series: int = 1, **more: Any) -> list[str]:
@@ -83,28 +74,36 @@ class Move:
         self.attempts += 1
         return Transfer(self.source, self.target, self.study)
 
-    def memory(self, name: str) -> Memory:
-        def remember(what: Mapping[str, Any]) -> None:
-            self.written[name] = dict(what)
+    def receipt(self) -> Receipt:
+        """As the last attempt has left it, if it lived on or not."""
 
-        return Memory(self.written.get(name), remember)
+        def save(receipt: Receipt) -> None:
+            self.written = json.dumps(receipt.as_json())
+
+        return Receipt.from_json(json.loads(self.written), save=save)
 
     def copy(self, attempt: int = 1) -> dict[str, Any]:
-        self.results.append(copy_study(self.transfer(), self.memory("apply"), attempt=attempt))
-        return self.results[-1]
+        receipt = self.receipt()
+        try:
+            return copy_study(self.transfer(), receipt, attempt=attempt)
+        finally:
+            receipt.save(receipt)
 
     def verify(self, digests: Any = "all", *, delete: bool = False, attempt: int = 1) -> dict[str, Any]:
-        transfer, memory, account = self.transfer(), self.memory("verify"), Account.of(*self.results)
-        result = resume_deletion(transfer, memory)
-        if result is None:
-            result = verify_study(transfer, account, memory, digests=digests, attempt=attempt)
-            if delete:
-                result = delete_source(transfer, account, result, memory)
-        self.results.append(result)
-        return result
+        transfer, receipt = self.transfer(), self.receipt()
+        if receipt.source_deleted and not self.on_source:
+            return verify_moved(transfer, receipt, digests=digests)
+        verified = verify_study(transfer, receipt, digests=digests, attempt=attempt)
+        if delete:
+            delete_source(transfer, receipt)
+        return verified
 
-    def undo(self, attempt: int = 1) -> dict[str, Any]:
-        return undo_study(self.transfer(), Account.of(*self.results), self.memory("undo"), attempt=attempt)
+    def undo(self) -> dict[str, Any]:
+        return undo_study(self.transfer(), self.receipt())
+
+    @property
+    def added(self) -> set[str]:
+        return set(self.receipt().added)
 
     @property
     def on_source(self) -> set[str]:
@@ -139,15 +138,15 @@ def pixels_of(pacs: Pacs, study: str) -> dict[str, bytes]:
 def test_a_study_is_copied_verified_and_taken_back(way: Move) -> None:
     uids = {*way.put(way.source, 3), *way.put(way.source, 2, series=2)}
     copied = way.copy()
-    assert set(copied["added"]) == way.on_target == way.on_source == uids
+    assert way.added == way.on_target == way.on_source == uids
     assert (copied["images"], copied["there_before"]) == (5, 0)
     assert pixels_of(way.target, way.study) == pixels_of(way.source, way.study)
 
     verified = way.verify()
     kept = way.target.server.type in KEEPERS
-    assert verified["digests"]["compared"] == (5 if kept else 0)
+    assert verified["compared"] == (5 if kept else 0)
     unkept = {way.source.server.type, way.target.server.type} - KEEPERS
-    assert set(verified["digests"]["not_kept_by"]) == unkept
+    assert set(verified["not_kept_by"]) == unkept
     assert (verified["images"], verified["images_on_target"], verified["topped_up"]) == (5, 5, 0)
 
     assert way.undo()["removed"] == 5
@@ -162,7 +161,7 @@ def test_only_what_the_target_lacks_is_brought_and_taken_back(way: Move) -> None
         put(pacs, image(way.study, sop=shared))
     missing = way.put(way.source, 2)
     copied = way.copy()
-    assert set(copied["added"]) == set(missing)
+    assert way.added == set(missing)
     assert (copied["images"], copied["there_before"]) == (3, 1)
     assert way.verify()["images_on_target"] == 5
     assert way.undo()["removed"] == 2
@@ -192,7 +191,8 @@ def test_what_the_source_gets_meanwhile_is_topped_up_and_taken_back_too(way: Mov
     way.copy()
     late = way.put(way.source, 2, series=2)
     verified = way.verify()
-    assert (verified["topped_up"], set(verified["added"])) == (2, set(late))
+    assert verified["topped_up"] == 2
+    assert set(late) < way.added
     assert way.on_target == way.on_source
     assert way.undo()["removed"] == 4
     assert way.on_target == set()
@@ -220,9 +220,9 @@ def test_an_image_that_is_retrieved_without_being_listed_is_brought_along(
     move.put(move.source, 2)
     listed = images_on(move.source, move.study)
     late = move.put(move.source, 1)
-    monkeypatch.setattr("worker.jobs.migrations.images_on", lambda pacs, _: listed if pacs is move.source else {})
-    copied = move.copy()
-    assert set(late) <= set(copied["added"]) == move.on_target
+    monkeypatch.setattr("worker.jobs.moves.images_on", lambda pacs, _: listed if pacs is move.source else {})
+    move.copy()
+    assert set(late) <= move.added == move.on_target
 
 
 def test_what_the_target_has_lost_is_told_and_brought_again(move: Move) -> None:
@@ -258,14 +258,15 @@ def test_other_bytes_under_the_same_uid_are_found(keepers: Move) -> None:
     with pytest.raises(StudyConflict, match="are not what msdicom has") as caught:
         keepers.verify()
     assert caught.value.details["different"] == [uid]
-    assert keepers.verify("none")["digests"]["compared"] == 0
+    assert keepers.verify("none")["compared"] == 0
 
 
 def test_a_sample_is_one_image_of_each_series(keepers: Move) -> None:
     keepers.put(keepers.source, 3)
     keepers.put(keepers.source, 2, series=2)
     keepers.copy()
-    assert keepers.verify("sample")["digests"] == {"mode": "sample", "compared": 2, "not_kept_by": []}
+    verified = keepers.verify("sample")
+    assert (verified["digests"], verified["compared"], verified["not_kept_by"]) == ("sample", 2, [])
 
 
 def test_the_source_is_not_read_again_for_what_has_passed_whole(keepers: Move, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,14 +277,14 @@ def test_the_source_is_not_read_again_for_what_has_passed_whole(keepers: Move, m
         raise AssertionError("asked again")
 
     monkeypatch.setattr(keepers.source, "retrieve", never)
-    assert keepers.verify()["digests"]["compared"] == 3
+    assert keepers.verify()["compared"] == 3
 
 
 def test_a_file_without_preamble_is_the_same_image(keepers: Move) -> None:
     put(keepers.target, image(keepers.study)[132:])
     keepers.source, keepers.target = keepers.target, keepers.source
     keepers.copy()
-    assert keepers.verify()["digests"]["compared"] == 1
+    assert keepers.verify()["compared"] == 1
 
 
 # The source's copy
@@ -297,7 +298,7 @@ def test_the_source_is_deleted_after_verification_and_brought_back_by_undo(way: 
     before = pixels_of(way.source, way.study)
     there = way.put(way.target, 1)
     way.copy()
-    assert way.verify(delete=True)["source_deleted"]
+    way.verify(delete=True)
     assert way.on_source == set()
     assert way.on_target == {*uids, *there}
 
@@ -320,13 +321,13 @@ def test_nothing_is_deleted_where_the_bytes_differ(keepers: Move) -> None:
 def test_the_source_is_looked_at_once_more_right_before_it_is_deleted(move: Move) -> None:
     move.put(move.source, 2)
     move.copy()
-    transfer, memory, account = move.transfer(), move.memory("verify"), Account.of(*move.results)
-    verified = verify_study(transfer, account, memory, digests="all")
+    transfer, receipt = move.transfer(), move.receipt()
+    verify_study(transfer, receipt, digests="all")
     late = move.put(move.source, 1)
     with pytest.raises(PacsMisanswered, match="got images while"):
-        delete_source(transfer, account, verified, memory)
+        delete_source(transfer, receipt)
     assert set(late) < move.on_source
-    assert move.verify(delete=True, attempt=2)["source_deleted"]
+    move.verify(delete=True, attempt=2)
     assert set(late) < move.on_target
     assert move.undo()["removed"] == 3
     assert set(late) < move.on_source
@@ -350,6 +351,28 @@ def test_a_worker_that_died_while_deleting_the_source_knows_that_it_did(
     assert move.verify(delete=True, attempt=2)["source_deleted"]
     assert move.undo()["restored"] == 2
     assert len(move.on_source) == 2
+
+
+def test_what_the_target_has_lost_of_a_moved_study_is_found(move: Move) -> None:
+    uids = move.put(move.source, 2)
+    move.copy()
+    move.verify(delete=True)
+    assert move.verify()["source_deleted"]
+    move.target.delete(Found("image", move.study, f"{move.study}.1", uids[0]), permanent=True)
+    with pytest.raises(StudyConflict, match="lacks 1 images") as caught:
+        move.verify()
+    assert caught.value.details["missing"] == [uids[0]]
+
+
+def test_what_an_attempt_has_brought_that_never_ended_is_taken_back_too(move: Move, sandbox: Any) -> None:
+    uids = move.put(move.source, 3)
+    there = move.put(move.target, 1)
+    sandbox.set_mood("dcm4chee", "store", commit_then_drop=True, times=1)
+    with pytest.raises(PacsUnavailable):
+        move.copy()
+    assert move.on_target == {*uids, *there}
+    assert move.undo()["removed"] == 3
+    assert move.on_target == set(there)
 
 
 def test_undo_removes_nothing_that_the_source_no_longer_has(move: Move) -> None:
@@ -411,9 +434,9 @@ def test_after_a_fault_the_next_attempt_goes_on_and_ends_clean(
     uids = move.put(move.source, 10)
     there = move.put(move.target, 1)
     sandbox.set_mood(dialect, operation, **mood)
-    copied = attempts(move)
+    attempts(move)
     assert move.attempts > 1 or fault == "last part lost"
-    assert set(copied["added"]) == set(uids), "what an attempt before has brought is ours too"
+    assert move.added == set(uids), "what an attempt before has brought is ours too"
     verified = move.verify()
     assert (verified["topped_up"], move.on_target) == (0, {*uids, *there})
     assert move.undo()["removed"] == 10
@@ -448,7 +471,8 @@ def test_what_was_answered_before_the_source_broke_off_is_not_sent_again(
         move.copy()
     assert len(move.on_target) == 2
     monkeypatch.undo()
-    assert set(move.copy(2)["added"]) == set(uids)
+    move.copy(2)
+    assert move.added == set(uids)
 
 
 def test_an_image_that_the_target_refuses_is_told_and_the_others_are_there(move: Move) -> None:
@@ -457,7 +481,7 @@ def test_an_image_that_the_target_refuses_is_told_and_the_others_are_there(move:
     with pytest.raises(StudyConflict, match="another patient") as caught:
         move.copy()
     assert caught.value.details["refused"] == bad
-    assert set(caught.value.details["result"]["added"]) == set(uids) == move.on_target
+    assert move.added == set(uids) == move.on_target
 
 
 def test_several_bad_images_in_one_request_do_not_take_the_others_with_them(
@@ -490,9 +514,9 @@ def test_a_store_that_was_left_behind_is_cleared_after_some_attempts(move: Move,
     move.source, move.target = move.target, move.source
     uids = move.put(move.source, 2)
     sandbox.set_mood("msdicom", "store", pending_45071="never", times=1)
-    copied = attempts(move)
+    attempts(move)
     assert move.attempts == 4
-    assert set(copied["added"]) == set(uids) == move.on_target
+    assert move.added == set(uids) == move.on_target
 
 
 # What cannot pass
@@ -510,14 +534,16 @@ def test_images_are_spooled_one_by_one_where_lengths_have_to_be_announced(
 ) -> None:
     uids = guarded.put(guarded.source, 3)
     monkeypatch.setattr(guarded.target, "store_passing", None)
-    assert set(guarded.copy()["added"]) == set(uids) == guarded.on_target
-    assert guarded.verify()["digests"]["not_kept_by"] == ["dcm4chee", "plain"]
+    guarded.copy()
+    assert guarded.added == set(uids) == guarded.on_target
+    assert guarded.verify()["not_kept_by"] == ["dcm4chee", "plain"]
 
 
 def test_a_target_that_wants_to_know_the_length_is_given_spooled_images_from_then_on(move: Move, sandbox: Any) -> None:
     uids = move.put(move.source, 3)
     sandbox.set_mood("dcm4chee", "store", status=411, times=1)
-    assert set(move.copy()["added"]) == set(uids) == move.on_target
+    move.copy()
+    assert move.added == set(uids) == move.on_target
     assert move.attempts == 1
 
 

@@ -1,0 +1,453 @@
+"""One study's way from one server to another, pass by pass: look, copy, verify, delete the source's copy, take it back.
+
+How images get across is in `transfers`; here: which are brought over, what proves that they arrived, and what is
+written down before each step, so that an attempt that dies is gone on with by the next. Whoever calls has shut the
+study's gate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from worker.errors import CourierError, NotFound, PacsMisanswered, PacsRejected, StudyConflict
+from worker.jobs.downloads import to_ask
+from worker.jobs.transfers import Transfer, bring, digests_on, images_on, pending
+from worker.pacs.protocol import DeletionFate, Fate, Found
+
+Digests = Literal["all", "sample", "none"]
+#: So often in one verification a study that has grown is brought up to date before it is given up.
+TOP_UPS = 3
+#: After so many attempts, what a broken store has left behind on the target is removed (docs/pacs-oddities.md).
+ATTEMPTS_BEFORE_REMOVAL = 3
+#: A report names so many of the images that went wrong.
+TOLD = 10
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which images of a study both servers list, each with its series."""
+
+    on_source: Mapping[str, str]
+    on_target: Mapping[str, str]
+
+    @property
+    def missing(self) -> set[str]:
+        return self.on_source.keys() - self.on_target.keys()
+
+    @classmethod
+    def look(cls, transfer: Transfer) -> Seen:
+        study_uid = transfer.study_uid
+        return cls(images_on(transfer.source, study_uid), images_on(transfer.target, study_uid))
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Images that a pass put on the target, with one digest over all of them as they passed.
+
+    None: an attempt that was cut short brought some of them, and their digests died with it.
+    """
+
+    uids: frozenset[str]
+    digest: str | None
+
+    def is_among(self, given: Mapping[str, str]) -> bool:
+        """Whether ``given``, digests by UID, are of what passed."""
+        return self.digest is not None and self.uids <= given.keys() and digest_over(self.uids, given) == self.digest
+
+
+@dataclass
+class Receipt:
+    """What a batch knows of a study that it brings over; verification and undo go by it.
+
+    ``before``: what the target had when the pass under way first touched the study; None when none is. ``shared``: what
+    both servers had anyway, known once the source's copy goes. ``removing``: what an undo is about to remove. ``save``
+    is called before anything is done that could not be told from what others do.
+    """
+
+    #: What it is made of as JSON.
+    FIELDS: ClassVar = ("parcels", "before", "shared", "source_deleted", "removing")
+
+    parcels: list[Parcel] = field(default_factory=list)
+    before: frozenset[str] | None = None
+    shared: frozenset[str] = frozenset()
+    source_deleted: bool = False
+    removing: frozenset[str] | None = None
+    save: Callable[[Receipt], None] = lambda _: None
+
+    @property
+    def added(self) -> frozenset[str]:
+        return frozenset(uid for parcel in self.parcels for uid in parcel.uids)
+
+    @property
+    def moved(self) -> frozenset[str]:
+        """What the source had when its copy was deleted."""
+        return self.added | self.shared
+
+    def as_json(self) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "parcels": [{"uids": sorted(parcel.uids), "digest": parcel.digest} for parcel in self.parcels],
+            "before": None if self.before is None else sorted(self.before),
+            "shared": sorted(self.shared),
+            "source_deleted": self.source_deleted,
+            "removing": None if self.removing is None else sorted(self.removing),
+        }
+        return {name: value for name, value in told.items() if value or value == []}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any], *, save: Callable[[Receipt], None]) -> Receipt:
+        return cls(
+            parcels=[Parcel(frozenset(one["uids"]), one["digest"]) for one in told.get("parcels", ())],
+            before=frozenset(told["before"]) if "before" in told else None,
+            shared=frozenset(told.get("shared", ())),
+            source_deleted=bool(told.get("source_deleted")),
+            removing=frozenset(told["removing"]) if "removing" in told else None,
+            save=save,
+        )
+
+
+# --- survey -----------------------------------------------------------------------------------------------------
+
+
+def survey_study(transfer: Transfer, others: Mapping[str, bool | None]) -> dict[str, Any]:
+    """What a migration of the study would come to. ``others``: whether each further server has it; None, it is silent.
+
+    Raises
+    ------
+    NotFound
+        The source does not have it.
+    """
+    seen = Seen.look(transfer)
+    _check_found(transfer, seen)
+    warnings = [f"study_split: it is on {name} too" for name, there in others.items() if there]
+    warnings += [f"{name} did not say whether it has the study" for name, there in others.items() if there is None]
+    return {
+        "images": len(seen.on_source),
+        "images_on_target": len(seen.on_target),
+        "missing": len(seen.missing),
+        "warnings": warnings,
+    }
+
+
+# --- copy -------------------------------------------------------------------------------------------------------
+
+
+def copy_study(transfer: Transfer, receipt: Receipt, *, attempt: int = 1) -> dict[str, Any]:
+    """Bring over what the target lacks. The receipt then says what was added; the figures are for the report.
+
+    Raises
+    ------
+    NotFound
+        The source does not have the study.
+    StudyConflict, PacsRejected
+        The target refuses some of the images for good; the others are there, and in the receipt.
+    CourierError
+        A server failed; the next attempt brings what is left.
+    """
+    seen = Seen.look(transfer)
+    _check_found(transfer, seen)
+    _begin(transfer, receipt, seen)
+    before = receipt.before or frozenset()
+    if seen.missing:
+        _bring_missing(transfer, seen, attempt=attempt)
+    added = _note_parcel(transfer, receipt, seen)
+    _check_accepted(transfer)
+    return {
+        "images": len(seen.on_source.keys() | transfer.settled),
+        "added": added,
+        "there_before": len(seen.on_source.keys() & before),
+        "size_bytes": transfer.size_bytes,
+        "warnings": sorted(transfer.warnings),
+    }
+
+
+def _begin(transfer: Transfer, receipt: Receipt, seen: Seen) -> None:
+    """Write down what was on the target before the pass touches the study, if it is going to."""
+    transfer.resumed = receipt.before is not None
+    if receipt.before is None and seen.missing:
+        receipt.before = frozenset(seen.on_target)
+        receipt.save(receipt)
+
+
+def _bring_missing(transfer: Transfer, seen: Seen, *, attempt: int) -> None:
+    try:
+        bring(transfer, seen.missing, on_source=seen.on_source, on_target=seen.on_target)
+    except CourierError:
+        if attempt >= ATTEMPTS_BEFORE_REMOVAL:
+            _clear_pending(transfer)
+        raise
+
+
+def _clear_pending(transfer: Transfer) -> None:
+    """An image that is "being stored" for ever was left behind by a store that broke; deleting it helps."""
+    for uid in pending(transfer):
+        image = Found("image", transfer.study_uid, transfer.listed[uid], uid)
+        transfer.target.delete(image, permanent=True)
+
+
+def _note_parcel(transfer: Transfer, receipt: Receipt, first: Seen) -> int:
+    """Enter into the receipt what the pass has added, an earlier attempt included; how many images that are.
+
+    What an earlier attempt added was there at the ``first`` look.
+    """
+    earlier = _by_earlier_attempt(receipt, first)
+    uids = earlier | transfer.stored.keys()
+    if uids:
+        digest = None if earlier else digest_over(uids, transfer.stored)
+        receipt.parcels.append(Parcel(frozenset(uids), digest))
+    receipt.before = None
+    return len(uids)
+
+
+def _by_earlier_attempt(receipt: Receipt, seen: Seen) -> set[str]:
+    if receipt.before is None:
+        return set()
+    return (seen.on_target.keys() & seen.on_source.keys()) - receipt.before
+
+
+def digest_over(uids: Collection[str], digests: Mapping[str, str]) -> str:
+    """One digest for many images: of their UIDs and digests, in order of their UIDs."""
+    lines = "".join(f"{uid} {digests[uid]}\n" for uid in sorted(uids))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _check_found(transfer: Transfer, seen: Seen) -> None:
+    if not seen.on_source:
+        on_target = f"; {transfer.target.server.name} has {len(seen.on_target)} images of it" if seen.on_target else ""
+        sentence = f"{transfer.source.server.name} does not have the study{on_target}."
+        raise transfer.error(NotFound, transfer.source, sentence)
+
+
+def _check_accepted(transfer: Transfer) -> None:
+    """The first image that the target will never take speaks for the others."""
+    if not transfer.refused:
+        return
+    uid, outcome = min(transfer.refused.items())
+    kind = StudyConflict if outcome.fate is Fate.CONFLICT else PacsRejected
+    name, count = transfer.target.server.name, len(transfer.refused)
+    said = outcome.message or "It names no reason."
+    error = transfer.error(kind, transfer.target, f"{name} will not take {count} of the images, {uid} for one. {said}")
+    error.payload["details"] |= {"refused": sorted(transfer.refused)[:TOLD]}
+    raise error
+
+
+# --- verify -----------------------------------------------------------------------------------------------------
+
+
+def verify_study(transfer: Transfer, receipt: Receipt, *, digests: Digests, attempt: int = 1) -> dict[str, Any]:
+    """Prove that the target has all that the source has, bringing over what the source has got meanwhile.
+
+    Raises
+    ------
+    NotFound
+        The source no longer has the study.
+    StudyConflict
+        Images differ although they bear the same UIDs (``details["different"]``), or the study grows faster than it is
+        brought over.
+    """
+    seen = first = Seen.look(transfer)
+    _check_found(transfer, seen)
+    _begin(transfer, receipt, seen)
+    lost = seen.missing & receipt.added
+    for _ in range(TOP_UPS):
+        if not seen.missing - transfer.refused.keys():
+            break
+        _bring_missing(transfer, seen, attempt=attempt)
+        seen = Seen.look(transfer)
+    touched = receipt.before is not None
+    receipt.parcels = [replace(parcel, digest=None) if parcel.uids & lost else parcel for parcel in receipt.parcels]
+    brought = _note_parcel(transfer, receipt, first)
+    if touched:
+        receipt.save(receipt)
+    _check_accepted(transfer)
+    _check_complete(transfer, seen)
+    return {
+        "images": len(seen.on_source),
+        "images_on_target": len(seen.on_target),
+        "topped_up": brought - len(lost),
+        "lost": len(lost),
+        "size_bytes": transfer.size_bytes,
+        **_compare(transfer, seen, receipt.parcels, digests),
+    }
+
+
+def verify_moved(transfer: Transfer, receipt: Receipt, *, digests: Digests) -> dict[str, Any]:
+    """As `verify_study`, when the source's copy is gone: the target still has all of it, as it passed.
+
+    Raises
+    ------
+    StudyConflict
+        The target has lost images.
+    """
+    on_target = images_on(transfer.target, transfer.study_uid)
+    if gone := receipt.moved - on_target.keys():
+        sentence = (
+            f"{transfer.target.server.name} lacks {len(gone)} images of the study, {min(gone)} for one, and "
+            f"{transfer.source.server.name} no longer has it."
+        )
+        error = transfer.error(StudyConflict, transfer.target, sentence)
+        error.payload["details"] |= {"missing": sorted(gone)[:TOLD]}
+        raise error
+    moved = Seen({uid: on_target[uid] for uid in receipt.moved}, on_target)
+    told = _compare(transfer, moved, receipt.parcels, digests, source_has=False)
+    return {"images": len(receipt.moved), "images_on_target": len(on_target), "source_deleted": True, **told}
+
+
+def _check_complete(transfer: Transfer, seen: Seen) -> None:
+    if seen.missing:
+        sentence = (
+            f"The study on {transfer.source.server.name} grows: after {TOP_UPS} rounds {len(seen.missing)} images are "
+            f"still missing on {transfer.target.server.name}. Verify the batch again when nothing is added any more."
+        )
+        raise transfer.error(StudyConflict, transfer.source, sentence)
+
+
+def _compare(
+    transfer: Transfer, seen: Seen, parcels: Sequence[Parcel], digests: Digests, *, source_has: bool = True
+) -> dict[str, Any]:
+    """Compare what the target gives back with what passed, or with what the source gives for images that did not pass.
+
+    What passed has been hashed on its way, so the source is asked again for nothing that this batch has brought whole.
+    """
+    source, target = transfer.source, transfer.target
+    not_kept_by = [pacs.server.name for pacs in (source, target) if not pacs.keeps_bytes]
+    told = {"digests": digests, "compared": 0, "not_kept_by": not_kept_by}
+    wanted = _to_compare(seen, digests)
+    if not wanted or not target.keeps_bytes:
+        return told
+    given = digests_on(target, transfer.study_uid, seen.on_target, wanted)
+    proven = {uid for parcel in parcels if parcel.is_among(given) for uid in parcel.uids}
+    rest = wanted - proven if source.keeps_bytes and source_has else set()
+    expected = digests_on(source, transfer.study_uid, seen.on_source, rest) if rest else {}
+    different = sorted(uid for uid in rest if expected.get(uid) is None or expected[uid] != given.get(uid))
+    different += _not_as_they_passed(given, parcels, set(given) - proven - rest)
+    if different:
+        raise _differ(transfer, different)
+    return {**told, "compared": len(proven | rest)}
+
+
+def _not_as_they_passed(given: Mapping[str, str], parcels: Sequence[Parcel], unproven: set[str]) -> list[str]:
+    """The images of parcels that are there whole and yet are not what passed, where the source cannot be asked."""
+    whole = (parcel for parcel in parcels if parcel.digest is not None and parcel.uids <= given.keys())
+    return sorted(uid for parcel in whole for uid in parcel.uids & unproven)
+
+
+def _differ(transfer: Transfer, different: Sequence[str]) -> StudyConflict:
+    sentence = (
+        f"{len(different)} images on {transfer.target.server.name} are not what {transfer.source.server.name} has, or "
+        f"had, under the same UIDs, {different[0]} for one; look at both before anything is deleted."
+    )
+    error = transfer.error(StudyConflict, transfer.target, sentence)
+    error.payload["details"] |= {"different": list(different[:TOLD])}
+    return error
+
+
+def _to_compare(seen: Seen, digests: Digests) -> set[str]:
+    """All images of the source, none, or one of each series: always the same one, whoever asks."""
+    if digests != "sample":
+        return set(seen.on_source) if digests == "all" else set()
+    sample: dict[str, str] = {}
+    for image, series in seen.on_source.items():
+        sample[series] = min(sample.get(series, image), image, key=lambda uid: hashlib.sha256(uid.encode()).digest())
+    return set(sample.values())
+
+
+# --- the source's copy ------------------------------------------------------------------------------------------
+
+
+def delete_source(transfer: Transfer, receipt: Receipt) -> None:
+    """Delete the study from the source, after `verify_study` and one more look at both.
+
+    What has to be known to take it back is written down before anything is deleted. Doing it again ends what an attempt
+    that died has begun.
+
+    Raises
+    ------
+    PacsMisanswered
+        The source has got images meanwhile, or still lists some: it is verified again.
+    PacsRejected
+        The source does not delete.
+    """
+    source = transfer.source
+    seen = Seen.look(transfer)
+    if seen.missing:
+        sentence = f"{source.server.name} got images while the study was verified; it is verified again."
+        raise transfer.error(PacsMisanswered, source, sentence)
+    receipt.shared |= seen.on_source.keys() - receipt.added
+    receipt.source_deleted = True
+    receipt.save(receipt)
+    deletion = source.delete(Found("study", transfer.study_uid), permanent=True)
+    if deletion.fate is DeletionFate.REFUSED:
+        receipt.source_deleted = False
+        receipt.save(receipt)
+        sentence = f"{source.server.name} does not delete the study, which is whole on both. {deletion.note}"
+        raise transfer.error(PacsRejected, source, sentence)
+    if images_on(source, transfer.study_uid):
+        sentence = f"{source.server.name} still lists images of the study that it has deleted; it is looked at again."
+        raise transfer.error(PacsMisanswered, source, sentence)
+
+
+# --- undo -------------------------------------------------------------------------------------------------------
+
+
+def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
+    """Take from the target what the batch added, and nothing else; ``transfer`` leads as it did when it was brought.
+
+    Where the batch has deleted the source's copy, that is brought back and compared first. Nothing is removed of which
+    the source has no copy.
+
+    Raises
+    ------
+    StudyConflict
+        The source lacks images that the target would lose, or the target lacks what should go back. Nothing is removed.
+    """
+    if receipt.removing is None and receipt.source_deleted:
+        _restore(transfer, receipt)
+    seen = Seen.look(transfer)
+    ours = (receipt.added | _by_earlier_attempt(receipt, seen)) & seen.on_target.keys()
+    if only_here := ours - seen.on_source.keys():
+        sentence = (
+            f"{transfer.source.server.name} does not have {len(only_here)} of the images that would be removed from "
+            f"{transfer.target.server.name}, {min(only_here)} for one. Nothing was removed."
+        )
+        raise transfer.error(StudyConflict, transfer.source, sentence)
+    if receipt.removing is None:
+        receipt.removing = frozenset(ours)
+        receipt.save(receipt)
+    pieces = to_ask(Found("study", transfer.study_uid), seen.on_target, ours) if ours else []
+    fates = {_remove(transfer, found) for found in pieces}
+    restored = len(receipt.moved) if receipt.source_deleted else 0
+    return {"removed": len(receipt.removing), "restored": restored, "hidden": DeletionFate.HIDDEN in fates}
+
+
+def _remove(transfer: Transfer, found: Found) -> DeletionFate:
+    deletion = transfer.target.delete(found, permanent=True)
+    if deletion.fate is DeletionFate.REFUSED:
+        sentence = f"{transfer.target.server.name} does not remove what was added. {deletion.note}"
+        raise transfer.error(PacsRejected, transfer.target, sentence)
+    return deletion.fate
+
+
+def _restore(transfer: Transfer, receipt: Receipt) -> None:
+    """Bring back to the source what it had before the batch deleted it, and compare all of it."""
+    back = replace(transfer, source=transfer.target, target=transfer.source)
+    seen = Seen.look(back)
+    wanted = receipt.moved - seen.on_target.keys()
+    if gone := wanted - seen.on_source.keys():
+        sentence = (
+            f"{back.source.server.name} no longer has {len(gone)} of the images that have to go back to "
+            f"{back.target.server.name}, {min(gone)} for one. Nothing was removed."
+        )
+        raise transfer.error(StudyConflict, back.source, sentence)
+    if wanted:
+        bring(back, wanted, on_source=seen.on_source, on_target=seen.on_target)
+        _check_accepted(back)
+    after = Seen.look(back)
+    if lacking := receipt.moved - after.on_target.keys():
+        sentence = f"{back.target.server.name} does not list {len(lacking)} of the images that were brought back to it."
+        raise transfer.error(PacsMisanswered, back.target, sentence)
+    returned = Seen({uid: after.on_source[uid] for uid in receipt.moved & after.on_source.keys()}, after.on_target)
+    passed = Parcel(frozenset(back.stored), digest_over(back.stored, back.stored))
+    _compare(back, returned, [passed] if back.stored else [], "all")
