@@ -80,10 +80,20 @@ class BatchDesk:
         return self._asked("download", items, options, destination=destination)
 
     def migrate(
-        self, items: Items | None = None, *, source: str, target: str, delete_source: bool = False, **options: Any
+        self,
+        items: Items | None = None,
+        *,
+        source: str,
+        target: str,
+        delete_source: bool = False,
+        digests: str = "all",
+        **options: Any,
     ) -> Handle:
-        """Copy studies from the server ``source`` to ``target``; move them with ``delete_source``."""
-        wishes = {"from_server": source, "to_server": target, "delete_source": delete_source}
+        """Copy studies from the server ``source`` to ``target``; move them with ``delete_source``.
+
+        ``digests``: compare the bytes of "all" images, of a "sample" (one per series), or of "none".
+        """
+        wishes = {"from_server": source, "to_server": target, "delete_source": delete_source, "digests": digests}
         return self._asked("migrate", items, options, **wishes)
 
     def order(self, order: Order, given: Given | None = None) -> Handle:

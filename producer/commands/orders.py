@@ -208,6 +208,13 @@ def download(studies: Sequence[str], servers: Sequence[str], destination: str, f
 @click.option(
     "--delete-source", is_flag=True, help="Move: delete each from where it was when it is proven to be there."
 )
+@click.option(
+    "--digests",
+    type=click.Choice(["all", "sample", "none"]),
+    default="all",
+    show_default=True,
+    help="Compare the bytes of all images, of one per series, or of none.",
+)
 @yes_option
 @ordering
 @plain_failures
@@ -215,6 +222,7 @@ def migrate(studies: Sequence[str], from_server: str, to_server: str, delete_sou
     """Copy many studies from one server to another, or move them."""
     how = _How(options)
     wishes = {"from_server": from_server, "to_server": to_server, "delete_source": delete_source}
+    wishes["digests"] = options["digests"]
     order = Order("migrate", {**wishes, **_chosen(studies, options), **how.wishes})
     question = f"Move these studies, and delete them from {from_server}?" if delete_source else None
     return _carried_out(order, how.given(studies), how, question=question)
