@@ -17,7 +17,7 @@ from typing import Any
 import billiard
 import kombu.exceptions
 import redis
-from celery import Celery, Task, bootsteps, signals
+from celery import Celery, Task, bootsteps, concurrency, signals
 from celery.exceptions import BackendError
 from celery.result import denied_join_result
 from celery.worker.request import Request
@@ -98,6 +98,8 @@ app.conf.update(
     worker_consumer=f"{consumer.__name__}:{consumer.PacsConsumer.__name__}",
 )
 consumer.install()
+# Celery's `--pool prefork` means whatever the settings say, which is threads; `--pool processes` means what it says.
+concurrency.ALIASES["threads"] = "worker.pool:ThreadPool"
 try:
     signing.install(app, settings.queue.signing)
 except SettingsError as error:
@@ -182,6 +184,11 @@ def pulse() -> Pulse:
 @functools.cache
 def _pulse() -> Pulse:
     return Pulse(tools().ledger, _publish)
+
+
+def let_go() -> int:
+    """Give up the jobs that are under way in this process, which is about to end; returns how many."""
+    return pulse().let_go() if _pulse.cache_info().currsize else 0
 
 
 def _publish(job_id: str, meta: dict[str, Any]) -> None:

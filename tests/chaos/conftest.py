@@ -4,6 +4,8 @@
                Without ``make chaos`` it goes nowhere, so nothing else is needed.
 ``full``       whether this is ``make chaos``
 ``seed``       of whatever is random; printed with a test that fails
+``crew``       starts workers that may be killed: ``crew.start(pool="prefork")``; their tracebacks fail the test
+``stops``      lets jobs of a ``crew.start(stops=True)`` stop at a named point
 
 A test marked ``full`` runs in ``make chaos`` alone.
 """
@@ -12,9 +14,14 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from sandbox import processes as parts
+from sandbox.processes import RedisPart, SandboxPart
+from tests.chaos.crew import Crew, Stops, control_url
 from tests.chaos.measured import BOOK, Book
 
 
@@ -46,3 +53,25 @@ def seed() -> int:
     chosen = int(os.environ.get("CHAOS_SEED") or secrets.randbits(32))
     print(f"CHAOS_SEED={chosen}")
     return chosen
+
+
+@pytest.fixture
+def crew(tmp_path: Path, redis: RedisPart, sandbox: SandboxPart) -> Iterator[Crew]:
+    crew = Crew(
+        tmp_path / "crew",
+        queue=parts.queue_settings(redis),
+        servers=sandbox.servers(),
+        control=control_url(redis),
+    )
+    with crew.processes:
+        yield crew
+    faults = crew.faults()
+    if faults:
+        pytest.fail("\n\n".join(faults))
+
+
+@pytest.fixture
+def stops(redis: RedisPart) -> Iterator[Stops]:
+    stops = Stops(control_url(redis))
+    yield stops
+    stops.close()

@@ -20,7 +20,7 @@ from worker.jobs.carry import Done, Failed, NotTaken, Parked, Verdict, backoff_s
 from worker.jobs.follow import follow
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
-from worker.ledger import PREFIX, LeaseLost, Ledger, job_id_for
+from worker.ledger import PREFIX, ClaimState, LeaseLost, Ledger, job_id_for
 from worker.settings import JobSettings, Settings
 
 JOB = {"image_url": "http://host/a.dcm?sig=SECRET"}
@@ -237,3 +237,19 @@ def test_the_backoff_doubles_up_to_its_cap_with_full_jitter() -> None:
     highest = [max(backoff_s(attempt, limits, rng) for _ in range(400)) for attempt in (1, 2, 5, 9)]
     assert highest == [pytest.approx(ceiling, rel=0.05) for ceiling in (1, 2, 16, 60)]
     assert min(backoff_s(9, limits, rng) for _ in range(400)) < 3
+
+
+def test_a_shutdown_that_cannot_wait_leaves_the_job_to_others_at_once_and_counts_no_death(desk: Desk) -> None:
+    pulse = Pulse(desk.ledger, lambda _, meta: desk.shown.append(meta))
+    tools = Tools(desk.settings, desk.ledger, sources=cast(Any, None), fleet=cast(Any, None))
+
+    def work(job: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+        assert pulse.let_go() == 1
+        return {"status": "too late"}
+
+    assert carry(work, task="pacs.upload", job_id="j1", message=JOB, tools=tools, pulse=pulse) == Parked()
+    assert desk.state() == "waiting"
+    assert [due.job_id for due in desk.ledger.sweep()] == ["j1"]
+    claim = desk.ledger.claim("j1", task="pacs.upload", job=JOB, max_deaths=2)
+    assert (claim.state, claim.attempt, claim.deaths) == (ClaimState.YOURS, 1, 0)
+    assert pulse.let_go() == 0

@@ -15,7 +15,14 @@ from worker.settings import Settings
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("producer", "worker", "sandbox")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-CELERY_LIVES_IN = ("worker/app.py", "worker/consumer.py", "worker/signing.py", "worker/tasks/", "producer/")
+CELERY_LIVES_IN = (
+    "worker/app.py",
+    "worker/consumer.py",
+    "worker/pool.py",
+    "worker/signing.py",
+    "worker/tasks/",
+    "producer/",
+)
 
 
 def name_of(path: Path) -> str:

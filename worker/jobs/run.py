@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import redis
+
 from worker.errors import Cancelled
-from worker.ledger import Ledger
+from worker.ledger import LeaseLost, Ledger
 from worker.logs import about, job_lines
 
 log = logging.getLogger(__name__)
+
+SHUT_DOWN = "the worker was shut down before the job had ended"
 
 
 class NotYet(Exception):
@@ -106,6 +110,17 @@ class Pulse:
                 del self._runs[_attempt(run)]
             with run.lock:  # a beat under way ends before the result is stored, so it cannot overwrite it
                 run.lost = True
+
+    def let_go(self) -> int:
+        """Put all running jobs aside for somebody else to take over at once; returns how many. No death is counted."""
+        with self._lock:
+            runs = [run for run, _ in self._runs.values()]
+        for run in runs:
+            run.lost = True
+            with contextlib.suppress(LeaseLost, redis.RedisError):  # else whoever waits for the lease takes it over
+                self._ledger.park(run.job_id, run.fence, delay_s=0, code="waiting", message=SHUT_DOWN, counts=False)
+            log.warning("Job %s is left to another worker: %s", run.job_id, SHUT_DOWN)
+        return len(runs)
 
     def show(self, run: Run, meta: dict[str, Any]) -> None:
         """Show ``meta`` at once, if the job is still ours to speak for: nothing may cover a later attempt's result."""
