@@ -162,9 +162,10 @@ def delete(studies: Sequence[str], servers: Sequence[str], keep: str | None, **o
     """
     how = _How(options)
     wishes = {"servers": list(servers) or None, "permanent": options["permanent"], "keep": _place(keep)}
+    wishes.update(_chosen(studies, options))
     if options["everything"]:
         wishes["confirm"] = _sentence(options, asks=_asks(how))
-    order = Order("delete", {**wishes, **_chosen(studies, options), **how.wishes})
+    order = Order("delete", {**wishes, **how.wishes})
     return _carried_out(order, how.given(studies), how, question="Delete these studies?")
 
 

@@ -1,0 +1,223 @@
+"""The commands of batches with a real worker: what they take, what they show, what they refuse, and leaving them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from producer import Courier
+from producer.cli import main
+from producer.errors import InvalidRequest
+from sandbox.synthetic import image, new_uid
+
+WAIT_S = 60
+QUICK = {"max_attempts": 2, "backoff_base_s": 0.1, "sweep_s": 0.1, "grace_s": 2}
+
+
+@dataclass
+class Desk:
+    """A worker that answers, a folder that it may read, and the command."""
+
+    folder: Path
+    config: Path
+    environ: dict[str, str]
+    images: Any
+    urls: list[str] = field(default_factory=list)
+
+    def __call__(self, *words: str, status: int = 0, stdin: str | None = None) -> Result:
+        ended = CliRunner().invoke(main, words, input=stdin)
+        assert ended.exit_code == status, ended.output
+        return ended
+
+    def json(self, *words: str, status: int = 0, stdin: str | None = None) -> Any:
+        return json.loads(self(*words, "--json", status=status, stdin=stdin).stdout)
+
+    def serve(self, count: int, study: str | None = None) -> list[str]:
+        study = study or new_uid()
+        return [self.images.put(f"{new_uid()}.dcm", image(study, side=8)) for _ in range(count)]
+
+    def file(self, name: str, content: str) -> str:
+        path = self.folder / name
+        path.write_text(content, encoding="utf-8")
+        return str(path)
+
+    def totals(self, answer: Any) -> dict[str, int]:
+        return {name: count for name, count in answer["totals"].items() if count}
+
+
+@pytest.fixture
+def pacs(worker, image_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    sources = {"allow_hosts": ["127.0.0.1"], "allow_private_networks": True, "folders": [str(folder)]}
+    running = worker(jobs=QUICK, sources=sources)
+    monkeypatch.setenv("PACS_CONFIG", str(running.config))
+    return Desk(folder, running.config, {**os.environ, "PACS_CONFIG": str(running.config)}, image_server)
+
+
+def test_items_come_from_files_columns_standard_input_and_the_command_itself(pacs: Desk) -> None:
+    urls = pacs.serve(6)
+    listed = pacs.file("urls.txt", f"# of Monday\n{urls[0]}\n\n{urls[1]}\n{urls[0]}\n")
+    ended = pacs("batch", "upload", listed, urls[2], "--name", "of Monday", "--json")
+    answer = json.loads(ended.stdout)
+    assert (answer["kind"], answer["name"], answer["state"]) == ("upload", "of Monday", "done")
+    assert pacs.totals(answer) == {"stored": 3}
+    assert "1 of them are there more than once" in ended.stderr
+
+    table = pacs.file("urls.csv", f"no;url\n1;{urls[3]}\n2;{urls[0]}\n")
+    assert pacs.totals(pacs.json("batch", "upload", table, "--column", "url")) == {"stored": 1, "already_there": 1}
+    lines = "".join(json.dumps({"url": url}) + "\n" for url in urls[4:])
+    assert pacs.totals(pacs.json("batch", "upload", "-", "--column", "url", stdin=lines)) == {"stored": 2}
+
+    with Courier() as courier:  # and from a program, which gives them one by one
+        handle = courier.batch.upload((url for url in urls), name="again", verify=False)
+        assert handle.result(timeout_s=WAIT_S)["batch_id"] == handle.batch_id
+        assert courier.batch.get(handle.batch_id).of("apply").totals == {"already_there": 6}
+        with pytest.raises(InvalidRequest, match="item 2: no URL"):
+            courier.batch.upload([urls[0], "DOE^JANE"])
+
+
+def test_a_worker_lists_a_folder_and_an_archive_and_says_what_it_leaves_out(pacs: Desk) -> None:
+    study = new_uid()
+    (pacs.folder / "a b").mkdir()
+    for number in range(3):
+        (pacs.folder / "a b" / f"{number}.dcm").write_bytes(image(study, side=8))
+    (pacs.folder / "DICOMDIR").write_bytes(b"no image")
+    answer = pacs.json("batch", "upload", f"{pacs.folder.as_uri()}/")
+    assert pacs.totals(answer) == {"skipped": 1, "stored": 3}
+
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for number in range(4):
+            archive.writestr(f"ct/{number}.dcm", image(study, side=8))
+        archive.writestr("../../etc/passwd", b"no image")
+    url = pacs.images.put("all.zip", packed.getvalue())
+    answer = pacs.json("batch", "upload", url)
+    assert pacs.totals(answer) == {"skipped": 1, "stored": 4}
+    skipped = pacs("batch", "report", answer["batch_id"], "--csv", "--status", "skipped").stdout
+    assert "its name leads out of the archive" in skipped
+    undone = pacs.json("batch", "undo", answer["batch_id"], "--yes")
+    assert undone["passes"]["undo"]["totals"]["undone"] == 4
+    pacs("batch", "upload", url, f"{pacs.folder.as_uri()}/", status=2)
+    refused = pacs("batch", "upload", pacs.images.url("none.zip"), status=1)
+    assert "source_not_found" in refused.stderr
+
+
+def test_wrong_input_is_told_with_its_rows_and_begins_nothing(pacs: Desk) -> None:
+    (url,) = pacs.serve(1)
+    mixed = pacs.file("mixed.txt", f"{url}\nDOE^JANE\nftp://host/a\n" + "x\n" * 30)
+    refused = pacs("batch", "upload", mixed, status=2)
+    assert "32 rows are bad" in refused.stderr
+    assert "line 2: no URL" in refused.stderr
+    assert "and 12 more" in refused.stderr
+    assert "DOE" not in refused.output
+    answer = json.loads(pacs("batch", "upload", mixed, "--skip-bad", "--json").stdout)
+    assert pacs.totals(answer) == {"stored": 1}
+    assert "left out" in pacs("batch", "upload", mixed, "--skip-bad", "--dry-run").stderr
+
+    for words in (
+        ("upload", pacs.file("empty.txt", "# nothing\n")),
+        ("upload", str(pacs.folder / "missing.txt")),
+        ("upload", pacs.file("a.csv", "url\n")),
+        ("upload", url, "--rate", "fast"),
+        ("upload", url, "--bandwidth", "20"),
+        ("upload", url, "--window", "20-06"),
+        ("upload", url, "--window", "20:00-06:00 Mars/Olympus"),
+        ("upload", url, "--width", "0"),
+        ("delete",),
+        ("delete", "1.2.3", "--all", "--yes"),
+        ("delete", "--query", "StudyDate", "--yes"),
+        ("download", "1.2.3"),
+        ("migrate", "1.2.3", "--from", "msdicom", "--to", "msdicom"),
+    ):
+        pacs("batch", *words, status=2)
+    for words in (
+        ("delete", "1.2.3"),
+        ("delete", "--all", "--yes"),
+        ("migrate", "1.2.3", "--from", "msdicom", "--to", "dcm4chee", "--delete-source"),
+        ("show", "elsewhere"),
+        ("apply", "elsewhere"),
+    ):
+        pacs("batch", *words, status=1)
+    assert len(pacs.json("batch", "list")) == 2
+
+
+def test_a_plan_is_shown_written_refused_when_edited_and_applied_as_it_stands(pacs: Desk) -> None:
+    urls = [*pacs.serve(4), pacs.images.url("absent.dcm")]
+    plan = pacs.folder / "plan.jsonl"
+    listed = pacs.file("urls.txt", "\n".join(urls))
+    shown = pacs("batch", "upload", listed, "--plan", str(plan), "--name", "planned").stdout
+    assert "5 of 5 items to do" in shown
+    pacs("batch", "upload", listed, "--plan", str(plan), status=2)  # nothing is overwritten
+    (planned, *_) = pacs.json("batch", "list")
+    assert (planned["state"], planned["settled"]) == ("planned", 0)
+    assert pacs.json("batch", "plan", planned["batch_id"])["plan"]["to_do"] == 5
+
+    whole = plan.read_text(encoding="utf-8")
+    plan.write_text(whole.replace(urls[1], urls[0]), encoding="utf-8")
+    assert "a line was changed" in pacs("batch", "apply", str(plan), status=2).stderr
+    plan.write_text("".join(whole.splitlines(keepends=True)[:3]), encoding="utf-8")
+    assert "after line 3 without its totals" in pacs("batch", "apply", str(plan), status=2).stderr
+    plan.write_text(whole, encoding="utf-8")
+    answer = pacs.json("batch", "apply", str(plan), status=1)
+    assert (answer["name"], pacs.totals(answer)) == ("planned", {"stored": 4, "refused": 1})
+    assert [one["code"] for one in answer["failures"]] == ["source_not_found"]
+
+    answer = pacs.json("batch", "apply", planned["batch_id"], status=1)
+    assert pacs.totals(answer) == {"already_there": 4, "refused": 1}
+    pacs("batch", "retry", planned["batch_id"], status=2)  # what was refused would be refused again
+    batch = answer["batch_id"]
+    rows = list(csv.DictReader(io.StringIO(pacs("batch", "report", batch, "--csv").stdout)))
+    assert [row["status"] for row in rows] == ["already_there"] * 4 + ["refused"]
+    assert [row["item"] for row in rows] == urls
+    lines = pacs("batch", "report", batch, "--jsonl", "--status", "refused").stdout.splitlines()
+    assert [json.loads(line)["code"] for line in lines] == ["source_not_found"]
+    assert len(pacs.json("batch", "report", batch)) == 5
+    assert pacs.json("batch", "verify", batch, status=1)["state"] == "done"
+
+
+def test_a_watch_is_left_and_come_back_to_while_the_batch_goes_on(pacs: Desk, sandbox) -> None:
+    sandbox.set_mood("msdicom", "store", latency_ms=3000)
+    listed = pacs.file("urls.txt", "\n".join(url for _ in range(4) for url in pacs.serve(25)))
+    code = "from producer.cli import main; main()"
+    command = [sys.executable, "-c", code, "batch", "upload", listed, "--width", "1", "--no-verify"]
+    watching = subprocess.Popen(
+        command,
+        env=pacs.environ,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with Courier() as courier:
+        assert any("running" in line for line in watching.stderr)  # as far as that line
+        (batch,) = courier.batch.list()
+        watching.send_signal(signal.SIGINT)
+        out, err = watching.communicate(timeout=WAIT_S)
+        assert watching.returncode == 3
+        assert f"pacs batch watch {batch.id}" in err
+        assert "Traceback" not in out + err
+        assert pacs.json("batch", "watch", batch.id, "--timeout", "0.1", status=3)["status"] in (
+            "running",
+            "waiting",
+            "queued",
+        )
+        assert pacs.json("batch", "pause", batch.id)["state"] == "paused"
+        sandbox.calm()
+        assert pacs.json("batch", "resume", batch.id)["state"] == "running"
+        back = pacs("batch", "watch", batch.id)
+        assert "stored" in back.stdout
+        assert "done 100/100 100 %" in back.stderr
+        assert [one.state for one in courier.batch.watch(batch.id)] == ["done"]
+    assert batch.id in pacs("batch", "list").stdout
