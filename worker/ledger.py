@@ -11,6 +11,7 @@ Keys, all below ``courier:`` in a database of their own:
                           once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
     deaths:HASH   int     how often the worker died doing this content
+    alone         string  the job at work that may not have another death; others like it wait for their turn
     hold:UID      hash    the job that may store (or delete) this SOP instance now; by digest: write to a destination
     gate:UID      hash    the job that is deleting this study or series: nobody begins to store into it
     storing:UID   set     the jobs that are storing into this study or series: nobody begins to delete it
@@ -44,6 +45,9 @@ from worker.breakers import BREAKER, by_server
 from worker.logs import shown_job
 
 PREFIX: Final = "courier:"
+#: No record of an ended job goes before the last message that may begin it anew: one that a killed worker held comes
+#: back after Celery's visibility time-out (celeryconfig.py), and once more if that worker is killed too.
+MESSAGES_S: Final = 5 * 3600
 #: A trail keeps so many decisions, the latest ones.
 TRAIL_LENGTH: Final = 100
 #: What comes first of what stands on two trails in the same millisecond.
@@ -97,6 +101,8 @@ return 1
 """
 )
 
+# A worker that dies takes all its jobs along, and nobody knows which of them killed it. So the last death that a job
+# may have has to be its own: of the jobs that may not have another one, one at a time is at work.
 _CLAIM = (
     _NOW
     + """
@@ -110,9 +116,20 @@ local woken = cancelled or redis.call('HEXISTS', job, 'woken') == 1
 if state == 'waiting' and score and tonumber(score) > now and not woken then
   return {'early'}
 end
-local died = 0
+local died = tonumber(redis.call('GET', deaths) or 0)
 if state == 'running' then died = redis.call('INCR', deaths); redis.call('PEXPIRE', deaths, 86400000) end
 if not state then redis.call('HSET', job, 'task', ARGV[2], 'job', ARGV[3], 'created_ms', now) end
+if died > 0 and died == tonumber(ARGV[6]) then
+  local other = redis.call('GET', KEYS[4])
+  local its = other and redis.call('HMGET', ARGV[7] .. other, 'state', 'lease_ms') or {}
+  if other ~= ARGV[1] and its[1] == 'running' and tonumber(its[2]) > now then
+    redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'deaths', died)
+    redis.call('HDEL', job, 'woken')
+    redis.call('ZADD', due, now + math.min(250 * 2 ^ redis.call('HINCRBY', job, 'waits', 1), 8000), ARGV[1])
+    return {'early'}
+  end
+  redis.call('SET', KEYS[4], ARGV[1], 'PX', 86400000)
+end
 local attempts = redis.call('HINCRBY', job, 'attempts', 1)
 local fence = redis.call('HINCRBY', job, 'fence', 1)
 redis.call('HSET', job, 'state', 'running', 'lease_ms', now + ARGV[4])
@@ -644,7 +661,7 @@ class Ledger:
         self.lease_s = lease_s
         self.client = client
         self.grace_ms = _ms(grace_s)
-        self.keep_ms = _ms(keep_s)
+        self.keep_ms = _ms(max(keep_s, MESSAGES_S))
         self._claim_ms = _ms(claim_s)
         script = client.register_script
         self._submit, self._claim, self._heartbeat = script(_SUBMIT), script(_CLAIM), script(_HEARTBEAT)
@@ -679,10 +696,13 @@ class Ledger:
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)
         return bool(self._submit(keys=keys, args=[job_id, task, _dump(job), delay_ms]))
 
-    def claim(self, job_id: str, *, task: str, job: Mapping[str, Any]) -> Claim:
-        """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later."""
-        keys = [_job(job_id), PREFIX + "due", _deaths(task, job)]
-        args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED]
+    def claim(self, job_id: str, *, task: str, job: Mapping[str, Any], max_deaths: int = 0) -> Claim:
+        """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later.
+
+        One that has had all its ``max_deaths`` but one waits while another such job is at work.
+        """
+        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), PREFIX + "alone"]
+        args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED, max_deaths - 1, _job("")]
         answer: list[Any] = self._claim(keys=keys, args=args)
         state = ClaimState(answer[0])
         if state is ClaimState.YOURS:
@@ -794,7 +814,8 @@ class Ledger:
         keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", deaths]
         note = _note("ended", job_id, **ending, **_gist(outcome))
         args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, note]
-        self._guard(self._finish(keys=keys, args=[*args, self.grace_ms]))
+        untold_ms = min(self.grace_ms, _ms(self.lease_s))
+        self._guard(self._finish(keys=keys, args=[*args, untold_ms]))
 
     def cancel(self, job_id: str) -> str:
         """Ask for the job to end before its push; gives the state it was in, "" if it is unknown."""

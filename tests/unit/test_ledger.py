@@ -8,6 +8,7 @@ from typing import Any
 import fakeredis
 import pytest
 
+import celeryconfig
 from worker.ledger import PREFIX, TRAIL_LENGTH, ClaimState, LeaseLost, Ledger, Receipt, content_digest, job_id_for
 
 TASK = "pacs.upload"
@@ -89,6 +90,53 @@ def test_a_finished_job_keeps_no_message_and_a_dead_one_does(ledger: Ledger, cli
     assert client.hget(f"{PREFIX}job:j2", "job") is not None
     assert client.zscore(f"{PREFIX}dead", "j2") is not None
     assert "job" not in ledger.look("j2")
+
+
+def test_an_outcome_that_nobody_was_told_waits_no_longer_than_a_lease(client: fakeredis.FakeRedis) -> None:
+    for lease_s, grace_s, due_s in ((10, 60, 10), (60, 10, 10)):
+        ledger = Ledger(client, lease_s=lease_s, grace_s=grace_s)
+        finish(ledger, claim(ledger, f"j{lease_s}").fence, f"j{lease_s}")
+        due = client.zscore(f"{PREFIX}due", f"j{lease_s}")
+        assert due is not None
+        assert due / 1000 - ledger.clock_s() == pytest.approx(due_s, abs=1)
+
+
+def test_the_record_of_an_ended_job_outlives_every_message_that_may_still_come(client: fakeredis.FakeRedis) -> None:
+    ledger = Ledger(client, keep_s=60)
+    finish(ledger, claim(ledger).fence)
+    visibility_s = celeryconfig.broker_transport_options["visibility_timeout"]
+    assert isinstance(visibility_s, int)
+    assert client.ttl(f"{PREFIX}job:j1") > 2 * visibility_s
+
+
+def test_jobs_that_may_not_have_another_death_take_turns(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    def take(name: str) -> Any:
+        return ledger.claim(name, task=TASK, job={"image_url": name}, max_deaths=3)
+
+    for _ in range(2):
+        for name in ("killer", "neighbour"):
+            assert take(name).state is ClaimState.YOURS
+            expire_lease(client, name)
+    killer = take("killer")
+    assert (killer.state, killer.deaths) == (ClaimState.YOURS, 2)
+    assert take("neighbour").state is ClaimState.EARLY, "or both would be blamed for the next death"
+    assert take("somebody else").state is ClaimState.YOURS
+    assert ledger.look("neighbour")["deaths"] == "2"
+    expire_lease(client, "killer")
+    assert take("killer").deaths == 3
+    client.hset(f"{PREFIX}job:killer", "state", "dead")
+    client.zadd(f"{PREFIX}due", {"neighbour": 0})
+    ledger.sweep()
+    neighbour = take("neighbour")
+    assert (neighbour.state, neighbour.deaths) == (ClaimState.YOURS, 2), "waiting for a turn is no death"
+
+
+def test_the_content_of_a_killer_is_known_under_every_id(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    for _ in range(3):
+        claim(ledger, "killer")
+        expire_lease(client, "killer")
+    assert claim(ledger, "killer").deaths == 3
+    assert claim(ledger, "another id").deaths == 3, "it need not kill once more to be known"
 
 
 def test_an_outcome_is_brought_again_until_it_is_told(ledger: Ledger, client: fakeredis.FakeRedis) -> None:

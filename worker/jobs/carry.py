@@ -64,8 +64,9 @@ def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, 
     The verdict of a job that is over is the recorded one, whoever did it.
     """
     job: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
+    limits = tools.settings.jobs
     try:
-        claim = tools.ledger.claim(job_id, task=task, job=job)
+        claim = tools.ledger.claim(job_id, task=task, job=job, max_deaths=limits.max_deaths)
     except redis.RedisError as error:
         log.warning("The ledger did not take the claim (%s); the message is given back", type(error).__name__)
         return NotTaken()
@@ -73,7 +74,6 @@ def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, 
         return _recorded(claim)
     about(stage="claimed", attempt=claim.attempt)
     about_study(job)
-    limits = tools.settings.jobs
     run = Run(
         job_id=job_id,
         fence=claim.fence,
