@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final
 
 import redis
 from celery import bootsteps, signals
+from celery.concurrency import thread
 from celery.exceptions import BackendError, SecurityError
 from celery.worker import state
 from celery.worker.consumer import Consumer
@@ -166,7 +167,7 @@ def look(worker: Any) -> Signs:
     return Signs(
         turns=None if consumer.hub is None else consumer.turns,
         taken=consumer.taken,
-        worked=times_woken() if worker.pool_cls.__module__ == "celery.concurrency.thread" else None,
+        worked=times_woken() if issubclass(worker.pool_cls, thread.TaskPool) else None,
         slots=worker.pool.num_processes,
         busy=len(state.active_requests),
         waiting=_waiting(worker.app),

@@ -118,7 +118,7 @@ class Pulse:
         for run in runs:
             run.lost = True
             with contextlib.suppress(LeaseLost, redis.RedisError):  # else whoever waits for the lease takes it over
-                self._ledger.park(run.job_id, run.fence, delay_s=0, code="waiting", message=SHUT_DOWN, counts=False)
+                self._ledger.park(run.job_id, run.fence, delay_s=0, code="waiting", message=SHUT_DOWN, wait="steady")
             log.warning("Job %s is left to another worker: %s", run.job_id, SHUT_DOWN)
         return len(runs)
 
