@@ -20,11 +20,11 @@ import redis
 
 from tests.chaos import points
 from worker import app as product
-from worker import logs
 from worker.jobs import upload
 from worker.ledger import Ledger
 from worker.pacs import connections
 from worker.sources import Sources, spool
+from worker.tasks import door
 
 app = product.app
 if "CHAOS_SOFT_SHUTDOWN_S" in os.environ:
@@ -35,12 +35,13 @@ LONGEST_S = 120
 KILL = "kill: "
 
 _control = redis.Redis.from_url(os.environ["CHAOS_URL"], decode_responses=True)
+_job_id: ContextVar[str] = ContextVar("stopping_job_id", default="-")
 _pushing: ContextVar[bool] = ContextVar("pushing", default=False)
 
 
 def stop(point: str, job_id: str | None = None) -> None:
     """Wait here, if this is where the job shall stop; or die here, each time, if that is what it shall do."""
-    job_id = job_id or logs._job_id.get()
+    job_id = job_id or _job_id.get()
     wish = _control.hget("stops", job_id)
     if wish == KILL + point:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -75,8 +76,16 @@ _wrap(upload, "_receipt", before=points.BEFORE_RECEIPT, after=points.AFTER_RECEI
 _wrap(upload, "_metadata", before=points.DESCRIBE)
 _wrap(Ledger, "finish", after=points.BEFORE_RESULT)
 
-_within, _push, _readinto = spool._within, upload._push, spool._View.readinto
+_carry, _within, _push, _readinto = door.carry, spool._within, upload._push, spool._View.readinto
 _getresponse, _after_return = connections._Patience.getresponse, product.PacsTask.after_return
+
+
+def _named_carry(*args: Any, job_id: str, **kwargs: Any) -> Any:
+    token = _job_id.set(job_id)
+    try:
+        return _carry(*args, job_id=job_id, **kwargs)
+    finally:
+        _job_id.reset(token)
 
 
 def _stopping_within(*args: Any) -> Iterator[bytes]:
@@ -110,6 +119,7 @@ def _stopping_after_return(task: Any, status: str, retval: object, task_id: str,
     stop(points.BEFORE_ACK, task_id)
 
 
+door.carry = _named_carry
 spool._within = _stopping_within
 upload._push = _stopping_push
 spool._View.readinto = _stopping_readinto
