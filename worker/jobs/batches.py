@@ -18,6 +18,7 @@ from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import LeaseLost
+from worker.logs import shown_url
 from worker.payloads import (
     BatchEndPayload,
     BatchItem,
@@ -441,7 +442,7 @@ def end_payload(batch: Batch, run: Run, tools: Tools) -> dict[str, Any]:
 def _trouble(one: Settled, which: Pass, batch: Batch) -> BatchTrouble:
     return BatchTrouble(
         number=one.item.number,
-        item=one.item.text,
+        item=shown_url(one.item.text),  # a signed URL is shown as in any other result
         pass_=which,
         server_name=one.server_name or None,
         server_type=batch.types.get(one.server_name) or None,
