@@ -51,11 +51,11 @@ class Sandbox:
             "msdicom": msdicom.open_store(data / "msdicom"),
             "dcm4chee": dcm4chee.open_store(data / "dcm4chee"),
         }
+        sites = {name: self._site(name) for name in self.stores}
         applications = {
-            name: module.application(self._site(name))
-            for name, module in (("msdicom", msdicom), ("dcm4chee", dcm4chee))
+            name: module.application(sites[name]) for name, module in (("msdicom", msdicom), ("dcm4chee", dcm4chee))
         }
-        self.control = Control(self.stores, self.moods)
+        self.control = Control(self.stores, self.moods, {name: site.load for name, site in sites.items()})
         self.listeners = {name: Listener(application, host=host) for name, application in applications.items()}
         self.listeners["control"] = Listener(self._control_application(ohif), host=host)
 

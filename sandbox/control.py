@@ -6,6 +6,7 @@ It decides nothing about DICOM; it is never in the way of a request to a dialect
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from json import JSONDecodeError
 from typing import Any
 
@@ -13,19 +14,20 @@ from aiohttp import web
 
 from sandbox.moods import MoodError, Moods, parse
 from sandbox.store import Store
-from sandbox.web import Listener
+from sandbox.web import Listener, Load
 
 _ABOUT = """<!doctype html><title>PACS Courier sandbox</title><h1>PACS Courier sandbox</h1>
 <p>A tool for development: two stand-in PACS servers with faults on demand. Not for patients' images.</p>
 <ul><li>GET, DELETE /moods; PUT /moods/{dialect}/{operation}</li><li>GET, PUT /clock</li><li>POST /reset</li>
-<li>GET /healthz</li><li>/viewer/{dialect}?StudyInstanceUIDs=UID</li></ul>"""
+<li>GET, DELETE /load</li><li>GET /healthz</li><li>/viewer/{dialect}?StudyInstanceUIDs=UID</li></ul>"""
 
 
 class Control:
     """The handlers of the control server; ``listeners`` are filled in once the dialects listen."""
 
-    def __init__(self, stores: Mapping[str, Store], moods: Moods) -> None:
+    def __init__(self, stores: Mapping[str, Store], moods: Moods, loads: Mapping[str, Load]) -> None:
         self._stores = stores
+        self._loads = loads
         self._moods = moods
         self.listeners: dict[str, Listener] = {}
 
@@ -41,6 +43,8 @@ class Control:
                 web.get("/clock", self._get_clock),
                 web.put("/clock", self._put_clock),
                 web.post("/reset", self._reset),
+                web.get("/load", self._get_load),
+                web.delete("/load", self._forget_load),
             ]
         )
         return app
@@ -89,6 +93,14 @@ class Control:
         except (MoodError, TypeError, ValueError) as error:
             return web.json_response({"error": str(error)}, status=400)
         return await self._get_clock(request)
+
+    async def _get_load(self, _request: web.Request) -> web.Response:
+        return web.json_response({dialect: asdict(load) for dialect, load in self._loads.items()})
+
+    async def _forget_load(self, request: web.Request) -> web.Response:
+        for load in self._loads.values():
+            load.begin_anew()
+        return await self._get_load(request)
 
     async def _reset(self, _request: web.Request) -> web.Response:
         for store in self._stores.values():

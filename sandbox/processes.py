@@ -330,6 +330,14 @@ class SandboxPart:
         """Both stores emptied."""
         self._call("POST", "/reset")
 
+    def load(self, *, anew: bool = False) -> dict[str, dict[str, int]]:
+        """By dialect: how many requests came in ``total``, are there ``now``, and were at ``most`` there at once.
+
+        ``anew``: counted from now on.
+        """
+        loads: dict[str, dict[str, int]] = json.loads(self._call("DELETE" if anew else "GET", "/load"))
+        return loads
+
     def servers(self) -> list[dict[str, Any]]:
         """The ``[[servers]]`` that make both its servers known to a worker, MSDICOM first."""
         return [
@@ -337,12 +345,12 @@ class SandboxPart:
             for name in ("msdicom", "dcm4chee")
         ]
 
-    def _call(self, method: str, path: str, body: object = None) -> None:
+    def _call(self, method: str, path: str, body: object = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.control + path, data=data, method=method)
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=10):
-            return
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return bytes(answer.read())
 
 
 def sandbox(

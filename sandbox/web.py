@@ -13,8 +13,8 @@ import json
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +44,29 @@ def _anyone(_request: web.Request, _operation: str, _mood: Mood) -> web.Response
     return None
 
 
+@dataclass
+class Load:
+    """How many requests a dialect has had, has at this moment, and had at once at most."""
+
+    total: int = 0
+    now: int = 0
+    most: int = 0
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        self.total += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            yield
+        finally:
+            self.now -= 1
+
+    def begin_anew(self) -> None:
+        """Those that are under way go on counting."""
+        self.total, self.most = 0, self.now
+
+
 @dataclass(frozen=True)
 class Site:
     """What a dialect's application is built from.
@@ -57,6 +80,7 @@ class Site:
     moods: Moods
     authorize: Authorize = _anyone
     token_issued_at_s: Callable[[str | None], float | None] = field(default=lambda _header: None)
+    load: Load = field(default_factory=Load)
 
     @property
     def clock(self) -> Clock:
@@ -297,16 +321,17 @@ def door(site: Site) -> Middleware:
 
     @web.middleware
     async def through(request: web.Request, handler: Handler) -> web.StreamResponse:
-        name = getattr(request.match_info.handler, "operation", "*")
-        mood = site.moods.take(site.dialect, name)
-        request[MOOD] = mood
-        early = await _before(site, request, name, mood)
-        if early is not None:
-            return early
-        response = await _answer(request, handler)
-        if mood.commit_then_drop:
-            return drop(request)
-        return await _send(request, response, mood)
+        with site.load.one_more():
+            name = getattr(request.match_info.handler, "operation", "*")
+            mood = site.moods.take(site.dialect, name)
+            request[MOOD] = mood
+            early = await _before(site, request, name, mood)
+            if early is not None:
+                return early
+            response = await _answer(request, handler)
+            if mood.commit_then_drop:
+                return drop(request)
+            return await _send(request, response, mood)
 
     return through
 
