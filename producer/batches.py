@@ -111,7 +111,7 @@ class BatchDesk:
             return self.enqueue(kind.task, kind.form, order.message(source=source), job_id=job_id, batch_id=job_id)
         order.planned()  # what is wrong with it is said before the items are read
         with given.read(kind.judge) as items:
-            return self._planned(order, map(Planned, items), told=given.told)
+            return self._planned(order, given.planned(items), told=given.told)
 
     def apply(self, what: str | Path) -> Handle:
         """Do what a plan says: that of a batch, by its id, or a plan file, which becomes a batch of its own."""

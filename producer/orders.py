@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from producer.errors import InvalidRequest
 from producer.inputs import BadRow, Items, Judge, Row, image_url, is_source, rows_of_words, study_uid
@@ -30,7 +30,11 @@ from worker.planning import Planned, Planner
 #: So many chunks of a batch are open at a time unless its order says so.
 WIDTH: Final = 4
 
+#: After so many rows it is said how many there were.
+STEP: Final = 5_000
+
 Told = Callable[[str], None]
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ KINDS: Final[Mapping[str, KindOfOrder]] = {
 class Given:
     """What a batch is to be about, as it was given: ``words`` are items, files or ``-``; or an ``items`` of a program.
 
-    ``told`` is given a sentence where something was left out.
+    ``told`` is given a sentence where something was left out, ``step`` how far reading and planning are, now and then.
     """
 
     words: tuple[str | Path, ...] = ()
@@ -62,6 +66,7 @@ class Given:
     column: str | None = None
     skip_bad: bool = False
     told: Told = lambda _: None
+    step: Told = lambda _: None
 
     @property
     def source(self) -> str | None:
@@ -86,11 +91,21 @@ class Given:
         else:
             rows = rows_of_words(self.words, judge, column=self.column)
         with Items() as items:
-            items.add(rows, judge)
+            items.add(self._stepping(rows, "rows read"), judge)
             items.check(skip_bad=self.skip_bad)
             if items.bad_total:
                 self.told(f"{items.told_bad()}\nThey are left out.")
             yield items
+
+    def planned(self, items: Items) -> Iterator[Planned]:
+        """The items as a plan has them."""
+        return (Planned(text) for text in self._stepping(items, f"of {items.count:,} items planned"))
+
+    def _stepping(self, things: Iterable[Thing], what: str) -> Iterator[Thing]:
+        for number, one in enumerate(things):
+            if number % STEP == 0:
+                self.step(f"{number:,} {what}")
+            yield one
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,13 @@ class _How:
             return None
         column, skip_bad = self.options["column"], self.options["skip_bad"]
         return Given(tuple(words), column=column, skip_bad=skip_bad, told=_say)
+
+    def ordered(self, courier: Courier, order: Order, given: Given | None) -> Handle:
+        """Order it; on a terminal it is shown how far reading and planning are."""
+        with errors_console.status("") as status:
+            if given is not None and not self.quiet:
+                given = replace(given, step=status.update)
+            return courier.batch.order(order, given)
 
 
 def _say(sentence: str) -> None:
@@ -265,7 +272,7 @@ def _carried_out(order: Order, given: Given | None, how: _How, *, question: str 
     with Courier() as courier:
         if question and _asks(how):
             return _asked_first(courier, order, given, how, question)
-        handle = courier.batch.order(order, given)
+        handle = how.ordered(courier, order, given)
         if how.options["no_wait"]:
             return _left(handle, how)
         if how.plans_only:
@@ -274,7 +281,7 @@ def _carried_out(order: Order, given: Given | None, how: _How, *, question: str 
 
 
 def _asked_first(courier: Courier, order: Order, given: Given | None, how: _How, question: str) -> int:
-    handle = courier.batch.order(Order(order.kind, {**order.wishes, "dry_run": True}), given)
+    handle = how.ordered(courier, Order(order.kind, {**order.wishes, "dry_run": True}), given)
     status = _planned(courier, handle, how)
     if status != DONE or not click.confirm(question):
         courier.batch.cancel(handle.batch_id)

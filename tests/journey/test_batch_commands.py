@@ -221,3 +221,23 @@ def test_a_watch_is_left_and_come_back_to_while_the_batch_goes_on(pacs: Desk, sa
         assert "done 100/100 100 %" in back.stderr
         assert [one.state for one in courier.batch.watch(batch.id)] == ["done"]
     assert batch.id in pacs("batch", "list").stdout
+
+
+def test_studies_are_migrated_by_a_query_after_a_look_at_the_plan_and_taken_back(pacs: Desk, put, sandbox) -> None:
+    studies = [new_uid() for _ in range(4)]
+    for study in studies:
+        put(sandbox.msdicom, image(study, side=8))
+    put(sandbox.dcm4chee, image(studies[0], side=8))
+    migrate = ("batch", "migrate", "--from", "msdicom", "--to", "dcm4chee")
+    shown = pacs.json(*migrate, *studies, "2.25.7", "--dry-run")
+    assert shown["state"] == "planned"
+    assert sum(group["items"] for group in shown["plan"]["groups"]) == 5
+    assert shown["plan"]["to_do"] < 5  # what is nowhere is left out
+    assert pacs.json(*migrate, "--query", f"StudyInstanceUID={studies[1]}")["totals"] == {"copied": 1}
+    answer = pacs.json(*migrate, "--all", "--name", "all")
+    assert (answer["items"], answer["failures"]) == (4, [])
+    undone = pacs.json("batch", "undo", answer["batch_id"], "--yes")
+    assert undone["state"] == "undone"
+    pacs("batch", "undo", answer["batch_id"], status=1)  # nobody can be asked
+    report = pacs("batch", "report", answer["batch_id"], "--csv").stdout
+    assert report.count("\n") == 5
