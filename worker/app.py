@@ -23,6 +23,7 @@ from celery.result import denied_join_result
 from celery.worker.request import Request
 
 from worker import consumer, signing, watchdog
+from worker.azure import AzureAccount
 from worker.breakers import Breakers
 from worker.destinations import Destinations
 from worker.errors import CourierError
@@ -36,7 +37,7 @@ from worker.pacs.guard import Guard
 from worker.pacs.registry import connect
 from worker.settings import ServerSettings, Settings, SettingsError
 from worker.slots import Slots
-from worker.sources import Sources
+from worker.sources import Sources, s3
 
 log = logging.getLogger(__name__)
 
@@ -326,8 +327,22 @@ def _needs_servers(**_: Any) -> None:
     try:
         for server in settings.servers:
             connect(server)
+        _needs_stores()
     except SettingsError as error:
         raise SystemExit(f"pacs-courier: {error}") from None
+
+
+def _needs_stores() -> None:
+    """What the stores are known by that images come from and studies go to: authorities, credentials."""
+    Sources(settings.sources).close()
+    timeout_s = settings.sources.connect_timeout_s
+    for azure in (settings.sources.azure, settings.downloads.azure):
+        if azure.containers:
+            account = AzureAccount(azure, connect_timeout_s=timeout_s, read_timeout_s=timeout_s)
+            account.url("container", "blob")  # signed, so that a malformed key shows
+            account.close()
+    if settings.sources.s3.buckets or settings.downloads.s3.buckets:
+        s3.check_credentials()
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]  # celery is untyped

@@ -22,7 +22,7 @@ from worker.errors import (
     SourceUnreachable,
 )
 from worker.logs import shown_url
-from worker.settings import SourceSettings
+from worker.settings import SettingsError, SourceSettings
 from worker.sources.encoding import decoded, is_plain
 from worker.sources.listing import PAGE_ENTRIES, Listed, listed
 from worker.sources.spool import Fetched, Limits, spool
@@ -95,6 +95,29 @@ class S3Source:
             if self._client is None:
                 self._client = _client(self._settings)
             return self._client
+
+
+def check_credentials() -> None:
+    """Whether the worker has any at all; asked where the SDK looks for them: variables, files, the machine's role.
+
+    Raises
+    ------
+    SettingsError
+        It has none, or what names them leads nowhere.
+    """
+    import boto3  # noqa: PLC0415 (as below)
+    from botocore.exceptions import BotoCoreError  # noqa: PLC0415
+
+    try:
+        if boto3.session.Session().get_credentials() is not None:
+            return
+        reason = "there are none"
+    except BotoCoreError as error:
+        reason = f"they cannot be read ({type(error).__name__})"
+    raise SettingsError(
+        f"buckets of S3 are set, which need the worker's AWS credentials, but {reason}; set AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or leave the buckets out"
+    )
 
 
 def bucket_and_key(url: str) -> tuple[str, str]:
