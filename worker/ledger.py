@@ -431,6 +431,13 @@ for key in string.gmatch(redis.call('HGET', KEYS[1], 'storing') or '', '%S+') do
 return redis.call('HDEL', KEYS[1], 'holds', 'storing')
 """
 
+_LET_GO_HOLD = """
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
+local hold = redis.call('HGET', KEYS[1], 'hold')
+if hold and redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
+return redis.call('HDEL', KEYS[1], 'hold')
+"""
+
 _SHUT = """
 local owner = redis.call('HGET', KEYS[1], 'job_id')
 if owner and owner ~= ARGV[1] then return owner end
@@ -673,7 +680,7 @@ class Ledger:
         self._hold_many, self._let_go_many = script(_HOLD_MANY), script(_LET_GO_MANY)
         self._park_for, self._wake = script(_PARK_FOR), script(_WAKE)
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
-        self._rouse = script(_ROUSE)
+        self._rouse, self._let_go_hold = script(_ROUSE), script(_LET_GO_HOLD)
 
     @classmethod
     def connect(cls, url: str, **times: float) -> Ledger:
@@ -924,6 +931,10 @@ class Ledger:
         owner = str(self._hold(keys=[PREFIX + "hold:" + url_sha256, _job(job_id)], args=[job_id, fence]))
         self._guard(owner != "!lost")
         return owner or None
+
+    def let_go_destination(self, *, job_id: str, fence: int) -> None:
+        """Let others write to the destination that `hold_destination` gave us, before the job ends."""
+        self._let_go_hold(keys=[_job(job_id)], args=[job_id, fence])
 
     def shut(self, uid: str, *, job_id: str, fence: int) -> str | None:
         """Keep new jobs from storing into a study or series until this job ends or lets go.

@@ -22,7 +22,6 @@ from producer.show_batches import (
     PlanSummary,
     batches_table,
     counts_table,
-    end_line,
     failures_table,
     json_array,
     json_lines,
@@ -95,7 +94,6 @@ def still_running(handle: Handle, timeout_s: float | None) -> StillRunning:
 
 def _show_end(batch: Batch, payload: Mapping[str, Any]) -> None:
     _show_counts(batch)
-    console.print(end_line(batch), highlight=False, markup=False)
     if payload["failures"]:
         console.print(failures_table(payload["failures"]))
     if payload["failures_total"] > len(payload["failures"]):

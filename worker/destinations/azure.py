@@ -149,6 +149,9 @@ class AzureArchive:
         }
         return self._container.write(self._name, chunks, content_type="application/zip", metadata=metadata)
 
+    def read(self) -> Iterator[bytes]:
+        return self._container.read(self._name)
+
 
 class AzureFiles:
     """Blobs below a prefix; the download is whole when the manifest is among them."""

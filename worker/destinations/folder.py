@@ -120,6 +120,12 @@ class FolderArchive:
         with _translated(self.shown), self._place.opened(create=True) as folder:
             return _write(folder, self._place.name, chunks, self.shown)
 
+    def read(self) -> Iterator[bytes]:
+        with _translated(self.shown):
+            with self._place.opened(create=False) as folder:
+                descriptor = os.open(self._place.name, _TO_READ, dir_fd=folder)
+            yield from _chunks(descriptor)
+
 
 class FolderFiles:
     """Files gather in ``NAME.unfinished``, which becomes ``NAME`` when the manifest is in it."""

@@ -55,6 +55,10 @@ class Archive(Protocol):
         """Put ``chunks`` there, to be seen when all have come; the size in bytes. Their errors pass through."""
         ...
 
+    def read(self) -> Iterator[bytes]:
+        """What is there, from its first byte."""
+        ...
+
 
 class Files(Protocol):
     """A folder of files, named by relative paths with ``/``; errors as in `Archive`."""

@@ -155,6 +155,9 @@ class S3Archive:
         }
         return self._bucket.write(self._key, chunks, content_type="application/zip", metadata=metadata)
 
+    def read(self) -> Iterator[bytes]:
+        return self._bucket.read(self._key)
+
 
 class S3Files:
     """Objects below a prefix; the download is whole when the manifest is among them."""

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from worker.batches import ACTIVE, NOT_DONE, TROUBLE, Batch, Batches, Item, Pass, Row, Settled, State, chunk_job
-from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound
+from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound, Refused
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import LeaseLost
-from worker.logs import shown_url
 from worker.payloads import (
     BatchEndPayload,
     BatchItem,
@@ -56,23 +55,20 @@ class Spent:
 class Notes:
     """What an attempt at a chunk leaves to the next, for itself, for the kind and for the pace.
 
-    ``begun`` are the items that this attempt or an earlier one may have done, ``at`` those that it is at; who finds
-    any knows that the attempt has died of them, perhaps.
+    ``begun`` are the items that this attempt or an earlier one may have done.
     """
 
     begun: set[int] = field(default_factory=set)
     kind: Mapping[str, Any] = field(default_factory=dict)
     pace: Mapping[str, Any] = field(default_factory=dict)
-    at: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, memo: Mapping[str, Any] | None, *, pace: Mapping[str, Any]) -> Notes:
         memo = memo or {}
-        return cls(set(memo.get("begun", ())), memo.get("kind", {}), pace, set(memo.get("at", ())))
+        return cls(set(memo.get("begun", ())), memo.get("kind", {}), pace)
 
     def as_json(self) -> dict[str, Any]:
-        told = {"begun": sorted(self.begun), "at": sorted(self.at), "kind": self.kind}
-        return {**{name: what for name, what in told.items() if what}, **self.pace}
+        return {"begun": sorted(self.begun), **({"kind": self.kind} if self.kind else {}), **self.pace}
 
 
 @dataclass(frozen=True)
@@ -229,7 +225,10 @@ class Conductor:
             with slot(self.tools), self.run.step("plan"):
                 self._plan(items)
         self._refuse_an_empty_plan()
-        self._walk("survey", out_of=["planning"], to="planned")
+        if self.batch.order.get("survey", True):
+            self._walk("survey", out_of=["planning"], to="planned")
+        else:
+            self.batches.steer(self.batch_id, "planned", out_of=["planning"])
         if self.batch.order.get("dry_run"):
             self.batches.expire(self.batch_id)
             return self.batch
@@ -414,6 +413,16 @@ def order(
     return end_payload(batch, run, tools)
 
 
+@contextmanager
+def unbegun(run: Run, tools: Tools) -> Iterator[None]:
+    """What is refused inside begins no batch; the plan that a producer may have written for it is given up."""
+    try:
+        yield
+    except Refused:
+        Batches(tools.ledger).cancel(run.job_id)
+        raise
+
+
 def conducted(
     message: Mapping[str, Any],
     run: Run,
@@ -445,7 +454,7 @@ def end_payload(batch: Batch, run: Run, tools: Tools) -> dict[str, Any]:
 def _trouble(one: Settled, which: Pass, batch: Batch) -> BatchTrouble:
     return BatchTrouble(
         number=one.item.number,
-        item=shown_url(one.item.text),  # a signed URL is shown as in any other result
+        item=one.item.text,
         pass_=which,
         server_name=one.server_name or None,
         server_type=batch.types.get(one.server_name) or None,

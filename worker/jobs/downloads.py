@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from zipstream.ng import ZIP_DEFLATED, ZipStream
 
-from worker.destinations import Mark
+from worker.destinations import Archive, Mark
 from worker.destinations.mark import MANIFEST, something_else
 from worker.errors import Cancelled, InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered
 from worker.instances import Instance
@@ -42,6 +42,8 @@ class _Study:
     found: Found
     run: Run
     series_of: Mapping[str, str]
+    #: Called now and then with the number of images that came; raises if nobody wants the rest.
+    still_wanted: Callable[[int], None]
     received: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: int = 0
 
@@ -71,6 +73,11 @@ def download(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, An
         What came is not what the server lists: the answer was cut off, or the study changed meanwhile.
     """
     job = read_job(DownloadJob, message)
+    return bring(job, run, tools, still_wanted=lambda done: run.intend({"transfer": done})).as_json()
+
+
+def bring(job: DownloadJob, run: Run, tools: Tools, *, still_wanted: Callable[[int], None]) -> DownloadPayload:
+    """As `download`, for a study of a batch too. ``still_wanted`` is called now and then; what it raises ends it."""
     if run.cancelled:  # what an earlier attempt has left is seen by nobody
         raise Cancelled("The job was cancelled before the download was whole.")
     place = (tools.destinations.archive if job.format == "zip" else tools.destinations.files)(job.destination)
@@ -78,15 +85,34 @@ def download(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, An
     with run.step("check"):
         reply = settle("study", job.study_uid, look("study", job.study_uid, mode=job.mode, fleet=tools.fleet))
         about(server_name=reply.pacs.server.name)
-        study = _study(reply.pacs, reply.found[0], run)
+        study = _study(reply.pacs, reply.found[0], run, still_wanted)
         there = place.look()
     if there == study.mark:
-        return _payload(job, study, {"status": "already_there"}).as_json()
+        return _payload(job, study, {"status": "already_there"})
     if there is not None:
         raise something_else(place.shown)
     with run.step("transfer"):
-        written = _to_archive(study, job, tools) if job.format == "zip" else _to_files(study, job, tools)
-    return _payload(job, study, {"status": "downloaded", **written}).as_json()
+        written = (
+            _to_archive(study, tools.destinations.archive(job.destination))
+            if job.format == "zip"
+            else _to_files(study, job, tools)
+        )
+    return _payload(job, study, {"status": "downloaded", **written})
+
+
+def archived(pacs: Pacs, found: Found, place_for: Callable[[Mark], Archive], run: Run) -> tuple[Archive, Mark]:
+    """One server's copy of a study as an archive, at the place that is chosen by what is in it.
+
+    Whoever calls sees to it that nobody else writes there; what is there already, whole, is not written again.
+    """
+    study = _study(pacs, found, run, lambda _: run.check_ours())
+    place = place_for(study.mark)
+    there = place.look()
+    if there is not None and there != study.mark:
+        raise something_else(place.shown)
+    if there is None:
+        _to_archive(study, place)
+    return place, study.mark
 
 
 def _take_turn(shown: str, run: Run) -> None:
@@ -96,10 +122,10 @@ def _take_turn(shown: str, run: Run) -> None:
         raise NotYet(f"job {owner} is writing to the same destination", delay_s=TURN_S)
 
 
-def _study(pacs: Pacs, found: Found, run: Run) -> _Study:
+def _study(pacs: Pacs, found: Found, run: Run, still_wanted: Callable[[int], None]) -> _Study:
     """The study with the list of its images."""
     images = {str(one.sop_instance_uid): str(one.series_instance_uid) for one in pacs.instances(found)}
-    study = _Study(pacs, found, run, images)
+    study = _Study(pacs, found, run, images, still_wanted)
     if not images:
         raise study.misanswered(f"{pacs.server.name} lists the study but none of its images.")
     return study
@@ -108,9 +134,8 @@ def _study(pacs: Pacs, found: Found, run: Run) -> _Study:
 # --- as one ZIP file --------------------------------------------------------------------------------------------
 
 
-def _to_archive(study: _Study, job: DownloadJob, tools: Tools) -> dict[str, Any]:
+def _to_archive(study: _Study, place: Archive) -> dict[str, Any]:
     digest = hashlib.sha256()
-    place = tools.destinations.archive(job.destination)
     size_bytes = place.write(_hashed(_zipped(study), digest), study.mark)
     return {"archive_bytes": size_bytes, "sha256": digest.hexdigest()}
 
@@ -230,7 +255,7 @@ def _look_up(study: _Study) -> None:
     done = len(study.received)
     study.run.stage = f"transfer {done}/{len(study.series_of)}"
     if done % IMAGES_BETWEEN_LOOKS == 0:
-        study.run.intend({"transfer": done})
+        study.still_wanted(done)
 
 
 def _belongs(instance: Instance, study: _Study) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from worker.batches import CHUNK_ITEMS, Batches, Item, ItemStatus, Pass, Settled
 from worker.errors import CourierError, InvalidRequest, NotFound, PacsUnavailable, Refused
-from worker.jobs.batches import Answer, Desk, Work, order
+from worker.jobs.batches import Answer, Desk, Work, order, unbegun
 from worker.jobs.moves import (
     Receipt,
     copy_study,
@@ -25,16 +25,15 @@ from worker.jobs.moves import (
     verify_study,
 )
 from worker.jobs.run import Run
+from worker.jobs.study_lists import study_pages
 from worker.jobs.tools import Tools
 from worker.jobs.transfers import Transfer, images_on
 from worker.ledger import LeaseLost
-from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 from worker.pacs.protocol import Pacs
 from worker.payloads import BatchMigrateJob, check_uid, read_job
 from worker.planning import Planned
 
 #: So many studies are listed at a time.
-PAGE_STUDIES = 1000
 #: What listing a study on both ends takes: whether it is there, then its images, on each.
 LOOK_REQUESTS = 4
 
@@ -51,12 +50,9 @@ def migrate(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any
         A server is not configured, or both are the same one.
     """
     job = read_job(BatchMigrateJob, message)
-    try:
+    with unbegun(run, tools):
         for name in (job.from_server, job.to_server):
             tools.fleet[name]
-    except InvalidRequest:
-        Batches(tools.ledger).cancel(run.job_id)
-        raise
     return order(message, run, tools, kind=StudyMigrations(), name="migrate", form=BatchMigrateJob)
 
 
@@ -77,19 +73,8 @@ class StudyMigrations:
     def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
         """The studies of the source that match the order's filters, as far as it lets one page through them."""
         wishes = desk.batch.order
-        source = desk.tools.fleet[wishes["from_server"]]
-        offset: int | None = 0
-        while offset is not None:
-            try:
-                page = source.studies(filters=wishes.get("filters") or {}, limit=PAGE_STUDIES, offset=offset)
-            except InvalidRequest:
-                if offset == 0:
-                    raise
-                name = source.server.name
-                desk.warnings.append(f"{name} lists no more than {offset} studies at a time; narrow the filters.")
-                return
-            yield [Planned(text(ds, STUDY_INSTANCE_UID)) for ds in page.studies]
-            offset = page.next_offset
+        for page in study_pages(desk.tools.fleet[wishes["from_server"]], desk.warnings, wishes.get("filters")):
+            yield [Planned(study_uid) for study_uid in page]
 
     def survey(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
         return _done(items, desk, lambda group: group.each(items, _survey, others=_elsewhere(items, group)))

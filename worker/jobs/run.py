@@ -74,6 +74,11 @@ class Run:
         if not self.ledger.intend(self.job_id, self.fence, memo, decision=decision):
             raise Cancelled("The job was cancelled before anything was pushed.")
 
+    def check_ours(self) -> None:
+        """`LeaseLost` if another attempt has taken the job over, as far as its heartbeat has noticed."""
+        if self.lost:
+            raise LeaseLost
+
 
 Publish = Callable[[str, dict[str, Any]], None]
 

@@ -10,14 +10,21 @@ from celery import Task
 from worker.app import app
 from worker.jobs import batches
 from worker.jobs.batches import Conductor, Kind
+from worker.jobs.bulk_deletions import StudyDeletions, delete_many
+from worker.jobs.bulk_downloads import StudyDownloads, download_all
 from worker.jobs.bulk_uploads import KIND as UPLOADS
 from worker.jobs.bulk_uploads import upload_all
 from worker.jobs.chunks import chunk
-from worker.jobs.delete_all import StudyDeletions, delete_all
+from worker.jobs.delete_all import delete_all
 from worker.jobs.migrations import StudyMigrations, migrate
 from worker.tasks.door import deliver
 
-KINDS: dict[str, Kind] = {"delete": StudyDeletions(), "migrate": StudyMigrations(), "upload": UPLOADS}
+KINDS: dict[str, Kind] = {
+    "delete": StudyDeletions(),
+    "download": StudyDownloads(),
+    "migrate": StudyMigrations(),
+    "upload": UPLOADS,
+}
 
 
 @app.task(name="pacs.delete_all", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
@@ -36,6 +43,18 @@ def pacs_batch_upload(self: Task, job: object = None, **_: Any) -> dict[str, Any
 def pacs_batch_migrate(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     """Studies from one server to another, as a batch that bears the job's id."""
     return deliver(self, migrate, job)
+
+
+@app.task(name="pacs.batch.delete", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_delete(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Delete many studies."""
+    return deliver(self, delete_many, job)
+
+
+@app.task(name="pacs.batch.download", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
+def pacs_batch_download(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+    """Bring many studies to a place."""
+    return deliver(self, download_all, job)
 
 
 @app.task(name="pacs.batch.chunk", bind=True, ignore_result=True)  # type: ignore[untyped-decorator]  # celery is untyped

@@ -1,0 +1,210 @@
+"""Studies by the thousand made to go away: the kind of batch whose items are studies to delete (docs/batches.md).
+
+How one study is deleted is said in `deletions`, how a copy is kept and brought back in `kept`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from worker.batches import Item, ItemStatus, Pass, Settled
+from worker.errors import ConfirmationRequired, CourierError, InvalidRequest
+from worker.jobs.batches import Answer, Desk, Work, order, unbegun
+from worker.jobs.deletions import asked, forget_what_is_gone, remove
+from worker.jobs.kept import Kept, is_all_kept, keep, restore
+from worker.jobs.run import Run
+from worker.jobs.study_lists import planned_studies
+from worker.jobs.tools import Tools
+from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
+from worker.payloads import BatchDeleteJob, check_uid, read_job
+from worker.planning import Planned
+
+CONFIRMATION = "delete all studies"
+_STATUS: Mapping[DeletionFate, ItemStatus] = {
+    DeletionFate.DELETED: "deleted",
+    DeletionFate.HIDDEN: "hidden",
+    DeletionFate.NOT_THERE: "not_there",
+    DeletionFate.REFUSED: "refused",
+}
+#: Of several servers' fates of one study, the one that says most.
+_MOST_FIRST: Sequence[ItemStatus] = ("refused", "hidden", "deleted", "not_there")
+
+
+class StudyDeletions:
+    """The kind: its items are studies; the server of an item is the only one to delete it on, if anybody said so.
+
+    With ``keep`` an item takes two attempts: in the first every copy is kept and written down in its result, which
+    leaves it open; the second deletes what is kept. So there is never a deletion whose copy nobody knows.
+    """
+
+    group_items = 8
+
+    @property
+    def passes(self) -> Mapping[Pass, Work]:
+        return {"survey": self.survey, "apply": self.apply, "verify": self.verify, "undo": self.undo}
+
+    def check(self, item: Planned) -> Planned:
+        check_uid(item.text)
+        return item
+
+    def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
+        return planned_studies(desk, asked(desk.batch.order.get("servers"), desk.tools.fleet))
+
+    def survey(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
+        """Who has the study; one that a list has just shown is not asked for again."""
+        unknown = [item for item in items if not item.server]
+        found = _together(unknown, _seen, desk)
+        return [found.get(item) or Settled(item, "planned") for item in items]
+
+    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:
+        ledger, run = desk.tools.ledger, desk.run
+        try:
+            ready = [item for item in items if ledger.shut(item.text, job_id=run.job_id, fence=run.fence) is None]
+            done = _together(ready, partial(_applied, resumed=resumed), desk)
+            over = [item for item, answer in done.items() if isinstance(answer, Settled) and answer.status != "open"]
+            forget_what_is_gone({item.text for item in over}, desk.tools)
+        finally:
+            ledger.let_go(run.job_id)
+        return [done.get(item) for item in items]
+
+    def verify(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
+        """Whether it is still gone from where it was deleted."""
+        return list(_together(items, _verified, desk).values())
+
+    def undo(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
+        """Bring back what was kept; what was not is refused."""
+        ledger, run = desk.tools.ledger, desk.run
+        try:
+            ready = [item for item in items if ledger.shut(item.text, job_id=run.job_id, fence=run.fence) is None]
+            done = _together(ready, _undone, desk)
+        finally:
+            ledger.let_go(run.job_id)
+        return [done.get(item) for item in items]
+
+
+def delete_many(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """`pacs.batch.delete`: see `order`.
+
+    Raises
+    ------
+    ConfirmationRequired
+        Everything is to be deleted, and ``confirm`` is not the sentence.
+    InvalidRequest
+        A server is not known, or nothing may be written where copies shall be kept; nothing has begun.
+    """
+    job = read_job(BatchDeleteJob, message)
+    with unbegun(run, tools):
+        if job.everything and not job.dry_run and job.confirm != CONFIRMATION:
+            raise ConfirmationRequired(f'Nothing was deleted: confirm has to be "{CONFIRMATION}".')
+        asked(job.servers, tools.fleet)
+        if job.keep is not None:
+            tools.destinations.archive(f"{job.keep.rstrip('/')}/0.zip")
+    return order(message, run, tools, kind=StudyDeletions(), name="delete", form=BatchDeleteJob)
+
+
+def _together(
+    items: Sequence[Item], step: Callable[[Item, Desk], Settled], desk: Desk
+) -> dict[Item, Settled | CourierError]:
+    """What ``step`` makes of each of the items, all at the same time."""
+    answers = desk.tools.fleet.gather([partial(step, item, desk) for item in items])
+    return dict(zip(items, answers, strict=True))
+
+
+def _servers(item: Item, desk: Desk) -> list[Pacs]:
+    if item.server:
+        return [desk.tools.fleet[item.server]]
+    return asked(desk.batch.order.get("servers"), desk.tools.fleet)
+
+
+def _seen(item: Item, desk: Desk) -> Settled:
+    """Which servers have the study; one that is silent raises, because nobody knows what would be deleted."""
+    names = [pacs.server.name for pacs in _servers(item, desk) if pacs.find("study", item.text)]
+    if not names:
+        return Settled(item, "not_there", "not_found", "No server that was asked has the study.")
+    return Settled(item, "planned", server=names[0], result={"on": names})
+
+
+# --- apply ------------------------------------------------------------------------------------------------------
+
+
+def _applied(item: Item, desk: Desk, *, resumed: set[int]) -> Settled:
+    """One step with one study: keep its copies, or delete it."""
+    folder = desk.batch.order.get("keep")
+    if folder is None:
+        return _deleted(item, _servers(item, desk), desk, resumed=item.number in resumed)
+    known = {name: Kept(**told) for name, told in desk.known(item).result.get("kept", {}).items()}
+    if not known:
+        return _keep(item, f"{str(folder).rstrip('/')}/{desk.batch.id}", desk)
+    _check_kept(item, known, desk)
+    settled = _deleted(item, [desk.tools.fleet[name] for name in known], desk, resumed=item.number in resumed)
+    kept = {name: asdict(one) for name, one in known.items()}
+    return replace(settled, result={**settled.result, "kept": kept})
+
+
+def _keep(item: Item, folder: str, desk: Desk) -> Settled:
+    """Write a copy per server that has the study; the item stays open, to be deleted in the next attempt."""
+    copies: dict[str, Any] = {}
+    for pacs in _servers(item, desk):
+        kept = keep(pacs, item.text, folder, desk.run, desk.tools.destinations)
+        if kept is not None:
+            copies[pacs.server.name] = asdict(kept)
+    if not copies:
+        return Settled(item, "not_there", server=item.server)
+    return Settled(item, "open", server=next(iter(copies)), result={"kept": copies})
+
+
+def _check_kept(item: Item, known: Mapping[str, Kept], desk: Desk) -> None:
+    """Nothing is deleted that is not in its archive."""
+    for name, kept in known.items():
+        pacs = desk.tools.fleet[name]
+        if pacs.find("study", item.text) and not is_all_kept(pacs, item.text, kept, desk.tools.destinations):
+            sentence = f"{name} lists other images than {kept.url} holds; order the deletion of this study again."
+            raise InvalidRequest(sentence, server_name=name, server_type=pacs.server.type)
+
+
+def _deleted(item: Item, servers: Sequence[Pacs], desk: Desk, *, resumed: bool) -> Settled:
+    permanent = bool(desk.batch.order.get("permanent", True))
+    fates: dict[str, Deletion] = {}
+    for pacs in servers:
+        fates[pacs.server.name] = remove(pacs, [Found("study", item.text)], permanent=permanent, resumed=resumed)
+    return _concluded(item, fates)
+
+
+def _concluded(item: Item, fates: Mapping[str, Deletion]) -> Settled:
+    """What all servers' fates come to; each is told where there are several."""
+    statuses = {name: _STATUS[deletion.fate] for name, deletion in fates.items()}
+    name = min(statuses, key=lambda one: _MOST_FIRST.index(statuses[one]))
+    status, note = statuses[name], fates[name].note
+    result = {"servers": statuses} if len(statuses) > 1 else {}
+    refused = status == "refused"
+    return Settled(item, status, "pacs_rejected" if refused else "", note if refused else "", result, name)
+
+
+# --- verify and undo --------------------------------------------------------------------------------------------
+
+
+def _verified(item: Item, desk: Desk) -> Settled:
+    known = desk.known(item)
+    names = list(known.result.get("servers", {})) or [known.server_name]
+    if names == [""]:  # it was nowhere
+        names = [pacs.server.name for pacs in _servers(item, desk)]
+    again = [name for name in names if desk.tools.fleet[name].find("study", item.text)]
+    if again:
+        return Settled(item, "differs", server=again[0], message=f"{again[0]} has the study (again).")
+    return Settled(item, "verified", server=names[0])
+
+
+def _undone(item: Item, desk: Desk) -> Settled:
+    kept = desk.known(item).result.get("kept")
+    if desk.known(item).status == "not_there":
+        return Settled(item, "not_there", server=desk.known(item).server_name)
+    if not kept:
+        raise InvalidRequest("No copy was kept, so this cannot be taken back; order deletions with keep.")
+    results = {}
+    for name, told in kept.items():
+        pacs, copy = desk.tools.fleet[name], Kept(**told)
+        results[name] = restore(pacs, item.text, copy, desk.tools.destinations, lambda _: desk.run.check_ours())
+    return Settled(item, "undone", server=next(iter(kept)), result={"servers": results})

@@ -1,0 +1,175 @@
+"""Copies of studies that are kept before they are deleted: written as archives, and brought back from them.
+
+What a download writes and how an image gets to a server are said in `downloads` and `transfers`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+from worker.destinations import Archive, Destinations, Mark
+from worker.destinations.mark import CHUNK_BYTES, MANIFEST
+from worker.errors import PacsMisanswered, PacsRejected, SourceUnreachable, StudyConflict
+from worker.jobs.downloads import archived
+from worker.jobs.run import Run
+from worker.jobs.transfers import Transfer, bring, digests_on, images_on
+from worker.pacs.protocol import Found, Pacs, Retrieved
+from worker.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the copy of a study on one server lies; ``sha256`` is over the UIDs of its images."""
+
+    url: str
+    images: int
+    images_sha256: str
+
+    @classmethod
+    def of(cls, place: Archive, mark: Mark) -> Kept:
+        return cls(place.shown, mark.images, mark.images_sha256)
+
+
+def keep(pacs: Pacs, study_uid: str, folder: str, run: Run, destinations: Destinations) -> Kept | None:
+    """Write the server's copy of a study below ``folder``; None if it has none. What is there already stays.
+
+    The name says what is in it: a study that has got more images since becomes a second archive.
+    """
+    founds = pacs.find("study", study_uid)
+    if not founds:
+        return None
+
+    def place_for(mark: Mark) -> Archive:
+        name = f"{study_uid}-{mark.images_sha256[:12]}.zip"
+        return destinations.archive(f"{folder.rstrip('/')}/{pacs.server.name}/{name}")
+
+    place, mark = archived(pacs, founds[0], place_for, run)
+    return Kept.of(place, mark)
+
+
+def is_all_kept(pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinations) -> bool:
+    """Whether the archive is there and holds exactly the images that the server lists now."""
+    now = Mark.of(study_uid, images_on(pacs, study_uid))
+    there = destinations.archive(kept.url).look()
+    return there == now and (now.images, now.images_sha256) == (kept.images, kept.images_sha256)
+
+
+def restore(
+    pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinations, look: Callable[[int], None]
+) -> dict[str, Any]:
+    """Bring back to the server what it lacks of a kept study, and compare all of it.
+
+    Raises
+    ------
+    StudyConflict
+        The archive is gone, or is not what was kept; nothing was stored.
+    PacsRejected
+        The server does not take some of the images back.
+    PacsMisanswered
+        The server does not show them as they were kept; it is tried again.
+    """
+    archive = destinations.archive(kept.url)
+    with _opened(archive, pacs) as copy:
+        if Mark.of(study_uid, copy.series_of) != Mark(study_uid, kept.images, kept.images_sha256):
+            raise _conflict(pacs, f"{kept.url} does not hold what was kept; nothing was stored.")
+        before = images_on(pacs, study_uid)
+        wanted = copy.series_of.keys() - before.keys()
+        transfer = Transfer(cast(Pacs, copy), pacs, study_uid, resumed=True, look=look)
+        if wanted:
+            bring(transfer, wanted, on_source=copy.series_of, on_target=before)
+    if transfer.refused:
+        uid, outcome = next(iter(transfer.refused.items()))
+        sentence = (
+            f"{pacs.server.name} does not take {len(transfer.refused)} images back, {uid} for one: {outcome.message}"
+        )
+        raise PacsRejected(sentence, server_name=pacs.server.name, server_type=pacs.server.type)
+    return {"restored": len(wanted), **_compared(pacs, study_uid, copy.series_of, transfer.stored)}
+
+
+def _compared(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], sent: Mapping[str, str]) -> dict[str, Any]:
+    """What the server shows now against what was kept: UIDs, and the bytes of what was sent where it keeps them."""
+    name = pacs.server.name
+    if missing := series_of.keys() - images_on(pacs, study_uid).keys():
+        sentence = f"{name} does not list {len(missing)} of the images that were brought back; it is looked at again."
+        raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)
+    if not pacs.keeps_bytes:
+        return {"compared": "uids"}
+    given = digests_on(pacs, study_uid, series_of, sent.keys()) if sent else {}
+    if differing := [uid for uid, digest in sent.items() if given.get(uid) != digest]:
+        sentence = f"{name} gives back other bytes than were restored, of {differing[0]} for one."
+        raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)
+    return {"compared": "bytes"}
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """An archive as the side that a transfer takes images from. Each entry is checked against the manifest's digest."""
+
+    server: ServerSettings
+    archive: zipfile.ZipFile
+    entries: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def series_of(self) -> dict[str, str]:
+        return {uid: str(entry["series_uid"]) for uid, entry in self.entries.items()}
+
+    @contextmanager
+    def retrieve(self, found: Found) -> Iterator[Iterator[Retrieved]]:
+        yield (
+            Retrieved(str(entry["transfer_syntax_uid"]), self._chunks(entry))
+            for uid, entry in self.entries.items()
+            if found.series_instance_uid in (None, entry["series_uid"]) and found.sop_instance_uid in (None, uid)
+        )
+
+    def _chunks(self, entry: Mapping[str, Any]) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        with _readable(self.archive.filename or "the archive"), self.archive.open(str(entry["file"])) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                yield chunk
+        if digest.hexdigest() != entry["sha256"]:
+            raise SourceUnreachable(f"{entry['file']} in the kept archive is damaged; nothing of it was stored.")
+
+
+@contextmanager
+def _opened(archive: Archive, pacs: Pacs) -> Iterator[_Copy]:
+    """The archive, on this machine's disk while it is read."""
+    with tempfile.TemporaryFile() as file, _readable(archive.shown):
+        if archive.look() is None:
+            raise _conflict(pacs, f"{archive.shown} is not there any more; nothing was stored.")
+        _spool(archive.read(), file)
+        with zipfile.ZipFile(file) as opened:
+            manifest = json.loads(opened.read(MANIFEST))
+            entries = {str(entry["image_uid"]): entry for entry in manifest["instances"]}
+            yield _Copy(pacs.server, opened, entries)
+
+
+def _spool(chunks: Iterable[bytes], file: IO[bytes]) -> None:
+    try:
+        for chunk in chunks:
+            file.write(chunk)
+    except OSError as error:
+        sentence = f"The worker has no room to read the kept archive ({error.strerror}); free its temporary folder."
+        raise SourceUnreachable(sentence) from error
+
+
+@contextmanager
+def _readable(shown: str) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        raise SourceUnreachable(
+            f"{shown} cannot be read as the archive that was kept ({type(error).__name__})."
+        ) from error
+
+
+def _conflict(pacs: Pacs, sentence: str) -> StudyConflict:
+    return StudyConflict(sentence, server_name=pacs.server.name, server_type=pacs.server.type)
