@@ -10,6 +10,7 @@ import pytest
 
 SERVER = '[[servers]]\nname = "msdicom"\ntype = "msdicom"\nurl = "http://127.0.0.1:9/v2"\n'
 AZURE = '[{}.azure]\ncontainers = ["images"]\naccount_url = "https://account.blob.core.windows.net"\n'
+ODD_AZURE = '[sources.azure]\ncontainers = ["images"]\nconnection_string_env = "ODD"\n'
 SIGNING = '[queue.signing]\nkey_file = "no/file"\ncertificate_file = "no/file"\ntrusted_folder = "no"\n'
 #: A machine without any credentials for AWS, the role of a cloud's included.
 NO_AWS = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/no/file", "AWS_CONFIG_FILE": "/no/file"}
@@ -24,7 +25,10 @@ NO_AWS = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/
         (SERVER + 'auth = { type = "basic", username = "u", password_file = "no/file" }\n', "password_file of server"),
         (SERVER + AZURE.format("sources") + 'account_key_env = "NOT_SET"\n', "NOT_SET (azure.account_key_env)"),
         (SERVER + AZURE.format("downloads") + 'sas_token_file = "no/file"\n', "no/file (azure.sas_token_file)"),
-        (SERVER + AZURE.format("sources") + 'account_key_env = "ODD"\n', "azure (account_key) is malformed"),
+        (
+            SERVER + '[sources.azure]\ncontainers = ["a"]\nconnection_string_env = "ODD"\n',
+            "(connection_string) is malformed",
+        ),
         (SERVER + '[sources.s3]\nbuckets = ["images"]\n', "AWS credentials, but there are none"),
         (SERVER + '[downloads.s3]\nbuckets = ["images"]\n', "AWS credentials, but there are none"),
         (SERVER + '[sources]\nca_file = "no/file"\n', "sources.ca_file"),
@@ -42,7 +46,7 @@ def test_a_wrong_setting_stops_the_start_with_one_sentence(tmp_path, text, sente
             **NO_AWS,
             "PACS_CONFIG": str(config),
             "BROKER_URL": "redis://127.0.0.1:1/0",
-            "ODD": "no base64 !",
+            "ODD": "no string",
         },
         capture_output=True,
         text=True,
@@ -52,4 +56,4 @@ def test_a_wrong_setting_stops_the_start_with_one_sentence(tmp_path, text, sente
     assert ended.returncode != 0
     assert [line for line in ended.stderr.splitlines() if "pacs-courier:" in line and sentence in line]
     assert "Traceback" not in ended.stderr
-    assert "no base64 !" not in ended.stderr
+    assert "no string" not in ended.stderr
