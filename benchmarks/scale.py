@@ -108,23 +108,32 @@ def running(folder: Path) -> Iterator[tuple[Processes, RedisPart, Path]]:
         yield processes, redis, parts.write_settings(folder / "pacs.toml", tree)
 
 
-def measure(items: int, *, receipts: bool) -> Figures:
+def measure(items: int, *, receipts: bool, listed_by_worker: bool) -> Figures:
+    environ = {"NOOP_RECEIPTS": "1"} if receipts else {}
+    if listed_by_worker:
+        environ["NOOP_LISTS"] = str(items)
     with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as (processes, redis, config):
-        environ = {"NOOP_RECEIPTS": "1"} if receipts else {}
         worker = parts.worker(processes, config, options=["-I", "benchmarks.noop"], environ=environ)
         worker.wait_ready(timeout_s=120)
         peak = Peak(redis)
         peak.start()
         batch_id = str(uuid.uuid4())
-        command = [sys.executable, "-m", "benchmarks.scale", "--plan", batch_id, "--config", str(config), str(items)]
-        told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        told = {"plan_s": 0.0, "mib": 0.0} if listed_by_worker else _planned_elsewhere(config, batch_id, items)
         with Courier(Settings.load({"PACS_CONFIG": str(config)})) as courier:
-            begun = time.perf_counter()
-            courier.enqueue("pacs.batch.noop", BatchOrderJob, {"planned": True}, job_id=batch_id)
+            order = {"planned": not listed_by_worker, "verify": False}
+            courier.enqueue("pacs.batch.noop", BatchOrderJob, order, job_id=batch_id)
             end = courier.handle(batch_id).result(timeout_s=WAIT_S)
-        apply_s = time.perf_counter() - begun
         assert end["totals"] == {"stored": items}, end
-        return Figures(items, told["plan_s"], told["mib"], apply_s, _peak_mib(worker.pid), peak.stop())
+        applied = end["passes"]["apply"]
+        apply_s = (applied["ended_ms"] - applied["begun_ms"]) / 1000
+        plan_s = told["plan_s"] or (applied["begun_ms"] - end["created_ms"]) / 1000
+        return Figures(items, plan_s, told["mib"], apply_s, _peak_mib(worker.pid), peak.stop())
+
+
+def _planned_elsewhere(config: Path, batch_id: str, items: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.scale", "--plan", batch_id, "--config", str(config), str(items)]
+    told: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return told
 
 
 def _peak_mib(pid: int) -> float:
@@ -136,8 +145,11 @@ def _peak_mib(pid: int) -> float:
 @click.option("--plan", "batch_id", hidden=True)
 @click.option("--config", hidden=True)
 @click.option("--receipts", is_flag=True, help="Each item leaves a result as large as an upload's.")
+@click.option("--listed-by-worker", is_flag=True, help="The worker finds the items and plans them.")
 @click.argument("sizes", type=int, nargs=-1)
-def main(sizes: tuple[int, ...], batch_id: str | None, config: str | None, receipts: bool) -> None:
+def main(
+    sizes: tuple[int, ...], batch_id: str | None, config: str | None, receipts: bool, listed_by_worker: bool
+) -> None:
     if batch_id and config:
         plan(config, batch_id, sizes[0])
         return
@@ -146,7 +158,7 @@ def main(sizes: tuple[int, ...], batch_id: str | None, config: str | None, recei
     for heading in headings:
         table.add_column(heading, justify="right")
     for items in sizes or SIZES:
-        figures = measure(items, receipts=receipts)
+        figures = measure(items, receipts=receipts, listed_by_worker=listed_by_worker)
         print(" ".join(figures.row()), flush=True)
         table.add_row(*figures.row())
     Console().print(table)
