@@ -273,9 +273,10 @@ if b[2] and (doing == 'planning' or doing == 'running' or doing == 'verifying' o
   if job == 'done' or job == 'dead' then
     state = doing == 'verifying' and 'done' or 'cancelled'
     redis.call('HSET', KEYS[1], 'state', state)
+    return {state, 1}
   end
 end
-return state
+return {state, 0}
 """
 
 
@@ -739,7 +740,10 @@ class Batches:
 
     def state(self, batch_id: str) -> str:
         """The state, seen to be over when the conductor's job is; "" if there is no such batch."""
-        return str(self._state(keys=[_key(batch_id)], args=[f"{PREFIX}job:"]))
+        state, ended = self._state(keys=[_key(batch_id)], args=[f"{PREFIX}job:"])
+        if ended:
+            self.expire(batch_id)
+        return str(state)
 
     def steer(self, batch_id: str, to: State, *, out_of: Sequence[State]) -> str:
         """Move the batch on to ``to`` if it is in one of the states ``out_of``; its state then."""

@@ -536,6 +536,17 @@ def test_a_batch_whose_conductor_was_cancelled_stops_and_expires(bench: Bench) -
     assert all(bench.client.ttl(key) > 0 for key in bench.client.keys(f"{PREFIX}batch:B*"))
 
 
+def test_a_batch_that_was_left_by_its_conductor_expires_when_somebody_looks(bench: Bench) -> None:
+    bench.kind.has = ("apply", "verify")
+    bench.conduct()
+    bench.client.hset(f"{PREFIX}job:B", "state", "dead")
+    assert bench.batch.state == "cancelled"
+    assert all(bench.client.ttl(key) > 0 for key in bench.client.keys(f"{PREFIX}batch:B*"))
+    assert isinstance(bench.conduct("retry", "R"), NotYet)
+    assert bench.batch.state == "running"
+    assert all(bench.client.ttl(key) < 0 for key in bench.client.keys(f"{PREFIX}batch:B*"))
+
+
 def test_a_wish_about_a_batch_is_a_job_with_a_result_of_its_own(bench: Bench) -> None:
     bench.kind.answers = {"1.2.3": PacsRejected("No.", server_name="a")}
     assert isinstance(bench.see_through(), Batch)
