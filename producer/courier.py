@@ -25,6 +25,7 @@ from kombu.connection import Connection
 from producer.batches import BatchDesk
 from producer.dead import DeadDesk
 from producer.errors import BrokerUnavailable, CourierError, InvalidRequest, NotFound, StillRunning, from_payload
+from worker import listeners
 from worker.ledger import DueJob, Ledger, job_id_for
 from worker.logs import shown_job
 from worker.payloads import (
@@ -44,6 +45,7 @@ from worker.payloads import (
     read_job,
 )
 from worker.settings import Settings
+from worker.telemetry import SendSeen, carrier, watching
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +137,7 @@ class Courier:
         ledger_url: str | None = None,
     ) -> None:
         self.settings = settings or Settings.load()
+        listeners.trace(self.settings.telemetry)
         queue = self.settings.queue
         broker = broker_url or queue.broker_url
         self._app = _celery(self.settings, broker, result_backend or queue.result_backend)
@@ -302,11 +305,12 @@ class Courier:
         if len(json.dumps(job)) > MESSAGE_BYTES - _ENVELOPE_BYTES:
             raise InvalidRequest(f"The job is too large for a message, which is {MESSAGE_BYTES} bytes at most.")
         handle = Handle(job_id or job_id_for(job.get("idempotency_key")), self, batch_id)
-        with _reachable():
-            known = self._ledger is not None and not self._ledger.submit(handle.id, task=task, job=job)
-        if known:
-            return handle
-        self._send(DueJob(handle.id, task, job))
+        with watching(SendSeen(task, handle.id)):
+            trace = carrier().get("traceparent", "")
+            with _reachable():
+                known = self._ledger is not None and not self._ledger.submit(handle.id, task=task, job=job, trace=trace)
+            if not known:
+                self._send(DueJob(handle.id, task, job, trace))
         return handle
 
     def _forget(self, job_id: str) -> None:
@@ -323,6 +327,7 @@ class Courier:
                     task_id=due.job_id,
                     argsrepr="()",
                     kwargsrepr=shown_job(due.job),
+                    headers={"traceparent": due.trace} if due.trace else None,
                 )
         except BrokerUnavailable:
             if self._ledger is None:

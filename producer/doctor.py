@@ -6,22 +6,27 @@ still carry nothing.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import redis
 
 from producer.courier import Courier
 from producer.errors import BrokerUnavailable, CourierError, StillRunning
+from worker import listeners
 from worker.ledger import Ledger
-from worker.settings import Settings, SettingsError
+from worker.settings import Settings, SettingsError, TelemetrySettings
 
 #: How long a worker has to carry a question to all servers.
 CARRY_S = 20.0
 #: A job that nobody looked at for so long after it was due: no sweeper is at work.
 OVERDUE_S = 30.0
+#: How long a collector or a worker's port for metrics may take to be connected to.
+LISTEN_S = 2.0
 #: A worker whose watchdog said nothing for so long does not run any more, or its process is stuck.
 SILENT_S = 60.0
 #: Clocks further apart than this make log lines and deadlines hard to compare.
@@ -54,6 +59,7 @@ def examine(load: Callable[[], Settings] = Settings.load) -> Iterator[Finding]:
         yield Finding("settings", "failed", "No servers are configured.", "Name a pacs.toml in PACS_CONFIG.")
         return
     yield Finding("settings", "ok", f"{len(settings.servers)} servers: {', '.join(s.name for s in settings.servers)}")
+    yield from _telemetry(settings.telemetry)
     with Courier(settings) as courier:
         queues = _queues(courier)
         backend = _answers("result back-end", courier.check_backend, "RESULT_BACKEND")
@@ -61,6 +67,37 @@ def examine(load: Callable[[], Settings] = Settings.load) -> Iterator[Finding]:
         yield from (*queues, backend, *ledger)
         if all(finding.state != "unavailable" for finding in (*queues, backend, *ledger)):
             yield from _workers(courier)
+
+
+def _telemetry(telemetry: TelemetrySettings) -> Iterator[Finding]:
+    """Only what is switched on; that it is off is no finding."""
+    if telemetry.otlp_endpoint is not None:
+        where = urlsplit(telemetry.otlp_endpoint)
+        port = where.port or (443 if where.scheme == "https" else 80)
+        if not listeners.can_trace():
+            advice = "pip install 'pacs-courier[telemetry]', or take telemetry.otlp_endpoint out."
+            yield Finding("traces", "warning", "OpenTelemetry is not installed here", advice)
+        elif not _listens(where.hostname or "", port):
+            found = f"nobody listens at {where.hostname}:{port}"
+            yield Finding("traces", "warning", found, "Start the collector, or correct telemetry.otlp_endpoint.")
+        else:
+            yield Finding("traces", "ok", f"go to {where.hostname}:{port}")
+    if telemetry.metrics_port:
+        host = "127.0.0.1" if telemetry.metrics_host in ("0.0.0.0", "::") else telemetry.metrics_host  # noqa: S104
+        found = f"{host}:{telemetry.metrics_port}"
+        if _listens(host, telemetry.metrics_port):
+            yield Finding("metrics", "ok", f"are served at {found}")
+        else:
+            advice = "On the worker's machine: start it again with these settings. From elsewhere it cannot be seen."
+            yield Finding("metrics", "warning", f"nobody listens at {found}", advice)
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=LISTEN_S):
+            return True
+    except OSError:
+        return False
 
 
 def _answers(check: str, ask: Callable[[], object], variable: str) -> Finding:

@@ -11,8 +11,9 @@ import logging
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import billiard
 import kombu.exceptions
@@ -22,8 +23,9 @@ from celery.exceptions import BackendError
 from celery.result import denied_join_result
 from celery.worker.request import Request
 
-from worker import consumer, signing, watchdog
+from worker import consumer, listeners, signing, telemetry, watchdog
 from worker.azure import AzureAccount
+from worker.batches import Batches
 from worker.breakers import Breakers
 from worker.destinations import Destinations
 from worker.errors import CourierError
@@ -39,10 +41,15 @@ from worker.settings import ServerSettings, Settings, SettingsError
 from worker.slots import Slots
 from worker.sources import Sources, s3
 
+if TYPE_CHECKING:
+    from worker.metrics import Outlook
+
 log = logging.getLogger(__name__)
 
 #: How long a server may think about how it is.
 PROBE_TIMEOUT_S = 10.0
+#: A job that nobody looked at for so long after it was due is overdue.
+OVERDUE_S = 30.0
 #: How long an event may wait for others.
 EVENTS_S = 0.1
 #: What Redis, kombu and the result backend raise when they cannot be reached.
@@ -152,6 +159,7 @@ def tools() -> Tools:
 
 @functools.cache
 def _tools() -> Tools:
+    listeners.trace(settings.telemetry)
     ledger = _ledger()
     breakers = Breakers(ledger.client, settings.breaker, retry_after_cap_s=settings.jobs.retry_after_cap_s)
     guard = Guard(breakers, Slots(ledger.client), settings.servers)
@@ -219,6 +227,7 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
             try:
                 sweep(ledger)
             except Exception as error:  # noqa: BLE001 - without its sweeper a worker would wake nobody any more
+                telemetry.count("sweep_failed")
                 log.warning("Could not sweep: %s; trying again", type(error).__name__)
 
 
@@ -226,13 +235,16 @@ def sweep(ledger: Ledger) -> int:
     """Send a message for every job that is due, or whose server is well again; returns how many."""
     ledger.wake_parked()
     due = ledger.sweep()
+    telemetry.count("sweep")
     for job in due:
         _send(job)
         log.info("Woke job %s (%s)", job.job_id, job.task, extra={"job_id": job.job_id, "task": job.task})
+    telemetry.count("woken", len(due))
     return len(due)
 
 
 def _send(job: DueJob) -> None:
+    trace = job.trace or telemetry.carrier().get("traceparent", "")
     with denied_join_result():  # else it would subscribe to the result, and wake nobody while that is out of reach
         app.send_task(
             job.task,
@@ -240,6 +252,7 @@ def _send(job: DueJob) -> None:
             task_id=job.job_id,
             argsrepr="()",
             kwargsrepr=shown_job(job.job),
+            headers={"traceparent": trace} if trace else None,
         )
 
 
@@ -343,6 +356,37 @@ def _needs_stores() -> None:
             account.close()
     if settings.sources.s3.buckets or settings.downloads.s3.buckets:
         s3.check_credentials()
+
+
+def outlook() -> Outlook:
+    """What a scrape asks of the ledger and the broker."""
+    from worker.metrics import Outlook  # noqa: PLC0415 (not where nobody measures)
+
+    ledger = _ledger_for_scrapes()
+    load = ledger.load(overdue_s=OVERDUE_S)
+    server_names = [server.name for server in settings.servers]
+    return Outlook(
+        queues=consumer.depths(app, app.conf.task_queues),
+        open=load.open,
+        overdue=load.overdue,
+        dead=load.dead,
+        parked=ledger.parked(),
+        batches=Counter(batch.state for batch in Batches(ledger).list()),
+        breakers={name: state.name for name, state in Breakers(ledger.client).states(server_names).items()},
+    )
+
+
+@functools.cache
+def _ledger_for_scrapes() -> Ledger:
+    return _ledger()
+
+
+@signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped
+def _measure(**_: Any) -> None:
+    try:
+        listeners.measure(settings.telemetry, outlook)
+    except SettingsError as error:
+        raise SystemExit(f"pacs-courier: {error}") from None
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]  # celery is untyped

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Final
 
 import redis
@@ -177,18 +177,23 @@ def look(worker: Any) -> Signs:
 
 def _waiting(app: Any) -> int | None:
     """How many messages are in the queues that this worker is to consume; None if the broker does not answer."""
-    depth = 0
     try:
-        with app.connection_for_read() as connection:
-            connection.ensure_connection(max_retries=1, timeout=5)
-            for queue in list(app.amqp.queues.consume_from):
-                try:
-                    depth += connection.default_channel.queue_declare(queue=queue, passive=True).message_count
-                except connection.channel_errors:  # nothing was ever sent to it
-                    continue
+        return sum(depths(app, list(app.amqp.queues.consume_from)).values())
     except (OperationalError, OSError, redis.RedisError):
         return None
-    return depth
+
+
+def depths(app: Any, queues: Iterable[str]) -> dict[str, int]:
+    """How many messages wait in each queue; raises what kombu does if the broker does not answer."""
+    found = {}
+    with app.connection_for_read() as connection:
+        connection.ensure_connection(max_retries=1, timeout=5)
+        for queue in queues:
+            try:
+                found[queue] = connection.default_channel.queue_declare(queue=queue, passive=True).message_count
+            except connection.channel_errors:  # nothing was ever sent to it
+                found[queue] = 0
+    return found
 
 
 def _named(message: Any) -> tuple[str | None, str | None]:

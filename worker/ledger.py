@@ -96,6 +96,7 @@ _SUBMIT = (
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'task', ARGV[2], 'job', ARGV[3],
   'attempts', 0, 'fence', 0, 'created_ms', now)
+if ARGV[5] then redis.call('HSET', KEYS[1], 'trace', ARGV[5]) end
 redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
 return 1
 """
@@ -118,7 +119,10 @@ if state == 'waiting' and score and tonumber(score) > now and not woken then
 end
 local died = tonumber(redis.call('GET', deaths) or 0)
 if state == 'running' then died = redis.call('INCR', deaths); redis.call('PEXPIRE', deaths, 86400000) end
-if not state then redis.call('HSET', job, 'task', ARGV[2], 'job', ARGV[3], 'created_ms', now) end
+if not state then
+  redis.call('HSET', job, 'task', ARGV[2], 'job', ARGV[3], 'created_ms', now)
+  if ARGV[8] then redis.call('HSET', job, 'trace', ARGV[8]) end
+end
 if died > 0 and died == tonumber(ARGV[6]) then
   local other = redis.call('GET', KEYS[4])
   local its = other and redis.call('HMGET', ARGV[7] .. other, 'state', 'lease_ms') or {}
@@ -312,12 +316,12 @@ local ids = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1
 local woken = {}
 for _, id in ipairs(ids) do
   local job = ARGV[3] .. id
-  local fields = redis.call('HMGET', job, 'task', 'job', 'state')
+  local fields = redis.call('HMGET', job, 'task', 'job', 'state', 'trace')
   if fields[1] then
     local sends = math.min(redis.call('HINCRBY', job, 'sends', 1), 7)
     if fields[3] == 'waiting' then redis.call('HSET', job, 'woken', 1) end
     redis.call('ZADD', KEYS[1], now + ARGV[2] * 2 ^ (sends - 1), id)
-    woken[#woken + 1] = {id, fields[1], fields[2] or '{}'}
+    woken[#woken + 1] = {id, fields[1], fields[2] or '{}', fields[4] or ''}
   else
     redis.call('ZREM', KEYS[1], id)
   end
@@ -636,9 +640,12 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class DueJob:
+    """A job to be woken. ``trace`` is the W3C ``traceparent`` of whoever enqueued it, if that was traced."""
+
     job_id: str
     task: str
     job: dict[str, Any]
+    trace: str = ""
 
 
 def job_id_for(idempotency_key: str | None) -> str:
@@ -697,20 +704,27 @@ class Ledger:
 
     # --- a job's life ---------------------------------------------------------------------------------------
 
-    def submit(self, job_id: str, *, task: str, job: Mapping[str, Any], due_in_s: float | None = None) -> bool:
-        """Write the job down; False if it is known. Should its message get lost, it is due after the grace period."""
+    def submit(
+        self, job_id: str, *, task: str, job: Mapping[str, Any], due_in_s: float | None = None, trace: str = ""
+    ) -> bool:
+        """Write the job down; False if it is known. Should its message get lost, it is due after the grace period.
+
+        ``trace`` (W3C ``traceparent``) is kept for whoever wakes it.
+        """
         keys = [_job(job_id), PREFIX + "due"]
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)
-        return bool(self._submit(keys=keys, args=[job_id, task, _dump(job), delay_ms]))
+        args: list[str | int] = [job_id, task, _dump(job), delay_ms]
+        return bool(self._submit(keys=keys, args=[*args, trace] if trace else args))
 
-    def claim(self, job_id: str, *, task: str, job: Mapping[str, Any], max_deaths: int = 0) -> Claim:
+    def claim(self, job_id: str, *, task: str, job: Mapping[str, Any], max_deaths: int = 0, trace: str = "") -> Claim:
         """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later.
 
-        One that has had all its ``max_deaths`` but one waits while another such job is at work.
+        One that has had all its ``max_deaths`` but one waits while another such job is at work. Of a job that nobody
+        wrote down before, ``trace`` is kept too.
         """
         keys = [_job(job_id), PREFIX + "due", _deaths(task, job), PREFIX + "alone"]
         args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED, max_deaths - 1, _job("")]
-        answer: list[Any] = self._claim(keys=keys, args=args)
+        answer: list[Any] = self._claim(keys=keys, args=[*args, trace] if trace else args)
         state = ClaimState(answer[0])
         if state is ClaimState.YOURS:
             fence, attempt, deaths, memo, cancelled, waited_ms = answer[1:]
@@ -837,7 +851,7 @@ class Ledger:
     def sweep(self, limit: int = 200) -> list[DueJob]:
         """Jobs that somebody has to be woken for. Each is due again later, and later each time, until claimed."""
         rows = self._sweep(keys=[PREFIX + "due"], args=[limit, self.grace_ms, _job("")])
-        return [DueJob(job_id, task, json.loads(job)) for job_id, task, job in rows]
+        return [DueJob(job_id, task, json.loads(job), trace) for job_id, task, job, trace in rows]
 
     def look(self, job_id: str) -> dict[str, str]:
         """The record as it stands, without the message (which may bear a credential); {} if there is none."""
@@ -889,7 +903,7 @@ class Ledger:
         keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", _deaths(task, job)]
         args: list[str | int] = [job_id, self.grace_ms, _note("replayed", job_id, task=task), self.keep_ms]
         replayed = self._replay(keys=keys, args=args)
-        return DueJob(job_id, task, job) if replayed else None
+        return DueJob(job_id, task, job, record.get("trace", "")) if replayed else None
 
     def purge(self, job_id: str) -> bool:
         """Drop a dead letter and its message, so that it cannot be replayed; False if it is none.

@@ -17,6 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 ServerType = Literal["msdicom", "dcm4chee", "orthanc", "dicomweb"]
 MODES = ("both", "either")
+#: Variables of the environment that stand for a key; a later one lies over an earlier one.
+SHORT_NAMES = {
+    "BROKER_URL": ("queue", "broker_url"),
+    "RESULT_BACKEND": ("queue", "result_backend"),
+    "LEDGER_URL": ("queue", "ledger_url"),
+    "OTEL_SERVICE_NAME": ("telemetry", "service_name"),
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("telemetry", "otlp_endpoint"),
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": ("telemetry", "otlp_endpoint"),
+}
 AZURE_CREDENTIALS = ("connection_string", "account_key", "sas_token")
 
 
@@ -248,6 +257,15 @@ class WorkerSettings(_Section):
     health_file: Path | None = None
 
 
+class TelemetrySettings(_Section):
+    """Where traces go and metrics are served; neither without an entry. ``OTEL_…`` names are OpenTelemetry's own."""
+
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$")] | None = None
+    service_name: Annotated[str, Field(min_length=1)] = "pacs-courier"
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    metrics_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+
+
 class LogSettings(_Section):
     """``auto``: text on a terminal, JSON otherwise."""
 
@@ -265,6 +283,7 @@ class Settings(_Section):
     worker: WorkerSettings = WorkerSettings()
     logs: LogSettings = LogSettings()
     breaker: BreakerSettings = BreakerSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @field_validator("servers")
     @classmethod
@@ -279,7 +298,8 @@ class Settings(_Section):
     def load(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read the file that ``PACS_CONFIG`` names, then lay ``PACS__SECTION__KEY`` variables over it.
 
-        ``BROKER_URL``, ``RESULT_BACKEND`` and ``LEDGER_URL`` are short names of the three keys of ``[queue]``.
+        ``BROKER_URL``, ``RESULT_BACKEND`` and ``LEDGER_URL`` are short names of the three keys of ``[queue]``, and the
+        ``OTEL_…`` variables of `SHORT_NAMES` those of ``[telemetry]``.
 
         Raises
         ------
@@ -290,9 +310,9 @@ class Settings(_Section):
         for variable, value in environ.items():
             if variable.startswith("PACS__"):
                 _lay_over(tree, variable.removeprefix("PACS__").lower().split("__"), _literal(value))
-        for key in ("broker_url", "result_backend", "ledger_url"):
-            if key.upper() in environ:
-                _lay_over(tree, ["queue", key], environ[key.upper()])
+        for variable, keys in SHORT_NAMES.items():
+            if environ.get(variable):
+                _lay_over(tree, list(keys), environ[variable])
         try:
             return cls.model_validate(tree)
         except ValidationError as error:

@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 EXIT_STATUS: Final = 70
 #: Without a watchdog, a worker is called unwell after this.
 UNWELL_S: Final = 120.0
-#: Threads that go on turning in a worker whose slots all hang. Whoever adds one names it here.
-BACKGROUND: Final = ("MainThread", "watchdog", "sweeper", "pulse", "stages", "metrics", "Otel")
+#: Threads that go on turning in a worker whose slots all hang, besides those that answer a scrape. Whoever adds one
+#: names it here.
+BACKGROUND: Final = ("MainThread", "watchdog", "sweeper", "pulse", "stages", "guard", "metrics", "Otel")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def times_woken() -> int | None:
     """How often the threads that carry jobs have been given a processor; None where the system does not say (Linux)."""
     woken = 0
     for thread in threading.enumerate():
-        if not thread.name.startswith(BACKGROUND):
+        if not (thread.name.startswith(BACKGROUND) or thread.name.endswith("(process_request_thread)")):
             with contextlib.suppress(OSError):  # it has just ended
                 status = Path(f"/proc/self/task/{thread.native_id}/status").read_text(encoding="ascii")
                 woken += sum(int(line.split()[1]) for line in status.splitlines() if "voluntary_ctxt_switches" in line)

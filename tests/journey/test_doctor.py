@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 
 import pytest
 import redis
@@ -13,7 +15,8 @@ from producer.cli import main
 from producer.courier import Courier
 from sandbox import processes as parts
 from worker.ledger import PREFIX, Ledger
-from worker.settings import Settings
+from worker.settings import Settings, TelemetrySettings
+from worker.watchdog import Told
 
 
 def states(findings):
@@ -106,3 +109,29 @@ def test_wrong_settings_are_the_first_finding(tmp_path, monkeypatch):
     assert "jobs.lease_s" in finding["found"]
     shown = CliRunner().invoke(main, ["doctor"], env={"COLUMNS": "200"})
     assert "docs/settings.md" in shown.stdout
+
+
+def test_a_worker_that_answers_and_is_stuck_is_named_by_its_own_watchdog(steady):
+    ledger = Ledger.connect(steady.settings.queue.ledger_url)
+    ledger.say_how("steady@courier", Told(False, "it has taken no message for 130 s", 10.0).as_json())
+    ledger.say_how("deaf@courier", Told(False, "its loop has not turned for 130 s", 10.0).as_json())
+    told = ledger.workers(now_s=time.time())
+    found = {finding.check: finding for finding in doctor._progress(ledger, {"steady@courier", "new@courier"})}
+    ledger.say_how("old@courier", json.dumps({**told["deaf@courier"], "at": time.time() - 90_000}))
+    assert "old@courier" not in ledger.workers(now_s=time.time())
+    ledger.client.delete(f"{PREFIX}workers")
+    assert {check: finding.state for check, finding in found.items()} == dict.fromkeys(
+        ("worker steady@courier", "worker deaf@courier", "worker new@courier"), "failed"
+    )
+    assert "its loop has not turned" in found["worker deaf@courier"].found
+
+
+def test_telemetry_that_nobody_takes_or_serves_is_found(redis_server, sandbox_server):
+    settings = settings_of(redis_server, sandbox_server)
+    port = parts.free_port()
+    telemetry = TelemetrySettings(otlp_endpoint=f"http://{parts.HOST}:{port}", metrics_port=port)
+    findings = {finding.check: finding for finding in doctor._telemetry(telemetry)}
+    assert {check: finding.state for check, finding in findings.items()} == {"traces": "warning", "metrics": "warning"}
+    assert list(doctor._telemetry(settings.telemetry)) == []
+    with socket.create_server((parts.HOST, port)):
+        assert {finding.state for finding in doctor._telemetry(telemetry)} == {"ok"}

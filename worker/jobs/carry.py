@@ -27,6 +27,7 @@ from worker.jobs.tools import Tools
 from worker.ledger import Claim, ClaimState, LeaseLost, Wait
 from worker.logs import about, about_study, where_it_broke
 from worker.settings import JobSettings
+from worker.telemetry import End, JobSeen, count, watching
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +59,19 @@ Verdict = Done | Failed | Parked | NotTaken
 Work = Callable[[Mapping[str, Any], Run, Tools], dict[str, Any]]
 
 
-def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, pulse: Pulse) -> Verdict:
+def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
+    work: Work, *, task: str, job_id: str, message: object, tools: Tools, pulse: Pulse, trace: str = ""
+) -> Verdict:
     """Do what is left to do of one delivered message, however often it is delivered.
+
+    ``trace`` is the W3C ``traceparent`` it came with, kept for whoever has to wake the job.
 
     The verdict of a job that is over is the recorded one, whoever did it.
     """
     job: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
     limits = tools.settings.jobs
     try:
-        claim = tools.ledger.claim(job_id, task=task, job=job, max_deaths=limits.max_deaths)
+        claim = tools.ledger.claim(job_id, task=task, job=job, max_deaths=limits.max_deaths, trace=trace)
     except redis.RedisError as error:
         log.warning("The ledger did not take the claim (%s); the message is given back", type(error).__name__)
         return NotTaken()
@@ -76,6 +81,7 @@ def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, 
     about_study(job)
     run = Run(
         job_id=job_id,
+        task=task,
         fence=claim.fence,
         attempt=claim.attempt,
         last=claim.attempt >= limits.max_attempts or claim.waited_s >= limits.max_wait_s,
@@ -84,17 +90,32 @@ def carry(work: Work, *, task: str, job_id: str, message: object, tools: Tools, 
         memo=claim.memo,
         clock=tools.clock,
     )
+    seen = JobSeen(task, job_id, claim.attempt)
     try:
-        with pulse.beating(run):
+        with watching(seen), pulse.beating(run):
             verdict = _attempt(work, claim, job, run, tools, task=task)
             if isinstance(verdict, _Park | _Rest) and verdict.meta and run.shown:
                 pulse.show(run, verdict.meta)
             _record(verdict, run, task=task, job=job, tools=tools)
+            seen.end, seen.code = _ending(verdict)
     except (LeaseLost, redis.RedisError) as error:
+        count("lease_lost", int(isinstance(error, LeaseLost)))
         # Whoever took over writes the outcome; without a ledger the lease runs out and the sweeper wakes the job.
         log.warning("Let go of the job: %s", type(error).__name__)
         return Parked()
     return verdict
+
+
+def _ending(verdict: Verdict) -> tuple[End, str]:
+    match verdict:
+        case Done():
+            return "done", "done"
+        case Failed(error):
+            return "refused" if isinstance(error, Refused) else "dead", str(error.payload["code"])
+        case _Park() | _Rest():
+            return "parked", verdict.code
+        case _:
+            return "lost", ""
 
 
 def _recorded(claim: Claim) -> Verdict:

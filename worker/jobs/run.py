@@ -18,6 +18,7 @@ import redis
 from worker.errors import Cancelled
 from worker.ledger import LeaseLost, Ledger
 from worker.logs import about, job_lines
+from worker.telemetry import StepSeen, watching
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Run:
     last: bool
     ledger: Ledger
     cancelled: bool = False  # before this attempt began
+    task: str = ""
     memo: dict[str, Any] | None = None
     clock: Callable[[], float] = time.perf_counter
     stage: str = "claimed"
@@ -64,7 +66,8 @@ class Run:
         self.stage, begun = name, self.clock()
         about(stage=name)
         try:
-            yield
+            with watching(StepSeen(self.task, name)):
+                yield
         finally:
             elapsed_ms = (self.clock() - begun) * 1000
             self.timings_ms[name] = round(self.timings_ms.get(name, 0.0) + elapsed_ms, 1)

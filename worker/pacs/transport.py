@@ -31,6 +31,7 @@ from worker.errors import (
 )
 from worker.pacs.connections import Stale, mistrust, pool
 from worker.settings import ServerSettings
+from worker.telemetry import CallSeen, carrier, watching
 
 BLOCK_BYTES = 256 * 1024
 #: More than this is no answer to a question; images are streamed and have no such limit.
@@ -95,21 +96,38 @@ class Transport:
 
     def exchange(self, request: Request) -> Answer:
         """Send ``request`` and read the whole answer."""
-        response = self._open(request)
-        try:
-            return Answer(response.status, response.headers, self._whole(response, self._read_timeout_s(request)))
-        except BaseException:  # a task's time limit too
-            _discard(response)
-            raise
+        with self._watched(request) as seen:
+            response = self._open(request)
+            seen.status = response.status
+            try:
+                return Answer(response.status, response.headers, self._whole(response, self._read_timeout_s(request)))
+            except BaseException:  # a task's time limit too
+                _discard(response)
+                raise
 
     @contextmanager
     def stream(self, request: Request) -> Iterator[tuple[Answer, Iterator[bytes]]]:
         """Send ``request``; the body comes apart from the answer, in blocks read as they are asked for."""
-        response = self._open(request)
-        try:
-            yield Answer(response.status, response.headers, b""), self._blocks(response)
-        finally:
-            _discard(response)
+        with self._watched(request) as seen:
+            response = self._open(request)
+            seen.status = response.status
+            try:
+                yield Answer(response.status, response.headers, b""), self._blocks(response)
+            finally:
+                _discard(response)
+
+    @contextmanager
+    def _watched(self, request: Request) -> Iterator[CallSeen]:
+        """Let whoever watches see this call; an error counts against this server only if it is of its making."""
+        seen = CallSeen(self.server.name, self.server.type, request.method)
+        with watching(seen):
+            try:
+                yield seen
+            except CourierError as error:
+                if error.payload.get("server_name") == self.server.name:
+                    seen.code = error.payload["code"]
+                    seen.status = error.payload["details"].get("status", seen.status)
+                raise
 
     def error(self, kind: type[ErrorKind], sentence: str, **more: Any) -> ErrorKind:
         """An error of ``kind`` that names this server."""
@@ -141,7 +159,7 @@ class Transport:
             raise self.error(PacsUnavailable, sentence, details={"phase": phase}) from error
 
     def _urlopen(self, request: Request, authorization: str | None) -> BaseHTTPResponse:
-        headers = dict(request.headers)
+        headers = {**request.headers, **carrier()}
         if authorization is not None:
             headers["Authorization"] = authorization
         read_timeout_s = self._read_timeout_s(request)

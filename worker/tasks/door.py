@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from functools import partial
 from typing import Any
@@ -14,9 +15,11 @@ from worker.jobs.carry import Done, Failed, NotTaken, Parked, Work, carry
 from worker.jobs.follow import follow
 from worker.ledger import job_id_for
 from worker.logs import job_lines
+from worker.telemetry import continued
 
 #: Without a ledger nothing can be done; a message that is given back comes again at once.
 PAUSE_S = 1.0
+_IS_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
 
 def deliver(task: Task, work: Work, message: object) -> dict[str, Any]:
@@ -25,8 +28,11 @@ def deliver(task: Task, work: Work, message: object) -> dict[str, Any]:
     key = message.get("idempotency_key") if isinstance(message, dict) else None
     if isinstance(key, str) and key and job_id_for(key) != job_id:
         work = partial(follow, task.name)
+    trace = _trace(task)
     with job_lines(job_id, task.name):
-        verdict = carry(work, task=task.name, job_id=job_id, message=message, tools=tools(), pulse=pulse())
+        tool, beat = tools(), pulse()  # the first job lets in who watches
+        with continued({"traceparent": trace} if trace else {}):
+            verdict = carry(work, task=task.name, job_id=job_id, message=message, tools=tool, pulse=beat, trace=trace)
     match verdict:
         case Done(payload):
             return payload
@@ -37,3 +43,9 @@ def deliver(task: Task, work: Work, message: object) -> dict[str, Any]:
             raise Reject("the ledger cannot be reached", requeue=True)
         case Parked():
             raise Ignore
+
+
+def _trace(task: Task) -> str:
+    """The W3C ``traceparent`` among the headers of the message, which anybody may have written."""
+    header = getattr(task.request, "traceparent", None)
+    return header if isinstance(header, str) and _IS_TRACEPARENT(header) else ""

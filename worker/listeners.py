@@ -1,0 +1,63 @@
+"""Lets in who watches the work: traces and metrics, as the settings say. What is not switched on is not loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from worker import telemetry
+from worker.settings import SettingsError, TelemetrySettings
+
+if TYPE_CHECKING:
+    from worker.metrics import Outlook
+
+log = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+_tracing: set[str] = set()
+
+
+def can_trace() -> bool:
+    """Whether the extra ``telemetry`` is installed."""
+    return bool(importlib.util.find_spec("opentelemetry") and importlib.util.find_spec("opentelemetry.exporter"))
+
+
+def trace(settings: TelemetrySettings) -> None:
+    """Let traces of this process go to ``otlp_endpoint``, once; nothing without one."""
+    if settings.otlp_endpoint is None:
+        return
+    with _lock:
+        if settings.otlp_endpoint in _tracing:
+            return
+        _tracing.add(settings.otlp_endpoint)
+        try:
+            from worker.traces import Traces  # noqa: PLC0415 (an extra)
+        except ImportError:
+            log.warning("No traces: telemetry.otlp_endpoint is set, but not installed is pacs-courier[telemetry]")
+            return
+        telemetry.watch(Traces(settings))
+
+
+def measure(settings: TelemetrySettings, look: Callable[[], Outlook]) -> None:
+    """Count what this process does and serve it at ``metrics_host:metrics_port``; nothing without a port.
+
+    Raises
+    ------
+    SettingsError
+        Nobody can listen there.
+    """
+    if not settings.metrics_port:
+        return
+    from worker.metrics import LedgerCollector, Metrics  # noqa: PLC0415 (not where nobody measures)
+
+    metrics = Metrics()
+    metrics.registry.register(LedgerCollector(look))
+    try:
+        metrics.serve(settings.metrics_host, settings.metrics_port)
+    except OSError as error:
+        where = f"{settings.metrics_host}:{settings.metrics_port}"
+        raise SettingsError(f"telemetry.metrics_port: nobody can listen at {where} ({error.strerror})") from None
+    telemetry.watch(metrics)
