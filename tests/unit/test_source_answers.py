@@ -285,6 +285,12 @@ def test_an_s3_url_without_bucket_and_key_is_refused_without_being_quoted(url: s
     assert "s3cret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("key", ["../secret/a.dcm", "a/../../secret/a.dcm", "./a.dcm", "..", "a/."])
+def test_an_s3_key_that_would_lead_out_of_its_bucket_is_refused(key: str) -> None:
+    with pytest.raises(SourceNotAllowed, match="between slashes"):
+        bucket_and_key(f"s3://images/{key}")
+
+
 def test_an_s3_key_is_taken_as_it_stands() -> None:
     assert bucket_and_key("S3://images/2024/a b%20+é.dcm") == ("images", "2024/a b%20+é.dcm")
 

@@ -333,3 +333,22 @@ def test_a_url_longer_than_a_job_may_hold_is_not_taken_apart() -> None:
     assert EVERY_HOST.read("http://h.example/" + "a" * 8_000)
     with pytest.raises(SourceNotAllowed, match="8192"):
         EVERY_HOST.read("http://[" + "::" * 100_000 + "]/")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "64:ff9b:1::a9fe:a9fe",  # 169.254.169.254 below the network's own NAT64 prefix of 96,
+        "64:ff9b:1:0:a9:fea9:fe00:0",  # of 64,
+        "64:ff9b:1:a9:fe:a9fe::",  # of 56,
+        "64:ff9b:1:a9fe:a9:fe00::",  # and of 48 bits
+        "64:ff9b:1::6464:64c8",  # 100.100.100.200
+    ],
+)
+def test_metadata_services_stay_shut_behind_a_networks_own_translation(address: str) -> None:
+    assert not allows_address(PRIVATE_TOO, address)
+
+
+def test_a_networks_own_translation_of_anything_else_is_private() -> None:
+    assert allows_address(PRIVATE_TOO, "64:ff9b:1::c000:201")
+    assert not allows_address(EVERY_HOST, "64:ff9b:1::c000:201")

@@ -69,6 +69,8 @@ def _parts(url: str) -> tuple[str, str]:
     match = _S3_URL(url)
     if match is None:
         raise refusal("An S3 destination is written as s3://bucket/key, without credentials.", "not_allowed")
+    if {".", ".."} & set(match["key"].split("/")):  # a server, or a proxy before it, may take it for a path out of it
+        raise refusal("An S3 destination has no . or .. between slashes; name the object itself.", "not_allowed")
     return match["bucket"], match["key"]
 
 

@@ -22,7 +22,7 @@ FAILED_ATTRIBUTES_SEQUENCE = "00741048"
 ERROR_COMMENT = "00000902"
 
 
-#: DICOM JSON has some 13 to 22 bytes around each object and list (a tag, "vr", "Value"); Python needs up to 200 for one.
+#: DICOM JSON has 13 to 22 bytes around each object and list (tag, "vr", "Value"); Python needs up to 200 for one.
 _BYTES_PER_CONTAINER, _CONTAINERS_IN_ANY_CASE = 12, 1_000
 
 

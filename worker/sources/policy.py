@@ -210,6 +210,8 @@ def _kind(address: Address) -> tuple[str | None, bool]:
         return "the metadata service of a cloud", False
     if isinstance(address, ipaddress.IPv4Address):
         return _kind_v4(address)
+    if address in _LOCAL_NAT64 and any(one in _METADATA or one.is_link_local for one in _translated(address)):
+        return "the metadata service of a cloud, or a link-local address, behind a translation", False
     inner = next(_embedded(address), None)
     return _kind_v6(address) if inner is None else _kind(inner)
 
@@ -251,3 +253,12 @@ def _embedded(address: ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]
         yield address.teredo[1]
     if address in _NAT64 or (address in _V4_COMPATIBLE and low_bits > 0xFFFF):
         yield ipaddress.IPv4Address(low_bits)
+
+
+def _translated(address: ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
+    """What an address below a network's own NAT64 prefix may stand for: one for each length of it (RFC 6052)."""
+    bits = int(address)
+    yield ipaddress.IPv4Address(bits & 0xFFFFFFFF)  # 96
+    yield ipaddress.IPv4Address(bits >> 24 & 0xFFFFFFFF)  # 64
+    yield ipaddress.IPv4Address((bits >> 64 & 0xFF) << 24 | bits >> 32 & 0xFFFFFF)  # 56
+    yield ipaddress.IPv4Address((bits >> 64 & 0xFFFF) << 16 | bits >> 40 & 0xFFFF)  # 48

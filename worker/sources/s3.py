@@ -124,6 +124,8 @@ def bucket_and_key(url: str) -> tuple[str, str]:
     match = _S3_URL(url)
     if match is None:
         raise SourceNotAllowed("The S3 URL is malformed; write s3://bucket/key, without user name or password.")
+    if {".", ".."} & set(match["key"].split("/")):  # a server, or a proxy before it, may take it for a path out of it
+        raise SourceNotAllowed("The S3 URL has . or .. between slashes; name the object itself.")
     return match["bucket"], match["key"]
 
 
