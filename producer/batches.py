@@ -17,7 +17,7 @@ import redis
 
 from producer.errors import BrokerUnavailable, NotFound
 from producer.orders import KINDS, Given, Order, Told, lines_of, of_plan_file, plan
-from producer.plans import PlanHeader, PlanLine
+from producer.plans import PlanFile, PlanHeader, PlanLine
 from worker.batches import Batch, Batches, Row
 from worker.ledger import Ledger
 from worker.payloads import BatchJob, Job
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Items = str | Path | Iterable[str]
 _POLL_S = 0.5
+#: What of an order a plan has no need of: its lines say it.
+_SAID_BY_ITEMS = frozenset(("dry_run", "confirm", "source", "filters", "everything"))
 
 
 class Enqueue(Protocol):
@@ -117,7 +119,10 @@ class BatchDesk:
         """Do what a plan says: that of a batch, by its id, or a plan file, which becomes a batch of its own."""
         if isinstance(what, str) and not Path(what).exists():
             return self._go_on("apply", what)
-        order, plan_file = of_plan_file(Path(what))
+        return self.apply_file(*of_plan_file(Path(what)))
+
+    def apply_file(self, order: Order, plan_file: PlanFile) -> Handle:
+        """Do what a plan file says that has been read by `producer.orders.of_plan_file`."""
         return self._planned(order, lines_of(plan_file), told=lambda _: None)
 
     def retry(self, batch_id: str) -> Handle:
@@ -190,7 +195,7 @@ class BatchDesk:
         batch = self.get(batch_id)
         if not batch.frozen:
             raise NotFound(f"The plan of {batch_id} is not complete yet; ask again when it is planned.")
-        order = {name: value for name, value in batch.order.items() if name not in ("dry_run", "confirm", "source")}
+        order = {name: value for name, value in batch.order.items() if name not in _SAID_BY_ITEMS}
         header = PlanHeader(kind=batch.kind, name=batch.name, batch_id=batch.id, order=order)
         return header, (plan_line(row) for row in self.rows(batch))
 

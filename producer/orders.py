@@ -155,15 +155,17 @@ def of_plan_file(path: Path) -> tuple[Order, PlanFile]:
     InvalidRequest
         It is none, or not as it was written.
     """
-    plan_file = PlanFile(path)
-    kind = plan_file.header.kind
-    if kind not in KINDS:
-        raise InvalidRequest(f"{path} is a plan of the kind {kind!r}, which is not known here; update pacs-courier.")
-    plan_file.must_be(KINDS[kind].judge)
+
+    def judge_of(kind: str) -> Judge:
+        if kind not in KINDS:
+            raise InvalidRequest(f"{path} is a plan of a kind that is not known here; update pacs-courier.")
+        return KINDS[kind].judge
+
+    plan_file = PlanFile(path, judge_of)
     if not plan_file.totals.counts["apply"]:
         raise InvalidRequest(f"{path} leaves nothing to do: all its {plan_file.totals.items} items are to be skipped.")
     wishes = {**plan_file.header.order, "name": plan_file.header.name, "dry_run": False}
-    return Order(kind, wishes), plan_file
+    return Order(plan_file.header.kind, wishes), plan_file
 
 
 def lines_of(plan_file: PlanFile) -> Iterator[Planned]:

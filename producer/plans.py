@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,9 +83,15 @@ def write(header: PlanHeader, lines: Iterable[PlanLine], out: TextIO) -> Totals:
 
 
 class PlanFile:
-    """A plan that was found whole. Iterating reads its lines anew, one by one."""
+    """A plan that was found whole. Iterating reads its lines anew, one by one, and ends in an error if it has changed.
 
-    def __init__(self, path: Path) -> None:
+    Parameters
+    ----------
+    judged
+        What an item of a plan of that kind has to be; `InvalidRequest` if there is no such kind.
+    """
+
+    def __init__(self, path: Path, judged: Callable[[str], Judge] = lambda _: _anything) -> None:
         """Read it to its end.
 
         Raises
@@ -97,29 +103,19 @@ class PlanFile:
         self.totals = Totals()
         with self._opened() as file:
             self.header = self._header(file)
-            self._check(file)
+            self._check(file, judged(self.header.kind))
 
     def __iter__(self) -> Iterator[PlanLine]:
+        digest = hashlib.sha256()
         with self._opened() as file:
-            for number, line in enumerate(_lines(file, self.path), start=1):
-                if number > self.totals.items + 1:
-                    return
-                if number > 1:
-                    yield PlanLine.model_validate_json(line)
-
-    def must_be(self, judge: Judge) -> None:
-        """Every item has to be one that the plan's kind is about.
-
-        Raises
-        ------
-        InvalidRequest
-            One is not; the sentence names its line.
-        """
-        for number, line in enumerate(self, start=2):
-            try:
-                judge(line.item)
-            except Unfit as unfit:
-                raise self._refusal(number, f"its item is {unfit}") from None
+            for number, line in enumerate(_lines(file, self.path)):
+                if number > self.totals.items:
+                    break
+                digest.update(line)
+                if number:
+                    yield PlanLine.model_construct(**_document(line))
+        if digest.digest() != self._digest.digest():
+            raise InvalidRequest(f"{self.path} has changed while it was read; nothing was begun.")
 
     def _opened(self) -> BinaryIO:
         try:
@@ -143,7 +139,7 @@ class PlanFile:
         self._digest = hashlib.sha256(first)
         return header
 
-    def _check(self, file: BinaryIO) -> None:
+    def _check(self, file: BinaryIO, judge: Judge) -> None:
         number = 1
         for number, line in enumerate(_lines(file, self.path, after=1), start=2):
             document = _document(line)
@@ -151,9 +147,13 @@ class PlanFile:
                 self._check_end(document, number, rest=file.readline(1))
                 return
             try:
-                self.totals.add(PlanLine.model_validate_json(line))
+                read = PlanLine.model_validate(document)
+                judge(read.item)
             except ValidationError as error:
                 raise self._refusal(number, _first(error)) from None
+            except Unfit as unfit:
+                raise self._refusal(number, f"its item is {unfit}") from None
+            self.totals.add(read)
             self._digest.update(line)
         raise InvalidRequest(
             f"{self.path} ends after line {number} without its totals: it was cut, or never finished; {_MADE}."
@@ -174,6 +174,10 @@ class PlanFile:
 
     def _refusal(self, number: int, why: str) -> InvalidRequest:
         return InvalidRequest(f"{self.path}, line {number}: {why}; {_MADE}.")
+
+
+def _anything(text: str) -> str:
+    return text
 
 
 def _lines(file: BinaryIO, path: Path, *, after: int = 0) -> Iterator[bytes]:

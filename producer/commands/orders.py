@@ -345,18 +345,21 @@ def apply(plan: str, yes: bool, **options: Any) -> int:
     A plan file is what --plan wrote; one that was edited or cut is refused.
     """
     with Courier() as courier:
-        question = _question_of_file(Path(plan)) if Path(plan).exists() else _question_of(courier.batch.get(plan))
-        if not _agreed(question, yes=yes, as_json=options["as_json"]):
+        if Path(plan).exists():
+            return _file_applied(courier, Path(plan), yes=yes, options=options)
+        if not _agreed(_question_of(courier.batch.get(plan)), yes=yes, as_json=options["as_json"]):
             return FAILED
         return _gone_on(courier, courier.batch.apply(plan), options)
 
 
-def _question_of_file(path: Path) -> str | None:
+def _file_applied(courier: Courier, path: Path, *, yes: bool, options: dict[str, Any]) -> int:
     order, plan_file = of_plan_file(path)
-    summary = PlanSummary.of(plan_file)
-    if sys.stdin.isatty():
-        show_summary(summary, None)
-    return _question(order.kind, order.wishes.get("delete_source", False), summary.to_do)
+    question = _question(order.kind, order.wishes.get("delete_source", False), plan_file.totals.counts["apply"])
+    if question and not yes and sys.stdin.isatty():
+        show_summary(PlanSummary.of(plan_file), None)
+    if not _agreed(question, yes=yes, as_json=options["as_json"]):
+        return FAILED
+    return _gone_on(courier, courier.batch.apply_file(order, plan_file), options)
 
 
 def _question_of(found: Batch) -> str | None:

@@ -117,10 +117,20 @@ def test_a_refusal_says_what_is_wrong_and_where_and_quotes_nothing(tmp_path: Pat
 
 
 def test_a_plan_whose_digest_fits_still_has_to_hold_items_of_its_kind(tmp_path: Path) -> None:
-    PlanFile(written(tmp_path / "good.jsonl")).must_be(study_uid)
+    PlanFile(written(tmp_path / "good.jsonl"), lambda _: study_uid)
     bad = written(tmp_path / "bad.jsonl", [LINES[0], PlanLine(item="*")])
     with pytest.raises(InvalidRequest, match="line 3: its item is no UID"):
-        PlanFile(bad).must_be(study_uid)
+        PlanFile(bad, lambda _: study_uid)
+
+
+def test_a_plan_that_changes_between_the_check_and_its_use_is_not_used(tmp_path: Path) -> None:
+    plan = PlanFile(written(tmp_path / "plan.jsonl"))
+    edit(tmp_path / "plan.jsonl", '"1.2.3"', '"1.2.9"')
+    with pytest.raises(InvalidRequest, match="has changed"):
+        list(plan)
+    (tmp_path / "plan.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(InvalidRequest, match="has changed"):
+        list(plan)
 
 
 def test_the_digest_is_that_of_the_bytes_before_the_last_line(tmp_path: Path) -> None:
