@@ -33,9 +33,8 @@ from worker.pacs.protocol import Pacs
 from worker.payloads import BatchMigrateJob, check_uid, read_job
 from worker.planning import Planned
 
-#: So many studies are listed at a time.
-#: What listing a study on both ends takes: whether it is there, then its images, on each.
-LOOK_REQUESTS = 4
+#: What listing a study on both ends takes at least.
+LOOK_REQUESTS = 2
 
 #: What is done to a study of a group.
 Do = Callable[..., Settled]
@@ -59,7 +58,7 @@ def migrate(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any
 class StudyMigrations:
     """Studies from one server to another."""
 
-    group_items = 8
+    group_items = 16
 
     @property
     def passes(self) -> Mapping[Pass, Work]:

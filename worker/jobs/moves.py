@@ -8,13 +8,13 @@ study's gate.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from worker.errors import CourierError, NotFound, PacsMisanswered, PacsRejected, StudyConflict
 from worker.jobs.downloads import to_ask
-from worker.jobs.transfers import Transfer, bring, digests_on, images_on, pending
+from worker.jobs.transfers import Transfer, bare_digests_on, bring, digests_on, images_on, pending
 from worker.pacs.protocol import DeletionFate, Fate, Found
 
 Digests = Literal["all", "sample", "none"]
@@ -45,7 +45,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Parcel:
-    """Images that a pass put on the target, with one digest over all of them as they passed.
+    """Images that a pass put on the target, with one digest over those of all of them as they passed, in order.
 
     None: an attempt that was cut short brought some of them, and their digests died with it.
     """
@@ -55,7 +55,11 @@ class Parcel:
 
     def is_among(self, given: Mapping[str, str]) -> bool:
         """Whether ``given``, digests by UID, are of what passed."""
-        return self.digest is not None and self.uids <= given.keys() and digest_over(self.uids, given) == self.digest
+        return self.uids <= given.keys() and self.is_of(given[uid] for uid in self.uids)
+
+    def is_of(self, digests: Iterable[str]) -> bool:
+        """Whether these are the digests of what passed. Images have their UIDs in them, so no order is needed."""
+        return self.digest is not None and digest_over(digests) == self.digest
 
 
 @dataclass
@@ -195,7 +199,7 @@ def _note_parcel(transfer: Transfer, receipt: Receipt, first: Seen) -> int:
     earlier = _by_earlier_attempt(receipt, first)
     uids = earlier | transfer.stored.keys()
     if uids:
-        digest = None if earlier else digest_over(uids, transfer.stored)
+        digest = None if earlier else digest_over(transfer.stored.values())
         receipt.parcels.append(Parcel(frozenset(uids), digest))
     receipt.before = None
     return len(uids)
@@ -207,10 +211,9 @@ def _by_earlier_attempt(receipt: Receipt, seen: Seen) -> set[str]:
     return (seen.on_target.keys() & seen.on_source.keys()) - receipt.before
 
 
-def digest_over(uids: Collection[str], digests: Mapping[str, str]) -> str:
-    """One digest for many images: of their UIDs and digests, in order of their UIDs."""
-    lines = "".join(f"{uid} {digests[uid]}\n" for uid in sorted(uids))
-    return hashlib.sha256(lines.encode()).hexdigest()
+def digest_over(digests: Iterable[str]) -> str:
+    """One digest for many images: of theirs, in order."""
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
 def _check_found(transfer: Transfer, seen: Seen) -> None:
@@ -317,6 +320,8 @@ def _compare(
     wanted = _to_compare(seen, digests)
     if not wanted or not target.keeps_bytes:
         return told
+    if _is_all_one_parcel(transfer, seen, parcels, wanted):
+        return {**told, "compared": len(wanted)}
     given = digests_on(target, transfer.study_uid, seen.on_target, wanted)
     proven = {uid for parcel in parcels if parcel.is_among(given) for uid in parcel.uids}
     rest = wanted - proven if source.keeps_bytes and source_has else set()
@@ -326,6 +331,13 @@ def _compare(
     if different:
         raise _differ(transfer, different)
     return {**told, "compared": len(proven | rest)}
+
+
+def _is_all_one_parcel(transfer: Transfer, seen: Seen, parcels: Sequence[Parcel], wanted: set[str]) -> bool:
+    """Whether the target has what passed in one pass and nothing else, which it takes no reading of UIDs to see."""
+    if len(parcels) != 1 or not parcels[0].digest or not parcels[0].uids == wanted == seen.on_target.keys():
+        return False
+    return parcels[0].is_of(bare_digests_on(transfer.target, transfer.study_uid))
 
 
 def _not_as_they_passed(given: Mapping[str, str], parcels: Sequence[Parcel], unproven: set[str]) -> list[str]:
@@ -449,5 +461,5 @@ def _restore(transfer: Transfer, receipt: Receipt) -> None:
         sentence = f"{back.target.server.name} does not list {len(lacking)} of the images that were brought back to it."
         raise transfer.error(PacsMisanswered, back.target, sentence)
     returned = Seen({uid: after.on_source[uid] for uid in receipt.moved & after.on_source.keys()}, after.on_target)
-    passed = Parcel(frozenset(back.stored), digest_over(back.stored, back.stored))
+    passed = Parcel(frozenset(back.stored), digest_over(back.stored.values()))
     _compare(back, returned, [passed] if back.stored else [], "all")

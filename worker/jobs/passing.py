@@ -51,6 +51,20 @@ class Incoming:
         return self._digest.hexdigest()
 
 
+def digest_of(content: Iterator[bytes]) -> str:
+    """The SHA-256 of an image whose name is not asked for, without its preamble if it has one."""
+    head, digest = b"", hashlib.sha256()
+    for chunk in content:
+        head += chunk
+        if len(head) >= PREAMBLE_BYTES:
+            break
+    has_preamble = head[PREAMBLE_BYTES - 4 : PREAMBLE_BYTES] == b"DICM"
+    digest.update(memoryview(head)[PREAMBLE_BYTES:] if has_preamble else head)
+    for chunk in content:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _identified(content: Iterator[bytes]) -> tuple[bytes, Instance]:
     """As many bytes as it takes to know whose they are, tried again each time they have doubled."""
     head, tried_bytes = bytearray(), 0

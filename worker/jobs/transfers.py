@@ -23,7 +23,7 @@ from worker.errors import (
     PacsUnavailable,
 )
 from worker.jobs.downloads import to_ask
-from worker.jobs.passing import Incoming
+from worker.jobs.passing import Incoming, digest_of
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
 from worker.sources.spool import Limits, spool
 
@@ -33,6 +33,7 @@ REQUEST_BYTES = 64 * 1_048_576
 #: How long one image may take that has to be spooled.
 SPOOL_TIMEOUT_S = 3600.0
 LENGTH_REQUIRED = 411
+NOT_FOUND = 404
 
 ErrorKind = TypeVar("ErrorKind", bound=CourierError)
 
@@ -81,11 +82,19 @@ class Transfer:
 
 
 def images_on(pacs: Pacs, study_uid: str) -> dict[str, str]:
-    """The images of a study that a server lists, each with its series; {} if the server says that it has none."""
-    found = pacs.find("study", study_uid)
-    return {
-        str(image.sop_instance_uid): str(image.series_instance_uid) for one in found for image in pacs.instances(one)
-    }
+    """The images of a study that a server lists, each with its series; {} if the server says that it has no such study.
+
+    Only where it lists none it is asked for the study, too: silence about images is not yet "not there".
+    """
+    try:
+        images = list(pacs.instances(Found("study", study_uid)))
+    except PacsMisanswered as error:
+        if error.details.get("status") != NOT_FOUND:  # so do some answer for the images of a study that is not there
+            raise
+        images = []
+    if not images and pacs.find("study", study_uid):
+        raise _misanswered(pacs, study_uid, f"{pacs.server.name} lists the study but none of its images.")
+    return {str(image.sop_instance_uid): str(image.series_instance_uid) for image in images}
 
 
 def bring(
@@ -119,6 +128,15 @@ def digests_on(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted:
             pass
         digests[image.instance.sop_instance_uid] = image.sha256
     return {uid: digest for uid, digest in digests.items() if uid in wanted}
+
+
+def bare_digests_on(pacs: Pacs, study_uid: str) -> list[str]:
+    """The same for all images of a study, in no order and without reading whose they are."""
+    try:
+        with pacs.retrieve(Found("study", study_uid)) as parts:
+            return [digest_of(part.chunks) for part in parts]
+    except NotFound as error:
+        raise _misanswered(pacs, study_uid, f"{pacs.server.name} lists the study and does not send it.") from error
 
 
 # --- one way through --------------------------------------------------------------------------------------------

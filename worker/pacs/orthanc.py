@@ -122,7 +122,8 @@ class Orthanc:
             yield found
             return
         images = self._expanded("image", found)
-        series = {str(one.get("ID")): _tag(one, IDENTIFIERS["series"]) for one in self._expanded("series", found)}
+        above = self._expanded("series", found) if images else []
+        series = {str(one.get("ID")): _tag(one, IDENTIFIERS["series"]) for one in above}
         for one in images:
             series_uid, image_uid = series.get(str(one.get("ParentSeries"))), _tag(one, IDENTIFIERS["image"])
             if not series_uid or not image_uid:
