@@ -389,6 +389,12 @@ def _measure(**_: Any) -> None:
         raise SystemExit(f"pacs-courier: {error}") from None
 
 
+@signals.worker_process_shutdown.connect  # type: ignore[untyped-decorator]  # celery is untyped
+def _forget_measures(pid: int | None = None, **_: Any) -> None:
+    """A child of the prefork pool has ended: what it had in flight is no longer."""
+    listeners.forget(settings.telemetry, pid or os.getpid())
+
+
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _logging(loglevel: int | str = logging.INFO, **_: Any) -> None:
     configure(loglevel, shape=settings.logs.format)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -61,3 +62,11 @@ def measure(settings: TelemetrySettings, look: Callable[[], Outlook]) -> None:
         where = f"{settings.metrics_host}:{settings.metrics_port}"
         raise SettingsError(f"telemetry.metrics_port: nobody can listen at {where} ({error.strerror})") from None
     telemetry.watch(metrics)
+
+
+def forget(settings: TelemetrySettings, pid: int) -> None:
+    """A child process that counted has ended."""
+    if settings.metrics_port and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
+
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]

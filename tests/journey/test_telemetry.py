@@ -16,10 +16,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from producer import Courier
 from sandbox import processes as parts
+from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
 from worker.ledger import Ledger
 from worker.metrics import BREAKER_STATES
 from worker.payloads import UploadJob
+from worker.settings import Settings
 
 WAIT_S = 30
 SIGNATURE, PATIENT = "SIGNATURE-0aa1", "PLANTED-PATIENT"
@@ -206,6 +208,32 @@ def test_metrics_count_what_was_done_and_show_what_waits(worker, image_server, s
         assert not courier.ledger.parked()
     assert SIGNATURE not in text
     assert PATIENT not in text
+
+
+def test_the_counts_of_child_processes_add_up(redis, sandbox, image_server, tmp_path):
+    port, folder = parts.free_port(), tmp_path / "counts"
+    folder.mkdir()
+    with Processes(tmp_path / "prefork") as children:
+        tree = {
+            "servers": sandbox.servers(),
+            "queue": parts.queue_settings(redis),
+            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "telemetry": {"metrics_port": port},
+        }
+        config = parts.write_settings(tmp_path / "pacs.toml", tree)
+        environ = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
+        options = ["--pool", "prefork"]
+        child = parts.worker(children, config, name="prefork", concurrency=2, options=options, environ=environ)
+        child.wait_ready()
+        with Courier(Settings.load({"PACS_CONFIG": str(config)})) as courier:
+            handles = [courier.upload(image_server.put(f"{n}.dcm", image(new_uid()))) for n in range(6)]
+            assert [handle.result(timeout_s=WAIT_S)["status"] for handle in handles] == ["stored"] * 6
+        values, _ = scraped(port)
+        assert values["pacs_jobs_total", ("code", "done"), ("end", "done"), ("task", "pacs.upload")] == 6
+        assert values["pacs_jobs_in_flight",] == 0
+        assert values["pacs_ledger_up",] == 1
+        assert parts.poll(lambda: scraped(port)[0]["pacs_sweeps_total",] > 0, timeout_s=WAIT_S), "the parent's own"
+        assert "Traceback" not in child.log
 
 
 def test_without_telemetry_nothing_of_it_is_loaded():
