@@ -58,5 +58,6 @@ chaos: $(VENV)/.ready-dev ## workers, Redis and servers killed, cut and starved;
 
 bench: $(VENV)/.ready ## figures, as ratios within one run
 	@$(BIN)/python -m benchmarks.uploads
+	@$(BIN)/python -m benchmarks.bulk
 
 .PHONY: help run viewer worker flower check test fuzz chaos bench

@@ -65,6 +65,7 @@ class Bench:
 @contextmanager
 def bench(folder: Path) -> Iterator[Bench]:
     """Redis, two Orthancs and the image server; workers are started where they are measured."""
+    (folder / "images").mkdir()
     with Processes(folder) as processes:
         redis = parts.redis(processes)
         orthanc, other = (parts.orthanc(processes, name=name) for name in ("orthanc", "archive"))
@@ -73,7 +74,11 @@ def bench(folder: Path) -> Iterator[Bench]:
         images.wait_ready()
         tree = {
             "servers": [orthanc.server("orthanc"), other.server("archive")],
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {
+                "allow_hosts": [parts.HOST],
+                "allow_private_networks": True,
+                "folders": [str(folder / "images")],
+            },
             "queue": parts.queue_settings(redis),
         }
         config = parts.write_settings(folder / "pacs.toml", tree)
