@@ -56,7 +56,7 @@ fuzz: $(VENV)/.ready-dev ## broken files, answers, messages and URLs by the thou
 chaos: $(VENV)/.ready-dev ## workers, Redis and servers killed, cut and starved; writes docs/guarantees.md
 	@$(BIN)/python -m tests.chaos
 
-bench: $(VENV)/.ready ## figures, as ratios within one run
+bench: $(VENV)/.ready-dev ## figures, as ratios within one run
 	@$(BIN)/python -m benchmarks.uploads
 	@$(BIN)/python -m benchmarks.bulk
 
