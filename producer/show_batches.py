@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, TextIO
 
@@ -25,7 +25,7 @@ from producer.errors import NotFound
 from producer.plans import PlanLine
 from producer.progress import Meter, Pace
 from producer.show import errors_console
-from worker.batches import ACTIVE, Batch
+from worker.batches import ACTIVE, NOT_DONE, Batch, Pass
 from worker.logs import shown_url
 
 _POLL_S = 0.5
@@ -35,6 +35,11 @@ LINE_S = 30.0
 REPORT_COLUMNS = (
     "number", "item", "server_name", "status", "code", "message", "size_bytes",
     "study_uid", "series_uid", "image_uid", "sha256", "verify", "undo",
+)  # fmt: skip
+#: In the order of a table's columns.
+_STATUSES = (
+    "open", "planned", "stored", "already_there", "copied", "downloaded", "deleted", "hidden", "not_there",
+    "skipped", "refused", "failed", "verified", "unverified", "differs", "missing", "undone", "kept",
 )  # fmt: skip
 _STYLES = {"done": "green", "undone": "green", "planned": "cyan", "paused": "yellow", "cancelled": "red"}
 
@@ -55,7 +60,7 @@ def _table(*headings: str, right: Sequence[str] = ()) -> Table:
 
 
 def counts_table(batch: Batch) -> Table:
-    """One line per server, with the outcomes that there are, of all passes."""
+    """One line per server, with the outcomes that there are, of all passes: done first, then verified, then undone."""
     found: dict[str, dict[str, int]] = {}
     for which, state in batch.passes.items():
         if which != "survey":
@@ -64,7 +69,7 @@ def counts_table(batch: Batch) -> Table:
                     row = found.setdefault(name, {})
                     row[status] = row.get(status, 0) + n
     planned = batch.planned if any(batch.planned.get(name) for name in batch.types) else {}
-    statuses = list(dict.fromkeys(status for counts in found.values() for status in counts))
+    statuses = sorted({status for counts in found.values() for status in counts}, key=_STATUSES.index)
     names = [name for name in ("", *batch.types) if found.get(name) or planned.get(name)]
     headings = (["planned"] if planned else []) + [said(status) for status in statuses]
     table = _table("server", *headings, right=headings)
@@ -77,6 +82,27 @@ def counts_table(batch: Batch) -> Table:
 
 def _count(count: int | None) -> str:
     return f"{count:,}" if count else ""
+
+
+def end_line(batch: Batch) -> str:
+    """What a batch came to, in one line."""
+    which: Pass = "undo" if batch.state == "undone" else "apply"
+    state = batch.of(which)
+    parts = [f"{batch.kind} {batch.state}: {state.settled:,} of {of_how_many(batch, which):,} items"]
+    if state.bytes:
+        parts.append(decimal(state.bytes))
+    if state.begun_ms and state.ended_ms:
+        elapsed_s = max((state.ended_ms - state.begun_ms) / 1000, 0.001)
+        parts.append(f"{timedelta(seconds=round(elapsed_s))}, {state.settled / elapsed_s:,.0f} items/s")
+    return ", ".join(parts)
+
+
+def of_how_many(batch: Batch, which: Pass | None) -> int:
+    """The items that a pass is about."""
+    applied = batch.of("apply").totals
+    if which in ("verify", "undo"):
+        return sum(n for status, n in applied.items() if status not in NOT_DONE)
+    return batch.items - (applied.get("skipped", 0) if which == "survey" else 0)
 
 
 def servers_table(servers: Sequence[Mapping[str, Any]]) -> Table:
@@ -95,7 +121,7 @@ def failures_table(failures: Sequence[Mapping[str, Any]]) -> Table:
     """The first of what is not as it should be."""
     table = _table("item", "server", "outcome", "why")
     for one in failures:
-        item = one.get("item") or one["study_uid"]
+        item = shown_url(one.get("item") or one["study_uid"])  # its signature is nobody's business on a screen
         why = f"{one['code']}: {one['message']}" if one["code"] else one["message"]
         table.add_row(escape(item), one["server_name"] or "–", said(one["status"]), escape(why), style="yellow")
     return table
@@ -230,6 +256,14 @@ class Look:
         return self.stage.removeprefix("plan ") if self.stage.startswith("plan ") else ""
 
     @property
+    def of_how_many(self) -> int:
+        return of_how_many(self.batch, self.batch.current) if self.batch else 0
+
+    @property
+    def settled(self) -> int:
+        return min(self.batch.settled, self.of_how_many) if self.batch else 0
+
+    @property
     def state(self) -> str:
         return "queued" if self.batch is None else self.batch.state
 
@@ -252,9 +286,8 @@ class Look:
         return " · ".join(parts)
 
     def done(self) -> str:
-        if self.batch is None or not self.batch.items:
-            return ""
-        return f"{self.batch.settled:,}/{self.batch.items:,} {100 * self.batch.settled // self.batch.items:3} %"
+        total = self.of_how_many
+        return f"{self.settled:,}/{total:,} {100 * self.settled // total:3} %" if total else ""
 
     def line(self) -> str:
         """All of it in one line."""
@@ -267,12 +300,8 @@ class Look:
         grid.add_column(no_wrap=True)
         grid.add_column(ratio=1, min_width=10)
         grid.add_column(no_wrap=True, justify="right")
-        batch = self.batch
-        bar = ProgressBar(
-            total=batch.items if batch and batch.items else None,
-            completed=batch.settled if batch else 0,
-            pulse=not (batch and batch.items),
-        )
+        total = self.of_how_many
+        bar = ProgressBar(total=total or None, completed=self.settled, pulse=not total)
         grid.add_row(Text(self.state, style=_STYLES.get(self.state, "bold")), bar, self.done())
         below = [Text(part, style="dim", overflow="fold") for part in (self.speed(), self.counts()) if part]
         return Group(grid, *below)
@@ -296,6 +325,7 @@ def _look(desk: BatchDesk, handle: Handle, stage: str, meter: Meter) -> Look:
         batch = desk.get(handle.batch_id or handle.id)
     except NotFound:
         return Look(None, stage, Pace())  # its job has not begun yet
+    still = Look(batch, stage, Pace())
     which = batch.current or "apply"
     state = batch.of(which)
     pace = meter.look(
@@ -303,9 +333,9 @@ def _look(desk: BatchDesk, handle: Handle, stage: str, meter: Meter) -> Look:
         about=(which, state.round, batch.state),
         settled=state.settled,
         carried_bytes=state.bytes,
-        items=batch.items,
+        items=still.of_how_many,
     )
-    return Look(batch, stage, pace)
+    return replace(still, pace=pace)
 
 
 @contextmanager

@@ -33,13 +33,14 @@ class Mood:
         after that many bytes of the request's body; ``commit_then_drop`` does the work and closes the connection
         instead of answering; ``drip_bytes_per_s`` sends the answer's body at that rate; ``truncate`` cuts the
         answer's body in the middle and closes the connection (``"cleanly"``: the HTTP message ends well and only its
-        content is cut; a number: after so many bytes).
+        content is cut; a number: after so many bytes); ``reset_answer`` does so with a RST instead of a close.
 
     The content (done by the dialects)
         ``disk_full`` "A700" or "272": every instance of a store fails with that reason; ``transient_272``: the same
-        with 272 (bound it with ``times``); ``pending_45071``: an instance not seen before is answered 45071 and
-        stays pending for so many seconds, or "never" clears; ``lose_last_part``: the last part of a store is not
-        read; ``database_down``, ``storage_down``: as the reference says, which is not what one would expect.
+        with 272 (bound it with ``times``); ``failure_reason``: the same with that number; ``pending_45071``: an
+        instance not seen before is answered 45071 and stays pending for so many seconds, or "never" clears;
+        ``lose_last_part``: the last part of a store is not read; ``database_down``, ``storage_down``: as the reference
+        says, which is not what one would expect.
 
     Authentication (done by ``tokens.py``)
         ``bearer``: requests need a valid token of the built-in endpoint; ``token_lifetime_s``: how long one lives.
@@ -53,9 +54,11 @@ class Mood:
     retry_after_s: float | None = None
     reset_after_bytes: int | None = None
     truncate: bool | int | str = False
+    reset_answer: bool = False
     commit_then_drop: bool = False
     disk_full: str | None = None
     transient_272: bool = False
+    failure_reason: int | None = None
     pending_45071: float | str | None = None
     lose_last_part: bool = False
     unauthorized: bool = False
@@ -124,6 +127,7 @@ _KINDS: dict[str, Any] = {
     "retry_after_s": _number,
     "reset_after_bytes": _number,
     "truncate": lambda value: value == "cleanly" or _flag(value) or _number(value),
+    "failure_reason": lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536,
     "disk_full": lambda value: value in ("A700", "272"),
     "pending_45071": lambda value: value == "never" or _number(value),
     "token_lifetime_s": _number,

@@ -396,12 +396,13 @@ def reset(request: web.Request) -> None:
 
 async def _send(request: web.Request, response: web.StreamResponse, mood: Mood) -> web.StreamResponse:
     """Put the answer on the wire, as well or badly as the mood will have it."""
-    spoiled = mood.truncate is not False or mood.drip_bytes_per_s is not None
+    cut = mood.reset_answer if mood.truncate is False else mood.truncate
+    spoiled = cut is not False or mood.drip_bytes_per_s is not None
     if not spoiled and not isinstance(response, Streamed):
         return response
     chunks = response.chunks if isinstance(response, Streamed) else once(_content(response))
-    if mood.truncate is not False:
-        chunks = _cut(chunks, mood.truncate)
+    if cut is not False:
+        chunks = _cut(chunks, cut)
     if mood.drip_bytes_per_s is not None:
         chunks = _drip(chunks, mood.drip_bytes_per_s)
     outgoing = web.StreamResponse(status=response.status, headers=response.headers)
@@ -416,6 +417,8 @@ async def _send(request: web.Request, response: web.StreamResponse, mood: Mood) 
             async for chunk in chunks:
                 await outgoing.write(chunk)
         except (_Cut, OSError):
+            if mood.reset_answer:
+                reset(request)
             return drop(request)
         await outgoing.write_eof()
     return outgoing

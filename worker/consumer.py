@@ -6,9 +6,10 @@ the same message again, and so on for ever. Nothing here knows what a job is abo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Final
 
 import redis
@@ -206,8 +207,40 @@ def _named(message: Any) -> tuple[str | None, str | None]:
     return task, job_id
 
 
+class PacsQoS(redis_transport.QoS):
+    """What was delivered and not yet acknowledged, also when its Redis has gone: the ledger wakes those jobs.
+
+    kombu closes a connection and then looks for it, once for each message that was delivered over it. Its
+    `AttributeError` would end the worker.
+    """
+
+    def restore_unacked(self, client: Any = None) -> None:
+        with self._perhaps_gone():
+            super().restore_unacked(client)  # type: ignore[no-untyped-call]  # kombu is untyped
+        self._delivered.clear()
+
+    def ack(self, delivery_tag: str) -> None:
+        with self._perhaps_gone():
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call]  # kombu is untyped
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        with self._perhaps_gone():
+            super().reject(delivery_tag, requeue=requeue)  # type: ignore[no-untyped-call]  # kombu is untyped
+
+    @contextlib.contextmanager
+    def _perhaps_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except AttributeError:
+            if self.channel.connection is not None and self.channel.connection.client is not None:
+                raise
+            log.warning("A message cannot be given back to a Redis that has gone; the ledger knows its job")
+
+
 class PacsChannel(redis_transport.Channel):
     """A queue in Redis is a list to which anybody may push anything: what is no message at all ends here."""
+
+    QoS = PacsQoS
 
     def _brpop_read(self, **options: Any) -> Any:
         try:

@@ -24,7 +24,7 @@ from pydicom.uid import (
     JPIPHTJ2KReferencedDeflate,
     MediaStorageDirectoryStorage,
 )
-from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
+from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, VR
 
 from worker.errors import InvalidUid, MissingUid, NotDicom
 
@@ -36,6 +36,7 @@ _MEDIA_STORAGE_SOP_CLASS_UID, _TRANSFER_SYNTAX_UID = 0x00020002, 0x00020010
 _SOP_CLASS_UID, _SOP_INSTANCE_UID = 0x00080016, 0x00080018
 _STUDY_INSTANCE_UID, _SERIES_INSTANCE_UID = 0x0020000D, 0x0020000E
 _DATASET_UIDS = (_STUDY_INSTANCE_UID, _SERIES_INSTANCE_UID, _SOP_INSTANCE_UID, _SOP_CLASS_UID)
+_WANTED = _PIXEL_DATA | frozenset(_DATASET_UIDS)
 _META_UIDS = (_MEDIA_STORAGE_SOP_CLASS_UID, _TRANSFER_SYNTAX_UID)
 _NAMES = {
     _MEDIA_STORAGE_SOP_CLASS_UID: "Media Storage SOP Class UID (0002,0002)",
@@ -48,6 +49,7 @@ _NAMES = {
 _JPIP_REFERENCED_DEFLATE = "1.2.840.10008.1.2.4.95"
 _DEFLATED = frozenset((DeflatedExplicitVRLittleEndian, _JPIP_REFERENCED_DEFLATE, JPIPHTJ2KReferencedDeflate))
 _LONG_VRS = frozenset(vr.encode("ascii") for vr in EXPLICIT_VR_LENGTH_32)
+_SHORT_VRS = frozenset(vr.encode("ascii") for vr in VR if len(vr) == 2 and vr not in EXPLICIT_VR_LENGTH_32)
 _IS_VR = re.compile(rb"[A-Z]{2}").fullmatch
 _IS_UID = re.compile(r"[0-9]+(\.[0-9]+)*").fullmatch
 _EXPLICIT = {True: Struct("<HH2sH"), False: Struct(">HH2sH")}
@@ -168,6 +170,11 @@ class _Bytes:
             self._start, offset = start, 0
         return self._window[offset : offset + length]
 
+    def window(self, at: int) -> tuple[bytes, int]:
+        """The bytes around ``at`` that are at hand, and where they start; empty, if none are."""
+        within = self._start <= at < self._start + len(self._window)
+        return (self._window, self._start) if within else (b"", at)
+
     def need(self, end: int) -> None:
         if end > self.size:
             if not self.whole:
@@ -176,10 +183,16 @@ class _Bytes:
 
 
 class _Walk:
-    """One pass over the elements of a dataset, values skipped, sequences of undefined length included."""
+    """One pass over the elements of a dataset, values skipped, sequences of undefined length included.
 
-    def __init__(self, file: _Bytes, start: int, *, little_endian: bool = True) -> None:
+    With ``wanted`` it may leave out elements with other tags.
+    """
+
+    def __init__(
+        self, file: _Bytes, start: int, *, little_endian: bool = True, wanted: frozenset[int] | None = None
+    ) -> None:
         self._file = file
+        self._wanted = wanted
         self._start = start
         self._steps = 0
         # What the first element says counts, not the transfer syntax: some writers mix the two up.
@@ -193,7 +206,33 @@ class _Walk:
             if element.tag == 0:  # padding behind the last element
                 return
             yield element
-            at = self.end(element)
+            at = self._behind_plain(self.end(element))
+
+    def _behind_plain(self, at: int) -> int:
+        """Leave out unwanted elements that have nothing special about them, which are nearly all there are.
+
+        Here and not in `_header`, because this is most of the work on an image: no call is made for an element.
+        """
+        window, start = self._file.window(at)
+        if self._wanted is None or not self.coding.explicit or not window:
+            return at
+        unpack, long_length = _EXPLICIT[self.coding.little_endian].unpack_from, _LONG_LENGTH[self.coding.little_endian]
+        wanted, last, size = self._wanted, len(window) - 12, self._file.size
+        offset = at - start
+        while 0 <= offset <= last and self._steps < _MAX_STEPS:
+            group, number, vr, length = unpack(window, offset)
+            value = offset + 8
+            if vr in _LONG_VRS:
+                length = long_length.unpack_from(window, value)[0]
+                value += 4
+            elif vr not in _SHORT_VRS:
+                break
+            behind = value + length
+            if length == _UNDEFINED or start + behind > size or group in (0, 0xFFFE) or group << 16 | number in wanted:
+                break
+            offset = behind
+            self._steps += 1
+        return start + offset
 
     def end(self, element: _Element) -> int:
         """Where the next element starts; raises `_CutShort` where this one is not all there."""
@@ -298,7 +337,7 @@ def _read_dataset(file: _Bytes, start: int, *, little_endian: bool) -> dict[int,
     """The UIDs among the elements before the pixel data, which have to be all there."""
     found: dict[int, str] = {}
     with suppress(_GivenUp, _PastPrefix):
-        walk = _Walk(file, start, little_endian=little_endian)
+        walk = _Walk(file, start, little_endian=little_endian, wanted=_WANTED)
         for element in walk:
             if element.tag in _PIXEL_DATA:
                 if not _ends_with_sequence(file, element):

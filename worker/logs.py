@@ -21,6 +21,51 @@ _last: ContextVar[dict[str, object] | None] = ContextVar("last", default=None)
 _BEFORE_AUTHORITY = re.compile(r"([^:/?#]*:)?//")
 _IS_HOST_AND_PORT = re.compile(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?").fullmatch
 _MAY_HIDE = re.compile(r"//|[?#@]")
+
+#: The fields of jobs that may be shown, and those that say nothing to a reader; of any other its value is hidden.
+SHOWN_FIELDS = frozenset(
+    (
+        "image_url",
+        "server",
+        "servers",
+        "level",
+        "uid",
+        "study_uid",
+        "mode",
+        "filters",
+        "limit",
+        "metadata",
+        "permanent",
+        "dry_run",
+        "confirm",
+        "destination",
+        "format",
+        "batch_id",
+        "name",
+        "which",
+        "chunk",
+        "round",
+        "width",
+        "source",
+        "items",
+        "from_server",
+        "to_server",
+        "delete_source",
+        "digests",
+        "planned",
+        "everything",
+        "keep",
+        "verify",
+        "window",
+        "requests_per_s",
+        "bytes_per_s",
+    )
+)
+HIDDEN_FIELDS = frozenset(("version", "idempotency_key", "cursor"))
+_IS_FIELD = re.compile(r"[a-z][a-z_]{0,31}", re.ASCII).fullmatch
+_IS_UID = re.compile(r"[0-9.]{1,64}", re.ASCII).fullmatch
+#: Whoever mixes up fields may put a patient where a UID belongs.
+_SHAPES = {"uid": _IS_UID, "study_uid": _IS_UID, "level": re.compile("image|series|study").fullmatch}
 _IS_UID = re.compile(r"[0-9.]{1,64}").fullmatch
 _IS_NAME = re.compile(r"[\w.:-]{1,200}", re.ASCII).fullmatch
 _USER = re.compile(r"://[^\s/@'\"]*@")
@@ -127,12 +172,16 @@ def shown_text(text: str, *, limit: int) -> str:
 
 
 def shown_job(job: object) -> str:
-    """A job as Flower, events and logs may show it: fields and lists of them, nothing that is nested deeper."""
+    """A job as Flower, events and logs may show it: the fields that are known, and nothing that is nested deeper.
+
+    Of a field that nobody knows only the name is shown: whoever sent it may have meant anything by it.
+    """
     if not isinstance(job, Mapping):
         return "{…}"
-    hidden = ("version", "idempotency_key", "cursor")
     shown = {
-        _shown_value(str(name)): _shown_field(str(name), value) for name, value in job.items() if name not in hidden
+        name if _IS_FIELD(name) else "…": _shown_field(name, value)
+        for name, value in ((str(name), value) for name, value in job.items())
+        if name not in HIDDEN_FIELDS
     }
     return shown_text(json.dumps(shown, ensure_ascii=False), limit=500)
 
@@ -140,6 +189,8 @@ def shown_job(job: object) -> str:
 def _shown_field(name: str, value: object) -> object:
     if name == "filters":  # a filter's value may be a patient's name
         return sorted(str(_shown_value(str(keyword))) for keyword in value) if isinstance(value, Mapping) else "…"
+    if name not in SHOWN_FIELDS or (name in _SHAPES and not (isinstance(value, str) and _SHAPES[name](value))):
+        return "…"
     return [_shown_value(one) for one in value] if isinstance(value, list) else _shown_value(value)
 
 

@@ -22,6 +22,7 @@ from producer.show_batches import (
     PlanSummary,
     batches_table,
     counts_table,
+    end_line,
     failures_table,
     json_array,
     json_lines,
@@ -94,6 +95,7 @@ def still_running(handle: Handle, timeout_s: float | None) -> StillRunning:
 
 def _show_end(batch: Batch, payload: Mapping[str, Any]) -> None:
     _show_counts(batch)
+    console.print(end_line(batch), highlight=False, markup=False)
     if payload["failures"]:
         console.print(failures_table(payload["failures"]))
     if payload["failures_total"] > len(payload["failures"]):

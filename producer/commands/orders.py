@@ -39,7 +39,7 @@ from producer.courier import Courier, Handle
 from producer.errors import ConfirmationRequired, InvalidRequest
 from producer.orders import Given, Order, of_plan_file
 from producer.show import console, errors_console
-from producer.show_batches import PlanSummary, failures_table, servers_table
+from producer.show_batches import PlanSummary, failures_table, of_how_many, servers_table
 from worker.batches import Batch
 
 CONFIRMATION = "delete all studies"
@@ -411,7 +411,9 @@ def undo(batch_id: str, yes: bool, **options: Any) -> int:
     """Take back what a batch did, as far as that can be done."""
     with Courier() as courier:
         found = courier.batch.get(batch_id)
-        if not _agreed(f"Undo the {found.kind} of {found.settled:,} items?", yes=yes, as_json=options["as_json"]):
+        if not _agreed(
+            f"Undo the {found.kind} of {of_how_many(found, 'undo'):,} items?", yes=yes, as_json=options["as_json"]
+        ):
             return FAILED
         return _gone_on(courier, courier.batch.undo(batch_id), options)
 

@@ -247,6 +247,8 @@ def _may_store(transaction: _Transaction, new: NewInstance) -> None:
             f"Study Instance UID[{new.study_instance_uid}] of received object does not match "
             f"Study Instance UID[{transaction.study_instance_uid}] specified in the request URL",
         )
+    if mood.failure_reason is not None:
+        raise Failed(mood.failure_reason, f"Failure {mood.failure_reason:04X}")
     if mood.storage_down or mood.disk_full == "A700":
         raise Failed(0xA700, "java.nio.file.FileSystemException: No space left on device")
     if mood.disk_full == "272":

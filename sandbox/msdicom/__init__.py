@@ -260,6 +260,8 @@ class MsDicom:
             return rules.OUT_OF_RESOURCES
         if mood.disk_full or mood.transient_272 or mood.database_down or mood.storage_down:
             return rules.TROUBLE
+        if mood.failure_reason is not None:
+            return mood.failure_reason
         now_s = self._site.clock.now_s()
         uids = [rules.bare_uid(header.text(tag) or "") for tag in rules.TRIPLE]
         self._settle()

@@ -20,7 +20,7 @@ from worker.errors import CourierError
 from worker.instances import identify
 from worker.jobs.batches import Desk, Notes
 from worker.jobs.bulk_checks import undo, verify
-from worker.jobs.bulk_uploads import LOAD_IMAGES, Uploads
+from worker.jobs.bulk_uploads import FIRST_IMAGES, LOAD_IMAGES, Uploads
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.ledger import Ledger
@@ -163,11 +163,11 @@ def any_server(request: pytest.FixtureRequest, site_of: Callable[..., Site]) -> 
 
 def test_a_group_is_stored_in_few_requests_and_each_item_has_its_receipt(any_server: Site) -> None:
     study = new_uid()
-    chunk = any_server.chunk(*any_server.study(2 * LOAD_IMAGES + 3, study))
+    chunk = any_server.chunk(*any_server.study(FIRST_IMAGES + LOAD_IMAGES + 3, study))
     chunk.attempt()
     assert set(chunk.told) == {"stored"}
-    assert any_server.servers["ward"].requests == [LOAD_IMAGES, LOAD_IMAGES, 3]
-    assert any_server.count("ward", study) == 2 * LOAD_IMAGES + 3
+    assert any_server.servers["ward"].requests == [FIRST_IMAGES, LOAD_IMAGES, 3]
+    assert any_server.count("ward", study) == FIRST_IMAGES + LOAD_IMAGES + 3
     receipt = chunk.settled[0].result
     assert chunk.settled[0].server_name == "ward"
     assert set(receipt) == {"study_uid", "series_uid", "image_uid", "sha256", "size_bytes"}
@@ -353,7 +353,7 @@ def test_a_server_that_fails_a_push_is_not_tried_again_in_the_same_attempt(site:
     sandbox.set_mood("msdicom", "store", status=503)
     chunk = site.chunk(*site.study(2 * LOAD_IMAGES, new_uid()))
     assert set(words(chunk.attempt())) == {"pacs_unavailable?"}
-    assert site.servers["msdicom"].requests == [LOAD_IMAGES]
+    assert site.servers["msdicom"].requests == [FIRST_IMAGES]
 
 
 def test_a_worker_that_dies_before_the_batch_knows_finds_its_own_images(site: Site) -> None:
@@ -365,7 +365,7 @@ def test_a_worker_that_dies_before_the_batch_knows_finds_its_own_images(site: Si
     chunk.attempt()
     assert set(chunk.told) == {"stored"}
     assert len(site.images.requests) == fetched
-    assert site.servers["msdicom"].requests == [LOAD_IMAGES, 5]
+    assert site.servers["msdicom"].requests == [FIRST_IMAGES, LOAD_IMAGES - FIRST_IMAGES + 5]
 
 
 def test_an_image_that_others_put_there_first_is_not_taken_for_ours_after_a_death(site: Site) -> None:

@@ -193,6 +193,15 @@ def test_an_answer_is_cut_off_in_its_middle(pacs: Pacs) -> None:
     assert 0 < len(body) < length
 
 
+def test_an_answer_is_reset_in_its_middle(pacs: Pacs) -> None:
+    pacs.store(image(new_uid()))
+    pacs.mood("query", reset_answer=True)
+    with pacs.connect() as wire:
+        wire.sendall(pacs.head("GET", "/studies"))
+        with pytest.raises(ConnectionResetError):
+            received(wire)
+
+
 def test_a_retrieved_study_is_cut_off_without_last_chunk_or_boundary(pacs: Pacs) -> None:
     study = new_uid()
     pacs.store(image(study))
@@ -255,6 +264,15 @@ def test_a_full_disk_fails_every_instance_with_its_code(pacs: Pacs, style: str, 
     pacs.mood("store", disk_full=style)
     answer = pacs.store(image(study), image(study))
     assert (answer.status_code, outcome_codes(answer)) == (409, [code, code])
+    assert not pacs.has(study)
+
+
+@pytest.mark.parametrize("code", [43264, 45070, 0xA778])
+def test_any_failure_reason_can_be_asked_for(pacs: Pacs, code: int) -> None:
+    study = new_uid()
+    pacs.mood("store", failure_reason=code)
+    answer = pacs.store(image(study))
+    assert (answer.status_code, outcome_codes(answer)) == (409, [code])
     assert not pacs.has(study)
 
 

@@ -436,11 +436,25 @@ def test_a_worker_that_dies_in_a_chunk_leaves_the_rest_to_the_next(bench: Bench)
     bench.kind.answers = {f"1.2.{number}": "not_there" for number in range(GROUP_ITEMS)}
     bench.client.hset(f"{PREFIX}job:B.apply.0", "lease_ms", 0)
     assert isinstance(bench.do(0), Done)
-    assert bench.kind.groups[-2:] == [
-        (STUDIES[16:20] + STUDIES[8:12], {8, 9, 10, 11}),
-        (STUDIES[12:16], {12, 13, 14, 15}),
-    ]
+    assert bench.kind.groups[-9:] == [(STUDIES[16:20], set()), *(([STUDIES[n]], {n}) for n in range(8, 16))]
     assert bench.batch.counts["a"] == {"planned": 20, "deleted": 20}
+
+
+def test_an_item_that_kills_every_worker_takes_no_other_with_it(bench: Bench) -> None:
+    bench.tools = replace(bench.tools, settings=Settings.model_validate({"jobs": {"max_deaths": 3}}))
+    bench.kind.lists = {"a": [STUDIES[:20]], "b": []}
+    bench.kind.answers = {"1.2.9": SystemExit()}
+    bench.conduct()
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            bench.do(0)
+        bench.client.hset(f"{PREFIX}job:B.apply.0", "lease_ms", 0)
+    assert isinstance(bench.do(0), Failed)
+    batch = bench.conduct()
+    assert isinstance(batch, Batch)
+    assert batch.counts["a"] == {"planned": 20, "deleted": 19, "failed": 1}
+    (failure,) = bench.batches.failures(batch, 10)
+    assert (failure.item.text, failure.code) == ("1.2.9", "poisoned")
 
 
 def test_a_chunk_whose_job_is_a_dead_letter_has_failed_and_the_batch_goes_on(bench: Bench) -> None:

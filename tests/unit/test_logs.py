@@ -11,8 +11,9 @@ from typing import Any, Literal
 import pytest
 
 from worker.lines import configure
-from worker.logs import about, about_study, job_lines, shown_job, shown_text, shown_url
+from worker.logs import HIDDEN_FIELDS, SHOWN_FIELDS, about, about_study, job_lines, shown_job, shown_text, shown_url
 from worker.pacs.fleet import Fleet
+from worker.payloads import Job
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,31 @@ def test_a_signed_url_is_hidden_wherever_in_a_job_it_stands() -> None:
     job = {"image_url": [signed, {"deep": signed}], "extra": {"deep": signed}, signed: 1, "filters": {signed: "x"}}
     assert "secret" not in shown_job(job)
     assert "https://host.example/a" in shown_job(job)
+
+
+def test_of_a_job_known_fields_are_shown_and_of_others_the_name_at_most() -> None:
+    job = {"level": "study", "uid": "1.2.3", "note": "Doe^Jane", "Doe^Jane": 1, "permanent": True, "servers": ["a"]}
+    assert json.loads(shown_job(job)) == {
+        "level": "study",
+        "uid": "1.2.3",
+        "note": "…",
+        "…": "…",
+        "permanent": True,
+        "servers": ["a"],
+    }
+    assert json.loads(shown_job({"level": "Doe", "uid": "Doe^Jane"})) == {"level": "…", "uid": "…"}
+
+
+def test_every_field_of_a_job_is_shown_or_hidden_on_purpose() -> None:
+    """A new one is to be put into `SHOWN_FIELDS` of worker/logs.py if what it holds is fit to be seen in Flower."""
+
+    def kinds(kind: type[Job]) -> Iterator[type[Job]]:
+        for child in kind.__subclasses__():
+            yield child
+            yield from kinds(child)
+
+    fields = {name for kind in kinds(Job) if kind.__module__.startswith("worker.") for name in kind.model_fields}
+    assert fields - SHOWN_FIELDS - HIDDEN_FIELDS == set()
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\nb", "\u2028", "\x7f", "\u202e"])

@@ -18,6 +18,7 @@ from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound, Ref
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import LeaseLost
+from worker.logs import shown_url
 from worker.payloads import (
     BatchEndPayload,
     BatchItem,
@@ -55,20 +56,23 @@ class Spent:
 class Notes:
     """What an attempt at a chunk leaves to the next, for itself, for the kind and for the pace.
 
-    ``begun`` are the items that this attempt or an earlier one may have done.
+    ``begun`` are the items that this attempt or an earlier one may have done, ``at`` those that it is at; who finds
+    any knows that the attempt has died of them, perhaps.
     """
 
     begun: set[int] = field(default_factory=set)
     kind: Mapping[str, Any] = field(default_factory=dict)
     pace: Mapping[str, Any] = field(default_factory=dict)
+    at: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, memo: Mapping[str, Any] | None, *, pace: Mapping[str, Any]) -> Notes:
         memo = memo or {}
-        return cls(set(memo.get("begun", ())), memo.get("kind", {}), pace)
+        return cls(set(memo.get("begun", ())), memo.get("kind", {}), pace, set(memo.get("at", ())))
 
     def as_json(self) -> dict[str, Any]:
-        return {"begun": sorted(self.begun), **({"kind": self.kind} if self.kind else {}), **self.pace}
+        told = {"begun": sorted(self.begun), "at": sorted(self.at), "kind": self.kind}
+        return {**{name: what for name, what in told.items() if what}, **self.pace}
 
 
 @dataclass(frozen=True)
@@ -454,7 +458,7 @@ def end_payload(batch: Batch, run: Run, tools: Tools) -> dict[str, Any]:
 def _trouble(one: Settled, which: Pass, batch: Batch) -> BatchTrouble:
     return BatchTrouble(
         number=one.item.number,
-        item=one.item.text,
+        item=shown_url(one.item.text),  # a signed URL is shown as in any other result
         pass_=which,
         server_name=one.server_name or None,
         server_type=batch.types.get(one.server_name) or None,

@@ -8,11 +8,12 @@ one is fetched. What makes a second attempt harmless is the memo again: before a
 from __future__ import annotations
 
 import re
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,7 @@ from worker.sources import Fetched
 
 #: So many images, or bytes, make a load; so many are fetched at a time, and wait fetched for the next load to begin.
 LOAD_IMAGES = 25
+FIRST_IMAGES = 10  # the first is small, so that a push begins soon
 LOAD_BYTES = 16 * 1_048_576
 FETCHES = 4
 #: What the headers of a part of a request take, more or less.
@@ -111,6 +113,17 @@ class _Image:
         """Image, study, series."""
         one = self.instance
         return one.sop_instance_uid, one.study_instance_uid, one.series_instance_uid
+
+
+@dataclass
+class _Load:
+    """Images that travel together; ``placed`` are those that go anywhere."""
+
+    images: list[_Image]
+    placed: list[tuple[_Image, Placement]] = field(default_factory=list)
+
+    def close(self) -> None:
+        _close(self.images)
 
 
 class ImageUploads:
@@ -186,6 +199,8 @@ class Uploads:
                 self._memo[number] = Pushed(server=row.settled.server, **row.settled.result)
         self._others: dict[int, Pushed] = {}  # of items of the chunk that come in another group
         self._written = dict(self._memo)  # as the ledger has it
+        self._near: set[str] = set()  # images of the load that is asked about while another is pushed
+        self._holding = threading.Lock()
         self._on: dict[str, set[str]] = {}  # study → servers that are known to have it
         #: Servers that did not answer, to a question or to a push: what more goes there waits for the next attempt.
         self._silent: dict[str, CourierError] = {}
@@ -236,22 +251,36 @@ class Uploads:
     # --- fetching while pushing -------------------------------------------------------------------------------
 
     def _pipeline(self, items: Sequence[Item]) -> None:
-        pushing: Future[None] | None = None
-        with ThreadPoolExecutor(1, thread_name_prefix="load") as pusher, closing(self._loads(items)) as loads:
-            for load in loads:
-                try:
-                    if pushing is not None:
-                        pushing.result()
-                except BaseException:
-                    _close(load)
-                    raise
-                pushing = pusher.submit(self._carry_load, load)
-            if pushing is not None:
-                pushing.result()
+        """Three loads are under way: one is fetched, one is asked about, one is pushed."""
+        recent: deque[_Load] = deque(maxlen=3)
+        asked: Future[_Load] | None = None
+        pushed: Future[None] | None = None
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="ask") as asker,
+            ThreadPoolExecutor(1, thread_name_prefix="push") as pusher,
+            closing(self._loads(items)) as loads,
+        ):
+            try:
+                for images in loads:
+                    recent.append(_Load(images))
+                    if asked is not None:
+                        ready = asked.result()
+                        _wait(pushed)
+                        pushed = pusher.submit(self._push_load, ready)
+                    asked = asker.submit(self._ask_about, recent[-1])
+                _wait(pushed)
+                if asked is not None:
+                    self._push_load(asked.result())
+            finally:
+                asker.shutdown()
+                pusher.shutdown()
+                for load in recent:
+                    load.close()
 
     def _loads(self, items: Sequence[Item]) -> Generator[list[_Image]]:
         """The items that can be had, some at a time; what became of the others is in the results."""
         load: list[_Image] = []
+        first = len(items) > LOAD_IMAGES
         try:
             with closing(self._fetched(items)) as fetched:
                 for item, got in fetched:
@@ -259,8 +288,8 @@ class Uploads:
                         self.results[item.number] = _judged(item, got)
                         continue
                     load.append(got)
-                    if _is_full(load):
-                        ready, load = load, []
+                    if _is_full(load, FIRST_IMAGES if first else LOAD_IMAGES):
+                        ready, load, first = load, [], False
                         yield ready
             if load:
                 ready, load = load, []
@@ -304,18 +333,25 @@ class Uploads:
 
     # --- a load -----------------------------------------------------------------------------------------------
 
-    def _carry_load(self, load: list[_Image]) -> None:
+    def _ask_about(self, load: _Load) -> _Load:
+        load.placed = self._placed(self._held(load.images))
+        return load
+
+    def _push_load(self, load: _Load) -> None:
         try:
-            self._push(self._placed(self._held(load)))
+            self._push(load.placed)
             self._write_down()
         finally:
-            _close(load)
-            self._let_go()
+            load.close()
+            with self._holding:
+                self._let_go(but=self._near)
 
     def _held(self, load: Sequence[_Image]) -> list[_Image]:
         """Those that nobody else is storing or deleting; the others wait for their turn."""
         run = self._run
-        owners = run.ledger.hold_images([one.uids for one in load], job_id=run.job_id, fence=run.fence)
+        with self._holding:  # or the load before would let go of them with its own
+            self._near = {one.instance.sop_instance_uid for one in load}
+            owners = run.ledger.hold_images([one.uids for one in load], job_id=run.job_id, fence=run.fence)
         self.results.update({image.item.number: None for image, owner in zip(load, owners, strict=True) if owner})
         return [image for image, owner in zip(load, owners, strict=True) if owner is None]
 
@@ -339,10 +375,9 @@ class Uploads:
     def _settle(self, image: _Image, decision: Decision) -> Placement | CourierError:
         wish = Wish(self._run.job_id, image.item.server or None, told=False)
         try:
-            found = settle(decision, image.arrival, wish, errors=self._silent, tools=self._tools)
+            return settle(decision, image.arrival, wish, errors=self._silent, tools=self._tools)
         except CourierError as error:
             return error
-        return self._down.get(found.server, found)
 
     def _refuse_or_recognise(self, image: _Image, decision: Decision, error: CourierError) -> None:
         pushed = self._memo.get(image.item.number)
@@ -432,12 +467,17 @@ class Uploads:
                     self._judge(image, outcome, pacs, resumed=image.item.number in resumed)
 
     def _each_once(self, found: Sequence[tuple[_Image, Placement]]) -> list[tuple[_Image, Placement]]:
-        """Of several items with one image only one is pushed; the others look again what became of it."""
+        """Of several items with one image only one is pushed; the others look again what became of it.
+
+        And nothing goes to a server that has failed a push meanwhile.
+        """
         pushers = {pushed.image_uid: number for number, pushed in self._memo.items() if pushed.uncertain}
         placed = []
         for image, to in found:
             number = image.item.number
-            if pushers.setdefault(image.instance.sop_instance_uid, number) == number:
+            if to.server in self._down:
+                self.results[number] = self._down[to.server]
+            elif pushers.setdefault(image.instance.sop_instance_uid, number) == number:
                 placed.append((image, to))
             else:
                 self.results[number] = None
@@ -540,14 +580,14 @@ class Uploads:
         memo = {**self._others, **self._memo}
         return {"pushed": {str(number): asdict(pushed) for number, pushed in memo.items()}}
 
-    def _let_go(self) -> None:
+    def _let_go(self, *, but: Iterable[str] = ()) -> None:
         """Of all but what may be on its way into a server still: who asks for it next has to find it decided."""
         unclear = {
             pushed.image_uid
             for number, pushed in {**self._others, **self._memo}.items()
             if (pushed.uncertain or pushed.pendings) and not isinstance(self.results.get(number), Settled)
         }
-        self._run.ledger.let_go_images(job_id=self._run.job_id, fence=self._run.fence, but=unclear)
+        self._run.ledger.let_go_images(job_id=self._run.job_id, fence=self._run.fence, but=unclear | set(but))
 
 
 def _stored(item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> Settled:
@@ -581,12 +621,17 @@ def _has(uid: str, there: set[str] | CourierError) -> bool | None:
     return None if isinstance(there, CourierError) else uid in there
 
 
-def _is_full(load: Sequence[_Image]) -> bool:
-    return len(load) >= LOAD_IMAGES or sum(image.fetched.size_bytes for image in load) >= LOAD_BYTES
+def _is_full(load: Sequence[_Image], at_most: int) -> bool:
+    return len(load) >= at_most or sum(image.fetched.size_bytes for image in load) >= LOAD_BYTES
 
 
 def _part(image: _Image) -> Part:
     return Part(image.instance, image.fetched.open, image.fetched.size_bytes)
+
+
+def _wait(pushed: Future[None] | None) -> None:
+    if pushed is not None:
+        pushed.result()
 
 
 def _next(ahead: deque[tuple[Item, Future[_Image | CourierError]]]) -> tuple[Item, _Image | CourierError]:

@@ -5,7 +5,7 @@ The course of a batch is in ``batches.py``; what is done to an item, with its ki
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -86,12 +86,8 @@ class _Attempt:
         """Group by group. A server that is down is not asked again, so that its time-outs do not add up."""
         self.rows = {row.item.number: row for row in _open_rows(self.batches, self.batch, self.job)}
         items = self._configured([row.item for row in self.rows.values()])
-        items.sort(
-            key=lambda item: item.number in self.notes.begun
-        )  # what failed before keeps nobody else from its turn
-        size = self.pace.group_items(self.kind.group_items)
-        for at in range(0, len(items), size):
-            group = [item for item in items[at : at + size] if item.server not in self.left.down]
+        for planned in self._groups(items):
+            group = [item for item in planned if item.server not in self.left.down]
             if group and not self._may_go_on(group):
                 self.left.stopped = True
                 break
@@ -99,6 +95,17 @@ class _Attempt:
                 self._do(group)
         self._remember()
         return self.left
+
+    def _groups(self, items: list[Item]) -> Iterator[Sequence[Item]]:
+        """What failed before keeps nobody else from its turn; what killed a worker, perhaps, comes last and alone."""
+        suspects = frozenset(self.notes.at)
+        first = sorted((item for item in items if item.number not in suspects), key=self._was_begun)
+        size = self.pace.group_items(self.kind.group_items)
+        yield from (first[at : at + size] for at in range(0, len(first), size))
+        yield from ([item] for item in items if item.number in suspects)
+
+    def _was_begun(self, item: Item) -> bool:
+        return item.number in self.notes.begun
 
     def _may_go_on(self, group: Sequence[Item]) -> bool:
         state = self.batches.state(self.batch.id)
@@ -115,7 +122,8 @@ class _Attempt:
 
     def _do(self, group: Sequence[Item]) -> None:
         resumed = self.notes.begun & {item.number for item in group}
-        self.notes.begun |= {item.number for item in group}
+        self.notes.at = {item.number for item in group}
+        self.notes.begun |= self.notes.at
         self.notes.pace = self.pace.memo
         self.run.intend(self.notes.as_json())
         desk = Desk(
@@ -130,7 +138,8 @@ class _Attempt:
         _note_what_is_left(group, answers, self.left)
 
     def _remember(self) -> None:
-        """What nobody has begun is not resumed by the next attempt."""
+        """What nobody has begun is not resumed by the next attempt, and what this one has survived not suspected."""
+        self.notes.at = set()
         self.notes.pace = self.pace.memo
         memo = self.notes.as_json()
         if any(memo.values()) or self.run.memo:

@@ -7,6 +7,7 @@ and no answer of a name server gets past it.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections.abc import Iterator
@@ -133,6 +134,7 @@ class Policy:
         raise SourceNotAllowed(f"The host {host} leads to {kind}, which a worker does not fetch from; {hint}.")
 
 
+@functools.lru_cache(maxsize=1024)
 def normal_host(text: str) -> str:
     """A host in the one spelling that is compared: lower case, punycode, no trailing dot, addresses canonical.
 
@@ -197,6 +199,7 @@ def _ipv6(text: str) -> str:
         raise SourceNotAllowed("The URL has no valid IPv6 address for a host; correct the URL.") from None
 
 
+@functools.lru_cache(maxsize=1024)
 def _literal(host: str) -> Address | None:
     try:
         return ipaddress.ip_address(host)
@@ -204,6 +207,7 @@ def _literal(host: str) -> Address | None:
         return None
 
 
+@functools.lru_cache(maxsize=1024)
 def _kind(address: Address) -> tuple[str | None, bool]:
     """What is wrong with an address (None: it is public), and whether being private is all that is wrong."""
     if address in _METADATA:
