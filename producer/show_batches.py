@@ -27,6 +27,7 @@ from producer.progress import Meter, Pace
 from producer.show import errors_console
 from worker.batches import ACTIVE, NOT_DONE, Batch, Pass
 from worker.logs import shown_url
+from worker.windows import Window
 
 _POLL_S = 0.5
 #: How often a line is written where there is no terminal.
@@ -249,6 +250,8 @@ class Look:
     batch: Batch | None
     stage: str
     pace: Pace
+    #: How long the batch's window stays shut.
+    opens_in_s: float = 0.0
 
     @property
     def planned_so_far(self) -> str:
@@ -276,7 +279,12 @@ class Look:
 
     def speed(self) -> str:
         """Items and bytes a second, and how long it will take."""
-        if self.batch is None or self.batch.state not in ACTIVE or not self.pace.items_per_s:
+        if self.batch is None or self.batch.state not in ACTIVE:
+            return ""
+        if self.opens_in_s:
+            opens = timedelta(seconds=round(self.opens_in_s))
+            return f"waits for its window {self.batch.order['window']}, which opens in {opens}"
+        if not self.pace.items_per_s:
             return ""
         parts = [f"{self.pace.items_per_s:,.{0 if self.pace.items_per_s >= 10 else 1}f} items/s"]
         if self.pace.bytes_per_s:

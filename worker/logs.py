@@ -66,7 +66,6 @@ _IS_FIELD = re.compile(r"[a-z][a-z_]{0,31}", re.ASCII).fullmatch
 _IS_UID = re.compile(r"[0-9.]{1,64}", re.ASCII).fullmatch
 #: Whoever mixes up fields may put a patient where a UID belongs.
 _SHAPES = {"uid": _IS_UID, "study_uid": _IS_UID, "level": re.compile("image|series|study").fullmatch}
-_IS_UID = re.compile(r"[0-9.]{1,64}").fullmatch
 _IS_NAME = re.compile(r"[\w.:-]{1,200}", re.ASCII).fullmatch
 _USER = re.compile(r"://[^\s/@'\"]*@")
 _QUERY = re.compile(r"(://[^\s?#'\"<>]*)[?#][^\s'\"<>]*")

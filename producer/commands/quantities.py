@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
+
+from producer.errors import InvalidRequest
+from worker.windows import check_window
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(?:/(s|m|min|h))?")
 _PER_S = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?i?)B(?:/s)?")
 _BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-_WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)(?: (\S+))?")
 
 
 class Rate(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
@@ -45,11 +46,7 @@ class Window(click.ParamType):  # type: ignore[type-arg]
     name = "window"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        match = _WINDOW.fullmatch(str(value))
-        if match is None or match.group(1, 2) == match.group(3, 4):
-            self.fail(f"{value!r} is no window, as 20:00-06:00 or '20:00-06:00 Europe/Berlin'.", param, ctx)
         try:
-            ZoneInfo(match[5] or "UTC")
-        except (ZoneInfoNotFoundError, ValueError, OSError):
-            self.fail(f"{match[5]!r} is no time zone, as Europe/Berlin.", param, ctx)
-        return str(value)
+            return check_window(str(value))
+        except InvalidRequest as error:
+            self.fail(f"{value!r}: {error.message}", param, ctx)

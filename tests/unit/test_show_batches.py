@@ -82,6 +82,12 @@ def test_before_there_is_a_plan_it_is_said_how_much_was_found() -> None:
     assert len(drawn(planning.renderable(), 80)) == 2
 
 
+def test_a_batch_outside_of_its_window_says_when_it_goes_on() -> None:
+    look = Look(batch(order={"window": "20:00-06:00"}), "apply", Pace(3.0), opens_in_s=11_520)
+    assert look.speed() == "waits for its window 20:00-06:00, which opens in 3:12:00"
+    assert drawn(look.renderable(), 80)[1].strip() == look.speed()
+
+
 def test_a_pass_over_what_was_done_ends_at_all_of_it_and_not_at_all_items() -> None:
     verified = PassState(counts={"msdicom": {"verified": 990_000}, "dcm4chee": {"verified": 7}})
     found = batch(state="verifying", current="verify", passes={"apply": APPLIED, "verify": verified})
