@@ -31,6 +31,7 @@ from worker.destinations import Destinations
 from worker.errors import CourierError
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
+from worker.jobs.turns import Turns
 from worker.ledger import DueJob, Ledger
 from worker.lines import configure
 from worker.logs import shown_job
@@ -174,7 +175,7 @@ def _tools() -> Tools:
         probes=Fleet([connect(_impatient(server)) for server in settings.servers], threads=8),
         wake=wake,
         bulk=Fleet(fleet),
-        batch_slots=threading.Semaphore(batch_slots(_pool_size)),
+        turns=Turns(batch_slots(_pool_size)),
     )
 
 

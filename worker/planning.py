@@ -18,7 +18,7 @@ from worker.errors import Cancelled, InvalidRequest
 
 #: So many chunks are sent to Redis at a time.
 _CHUNKS_SENT: Final = 20
-_CACHE_KIB: Final = 16_384
+_CACHE_KIB: Final = 4_096
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,24 +85,24 @@ def test_chunks_follow_each_other_without_a_pause_for_the_sweeper(slow_worker):
 
 def test_a_batch_keeps_to_its_rate_can_be_paused_and_cancelled_and_says_where_it_is(slow_worker):
     with Courier(slow_worker(0)) as courier:
-        batch = begin(courier, 2_000, requests_per_s=200)
+        batch = begin(courier, 1_200, requests_per_s=200)
         begun_s = time.monotonic()
-        until(lambda: courier.batch.get(batch.id).settled >= 900)
-        assert time.monotonic() - begun_s > 2.5
+        until(lambda: courier.batch.get(batch.id).settled >= 500)
+        assert time.monotonic() - begun_s > 1.2
         courier.batch.pause(batch.id)
-        time.sleep(1)
+        time.sleep(0.5)  # a group of a hundred may just be under way
         paused = courier.batch.get(batch.id)
         assert (paused.state, paused.current) == ("paused", "apply")
         time.sleep(1)
-        assert courier.batch.get(batch.id).settled == paused.settled < 2_000
+        assert courier.batch.get(batch.id).settled == paused.settled < 1_200
         courier.batch.resume(batch.id)
         until(lambda: courier.batch.get(batch.id).settled > paused.settled)
         courier.batch.cancel(batch.id)
         with pytest.raises(Cancelled) as caught:
             batch.result(timeout_s=WAIT_S)
-        assert paused.settled < caught.value.details["settled"] < 2_000
+        assert paused.settled < caught.value.details["settled"] < 1_200
         end = courier.batch.retry(batch.id).result(timeout_s=WAIT_S)
-        assert (end["state"], end["totals"]) == ("done", {"stored": 2_000})
+        assert (end["state"], end["totals"]) == ("done", {"stored": 1_200})
 
 
 def test_a_batch_without_items_is_refused_and_a_closed_window_keeps_one_waiting(slow_worker):

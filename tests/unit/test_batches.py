@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -19,6 +18,7 @@ from worker.jobs.carry import Done, Failed, Parked, carry
 from worker.jobs.chunks import chunk
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
+from worker.jobs.turns import Turns
 from worker.ledger import PREFIX, DueJob, LeaseLost, Ledger
 from worker.logs import shown_job
 from worker.planning import Planned, Planner
@@ -519,14 +519,35 @@ def test_a_paused_batch_begins_nothing_until_it_is_resumed(bench: Bench, which: 
     assert (bench.batch.settled, bench.batch.current) == (CHUNK_ITEMS, which)
 
 
-def test_a_chunk_that_finds_no_slot_makes_room_and_loses_no_attempt(bench: Bench) -> None:
-    bench.tools = replace(bench.tools, batch_slots=threading.Semaphore(0))
+def test_who_finds_no_slot_makes_room_loses_no_attempt_and_has_its_turn_before_the_next_of_the_other(
+    bench: Bench,
+) -> None:
+    turns = Turns(1)
+    bench.tools = replace(bench.tools, turns=turns)
     bench.conduct()
+    assert turns.take("another batch's chunk")
     for _ in range(4):
         assert isinstance(bench.again(0), Parked)
-    bench.tools = replace(bench.tools, batch_slots=threading.Semaphore(1))
-    assert isinstance(bench.again(0), Done)
-    assert isinstance(bench.again(1), Done)
+    with turns.taken():
+        pass
+    bench.sent.clear()
+    assert isinstance(bench.do(1), Done)
+    assert [job.job_id for job in bench.sent] == ["B.apply.0", f"B.apply.{WIDTH}"]
+    assert isinstance(bench.do(0), Done)
+
+
+def test_a_message_of_a_round_that_is_over_does_nothing(bench: Bench) -> None:
+    bench.kind.answers = {"1.2.3": PacsRejected("No.")}
+    bench.conduct()
+    bench.batches.cancel("B")
+    for number in range(WIDTH):
+        assert isinstance(bench.do(number), Done)
+    assert isinstance(bench.conduct(), Cancelled)
+    assert isinstance(bench.conduct("retry", "R"), NotYet)
+    bench.client.delete(f"{PREFIX}job:B.apply.0")
+    assert isinstance(bench.do(0), Done)
+    assert bench.kind.groups == []
+    assert bench.batch.of("apply").finished == 0
 
 
 def test_a_cancelled_batch_ends_when_what_is_under_way_has_ended(bench: Bench) -> None:

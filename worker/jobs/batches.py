@@ -9,9 +9,11 @@ verify, undo) is a conductor of its own, one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import redis
 
 from worker.batches import ACTIVE, NOT_DONE, TROUBLE, Batch, Batches, Item, Pass, Row, Settled, State, chunk_job
 from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound, Refused
@@ -34,8 +36,9 @@ from worker.planning import Planned, Planner
 WIDTH = 4
 #: How soon the conductor looks again, if nobody wakes it before.
 LOOK_AGAIN_S = 1.0
-#: How soon somebody looks again who is paused, finds no slot, or whose items are in other jobs' hands.
+#: How soon somebody looks again who is paused, or whose items others have; and who stands in line for a slot.
 TURN_S = 1.0
+IN_LINE_S = 3.0
 #: A result passes through Redis; the report has them all.
 MAX_FAILURES_TOLD = 100
 
@@ -180,14 +183,27 @@ def to_do(which: Pass, row: Row) -> bool:
 
 
 @contextmanager
-def slot(tools: Tools) -> Iterator[None]:
-    """Batches never take all of a worker: who finds no slot makes room."""
-    if not tools.batch_slots.acquire(blocking=False):
-        raise NotYet("batches have as much of this worker as they may have", delay_s=TURN_S, steady=True)
+def slot(run: Run, tools: Tools) -> Iterator[None]:
+    """Batches never take all of a worker: who finds no slot makes room, and is woken when its turn has come.
+
+    It is woken before the one that gives its slot back sends for its next piece, so that no batch starves another.
+    """
+    if not tools.turns.take(run.job_id):
+        raise NotYet("batches have as much of this worker as they may have", delay_s=IN_LINE_S, steady=True)
     try:
-        yield
+        with tools.turns.taken():
+            yield
     finally:
-        tools.batch_slots.release()
+        with suppress(redis.RedisError):  # who stands in line looks again by itself
+            _call_next(tools)
+
+
+def _call_next(tools: Tools) -> None:
+    while (job_id := tools.turns.next()) is not None:
+        job = tools.ledger.rouse(job_id)
+        if job is not None:
+            tools.wake([job])
+            return
 
 
 # --- the conductor ----------------------------------------------------------------------------------------------
@@ -226,7 +242,7 @@ class Conductor:
             types = {name: self.tools.fleet[name].server.type for name in self.tools.fleet.names}
             self.batches.set_fleet(self.batch_id, types)
         if not batch.frozen:
-            with slot(self.tools), self.run.step("plan"):
+            with slot(self.run, self.tools), self.run.step("plan"):
                 self._plan(items)
         self._refuse_an_empty_plan()
         if self.batch.order.get("survey", True):

@@ -38,7 +38,10 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
     job = read_job(BatchChunkJob, message)
     batches = Batches(tools.ledger)
     batch = current(batches, job.batch_id)
-    with slot(tools), run.step(job.which):
+    told = BatchChunkPayload(job_id=run.job_id, batch_id=batch.id, which=job.which, chunk=job.chunk).as_json()
+    if job.round != batch.of(job.which).round:  # a message that is very late: this round is over
+        return told
+    with slot(run, tools), run.step(job.which):
         left = _Attempt(kinds[batch.kind], job, batch, run, tools).go()
         still_open = [row.item for row in _open_rows(batches, batch, job)]
         if still_open and not left.stopped:
@@ -55,7 +58,7 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
         _tell_conductor(batch, tools)
     else:
         tools.wake(batches.fill(batch, job.which))
-    return BatchChunkPayload(job_id=run.job_id, batch_id=batch.id, which=job.which, chunk=job.chunk).as_json()
+    return told
 
 
 def _open_rows(batches: Batches, batch: Batch, job: BatchChunkJob) -> list[Row]:
@@ -108,17 +111,20 @@ class _Attempt:
         return item.number in self.notes.begun
 
     def _may_go_on(self, group: Sequence[Item]) -> bool:
-        state = self.batches.state(self.batch.id)
         try:
-            if state == "paused":
-                raise NotYet("the batch is paused", delay_s=TURN_S)
-            if state == STATE_OF[self.job.which]:
-                self.pace.wait(group)
-                return True
+            if not self._is_on():
+                return False
+            return not self.pace.wait(group) or self._is_on()
         except NotYet:
             self._remember()
             raise
-        return False
+
+    def _is_on(self) -> bool:
+        """Whether the batch is still in this pass."""
+        state = self.batches.state(self.batch.id)
+        if state == "paused":
+            raise NotYet("the batch is paused", delay_s=TURN_S)
+        return state == STATE_OF[self.job.which]
 
     def _do(self, group: Sequence[Item]) -> None:
         resumed = self.notes.begun & {item.number for item in group}

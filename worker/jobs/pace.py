@@ -76,8 +76,8 @@ class Pace:
         """What the next attempt has to know."""
         return {"owed": self._owed} if any(self._owed.values()) else {}
 
-    def wait(self, group: Sequence[Item]) -> None:
-        """Return when ``group`` may begin.
+    def wait(self, group: Sequence[Item]) -> float:
+        """Return when ``group`` may begin, after so many seconds.
 
         Raises
         ------
@@ -100,6 +100,7 @@ class Pace:
             pause_s = min(rate.window_s for rate in self._rates.values()) / _PIECES
             self._tools.sleep(pause_s)
             waited_s += pause_s
+        return waited_s
 
     def account(self, settled: Sequence[Settled], spent: Spent) -> None:
         """What the group really took is paid for before the next one begins."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from worker.breakers import Breakers
 from worker.destinations import Destinations
+from worker.jobs.turns import Turns
 from worker.ledger import DueJob, Ledger
 from worker.pacs.fleet import Fleet
 from worker.settings import DownloadSettings, Settings
@@ -38,7 +38,7 @@ class Tools:
     #: The same servers once more, with threads of their own: what batches ask is never before what single jobs ask.
     bulk: Fleet | None = None
     #: How many chunks of batches this process does at a time, so that single jobs always find it ready.
-    batch_slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(64))
+    turns: Turns = field(default_factory=lambda: Turns(64))
     #: Seconds since the epoch; and waiting for less than a beat of the pulse: for windows and rates of batches.
     now: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
