@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -14,6 +15,8 @@ from typing import Any, Final, Literal
 from pythonjsonlogger.json import JsonFormatter
 
 from worker.logs import about_line, frames_of, without_queries
+
+log = logging.getLogger(__name__)
 
 Shape = Literal["auto", "json", "text"]
 _Exception = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -85,3 +88,12 @@ def configure(level: int | str = logging.INFO, *, shape: Shape = "auto") -> None
     root.setLevel(level)
     for name, least in LEVELS.items():
         logging.getLogger(name).setLevel(least)
+    threading.excepthook = _say_that_a_thread_ended
+
+
+def _say_that_a_thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """Python itself would print the error's text, which may quote a URL or a dataset."""
+    if ended.exc_type is not SystemExit:
+        name = ended.thread.name if ended.thread else "-"
+        error = (ended.exc_type, ended.exc_value or ended.exc_type(), ended.exc_traceback)
+        log.critical("The thread %s ended with an error", name, exc_info=error)

@@ -14,6 +14,7 @@ from producer.doctor import examine
 from sandbox import processes as parts
 from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
+from tests.chaos.wires import Wires
 from worker.settings import Settings
 from worker.watchdog import EXIT_STATUS
 
@@ -120,3 +121,44 @@ def test_a_healthy_worker_is_never_ended_idle_or_busy_or_told_to_pause_or_while_
     assert worker.alive, worker.log_tail()
     assert health(config) == 0
     assert "stuck" not in worker.log
+
+
+@pytest.mark.full
+def test_a_worker_whose_connections_died_unheard_takes_messages_again_or_is_replaced(
+    nursery, image_server, guarantee, tmp_path
+):
+    children, _, settings, redis = nursery
+    wires = Wires(redis.port)
+    tree = settings.model_dump(mode="json", exclude_unset=True)
+    tree["queue"]["broker_url"] = f"redis://{parts.HOST}:{wires.port}/0"
+    tree["worker"] |= {"watchdog_s": 20, "health_file": str(tmp_path / "health")}
+    config = parts.write_settings(tmp_path / "wired.toml", tree)
+
+    def start(name):
+        child = parts.worker(children, config, name=name)
+        child.wait_ready()
+        return child
+
+    worker, replaced = start("first"), 0
+    with Courier(settings) as courier:
+        assert courier.upload(image_server.put("before.dcm", image(new_uid()))).result(timeout_s=WAIT_S)
+        wires.forget()
+        begun_s = time.monotonic()
+        handle = courier.upload(image_server.put("after.dcm", image(new_uid())))
+        while not handle.report().over and time.monotonic() - begun_s < 2 * WAIT_S:
+            if not worker.alive:
+                assert worker.kill() == EXIT_STATUS
+                replaced += 1
+                worker = start(f"next{replaced}")
+            time.sleep(0.2)
+        took_s = time.monotonic() - begun_s
+        assert handle.result(timeout_s=1)["status"] == "stored"
+    assert wires.forgotten, "there were connections to forget"
+    wires.close()
+    guarantee.row(
+        area="worker",
+        fault="all connections to the broker die without a word",
+        point="idle, then a job is enqueued (watchdog_s = 20)",
+        outcome=f"the job is done; {'the worker was replaced' if replaced else 'the worker connected again'}",
+        recovery_s=took_s,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -79,6 +80,7 @@ def lines() -> Iterator[Callable[[Any], Callable[[], list[str]]]]:
     """Configures logging afresh onto a stream of its own; what was before comes back."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
+    hook = threading.excepthook
     written = io.StringIO()
 
     def start(shape: Literal["auto", "json", "text"]) -> Callable[[], list[str]]:
@@ -90,6 +92,7 @@ def lines() -> Iterator[Callable[[Any], Callable[[], list[str]]]]:
 
     yield start
     root.handlers[:], root.level = before[0], before[1]
+    threading.excepthook = hook
 
 
 def work() -> None:
@@ -149,6 +152,21 @@ def test_a_traceback_is_logged_without_what_its_errors_say(lines: Any, shape: st
     assert "builtins.OSError" in text
     assert "builtins.ValueError" in text
     assert "Traceback (most recent call last)" in text
+
+
+def test_a_thread_that_ends_with_an_error_is_logged_without_what_it_says(lines: Any) -> None:
+    written, said = lines("json"), "".join(["sec", "ret"])
+
+    def fail() -> None:
+        raise ValueError(said)
+
+    thread = threading.Thread(target=fail, name="any")
+    thread.start()
+    thread.join()
+    (line,) = [json.loads(line) for line in written()]
+    assert (line["level"], line["message"]) == ("CRITICAL", "The thread any ended with an error")
+    assert "builtins.ValueError" in line["exception"]
+    assert said not in line["exception"]
 
 
 def test_without_a_terminal_lines_are_json(lines: Any) -> None:
