@@ -343,7 +343,9 @@ def _look(desk: BatchDesk, handle: Handle, stage: str, meter: Meter) -> Look:
         carried_bytes=state.bytes,
         items=still.of_how_many,
     )
-    return replace(still, pace=pace)
+    window = batch.order.get("window")
+    opens_in_s = Window.read(window).opens_in_s(time.time()) if window else 0.0
+    return replace(still, pace=pace, opens_in_s=opens_in_s)
 
 
 @contextmanager

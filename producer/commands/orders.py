@@ -173,7 +173,8 @@ def delete(studies: Sequence[str], servers: Sequence[str], keep: str | None, **o
     if options["everything"]:
         wishes["confirm"] = _sentence(options, asks=_asks(how))
     order = Order("delete", {**wishes, **how.wishes})
-    return _carried_out(order, how.given(studies), how, question="Delete these studies?")
+    told = options["everything"] and options["confirm"]  # the sentence was given with the command: all is said
+    return _carried_out(order, how.given(studies), how, question=None if told else "Delete these studies?")
 
 
 @batch.command()

@@ -62,7 +62,9 @@ def pacs(worker, image_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = tmp_path / "images"
     folder.mkdir()
     sources = {"allow_hosts": ["127.0.0.1"], "allow_private_networks": True, "folders": [str(folder)]}
-    running = worker(jobs=QUICK, sources=sources)
+    out = tmp_path / "out"
+    out.mkdir()
+    running = worker(jobs=QUICK, sources=sources, downloads={"folders": [str(out)]})
     monkeypatch.setenv("PACS_CONFIG", str(running.config))
     return Desk(folder, running.config, {**os.environ, "PACS_CONFIG": str(running.config)}, image_server)
 
@@ -241,3 +243,28 @@ def test_studies_are_migrated_by_a_query_after_a_look_at_the_plan_and_taken_back
     pacs("batch", "undo", answer["batch_id"], status=1)  # nobody can be asked
     report = pacs("batch", "report", answer["batch_id"], "--csv").stdout
     assert report.count("\n") == 5
+
+
+def test_studies_are_deleted_after_a_confirmation_kept_copies_bring_them_back_and_downloads_are_files(
+    pacs: Desk, put, sandbox, tmp_path: Path
+) -> None:
+    studies = [new_uid() for _ in range(3)]
+    for study in studies:
+        put(sandbox.msdicom, image(study, side=8))
+    listed = pacs.file("uids.txt", "\n".join(studies))
+    out = pacs.folder.parent / "out"
+    fetched = pacs.json("batch", "download", listed, "--to-folder", str(out / "all"))
+    assert pacs.totals(fetched) == {"downloaded": 3}
+    assert {path.name for path in (out / "all").iterdir()} == {f"{study}.zip" for study in studies}
+
+    pacs("batch", "delete", listed, status=1)
+    plan = pacs.folder / "plan.jsonl"
+    pacs("batch", "delete", listed, "2.25.7", "--keep", str(out / "kept"), "--plan", str(plan))
+    pacs("batch", "apply", str(plan), status=1)
+    answer = pacs.json("batch", "apply", str(plan), "--yes")
+    assert pacs.totals(answer)["deleted"] == 3
+    assert "2.25.7" in pacs("batch", "report", answer["batch_id"], "--status", "skipped").stdout
+    assert pacs.json("batch", "undo", answer["batch_id"], "--yes")["passes"]["undo"]["totals"]["undone"] == 3
+    pacs("batch", "delete", "--all", "--yes", status=1)
+    answer = pacs.json("batch", "delete", "--all", "--confirm", "delete all studies", "--server", "msdicom")
+    assert pacs.totals(answer) == {"deleted": 3}
