@@ -19,7 +19,7 @@ from celery.exceptions import BackendError, SecurityError
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed, OperationalError
-from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import TRANSPORT_ALIASES, virtual
 from kombu.transport import redis as redis_transport
 
 from worker import signing
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: Names of tasks and ids that may stand in a log: neither sentences nor URLs.
 _NAME: Final = re.compile(r"[\w.:-]{1,200}", re.ASCII)
+#: Put in by `PacsMessage` in place of the header that would have kombu unpack the body.
+_COMPRESSED: Final = "courier-compressed"
 
 
 class _Unsigned(Exception):
@@ -45,8 +47,8 @@ def unfit(message: Any) -> str | None:
     signed = message.content_type == signing.CONTENT_TYPE  # in base64, and with a signature before it
     if len(message.body or b"") > (MESSAGE_BYTES * 3 // 2 if signed else MESSAGE_BYTES):
         return f"it is larger than {MESSAGE_BYTES} bytes"
-    if not isinstance(message.headers, dict):
-        return "its headers are no object"
+    if not isinstance(message.headers, dict) or message.headers.get(_COMPRESSED):
+        return "its headers are no object, or say that it is compressed"
     body = message.payload
     if "task" in message.headers:  # the second version of Celery's protocol
         named, shaped = message.headers, isinstance(body, list | tuple) and len(body) == 3
@@ -237,10 +239,21 @@ class PacsQoS(redis_transport.QoS):
             log.warning("A message cannot be given back to a Redis that has gone; the ledger knows its job")
 
 
+class PacsMessage(virtual.Message):
+    """kombu unpacks a body before anybody looks at it, and 256 KiB of gzip are 256 MiB. Nothing here compresses."""
+
+    def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
+        headers = payload.get("headers") if isinstance(payload, dict) else None
+        if isinstance(headers, dict) and headers.pop("compression", None):
+            headers[_COMPRESSED] = True
+        super().__init__(payload, channel=channel, **options)  # type: ignore[no-untyped-call]  # kombu is untyped
+
+
 class PacsChannel(redis_transport.Channel):
     """A queue in Redis is a list to which anybody may push anything: what is no message at all ends here."""
 
     QoS = PacsQoS
+    Message = PacsMessage
 
     def _brpop_read(self, **options: Any) -> Any:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -223,6 +224,28 @@ def test_what_is_no_job_is_thrown_away_and_neither_stops_the_worker_nor_is_quote
     assert running.log.count("Threw away what is no message") == len(NO_MESSAGES)
     assert PLANTED not in running.log
     assert "Connection to broker lost" not in running.log
+
+
+def peak_kib(pid: int) -> int:
+    with open(f"/proc/{pid}/status", encoding="utf-8") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def test_a_compressed_message_is_thrown_away_without_being_unpacked(worker, redis, image_server):
+    running = worker()
+    before_kib = peak_kib(running.child.pid)
+    with Courier(running.settings) as courier, courier._app.connection_for_write() as connection:
+        bomb = zlib.compress(bytes(200 * 1024**2), 9)
+        assert len(bomb) < MESSAGE_BYTES
+        queue = connection.SimpleQueue("celery")
+        headers = {"task": "pacs.upload", "id": "bomb", "compression": "application/x-gzip"}
+        queue.put(bomb, serializer=None, content_type="application/json", content_encoding="binary", headers=headers)
+        queue.close()
+        with pytest.raises(InvalidRequest, match="compressed"):
+            courier.handle("bomb").result(timeout_s=WAIT_S)
+        handle = courier.upload(image_server.put("good.dcm", image(new_uid())))
+        assert handle.result(timeout_s=WAIT_S)["status"] == "stored"
+    assert peak_kib(running.child.pid) - before_kib < 100 * 1024
 
 
 def test_a_job_that_is_too_large_is_refused_before_it_is_sent(redis):
