@@ -69,6 +69,8 @@ def test_a_single_upload_is_done_at_once_while_a_batch_of_a_hundred_thousand_run
             begun_s = time.monotonic()
             assert courier.upload(url).result(timeout_s=WAIT_S)["status"] == "stored"
             took_s.append(time.monotonic() - begun_s)
+        small = begin(courier, 100)
+        assert small.result(timeout_s=WAIT_S)["totals"] == {"stored": 100}  # batches take turns
         shown = courier.batch.get(batch.id)
         assert (shown.state, shown.items) == ("running", 100_000)
         courier.batch.cancel(batch.id)
