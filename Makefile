@@ -59,5 +59,6 @@ chaos: $(VENV)/.ready-dev ## workers, Redis and servers killed, cut and starved;
 bench: $(VENV)/.ready-dev ## figures, as ratios within one run
 	@$(BIN)/python -m benchmarks.uploads
 	@$(BIN)/python -m benchmarks.bulk
+	@$(BIN)/python -m benchmarks.migration
 
 .PHONY: help run viewer worker flower check test fuzz chaos bench
