@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,14 @@ AS_STORED = {"Accept": 'multipart/related; type="application/dicom"; transfer-sy
 
 
 @dataclass(frozen=True)
+class Way:
+    """Images per second, and processor time per image by part."""
+
+    images_per_s: float
+    cpu_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Bench:
     """``studies`` are on the source; the target is emptied before each way."""
 
@@ -84,7 +93,19 @@ class Bench:
             raise click.ClickException(f"the target has {found} of {self.images} images")
 
     def cpu_s(self) -> dict[str, float]:
-        return {child.name: _cpu_s(child) for child in self.processes.children}
+        """User and system time so far: of each part, and of this process and all that it has run as ``client``."""
+        gone = resource.getrusage(resource.RUSAGE_CHILDREN)
+        client = time.process_time() + gone.ru_utime + gone.ru_stime
+        return {"client": client, **{child.name: _cpu_s(child) for child in self.processes.children}}
+
+    def way(self, go: Callable[[], float]) -> Way:
+        """Empty the target, go, and see that all is there."""
+        self.empty()
+        before = self.cpu_s()
+        took_s = go()
+        after = self.cpu_s()
+        self.check()
+        return Way(self.images / took_s, {name: (after[name] - before[name]) * 1000 / self.images for name in after})
 
 
 @contextmanager
@@ -155,26 +176,19 @@ def _copy_all(stage: Bench, studies: Sequence[str]) -> None:
     target.close()
 
 
-@dataclass(frozen=True)
-class Ours:
-    took_s: float
-    cpu_ms: dict[str, float]
-    pass_s: dict[str, float]
-
-
-def ours(stage: Bench, courier: Courier) -> Ours:
+def ours_s(stage: Bench, courier: Courier, pass_s: dict[str, list[float]]) -> float:
     """From the order to the result; every study has to be verified, every image compared."""
-    before, begun = stage.cpu_s(), time.perf_counter()
+    begun = time.perf_counter()
     handle = courier.batch.migrate(stage.studies, source="source", target="target")
     done = handle.result(timeout_s=600)
-    took_s, after = time.perf_counter() - begun, stage.cpu_s()
+    took_s = time.perf_counter() - begun
     compared = sum(row["verify"]["result"]["compared"] for row in courier.batch.report(handle.id))
     if compared != stage.images:
         raise click.ClickException(f"{compared} of {stage.images} images were compared: {done}")
-    passes = {
-        name: (one["ended_ms"] - one["begun_ms"]) / 1000 for name, one in done["passes"].items() if one["ended_ms"]
-    }
-    return Ours(took_s, {name: (after[name] - before[name]) * 1000 / stage.images for name in after}, passes)
+    for name, one in done["passes"].items():
+        if one["ended_ms"]:
+            pass_s.setdefault(name, []).append((one["ended_ms"] - one["begun_ms"]) / 1000)
+    return took_s
 
 
 def cloner() -> Path | None:
@@ -214,59 +228,63 @@ def huge(stage: Bench, courier: Courier, worker: Child, *, size_bytes: int) -> d
 
 
 def measure(stage: Bench, *, passes: int, python: Path | None, huge_bytes: int) -> dict[str, Any]:
-    took: dict[str, list[float]] = {"raw, 4 connections": [], "raw, 8 connections": [], "ours": [], "cloner": []}
-    runs: list[Ours] = []
+    ways: dict[str, list[Way]] = {}
+    pass_s: dict[str, list[float]] = {}
     worker = parts.worker(stage.processes, stage.config)
     worker.wait_ready()
     with Courier(Settings.load({"PACS_CONFIG": str(stage.config)})) as courier:
-        ours(replace(stage, studies=stage.studies[:10]), courier)  # connections, imports, caches
+        ours_s(replace(stage, studies=stage.studies[:10]), courier, {})  # connections, imports, caches
+        going: dict[str, Callable[[], float]] = {
+            "raw, 4 connections": lambda: raw_s(stage, connections=4),
+            "raw, 8 connections": lambda: raw_s(stage, connections=8),
+            "ours": lambda: ours_s(stage, courier, pass_s),
+        }
+        if python is not None:
+            going["cloner, 8 threads"] = lambda: cloner_s(stage, python, connections=8)
         for _ in range(passes):
-            for connections in (4, 8):
-                stage.empty()
-                took[f"raw, {connections} connections"].append(raw_s(stage, connections=connections))
-                stage.check()
-            stage.empty()
-            runs.append(ours(stage, courier))
-            took["ours"].append(runs[-1].took_s)
-            stage.check()
-            if python is not None:
-                stage.empty()
-                took["cloner"].append(cloner_s(stage, python, connections=8))
-                stage.check()
-        figures = _figures(stage, took, runs)
+            for name, go in going.items():
+                ways.setdefault(name, []).append(stage.way(go))
+        figures = _figures(stage, ways, pass_s)
         if huge_bytes:
             figures["huge"] = huge(stage, courier, worker, size_bytes=huge_bytes)
     return figures
 
 
-def _figures(stage: Bench, took: dict[str, list[float]], runs: Sequence[Ours]) -> dict[str, Any]:
-    rates = {way: [stage.images / one for one in all_s] for way, all_s in took.items() if all_s}
-    medians = {way: statistics.median(all_of) for way, all_of in rates.items()}
-    raw = max(median for way, median in medians.items() if way.startswith("raw"))
+def _figures(stage: Bench, ways: dict[str, list[Way]], pass_s: dict[str, list[float]]) -> dict[str, Any]:
+    rates = {name: statistics.median(way.images_per_s for way in all_of) for name, all_of in ways.items()}
+    raw = max(rate for name, rate in rates.items() if name.startswith("raw"))
+    cpu = {
+        name: {part: statistics.median(way.cpu_ms[part] for way in all_of) for part in all_of[0].cpu_ms}
+        for name, all_of in ways.items()
+    }
+    cloner_rate = next((rate for name, rate in rates.items() if name.startswith("cloner")), None)
     return {
         "images": stage.images,
-        "images_per_s": medians,
-        "images_per_s_all": rates,
-        "ours_to_raw": medians["ours"] / raw,
-        "ours_to_cloner": medians["ours"] / medians["cloner"] if "cloner" in medians else None,
-        "cpu_ms_per_image": {part: statistics.median(run.cpu_ms[part] for run in runs) for part in runs[0].cpu_ms},
-        "pass_s": {name: statistics.median(run.pass_s[name] for run in runs) for name in runs[0].pass_s},
+        "per_study": stage.per_study,
+        "images_per_s": rates,
+        "images_per_s_all": {name: [way.images_per_s for way in all_of] for name, all_of in ways.items()},
+        "ours_to_raw": rates["ours"] / raw,
+        "ours_to_cloner": rates["ours"] / cloner_rate if cloner_rate else None,
+        "cpu_ms_per_image": cpu,
+        "pass_s": {name: statistics.median(all_of) for name, all_of in pass_s.items()},
     }
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
     rates = Table(title="Images per second from one Orthanc to another", title_justify="left", box=None)
-    for heading in ("", "median", "passes"):
-        rates.add_column(heading, justify="right" if heading else "left")
+    for heading in ("", "median", "passes", "CPU ms an image", "of which"):
+        rates.add_column(heading, justify="right" if heading and heading != "of which" else "left")
     for way, median in figures["images_per_s"].items():
-        rates.add_row(way, f"{median:.0f}", _spread(figures["images_per_s_all"][way]))
+        spent = figures["cpu_ms_per_image"][way]
+        shares = ", ".join(f"{part} {ms:.1f}" for part, ms in spent.items() if ms >= 0.05)
+        passes = _spread(figures["images_per_s_all"][way])
+        rates.add_row(way, f"{median:.0f}", passes, f"{sum(spent.values()):.1f}", shares)
     rates.add_row("[bold]ours / raw", f"[bold]{figures['ours_to_raw']:.2f}", "")
     if figures["ours_to_cloner"] is not None:
         rates.add_row("[bold]ours / cloner", f"[bold]{figures['ours_to_cloner']:.2f}", "")
     console.print(rates, "")
-    spent = ", ".join(f"{part} {ms:.1f}" for part, ms in figures["cpu_ms_per_image"].items())
-    passes = ", ".join(f"{name} {took_s:.1f}" for name, took_s in figures["pass_s"].items())
-    console.print(f"CPU milliseconds per image of ours: {spent}. Seconds by pass: {passes}.", "")
+    told = ", ".join(f"{name} {took_s:.1f}" for name, took_s in figures["pass_s"].items())
+    console.print(f"Seconds of ours by pass: {told}.", "")
     if "huge" in figures:
         one = figures["huge"]
         console.print(

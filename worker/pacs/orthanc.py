@@ -46,6 +46,8 @@ IDENTIFIERS: Mapping[Level, str] = {
     "series": "SeriesInstanceUID",
     "study": "StudyInstanceUID",
 }
+#: A SHA-1 in five groups.
+_KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.ASCII).fullmatch
 BAD_FILE = "The server cannot read the file as DICOM."
 
 
@@ -116,15 +118,14 @@ class Orthanc:
     def instances(self, found: Found) -> Iterator[Found]:
         """Ask the index: QIDO opens every image's file, which costs as much as storing it (docs/performance.md).
 
-        The images come in one answer; their series are asked for after them, so that none is missing.
+        The images come in one answer. One whose series came into being after the series were listed is no answer.
         """
         if found.level == "image":
             yield found
             return
-        images = self._expanded("image", found)
-        above = self._expanded("series", found) if images else []
+        above = self._series(found)
         series = {str(one.get("ID")): _tag(one, IDENTIFIERS["series"]) for one in above}
-        for one in images:
+        for one in self._images(found, above):
             series_uid, image_uid = series.get(str(one.get("ParentSeries"))), _tag(one, IDENTIFIERS["image"])
             if not series_uid or not image_uid:
                 raise self._web.misanswered("an image without the UIDs above it")
@@ -165,12 +166,27 @@ class Orthanc:
         """Orthanc's own keys for ``found``, its parents included in the question."""
         return [str(key) for key in self._look_up(_question(found.level, found))]
 
-    def _expanded(self, level: Level, above: Found) -> list[dict[str, Any]]:
-        """What the index says of everything of ``level`` below ``above``."""
-        matches = self._look_up({**_question(level, above), "Expand": True})
-        if not all(isinstance(match, dict) for match in matches):
+    def _series(self, above: Found) -> list[dict[str, Any]]:
+        """What the index says of the series of ``above``, or of ``above`` itself."""
+        return self._objects(self._look_up({**_question("series", above), "Expand": True}))
+
+    def _images(self, above: Found, series: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the index says of the images; by Orthanc's own key, that costs it a third of what a question does."""
+        if not series:
+            return []
+        _, collection = RESOURCES[above.level]
+        key = str(series[0].get("ID" if above.level == "series" else "ParentStudy"))
+        if not _KEY(key):
+            raise self._web.misanswered("a series without Orthanc's key for it")
+        answer = self._transport.exchange(
+            Request("GET", f"{self._root}{collection}/{key}/instances", expected=(200, 404))
+        )
+        return self._objects(self._web.parse(answer)) if answer.status == 200 else []
+
+    def _objects(self, found: Any) -> list[dict[str, Any]]:
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise self._web.misanswered("something that is no list of objects")
-        return matches
+        return found
 
     def _look_up(self, question: Mapping[str, Any]) -> list[Any]:
         """What Orthanc's index knows: keys of Orthanc's own or, if ``Expand`` is asked for, what they stand for."""
