@@ -256,7 +256,9 @@ def _place(text: str | None) -> str | None:
 def _sentence(options: dict[str, Any], *, asks: bool) -> str:
     confirm: str | None = options["confirm"]
     if confirm is None and asks:
-        confirm = click.prompt(f'All studies will be planned for deletion. Type "{CONFIRMATION}" to go on', default="")
+        confirm = click.prompt(
+            f'All studies will be planned for deletion. Type "{CONFIRMATION}" to go on', default="", show_default=False
+        )
     if confirm != CONFIRMATION and not _How(options).plans_only:
         raise ConfirmationRequired(f'Nothing was deleted: add --confirm "{CONFIRMATION}".')
     return confirm or ""
@@ -449,7 +451,11 @@ def delete_all(servers: Sequence[str], confirm: str | None, keep: bool, dry_run:
 def _asked_for(courier: Courier, servers: Sequence[str] | None, timeout_s: float | None) -> str:
     """Show what would be deleted, then have the sentence typed."""
     _all_deleted(courier, courier.delete_all(servers=servers, dry_run=True), timeout_s=timeout_s, as_json=False)
-    return str(click.prompt(f'All these studies will be deleted. Type "{CONFIRMATION}" to go on', default=""))
+    return str(
+        click.prompt(
+            f'All these studies will be deleted. Type "{CONFIRMATION}" to go on', default="", show_default=False
+        )
+    )
 
 
 def _all_deleted(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json: bool) -> int:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,3 +269,28 @@ def test_studies_are_deleted_after_a_confirmation_kept_copies_bring_them_back_an
     pacs("batch", "delete", "--all", "--yes", status=1)
     answer = pacs.json("batch", "delete", "--all", "--confirm", "delete all studies", "--server", "msdicom")
     assert pacs.totals(answer) == {"deleted": 3}
+
+
+def test_the_entries_of_an_archive_are_stored_once_each_although_another_worker_has_to_go_on(
+    worker, image_server, sandbox
+) -> None:
+    study = new_uid()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(150):
+            archive.writestr(f"ct/{number}.dcm", image(study, side=8))
+    url = image_server.put("all.zip", packed.getvalue())
+    jobs = {**QUICK, "max_attempts": 5, "lease_s": 1.5, "max_deaths": 5}
+    doomed = worker(jobs=jobs)
+    sandbox.set_mood("msdicom", "store", latency_ms=700)
+    with Courier(doomed.settings) as courier:
+        handle = courier.batch.upload(url, width=2)
+        while not any(batch.settled for batch in courier.batch.list()):
+            time.sleep(0.05)
+        doomed.kill()
+        sandbox.calm()
+        worker(jobs=jobs)
+        answer = handle.result(timeout_s=WAIT_S)
+        assert (answer["items"], answer["failures"]) == (150, [])
+        assert answer["totals"] == {"stored": 150}
+        assert len({row["result"]["image_uid"] for row in courier.batch.report(handle.batch_id)}) == 150

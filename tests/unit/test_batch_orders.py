@@ -1,0 +1,130 @@
+"""What a program orders becomes a whole plan and one message, or nothing at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+
+from producer.batches import BatchDesk
+from producer.errors import InvalidRequest
+from producer.orders import Given, Order
+from producer.plans import write
+from worker.batches import Batches
+from worker.ledger import Ledger
+
+URLS = [f"https://images.example.org/{number}.dcm" for number in range(250)]
+
+
+class Desk:
+    """A desk on fakeredis whose messages are kept."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self.ledger = Ledger(fakeredis.FakeRedis(decode_responses=True))
+        self.batches = Batches(self.ledger)
+        self.desk = BatchDesk(self.ledger, self.enqueue)
+
+    def enqueue(self, task: str, kind: Any, job: Any, *, job_id: str | None = None, batch_id: str = "") -> Any:
+        self.sent.append({"task": task, "job": dict(job), "job_id": job_id, "batch_id": batch_id})
+        return self.sent[-1]
+
+
+@pytest.fixture
+def one() -> Desk:
+    return Desk()
+
+
+def planned(one: Desk) -> list[str]:
+    (batch,) = one.batches.list()
+    assert batch.frozen
+    return [row.item.text for row in one.batches.rows(batch)]
+
+
+def test_a_list_is_planned_whole_before_its_message_is_sent(one: Desk, tmp_path: Path) -> None:
+    told: list[str] = []
+    order = Order("upload", {"server": "msdicom", "name": "of Monday", "requests_per_s": 50.0})
+    handle = one.desk.order(order, Given(items=iter([*URLS, URLS[0]]), told=told.append))
+    assert planned(one) == URLS
+    assert told == ["1 of them are there more than once, and are done once."]
+    assert handle["task"] == "pacs.batch.upload"
+    assert handle["job"] == {"server": "msdicom", "name": "of Monday", "requests_per_s": 50.0, "planned": True}
+    (batch,) = one.batches.list()
+    assert (batch.id, batch.id) == (handle["job_id"], handle["batch_id"])
+    assert (batch.name, batch.order["server"], batch.state) == ("of Monday", "msdicom", "planning")
+
+
+def test_files_lists_and_single_urls_are_told_apart(one: Desk, tmp_path: Path) -> None:
+    path = tmp_path / "urls.txt"
+    path.write_text("\n".join(URLS), encoding="utf-8")
+    for items in (path, str(path), URLS, (url for url in URLS)):
+        one = Desk()
+        one.desk.upload(items)
+        assert planned(one) == URLS
+    one = Desk()
+    one.desk.upload(URLS[0])
+    assert planned(one) == URLS[:1]
+
+
+def test_what_only_a_worker_reaches_goes_into_the_message(one: Desk) -> None:
+    for source in ("s3://bucket/prefix/", "file:///data/", "https://host/all.zip?sig=1"):
+        assert one.desk.upload(source)["job"] == {"source": source}
+    job = one.desk.migrate(source="a", target="b", filters={"StudyDate": "2025"})["job"]
+    assert (job["from_server"], job["to_server"], job["filters"]) == ("a", "b", {"StudyDate": "2025"})
+    assert one.batches.list() == []
+    with pytest.raises(InvalidRequest, match="stands alone"):
+        one.desk.order(Order("upload", {}), Given(("s3://bucket/prefix/", URLS[0])))
+
+
+def test_nothing_is_begun_if_a_row_a_field_or_the_reading_is_wrong(one: Desk) -> None:
+    with pytest.raises(InvalidRequest, match="1 row is bad"):
+        one.desk.upload([*URLS, "DOE^JANE"])
+    with pytest.raises(InvalidRequest, match="width"):
+        one.desk.upload(URLS, width=0)
+    with pytest.raises(InvalidRequest, match="destination"):
+        one.desk.download(["1.2.3"], destination="")
+    with pytest.raises(InvalidRequest, match="nothing to do"):
+        one.desk.upload([])
+    assert (one.batches.list(), one.sent) == ([], [])
+
+    def breaks():
+        yield URLS[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        one.desk.upload(breaks())
+    assert one.batches.list() == []
+
+
+def test_a_plan_that_breaks_off_leaves_a_cancelled_batch_and_no_message(
+    one: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Batches, "freeze", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        one.desk.upload(URLS)
+    (batch,) = one.batches.list()
+    assert (batch.state, batch.frozen, one.sent) == ("cancelled", False, [])
+
+
+def test_a_plan_goes_through_a_file_and_says_no_more_than_it_has_to(one: Desk, tmp_path: Path) -> None:
+    one.desk.delete(["1.2.3", "1.2.4"], servers=["msdicom"], confirm="delete all studies", dry_run=True, name="n")
+    (batch,) = one.batches.list()
+    header, lines = one.desk.plan(batch.id)
+    assert not {"confirm", "dry_run", "filters", "everything", "source"} & set(header.order)
+    path = tmp_path / "plan.jsonl"
+    with path.open("w", encoding="utf-8") as out:
+        write(header, lines, out)
+    other = Desk()
+    handle = other.desk.apply(path)
+    assert planned(other) == ["1.2.3", "1.2.4"]
+    assert (handle["task"], handle["job"]["servers"], handle["job"]["name"]) == ("pacs.batch.delete", ["msdicom"], "n")
+    assert handle["job"]["dry_run"] is False
+    text = path.read_text(encoding="utf-8").replace('"kind": "delete"', '"kind": "other"', 1)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidRequest, match="a kind that is not known"):
+        other.desk.apply(path)
