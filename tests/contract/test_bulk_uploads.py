@@ -39,12 +39,15 @@ class Counted:
     def __init__(self, pacs: Pacs) -> None:
         self._pacs = pacs
         self.requests: list[int] = []
+        self.look: Callable[[Part], object] = lambda part: None
+        self.seen: list[object] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pacs, name)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
         self.requests.append(len(parts))
+        self.seen += [self.look(part) for part in parts]
         return self._pacs.store(parts)
 
 
@@ -378,6 +381,18 @@ def test_an_image_that_others_put_there_first_is_not_taken_for_ours_after_a_deat
     del site.servers["msdicom"].present  # type: ignore[attr-defined]
     chunk.attempt()
     assert chunk.told == ["image_already_exists", "stored"]
+
+
+def test_every_image_is_held_when_it_is_pushed_though_the_load_before_it_was_let_go(
+    site: Site, sandbox: SandboxPart
+) -> None:
+    server, ledger = site.servers["msdicom"], site.tools.ledger
+    server.look = lambda part: ledger.known(part.instance.sop_instance_uid).holder
+    sandbox.set_mood("msdicom", "store", latency_ms=300)
+    chunk = site.chunk(*site.study(FIRST_IMAGES + LOAD_IMAGES + 5))
+    chunk.attempt()
+    assert server.seen == [chunk.job_id] * len(chunk.urls)
+    assert {ledger.known(one.result["image_uid"]).holder for one in chunk.settled.values()} == {None}
 
 
 def test_what_is_large_waits_on_the_disk_and_arrives_whole(site: Site) -> None:
