@@ -178,6 +178,13 @@ def test_a_group_is_stored_in_few_requests_and_each_item_has_its_receipt(any_ser
     assert any_server.tools.ledger.known(study).storing == []
 
 
+def test_the_pace_of_a_batch_is_told_what_was_fetched_asked_and_sent(site: Site) -> None:
+    items = [Item(number, "", url) for number, url in enumerate(site.study(4))]
+    desk = site.desk
+    Uploads(desk).carry(items)
+    assert desk.spent.requests == 4 + 2 + 1  # images, servers asked for the study, one push
+
+
 def test_each_item_of_a_mixed_group_ends_in_its_own_way(any_server: Site) -> None:
     before, images = new_uid(), any_server.images
     there = any_server.put(before)
