@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -254,7 +255,7 @@ class Uploads:
     # --- fetching while pushing -------------------------------------------------------------------------------
 
     def _pipeline(self, items: Sequence[Item]) -> None:
-        """Three loads are under way: one is fetched, one is asked about, one is pushed."""
+        """Three loads are under way: one is fetched, one is asked about, one is pushed; all in the job's context."""
         recent: deque[_Load] = deque(maxlen=3)
         asked: Future[_Load] | None = None
         pushed: Future[None] | None = None
@@ -269,8 +270,8 @@ class Uploads:
                     if asked is not None:
                         ready = asked.result()
                         _wait(pushed)
-                        pushed = pusher.submit(self._push_load, ready)
-                    asked = asker.submit(self._ask_about, recent[-1])
+                        pushed = pusher.submit(copy_context().run, self._push_load, ready)
+                    asked = asker.submit(copy_context().run, self._ask_about, recent[-1])
                 _wait(pushed)
                 if asked is not None:
                     self._push_load(asked.result())
@@ -306,7 +307,7 @@ class Uploads:
         with ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch") as fetcher:
             try:
                 for item in items:
-                    ahead.append((item, fetcher.submit(self._fetch, item)))
+                    ahead.append((item, fetcher.submit(copy_context().run, self._fetch, item)))
                     if len(ahead) > 2 * FETCHES:
                         yield _next(ahead)
                 while ahead:
