@@ -12,6 +12,7 @@ Keys, beside the ledger's:
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -20,6 +21,8 @@ from contextlib import contextmanager
 from typing import Final
 
 import redis
+
+log = logging.getLogger(__name__)
 
 SLOTS: Final = "courier:slots:"
 QUEUE: Final = "courier:slotqueue:"
@@ -179,7 +182,14 @@ class _Share:
             else:
                 self._changed.notify()
         if contested:
+            self._return()
+
+    def _return(self) -> None:
+        """What was done with the slot is done, whether or not Redis hears at once that it is free again."""
+        try:
             self._exchange(want=0)
+        except redis.RedisError as error:
+            log.warning("A slot for %s is given back later: %s", self._name, type(error).__name__)
 
     def tend(self) -> None:
         with self._changed:

@@ -290,7 +290,15 @@ def container_sas(name: str, permission: ContainerSasPermissions, *, minutes: in
 
 
 class No(BaseHTTPRequestHandler):
-    """Answers every PUT with the status and the code of Azure that its server holds."""
+    """Answers every PUT with the status and the code of Azure that its server holds; a GET is cut off."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"a tenth of it")
+        self.close_connection = True
 
     def do_PUT(self) -> None:
         self.server.asked.append(self.path)
@@ -340,4 +348,16 @@ def test_a_no_is_judged_after_one_attempt(no: Any, status: int, code: str, reaso
     with pytest.raises(InvalidRequest if reason else SourceUnreachable) as caught:
         archive.write(iter([b"content"]), MARK)
     assert caught.value.details.get("reason") == reason
+    assert len(no.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(200, SourceUnreachable), (503, SourceUnreachable), (403, InvalidRequest)]
+)
+def test_what_cannot_be_read_back_is_asked_for_once(no: Any, status: int, kind: type[Exception]) -> None:
+    no.status = status
+    account_url = f"http://{HOST}:{no.server_port}"
+    files = Destinations(downloads(account_url=account_url)).files("az://out-1/study/")
+    with pytest.raises(kind, match=r"az://out-1/study/1\.dcm"):
+        list(files.read("1.dcm"))
     assert len(no.asked) == 1

@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 
 import fakeredis
 import pytest
+import redis
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -140,6 +141,26 @@ def test_a_process_that_was_taken_for_dead_comes_back_with_what_it_uses(client: 
         one.tend()
         with use(two, limit=2):
             assert not can_use(two, limit=2)
+
+
+def test_work_that_is_done_stays_done_when_redis_cannot_be_told(
+    process: Callable[[], CountingSlots], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = process(), process()
+    stacks = [use(one, limit=2) for _ in range(2)]
+    assert not can_use(two, limit=2)
+    one.tend()
+
+    def away(*_: object, **__: object) -> tuple[int, int, int]:
+        raise redis.ConnectionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one, "turn", away)
+        stacks.pop().close()
+    assert not can_use(two, limit=2)
+    one.tend()
+    assert can_use(two, limit=2)
+    stacks.pop().close()
 
 
 class ManyProcesses(RuleBasedStateMachine):
