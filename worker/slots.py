@@ -196,7 +196,7 @@ class _Share:
             if not self._held and not self._waiting and not self._back:
                 return
             if not self._waiting:
-                idle = self._held - max(self._peak, self._used)
+                idle = max(0, self._held - max(self._peak, self._used))
                 self._held -= idle
                 self._back += idle
             self._peak = self._used
