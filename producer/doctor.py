@@ -60,7 +60,12 @@ def examine(load: Callable[[], Settings] = Settings.load) -> Iterator[Finding]:
         return
     yield Finding("settings", "ok", f"{len(settings.servers)} servers: {', '.join(s.name for s in settings.servers)}")
     yield from _telemetry(settings.telemetry)
-    with Courier(settings) as courier:
+    try:
+        courier = Courier(settings)
+    except SettingsError as error:
+        yield Finding("signing", "failed", str(error), "Correct that key (docs/signing.md).")
+        return
+    with courier:
         queues = _queues(courier)
         backend = _answers("result back-end", courier.check_backend, "RESULT_BACKEND")
         ledger = list(_ledger(courier.ledger)) if courier.ledger else []

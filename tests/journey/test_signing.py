@@ -22,6 +22,7 @@ from kombu.serialization import registry
 from redis import Redis
 
 from producer import Courier
+from producer.doctor import examine
 from producer.errors import InvalidRequest
 from sandbox import processes as parts
 from sandbox.processes import poll
@@ -237,3 +238,12 @@ def test_keys_that_do_not_fit_stop_the_start_with_one_sentence(keys, tmp_path, s
     with pytest.raises(SettingsError, match=sentence) as error:
         Courier(Settings.load({"PACS_CONFIG": str(config)}))
     assert "\n" not in str(error.value)
+
+
+def test_the_doctor_names_a_key_that_does_not_fit(keys):
+    wrong = signing(keys, "worker") | {"key_file": str(keys / "program.key")}
+    server = {"name": "one", "type": "msdicom", "url": "http://127.0.0.1:1"}
+    settings = Settings.model_validate({"servers": [server], "queue": {"signing": wrong}})
+    found = {finding.check: finding for finding in examine(lambda: settings)}
+    assert found["signing"].state == "failed"
+    assert "what key_file signs does not verify" in found["signing"].found
