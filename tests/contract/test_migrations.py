@@ -1,0 +1,277 @@
+"""Batches of migrations, driven by hand over a real Redis: between the sandbox's two servers, beside a real Orthanc."""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+
+from sandbox.processes import RedisPart, SandboxPart
+from sandbox.synthetic import image, new_uid
+from worker.batches import Batches, Row
+from worker.instances import identify
+from worker.jobs import batches, transfers
+from worker.jobs.batches import Conductor
+from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
+from worker.jobs.chunks import chunk
+from worker.jobs.migrations import StudyMigrations, migrate
+from worker.jobs.run import Pulse
+from worker.jobs.tools import Tools
+from worker.jobs.transfers import images_on
+from worker.ledger import Ledger
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Fate, Part
+from worker.pacs.registry import connect
+from worker.settings import Settings
+
+KINDS = {"migrate": StudyMigrations()}
+WAIT_S = 60
+
+
+class Site:
+    """Servers, a ledger, and whoever does what is due."""
+
+    def __init__(self, ledger_url: str, servers: list[dict[str, Any]]) -> None:
+        jobs = {"max_attempts": 2, "backoff_base_s": 0.01, "backoff_cap_s": 0.05, "grace_s": 1}
+        self.settings = Settings.model_validate({"servers": servers, "jobs": jobs})
+        self.ledger = Ledger.connect(ledger_url, grace_s=1)
+        self.fleet = Fleet([connect(server) for server in self.settings.servers])
+        self.pulse = Pulse(self.ledger, lambda *_: None)
+        self.batch = "B"
+
+    @property
+    def tools(self) -> Tools:
+        return Tools(self.settings, self.ledger, None, self.fleet, rng=random.Random(1))  # type: ignore[arg-type]
+
+    def put(self, server: str, study: str, number: int = 2) -> set[str]:
+        uids = {new_uid() for _ in range(number)}
+        for uid in uids:
+            self.put_file(server, image(study, sop=uid, side=16))
+        return uids
+
+    def put_file(self, server: str, content: bytes) -> None:
+        (outcome,) = self.fleet[server].store(
+            [Part(identify(io.BytesIO(content)), partial(io.BytesIO, content), len(content))]
+        )
+        assert outcome.fate is Fate.STORED
+
+    def on(self, server: str, study: str) -> set[str]:
+        return set(images_on(self.fleet[server], study))
+
+    def order(self, *studies: str, until: Callable[[], bool] = lambda: False, **more: Any) -> Verdict:
+        message = {"items": list(studies), "from_server": "msdicom", "to_server": "dcm4chee", **more}
+        return self.see_to_its_end("pacs.batch.migrate", migrate, self.batch, message, until=until)
+
+    def go_on(self, wish: Callable[[Conductor], Any], name: str) -> Verdict:
+        work = partial(batches.conducted, kinds=KINDS, wish=wish)
+        return self.see_to_its_end(f"pacs.batch.{name}", work, new_uid(), {"batch_id": self.batch})
+
+    def see_to_its_end(
+        self,
+        task: str,
+        work: Any,
+        job_id: str,
+        message: Mapping[str, Any],
+        *,
+        until: Callable[[], bool] = lambda: False,
+    ) -> Verdict:
+        """What workers and sweepers do, one after the other; as long as it is not ``until``."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            verdict = carry(work, task=task, job_id=job_id, message=message, tools=self.tools, pulse=self.pulse)
+            if isinstance(verdict, Done | Failed) or until():
+                return verdict
+            for due in self.ledger.sweep():
+                if due.task == "pacs.batch.chunk":
+                    self.do_chunk(due.job_id, due.job)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            self.ledger.rouse(job_id)
+
+    def do_chunk(self, job_id: str, message: Mapping[str, Any]) -> Verdict:
+        work = partial(chunk, kinds=KINDS)
+        return carry(work, task="pacs.batch.chunk", job_id=job_id, message=message, tools=self.tools, pulse=self.pulse)
+
+    @property
+    def rows(self) -> list[Row]:
+        store = Batches(self.ledger)
+        batch = store.get(self.batch)
+        assert batch is not None
+        return list(store.rows(batch))
+
+    def told(self, which: Any = "apply") -> list[str]:
+        return [row.passes[which].code or row.passes[which].status for row in self.rows]
+
+
+@pytest.fixture
+def site_of(redis: RedisPart) -> Iterator[Callable[[list[dict[str, Any]]], Site]]:
+    opened: list[Site] = []
+
+    def build(servers: list[dict[str, Any]]) -> Site:
+        opened.append(Site(redis.ledger_url, servers))
+        return opened[-1]
+
+    yield build
+    for site in opened:
+        site.fleet.close()
+        site.ledger.client.close()
+
+
+@pytest.fixture
+def site(site_of: Callable[[list[dict[str, Any]]], Site], sandbox: SandboxPart, orthanc: str) -> Site:
+    return site_of([*sandbox.servers(), {"name": "orthanc", "type": "orthanc", "url": orthanc}])
+
+
+def payload(verdict: Verdict) -> dict[str, Any]:
+    assert isinstance(verdict, Done), verdict
+    return verdict.payload
+
+
+def test_what_could_not_be_brought_is_failed_retried_and_taken_back_whole(
+    site: Site, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "REQUEST_IMAGES", 1)
+    study, other = new_uid(), new_uid()
+    uids, there = site.put("msdicom", study, 3), site.put("dcm4chee", study, 1)
+    site.put("msdicom", other, 3)
+    sandbox.set_mood("dcm4chee", "store", commit_then_drop=True)
+    payload(site.order(study, other))
+    assert site.told() == ["pacs_unavailable"] * 2
+    assert len(site.on("dcm4chee", study)) == 3, "one has arrived in each attempt, and nobody said so"
+
+    sandbox.calm()
+    uids |= site.put("msdicom", study, 1)
+    assert payload(site.go_on(Conductor.retry, "retry"))["passes"]["verify"]["totals"] == {"verified": 2}
+    assert site.told() == ["copied"] * 2
+    assert site.on("dcm4chee", study) == uids | there
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert site.told("undo") == ["undone"] * 2
+    assert site.on("dcm4chee", study) == there
+    assert site.on("dcm4chee", other) == set()
+
+
+def test_what_failed_for_good_can_be_taken_back_as_well(
+    site: Site, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "REQUEST_IMAGES", 1)
+    study = new_uid()
+    site.put("msdicom", study, 3)
+    there = site.put("dcm4chee", study, 1)
+    sandbox.set_mood("dcm4chee", "store", commit_then_drop=True)
+    payload(site.order(study))
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert site.on("dcm4chee", study) == there
+
+
+def test_a_study_that_another_job_stores_into_waits_for_it(site: Site) -> None:
+    study = new_uid()
+    uids = site.put("msdicom", study)
+    claim = site.ledger.claim("U", task="pacs.upload", job={})
+    site.ledger.hold_image("1.2.3", job_id="U", fence=claim.fence, into=[study, f"{study}.1"])
+    waited = site.order(study, until=lambda: "other jobs" in site.ledger.look("B.apply.0").get("message", ""))
+    assert isinstance(waited, Parked)
+    assert site.told() == ["open"]
+    assert site.on("dcm4chee", study) == set()
+    site.ledger.finish("U", claim.fence, outcome={}, code="done", task="pacs.upload", job={})
+    payload(site.order(study))
+    assert (site.told(), site.on("dcm4chee", study)) == (["copied"], uids)
+    assert site.ledger.known(study).holder is None, "and lets go of it"
+
+
+def test_the_claim_of_a_study_goes_where_the_study_goes(site: Site) -> None:
+    study, unclaimed = new_uid(), new_uid()
+    site.put("msdicom", study)
+    site.put("msdicom", unclaimed)
+    site.ledger.claim_study(study, server="msdicom", job_id="U")
+    payload(site.order(study, unclaimed, delete_source=True))
+    assert site.ledger.claimed_server(study) == "dcm4chee"
+    assert site.ledger.claimed_server(unclaimed) is None
+    assert site.ledger.placed() == {"msdicom": 0, "dcm4chee": 1}
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert site.ledger.claimed_server(study) == "msdicom"
+    assert len(site.on("msdicom", study)) == 2
+
+
+def test_a_copy_leaves_the_claim_where_it_is(site: Site) -> None:
+    study = new_uid()
+    site.put("msdicom", study)
+    site.ledger.claim_study(study, server="msdicom", job_id="U")
+    payload(site.order(study))
+    assert site.ledger.claimed_server(study) == "msdicom"
+
+
+def test_the_survey_counts_skips_and_warns(site: Site) -> None:
+    new, whole, split, gone = (new_uid() for _ in range(4))
+    site.put("msdicom", new, 3)
+    alike = image(whole, side=16)
+    for server in ("msdicom", "dcm4chee"):
+        site.put_file(server, alike)
+    site.put("msdicom", split)
+    site.put("orthanc", split, 1)
+    done = payload(site.order(new, whole, split, gone, dry_run=True))
+    assert (done["state"], site.told("survey")) == ("planned", ["planned", "skipped", "planned", "not_found"])
+    surveyed = [row.passes["survey"] for row in site.rows]
+    assert (surveyed[0].result["images"], surveyed[0].result["missing"]) == (3, 3)
+    assert "whole: 1 images" in surveyed[1].message
+    assert "it is on orthanc too" in surveyed[2].message
+    assert site.on("dcm4chee", new) == set(), "nothing has happened"
+    payload(site.go_on(Conductor.apply, "apply"))
+    assert site.told() == ["copied", "skipped", "copied", "not_found"]
+
+
+def test_a_study_that_is_whole_on_both_is_still_moved(site: Site) -> None:
+    study = new_uid()
+    alike = image(study, side=16)
+    for server in ("msdicom", "dcm4chee"):
+        site.put_file(server, alike)
+    payload(site.order(study, delete_source=True))
+    assert (site.told("survey"), site.told(), site.told("verify")) == (["planned"], ["already_there"], ["verified"])
+    assert site.on("msdicom", study) == set()
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert len(site.on("msdicom", study)) == len(site.on("dcm4chee", study)) == 1
+
+
+def test_a_second_verification_of_what_was_moved_looks_at_the_target(site: Site) -> None:
+    study = new_uid()
+    site.put("msdicom", study)
+    payload(site.order(study, delete_source=True))
+    payload(site.go_on(Conductor.verify, "verify"))
+    assert site.told("verify") == ["verified"]
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert len(site.on("msdicom", study)) == 2
+
+
+def test_studies_of_a_server_that_has_gone_from_the_settings_have_failed(
+    site: Site, site_of: Callable[[list[dict[str, Any]]], Site], sandbox: SandboxPart
+) -> None:
+    study = new_uid()
+    site.put("msdicom", study)
+    payload(site.order(study, dry_run=True))
+    without = site_of(sandbox.servers()[:1])
+    payload(without.go_on(Conductor.apply, "apply"))
+    assert site.told() == ["invalid_request"]
+    payload(site.go_on(Conductor.retry, "retry"))
+    assert site.told() == ["copied"]
+
+
+@pytest.mark.parametrize("ends", [("msdicom", "msdicom"), ("msdicom", "elsewhere"), ("elsewhere", "msdicom")])
+def test_nothing_starts_between_servers_that_cannot_be(site: Site, ends: tuple[str, str]) -> None:
+    verdict = site.order(new_uid(), from_server=ends[0], to_server=ends[1])
+    assert isinstance(verdict, Failed)
+    assert verdict.error.payload["code"] == "invalid_request"
+    assert Batches(site.ledger).get("B") is None
+
+
+def test_all_that_match_a_filter_are_listed_and_brought(site: Site) -> None:
+    studies = [new_uid() for _ in range(3)]
+    for study in studies:
+        site.put("msdicom", study, 1)
+    wanted = {"items": None, "filters": {"StudyInstanceUID": studies[1]}}
+    payload(site.order(**wanted))
+    assert [row.item.text for row in site.rows] == [studies[1]]
+    assert [len(site.on("dcm4chee", study)) for study in studies] == [0, 1, 0]
