@@ -159,7 +159,7 @@ def test_work_that_is_done_stays_done_when_redis_cannot_be_told(
         stacks.pop().close()
     assert not can_use(two, limit=2)
     one.tend()
-    assert can_use(two, limit=2)
+    assert poll(lambda: can_use(two, limit=2), timeout_s=10)
     stacks.pop().close()
 
 
