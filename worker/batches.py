@@ -16,8 +16,8 @@ Keys, all below ``courier:batch:ID``:
     :plan:TOKEN     hash    chunk number → its items, deflated, one a line: position of the server or "-", size in bytes
                             or "-", text. A planner writes under a token of its own, so that two cannot mix.
     :outcomes:PASS  string  one letter per item; a zero byte is open
-    :results:PASS   hash    chunk number → what more there is to say of its items, deflated JSON rows: place in the
-                            chunk, server, code, message, result. The results of ``apply`` are the items' receipts.
+    :results:PASS   hash    chunk number → what more there is to say of its items, deflated: server, code, message and
+                            result of each (`_packed`). The results of ``apply`` are the items' receipts.
     :ended:PASS     bitmap  the chunks that are over
 
 States: ``planning`` → ``planned`` → ``running`` → ``verifying`` → ``done`` | ``cancelled``; ``undoing`` → ``undone``.
@@ -518,7 +518,7 @@ class Batches:
             for number in skipped:
                 pipe.setrange(_key(batch_id, f":outcomes:{token}"), number, LETTERS["skipped"])
             for chunk, rows in by_chunk.items():
-                pipe.hset(_key(batch_id, f":results:{token}"), str(chunk), cast(Any, deflated(json.dumps(rows))))
+                pipe.hset(_key(batch_id, f":results:{token}"), str(chunk), cast(Any, _packed(rows)))
             for part in ("outcomes", "results"):
                 pipe.pexpire(_key(batch_id, f":{part}:{token}"), self._keep_ms)
             pipe.execute()
@@ -599,7 +599,7 @@ class Batches:
             return
         rows, changed = self._merged(batch, which, chunk, settled)
         carried = sum(_carried(one) for one in settled)
-        args: list[Any] = [fence, chunk, deflated(json.dumps(rows, separators=(",", ":"))) if changed else ""]
+        args: list[Any] = [fence, chunk, _packed(rows) if changed else ""]
         args += [f"{which}:bytes", carried]
         for one in settled:
             if one.status != "open":
@@ -613,15 +613,15 @@ class Batches:
         self, batch: Batch, which: Pass, chunk: int, settled: Sequence[Settled]
     ) -> tuple[list[list[Any]], bool]:
         """The rows of a chunk with what is new in them; whether anything is."""
-        new = {}
+        new: dict[int, list[Any]] = {}
         for one in settled:
-            row = [one.item.number % CHUNK_ITEMS, one.server, one.code, one.message[:300], dict(one.result)]
+            row: list[Any] = [one.item.number % CHUNK_ITEMS, one.server, one.code, one.message[:300], dict(one.result)]
             if any(row[1:]):
                 new[row[0]] = row
         if not new:
             return [], False
         blob = _ask_raw(self._redis, "HGET", _key(batch.id, f":results:{which}"), chunk)
-        rows = {row[0]: row for row in _rows(cast(bytes | None, blob))}
+        rows: dict[int, list[Any]] = {row[0]: row for row in _rows(cast(bytes | None, blob))}
         for place, row in new.items():  # whoever says nothing of it does not take back what an attempt has written
             row[4] = row[4] or rows.get(place, row)[4]
         return [*{**rows, **new}.values()], True
@@ -847,8 +847,22 @@ def _items(batch: Batch, chunk: int, blob: bytes | None) -> list[Item]:
     return found
 
 
-def _rows(blob: bytes | None) -> list[list[Any]]:
-    return cast(list[list[Any]], json.loads(zlib.decompress(blob))) if blob else []
+def _packed(rows: Iterable[Sequence[Any]]) -> bytes:
+    """Rows (place in the chunk, server, code, message, result) as columns, which deflate best.
+
+    Rows whose results have the same fields go together: their fields' names, then a list for each column.
+    """
+    alike: dict[tuple[str, ...], list[list[Any]]] = {}
+    for *said, result in rows:
+        alike.setdefault(tuple(result), []).append([*said, *result.values()])
+    tables = [[list(names), *map(list, zip(*table, strict=True))] for names, table in alike.items()]
+    return deflated(json.dumps(tables, separators=(",", ":")))
+
+
+def _rows(blob: bytes | None) -> Iterator[list[Any]]:
+    for names, *columns in json.loads(zlib.decompress(blob)) if blob else ():
+        for at, server, code, message, *values in zip(*columns, strict=True):
+            yield [at, server, code, message, dict(zip(names, values, strict=True))]
 
 
 def _settled(items: Sequence[Item], letters: str, blob: bytes | None) -> list[Settled]:

@@ -288,7 +288,8 @@ def test_all_passes_walk_over_the_same_items_and_each_keeps_what_it_found(bench:
     bench.kind.has = ("survey", "apply", "verify", "undo")
     bench.kind.lists = {"a": [STUDIES[:120]], "b": []}
     here = Settled(Item(3, "a", "1.2.3"), "deleted", result={"size_bytes": 40, "sha256": "abc"}, server="b")
-    bench.kind.answers = {"1.2.3": here, "1.2.4": PacsRejected("No.")}
+    other = Settled(Item(9, "a", "1.2.9"), "deleted", "odd", "Why.", {"sha256": None, "images": [1, 2]})
+    bench.kind.answers = {"1.2.3": here, "1.2.4": PacsRejected("No."), "1.2.9": other}
     batch = bench.see_through()
     assert isinstance(batch, Batch)
     assert (batch.state, batch.of("apply").bytes) == ("done", 40)
@@ -309,7 +310,8 @@ def test_all_passes_walk_over_the_same_items_and_each_keeps_what_it_found(bench:
         "dcm4chee",
         40,
     )
-    assert row["result"]["sha256"] == "abc"
+    assert row["result"] == {"size_bytes": 40, "sha256": "abc"}
+    assert list(bench.batches.rows(batch))[9].settled == other
     assert [row[which]["status"] for which in ("survey", "verify", "undo")] == ["planned", "verified", "undone"]
 
 
