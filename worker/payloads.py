@@ -207,6 +207,8 @@ class BatchMigrateJob(BatchStudiesJob):
     def _two_servers(self) -> BatchMigrateJob:
         if self.from_server == self.to_server:
             raise ValueError("from_server and to_server are the same")
+        if self.delete_source and not self.verify:
+            raise ValueError("delete_source needs verify: nothing is deleted that was not verified")
         return self
 
 

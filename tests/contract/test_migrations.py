@@ -267,6 +267,12 @@ def test_nothing_starts_between_servers_that_cannot_be(site: Site, ends: tuple[s
     assert Batches(site.ledger).get("B") is None
 
 
+def test_nothing_is_deleted_that_nobody_would_verify(site: Site) -> None:
+    verdict = site.order(new_uid(), delete_source=True, verify=False)
+    assert isinstance(verdict, Failed)
+    assert "delete_source needs verify" in verdict.error.message
+
+
 def test_all_that_match_a_filter_are_listed_and_brought(site: Site) -> None:
     studies = [new_uid() for _ in range(3)]
     for study in studies:

@@ -278,6 +278,7 @@ _QUESTIONS: tuple[Callable[[bytes], list[str]], ...] = (
     lambda case: _paths(_web(case).find("series", SERIES)),
     lambda case: _paths(_web(case).find("image", IMAGE)),
     lambda case: _paths(_web(case).instances(Found("study", STUDY), page=100)),
+    lambda case: _paths(Orthanc(_canned("orthanc", case)).instances(Found("study", STUDY))),
     lambda case: [text(ds, "0020000D")[:0] for ds in _web(case).studies([])],
     _metadata,
     _words,
@@ -389,7 +390,20 @@ def _qido_answers() -> list[bytes]:
     }
     storage = [{"dcmStorageID": "fs1", "usableSpace": 1000, "totalSpace": 2000, "dicomDeviceName": "x"}]
     orthanc = {"Version": "1.12", "TotalDiskSize": "100", "DatabaseVersion": 6, "Name": "o"}
-    documents: list[Any] = [[one], [one] * 60, [], health, storage, {"status": "STARTED"}, orthanc, [{}] * 60_000]
+    key = "-".join(["0123abcd"] * 5)
+    tags = {"SOPInstanceUID": IMAGE, "SeriesInstanceUID": SERIES, "PatientName": SECRET}
+    listed = [{"ID": key, "ParentStudy": key, "ParentSeries": key, "MainDicomTags": tags}] * 3
+    documents: list[Any] = [
+        listed,
+        [one],
+        [one] * 60,
+        [],
+        health,
+        storage,
+        {"status": "STARTED"},
+        orthanc,
+        [{}] * 60_000,
+    ]
     documents += [
         [{"00080020": {"vr": "DA"}}] * 6_000,
         [{"00080020": {"vr": "DA", "Value": ["1"]}}] * 5_000,
