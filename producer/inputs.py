@@ -106,16 +106,21 @@ def rows_of_file(name: str, *, column: str | None = None) -> Iterator[Row | BadR
     """
     shown = shown_name(name)
     with _opened(name) as file:
-        lines = _Lines(file, shown)
-        first = lines.peek()
-        if column is None:
-            if name.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson")):
-                raise InvalidRequest(f"{shown} has columns; say which one is meant with --column NAME.")
-            yield from _plain(lines)
-        elif first.lstrip()[:1] == "{":
-            yield from _json_lines(lines, column)
-        else:
-            yield from _csv(lines, column, first)
+        if column is None and name.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson")):
+            raise InvalidRequest(f"{shown} has columns; say which one is meant with --column NAME.")
+        yield from rows_of_stream(file, shown, column=column)
+
+
+def rows_of_stream(file: BinaryIO, shown: str, *, column: str | None) -> Iterator[Row | BadRow]:
+    """The same of a file that is open and called ``shown``."""
+    lines = _Lines(file, shown)
+    first = lines.peek()
+    if column is None:
+        yield from _plain(lines)
+    elif first.lstrip()[:1] == "{":
+        yield from _json_lines(lines, column)
+    else:
+        yield from _csv(lines, column, first)
 
 
 def shown_name(name: str) -> str:
@@ -248,7 +253,10 @@ def _cell(cells: list[str], at: int, column: str, place: str) -> Row | BadRow:
 
 
 def _cells(heading: str, delimiter: str) -> list[str]:
-    return [cell.strip() for cell in next(csv.reader([heading], delimiter=delimiter), [])]
+    try:
+        return [cell.strip() for cell in next(csv.reader([heading], delimiter=delimiter), [])]
+    except csv.Error:
+        return []
 
 
 def rows_of_words(words: Iterable[str | Path], judge: Judge, *, column: str | None = None) -> Iterator[Row | BadRow]:

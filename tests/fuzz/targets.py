@@ -9,11 +9,14 @@ import functools
 import io
 import json
 import re
+import tempfile
+import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +26,8 @@ from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPIPHTJ2KReferencedDeflate
 
+from producer.inputs import Items, rows_of_stream, study_uid
+from producer.plans import PlanFile, PlanHeader, PlanLine, write
 from sandbox.synthetic import image
 from tests.fuzz.meter import ALLOWANCE_BYTES, Finding, Target, encodes
 from tests.fuzz.secrets import SECRET, hides_it, must_not_show
@@ -41,8 +46,10 @@ from worker.pacs.protocol import Fate, Found, Outcome, Part, Retrieved
 from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Job, read_job
 from worker.settings import ServerSettings, SourceSettings
+from worker.sources.archives import Archives
 from worker.sources.policy import Policy
 from worker.sources.policy import Target as Url
+from worker.sources.spool import CHUNK_BYTES, Limits, spool
 
 STUDY, SERIES, IMAGE = "1.2.840.99.1", "1.2.840.99.1.1", "1.2.840.99.1.1.1"
 _SEED_BYTES = 64 * 1024
@@ -627,6 +634,109 @@ _SHAPED_URL = st.builds(
 JSON_FACTOR = 18
 
 
+# --- archives, lists and plans ------------------------------------------------------------------------------------
+
+_ENTRY_BYTES = 100_000
+
+
+def _archive(case: bytes) -> list[Any]:
+    """What an archive says it holds, and its first entries."""
+    limits = Limits(_ENTRY_BYTES, time.monotonic() + 60, 60)
+    whole = replace(limits, max_bytes=len(case))
+    archives = Archives(lambda url, _: spool(iter([case]), source=url, limits=whole), lambda: whole)
+    try:
+        found = [one for page in archives.pages(_ARCHIVE_URL) for one in page]
+        return [found, *_each(*(functools.partial(_entry, archives, one.url, limits) for one in found[:3]))]
+    finally:
+        archives.close()
+
+
+def _entry(archives: Archives, url: str, limits: Limits) -> int:
+    with archives.fetch(url, limits) as fetched:
+        return fetched.size_bytes
+
+
+def _entries_are_told(case: bytes, results: Any) -> None:
+    """What is listed without a reason is read in the length that was listed, or refused."""
+    if isinstance(results, CourierError):
+        return
+    found, *read = results
+    for one, size_bytes in zip(found, read, strict=False):
+        if one.why_not and not isinstance(size_bytes, CourierError):
+            raise Finding("reads what it lists as no image")
+        if isinstance(size_bytes, int) and size_bytes != one.size_bytes:
+            raise Finding("reads another size than it lists")
+        if "/../" in one.url and not one.why_not:
+            raise Finding("lists a name that leads out")
+
+
+@functools.cache
+def _archives() -> list[bytes]:
+    packed = []
+    for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", how) as archive:
+            archive.writestr("ct/1.dcm", image(STUDY, side=8))
+            archive.writestr("../out.dcm", b"0123456789" * 50)
+            archive.writestr("dicomdir/", b"")
+        packed.append(out.getvalue())
+    return packed
+
+
+_ARCHIVE_URL = "https://images.example.org/all.zip"
+_SHAPED_ARCHIVE = st.builds(
+    lambda bodies, junk: junk + b"".join(bodies),
+    st.lists(st.deferred(lambda: st.sampled_from(_archives())), max_size=3),
+    st.binary(max_size=40),
+)
+
+
+def _list(case: bytes) -> list[int]:
+    """A file of rows in each form, and as a plan; by ``column``, what came of them."""
+    return _each(
+        *(functools.partial(_rows, case, column) for column in (None, "study")), functools.partial(_plan, case)
+    )
+
+
+def _rows(case: bytes, column: str | None) -> int:
+    with Items() as items:
+        items.add(rows_of_stream(io.BytesIO(case), "a file", column=column), study_uid)
+        return items.count + items.bad_total
+
+
+def _plan(case: bytes) -> int:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(case)
+        file.flush()
+        return PlanFile(Path(file.name)).totals.items
+
+
+def _no_more_items_than_lines(case: bytes, results: Any) -> None:
+    counts = [count for count in results if isinstance(count, int)]
+    if any(count > case.count(b"\n") + case.count(b"\r") + 1 for count in counts):
+        raise Finding("finds more items than there are lines")
+
+
+@functools.cache
+def _lists() -> list[bytes]:
+    out = io.StringIO()
+    write(PlanHeader(kind="delete"), [PlanLine(item="1.2.3"), PlanLine(item="1.2.4", do="skip", why="x")], out)
+    return [
+        b"# of Monday\n1.2.3\r\n1.2.4\n",
+        b'\xef\xbb\xbfno;study\n1;1.2.3\n2;"1.2.4"\n',
+        b'{"study": "1.2.3"}\n{"study": "1.2.4"}\n',
+        out.getvalue().encode(),
+    ]
+
+
+_SHAPED_LIST = st.lists(
+    st.one_of(
+        st.sampled_from((b"1.2.3", b"study", b'"', b",", b";", b"{", b"\n", b"\r\n", b"#")), st.binary(max_size=8)
+    ),
+    max_size=30,
+).map(b"".join)
+
+
 def _same(case: bytes) -> bytes:
     return case
 
@@ -679,5 +789,23 @@ TARGETS = (
         prepare=_url,
         act=_policies,
         check=_urls_are_told,
+    ),
+    Target(
+        "archives",
+        seeds=_archives,
+        shaped=_SHAPED_ARCHIVE,
+        prepare=_same,
+        act=_archive,
+        check=_entries_are_told,
+        allowance_bytes=lambda _: ALLOWANCE_BYTES + 3 * _ENTRY_BYTES + 2 * CHUNK_BYTES,
+    ),
+    Target(
+        "lists",
+        seeds=_lists,
+        shaped=_SHAPED_LIST,
+        prepare=_same,
+        act=_list,
+        check=_no_more_items_than_lines,
+        allowance_bytes=lambda _: 2 * ALLOWANCE_BYTES,
     ),
 )

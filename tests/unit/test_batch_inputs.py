@@ -119,6 +119,7 @@ def test_what_cannot_be_read_or_has_no_such_column_is_refused_at_once(file, tmp_
         (file("study,name\n1.2.3,A\n", "b.csv"), "uid", "its columns: study, name"),
         (file("", "c.csv"), "uid", "no column"),
         (file(b"\0\xff" * 1000, "d.csv"), "uid", "no column"),
+        (file(b"uid\r1.2.3\r", "e.csv"), "uid", "no column"),
     ):
         with pytest.raises(InvalidRequest, match=says):
             read(name, column)
