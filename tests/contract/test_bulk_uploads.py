@@ -14,7 +14,7 @@ from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import RedisPart, SandboxPart
 from sandbox.synthetic import image, new_uid
-from worker.batches import Item, Row, Settled
+from worker.batches import CHUNK_ITEMS, Item, Row, Settled
 from worker.breakers import CHANGES, Breakers
 from worker.errors import CourierError
 from worker.instances import identify
@@ -39,6 +39,7 @@ class Counted:
     def __init__(self, pacs: Pacs) -> None:
         self._pacs = pacs
         self.requests: list[int] = []
+        self.request_bytes = pacs.request_bytes
         self.look: Callable[[Part], object] = lambda part: None
         self.seen: list[object] = []
 
@@ -176,6 +177,36 @@ def test_a_group_is_stored_in_few_requests_and_each_item_has_its_receipt(any_ser
     assert set(receipt) == {"study_uid", "series_uid", "image_uid", "sha256", "size_bytes"}
     assert (receipt["study_uid"], len(receipt["sha256"])) == (study, 64)
     assert any_server.tools.ledger.known(study).storing == []
+
+
+def test_a_request_is_no_larger_than_the_server_takes(site: Site) -> None:
+    study = new_uid()
+    site.servers["msdicom"].request_bytes = 3500
+    chunk = site.chunk(*site.study(7, study))
+    chunk.attempt()
+    assert chunk.told == ["stored"] * 7
+    assert sorted(site.servers["msdicom"].requests) == [1, 2, 2, 2]  # 1.1 KB each, and their headers
+
+
+def test_images_that_are_refused_together_are_each_sent_alone(site: Site, sandbox: SandboxPart) -> None:
+    chunk = site.chunk(*site.study(4))
+    sandbox.set_mood("msdicom", "store", status=413, times=1)
+    assert words(chunk.attempt()) == ["pacs_misanswered?"] * 4
+    chunk.attempt()
+    assert (chunk.told, site.servers["msdicom"].requests) == (["stored"] * 4, [4, 1, 1, 1, 1])
+    refused = site.chunk(site.put(new_uid()))
+    sandbox.set_mood("msdicom", "store", status=413)
+    refused.attempt()
+    assert refused.told == ["pacs_rejected"]
+
+
+def test_an_account_that_may_not_store_is_a_failure_that_can_be_tried_again(site: Site, sandbox: SandboxPart) -> None:
+    sandbox.set_mood("msdicom", "store", status=403)
+    chunk = site.chunk(*site.study(2))
+    chunk.attempt()
+    assert [(one.status, one.code, one.server_name) for one in chunk.settled.values()] == [
+        ("failed", "pacs_unauthorized", "msdicom")
+    ] * 2
 
 
 def test_the_pace_of_a_batch_is_told_what_was_fetched_asked_and_sent(site: Site) -> None:
@@ -452,6 +483,12 @@ def test_what_was_stored_is_verified_by_its_bytes_where_the_server_keeps_them(an
     assert set(words(verify(wrong, any_server.desk))) == {"differs" if keeps else "verified"}
     gone = [Settled(one.item, "stored", server="ward", result={**one.result, "image_uid": new_uid()}) for one in wrong]
     assert set(words(verify(gone, any_server.desk))) == {"missing"}
+
+
+def test_a_whole_chunk_of_one_study_is_verified_image_by_image(site: Site) -> None:
+    chunk = site.chunk(*site.study(CHUNK_ITEMS))
+    chunk.attempt()
+    assert words(verify(list(chunk.settled.values()), site.desk)) == ["verified"] * CHUNK_ITEMS
 
 
 def test_of_a_silent_server_nothing_is_said_when_it_is_verified(site: Site, sandbox: SandboxPart) -> None:

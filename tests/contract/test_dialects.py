@@ -549,3 +549,21 @@ def test_of_many_images_of_a_study_those_are_named_that_are_there(pacs: Pacs, se
 def test_one_request_may_be_as_large_as_the_product_documents(pacs: Pacs, habits: Habits) -> None:
     documented = {"msdicom": 2_147_483_647, "dcm4chee": 10_000_000_000, "orthanc": None, "dicomweb": None}
     assert pacs.request_bytes == documented[habits.server_type]
+
+
+def test_a_study_far_larger_than_what_is_asked_for_is_not_listed_to_its_end(
+    sandbox_server_of_pages: tuple[Pacs, str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pacs, study, uids = sandbox_server_of_pages
+    monkeypatch.setattr("worker.pacs.msdicom.MAX_PAGE", 2)
+    asked = [uids[0], uids[-1], new_uid(), new_uid()]
+    assert pacs.present(study, asked) == {uids[0], uids[-1]}
+    assert pacs.present(study, uids) == set(uids)
+
+
+@pytest.fixture
+def sandbox_server_of_pages(request: pytest.FixtureRequest) -> tuple[Pacs, str, list[str]]:
+    """An MSDICOM with a study of twelve images, which are more than four pages of two."""
+    habits, study = HABITS["sandbox-msdicom"], new_uid()
+    pacs = server(habits, habits.where(request))
+    return pacs, study, [uid_of("image", one) for one in stored(pacs, *(image(study, side=8) for _ in range(12)))]

@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from worker.batches import ItemStatus, Settled
+from worker.batches import CHUNK_ITEMS, ItemStatus, Settled
 from worker.errors import CourierError, NeedsPerson, NotFound, Refused
 from worker.jobs.batches import Answer, Desk
 from worker.jobs.deletions import forget_what_is_gone, remove
@@ -114,8 +115,7 @@ def _kept(one: Settled, seen: Seen | CourierError, *, resumed: bool) -> Settled 
 
 
 def _delete(one: Settled, begun: set[int], desk: Desk) -> Deletion:
-    found = Found("image", one.result["study_uid"], one.result["series_uid"], one.result["image_uid"])
-    return remove(desk.tools.fleet[one.server_name], [found], permanent=True, resumed=one.item.number in begun)
+    return remove(desk.tools.fleet[one.server_name], [_image(one)], permanent=True, resumed=one.item.number in begun)
 
 
 def _taken_back(one: Settled, deletion: Deletion | CourierError) -> Settled | CourierError:
@@ -138,19 +138,23 @@ def _seen(stored: Sequence[Settled], desk: Desk) -> dict[tuple[str, str], Seen |
     for one in stored:
         by_study.setdefault(_where(one), []).append(one)
     fleet = desk.tools.fleet
-    questions = [partial(_look, fleet[server], study, group) for (server, study), group in by_study.items()]
+    questions = [
+        partial(_look, fleet[server], study, group, all_in=len(group) >= CHUNK_ITEMS)
+        for (server, study), group in by_study.items()
+    ]
     return dict(zip(by_study, fleet.gather(questions), strict=True))
 
 
-def _look(pacs: Pacs, study_instance_uid: str, stored: Sequence[Settled]) -> Seen:
+def _look(pacs: Pacs, study_instance_uid: str, stored: Sequence[Settled], *, all_in: bool) -> Seen:
+    """``all_in``: so many images of the study were asked for that it may be far larger, and is not listed each time."""
     study = Found("study", study_instance_uid)
     wanted = {str(one.result["image_uid"]): one for one in stored}
-    images = {found.sop_instance_uid: found for found in pacs.instances(study) if found.sop_instance_uid}
-    there = images.keys() & wanted.keys()
+    there = pacs.present(study_instance_uid, wanted)
     if not pacs.keeps_bytes:
         return Seen(there, None)
-    worth_all = bool(there) and len(images) <= WORTH_ALL * len(there)
-    founds = [study] if worth_all else [images[uid] for uid in sorted(there)]
+    most = WORTH_ALL * len(there)
+    worth_all = bool(there) and not all_in and sum(1 for _ in islice(pacs.instances(study), most + 1)) <= most
+    founds = [study] if worth_all else [_image(wanted[uid]) for uid in sorted(there)]
     digests = _digests(pacs, founds, bare=any(one.result.get("preamble_added") for one in stored))
     return Seen(there, {uid for uid in there if wanted[uid].result["sha256"] in digests})
 
@@ -182,6 +186,10 @@ def _digests_of(retrieved: Retrieved, *, bare: bool) -> Iterator[str]:
 
 def _where(one: Settled) -> tuple[str, str]:
     return one.server_name, str(one.result["study_uid"])
+
+
+def _image(one: Settled) -> Found:
+    return Found("image", one.result["study_uid"], one.result["series_uid"], one.result["image_uid"])
 
 
 def _uids(one: Settled) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -103,14 +104,17 @@ class DicomWeb:
             offset += len(datasets)  # and not by the page: a server may hold its pages smaller than it was asked
 
     def present(self, study_instance_uid: str, sop_instance_uids: Collection[str], *, page: int) -> set[str]:
-        """Few are asked for one by one; for more, the study's images are listed."""
+        """Few are asked for one by one; for more, the study is listed, as long as that takes fewer questions."""
         wanted = set(sop_instance_uids)
-        if len(wanted) <= FEW:
-            found = [one for uid in wanted for one in self.find("image", uid)]
-            there = {one.sop_instance_uid for one in found if one.study_instance_uid == study_instance_uid}
-        else:
-            there = {one.sop_instance_uid for one in self.instances(Found("study", study_instance_uid), page=page)}
-        return {uid for uid in there & wanted if uid is not None}
+        listed: set[str | None] = set()
+        if len(wanted) > FEW:
+            images = self.instances(Found("study", study_instance_uid), page=page)
+            listed = {one.sop_instance_uid for one in islice(images, page * len(wanted))}
+            if len(listed) < page * len(wanted):
+                return {uid for uid in wanted if uid in listed}
+        found = [one for uid in wanted - listed for one in self.find("image", uid)]
+        alone = {one.sop_instance_uid for one in found if one.study_instance_uid == study_instance_uid}
+        return {uid for uid in wanted if uid in listed or uid in alone}
 
     def present_in_lists(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
         """The same where a query may name several UIDs, the parameter repeated."""
