@@ -37,6 +37,7 @@ from typing import Any, Final, Literal, cast, get_args
 from redis.client import NEVER_DECODE
 
 from worker.ledger import PREFIX, DueJob, LeaseLost, Ledger
+from worker.logs import shown_url
 
 State = Literal["planning", "planned", "running", "verifying", "paused", "cancelled", "done", "undoing", "undone"]
 Pass = Literal["survey", "apply", "verify", "undo"]
@@ -327,7 +328,7 @@ class Row:
 
     def as_json(self, types: Mapping[str, str]) -> dict[str, Any]:
         one = self.settled
-        told = {"number": self.item.number, "item": self.item.text, **_told(one, types)}
+        told = {"number": self.item.number, "item": shown_url(self.item.text), **_told(one, types)}
         if not self.item.text.partition(":")[2]:
             told["study_uid"] = self.item.text
         told["size_bytes"] = one.result.get("size_bytes", self.item.size_bytes)

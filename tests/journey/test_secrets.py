@@ -255,3 +255,22 @@ def test_nothing_secret_stands_anywhere_once_jobs_are_over(
 
 def letters(courier) -> list[str]:
     return [letter.job_id for letter in courier.dead.list()]
+
+
+def test_a_batch_of_signed_urls_shows_no_signature(guarded, redis, image_server, monkeypatch):
+    """Its plan has to keep them, deflated, as long as it can be reported: ``docs/secrets.md``."""
+    running = guarded("text")
+    monkeypatch.setenv("PACS_CONFIG", str(running.config))
+    urls = [image_server.put(f"{n}.dcm", image(new_uid(), PatientName=PATIENT)) for n in range(2)]
+    urls.append(image_server.put("denied.dcm", b"no", status=403))
+    with Courier(running.settings) as courier:
+        job = courier.batch.upload([f"{url}?{SAS}" for url in urls], name="signed")
+        outcome = json.dumps(job.result(timeout_s=WAIT_S))
+        shown = {
+            "outcome": outcome,
+            "report": json.dumps(list(courier.batch.report(job.batch_id))),
+            "pacs batch": printed("batch", "list") + printed("batch", "show", job.batch_id),
+            "the worker's log": running.log,
+        }
+    assert "denied.dcm" in shown["report"]
+    assert found_in(shown) == [], found_in(shown)
