@@ -148,6 +148,9 @@ def test_an_archive_is_fetched_once_for_all_its_entries_and_let_go_later(
     for _ in range(3):
         for entry in ("a", "b"):
             sources.fetch(f"zip+{first}!/{entry}").close()
+    for wrong in ("c", "../a"):
+        with pytest.raises(CourierError):
+            sources.fetch(f"zip+{first}!/{wrong}")
     assert fetched == [first]
     for url in (second, third):
         sources.fetch(f"zip+{url}!/a").close()

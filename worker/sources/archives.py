@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote, unquote
 
-from worker.errors import CourierError, NotDicom, SourceNotAllowed, SourceNotFound, SourceTooLarge
+from worker.errors import NotDicom, SourceNotAllowed, SourceNotFound, SourceTooLarge
 from worker.logs import shown_url
 from worker.sources.listing import Listed, listed, paged
 from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
@@ -95,10 +95,9 @@ class Archives:
             finally:
                 kept.fetching.release()
             yield kept.archive
-        except CourierError:
-            self._forget(url, kept)
-            raise
         finally:
+            if kept.archive is None:
+                self._forget(url, kept)
             self._let_go(kept)
 
     def _forget(self, url: str, kept: _Kept) -> None:
