@@ -59,6 +59,7 @@ def examine(load: Callable[[], Settings] = Settings.load) -> Iterator[Finding]:
         yield Finding("settings", "failed", "No servers are configured.", "Name a pacs.toml in PACS_CONFIG.")
         return
     yield Finding("settings", "ok", f"{len(settings.servers)} servers: {', '.join(s.name for s in settings.servers)}")
+    yield from _patience(settings)
     yield from _telemetry(settings.telemetry)
     try:
         courier = Courier(settings)
@@ -72,6 +73,14 @@ def examine(load: Callable[[], Settings] = Settings.load) -> Iterator[Finding]:
         yield from (*queues, backend, *ledger)
         if all(finding.state != "unavailable" for finding in (*queues, backend, *ledger)):
             yield from _workers(courier)
+
+
+def _patience(settings: Settings) -> Iterator[Finding]:
+    """A watchdog must not take a server's allowed silence for the end of all work."""
+    slowest = max(settings.servers, key=lambda server: server.read_timeout_s)
+    if settings.worker.watchdog_s and settings.worker.hung_s <= slowest.read_timeout_s:
+        found = f"worker.hung_s is {settings.worker.hung_s:g} s, read_timeout_s of {slowest.name} is not less"
+        yield Finding("watchdog", "warning", found, "Set worker.hung_s to more: a patient worker would be ended.")
 
 
 def _telemetry(telemetry: TelemetrySettings) -> Iterator[Finding]:

@@ -135,3 +135,10 @@ def test_telemetry_that_nobody_takes_or_serves_is_found(redis_server, sandbox_se
     assert list(doctor._telemetry(settings.telemetry)) == []
     with socket.create_server((parts.HOST, port)):
         assert {finding.state for finding in doctor._telemetry(telemetry)} == {"ok"}
+
+
+@pytest.mark.parametrize(("hung_s", "found"), [(120, ["watchdog"]), (121, [])])
+def test_a_watchdog_that_is_less_patient_than_a_request_is_found(redis_server, sandbox_server, hung_s, found):
+    settings = settings_of(redis_server, sandbox_server)
+    hasty = settings.model_copy(update={"worker": settings.worker.model_copy(update={"hung_s": hung_s})})
+    assert [finding.check for finding in doctor._patience(hasty)] == found
