@@ -4,11 +4,13 @@ A real Redis with its append-only file, a real worker, and a kind that does noth
 is made by a process of its own, as a program that reads a list makes one, and applied by a worker started for it.
 Measured: items planned per second; the most memory that planner and worker have ever held; the most that Redis has held
 above what it held before, everything included (plan, outcomes, results, records, messages), by item; seconds to apply.
+Processor time, by item, is what a busy machine changes least.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -45,8 +47,10 @@ NOBODY = {"name": "here", "type": "dicomweb", "url": "http://127.0.0.1:9/dicom-w
 class Figures:
     items: int
     plan_s: float
+    plan_cpu_s: float
     planner_mib: float
     apply_s: float
+    worker_cpu_s: float
     worker_mib: float
     redis_bytes: int
 
@@ -54,11 +58,13 @@ class Figures:
         return (
             f"{self.items:,}",
             f"{self.items / self.plan_s:,.0f}",
+            f"{self.plan_cpu_s / self.items * 1e6:.1f}",
             f"{self.planner_mib:.0f}",
             f"{self.worker_mib:.0f}",
             f"{self.redis_bytes / self.items:.0f}",
             f"{self.apply_s:.1f}",
             f"{self.apply_s / self.items * 1e6:.0f}",
+            f"{self.worker_cpu_s / self.items * 1e6:.0f}",
         )
 
 
@@ -90,14 +96,14 @@ def plan(config: str, batch_id: str, items: int) -> None:
     with Courier(Settings.load({"PACS_CONFIG": config})) as courier:
         assert courier.ledger is not None
         batches = Batches(courier.ledger)
-        begun = time.perf_counter()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         batches.open(batch_id, kind="noop", order={"verify": False}, width=4, name=f"{items} times nothing")
         with Planner(batches, batch_id) as planner:
             planner.add_all(Planned(listed(number)) for number in range(items))
             planner.freeze()
-        plan_s = time.perf_counter() - begun
+        plan_s, cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"plan_s": plan_s, "mib": peak_mib}))
+    print(json.dumps({"plan_s": plan_s, "cpu_s": cpu_s, "mib": peak_mib}))
 
 
 @contextmanager
@@ -117,8 +123,12 @@ def measure(items: int, *, receipts: bool, listed_by_worker: bool) -> Figures:
         worker.wait_ready(timeout_s=120)
         peak = Peak(redis)
         peak.start()
-        batch_id = str(uuid.uuid4())
-        told = {"plan_s": 0.0, "mib": 0.0} if listed_by_worker else _planned_elsewhere(config, batch_id, items)
+        batch_id, cpu_s = str(uuid.uuid4()), _cpu_s(worker.pid)
+        told = (
+            dict.fromkeys(("plan_s", "cpu_s", "mib"), 0.0)
+            if listed_by_worker
+            else _planned_elsewhere(config, batch_id, items)
+        )
         with Courier(Settings.load({"PACS_CONFIG": str(config)})) as courier:
             order = {"planned": not listed_by_worker, "verify": False}
             courier.enqueue("pacs.batch.noop", BatchOrderJob, order, job_id=batch_id)
@@ -127,7 +137,16 @@ def measure(items: int, *, receipts: bool, listed_by_worker: bool) -> Figures:
         applied = end["passes"]["apply"]
         apply_s = (applied["ended_ms"] - applied["begun_ms"]) / 1000
         plan_s = told["plan_s"] or (applied["begun_ms"] - end["created_ms"]) / 1000
-        return Figures(items, plan_s, told["mib"], apply_s, _peak_mib(worker.pid), peak.stop())
+        return Figures(
+            items=items,
+            plan_s=plan_s,
+            plan_cpu_s=told["cpu_s"],
+            planner_mib=told["mib"],
+            apply_s=apply_s,
+            worker_cpu_s=_cpu_s(worker.pid) - cpu_s,
+            worker_mib=_peak_mib(worker.pid),
+            redis_bytes=peak.stop(),
+        )
 
 
 def _planned_elsewhere(config: Path, batch_id: str, items: int) -> dict[str, float]:
@@ -139,6 +158,11 @@ def _planned_elsewhere(config: Path, batch_id: str, items: int) -> dict[str, flo
 def _peak_mib(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @click.command()
@@ -154,7 +178,8 @@ def main(
         plan(config, batch_id, sizes[0])
         return
     table = Table(box=None)
-    headings = ("items", "planned/s", "planner MiB", "worker MiB", "Redis B/item", "apply s", "µs/item")
+    planned, applied = ("planned/s", "CPU µs", "planner MiB"), ("apply s", "µs/item", "CPU µs")
+    headings = ("items", *planned, "worker MiB", "Redis B/item", *applied)
     for heading in headings:
         table.add_column(heading, justify="right")
     for items in sizes or SIZES:
