@@ -235,6 +235,7 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
 def sweep(ledger: Ledger) -> int:
     """Send a message for every job that is due, or whose server is well again; returns how many."""
     ledger.wake_parked()
+    _hasten(ledger)
     due = ledger.sweep()
     telemetry.count("sweep")
     for job in due:
@@ -242,6 +243,18 @@ def sweep(ledger: Ledger) -> int:
         log.info("Woke job %s (%s)", job.job_id, job.task, extra={"job_id": job.job_id, "task": job.task})
     telemetry.count("woken", len(due))
     return len(due)
+
+
+def _hasten(ledger: Ledger) -> None:
+    """Wake again what nobody answered to although its queue is empty: the message died with its worker.
+
+    Where messages wait in line, theirs may be among them, and another one would only make the line longer.
+    """
+    unanswered = ledger.unanswered()
+    if unanswered:
+        queue_of = {task: app.amqp.router.route({}, task)["queue"].name for task in set(unanswered.values()) if task}
+        empty = {queue for queue, depth in consumer.depths(app, set(queue_of.values())).items() if not depth}
+        ledger.hasten(job_id for job_id, task in unanswered.items() if queue_of.get(task) in empty)
 
 
 def _send(job: DueJob) -> None:

@@ -11,6 +11,7 @@ Keys, all below ``courier:`` in a database of their own:
                           once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
     deaths:HASH   int     how often the worker died doing this content
+    unanswered    zset    job ids by the time when somebody was woken for them, until a message of theirs is seen
     alone         string  the job at work that may not have another death; others like it wait for their turn
     hold:UID      hash    the job that may store (or delete) this SOP instance now; by digest: write to a destination
     gate:UID      hash    the job that is deleting this study or series: nobody begins to store into it
@@ -109,6 +110,7 @@ _CLAIM = (
     + """
 local job, due, deaths = KEYS[1], KEYS[2], KEYS[3]
 local state = redis.call('HGET', job, 'state')
+redis.call('ZREM', KEYS[5], ARGV[1])
 if state == 'done' or state == 'dead' then return {state, redis.call('HGET', job, 'outcome')} end
 if state == 'running' and tonumber(redis.call('HGET', job, 'lease_ms')) > now then return {'held'} end
 local score = redis.call('ZSCORE', due, ARGV[1])
@@ -321,9 +323,11 @@ for _, id in ipairs(ids) do
     local sends = math.min(redis.call('HINCRBY', job, 'sends', 1), 7)
     if fields[3] == 'waiting' then redis.call('HSET', job, 'woken', 1) end
     redis.call('ZADD', KEYS[1], now + ARGV[2] * 2 ^ (sends - 1), id)
+    redis.call('ZADD', KEYS[2], now, id)
     woken[#woken + 1] = {id, fields[1], fields[2] or '{}', fields[4] or ''}
   else
     redis.call('ZREM', KEYS[1], id)
+    redis.call('ZREM', KEYS[2], id)
   end
 end
 return woken
@@ -340,6 +344,15 @@ redis.call('HSET', KEYS[1], 'woken', 1)
 if fields[1] == 'running' then return {} end
 if ARGV[2] == '1' then redis.call('ZADD', KEYS[2], now, ARGV[1]) end
 return {fields[2], fields[3] or '{}'}
+"""
+)
+
+_HASTEN = (
+    _NOW
+    + """
+for _, id in ipairs(ARGV) do
+  if redis.call('ZREM', KEYS[2], id) == 1 then redis.call('ZADD', KEYS[1], 'XX', 'LT', now, id) end
+end
 """
 )
 
@@ -686,6 +699,7 @@ class Ledger:
         self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
         self._hold_many, self._let_go_many = script(_HOLD_MANY), script(_LET_GO_MANY)
         self._park_for, self._wake = script(_PARK_FOR), script(_WAKE)
+        self._hasten = script(_HASTEN)
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
         self._rouse, self._let_go_hold = script(_ROUSE), script(_LET_GO_HOLD)
 
@@ -722,7 +736,7 @@ class Ledger:
         One that has had all its ``max_deaths`` but one waits while another such job is at work. Of a job that nobody
         wrote down before, ``trace`` is kept too.
         """
-        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), PREFIX + "alone"]
+        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), PREFIX + "alone", PREFIX + "unanswered"]
         args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED, max_deaths - 1, _job("")]
         answer: list[Any] = self._claim(keys=keys, args=[*args, trace] if trace else args)
         state = ClaimState(answer[0])
@@ -850,8 +864,23 @@ class Ledger:
 
     def sweep(self, limit: int = 200) -> list[DueJob]:
         """Jobs that somebody has to be woken for. Each is due again later, and later each time, until claimed."""
-        rows = self._sweep(keys=[PREFIX + "due"], args=[limit, self.grace_ms, _job("")])
+        rows = self._sweep(keys=[PREFIX + "due", PREFIX + "unanswered"], args=[limit, self.grace_ms, _job("")])
         return [DueJob(job_id, task, json.loads(job), trace) for job_id, task, job, trace in rows]
+
+    def unanswered(self, limit: int = 200) -> dict[str, str]:
+        """Jobs that somebody was woken for more than a grace period ago and nobody took up since, with their tasks."""
+        latest_ms = _ms(self.clock_s()) - self.grace_ms
+        ids = cast(
+            list[str], self._redis.zrange(PREFIX + "unanswered", "-inf", latest_ms, byscore=True, offset=0, num=limit)
+        )
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.hget(_job(job_id), "task")
+            return {job_id: task or "" for job_id, task in zip(ids, pipe.execute(), strict=True)}
+
+    def hasten(self, job_ids: Iterable[str]) -> None:
+        """The messages of these jobs are lost: they are due now, however often somebody was woken for them."""
+        self._hasten(keys=[PREFIX + "due", PREFIX + "unanswered"], args=list(job_ids))
 
     def look(self, job_id: str) -> dict[str, str]:
         """The record as it stands, without the message (which may bear a credential); {} if there is none."""

@@ -109,6 +109,24 @@ def test_the_record_of_an_ended_job_outlives_every_message_that_may_still_come(c
     assert client.ttl(f"{PREFIX}job:j1") > 2 * visibility_s
 
 
+def test_a_message_that_is_known_to_be_lost_does_not_wait_its_turn_to_be_sent_again(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    for name in ("lost", "taken"):
+        ledger.submit(name, task=TASK, job=JOB)
+        for _ in range(5):
+            client.zadd(f"{PREFIX}due", {name: 0})
+            ledger.sweep()
+    assert ledger.unanswered() == {}, "it may be in the hands of a worker"
+    client.zadd(f"{PREFIX}unanswered", dict.fromkeys(("lost", "taken"), 0))
+    assert claim(ledger, "taken").state is ClaimState.YOURS
+    assert ledger.unanswered() == {"lost": TASK}
+    assert ledger.sweep() == [], "for a long time yet, or a long queue would grow by itself"
+    ledger.hasten(["lost", "taken"])
+    assert [job.job_id for job in ledger.sweep()] == ["lost"]
+    assert ledger.unanswered() == {}
+
+
 def test_jobs_that_may_not_have_another_death_take_turns(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
     def take(name: str) -> Any:
         return ledger.claim(name, task=TASK, job={"image_url": name}, max_deaths=3)
