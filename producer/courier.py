@@ -470,6 +470,10 @@ def _error(result: Any) -> CourierError:
 def _reachable() -> Iterator[None]:
     try:
         yield
+    except redis.exceptions.OutOfMemoryError as error:
+        raise BrokerUnavailable(
+            "Redis has no memory left and took nothing; give it more (maxmemory), then send the job again."
+        ) from error
     except _UNREACHABLE as error:
         raise BrokerUnavailable(
             f"Redis cannot be reached ({type(error).__name__}); check BROKER_URL, RESULT_BACKEND and LEDGER_URL."

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import billiard
@@ -98,7 +98,25 @@ def _settings() -> Settings:
 
 settings = _settings()
 
-app = Celery("pacs", task_cls=PacsTask, include=["worker.tasks"])
+
+class PacsCelery(Celery):  # type: ignore[misc]  # celery is untyped
+    """Celery, which calls a job failed whose result it could not store; the job may well be done."""
+
+    def _get_backend(self) -> Any:
+        backend = super()._get_backend()
+        backend.mark_as_failure = functools.partial(_tell_of_failure, backend.mark_as_failure)
+        return backend
+
+
+def _tell_of_failure(
+    tell: Callable[..., None], job_id: str, error: BaseException, *args: Any, store_result: bool = True, **kwargs: Any
+) -> None:
+    """Nothing is told where only telling has failed: the outcome is in the ledger, and a sweep tells it."""
+    telling = isinstance(error, BackendError)
+    tell(job_id, error, *args, store_result=store_result and not telling, **kwargs)
+
+
+app = PacsCelery("pacs", task_cls=PacsTask, include=["worker.tasks"])
 app.config_from_object("celeryconfig")
 app.conf.update(
     broker_url=settings.queue.broker_url,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Final
 
@@ -21,6 +22,7 @@ from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed, OperationalError
 from kombu.transport import TRANSPORT_ALIASES, virtual
 from kombu.transport import redis as redis_transport
+from redis.exceptions import OutOfMemoryError
 
 from worker import signing
 from worker.errors import InvalidRequest
@@ -28,6 +30,9 @@ from worker.payloads import MESSAGE_BYTES
 from worker.watchdog import Signs, times_woken
 
 log = logging.getLogger(__name__)
+
+#: How soon to look again whether a Redis without memory has some.
+FULL_S: Final = 1.0
 
 #: Names of tasks and ids that may stand in a log: neither sentences nor URLs.
 _NAME: Final = re.compile(r"[\w.:-]{1,200}", re.ASCII)
@@ -132,6 +137,14 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
     def on_invalid_task(self, body: object, message: Any, exc: BaseException) -> None:  # noqa: ARG002 - Celery's
         self.throw_away(message, f"it is no task that can be run ({type(exc).__name__})")
 
+    def on_connection_error_before_connected(self, exc: BaseException) -> None:
+        _wait_for_room(exc)
+        super().on_connection_error_before_connected(exc)
+
+    def on_connection_error_after_connected(self, exc: BaseException) -> None:
+        _wait_for_room(exc)
+        super().on_connection_error_after_connected(exc)
+
     def throw_away(self, message: Any, reason: str, *, tell: bool = True) -> None:
         """Reject it for good, in one line; whoever waits for its id is told."""
         task, job_id = _named(message)
@@ -199,6 +212,13 @@ def depths(app: Any, queues: Iterable[str]) -> dict[str, int]:
     return found
 
 
+def _wait_for_room(error: BaseException) -> None:
+    """A Redis without memory answers at once: nothing else would keep the worker from asking without a pause."""
+    if isinstance(error, OutOfMemoryError):
+        log.error("Redis has no memory left and takes nothing; give it more (maxmemory). The worker waits for it.")
+        time.sleep(FULL_S)
+
+
 def _named(message: Any) -> tuple[str | None, str | None]:
     """The task and the id that the headers name, if they can be shown."""
     headers = message.headers if isinstance(message.headers, dict) else {}
@@ -264,7 +284,11 @@ class PacsChannel(redis_transport.Channel):
 
 
 class PacsTransport(redis_transport.Transport):
+    """kombu's, for which a Redis without memory is one that is away for a while; kombu would end the worker."""
+
     Channel = PacsChannel
+
+    connection_errors = (*redis_transport.Transport.connection_errors, OutOfMemoryError)
 
 
 def install() -> None:

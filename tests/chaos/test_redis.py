@@ -1,0 +1,206 @@
+"""Redis dies, is cut off, is full, or loses its results while images are uploaded; nobody has to help."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+import pytest
+from redis import Redis
+
+from producer import Courier
+from producer.errors import BrokerUnavailable
+from sandbox import processes as parts
+from sandbox.processes import Processes, poll
+from tests.chaos.cable import Cable
+from tests.chaos.crew import Crew, control_url
+from tests.chaos.judge import Picture, judge
+
+WAIT_S = 60
+JOBS = 40
+#: What Celery and redis-py say of a broker that is gone, with the traceback; the worker goes on.
+GONE = ("ConnectionError", "TimeoutError", "ConnectionRefusedError", "Connection to broker lost", "OperationalError")
+AREA = "Redis"
+
+
+@pytest.fixture
+def house(tmp_path):
+    """Children of this test alone, and what else is to be closed."""
+    with ExitStack() as stack:
+        stack.processes = stack.enter_context(Processes(tmp_path / "house"))
+        yield stack
+
+
+def crew_on(house, tmp_path, redis, sandbox, **urls):
+    crew = Crew(
+        tmp_path / "crew",
+        queue={**parts.queue_settings(redis), **urls},
+        servers=sandbox.servers(),
+        control=control_url(redis),
+    )
+    crew.forgiven += GONE
+    house.enter_context(crew.processes)
+    return crew
+
+
+def upload(courier, image_server, wishes, *, count=JOBS):
+    for _ in range(count):
+        picture = Picture.new()
+        wishes[courier.upload(image_server.put(f"{picture.sop}.dcm", picture.body))] = picture
+
+
+def some_ended(courier, wishes, *, least=3):
+    def ended():
+        return sum(report.over for report in courier.reports(handle.id for handle in wishes).values()) >= least
+
+    return poll(ended, timeout_s=WAIT_S, every_s=0.05)
+
+
+@pytest.mark.slow
+def test_redis_is_killed_and_comes_back_with_its_file_while_images_are_uploaded(
+    house, tmp_path, sandbox, image_server, guarantee
+):
+    redis = parts.redis(house.processes, name="mortal")
+    crew = crew_on(house, tmp_path, redis, sandbox)
+    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
+    workers = [crew.start(pool=pool, concurrency=4) for pool in ("threads", "processes")]
+    wishes = {}
+    with Courier(crew.loaded()) as courier:
+        upload(courier, image_server, wishes)
+        assert some_ended(courier, wishes)
+        time.sleep(1.2)  # Redis writes its file once a second: what is older is kept
+        redis.child.kill()
+        with pytest.raises(BrokerUnavailable):
+            courier.upload(image_server.url("nobody-hears.dcm"))
+        time.sleep(3)
+        parts.redis(house.processes, name="mortal", port=redis.port)
+        back_s = time.monotonic()
+        upload(courier, image_server, wishes, count=5)
+        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        took_s = time.monotonic() - back_s
+    assert all(worker.alive for worker in workers)
+    assert crew.faults() == []
+    guarantee.row(
+        area=AREA,
+        fault="killed, and back after 3 s with its append-only file",
+        point=f"{len(wishes)} uploads, since it is back",
+        outcome="all stored once; meanwhile programs are told `broker_unavailable`",
+        recovery_s=took_s,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(("cut", 8), id="silent-8-s"),
+        pytest.param(("cut", 30), id="silent-30-s", marks=pytest.mark.full),
+        pytest.param(("snap", 30), id="closed-30-s", marks=pytest.mark.full),
+    ],
+)
+def test_the_way_to_redis_is_cut_for_one_worker_and_the_others_do_its_jobs(
+    house, tmp_path, redis, sandbox, image_server, guarantee, cut
+):
+    way, cut_s = cut
+    cable = house.enter_context(Cable(redis.port))
+    through = {
+        f"{name}": f"redis://{parts.HOST}:{cable.port}/{n}" for n, name in enumerate(parts.queue_settings(redis))
+    }
+    near = crew_on(house, tmp_path, redis, sandbox)
+    far = crew_on(house, tmp_path / "far", redis, sandbox, **through)
+    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
+    wishes = {}
+    with Courier(near.loaded()) as courier:
+        cut_off = far.start(concurrency=4)
+        upload(courier, image_server, wishes)
+        assert some_ended(courier, wishes)
+        getattr(cable, way)()
+        cut_at_s = time.monotonic()
+        near.start(concurrency=4)
+        upload(courier, image_server, wishes, count=5)
+        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        others_s = time.monotonic() - cut_at_s
+        time.sleep(max(0, cut_s - others_s))
+        cable.mend()
+        mended_s = time.monotonic()
+        for worker in near.processes.children:
+            worker.stop()
+        later = {}
+        upload(courier, image_server, later, count=5)
+        judge(later, courier, sandbox, timeout_s=WAIT_S)
+        alone_s = time.monotonic() - mended_s
+    assert cut_off.alive
+    assert near.faults() == far.faults() == []
+    said = "says nothing" if way == "cut" else "is closed"
+    fault = f"the connection of one worker {said} for {cut_s} s"
+    guarantee.row(area=AREA, fault=fault, point="another worker is there", outcome="all stored", recovery_s=others_s)
+    guarantee.row(
+        area=AREA, fault=fault, point="it is there alone, since the mend", outcome="all stored", recovery_s=alone_s
+    )
+
+
+@pytest.mark.slow
+def test_a_redis_without_room_refuses_new_jobs_and_does_the_old_ones_when_there_is_room_again(
+    house, tmp_path, sandbox, image_server, guarantee
+):
+    redis = parts.redis(house.processes, name="small")
+    crew = crew_on(house, tmp_path, redis, sandbox)
+    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
+    wishes = {}
+    crew.forgiven.append("OutOfMemoryError")
+    with Courier(crew.loaded()) as courier, Redis(host=parts.HOST, port=redis.port) as client:
+        worker = crew.start(concurrency=4)
+        upload(courier, image_server, wishes)
+        assert some_ended(courier, wishes)
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        picture = Picture.new()
+        url = image_server.put("late.dcm", picture.body)
+        with pytest.raises(BrokerUnavailable, match="no memory left"):
+            courier.upload(url, idempotency_key="late")
+        time.sleep(5)
+        client.config_set("maxmemory", 0)
+        room_s = time.monotonic()
+        wishes[courier.upload(url, idempotency_key="late")] = picture
+        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        took_s = time.monotonic() - room_s
+    assert worker.alive
+    assert crew.faults() == []
+    guarantee.row(
+        area=AREA,
+        fault="no memory left for 5 s (`noeviction`)",
+        point=f"{len(wishes)} uploads, since there is room",
+        outcome="all stored once; meanwhile programs are told `broker_unavailable` and nothing of theirs is half done",
+        recovery_s=took_s,
+    )
+
+
+@pytest.mark.slow
+def test_results_are_told_when_the_redis_that_keeps_them_is_back(
+    house, tmp_path, redis, sandbox, image_server, guarantee
+):
+    results = parts.redis(house.processes, name="results")
+    crew = crew_on(house, tmp_path, redis, sandbox, result_backend=results.url(0))
+    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
+    wishes = {}
+    with Courier(crew.loaded()) as courier:
+        worker = crew.start(concurrency=4)
+        upload(courier, image_server, wishes)
+        assert some_ended(courier, wishes)
+        time.sleep(1.2)
+        results.child.kill()
+        upload(courier, image_server, wishes, count=5)
+        time.sleep(12)
+        parts.redis(house.processes, name="results", port=results.port)
+        back_s = time.monotonic()
+        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        took_s = time.monotonic() - back_s
+    assert worker.alive
+    assert crew.faults() == []
+    guarantee.row(
+        area=AREA,
+        fault="the Redis of the results alone is killed, and back after 12 s",
+        point=f"{len(wishes)} uploads, since it is back",
+        outcome="all stored once, all outcomes told; new jobs are taken all the time",
+        recovery_s=took_s,
+    )
