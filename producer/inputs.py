@@ -224,9 +224,11 @@ def _json_lines(lines: _Lines, column: str) -> Iterator[Row | BadRow]:
 def _csv(lines: _Lines, column: str, heading: str) -> Iterator[Row | BadRow]:
     delimiter = next((one for one in _DELIMITERS if column in _cells(heading, one)), None)
     if delimiter is None:
-        has = max((_cells(heading, one) for one in _DELIMITERS), key=len)
-        named = ", ".join(has) if heading.strip() and len(has) < 50 else "none that can be read"
-        raise InvalidRequest(f"{lines.shown} has no column called {column}; its columns: {named}.")
+        count = max(len(_cells(heading, one)) for one in _DELIMITERS)
+        raise InvalidRequest(
+            f"{lines.shown} has no column called {column}: its first line has to name the columns, "
+            f"and has {counted(count, 'other', 'others') if heading.strip() else 'none'}."
+        )
     at = _cells(heading, delimiter).index(column)
     reader = csv.reader(lines, delimiter=delimiter)
     begun = False

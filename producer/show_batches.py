@@ -144,7 +144,8 @@ def batches_table(batches: Sequence[Batch]) -> Table:
 
 def order_line(batch: Batch) -> str:
     """What was asked for, in the words of the message."""
-    told = ((name, value) for name, value in batch.order.items() if name not in ("confirm", "dry_run", "filters"))
+    untold = ("confirm", "dry_run", "filters", *(["verify"] if batch.order.get("verify") else []))
+    told = ((name, value) for name, value in batch.order.items() if name not in untold)
     return ", ".join(f"{name} {shown_url(str(value))}" for name, value in told if value not in (None, False, ""))
 
 

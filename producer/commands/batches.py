@@ -105,7 +105,9 @@ def _show_end(batch: Batch, payload: Mapping[str, Any]) -> None:
 
 
 def _show_counts(batch: Batch) -> None:
-    console.print(counts_table(batch))
+    table = counts_table(batch)
+    if table.row_count:
+        console.print(table)
     for warning in batch.warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
 
@@ -156,7 +158,9 @@ def show_plan(batch_id: str, jsonl: bool, plan_path: Path | None, as_json: bool)
     with Courier() as courier:
         header, lines = courier.batch.plan(batch_id)
         if jsonl:
-            write(header, lines, sys.stdout)
+            with _until_nobody_reads():
+                write(header, lines, sys.stdout)
+                sys.stdout.flush()
             return DONE
         summary = told_plan(header, lines, plan_path)
     if as_json:

@@ -116,7 +116,7 @@ def test_what_cannot_be_read_or_has_no_such_column_is_refused_at_once(file, tmp_
         (str(tmp_path / "missing"), None, "No such file"),
         (str(tmp_path), None, "directory"),
         (file("study,name\n", "a.csv"), None, "--column"),
-        (file("study,name\n1.2.3,A\n", "b.csv"), "uid", "its columns: study, name"),
+        (file("study,name\n1.2.3,A\n", "b.csv"), "uid", "has 2 others"),
         (file("", "c.csv"), "uid", "no column"),
         (file(b"\0\xff" * 1000, "d.csv"), "uid", "no column"),
         (file(b"uid\r1.2.3\r", "e.csv"), "uid", "no column"),

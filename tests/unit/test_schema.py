@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import cast
 
 import click
 import pytest
@@ -17,6 +18,8 @@ from worker.payloads import StudiesJob, UploadJob, read_job
 ROOT = Path(__file__).parents[2]
 JOBS = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
 CLI = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+BATCH = cast(click.Group, main.commands["batch"])
 
 
 def task_names() -> set[str]:
@@ -86,3 +89,12 @@ def test_every_command_has_a_section_that_names_its_options(command: str) -> Non
     options = [one for one in main.commands[command].params if isinstance(one, click.Option)]
     names = [option.opts[0] for option in options]
     assert [name for name in names if name not in section[0] and name not in ("--json", "--timeout")] == []
+
+
+@pytest.mark.parametrize("command", sorted(BATCH.commands))
+def test_every_command_of_batches_is_told_with_its_options(command: str) -> None:
+    section = re.search(r"^## `pacs batch`.*?(?=^## |\Z)", CLI, re.MULTILINE | re.DOTALL)
+    assert section
+    assert f"`{command}`" in section[0]
+    options = [one.opts[0] for one in BATCH.commands[command].params if isinstance(one, click.Option)]
+    assert [name for name in options if name not in section[0] and name not in ("--json", "--timeout")] == []
