@@ -180,7 +180,8 @@ def _concluded(item: Item, fates: Mapping[str, Deletion]) -> Settled:
     status, note = statuses[name], fates[name].note
     result = {"servers": statuses} if len(statuses) > 1 else {}
     refused = status == "refused"
-    return Settled(item, status, "pacs_rejected" if refused else "", note if refused else "", result, name)
+    where = "" if name == item.server else name
+    return Settled(item, status, "pacs_rejected" if refused else "", note if refused else "", result, where)
 
 
 # --- verify and undo --------------------------------------------------------------------------------------------
