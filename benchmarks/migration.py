@@ -252,22 +252,28 @@ def measure(stage: Bench, *, passes: int, python: Path | None, huge_bytes: int) 
 
 def _figures(stage: Bench, ways: dict[str, list[Way]], pass_s: dict[str, list[float]]) -> dict[str, Any]:
     rates = {name: statistics.median(way.images_per_s for way in all_of) for name, all_of in ways.items()}
-    raw = max(rate for name, rate in rates.items() if name.startswith("raw"))
+    ours = [way.images_per_s for way in ways["ours"]]
     cpu = {
         name: {part: statistics.median(way.cpu_ms[part] for way in all_of) for part in all_of[0].cpu_ms}
         for name, all_of in ways.items()
     }
-    cloner_rate = next((rate for name, rate in rates.items() if name.startswith("cloner")), None)
     return {
         "images": stage.images,
         "per_study": stage.per_study,
         "images_per_s": rates,
         "images_per_s_all": {name: [way.images_per_s for way in all_of] for name, all_of in ways.items()},
-        "ours_to_raw": rates["ours"] / raw,
-        "ours_to_cloner": rates["ours"] / cloner_rate if cloner_rate else None,
+        "ours_to_raw": _ratios(ours, ways, "raw"),
+        "ours_to_cloner": _ratios(ours, ways, "cloner"),
         "cpu_ms_per_image": cpu,
         "pass_s": {name: statistics.median(all_of) for name, all_of in pass_s.items()},
     }
+
+
+def _ratios(ours: Sequence[float], ways: dict[str, list[Way]], name: str) -> list[float]:
+    """Turn by turn, ours to the best way of that name: neighbours in time have met the same machine."""
+    others = [all_of for way, all_of in ways.items() if way.startswith(name)]
+    best = [max(way.images_per_s for way in turn) for turn in zip(*others, strict=True)]
+    return [one / other for one, other in zip(ours, best, strict=bool(best))]
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
@@ -279,9 +285,10 @@ def show(figures: dict[str, Any], console: Console) -> None:
         shares = ", ".join(f"{part} {ms:.1f}" for part, ms in spent.items() if ms >= 0.05)
         passes = _spread(figures["images_per_s_all"][way])
         rates.add_row(way, f"{median:.0f}", passes, f"{sum(spent.values()):.1f}", shares)
-    rates.add_row("[bold]ours / raw", f"[bold]{figures['ours_to_raw']:.2f}", "")
-    if figures["ours_to_cloner"] is not None:
-        rates.add_row("[bold]ours / cloner", f"[bold]{figures['ours_to_cloner']:.2f}", "")
+    for other in ("raw", "cloner"):
+        if ratios := figures[f"ours_to_{other}"]:
+            turns = " ".join(f"{ratio:.2f}" for ratio in ratios)
+            rates.add_row(f"[bold]ours / {other}", f"[bold]{statistics.median(ratios):.2f}", turns)
     console.print(rates, "")
     told = ", ".join(f"{name} {took_s:.1f}" for name, took_s in figures["pass_s"].items())
     console.print(f"Seconds of ours by pass: {told}.", "")
@@ -295,7 +302,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
 @click.command(help=__doc__)
 @click.option("--passes", default=3, show_default=True, help="Turns of all ways.")
-@click.option("--studies", default=60, show_default=True)
+@click.option("--studies", default=120, show_default=True)
 @click.option("--per-study", default=20, show_default=True, help="Images of 40 KB each.")
 @click.option("--huge-mib", default=256, show_default=True, help="Size of the huge image; 0 leaves it out.")
 @click.option("--without-cloner", is_flag=True, help="Do not install and measure OrthancCloner.")

@@ -102,19 +102,55 @@ def _done(items: Sequence[Item], desk: Desk, do: Callable[[_Group], list[Answer]
 
 
 @dataclass
+class _Book:
+    """Entries into the batch's book by several threads of one chunk.
+
+    An entry is written with those of its neighbours, so whoever has the pen writes for all who wait for it.
+    """
+
+    desk: Desk
+    _pen: threading.Lock = field(default_factory=threading.Lock)
+    _queue: threading.Lock = field(default_factory=threading.Lock)
+    _waiting: list[Settled] = field(default_factory=list)
+    _blot: BaseException | None = None
+
+    def write(self, entry: Settled) -> None:
+        with self._queue:
+            self._waiting.append(entry)
+        with self._pen:
+            if self._blot is not None:
+                raise self._blot
+            with self._queue:
+                if not any(one is entry for one in self._waiting):
+                    return
+                entries, self._waiting = self._waiting, []
+            try:
+                self._settle(entries)
+            except BaseException as error:
+                self._blot = error  # of nobody's entry it is known that it stands
+                raise
+
+    def _settle(self, entries: Sequence[Settled]) -> None:
+        run, chunk = self.desk.run, entries[0].item.number // CHUNK_ITEMS
+        batches = Batches(self.desk.tools.ledger)
+        batches.settle(self.desk.batch, "apply", chunk, entries, job_id=run.job_id, fence=run.fence)
+
+
+@dataclass
 class _Group:
-    """The studies of one call: where they come from and go to, and the one pen for the batch's book."""
+    """The studies of one call: where they come from and go to, and what is written down of them."""
 
     desk: Desk
     source: Pacs
     target: Pacs
-    _pen: threading.Lock = field(default_factory=threading.Lock)
+    _book: _Book
+    _till: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def at(cls, desk: Desk) -> _Group:
         """The group at ``desk``; `InvalidRequest` if the settings do not know one of its servers."""
         fleet, wishes = desk.tools.fleet, desk.batch.order
-        return cls(desk, fleet[wishes["from_server"]], fleet[wishes["to_server"]])
+        return cls(desk, fleet[wishes["from_server"]], fleet[wishes["to_server"]], _Book(desk))
 
     def each(self, items: Sequence[Item], do: Do, **more: Any) -> list[Answer]:
         """Do all of them at the same time, unless a server that they need is silent."""
@@ -156,17 +192,12 @@ class _Group:
         applied = self.desk.known(item)
 
         def save(receipt: Receipt) -> None:
-            run, batches = self.desk.run, Batches(self.desk.tools.ledger)
-            entry = replace(applied, status="open", result={**_figures(applied), **receipt.as_json()})
-            with self._pen:  # an entry is read, changed and written back with those of its neighbours
-                batches.settle(
-                    self.desk.batch, "apply", item.number // CHUNK_ITEMS, [entry], job_id=run.job_id, fence=run.fence
-                )
+            self._book.write(replace(applied, status="open", result={**_figures(applied), **receipt.as_json()}))
 
         return Receipt.from_json(applied.result, save=save)
 
     def spend(self, transfer: Transfer) -> None:
-        with self._pen:
+        with self._till:
             spent = self.desk.spent
             spent.requests = (spent.requests or 0) + LOOK_REQUESTS + transfer.requests
             spent.size_bytes = (spent.size_bytes or 0) + transfer.size_bytes
