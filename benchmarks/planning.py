@@ -1,8 +1,8 @@
 """What the `pacs batch` commands cost with long lists: ``python -m benchmarks.planning [--rows 1000000]``.
 
 A real Redis, no worker: a file of URLs becomes a plan (`upload --no-wait`), the plan a file, the report CSV, and the
-plan file a plan again. Each command is a process of its own; measured are its wall-clock seconds, rows per second, and
-the most memory that it ever held.
+plan file a plan again. Each command is a process of its own; measured are its wall-clock seconds, its processor
+time, rows per second, and the most memory that it ever held.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ PACS = [sys.executable, "-c", "from producer.cli import main; main()", "batch"]
 class Figures:
     what: str
     elapsed_s: float
+    processor_s: float
     peak_mib: float
 
 
@@ -42,7 +43,7 @@ def run(what: str, words: list[str], environ: Mapping[str, str], out: Path) -> F
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"{what}: exit status {child.returncode}")
-    return Figures(what, time.perf_counter() - began_s, usage.ru_maxrss / 1024)
+    return Figures(what, time.perf_counter() - began_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def measured(rows: int, folder: Path, environ: Mapping[str, str]) -> list[Figures]:
@@ -64,14 +65,15 @@ def measured(rows: int, folder: Path, environ: Mapping[str, str]) -> list[Figure
 def main(rows: int) -> None:
     """Measure and show a table."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("command", "s", "rows/s", "peak MiB"):
+    for heading in ("command", "s", "processor s", "rows/s", "peak MiB"):
         table.add_column(heading, justify="left" if heading == "command" else "right")
     with tempfile.TemporaryDirectory() as name, Processes(Path(name) / "parts") as running:
         redis = parts.redis(running)
         config = parts.write_settings(Path(name) / "pacs.toml", {"queue": parts.queue_settings(redis)})
         before = Redis.from_url(redis.ledger_url).info("memory")["used_memory"]
         for one in measured(rows, Path(name), {**os.environ, "PACS_CONFIG": str(config)}):
-            table.add_row(one.what, f"{one.elapsed_s:.1f}", f"{rows / one.elapsed_s:,.0f}", f"{one.peak_mib:.0f}")
+            times = f"{one.elapsed_s:.1f}", f"{one.processor_s:.1f}", f"{rows / one.elapsed_s:,.0f}"
+            table.add_row(one.what, *times, f"{one.peak_mib:.0f}")
         grown = Redis.from_url(redis.ledger_url).info("memory")["used_memory"] - before
     Console().print(table)
     Console().print(

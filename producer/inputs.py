@@ -278,6 +278,8 @@ def rows_of_words(words: Iterable[str | Path], judge: Judge, *, column: str | No
             raise InvalidRequest(
                 f"{shown_text(shown_url(str(word)), limit=200)} is no file, and {_said_of(word, judge)}."
             )
+        if Path(word).is_dir():
+            raise InvalidRequest(f"{word} is a folder; one whose images workers can reach is written file:///folder/.")
         for row in rows_of_file(str(word), column=column):
             shown = row.place if len(named) == 1 else f"{shown_name(str(word))}, {row.place}"
             yield replace(row, place=shown)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.errors import InvalidRequest
-from producer.inputs import BadRow, Items, Row, image_url, is_source, rows_of_file, study_uid
+from producer.inputs import BadRow, Items, Row, image_url, is_source, rows_of_file, rows_of_words, study_uid
 
 UIDS = ["1.2.3", "1.2.4", "1.2.5"]
 
@@ -196,3 +196,19 @@ def test_what_was_written_is_what_is_read_in_every_form(tmp_path_factory, uids: 
         path.write_text(content, encoding="utf-8")
         with read(str(path), column) as items:
             assert (list(items), items.bad_total) == (uids, 0)
+
+
+def test_words_are_items_or_files_and_a_folder_of_this_machine_is_neither(file, tmp_path: Path) -> None:
+    listed = file("1.2.4\nx\n", "uids.txt")
+    rows = list(rows_of_words(["1.2.3", listed, tmp_path / "uids.txt"], study_uid))
+    assert [(row.place, getattr(row, "text", "")) for row in rows] == [
+        ("argument 1", "1.2.3"),
+        ("uids.txt, line 1", "1.2.4"),
+        ("uids.txt, line 2", "x"),
+        ("uids.txt, line 1", "1.2.4"),
+        ("uids.txt, line 2", "x"),
+    ]
+    for word, says in ((str(tmp_path), "file:///folder/"), ("DOE^JANE?token=1", "is no file, and no UID")):
+        with pytest.raises(InvalidRequest, match=says) as caught:
+            list(rows_of_words([word], study_uid))
+        assert "token" not in caught.value.message
