@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from producer.errors import InvalidRequest
@@ -39,6 +39,7 @@ def written(path: Path, lines: list[PlanLine] = LINES, **header: object) -> Path
     return path
 
 
+@settings(deadline=None)  # a busy machine is no finding
 @given(plan_lines, st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3))
 def test_what_was_written_is_what_is_read(tmp_path_factory, lines: list[PlanLine], order: dict) -> None:
     path = written(tmp_path_factory.getbasetemp() / "round.jsonl", lines, order=order, name="of Monday")
@@ -49,6 +50,7 @@ def test_what_was_written_is_what_is_read(tmp_path_factory, lines: list[PlanLine
     assert plan.totals.bytes == sum(line.size_bytes or 0 for line in lines if line.do == "apply")
 
 
+@settings(deadline=None)  # a busy machine is no finding
 @given(st.data())
 def test_no_byte_can_be_changed_and_no_line_taken_out_moved_or_doubled(tmp_path_factory, data) -> None:
     path = tmp_path_factory.getbasetemp() / "edited.jsonl"
