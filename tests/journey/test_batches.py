@@ -83,6 +83,9 @@ def test_chunks_follow_each_other_without_a_pause_for_the_sweeper(slow_worker):
         batch = begin(courier, 10_000, width=1)  # a hundred chunks, one after the other
         assert batch.result(timeout_s=WAIT_S)["totals"] == {"stored": 10_000}
         assert time.monotonic() - begun_s < 9  # a sweep between each two would be ten seconds and more
+        until(lambda: courier.ledger.load(overdue_s=0).open == 0)
+        left = courier.ledger.client.keys("courier:job:*.apply.*")
+        assert {courier.ledger.client.ttl(key) <= 300 for key in left} == {True}
 
 
 def test_a_batch_keeps_to_its_rate_can_be_paused_and_cancelled_and_says_where_it_is(slow_worker):
