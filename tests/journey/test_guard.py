@@ -136,3 +136,20 @@ def test_slow_down_is_heeded_by_all(fleet, sandbox, image_server):
     assert sandbox.load()["msdicom"]["total"] == 0
     for handle in (first, *others):
         assert handle.result(timeout_s=WAIT_S)["attempts"] <= 2
+
+
+def test_a_killed_worker_neither_keeps_its_places_nor_lets_others_exceed_the_bound(fleet, sandbox, image_server):
+    """The last test here: it leaves two workers."""
+    for dialect in ("msdicom", "dcm4chee"):
+        sandbox.set_mood(dialect, "*", latency_ms=100)
+    sandbox.load(anew=True)
+    handles = [fleet.courier.upload(image_server.put(f"{number}.dcm", image(new_uid()))) for number in range(30)]
+    assert poll(lambda: sandbox.load()["msdicom"]["now"] == LIMIT, timeout_s=WAIT_S)
+    fleet.children[0].kill()
+    assert {handle.result(timeout_s=WAIT_S)["status"] for handle in handles} == {"stored"}
+    assert {load["most"] for load in sandbox.load().values()} == {LIMIT}
+    # All places are free again, those of the dead one too.
+    sandbox.load(anew=True)
+    more = [fleet.courier.upload(image_server.put(f"more{number}.dcm", image(new_uid()))) for number in range(12)]
+    assert {handle.result(timeout_s=WAIT_S)["status"] for handle in more} == {"stored"}
+    assert sandbox.load()["msdicom"]["most"] == LIMIT
