@@ -40,9 +40,10 @@ worker_send_task_events = True
 task_send_sent_event = True
 
 # Threads, because a job waits for sources and servers; the in-process limit is the time-out of each wait.
+# `--pool prefork` on the command line is overruled by this, `--pool processes`, which is the same pool, is not.
 worker_pool = "threads"
 worker_concurrency = 8
-# A soft shutdown gives running jobs this long; what is left is done by another worker after its lease.
+# A soft shutdown (SIGQUIT) gives running jobs this long; what is left is done by another worker (worker/pool.py).
 worker_soft_shutdown_timeout = 20.0
 # Threads cannot be cancelled, and a job delivered again finds its lease held: nothing to cancel on a lost connection.
 worker_cancel_long_running_tasks_on_connection_loss = False
