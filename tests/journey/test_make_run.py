@@ -122,11 +122,11 @@ def test_it_stays_with_its_addresses_answering_until_ctrl_c(start: Callable[...,
     assert demo.leaves_nothing()
 
 
-@pytest.mark.parametrize("part", ["worker", "flower"])
-def test_a_crash_of_one_part_is_named_and_ends_the_rest(part: str, start: Callable[..., Demo]) -> None:
+@pytest.mark.parametrize(("part", "command"), [("worker", "worker.app worker"), ("flower", "worker.flower")])
+def test_a_crash_of_one_part_is_named_and_ends_the_rest(part: str, command: str, start: Callable[..., Demo]) -> None:
     demo = start()
     demo.wait_until_it_stays()
-    os.kill(demo.pid_of(f"worker.app {part}"), signal.SIGKILL)
+    os.kill(demo.pid_of(command), signal.SIGKILL)
     assert demo.wait() == 1
     assert f"{part} was killed by signal 9." in demo.output
     assert len(demo.output.partition(f"{part}.log:")[2].strip().splitlines()) >= 5, "the end of its log is shown"
