@@ -11,7 +11,7 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-from worker.batches import CHUNK_ITEMS, CHUNK_TASK, Batch, Batches, Item, Pass, Settled
+from worker.batches import CHUNK_ITEMS, CHUNK_TASK, PASSES, Batch, Batches, Item, Pass, Settled
 from worker.errors import Cancelled, CourierError, InvalidRequest, PacsRejected, PacsUnavailable
 from worker.jobs.batches import WIDTH, Answer, Conductor, Desk, Work, conducted
 from worker.jobs.carry import Done, Failed, Parked, carry
@@ -27,6 +27,7 @@ from worker.settings import ServerSettings, Settings
 STUDIES = [f"1.2.{number}" for number in range(CHUNK_ITEMS * (WIDTH + 1) + 7)]
 SERVERS = {"a": "msdicom", "b": "dcm4chee"}
 GROUP_ITEMS = 8
+USUAL: dict[Pass, str] = {"survey": "planned", "apply": "deleted", "verify": "verified", "undo": "undone"}
 
 
 @dataclass
@@ -503,22 +504,56 @@ def test_a_late_holder_settles_nothing_and_nothing_is_settled_twice(bench: Bench
     assert bench.batch.counts["a"] == {"planned": 2, "deleted": 1}
 
 
-@pytest.mark.parametrize("which", ["apply", "verify"])
+def in_pass(bench: Bench, which: Pass) -> tuple[str, str]:
+    """Bring a batch into a pass; the wish and the job of its conductor."""
+    bench.kind.has = ("survey", "apply", "verify", "undo")
+    if which == "undo":
+        assert isinstance(bench.see_through(), Batch)
+        assert isinstance(bench.conduct("undo", "U"), NotYet)
+        return "undo", "U"
+    while bench.conduct() and bench.batch.current != which:
+        while bench.sent:
+            job = bench.sent.pop(0)
+            if job.task == CHUNK_TASK:
+                bench.carry(job)
+    return "order", "B"
+
+
+@pytest.mark.parametrize("which", PASSES)
 def test_a_paused_batch_begins_nothing_until_it_is_resumed(bench: Bench, which: Pass) -> None:
-    bench.kind.has = ("apply", "verify")
-    bench.conduct()
-    if which == "verify":
-        for number in range(WIDTH + 2):
-            bench.do(number)
-        assert isinstance(bench.conduct(), NotYet)
+    wish, job_id = in_pass(bench, which)
     bench.batches.pause("B")
     assert isinstance(bench.do(0, which), Parked)
-    assert isinstance(bench.conduct(), NotYet)
+    assert isinstance(bench.conduct(wish, job_id), NotYet)
     assert (bench.batch.state, bench.batch.settled) == ("paused", 0)
     bench.batches.resume("B")
-    bench.ledger.sweep()
+    bench.sent += [job for job in bench.ledger.sweep() if job.task == CHUNK_TASK]  # they are due at once
+    end = bench.see_through(wish, job_id)
+    assert isinstance(end, Batch)
+    assert end.of(which).settled == len(STUDIES)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_a_batch_that_is_cancelled_in_any_pass_ends_and_can_be_gone_on_with(bench: Bench, which: Pass) -> None:
+    wish, job_id = in_pass(bench, which)
     assert isinstance(bench.do(0, which), Done)
-    assert (bench.batch.settled, bench.batch.current) == (CHUNK_ITEMS, which)
+    bench.sent.clear()
+    bench.batches.cancel("B")
+    for chunk_number in bench.batches.open_chunks(bench.batch, which):
+        assert isinstance(bench.do(chunk_number, which), Done)
+    end = bench.conduct(wish, job_id)
+    assert isinstance(end, Cancelled)
+    assert bench.batch.of(which).totals == {USUAL[which]: CHUNK_ITEMS}
+    bench.kind.groups.clear()
+    again = {"verify": "verify", "undo": "undo"}.get(which, "retry")
+    end = bench.see_through(again, "R")
+    assert isinstance(end, Batch)
+    assert end.state == ("undone" if which == "undo" else "done")
+    assert end.of("apply").totals == {"deleted": len(STUDIES)}
+    done = [text for group, _ in bench.kind.groups for text in group]
+    assert len(done) == {"survey": 2, "apply": 2, "verify": 1, "undo": 1}[which] * len(STUDIES) - (
+        CHUNK_ITEMS if which in ("apply", "undo") else 0
+    )
 
 
 def test_who_finds_no_slot_makes_room_loses_no_attempt_and_has_its_turn_before_the_next_of_the_other(

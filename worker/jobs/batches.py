@@ -269,12 +269,13 @@ class Conductor:
         return self._apply(out_of=["done", "cancelled"])
 
     def verify(self) -> Batch:
-        """Look once more whether all that was done is so."""
-        batch = self._take("done")
+        """Look once more whether all that was done is so, also of a batch that was cancelled."""
+        batch = self._take("done", "cancelled")
         self._needs("verify")
-        if self._is_new("verify") and batch.state == "done":
+        if self._is_new("verify"):
             self.batches.forget_pass(batch, "verify")
-        self._walk("verify", out_of=["done"], to="done")
+        before: State = "done" if batch.of("apply").ended_ms else "cancelled"
+        self._walk("verify", out_of=["done", "cancelled"], to=before)
         return self._ended()
 
     def undo(self) -> Batch:
