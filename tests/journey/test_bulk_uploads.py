@@ -85,7 +85,7 @@ def test_a_worker_killed_between_a_push_and_its_record_stores_nothing_twice(work
         doomed.kill()
         assert set(statuses(courier, handle.id)) == {"open"}
         sandbox.calm()
-        fetched = len(image_server.requests)
+        fetched, arrived = len(image_server.requests), count(sandbox.msdicom, study)
         worker(jobs=QUICK)
         handle.result(timeout_s=WAIT_S)
         assert statuses(courier, handle.id) == ["stored"] * 60
