@@ -468,6 +468,7 @@ return redis.call('SRANDMEMBER', KEYS[3]) or ''
 """
 
 _LET_GO = """
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
 for gate in string.gmatch(redis.call('HGET', KEYS[1], 'gates') or '', '%S+') do
   if redis.call('HGET', gate, 'job_id') == ARGV[1] then redis.call('DEL', gate) end
 end
@@ -989,9 +990,9 @@ class Ledger:
         self._guard(owner != "!lost")
         return owner or None
 
-    def let_go(self, job_id: str) -> None:
-        """Let others store again into what the job has shut, before its end."""
-        self._let_go(keys=[_job(job_id)], args=[job_id])
+    def let_go(self, job_id: str, *, fence: int) -> None:
+        """Let others store again into what the job has shut, before its end; a late holder opens nothing."""
+        self._let_go(keys=[_job(job_id)], args=[job_id, fence])
 
     def receipt(self, sop_instance_uid: str) -> Receipt | None:
         row = self._hash(PREFIX + "receipt:" + sop_instance_uid)

@@ -308,7 +308,7 @@ def test_a_study_is_not_deleted_while_it_is_stored_into_nor_stored_into_while_it
     finish(ledger, upload.fence)
     assert ledger.shut("1.2", job_id="j3", fence=delete.fence) is None
     assert ledger.forget_study("1.2")
-    ledger.let_go("j3")
+    ledger.let_go("j3", fence=delete.fence)
     assert ledger.hold_image("1.2.1.2", job_id="j2", fence=late.fence, into=into) is None
     assert ledger.shut("1.2.1", job_id="j3", fence=delete.fence) == "j2"
 
@@ -357,6 +357,20 @@ def test_a_late_holder_holds_no_images_and_lets_none_go(ledger: Ledger, client: 
     assert ledger.hold_images([image], job_id="b1", fence=again.fence) == [None]
     ledger.let_go_images(job_id="b1", fence=late.fence)
     assert ledger.hold_images([image], job_id="b2", fence=other.fence) == ["b1"]
+
+
+def test_a_late_holder_opens_no_study_that_the_next_attempt_is_deleting(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    late = claim(ledger, "j3")
+    assert ledger.shut("1.2", job_id="j3", fence=late.fence) is None
+    expire_lease(client, "j3")
+    again, upload = claim(ledger, "j3"), claim(ledger, "j1")
+    assert ledger.shut("1.2", job_id="j3", fence=again.fence) is None
+    ledger.let_go("j3", fence=late.fence)
+    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=upload.fence, into=("1.2",)) == "j3"
+    ledger.let_go("j3", fence=again.fence)
+    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=upload.fence, into=("1.2",)) is None
 
 
 def events(ledger: Ledger, uid: str) -> list[tuple[str, str]]:

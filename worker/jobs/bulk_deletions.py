@@ -67,7 +67,7 @@ class StudyDeletions:
             over = [item for item, answer in done.items() if isinstance(answer, Settled) and answer.status != "open"]
             forget_what_is_gone({item.text for item in over}, desk.tools)
         finally:
-            ledger.let_go(run.job_id)
+            ledger.let_go(run.job_id, fence=run.fence)
         return [done.get(item) for item in items]
 
     def verify(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
@@ -81,7 +81,7 @@ class StudyDeletions:
             ready = [item for item in items if ledger.shut(item.text, job_id=run.job_id, fence=run.fence) is None]
             done = _together(ready, _undone, desk)
         finally:
-            ledger.let_go(run.job_id)
+            ledger.let_go(run.job_id, fence=run.fence)
         return [done.get(item) for item in items]
 
 

@@ -173,7 +173,7 @@ class _Group:
             answers = {item.number: one for item, one in zip(ours, self.each(ours, do), strict=True)}
         finally:
             if not run.lost:  # what was ours is the next attempt's then
-                ledger.let_go(run.job_id)
+                ledger.let_go(run.job_id, fence=run.fence)
         return [answers.get(item.number) for item in items]
 
     def transfer(self, item: Item) -> Transfer:
