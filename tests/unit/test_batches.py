@@ -619,6 +619,29 @@ def test_a_batch_that_was_left_by_its_conductor_expires_when_somebody_looks(benc
     assert all(bench.client.ttl(key) < 0 for key in bench.client.keys(f"{PREFIX}batch:B*"))
 
 
+@pytest.mark.parametrize("wish", ["retry", "undo"])
+def test_what_outlives_a_cancelled_conductor_ends_before_the_batch_is_steered_anew(bench: Bench, wish: str) -> None:
+    bench.kind.has = ("apply", "undo")
+    bench.conduct()
+    looks: list[Any] = []
+
+    def apply(items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:
+        if not looks:
+            bench.client.hset(f"{PREFIX}job:B", "state", "done")
+            looks.append(bench.conduct(wish, "R"))
+            looks.append(bench.batch.state)
+        return [Settled(item, "deleted") for item in items]
+
+    bench.kind.apply = apply  # type: ignore[method-assign]
+    assert isinstance(bench.do(0), Done)
+    assert isinstance(looks[0], NotYet)
+    assert looks[1] == "cancelled"
+    end = bench.see_through(wish, "R")
+    assert isinstance(end, Batch)
+    totals = end.of("apply").totals, end.of("undo").totals
+    assert totals == (({"deleted": len(STUDIES)}, {}) if wish == "retry" else ({"deleted": 8}, {"undone": 8}))
+
+
 def test_a_wish_about_a_batch_is_a_job_with_a_result_of_its_own(bench: Bench) -> None:
     bench.kind.answers = {"1.2.3": PacsRejected("No.", server_name="a")}
     assert isinstance(bench.see_through(), Batch)

@@ -303,7 +303,18 @@ class Conductor:
             raise InvalidRequest(f"The batch is {batch.state}; that can be done when it is {' or '.join(states)}.")
         if other := self.batches.take(self.batch_id, self.run.job_id):
             raise InvalidRequest(f"Job {other} is at this batch; wait for it, or cancel it.")
-        return self.batch
+        batch = self.batch
+        if batch.state in states and self._is_left_at_work(batch):
+            raise NotYet("what an ended conductor of the batch had begun is under way", delay_s=LOOK_AGAIN_S)
+        return batch
+
+    def _is_left_at_work(self, batch: Batch) -> bool:
+        """Whether chunks outlive a conductor that was cancelled or has died: two rounds would do the same items."""
+        which, ledger = batch.current, self.tools.ledger
+        jobs = (
+            [chunk_job(batch, which, chunk).job_id for chunk in self.batches.open_chunks(batch, which)] if which else []
+        )
+        return any(ledger.look(job_id).get("state") == "running" for job_id in jobs)
 
     def _needs(self, which: Pass) -> None:
         if which not in self.kind.passes:

@@ -51,6 +51,8 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
             if left.busy:
                 raise NotYet("other jobs are at the same studies", delay_s=TURN_S)
             _give_up(batch, job, still_open, left, run)
+    if left.stopped and current(batches, batch.id).of(job.which).round != job.round:
+        return told  # the chunk is another job's now
     over = batches.end_chunk(batch.id, job.which, job.chunk)
     if left.stopped:
         _leave(batches, batch)
@@ -120,11 +122,13 @@ class _Attempt:
             raise
 
     def _is_on(self) -> bool:
-        """Whether the batch is still in this pass."""
-        state = self.batches.state(self.batch.id)
-        if state == "paused":
+        """Whether the batch is still in this round of this pass."""
+        batch = current(self.batches, self.batch.id)
+        if batch.of(self.job.which).round != self.job.round:
+            return False
+        if batch.state == "paused":
             raise NotYet("the batch is paused", delay_s=TURN_S)
-        return state == STATE_OF[self.job.which]
+        return batch.state == STATE_OF[self.job.which]
 
     def _do(self, group: Sequence[Item]) -> None:
         resumed = self.notes.begun & {item.number for item in group}
