@@ -28,7 +28,7 @@ from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
 
 PREFIX = "zip+"
 _ENTRY = "!/"
-#: An archive's directory is held in memory while it is open: some 60 MB for as many entries.
+#: An archive's directory is held in memory while it is open: some 80 MB for as many entries.
 MAX_ENTRIES = 100_000
 MAX_DIRECTORY_BYTES = 16 * 1_048_576
 #: How much may come out of an archive: so many times its own size, or this where that is more.
