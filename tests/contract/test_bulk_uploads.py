@@ -458,6 +458,8 @@ def test_what_may_have_arrived_when_it_was_given_up_is_ours_when_it_is_tried_aga
     again.attempt()
     assert again.told == ["stored"] * 4
     assert site.servers["msdicom"].requests == [4]
+    site.servers["msdicom"].delete(Found("study", study), permanent=True)
+    assert words(undo(list(chunk.settled.values()), site.desk, resumed=set())) == ["not_there"] * 4
 
 
 # --- verify and undo ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from worker.batches import CHUNK_ITEMS, CHUNK_TASK, PASSES, Batch, Batches, Item, Pass, Settled
 from worker.errors import Cancelled, CourierError, InvalidRequest, PacsRejected, PacsUnavailable
 from worker.jobs.batches import WIDTH, Answer, Conductor, Desk, Work, conducted
+from worker.jobs.bulk_uploads import upload_all
 from worker.jobs.carry import Done, Failed, Parked, carry
 from worker.jobs.chunks import chunk
 from worker.jobs.run import NotYet, Pulse, Run
@@ -94,6 +95,9 @@ class Imaginary(dict[str, Server]):
     @property
     def names(self) -> list[str]:
         return list(self)
+
+    def __missing__(self, name: str) -> Server:
+        raise InvalidRequest(f"No server is called {name}.")
 
 
 def fleet_of(servers: Mapping[str, str]) -> Any:
@@ -418,6 +422,28 @@ def test_an_item_whose_server_is_not_configured_any_more_has_failed_and_the_othe
     assert (failure.code, "No server is called a any more" in failure.message) == ("invalid_request", True)
 
 
+@pytest.mark.parametrize("which", ["verify", "undo"])
+def test_what_was_done_on_a_server_that_is_gone_waits_for_it_and_the_rest_goes_on(bench: Bench, which: Pass) -> None:
+    bench.kind.lists = {"": [["9.1", "9.2"]]}
+    bench.kind.has = ("apply", which)
+    bench.open(verify=False)
+    bench.kind.apply = lambda items, *_, **__: [  # type: ignore[method-assign]
+        Settled(item, "deleted", server=server) for item, server in zip(items, "ab", strict=True)
+    ]
+    assert isinstance(bench.see_through(), Batch)
+    gone = bench.tools.fleet["a"]
+    del bench.tools.fleet["a"]  # type: ignore[attr-defined]
+    done = {"verify": "verified", "undo": "undone"}[which]
+    batch = bench.see_through(which, "V")
+    assert isinstance(batch, Batch)
+    assert batch.of(which).counts == {"a": {"failed": 1}, "": {done: 1}}
+    assert bench.batches.failures(batch, 1, which)[0].message.endswith(f"then {which} the batch.")
+    bench.tools.fleet["a"] = gone  # type: ignore[index]
+    batch = bench.see_through(which, "W")
+    assert isinstance(batch, Batch)
+    assert batch.of(which).totals == {done: 2}
+
+
 def test_an_item_in_another_jobs_hands_is_waited_for(bench: Bench) -> None:
     bench.kind.lists = {"a": [STUDIES[:3]], "b": []}
     bench.kind.answers = {"1.2.1": None}
@@ -617,6 +643,29 @@ def test_a_batch_that_was_left_by_its_conductor_expires_when_somebody_looks(benc
     assert isinstance(bench.conduct("retry", "R"), NotYet)
     assert bench.batch.state == "running"
     assert all(bench.client.ttl(key) < 0 for key in bench.client.keys(f"{PREFIX}batch:B*"))
+
+
+def test_nothing_is_done_again_of_a_batch_that_is_being_taken_back(bench: Bench) -> None:
+    bench.kind.has = ("apply", "verify", "undo")
+    bench.kind.answers = {"1.2.3": "failed"}
+    assert isinstance(bench.see_through(), Batch)
+    assert isinstance(bench.conduct("undo", "U"), NotYet)
+    bench.batches.cancel("B")
+    bench.client.hset(f"{PREFIX}job:U", "state", "done")
+    end = bench.conduct("retry", "R")
+    assert isinstance(end, InvalidRequest)
+    assert "undo it to its end" in end.message
+    assert bench.batch.of("apply").totals["failed"] == 1
+    batch = bench.see_through("undo", "V")
+    assert isinstance(batch, Batch)
+    assert (batch.state, batch.of("undo").totals) == ("undone", {"undone": len(STUDIES) - 1})
+
+
+def test_an_upload_order_that_is_refused_gives_up_the_plan_that_was_written_for_it(bench: Bench) -> None:
+    run = Run("B", bench.ledger.claim("B", task="t", job={}).fence, 1, last=False, ledger=bench.ledger)
+    with pytest.raises(InvalidRequest):
+        upload_all({"planned": True, "server": "nowhere"}, run, bench.tools)
+    assert bench.batch.state == "cancelled"
 
 
 @pytest.mark.parametrize("wish", ["retry", "undo"])

@@ -262,6 +262,8 @@ class Conductor:
     def retry(self) -> Batch:
         """Try again what failed, and what a cancelled batch had left open."""
         batch = self._take("done", "cancelled")
+        if "undo" in batch.passes:
+            raise InvalidRequest("The batch is being taken back; undo it to its end, then order anew what is wanted.")
         if self._is_new("apply") and batch.state in ("done", "cancelled"):
             if not self.batches.reopen(batch, "apply", ["failed"]):
                 raise InvalidRequest("There is nothing to try again: no item of the batch has failed or is open.")

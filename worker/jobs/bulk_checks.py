@@ -73,10 +73,12 @@ def undo(done: Sequence[Settled], desk: Desk, *, resumed: set[int]) -> list[Answ
     begun = resumed & set(desk.memo.get("undoing", ()))
     owners = ledger.hold_images([_uids(one) for one in stored], job_id=run.job_id, fence=run.fence)
     ours = [one for one, owner in zip(stored, owners, strict=True) if owner is None]
+    unclear = [one for one in done if one.result.get("uncertain")]
     results: dict[int, Answer] = {one.item.number: None for one in stored}
     results |= {one.item.number: _not_ours(one) for one in done if one.status != "stored"}
     try:
-        seen = _seen(ours, desk)
+        seen = _seen([*ours, *unclear], desk)
+        results |= {one.item.number: _unclear(one, seen[_where(one)]) for one in unclear}
         ready = []
         for one in ours:
             kept = _kept(one, seen[_where(one)], resumed=one.item.number in begun)
@@ -97,9 +99,19 @@ def undo(done: Sequence[Settled], desk: Desk, *, resumed: set[int]) -> list[Answ
 
 
 def _not_ours(one: Settled) -> Settled:
-    if one.status == "failed":
-        return _now(one, "kept", "Whether the batch stored it is not known; retry the batch, then undo it.")
     return _now(one, "kept", "It was there before, and so is not the batch's.")
+
+
+def _unclear(one: Settled, seen: Seen | CourierError) -> Settled | CourierError:
+    """Of an image that was given up although it may have arrived."""
+    if isinstance(seen, CourierError):
+        return seen
+    if one.result["image_uid"] not in seen.there:
+        return Settled(one.item, "not_there", server=one.server_name)
+    name = one.server_name
+    return _now(
+        one, "kept", f"{name} has the image; whether the batch stored it is not known, so that is for you to say."
+    )
 
 
 def _kept(one: Settled, seen: Seen | CourierError, *, resumed: bool) -> Settled | CourierError | None:

@@ -32,7 +32,7 @@ from worker.errors import (
 )
 from worker.instances import Instance, identify
 from worker.jobs.batches import Answer as Result
-from worker.jobs.batches import Desk, Work, order
+from worker.jobs.batches import Desk, Work, order, unbegun
 from worker.jobs.bulk_checks import undo, verify
 from worker.jobs.placement import (
     NOT_SENT,
@@ -183,8 +183,9 @@ def upload_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
         As of any order of a batch.
     """
     server = read_job(BatchUploadJob, message).server
-    if server is not None:
-        tools.fleet[server]
+    with unbegun(run, tools):
+        if server is not None:
+            tools.fleet[server]
     return order(message, run, tools, kind=KIND, name="upload", form=BatchUploadJob)
 
 

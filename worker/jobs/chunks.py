@@ -156,16 +156,24 @@ class _Attempt:
             self.run.ledger.intend(self.run.job_id, self.run.fence, memo)
 
     def _configured(self, items: list[Item]) -> list[Item]:
-        """The items whose server the settings still know; the others have failed."""
-        known = {"", *self.tools.fleet.names}
-        why = "No server is called {} any more; put it back into the settings, then retry the batch."
+        """The items whose servers the settings still know; the others have failed."""
+        gone = {item.number: name for item in items if (name := self._unknown_server(item)) is not None}
+        why = "No server is called {} any more; put it back into the settings, then {} the batch."
+        wish = "retry" if self.job.which in ("survey", "apply") else self.job.which
         failed = [
-            Settled(item, "failed", InvalidRequest.code, why.format(item.server))
+            Settled(item, "failed", InvalidRequest.code, why.format(name, wish), server=name)
             for item in items
-            if item.server not in known
+            if (name := gone.get(item.number))
         ]
         settle(self.batch, self.job.which, self.job.chunk, failed, run=self.run)
-        return [item for item in items if item.server in known]
+        return [item for item in items if item.number not in gone]
+
+    def _unknown_server(self, item: Item) -> str | None:
+        """The server that is planned for an item, or where it was done, if that is looked at or taken back."""
+        names = [item.server]
+        if self.job.which in ("verify", "undo"):
+            names.append(self.rows[item.number].settled.server_name)
+        return next((name for name in names if name and name not in self.tools.fleet.names), None)
 
 
 def _answers(kind: Kind, which: Pass, group: Sequence[Item], desk: Desk, resumed: set[int]) -> list[Answer]:
