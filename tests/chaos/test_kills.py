@@ -29,6 +29,7 @@ class Fault:
     pool: str
     strike: Callable[[int, set[int]], None]
     goes_on: bool = False  # the stopped jobs may end where they are
+    survives: bool = False  # the worker starts other children
     seldom: bool = False  # in `make chaos` alone
 
 
@@ -63,7 +64,7 @@ def hurry(main: int, _: set[int]) -> None:
 
 
 FAULTS = (
-    Fault("SIGKILL of the child (prefork)", "processes", kill_children),
+    Fault("SIGKILL of the child (prefork)", "processes", kill_children, survives=True),
     Fault("SIGKILL of the worker (threads)", "threads", kill_main),
     Fault("SIGKILL of all its processes (prefork)", "processes", kill_all, seldom=True),
     Fault("SIGKILL of the main process alone (prefork)", "processes", kill_main, goes_on=True),
@@ -81,7 +82,7 @@ FAULTS = (
     [pytest.param(fault, id=fault.name, marks=[pytest.mark.full] if fault.seldom else []) for fault in FAULTS],
 )
 def test_a_worker_that_ends_at_any_point_of_an_upload_leaves_a_job_that_ends_once(
-    fault, crew, stops, sandbox, image_server, guarantee
+    fault, crew, stops, sandbox, image_server, guarantee, is_running
 ):
     doomed = crew.start(pool=fault.pool, concurrency=len(STOPS), stops=True, environ={"CHAOS_SOFT_SHUTDOWN_S": "1"})
     wishes, points = {}, {}
@@ -98,6 +99,7 @@ def test_a_worker_that_ends_at_any_point_of_an_upload_leaves_a_job_that_ends_onc
         answered = next(picture.sop for handle, picture in wishes.items() if points[handle.id] == ANSWER_UNREAD)
         assert poll(lambda: answered in {one.sop for one in kept(sandbox)}, timeout_s=WAIT_S)
         crew.start()
+        children = children_of(doomed.pid)
         fault.strike(doomed.pid, {one.pid for one in reached})
         struck_s = time.monotonic()
         picture = Picture.new()
@@ -110,6 +112,8 @@ def test_a_worker_that_ends_at_any_point_of_an_upload_leaves_a_job_that_ends_onc
         assert {points[i] for i in points} == {points[i] for i in ended_s}
         print({points[i]: round(t - struck_s, 2) for i, t in ended_s.items()})
         reports = judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+    assert poll(lambda: doomed.alive is fault.survives, timeout_s=WAIT_S)
+    assert poll(lambda: not any(map(is_running, children)), timeout_s=WAIT_S), "its children outlive it"
     for handle in wishes:
         guarantee.row(
             area="a worker ends",
