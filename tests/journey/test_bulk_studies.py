@@ -137,6 +137,21 @@ def test_a_copy_that_was_damaged_brings_nothing_back(ward, sandbox, out):
     assert images_on(sandbox.msdicom, study) == set()
 
 
+def test_what_comes_back_does_not_split_a_study_that_has_begun_anew_elsewhere(ward, sandbox, out):
+    study = new_uid()
+    put(sandbox.msdicom, study)
+    before = images_on(sandbox.msdicom, study)
+    handle = ward.batch.delete([study], servers=["msdicom"], keep=out.as_uri())
+    assert totals(handle.result(timeout_s=WAIT_S)) == {"deleted": 1}
+    put(sandbox.dcm4chee, study, 1)
+    undone = ward.batch.undo(handle.id).result(timeout_s=WAIT_S)
+    assert (totals(undone, "undo"), undone["failures"][-1]["code"]) == ({"refused": 1}, "study_conflict")
+    assert (len(images_on(sandbox.dcm4chee, study)), images_on(sandbox.msdicom, study)) == (1, set())
+    assert ward.delete("study", study).result(timeout_s=WAIT_S)
+    undone = ward.batch.undo(handle.id).result(timeout_s=WAIT_S)
+    assert (totals(undone, "undo"), images_on(sandbox.msdicom, study)) == ({"undone": 1}, before)
+
+
 def test_what_was_not_kept_cannot_be_taken_back(ward, sandbox):
     study = new_uid()
     put(sandbox.msdicom, study)

@@ -196,6 +196,18 @@ def test_an_item_of_a_batch_waits_too_and_the_others_go_on(client: fakeredis.Fak
     assert bench.ledger.hold_image("1.3.1", job_id="j9", fence=late.fence, into=("1.3", "1.3.2")) is None
 
 
+@pytest.mark.parametrize("keep", [None, "file:///out/"])
+def test_an_item_is_not_deleted_on_a_server_that_the_order_does_not_name(
+    client: fakeredis.FakeRedis, keep: str | None
+) -> None:
+    bench = Bench(client, [Stub("a"), Stub("b")])
+    batch = Batch("B", "running", "delete", {"permanent": True, "servers": ["a"], "keep": keep}, ("a", "b"))
+    desk = Desk(batch, bench.run("B.0"), bench.tools)
+    (answer,) = StudyDeletions().apply([Item(0, "b", "1.2")], desk, resumed=set())
+    assert isinstance(answer, InvalidRequest)
+    assert "delete" not in bench.servers[1].asked
+
+
 def test_a_list_that_cannot_be_paged_to_its_end_says_so() -> None:
     class Long:
         server = ServerSettings(name="a", type="dcm4chee", url="http://host")

@@ -281,11 +281,11 @@ class Conductor:
         return self._ended()
 
     def undo(self) -> Batch:
-        """Take back what was done."""
+        """Take back what was done; what an earlier undo could not, once more."""
         batch = self._take("done", "cancelled", "undone")
         self._needs("undo")
         if self._is_new("undo") and batch.state in ("done", "cancelled", "undone"):
-            self.batches.reopen(batch, "undo", ["failed"])
+            self.batches.reopen(batch, "undo", ["failed", "refused"])
         self._walk("undo", out_of=["done", "cancelled", "undone"], to="undone")
         return self._ended()
 

@@ -5,13 +5,13 @@ How one study is deleted is said in `deletions`, how a copy is kept and brought 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from worker.batches import Item, ItemStatus, Pass, Settled
-from worker.errors import ConfirmationRequired, CourierError, InvalidRequest
+from worker.errors import ConfirmationRequired, CourierError, InvalidRequest, StudyConflict
 from worker.jobs.batches import Answer, Desk, Work, order, unbegun
 from worker.jobs.deletions import asked, forget_what_is_gone, remove
 from worker.jobs.kept import Kept, is_all_kept, keep, restore
@@ -114,9 +114,13 @@ def _together(
 
 
 def _servers(item: Item, desk: Desk) -> list[Pacs]:
-    if item.server:
-        return [desk.tools.fleet[item.server]]
-    return asked(desk.batch.order.get("servers"), desk.tools.fleet)
+    names = desk.batch.order.get("servers")
+    if item.server and names is not None and item.server not in names:
+        sentence = (
+            f"It is to be deleted on {item.server}, and the batch only on {' and '.join(names)}; nothing was deleted."
+        )
+        raise InvalidRequest(sentence)
+    return asked([item.server] if item.server else names, desk.tools.fleet)
 
 
 def _seen(item: Item, desk: Desk) -> Settled:
@@ -140,8 +144,8 @@ def _applied(item: Item, desk: Desk, *, resumed: set[int]) -> Settled:
         return _keep(item, f"{str(folder).rstrip('/')}/{desk.batch.id}", desk)
     _check_kept(item, known, desk)
     settled = _deleted(item, [desk.tools.fleet[name] for name in known], desk, resumed=item.number in resumed)
-    kept = {name: asdict(one) for name, one in known.items()}
-    return replace(settled, result={**settled.result, "kept": kept})
+    told = desk.known(item).result
+    return replace(settled, result={**settled.result, **{name: told[name] for name in ("kept", "elsewhere")}})
 
 
 def _keep(item: Item, folder: str, desk: Desk) -> Settled:
@@ -153,7 +157,23 @@ def _keep(item: Item, folder: str, desk: Desk) -> Settled:
             copies[pacs.server.name] = asdict(kept)
     if not copies:
         return Settled(item, "not_there", server=item.server)
-    return Settled(item, "open", server=next(iter(copies)), result={"kept": copies})
+    elsewhere = _with_study(item, desk, but=copies, silent=True)
+    return Settled(item, "open", server=next(iter(copies)), result={"kept": copies, "elsewhere": elsewhere})
+
+
+def _with_study(item: Item, desk: Desk, *, but: Collection[str], silent: bool) -> list[str]:
+    """The further servers that have the study; those that are silent too, or their error."""
+    found = []
+    for pacs in desk.tools.fleet:
+        if pacs.server.name not in but:
+            try:
+                there = bool(pacs.find("study", item.text))
+            except CourierError:
+                if not silent:
+                    raise
+                there = True
+            found += [pacs.server.name] * there
+    return found
 
 
 def _check_kept(item: Item, known: Mapping[str, Kept], desk: Desk) -> None:
@@ -198,12 +218,21 @@ def _verified(item: Item, desk: Desk) -> Settled:
     return Settled(item, "verified", server=names[0])
 
 
+def _check_not_elsewhere(item: Item, desk: Desk) -> None:
+    """What comes back splits no study: one that has begun anew since on another server stays there."""
+    told = desk.known(item).result
+    if new := _with_study(item, desk, but={*told["kept"], *told["elsewhere"]}, silent=False):
+        sentence = f"{new[0]} has got images of the study since it was deleted; move them, then undo the batch again."
+        raise StudyConflict(sentence, server_name=new[0], server_type=desk.tools.fleet[new[0]].server.type)
+
+
 def _undone(item: Item, desk: Desk) -> Settled:
     kept = desk.known(item).result.get("kept")
     if desk.known(item).status == "not_there":
         return Settled(item, "not_there", server=desk.known(item).server_name)
     if not kept:
         raise InvalidRequest("No copy was kept, so this cannot be taken back; order deletions with keep.")
+    _check_not_elsewhere(item, desk)
     results = {}
     for name, told in kept.items():
         pacs, copy = desk.tools.fleet[name], Kept(**told)
