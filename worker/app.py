@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 10.0
 #: A job that nobody looked at for so long after it was due is overdue.
 OVERDUE_S = 30.0
+#: How long a process that is about to end waits for its own sweep.
+LAST_SWEEP_S = 5.0
 #: How long an event may wait for others.
 EVENTS_S = 0.1
 #: What Redis, kombu and the result backend raise when they cannot be reached.
@@ -214,8 +216,12 @@ def _pulse() -> Pulse:
     return Pulse(tools().ledger, _publish)
 
 
+_sweeping = threading.Lock()
+
+
 def let_go() -> int:
     """Give up the jobs that are under way in this process, which is about to end; returns how many."""
+    _sweeping.acquire(timeout=LAST_SWEEP_S)  # for good: a sweep of ours would find them due, and die before it says so
     return pulse().let_go() if _pulse.cache_info().currsize else 0
 
 
@@ -244,7 +250,8 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
         ledger = _ledger()
         while not self._stop.wait(settings.jobs.sweep_s):
             try:
-                sweep(ledger)
+                with _sweeping:
+                    sweep(ledger)
             except Exception as error:  # noqa: BLE001 - without its sweeper a worker would wake nobody any more
                 telemetry.count("sweep_failed")
                 log.warning("Could not sweep: %s; trying again", type(error).__name__)
