@@ -9,7 +9,7 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-from worker.batches import Batch, Item, Settled
+from worker.batches import Batch, Batches, Item, Settled
 from worker.errors import (
     CourierError,
     InvalidRequest,
@@ -27,6 +27,7 @@ from worker.jobs.tools import Tools
 from worker.ledger import Ledger
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Deletion, DeletionFate, Found, StudyPage
+from worker.planning import Planned, Planner
 from worker.settings import ServerSettings, Settings
 
 DELETED, HIDDEN = Deletion(DeletionFate.DELETED), Deletion(DeletionFate.HIDDEN, "Later.")
@@ -194,6 +195,34 @@ def test_an_item_of_a_batch_waits_too_and_the_others_go_on(client: fakeredis.Fak
     assert StudyDeletions().apply(items, desk, resumed=set()) == [None, Settled(items[1], "deleted")]
     late = bench.run("j9")
     assert bench.ledger.hold_image("1.3.1", job_id="j9", fence=late.fence, into=("1.3", "1.3.2")) is None
+
+
+def test_an_item_says_of_each_server_what_the_batch_did_there_however_many_attempts_it_took(
+    client: fakeredis.FakeRedis,
+) -> None:
+    a, b = Stub("a"), Stub("b", deletes=SILENT)
+    c = Stub("c", deletes=PacsRejected("No."))
+    d = Stub("d", deletes=GONE)
+    bench = Bench(client, [a, b, c, d])
+    batches = Batches(bench.ledger)
+    batches.open("B", kind="delete", order={"permanent": True}, width=1)
+    with Planner(batches, "B") as planner:
+        planner.add_all([Planned("1.2")])
+        planner.freeze()
+    batch = batches.get("B")
+    assert batch is not None
+
+    def attempt(resumed: set[int]) -> Any:
+        rows = {row.item.number: row for row in batches.chunk_rows(batch, 0, ["apply"])}
+        client.hset("courier:job:B.0", "lease_ms", 0)
+        desk = Desk(batch, bench.run("B.0"), bench.tools, rows=rows)
+        return StudyDeletions().apply([row.item for row in rows.values()], desk, resumed=resumed)[0]
+
+    assert isinstance(attempt(set()), PacsUnavailable)
+    b.deletes = DELETED
+    settled = attempt({0})
+    assert settled.result["servers"] == {"a": "deleted", "b": "deleted", "c": "refused", "d": "not_there"}
+    assert (settled.status, settled.code, settled.server) == ("refused", "pacs_rejected", "c")
 
 
 @pytest.mark.parametrize("keep", [None, "file:///out/"])

@@ -10,8 +10,15 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from worker.batches import Item, ItemStatus, Pass, Settled
-from worker.errors import ConfirmationRequired, CourierError, InvalidRequest, StudyConflict
+from worker.batches import CHUNK_ITEMS, Batches, Item, ItemStatus, Pass, Settled
+from worker.errors import (
+    ConfirmationRequired,
+    CourierError,
+    InvalidRequest,
+    Refused,
+    StudyConflict,
+    first_to_wait_for,
+)
 from worker.jobs.batches import Answer, Desk, Work, order, unbegun
 from worker.jobs.deletions import asked, forget_what_is_gone, remove
 from worker.jobs.kept import Kept, is_all_kept, keep, restore
@@ -63,7 +70,9 @@ class StudyDeletions:
         ledger, run = desk.tools.ledger, desk.run
         try:
             ready = [item for item in items if ledger.shut(item.text, job_id=run.job_id, fence=run.fence) is None]
-            done = _together(ready, partial(_applied, resumed=resumed), desk)
+            begun: dict[Item, Any] = {}
+            done = _together(ready, partial(_applied, resumed=resumed, begun=begun), desk)
+            _note_begun(begun, desk)
             over = [item for item, answer in done.items() if isinstance(answer, Settled) and answer.status != "open"]
             forget_what_is_gone({item.text for item in over}, desk.tools)
         finally:
@@ -134,18 +143,31 @@ def _seen(item: Item, desk: Desk) -> Settled:
 # --- apply ------------------------------------------------------------------------------------------------------
 
 
-def _applied(item: Item, desk: Desk, *, resumed: set[int]) -> Settled:
+def _applied(item: Item, desk: Desk, *, resumed: set[int], begun: dict[Item, Any]) -> Settled:
     """One step with one study: keep its copies, or delete it."""
     folder = desk.batch.order.get("keep")
     if folder is None:
-        return _deleted(item, _servers(item, desk), desk, resumed=item.number in resumed)
+        return _deleted(item, _servers(item, desk), desk, resumed=item.number in resumed, begun=begun)
     known = {name: Kept(**told) for name, told in desk.known(item).result.get("kept", {}).items()}
     if not known:
         return _keep(item, f"{str(folder).rstrip('/')}/{desk.batch.id}", desk)
     _check_kept(item, known, desk)
-    settled = _deleted(item, [desk.tools.fleet[name] for name in known], desk, resumed=item.number in resumed)
+    servers = [desk.tools.fleet[name] for name in known]
+    settled = _deleted(item, servers, desk, resumed=item.number in resumed, begun=begun)
     told = desk.known(item).result
     return replace(settled, result={**settled.result, **{name: told[name] for name in ("kept", "elsewhere")}})
+
+
+def _note_begun(begun: Mapping[Item, Any], desk: Desk) -> None:
+    """Of studies that are still open: which servers have answered, and what, for the next attempt and the report."""
+    noted = [
+        Settled(item, "open", server=desk.known(item).server, result={**desk.known(item).result, "servers": fates})
+        for item, fates in begun.items()
+        if fates
+    ]
+    if noted:
+        run, chunk = desk.run, noted[0].item.number // CHUNK_ITEMS
+        Batches(run.ledger).settle(desk.batch, "apply", chunk, noted, job_id=run.job_id, fence=run.fence)
 
 
 def _keep(item: Item, folder: str, desk: Desk) -> Settled:
@@ -185,12 +207,33 @@ def _check_kept(item: Item, known: Mapping[str, Kept], desk: Desk) -> None:
             raise InvalidRequest(sentence, server_name=name, server_type=pacs.server.type)
 
 
-def _deleted(item: Item, servers: Sequence[Pacs], desk: Desk, *, resumed: bool) -> Settled:
+def _deleted(item: Item, servers: Sequence[Pacs], desk: Desk, *, resumed: bool, begun: dict[Item, Any]) -> Settled:
+    """On all servers; where one is silent, ``begun`` says what the others did."""
     permanent = bool(desk.batch.order.get("permanent", True))
     fates: dict[str, Deletion] = {}
+    errors: list[CourierError] = []
     for pacs in servers:
-        fates[pacs.server.name] = remove(pacs, [Found("study", item.text)], permanent=permanent, resumed=resumed)
+        name = pacs.server.name
+        ours = _may_be_ours(item, name, desk, resumed=resumed)
+        try:
+            fates[name] = remove(pacs, [Found("study", item.text)], permanent=permanent, resumed=ours)
+        except Refused as error:
+            fates[name] = Deletion(DeletionFate.REFUSED, error.message)
+        except CourierError as error:
+            errors.append(error)
+    if errors:
+        begun[item] = {name: _STATUS[deletion.fate] for name, deletion in fates.items()}
+        raise first_to_wait_for(errors)
     return _concluded(item, fates)
+
+
+def _may_be_ours(item: Item, name: str, desk: Desk, *, resumed: bool) -> bool:
+    """Whether "not there" means that an earlier attempt has deleted it on that server."""
+    fate = desk.known(item).result.get("servers", {}).get(name)
+    if fate is not None:
+        return fate in ("deleted", "hidden")
+    on = desk.known(item, "survey").result.get("on")
+    return resumed and (on is None or name in on)
 
 
 def _concluded(item: Item, fates: Mapping[str, Deletion]) -> Settled:
