@@ -19,15 +19,18 @@ from worker.ledger import LeaseLost
 class Slow(_Book):
     """A book in which writing takes a while; ``written`` are the entries of each time."""
 
-    def __init__(self, *, breaks_at: int | None = None) -> None:
+    def __init__(self, *, breaks_at: int | None = None, waits_for: int = 0) -> None:
         super().__init__(cast(Any, SimpleNamespace()))
         self.written: list[list[Settled]] = []
         self.alone = threading.Lock()
         self.breaks_at = breaks_at
+        self.waits_for = waits_for
 
     def _settle(self, entries: Sequence[Settled]) -> None:
         assert self.alone.acquire(blocking=False), "two have the pen"
-        time.sleep(0.01)
+        deadline = time.monotonic() + 30
+        while not self.written and len(self._waiting) < self.waits_for and time.monotonic() < deadline:
+            time.sleep(0.001)
         self.alone.release()
         if self.breaks_at is not None and len(self.written) == self.breaks_at:
             raise LeaseLost
@@ -38,13 +41,12 @@ def entries(count: int) -> list[Settled]:
     return [Settled(Item(number, "", f"1.{number}"), "open") for number in range(count)]
 
 
-def test_every_entry_is_written_once_and_many_of_them_together() -> None:
-    book, ours = Slow(), entries(64)
+def test_those_who_wait_for_the_pen_are_written_together_and_each_once() -> None:
+    book = Slow(waits_for=15)
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(book.write, ours))
-    written = [one.item.number for some in book.written for one in some]
-    assert sorted(written) == list(range(64))
-    assert len(book.written) < 32
+        list(pool.map(book.write, entries(16)))
+    assert [len(some) for some in book.written] == [1, 15]
+    assert sorted(one.item.number for some in book.written for one in some) == list(range(16))
 
 
 def test_whoever_returns_knows_that_his_entry_stands() -> None:
