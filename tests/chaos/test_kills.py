@@ -68,7 +68,7 @@ FAULTS = (
     Fault("SIGKILL of the worker (threads)", "threads", kill_main),
     Fault("SIGKILL of all its processes (prefork)", "processes", kill_all, seldom=True),
     Fault("SIGKILL of the main process alone (prefork)", "processes", kill_main, goes_on=True),
-    Fault("SIGTERM (threads)", "threads", ask, goes_on=True),
+    Fault("SIGTERM (threads)", "threads", ask, goes_on=True, seldom=True),
     Fault("SIGTERM (prefork)", "processes", ask, goes_on=True, seldom=True),
     Fault("SIGTERM to every process (prefork)", "processes", ask_all, goes_on=True),
     Fault("soft shutdown that is too short (threads)", "threads", hurry),

@@ -176,6 +176,7 @@ def test_a_redis_without_room_refuses_new_jobs_and_does_the_old_ones_when_there_
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_results_are_told_when_the_redis_that_keeps_them_is_back(
     house, tmp_path, redis, sandbox, image_server, guarantee
 ):
