@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from producer import Courier
-from producer.errors import CourierError, ImageAlreadyExists
+from producer.errors import Cancelled, CourierError, ImageAlreadyExists
 from sandbox.synthetic import image, new_uid
 from worker.payloads import BatchJob, BatchUploadJob
 
@@ -72,6 +72,31 @@ def test_a_batch_is_uploaded_verified_and_undone(worker, image_server, sandbox):
         assert statuses(courier, batch, "undo") == ["undone"] * 180 + ["kept", "undone", "open"]
         assert [count(sandbox.msdicom, study) for study in studies] == [0] * 6
         assert count(sandbox.dcm4chee, old) == 1
+
+
+@pytest.mark.parametrize("wishes", [("retry", "undo"), ("undo",)])
+def test_what_may_have_arrived_when_a_batch_was_cancelled_is_still_the_batchs(worker, image_server, sandbox, wishes):
+    study = new_uid()
+    urls = put(image_server, study, 4)
+    running = worker(jobs=QUICK)
+    with Courier(running.settings) as courier:
+        sandbox.set_mood("msdicom", "store", latency_ms=1000, commit_then_drop=True)
+        fetched = len(image_server.requests)
+        handle = courier.enqueue("pacs.batch.upload", BatchUploadJob, {"items": urls})
+        until(lambda: len(image_server.requests) >= fetched + 4)
+        courier.batch.pause(handle.id)
+        until(lambda: count(sandbox.msdicom, study) == 4)
+        courier.batch.cancel(handle.id)
+        with pytest.raises(Cancelled):
+            handle.result(timeout_s=WAIT_S)
+        sandbox.calm()
+        assert statuses(courier, handle.id) == ["open"] * 4
+        for what in wishes:
+            wish(courier, what, handle.id)
+        retried = "retry" in wishes
+        assert statuses(courier, handle.id) == ["stored" if retried else "open"] * 4
+        assert statuses(courier, handle.id, "undo") == ["undone" if retried else "kept"] * 4
+        assert count(sandbox.msdicom, study) == (0 if retried else 4)
 
 
 def test_a_worker_killed_between_a_push_and_its_record_stores_nothing_twice(worker, image_server, sandbox):

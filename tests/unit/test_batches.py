@@ -503,6 +503,21 @@ def test_a_chunk_whose_job_is_a_dead_letter_has_failed_and_the_batch_goes_on(ben
     assert batch.counts["a"] == {"planned": 20, "deleted": 20}
 
 
+def test_what_a_dead_chunk_may_have_done_is_known_to_the_next_round(bench: Bench) -> None:
+    def leave(items: Sequence[Item], desk: Desk) -> list[Settled]:
+        return [Settled(items[7], "open", server="b", result=desk.memo)]
+
+    bench.kind.leave = leave  # type: ignore[attr-defined]
+    bench.conduct()
+    record = {"state": "dead", "code": "poisoned", "memo": json.dumps({"begun": [7], "kind": {"pushed": "1.2.7"}})}
+    bench.client.hset(f"{PREFIX}job:B.apply.0", mapping=record)
+    assert isinstance(bench.conduct(), NotYet)
+    rows = bench.batches.items(bench.batch, 0)
+    assert {row.status for row in rows} == {"failed"}
+    assert (rows[7].server, rows[7].code, rows[7].result) == ("b", "poisoned", {"pushed": "1.2.7"})
+    assert rows[8].result == {}
+
+
 def test_a_chunk_that_nobody_knows_any_more_is_written_down_again(bench: Bench) -> None:
     bench.kind.lists = {"a": [STUDIES[:20]], "b": []}
     bench.conduct()

@@ -8,9 +8,10 @@ verify, undo) is a conductor of its own, one at a time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import redis
@@ -131,6 +132,9 @@ class Kind(Protocol):
     * SHALL leave alone what other jobs hold (None), and hold nothing when it returns but what may be half done;
     * SHOULD not ask servers in `Desk.down`, and add to it those that it finds silent;
     * SHOULD say in `Desk.spent` what it took, if that is not one request per item.
+
+    A kind whose memo says what may have been done has a method ``leave(items, desk)`` too: of items that stay open when
+    their job ends, it gives the `open` `Settled` whose results a retry or an undo have to know.
 
     Which items come to it: ``survey`` and ``apply`` get what is open; ``verify`` what was done (`NOT_DONE` says what
     was not), ``undo`` that and whatever left a result. What survey settles as anything but ``planned`` is not applied;
@@ -344,7 +348,7 @@ class Conductor:
         if not batches.begin(self.batch_id, which, job_id=self.run.job_id, out_of=out_of):
             self._stand_aside(which)
         self.tools.wake(batches.fill(self.batch, which))
-        bury_lost_chunks(self.batch, which, self.run, self.tools)
+        bury_lost_chunks(self.batch, which, self.run, self.tools, self.kind)
         batch = self.batch
         if batch.state in ("cancelled", "paused"):
             self._stand_aside(which)
@@ -390,7 +394,7 @@ def _planned(one: str | BatchItem) -> Planned:
     return Planned(one) if isinstance(one, str) else Planned(one.item, one.server or "", one.size_bytes)
 
 
-def bury_lost_chunks(batch: Batch, which: Pass, run: Run, tools: Tools) -> None:
+def bury_lost_chunks(batch: Batch, which: Pass, run: Run, tools: Tools, kind: Kind) -> None:
     """A chunk whose job is over without having ended it (a dead letter) is settled as failed, with its code.
 
     One whose job nobody knows any more is written down again.
@@ -405,12 +409,25 @@ def bury_lost_chunks(batch: Batch, which: Pass, run: Run, tools: Tools) -> None:
             continue
         rows = batches.chunk_rows(batch, chunk, list(dict.fromkeys(("apply", which))))
         message = "The job that was to do it has ended; see the dead letters."
-        failed = [Settled(row.item, "failed", record.get("code", ""), message) for row in rows if to_do(which, row)]
+        items = [row.item for row in rows if to_do(which, row)]
+        desk = Desk(batch, run, tools, notes=Notes.of(json.loads(record.get("memo") or "{}"), pace={}))
+        left = {one.item: one for one in left_open(kind, which, items, desk)}
+        code = record.get("code", "")
+        failed = [
+            replace(left.get(item) or Settled(item, "failed"), status="failed", code=code, message=message)
+            for item in items
+        ]
         settle(batch, which, chunk, failed, run=run)
         batches.end_chunk(batch.id, which, chunk)
         ended = True
     if ended:
         tools.wake(batches.fill(batch, which))
+
+
+def left_open(kind: Kind, which: Pass, items: Sequence[Item], desk: Desk) -> list[Settled]:
+    """What has to be known of open items whose job ends with them: of what may have been done, the receipt."""
+    leave: Callable[[Sequence[Item], Desk], list[Settled]] | None = getattr(kind, "leave", None)
+    return leave(items, desk) if leave is not None and which == "apply" else []
 
 
 def settle(batch: Batch, which: Pass, chunk: int, outcomes: Sequence[Settled], *, run: Run) -> None:

@@ -96,6 +96,10 @@ class Pushed:
         added = {"preamble_added": True} if self.preamble_added else {}
         return {**{name: getattr(self, name) for name in told}, **added}
 
+    @property
+    def doubtful_receipt(self) -> dict[str, Any]:
+        return {**self.receipt, "uncertain": True}
+
 
 @dataclass(frozen=True)
 class _Image:
@@ -161,6 +165,15 @@ class ImageUploads:
             desk.tools.fleet[server]  # an unknown name is refused before anything is fetched
         wanted = [item if item.server or not server else replace(item, server=server) for item in items]
         return Uploads(desk).carry(wanted)
+
+    def leave(self, items: Sequence[Item], desk: Desk) -> list[Settled]:
+        """What may have arrived of items that are left open: their receipts, for a retry or an undo."""
+        pushed = {int(number): Pushed(**row) for number, row in desk.memo.get("pushed", {}).items()}
+        return [
+            Settled(item, "open", server=one.server, result=one.doubtful_receipt)
+            for item in items
+            if (one := pushed.get(item.number)) is not None and one.uncertain
+        ]
 
     def verify(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Result]:  # noqa: ARG002
         return verify([desk.known(item) for item in items], desk)
@@ -231,7 +244,7 @@ class Uploads:
         result, pushed = self.results[item.number], self._memo.get(item.number)
         if not self._run.last or not isinstance(result, CourierError) or pushed is None or not pushed.uncertain:
             return result
-        told = {**pushed.receipt, "uncertain": True}
+        told = pushed.doubtful_receipt
         sentence = f"{result.message} It may have arrived on {pushed.server}: retry the batch to make sure."
         return Settled(item, "failed", result.payload["code"], sentence, server=pushed.server, result=told)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from worker.batches import STATE_OF, Batch, Batches, Item, Pass, Row, Settled
 from worker.errors import CourierError, InvalidRequest, NeedsPerson, Refused, first_to_wait_for, is_resting
-from worker.jobs.batches import TURN_S, Answer, Desk, Kind, Notes, Spent, current, settle, slot, to_do
+from worker.jobs.batches import TURN_S, Answer, Desk, Kind, Notes, Spent, current, left_open, settle, slot, to_do
 from worker.jobs.pace import Pace
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
@@ -95,6 +95,7 @@ class _Attempt:
             group = [item for item in planned if item.server not in self.left.down]
             if group and not self._may_go_on(group):
                 self.left.stopped = True
+                self._leave_open()
                 break
             if group:
                 self._do(group)
@@ -146,6 +147,14 @@ class _Attempt:
         self.notes.begun -= {one.item.number for one in settled if one.status != "open"}
         self.notes.begun -= {item.number for item, answer in zip(group, answers, strict=True) if answer is None}
         _note_what_is_left(group, answers, self.left)
+
+    def _leave_open(self) -> None:
+        """The memo goes with this job; what it says of open items has to be known to a retry and to an undo."""
+        items = [row.item for row in _open_rows(self.batches, self.batch, self.job)]
+        desk = Desk(self.batch, self.run, self.tools, rows=self.rows, notes=self.notes)
+        settle(
+            self.batch, self.job.which, self.job.chunk, left_open(self.kind, self.job.which, items, desk), run=self.run
+        )
 
     def _remember(self) -> None:
         """What nobody has begun is not resumed by the next attempt, and what this one has survived not suspected."""
