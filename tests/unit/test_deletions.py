@@ -9,7 +9,7 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-from worker.batches import Batch, Batches, Item, Settled
+from worker.batches import Batch, Batches, Item, Row, Settled
 from worker.errors import (
     CourierError,
     InvalidRequest,
@@ -223,6 +223,18 @@ def test_an_item_says_of_each_server_what_the_batch_did_there_however_many_attem
     settled = attempt({0})
     assert settled.result["servers"] == {"a": "deleted", "b": "deleted", "c": "refused", "d": "not_there"}
     assert (settled.status, settled.code, settled.server) == ("refused", "pacs_rejected", "c")
+
+
+def test_what_was_kept_and_is_gone_counts_as_deleted_so_that_it_can_be_taken_back(client: fakeredis.FakeRedis) -> None:
+    bench = Bench(client, [Stub("a", NOWHERE, GONE)])
+    batch = Batch("B", "running", "delete", {"permanent": True, "keep": "file:///out/"}, ("a",))
+    kept = {"a": {"url": "file:///out/1.zip", "images": 1, "images_sha256": "0" * 64}}
+    item = Item(0, "a", "1.2")
+    known = Settled(item, "open", result={"kept": kept, "elsewhere": []})
+    desk = Desk(batch, bench.run("B.0"), bench.tools, rows={0: Row(item, {"apply": known})})
+    (settled,) = StudyDeletions().apply([item], desk, resumed=set())  # a retry knows of no attempt before it
+    assert isinstance(settled, Settled)
+    assert (settled.status, settled.result["kept"]) == ("deleted", kept)
 
 
 @pytest.mark.parametrize("keep", [None, "file:///out/"])

@@ -228,8 +228,11 @@ def _deleted(item: Item, servers: Sequence[Pacs], desk: Desk, *, resumed: bool, 
 
 
 def _may_be_ours(item: Item, name: str, desk: Desk, *, resumed: bool) -> bool:
-    """Whether "not there" means that an earlier attempt has deleted it on that server."""
-    fate = desk.known(item).result.get("servers", {}).get(name)
+    """Whether "not there" means that an earlier attempt has deleted it on that server; what was kept had been there."""
+    told = desk.known(item).result
+    if name in told.get("kept", {}):
+        return True
+    fate = told.get("servers", {}).get(name)
     if fate is not None:
         return fate in ("deleted", "hidden")
     on = desk.known(item, "survey").result.get("on")
