@@ -303,7 +303,7 @@ def test_the_source_is_deleted_after_verification_and_brought_back_by_undo(way: 
     assert way.on_target == {*uids, *there}
 
     undone = way.undo()
-    assert (undone["removed"], undone["restored"]) == (2, 3)
+    assert (undone["removed"], undone["restored"], undone["left"]) == (2, 3, 2)
     assert way.on_source == uids
     assert pixels_of(way.source, way.study) == before
     assert way.on_target == {shared, *there}

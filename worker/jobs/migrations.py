@@ -305,5 +305,9 @@ def _undo(item: Item, group: _Group) -> Settled:
         return Settled(item, "kept", "", f"{target} has nothing of it that this batch has added.", told, server=target)
     if told["restored"]:
         group.move_claim(item, group.source)
-    hidden = f"{target} hides what was removed, and frees it later." if told["hidden"] else ""
-    return Settled(item, "undone", "", hidden, told, server=target)
+    notes = [f"{target} hides what was removed, and frees it later."] if told["hidden"] else []
+    if told["left"]:
+        notes.append(
+            f"{target} keeps {told['left']} images that the batch has not added, so the study is on both servers."
+        )
+    return Settled(item, "undone", "", " ".join(notes), told, server=target)

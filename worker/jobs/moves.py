@@ -431,7 +431,13 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
     pieces = to_ask(Found("study", transfer.study_uid), seen.on_target, ours) if ours else []
     fates = {_remove(transfer, found) for found in pieces}
     restored = len(receipt.moved) if receipt.source_deleted else 0
-    return {"removed": len(receipt.removing), "restored": restored, "hidden": DeletionFate.HIDDEN in fates}
+    left = len(seen.on_target.keys() - ours)
+    return {
+        "removed": len(receipt.removing),
+        "restored": restored,
+        "left": left,
+        "hidden": DeletionFate.HIDDEN in fates,
+    }
 
 
 def _remove(transfer: Transfer, found: Found) -> DeletionFate:
