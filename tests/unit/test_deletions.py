@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,8 +19,10 @@ from worker.errors import (
     PacsRejected,
     PacsUnauthorized,
     PacsUnavailable,
+    StudyConflict,
 )
 from worker.jobs.batches import Desk
+from worker.jobs.bulk_deletions import _check_not_elsewhere
 from worker.jobs.delete_all import StudyDeletions, study_pages
 from worker.jobs.deletions import delete
 from worker.jobs.run import NotYet, Run
@@ -235,6 +238,23 @@ def test_what_was_kept_and_is_gone_counts_as_deleted_so_that_it_can_be_taken_bac
     (settled,) = StudyDeletions().apply([item], desk, resumed=set())  # a retry knows of no attempt before it
     assert isinstance(settled, Settled)
     assert (settled.status, settled.result["kept"]) == ("deleted", kept)
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "planned", "conflict"),
+    [([], (), True), (["b"], (), False), ([], ("a", "b"), False)],
+    ids=["has begun anew", "was there before", "has come back too"],
+)
+def test_a_study_on_another_server_keeps_a_copy_from_coming_back_only_if_it_is_new_there(
+    client: fakeredis.FakeRedis, elsewhere: list[str], planned: tuple[str, ...], conflict: bool
+) -> None:
+    bench = Bench(client, [Stub("a", NOWHERE), Stub("b")])
+    item = Item(0, "a", "1.2")
+    known = Settled(item, "deleted", result={"kept": {"a": {}}, "elsewhere": elsewhere})
+    batch = Batch("B", "undoing", "delete", {"keep": "file:///out/"}, planned)
+    desk = Desk(batch, bench.run("B.0"), bench.tools, rows={0: Row(item, {"apply": known})})
+    with pytest.raises(StudyConflict) if conflict else nullcontext():
+        _check_not_elsewhere(item, desk)
 
 
 @pytest.mark.parametrize("keep", [None, "file:///out/"])

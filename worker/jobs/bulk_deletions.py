@@ -265,9 +265,13 @@ def _verified(item: Item, desk: Desk) -> Settled:
 
 
 def _check_not_elsewhere(item: Item, desk: Desk) -> None:
-    """What comes back splits no study: one that has begun anew since on another server stays there."""
+    """What comes back splits no study: one that has begun anew since on another server stays there.
+
+    Where the plan names servers, another item of it may just have come back to one of those.
+    """
     told = desk.known(item).result
-    if new := _with_study(item, desk, but={*told["kept"], *told["elsewhere"]}, silent=False):
+    ours = {*told["kept"], *told["elsewhere"], *desk.batch.servers}
+    if new := _with_study(item, desk, but=ours, silent=False):
         sentence = f"{new[0]} has got images of the study since it was deleted; move them, then undo the batch again."
         raise StudyConflict(sentence, server_name=new[0], server_type=desk.tools.fleet[new[0]].server.type)
 
