@@ -16,7 +16,7 @@ AREA = "a job that kills its worker"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pool", ["threads", pytest.param("processes", marks=pytest.mark.full)])
+@pytest.mark.parametrize("pool", [pytest.param("threads", marks=pytest.mark.full), "processes"])
 def test_a_job_that_kills_its_worker_is_a_dead_letter_and_all_that_died_with_it_are_stored(
     pool, crew, stops, sandbox, image_server, guarantee
 ):

@@ -98,6 +98,7 @@ def test_a_worker_that_lives_and_does_nothing_ends_itself_and_its_jobs_are_done(
     )
 
 
+@pytest.mark.full  # half a minute of watching nothing happen
 def test_a_healthy_worker_is_never_ended_idle_or_busy_or_told_to_pause_or_while_redis_is_away(
     nursery, image_server, sandbox
 ):
