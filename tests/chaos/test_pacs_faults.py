@@ -27,6 +27,7 @@ from sandbox.images import ImageServer
 from sandbox.processes import Processes, RedisPart, SandboxPart, poll
 from sandbox.synthetic import image, new_uid
 from sandbox.tokens import ENTRA_SCOPE
+from tests.stow import stow
 from worker.ledger import Ledger
 from worker.pacs import dcm4chee, msdicom
 from worker.pacs.protocol import Fate
@@ -161,7 +162,7 @@ class Ward:
         studies = {cell: new_uid() for cell in LAST_CALL}
         for (operation, dialect), study in studies.items():
             if operation != "upload":
-                store(self.url(dialect), image(study), image(study))
+                stow(self.url(dialect), image(study), image(study))
         for dialect in DIALECTS:
             for operation, mood in FAULTS[fault](dialect).items():
                 self.sandbox.set_mood(dialect, operation, **mood)
@@ -218,19 +219,6 @@ class Ward:
             if whole != good or (files and not good):
                 return False
         return there == {dialect: expected, other: 0}
-
-
-def store(url: str, *bodies: bytes) -> None:
-    answer = requests.post(
-        f"{url}/studies",
-        data=b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + body + b"\r\n" for body in bodies) + b"--b--",
-        headers={
-            "Accept": "application/dicom+json",
-            "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
-        },
-        timeout=10,
-    )
-    assert answer.status_code == 200
 
 
 def images_on(url: str, study: str) -> int:

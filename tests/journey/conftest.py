@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 from click.testing import CliRunner
 
 from producer import Courier
 from producer.cli import main
 from sandbox import processes as parts
 from sandbox.processes import Processes, RedisPart, SandboxPart
+from tests.stow import stow
 from worker.settings import Settings
 
 
@@ -77,16 +77,4 @@ def pacs(steady: Steady, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
 
 @pytest.fixture
 def put() -> Callable[[str, bytes], None]:
-    def store(url: str, body: bytes) -> None:
-        answer = requests.post(
-            f"{url}/studies",
-            data=b"--b\r\nContent-Type: application/dicom\r\n\r\n" + body + b"\r\n--b--\r\n",
-            headers={
-                "Accept": "application/dicom+json",
-                "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
-            },
-            timeout=10,
-        )
-        assert answer.status_code == 200
-
-    return store
+    return stow

@@ -15,6 +15,7 @@ from producer.audits import pages, whole
 from producer.cli import main
 from producer.errors import Cancelled, InvalidRequest, PacsUnavailable
 from sandbox.synthetic import image, new_uid
+from tests.stow import stow
 
 WAIT_S = 30
 ON = ("msdicom", "dcm4chee")
@@ -28,16 +29,6 @@ class Splits:
     partial: str
     disjoint: str
     images: dict[str, dict[str, list[str]]]
-
-
-def stow(url, bodies):
-    parts = b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + body + b"\r\n" for body in bodies)
-    headers = {
-        "Accept": "application/dicom+json",
-        "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
-    }
-    answer = requests.post(f"{url}/studies", data=parts + b"--b--\r\n", headers=headers, timeout=20)
-    assert answer.status_code == 200
 
 
 def listed_on(url, study):
@@ -59,7 +50,7 @@ def splits(steady, sandbox):
     }
     for server in ON:
         bodies = [image(study, sop=sop) for study, on in images.items() for sop in on.get(server, [])]
-        stow(getattr(sandbox, server), bodies)
+        stow(getattr(sandbox, server), *bodies)
     return Splits(studies["equal"], studies["partial"], studies["disjoint"], images)
 
 
@@ -169,8 +160,8 @@ def test_a_plan_says_what_would_make_every_study_whole_and_changes_nothing(pacs,
 def test_differences_that_are_too_many_for_a_list_are_all_in_the_plan(courier, pacs, sandbox, steady, tmp_path):
     study, shared = new_uid(), new_uid()
     fewer, more = [new_uid() for _ in range(120)], [new_uid() for _ in range(121)]
-    stow(sandbox.msdicom, [image(study, sop=sop, side=8) for sop in (shared, *fewer)])
-    stow(sandbox.dcm4chee, [image(study, sop=sop, side=8) for sop in (shared, *more)])
+    stow(sandbox.msdicom, *[image(study, sop=sop, side=8) for sop in (shared, *fewer)])
+    stow(sandbox.dcm4chee, *[image(study, sop=sop, side=8) for sop in (shared, *more)])
     (entry,) = courier.audit().result(timeout_s=WAIT_S)["entries"]
     assert [group["images"] for group in entry["only_on"]] == [120, 121]
     assert sum(len(group["image_uids"]) for group in entry["only_on"]) == 100

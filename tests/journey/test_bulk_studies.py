@@ -12,24 +12,14 @@ import requests
 from producer import Courier
 from producer.errors import ConfirmationRequired, InvalidRequest
 from sandbox.synthetic import image, new_uid
+from tests.stow import stow
 
 WAIT_S = 60
 QUICK = {"max_attempts": 8, "backoff_base_s": 0.1, "sweep_s": 0.1, "lease_s": 1.5, "grace_s": 2}
 
 
 def put(url, study, images=2):
-    files = [image(study, seed=seed, side=8) for seed in range(images)]
-    parts = b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + one + b"\r\n" for one in files)
-    answer = requests.post(
-        f"{url}/studies",
-        data=parts + b"--b--\r\n",
-        headers={
-            "Accept": "application/dicom+json",
-            "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
-        },
-        timeout=10,
-    )
-    assert answer.status_code == 200
+    stow(url, *(image(study, seed=seed, side=8) for seed in range(images)))
 
 
 def images_on(url, study):

@@ -12,6 +12,7 @@ from producer import Courier
 from producer.cli import main
 from producer.errors import InvalidRequest, InvalidUid, NotFound, PacsRejected, PacsUnavailable
 from sandbox.synthetic import image, new_uid
+from tests.stow import stow
 from worker.ledger import Ledger
 
 WAIT_S = 30
@@ -30,20 +31,6 @@ def images_on(url, study):
     return len(answer.json()) if answer.status_code == 200 else 0
 
 
-def put(url, *bodies):
-    for body in bodies:
-        answer = requests.post(
-            f"{url}/studies",
-            data=b"--b\r\nContent-Type: application/dicom\r\n\r\n" + body + b"\r\n--b--\r\n",
-            headers={
-                "Accept": "application/dicom+json",
-                "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
-            },
-            timeout=10,
-        )
-        assert answer.status_code == 200
-
-
 def statuses(answer):
     return {entry["server_name"]: entry["status"] for entry in answer["servers"]}
 
@@ -51,7 +38,7 @@ def statuses(answer):
 def test_what_is_deleted_is_gone_from_every_server_at_each_level(courier, sandbox):
     study, other, sop = new_uid(), new_uid(), new_uid()
     for url in (sandbox.msdicom, sandbox.dcm4chee):
-        put(url, image(study, sop=sop), image(study), image(study, series=f"{study}.2"), image(other))
+        stow(url, image(study, sop=sop), image(study), image(study, series=f"{study}.2"), image(other))
 
     foretold = courier.delete("study", study, dry_run=True).result(timeout_s=WAIT_S)
     assert statuses(foretold) == {"msdicom": "would_delete", "dcm4chee": "would_delete"}
@@ -89,10 +76,10 @@ def test_what_is_deleted_is_gone_from_every_server_at_each_level(courier, sandbo
 
 def test_a_deletion_that_can_be_taken_back_is_hidden_or_refused(courier, sandbox):
     study = new_uid()
-    put(sandbox.msdicom, image(study))
+    stow(sandbox.msdicom, image(study))
     with pytest.raises(PacsRejected, match="for good"):
         courier.delete("study", study, permanent=False).result(timeout_s=WAIT_S)
-    put(sandbox.dcm4chee, image(study))
+    stow(sandbox.dcm4chee, image(study))
     kept = courier.delete("study", study, permanent=False).result(timeout_s=WAIT_S)
     assert statuses(kept) == {"msdicom": "refused", "dcm4chee": "hidden"}
     assert (images_on(sandbox.msdicom, study), images_on(sandbox.dcm4chee, study)) == (1, 0)
@@ -100,8 +87,8 @@ def test_a_deletion_that_can_be_taken_back_is_hidden_or_refused(courier, sandbox
 
 def test_a_silent_server_is_never_said_to_be_rid_of_it(courier, sandbox):
     study = new_uid()
-    put(sandbox.msdicom, image(study))
-    put(sandbox.dcm4chee, image(study))
+    stow(sandbox.msdicom, image(study))
+    stow(sandbox.dcm4chee, image(study))
     sandbox.set_mood("dcm4chee", "*", refuse=True)
     with pytest.raises(PacsUnavailable, match=r"msdicom \(deleted\)") as caught:
         courier.delete("study", study).result(timeout_s=WAIT_S)
@@ -120,7 +107,7 @@ def test_a_silent_server_is_never_said_to_be_rid_of_it(courier, sandbox):
 def test_a_delete_whose_answer_was_lost_is_reported_as_deleted(courier, sandbox):
     for server, operation in (("msdicom", "delete"), ("dcm4chee", "reject"), ("dcm4chee", "delete")):
         study = new_uid()
-        put(getattr(sandbox, server), image(study))
+        stow(getattr(sandbox, server), image(study))
         sandbox.set_mood(server, operation, commit_then_drop=True, times=1)
         done = courier.delete("study", study).result(timeout_s=WAIT_S)
         assert statuses(done)[server] == "deleted"
@@ -130,7 +117,7 @@ def test_a_delete_whose_answer_was_lost_is_reported_as_deleted(courier, sandbox)
 def test_the_command_shows_what_came_of_it_and_ends_with_a_status_for_scripts(worker, sandbox, monkeypatch):
     monkeypatch.setenv("PACS_CONFIG", str(worker(jobs=QUICK).config))
     study = new_uid()
-    put(sandbox.dcm4chee, image(study))
+    stow(sandbox.dcm4chee, image(study))
 
     def pacs(*words):
         return CliRunner().invoke(main, ["delete", "study", *words])
@@ -148,7 +135,7 @@ def test_the_command_shows_what_came_of_it_and_ends_with_a_status_for_scripts(wo
 
 def test_a_worker_killed_while_deleting_is_followed_by_one_that_reports_the_same(worker, sandbox):
     study, sop = new_uid(), new_uid()
-    put(sandbox.dcm4chee, image(study, sop=sop))
+    stow(sandbox.dcm4chee, image(study, sop=sop))
     doomed = worker(jobs=QUICK)
     with Courier(doomed.settings) as courier:
         sandbox.set_mood("dcm4chee", "reject", latency_ms=2500)

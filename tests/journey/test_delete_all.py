@@ -13,6 +13,7 @@ from producer import Courier
 from producer.cli import main
 from producer.errors import Cancelled, ConfirmationRequired, NotFound
 from sandbox.synthetic import image, new_uid
+from tests.stow import stow
 
 WAIT_S = 60
 QUICK = {"max_attempts": 4, "backoff_base_s": 0.1, "sweep_s": 0.1, "lease_s": 1.5, "grace_s": 2, "max_deaths": 5}
@@ -21,19 +22,7 @@ SENTENCE = "delete all studies"
 
 def put(url, studies):
     """One image of each study, all in one request."""
-    body = b"".join(
-        b"--b\r\nContent-Type: application/dicom\r\n\r\n" + image(study, side=8) + b"\r\n" for study in studies
-    )
-    answer = requests.post(
-        f"{url}/studies",
-        data=body + b"--b--\r\n",
-        headers={
-            "Accept": "application/dicom+json",
-            "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
-        },
-        timeout=30,
-    )
-    assert answer.status_code == 200
+    stow(url, *(image(study, side=8) for study in studies))
 
 
 def studies_on(url):

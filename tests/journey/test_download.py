@@ -6,29 +6,15 @@ import hashlib
 import json
 import zipfile
 
-import requests
 from click.testing import CliRunner
 
 from producer import Courier
 from producer.cli import main
 from sandbox.synthetic import image, new_uid
+from tests.stow import stow
 
 WAIT_S = 30
 QUICK = {"max_attempts": 3, "backoff_base_s": 0.1, "sweep_s": 0.1, "lease_s": 1.5, "grace_s": 2}
-
-
-def put(url, *bodies):
-    parts = b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + body + b"\r\n" for body in bodies)
-    answer = requests.post(
-        f"{url}/studies",
-        data=parts + b"--b--\r\n",
-        headers={
-            "Accept": "application/dicom+json",
-            "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
-        },
-        timeout=10,
-    )
-    assert answer.status_code == 200
 
 
 def test_a_download_survives_its_worker_and_shows_nothing_before_it_is_whole(
@@ -36,7 +22,7 @@ def test_a_download_survives_its_worker_and_shows_nothing_before_it_is_whole(
 ):
     study = new_uid()
     images = [image(study, seed=seed) for seed in range(6)]
-    put(sandbox.msdicom, *images)
+    stow(sandbox.msdicom, *images)
     out = tmp_path / "out"
     out.mkdir()
     doomed = worker(jobs=QUICK, downloads={"folders": [str(out)]})

@@ -12,6 +12,7 @@ from producer import Courier
 from producer.cli import main
 from producer.errors import InvalidRequest
 from sandbox.synthetic import image, new_uid
+from tests.stow import stow
 
 WAIT_S = 60
 QUICK = {"max_attempts": 6, "backoff_base_s": 0.1, "sweep_s": 0.1, "lease_s": 1.5, "grace_s": 2, "max_deaths": 5}
@@ -20,18 +21,8 @@ QUICK = {"max_attempts": 6, "backoff_base_s": 0.1, "sweep_s": 0.1, "lease_s": 1.
 def put(url, study, number=1, **more):
     """``number`` images of the study, all in one request; their UIDs."""
     uids = [new_uid() for _ in range(number)]
-    images = [image(study, sop=uid, side=more.get("side", 16), seed=n) for n, uid in enumerate(uids)]
-    body = b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + one + b"\r\n" for one in images)
-    answer = requests.post(
-        f"{url}/studies",
-        data=body + b"--b--\r\n",
-        headers={
-            "Accept": "application/dicom+json",
-            "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
-        },
-        timeout=30,
-    )
-    assert answer.status_code == 200
+    side = more.get("side", 16)
+    stow(url, *(image(study, sop=uid, side=side, seed=n) for n, uid in enumerate(uids)))
     return set(uids)
 
 
