@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import gzip
 import hashlib
 import ipaddress
@@ -379,6 +380,17 @@ def test_nobody_listening_is_unreachable() -> None:
     with socket.create_server((HOST, 0)) as listener:
         port = listener.getsockname()[1]
     refused(f"http://{HOST}:{port}/a?sig=s3cret", SourceUnreachable)
+
+
+@pytest.mark.parametrize("failure", [ConnectionResetError, BrokenPipeError, ConnectionAbortedError])
+def test_a_connection_that_breaks_while_it_is_made_is_unreachable(
+    failure: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(_: socket.socket, address: object) -> None:
+        raise failure(errno.ECONNRESET, "broken")  # what a full queue of a busy server may lead to
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    refused(f"http://{HOST}:9/a?sig=s3cret", SourceUnreachable)
 
 
 @pytest.mark.parametrize("length", [b"9" * 5000, b"abc", b"-3", b"3, 4", b"", b"0x3"])

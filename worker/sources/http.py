@@ -23,7 +23,14 @@ from urllib.parse import urljoin
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError, InvalidHeader, ProtocolError, ReadTimeoutError, SSLError
+from urllib3.exceptions import (
+    HTTPError,
+    InvalidHeader,
+    NewConnectionError,
+    ProtocolError,
+    ReadTimeoutError,
+    SSLError,
+)
 from urllib3.util import Retry, Timeout
 
 from worker.errors import (
@@ -282,6 +289,14 @@ class _TimedResponse(http.client.HTTPResponse):
         self.fp: io.BufferedReader = io.BufferedReader(_TimedReader(self.fp.detach(), sock), _BUFFER_BYTES)
 
 
+def _dialled(connection: HTTPConnection, dial: Dial) -> socket.socket:
+    """A new connection's socket; its failure is told as urllib3 tells it, which takes a bare reset for an answer's."""
+    try:
+        return dial(connection._dns_host, connection.port, connection.timeout)
+    except ConnectionError as error:
+        raise NewConnectionError(connection, "there is no connection") from error
+
+
 class _Connection(HTTPConnection):
     response_class = _TimedResponse
 
@@ -290,7 +305,7 @@ class _Connection(HTTPConnection):
         self._dial = dial
 
     def _new_conn(self) -> socket.socket:
-        return self._dial(self._dns_host, self.port, self.timeout)
+        return _dialled(self, self._dial)
 
 
 class _TlsConnection(HTTPSConnection):
@@ -303,7 +318,7 @@ class _TlsConnection(HTTPSConnection):
         self._dial = dial
 
     def _new_conn(self) -> socket.socket:
-        return self._dial(self._dns_host, self.port, self.timeout)
+        return _dialled(self, self._dial)
 
 
 class _Pool(HTTPConnectionPool):
