@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -135,9 +136,14 @@ except SettingsError as error:
     raise SystemExit(f"pacs-courier: {error}") from None
 
 
+#: Who dies together: this process and, where the pool forks, its children.
+_WORKER = uuid.uuid4().hex
+
+
 def _ledger() -> Ledger:
     return Ledger.connect(
         settings.queue.ledger_url,
+        worker=_WORKER,
         lease_s=settings.jobs.lease_s,
         grace_s=settings.jobs.grace_s,
         keep_s=settings.results.expires_s,

@@ -12,7 +12,7 @@ Keys, all below ``courier:`` in a database of their own:
     dead          zset    dead letters by the time of their death
     deaths:HASH   int     how often the worker died doing this content
     unanswered    zset    job ids by the time when somebody was woken for them, until a message of theirs is seen
-    alone         string  the job at work that may not have another death; others like it wait for their turn
+    alone:WORKER  string  the job at work there that may not have another death; others like it wait for their turn
     hold:UID      hash    the job that may store (or delete) this SOP instance now; by digest: write to a destination
     gate:UID      hash    the job that is deleting this study or series: nobody begins to store into it
     storing:UID   set     the jobs that are storing into this study or series: nobody begins to delete it
@@ -104,7 +104,7 @@ return 1
 )
 
 # A worker that dies takes all its jobs along, and nobody knows which of them killed it. So the last death that a job
-# may have has to be its own: of the jobs that may not have another one, one at a time is at work.
+# may have has to be its own: of the jobs that may not have another one, a worker has one at a time at work.
 _CLAIM = (
     _NOW
     + """
@@ -131,7 +131,7 @@ if died > 0 and died == tonumber(ARGV[6]) then
   if other ~= ARGV[1] and its[1] == 'running' and tonumber(its[2]) > now then
     redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'deaths', died)
     redis.call('HDEL', job, 'woken')
-    redis.call('ZADD', due, now + math.min(250 * 2 ^ redis.call('HINCRBY', job, 'waits', 1), 8000), ARGV[1])
+    redis.call('ZADD', due, now + math.min(250 * 2 ^ redis.call('HINCRBY', job, 'waits', 1), 2000), ARGV[1])
     return {'early'}
   end
   redis.call('SET', KEYS[4], ARGV[1], 'PX', 86400000)
@@ -684,8 +684,11 @@ class Ledger:
         grace_s: float = 60,
         keep_s: float = 86_400,
         claim_s: float = 7 * 86_400,
+        worker: str = "",
     ) -> None:
+        """``worker`` names what dies together: a process, or a pool of them."""
         self._redis = client
+        self._alone = f"{PREFIX}alone:{worker}"
         self.lease_s = lease_s
         self.client = client
         self.grace_ms = _ms(grace_s)
@@ -705,7 +708,7 @@ class Ledger:
         self._rouse, self._let_go_hold = script(_ROUSE), script(_LET_GO_HOLD)
 
     @classmethod
-    def connect(cls, url: str, **times: float) -> Ledger:
+    def connect(cls, url: str, *, worker: str = "", **times: float) -> Ledger:
         """A ledger at ``url`` whose sockets cannot hang for ever and survive a restart of Redis."""
         client = redis.Redis.from_url(
             url,
@@ -715,7 +718,7 @@ class Ledger:
             socket_keepalive=True,
             health_check_interval=30,
         )
-        return cls(client, **times)
+        return cls(client, worker=worker, **times)
 
     # --- a job's life ---------------------------------------------------------------------------------------
 
@@ -734,10 +737,10 @@ class Ledger:
     def claim(self, job_id: str, *, task: str, job: Mapping[str, Any], max_deaths: int = 0, trace: str = "") -> Claim:
         """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later.
 
-        One that has had all its ``max_deaths`` but one waits while another such job is at work. Of a job that nobody
-        wrote down before, ``trace`` is kept too.
+        One that has had all its ``max_deaths`` but one waits while another such job is at work in the same worker. Of a
+        job that nobody wrote down before, ``trace`` is kept too.
         """
-        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), PREFIX + "alone", PREFIX + "unanswered"]
+        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), self._alone, PREFIX + "unanswered"]
         args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED, max_deaths - 1, _job("")]
         answer: list[Any] = self._claim(keys=keys, args=[*args, trace] if trace else args)
         state = ClaimState(answer[0])

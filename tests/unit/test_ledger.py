@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,10 +128,15 @@ def test_a_message_that_is_known_to_be_lost_does_not_wait_its_turn_to_be_sent_ag
     assert ledger.unanswered() == {}
 
 
-def test_jobs_that_may_not_have_another_death_take_turns(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    def take(name: str) -> Any:
-        return ledger.claim(name, task=TASK, job={"image_url": name}, max_deaths=3)
+def take_last(ledger: Ledger, name: str) -> Any:
+    """Take a job that may have three deaths, with content of its own."""
+    return ledger.claim(name, task=TASK, job={"image_url": name}, max_deaths=3)
 
+
+def test_jobs_that_may_not_have_another_death_take_turns_in_a_worker(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    take = functools.partial(take_last, ledger)
     for _ in range(2):
         for name in ("killer", "neighbour"):
             assert take(name).state is ClaimState.YOURS
@@ -147,6 +153,18 @@ def test_jobs_that_may_not_have_another_death_take_turns(ledger: Ledger, client:
     ledger.sweep()
     neighbour = take("neighbour")
     assert (neighbour.state, neighbour.deaths) == (ClaimState.YOURS, 2), "waiting for a turn is no death"
+
+
+def test_workers_that_die_apart_take_such_jobs_at_the_same_time(client: fakeredis.FakeRedis) -> None:
+    here, there = Ledger(client, worker="here"), Ledger(client, worker="there")
+    for name in ("one", "other"):
+        for _ in range(2):
+            take_last(here, name)
+            expire_lease(client, name)
+    assert take_last(here, "one").state is ClaimState.YOURS
+    assert take_last(here, "other").state is ClaimState.EARLY
+    client.zadd(f"{PREFIX}due", {"other": 0})
+    assert take_last(there, "other").state is ClaimState.YOURS
 
 
 def test_the_content_of_a_killer_is_known_under_every_id(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
