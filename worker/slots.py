@@ -1,7 +1,7 @@
 """How many requests may be in flight to a server, over all workers: slots that processes lease, use, and give back.
 
 A process keeps a slot it has leased for its next call, so that a busy one asks Redis for nothing; what it did not need
-for a second it gives back. Where others wait, it shrinks to its share. A dead process's slots expire with its lease.
+for half a second it gives back. Where others wait, it shrinks to its share. A dead process's slots expire with its lease.
 Nothing is known here of servers or jobs. Why no library does it: docs/decisions/0005.
 
 Keys, beside the ledger's:
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 SLOTS: Final = "courier:slots:"
 QUEUE: Final = "courier:slotqueue:"
-#: A process that is silent so long is taken for dead.
-LEASE_S: Final = 10.0
+#: A process that is silent so long is taken for dead. Where workers die often, the dead must not hold all the slots.
+LEASE_S: Final = 4.0
 #: How soon a process that waits for a slot asks for it again.
 ASK_AGAIN_S: Final = 0.05
 
@@ -85,7 +85,7 @@ class NoSlot(Exception):
 class Slots:
     """This process's slots for all servers. Safe for threads; made after a fork.
 
-    `tend` SHALL be called about once a second.
+    `tend` SHALL be called about twice a second.
     """
 
     def __init__(

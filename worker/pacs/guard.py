@@ -1,6 +1,6 @@
 """What stands before every call to a server in this process: its circuit breakers and its slots, all workers' alike.
 
-The states of the breakers are read once a second for all servers together, and after a failure of one's own; a call to
+The states of the breakers are read twice a second for all servers together, and after a failure of one's own; a call to
 a server that is well asks Redis for nothing. What is sent over the wire is none of this module's business.
 """
 
@@ -25,7 +25,7 @@ from worker.slots import NoSlot, Slots
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 1.0
+BEAT_S = 0.5
 #: A probe whose process has died is given up after this.
 PROBE_S = 10.0
 
@@ -207,7 +207,7 @@ class Guard:
             return None
         return max(0.0, seen.state.pause_left_s - (self._clock() - seen.at))
 
-    # --- once a second ------------------------------------------------------------------------------------------
+    # --- twice a second -----------------------------------------------------------------------------------------
 
     def _wake_up(self) -> None:
         if self._thread is None:
