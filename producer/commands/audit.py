@@ -13,9 +13,9 @@ from typing import IO, Any, Literal, Self
 import click
 
 from producer.audits import pages, whole
-from producer.commands.door import DONE, as_json_option, plain_failures
+from producer.commands.door import DONE, as_json_option, conditions, plain_failures
 from producer.courier import Courier
-from producer.errors import CourierError, InvalidRequest, StillRunning
+from producer.errors import CourierError, StillRunning
 from producer.repairs import new_file, repair, write
 from producer.show import console, errors_console
 from producer.show_audit import audit_table, json_document, write_csv
@@ -70,7 +70,7 @@ def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_
     nothing is said.
     """
     form: Form = "json" if how["as_json"] else "csv" if as_csv else "table"
-    wish = _Wish(servers or None, _filters(filters), how["timeout_s"])
+    wish = _Wish(servers or None, conditions(filters, called="filter"), how["timeout_s"])
     with Courier() as courier, _Pages() as found:
         try:
             with errors_console.status("comparing the servers"):
@@ -129,9 +129,3 @@ def _failed(error: CourierError | StillRunning) -> dict[str, Any]:
     if isinstance(error, CourierError):
         return {"operation": "audit", "status": "failed", "error": error.payload}
     return {"operation": "audit", "status": "running", "message": str(error)}
-
-
-def _filters(pairs: Sequence[str]) -> dict[str, str]:
-    if not all("=" in pair for pair in pairs):
-        raise InvalidRequest("A filter is written KEY=VALUE, such as StudyDate=20260101-20261231.")
-    return dict(pair.partition("=")[::2] for pair in pairs)

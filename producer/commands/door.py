@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import click
@@ -43,6 +43,31 @@ mode_option = functools.partial(
     show_default=True,
     help="either: in order, the first that has it; both: every server; or the name of one server.",
 )
+
+
+def conditions(pairs: Sequence[str], *, called: str) -> dict[str, str]:
+    """The DICOM keywords and values of an option that is given as often as there are conditions.
+
+    A keyword is given once: of two conditions on one of them a server could be asked only for the last, which may
+    match far more studies than both together.
+
+    Raises
+    ------
+    InvalidRequest
+        One is not written KEY=VALUE, or a keyword comes twice.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        keyword, written, value = pair.partition("=")
+        if not written:
+            raise InvalidRequest(f"A {called} is written KEY=VALUE, such as StudyDate=20260101-20261231.")
+        if keyword in found:
+            raise InvalidRequest(
+                f"{keyword} is given twice; give one {called} for it, which may be a range, "
+                "such as StudyDate=20260101-20261231."
+            )
+        found[keyword] = value
+    return found
 
 
 def exit_status(error: CourierError | None) -> int:

@@ -29,6 +29,7 @@ from producer.commands.door import (
     FAILED,
     Command,
     as_json_option,
+    conditions,
     ended,
     entry,
     plain_failures,
@@ -36,7 +37,7 @@ from producer.commands.door import (
 )
 from producer.commands.quantities import Bandwidth, Rate, Window
 from producer.courier import Courier, Handle
-from producer.errors import ConfirmationRequired, InvalidRequest
+from producer.errors import ConfirmationRequired
 from producer.orders import Given, Order, of_plan_file
 from producer.show import console, errors_console
 from producer.show_batches import PlanSummary, failures_table, of_how_many, servers_table
@@ -242,9 +243,7 @@ def _chosen(words: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
     queries: Sequence[str] = options["queries"]
     if sum(map(bool, (words, queries, options["everything"]))) != 1:
         raise click.UsageError("Say which studies: UIDs or a file of them, --query KEY=VALUE, or --all.")
-    if not all("=" in query for query in queries):
-        raise InvalidRequest("A query is written KEY=VALUE, such as StudyDate=20260101-20261231.")
-    filters = dict(query.partition("=")[::2] for query in queries)
+    filters = conditions(queries, called="query")
     return {"filters": filters or None, "everything": True if options["everything"] else None}
 
 

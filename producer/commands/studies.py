@@ -10,9 +10,9 @@ from typing import Literal
 
 import click
 
-from producer.commands.door import DONE, UNAVAILABLE, as_json_option, mode_option, plain_failures
+from producer.commands.door import DONE, UNAVAILABLE, as_json_option, conditions, mode_option, plain_failures
 from producer.courier import Courier
-from producer.errors import CourierError, InvalidRequest
+from producer.errors import CourierError
 from producer.show import errors_console
 from producer.show_studies import json_document, studies_table, write_csv
 from producer.studies import StudyList, walk
@@ -37,7 +37,7 @@ def studies(
     form: Form = "json" if as_json else "csv" if as_csv else "table"
     with Courier() as courier, StudyList() as listed:
         page = min(limit or PAGE, PAGE)
-        pages = walk(courier, mode=mode, filters=_filters(filters), limit=page, timeout_s=timeout_s)
+        pages = walk(courier, mode=mode, filters=conditions(filters, called="filter"), limit=page, timeout_s=timeout_s)
         with errors_console.status("") as progress:
             try:
                 for count in listed.extend(pages, at_most=limit):
@@ -67,10 +67,3 @@ def _show(listed: StudyList, mode: str, limit: int | None, form: Form) -> int:
         line = f"{server['server_name']}: {server['count']} studies, {end}"
         errors_console.print(line, style="red" if server in missing else "dim", highlight=False, markup=False)
     return UNAVAILABLE if missing else DONE
-
-
-def _filters(pairs: Sequence[str]) -> dict[str, str]:
-    filters = dict(pair.partition("=")[::2] for pair in pairs)
-    if not all("=" in pair for pair in pairs):
-        raise InvalidRequest("A filter is written KEY=VALUE, such as StudyDate=20260101-20261231.")
-    return filters
