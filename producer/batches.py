@@ -197,7 +197,7 @@ class BatchDesk:
             raise NotFound(f"The plan of {batch_id} is not complete yet; ask again when it is planned.")
         order = {name: value for name, value in batch.order.items() if name not in _SAID_BY_ITEMS}
         header = PlanHeader(kind=batch.kind, name=batch.name, batch_id=batch.id, order=order)
-        return header, (plan_line(row) for row in self.rows(batch))
+        return header, (line for row in self.rows(batch) for line in plan_lines(row))
 
     # --- steering -------------------------------------------------------------------------------------------
 
@@ -219,8 +219,22 @@ class BatchDesk:
         return self.get(batch_id)
 
 
-def plan_line(row: Row) -> PlanLine:
-    """What the plan says of an item: at which server, and whether and why it is left out."""
+def plan_lines(row: Row) -> Iterator[PlanLine]:
+    """What the plan says of an item. What is to be done on several servers has a line for each.
+
+    A line that named one of them would do it on that one alone, when the plan is applied from its file.
+    """
+    line, surveyed = _plan_line(row), row.passes.get("survey")
+    names = surveyed.result.get("on", ()) if surveyed is not None and not row.item.server else ()
+    if line.do == "skip" or len(names) < 2:
+        yield line
+        return
+    for name in names:
+        yield line.model_copy(update={"server": name})
+
+
+def _plan_line(row: Row) -> PlanLine:
+    """At which server, and whether and why it is left out."""
     surveyed, applied = row.passes.get("survey"), row.settled
     settled = surveyed if surveyed is not None and surveyed.status != "open" else None
     if settled is None and applied.status == "skipped":

@@ -271,6 +271,24 @@ def test_studies_are_deleted_after_a_confirmation_kept_copies_bring_them_back_an
     assert pacs.totals(answer) == {"deleted": 3}
 
 
+@pytest.mark.parametrize("from_file", [True, False], ids=["the plan's file", "the batch's id"])
+def test_a_planned_deletion_reaches_every_server_that_it_shows_by_file_and_by_id(
+    pacs: Desk, put, sandbox, from_file: bool
+) -> None:
+    both, one = new_uid(), new_uid()
+    for url, study in ((sandbox.msdicom, both), (sandbox.dcm4chee, both), (sandbox.dcm4chee, one)):
+        put(url, image(study, side=8))
+    plan = pacs.folder / "plan.jsonl"
+    shown = pacs.json("batch", "delete", both, one, "2.25.7", "--plan", str(plan))
+    groups = {(group["do"], group["server_name"]): group["items"] for group in shown["plan"]["groups"]}
+    assert groups == {("apply", "msdicom"): 1, ("apply", "dcm4chee"): 2, ("skip", None): 1}
+    answer = pacs.json("batch", "apply", str(plan) if from_file else shown["batch_id"], "--yes")
+    assert answer["failures"] == []
+    assert all(pacs.json("exists", "study", study, status=1)["status"] for study in (both, one))
+    trouble = pacs.json("batch", "undo", answer["batch_id"], "--yes", status=1)
+    assert "No copy was kept" in trouble["failures"][0]["message"]
+
+
 def test_the_entries_of_an_archive_are_stored_once_each_although_another_worker_has_to_go_on(
     worker, image_server, sandbox
 ) -> None:

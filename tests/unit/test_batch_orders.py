@@ -8,11 +8,11 @@ from typing import Any
 import fakeredis
 import pytest
 
-from producer.batches import BatchDesk
+from producer.batches import BatchDesk, plan_lines
 from producer.errors import InvalidRequest
 from producer.orders import Given, Order
 from producer.plans import write
-from worker.batches import Batches
+from worker.batches import Batches, Item, Row, Settled
 from worker.ledger import Ledger
 
 URLS = [f"https://images.example.org/{number}.dcm" for number in range(250)]
@@ -128,3 +128,21 @@ def test_a_plan_goes_through_a_file_and_says_no_more_than_it_has_to(one: Desk, t
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InvalidRequest, match="a kind that is not known"):
         other.desk.apply(path)
+
+
+def test_a_plan_says_of_a_study_on_several_servers_that_it_is_deleted_on_each_of_them() -> None:
+    def servers(row: Row) -> list[tuple[str | None, str]]:
+        return [(line.server, line.do) for line in plan_lines(row)]
+
+    unnamed, named = Item(0, "", "1.2.3"), Item(1, "a", "1.2.3")
+    both = {"on": ["a", "b"]}
+    assert servers(Row(unnamed, {"survey": Settled(unnamed, "planned", server="a", result=both)})) == [
+        ("a", "apply"),
+        ("b", "apply"),
+    ]
+    assert servers(Row(unnamed, {"survey": Settled(unnamed, "planned", server="a", result={"on": ["a"]})})) == [
+        ("a", "apply")
+    ]
+    assert servers(Row(named, {"survey": Settled(named, "planned")})) == [("a", "apply")]
+    assert servers(Row(unnamed, {"survey": Settled(unnamed, "not_there", "not_found")})) == [(None, "skip")]
+    assert servers(Row(unnamed, {})) == [(None, "apply")]  # nobody has asked
