@@ -246,6 +246,37 @@ def test_a_second_verification_of_what_was_moved_looks_at_the_target(site: Site)
     assert len(site.on("msdicom", study)) == 2
 
 
+def test_an_undo_that_was_cancelled_in_the_middle_is_not_undone_by_verify_and_can_be_ended(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StudyMigrations, "group_items", 1)
+    first, second = new_uid(), new_uid()
+    there = {study: site.put("msdicom", study) for study in (first, second)}
+    payload(site.order(first, second, delete_source=True))
+    move_claim, cancelled = site.ledger.move_claim, []
+
+    def cancel(*_: Any, **__: Any) -> None:  # as soon as the first study is back
+        if not cancelled:
+            cancelled.append(Batches(site.ledger).cancel(site.batch))
+
+    monkeypatch.setattr(site.ledger, "move_claim", lambda *what, **more: (move_claim(*what, **more), cancel()))
+    stopped = site.go_on(Conductor.undo, "undo")
+    assert isinstance(stopped, Failed)
+    assert "cancelled in its undo after 1 of 2 items" in stopped.error.message
+    back = [study for study in (first, second) if site.on("msdicom", study)]
+    (left,) = {first, second} - set(back)
+
+    refused = site.go_on(Conductor.verify, "verify")
+    assert isinstance(refused, Failed)
+    assert "undo it to its end" in refused.error.message
+    assert [site.on("msdicom", study) for study in (*back, left)] == [there[back[0]], set()]
+    assert [site.on("dcm4chee", study) for study in (*back, left)] == [set(), there[left]]
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert site.told("undo") == ["undone"] * 2
+    assert {study: site.on("msdicom", study) for study in there} == there
+    assert not any(site.on("dcm4chee", study) for study in there)
+
+
 def test_studies_of_a_server_that_has_gone_from_the_settings_have_failed(
     site: Site, site_of: Callable[[list[dict[str, Any]]], Site], sandbox: SandboxPart
 ) -> None:

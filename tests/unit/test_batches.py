@@ -584,6 +584,7 @@ def test_a_batch_that_is_cancelled_in_any_pass_ends_and_can_be_gone_on_with(benc
         assert isinstance(bench.do(chunk_number, which), Done)
     end = bench.conduct(wish, job_id)
     assert isinstance(end, Cancelled)
+    assert f"in its {which} after {CHUNK_ITEMS} of {len(STUDIES)} items" in end.message
     assert bench.batch.of(which).totals == {USUAL[which]: CHUNK_ITEMS}
     bench.kind.groups.clear()
     again = {"verify": "verify", "undo": "undo"}.get(which, "retry")
@@ -660,14 +661,15 @@ def test_a_batch_that_was_left_by_its_conductor_expires_when_somebody_looks(benc
     assert all(bench.client.ttl(key) < 0 for key in bench.client.keys(f"{PREFIX}batch:B*"))
 
 
-def test_nothing_is_done_again_of_a_batch_that_is_being_taken_back(bench: Bench) -> None:
+@pytest.mark.parametrize("wish", ["retry", "verify"])
+def test_nothing_is_done_again_of_a_batch_that_is_being_taken_back(bench: Bench, wish: str) -> None:
     bench.kind.has = ("apply", "verify", "undo")
     bench.kind.answers = {"1.2.3": "failed"}
     assert isinstance(bench.see_through(), Batch)
     assert isinstance(bench.conduct("undo", "U"), NotYet)
     bench.batches.cancel("B")
     bench.client.hset(f"{PREFIX}job:U", "state", "done")
-    end = bench.conduct("retry", "R")
+    end = bench.conduct(wish, "R")
     assert isinstance(end, InvalidRequest)
     assert "undo it to its end" in end.message
     assert bench.batch.of("apply").totals["failed"] == 1

@@ -266,8 +266,7 @@ class Conductor:
     def retry(self) -> Batch:
         """Try again what failed, and what a cancelled batch had left open."""
         batch = self._take("done", "cancelled")
-        if "undo" in batch.passes:
-            raise InvalidRequest("The batch is being taken back; undo it to its end, then order anew what is wanted.")
+        self._refuse_what_is_taken_back(batch)
         if self._is_new("apply") and batch.state in ("done", "cancelled"):
             if not self.batches.reopen(batch, "apply", ["failed"]):
                 raise InvalidRequest("There is nothing to try again: no item of the batch has failed or is open.")
@@ -275,9 +274,10 @@ class Conductor:
         return self._apply(out_of=["done", "cancelled"])
 
     def verify(self) -> Batch:
-        """Look once more whether all that was done is so, also of a batch that was cancelled."""
+        """Look once more whether all that was done is so, also of a batch that was cancelled, unless in its undo."""
         batch = self._take("done", "cancelled")
         self._needs("verify")
+        self._refuse_what_is_taken_back(batch)
         if self._is_new("verify"):
             self.batches.forget_pass(batch, "verify")
         before: State = "done" if batch.of("apply").ended_ms else "cancelled"
@@ -326,6 +326,11 @@ class Conductor:
         if which not in self.kind.passes:
             raise InvalidRequest(f"A batch of the kind {self.batch.kind} has no {which}.")
 
+    def _refuse_what_is_taken_back(self, batch: Batch) -> None:
+        """Verification tops up, and moves; so it would do again what an undo has taken back."""
+        if "undo" in batch.passes:
+            raise InvalidRequest("The batch is being taken back; undo it to its end, then order anew what is wanted.")
+
     def _is_new(self, which: Pass) -> bool:
         return self.batch.of(which).begun_by != self.run.job_id
 
@@ -365,9 +370,9 @@ class Conductor:
         if batch.state in ACTIVE or self.batches.open_chunks(batch, which):
             raise NotYet(f"the batch is {batch.state}", delay_s=LOOK_AGAIN_S)
         self.batches.expire(self.batch_id)
-        raise Cancelled(
-            f"The batch was cancelled after {batch.settled} of {batch.items} items.", details=batch.as_json()
-        )
+        done = batch.of(which).settled
+        sentence = f"The batch was cancelled in its {which} after {done} of {batch.items} items."
+        raise Cancelled(sentence, details=batch.as_json())
 
     def _ended(self) -> Batch:
         self.batches.expire(self.batch_id)
