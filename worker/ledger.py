@@ -900,12 +900,25 @@ class Ledger:
         """The latest first; of one code, dead since ``since_s`` and before ``before_s`` (Unix time)."""
         least = "-inf" if since_s is None else _ms(since_s)
         most = "+inf" if before_s is None else f"({_ms(before_s)}"
-        start = 0
-        while ids := self._redis.zrevrangebyscore(PREFIX + "dead", most, least, start=start, num=PAGE):
-            for letter in self._letters(cast(list[str], ids)):
+        for ids in self._dead_ids(most, least):
+            for letter in self._letters(ids):
                 if code is None or letter.code == code:
                     yield letter
-            start += PAGE
+
+    def _dead_ids(self, most: str | float, least: str | float) -> Iterator[list[str]]:
+        """By pages, each from where the last one ended: what is replayed or purged meanwhile moves none of the rest."""
+        seen: set[str] = set()  # of those that died in the very millisecond at which the next page begins
+        while True:
+            rows = self._redis.zrevrangebyscore(
+                PREFIX + "dead", most, least, start=0, num=PAGE + len(seen), withscores=True
+            )
+            page = [(job_id, at) for job_id, at in cast(list[tuple[str, float]], rows) if job_id not in seen]
+            if not page:
+                return
+            yield [job_id for job_id, _ in page]
+            last = page[-1][1]
+            seen = {job_id for job_id, at in page if at == last} | (seen if last == most else set())
+            most = last
 
     def dead_letter(self, job_id: str) -> DeadLetter | None:
         return next(iter(self._letters([job_id])), None)

@@ -486,6 +486,19 @@ def test_more_dead_letters_than_a_page_are_all_listed(ledger: Ledger, monkeypatc
     assert {letter.job_id for letter in ledger.dead_letters()} == {f"j{number}" for number in range(5)}
 
 
+@pytest.mark.parametrize("apart_s", [0, 1])
+def test_no_dead_letter_is_passed_over_when_letters_go_while_they_are_listed(
+    ledger: Ledger, client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, apart_s: int
+) -> None:
+    monkeypatch.setattr("worker.ledger.PAGE", 2)
+    for number in range(9):
+        bury(ledger, f"j{number}")
+    died(client, **{f"j{number}": 100 + number // 4 * apart_s for number in range(9)})
+    purged = [letter.job_id for letter in ledger.dead_letters() if ledger.purge(letter.job_id)]
+    assert sorted(purged) == [f"j{number}" for number in range(9)]
+    assert list(ledger.dead_letters()) == []
+
+
 def test_a_dead_letter_shows_what_it_was_about_and_no_credential(ledger: Ledger) -> None:
     bury(ledger, "j1", image_url="http://me:word@host/a.dcm?sig=word")
     letter = ledger.dead_letter("j1")
