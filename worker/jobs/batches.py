@@ -16,19 +16,17 @@ from typing import Any, Protocol
 
 import redis
 
-from worker.batches import ACTIVE, NOT_DONE, TROUBLE, Batch, Batches, Item, Pass, Row, Settled, State, chunk_job
+from worker.batch_ends import end_payload
+from worker.batches import ACTIVE, NOT_DONE, Batch, Batches, Item, Pass, Row, Settled, State, chunk_job
 from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound, Refused
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import LeaseLost
-from worker.logs import shown_url
 from worker.payloads import (
-    BatchEndPayload,
     BatchItem,
     BatchJob,
     BatchOrderJob,
     BatchStatePayload,
-    BatchTrouble,
     read_job,
 )
 from worker.planning import Planned, Planner
@@ -40,8 +38,6 @@ LOOK_AGAIN_S = 1.0
 #: How soon somebody looks again who is paused, or whose items others have; and who stands in line for a slot.
 TURN_S = 1.0
 IN_LINE_S = 3.0
-#: A result passes through Redis; the report has them all.
-MAX_FAILURES_TOLD = 100
 
 #: What a kind says of an item: settled; an error (`Refused` and `NeedsPerson` settle it as refused and failed, any
 #: other leaves it open for another attempt); or None: another job is at it, look again soon.
@@ -466,7 +462,7 @@ def order(
         wishes = job.model_dump(mode="json", exclude={"version", "items", "planned", "name"}, exclude_none=True)
         batches.open(run.job_id, kind=name, order=wishes, width=job.width or WIDTH, name=job.name)
     batch = Conductor(kind, run.job_id, run, tools).order(job.items)
-    return end_payload(batch, run, tools)
+    return end_payload(batch, batches, job_id=run.job_id)
 
 
 @contextmanager
@@ -490,34 +486,8 @@ def conducted(
     """`pacs.batch.apply`, `.retry`, `.verify` and `.undo`: a further conductor of a batch that is there."""
     batch_id = read_job(BatchJob, message).batch_id
     batch = current(Batches(tools.ledger), batch_id)
-    return end_payload(wish(Conductor(kinds[batch.kind], batch_id, run, tools)), run, tools)
-
-
-def end_payload(batch: Batch, run: Run, tools: Tools) -> dict[str, Any]:
-    """What a batch came to. What a survey refused counts where it was not applied."""
-    batches = Batches(tools.ledger)
-    passes: list[Pass] = [which for which in batch.passes if which != "survey"]
-    told: list[BatchTrouble] = []
-    for which in passes:
-        found = batches.failures(batch, MAX_FAILURES_TOLD - len(told), which)
-        told += [_trouble(one, which, batch) for one in found]
-    total = sum(batch.of(which).totals.get(status, 0) for which in passes for status in TROUBLE)
-    return BatchEndPayload.model_validate(
-        {"job_id": run.job_id, **batch.as_json(), "failures": told, "failures_total": total}
-    ).as_json()
-
-
-def _trouble(one: Settled, which: Pass, batch: Batch) -> BatchTrouble:
-    return BatchTrouble(
-        number=one.item.number,
-        item=shown_url(one.item.text),  # a signed URL is shown as in any other result
-        pass_=which,
-        server_name=one.server_name or None,
-        server_type=batch.types.get(one.server_name) or None,
-        status=one.status,
-        code=one.code,
-        message=one.message,
-    )
+    ended = wish(Conductor(kinds[batch.kind], batch_id, run, tools))
+    return end_payload(ended, Batches(tools.ledger), job_id=run.job_id)
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------
