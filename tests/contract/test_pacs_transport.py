@@ -10,6 +10,7 @@ import json
 import socket
 import ssl
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -369,6 +370,87 @@ def test_an_answer_that_drips_is_unavailable(scripted: Callable[..., Scripted]) 
         pacs(scripted(drip).url, read_timeout_s=0.3).find("study", "1.1")
 
 
+def dripping(head: bytes, drop_of: bytes) -> Reply:
+    """After ``head``, ``drop_of`` again and again: never silent for long, never at an end."""
+
+    def reply(server: Scripted, connection: socket.socket) -> None:
+        connection.sendall(head)
+        while not server.ending.wait(0.03):
+            connection.sendall(drop_of)
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        dripping(b"HTTP/1.1 2", b"0"),
+        dripping(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"a"),
+        dripping(b"HTTP/1.1 200 OK\r\n", b"X-Slow: a\r\n"),
+        dripping(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["status line", "one header", "many headers", "interim answers"],
+)
+def test_an_answer_whose_head_drips_is_unavailable(scripted: Callable[..., Scripted], reply: Reply) -> None:
+    ward, started_at = pacs(scripted(reply, EMPTY).url, read_timeout_s=0.3, max_concurrency=1), time.monotonic()
+    with pytest.raises(PacsUnavailable, match="within") as error:
+        ward.store([part()])
+    assert error.value.details["phase"] == "answer"
+    assert time.monotonic() - started_at < 2
+    assert ward.find("study", "1.1") == []
+
+
+MULTIPART = "Content-Type: multipart/related; boundary=BB"
+STUDY = f"HTTP/1.1 200 OK\r\n{MULTIPART}\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        dripping(STUDY + b"Content-Length: 100000000\r\n\r\n", b"x"),
+        dripping(STUDY + b"Connection: close\r\n\r\n", b"x"),
+        dripping(STUDY + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+        dripping(STUDY + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+        dripping(STUDY + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"X-Slow: a\r\n"),
+    ],
+    ids=["length", "until closed", "chunks", "a chunk's length", "trailers"],
+)
+def test_a_retrieval_that_drips_is_unavailable(scripted: Callable[..., Scripted], reply: Reply) -> None:
+    ward, started_at = pacs(scripted(reply, EMPTY).url, read_timeout_s=0.3, max_concurrency=1), time.monotonic()
+    with pytest.raises(PacsUnavailable, match="256 KiB more were not there within") as error:
+        retrieved(ward)
+    assert error.value.details["phase"] == "answer"
+    assert time.monotonic() - started_at < 2
+    assert ward.find("study", "1.1") == []
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_retrieval_that_takes_long_and_goes_on_is_never_ended(
+    scripted: Callable[..., Scripted], chunked: bool
+) -> None:
+    """Longer than any time-out in all; what its taker does between two blocks is not the server's time either."""
+    block = bytes(transport_module.BLOCK_BYTES)
+    image = block * 6
+    body = b"--BB\r\nContent-Type: application/dicom\r\n\r\n" + image + b"\r\n--BB--\r\n"
+
+    def slowly(server: Scripted, connection: socket.socket) -> None:
+        connection.sendall(STUDY + (b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"\r\n"))
+        for at in range(0, len(body), len(block)):
+            server.ending.wait(0.2)
+            piece = body[at : at + len(block)]
+            connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        connection.sendall(b"0\r\n\r\n" if chunked else b"")
+        drop(server, connection)
+
+    came = bytearray()
+    with pacs(scripted(slowly).url, read_timeout_s=0.5).retrieve(Found("study", "1.1")) as parts:
+        for chunk in next(parts).chunks:
+            if not came:
+                time.sleep(0.6)
+            came += chunk
+    assert came == image
+
+
 def test_an_answer_without_end_is_misanswered(
     scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,9 +469,6 @@ def test_a_body_larger_than_any_buffer_arrives_whole(scripted: Callable[..., Scr
 def retrieved(ward: Pacs) -> list[bytes]:
     with ward.retrieve(Found("study", "1.1")) as parts:
         return [b"".join(one.chunks) for one in parts]
-
-
-MULTIPART = "Content-Type: multipart/related; boundary=BB"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The pooled connections to one server, and how long each is waited for and trusted.
 
-urllib3's pools, with two limits added; what is said over a connection is none of this module's business.
+urllib3's pools, with three limits added; what is said over a connection is none of this module's business.
 """
 
 from __future__ import annotations
 
+import http.client
+import socket
 import ssl
 import time
 from typing import Any
@@ -14,6 +16,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ProtocolError
 from urllib3.util import parse_url
 
+from worker.deadlines import TimedReader, timed
 from worker.settings import ServerSettings, SettingsError
 
 #: How long an idle connection is trusted when the server does not say how long it keeps one.
@@ -27,15 +30,18 @@ class Stale(ProtocolError):
 
 
 class _Patience:
-    """Two limits that urllib3 does not have.
+    """Three limits that urllib3 does not have.
 
     A pooled connection counts as dead before the server is likely to close it: one that is closed at the very
     moment a STOW is sent leaves it open whether the image was stored or not. Oddity: "Connections are kept for one
     second". And a body has the time of an answer to be sent in, not that of a connect: DCM4CHEE stores while it reads.
+    And an answer's head has to be whole when that time is over; urllib3 limits the single wait alone. What comes after
+    the head has the time that `allow` gives it.
     """
 
     timeout: Any
     sock: Any
+    _reader: TimedReader
 
     def __init__(self, *args: Any, send_timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,11 +65,20 @@ class _Patience:
             self.timeout = self._send_timeout_s
         super().request(*args, **kwargs)  # type: ignore[misc]  # as above
 
+    def _answer(self, sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
+        """An answer of which nothing has been read; by now ``timeout`` is the limit for reading."""
+        answer = http.client.HTTPResponse(sock, *args, **kwargs)
+        self._reader = timed(answer, sock, deadline_s=time.monotonic() + self.timeout)
+        return answer
+
+    response_class: Any = _answer  # as http.client calls what makes its answers
+
     def getresponse(self) -> Any:
         try:
             response = super().getresponse()  # type: ignore[misc]  # as above
         except ConnectionError as error:
             raise (Stale("closed while idle") if self._has_served else error) from error
+        response.reader = self._reader
         self._has_served = True
         self._trusted_until = _clock() + idle_limit_s(response.headers.get("Keep-Alive"))
         return response
@@ -75,6 +90,11 @@ class _PlainConnection(_Patience, HTTPConnection):
 
 class _TlsConnection(_Patience, HTTPSConnection):
     pass
+
+
+def allow(response: Any, timeout_s: float) -> None:
+    """Give what is read of ``response`` from now on so much time, in all."""
+    response.reader.deadline_s = time.monotonic() + timeout_s
 
 
 class _PlainPool(HTTPConnectionPool):

@@ -29,15 +29,13 @@ from worker.errors import (
     PacsUnavailable,
     TryAgain,
 )
-from worker.pacs.connections import Stale, mistrust, pool
+from worker.pacs.connections import Stale, allow, mistrust, pool
 from worker.settings import ServerSettings
 from worker.telemetry import CallSeen, carrier, watching
 
 BLOCK_BYTES = 256 * 1024
 #: More than this is no answer to a question; images are streamed and have no such limit.
 MAX_ANSWER_BYTES = 256 * 1024**2
-
-_clock = time.monotonic
 
 ErrorKind = TypeVar("ErrorKind", bound=CourierError)
 
@@ -112,7 +110,10 @@ class Transport:
             response = self._open(request)
             seen.status = response.status
             try:
-                yield Answer(response.status, response.headers, b""), self._blocks(response)
+                yield (
+                    Answer(response.status, response.headers, b""),
+                    self._blocks(response, self._read_timeout_s(request)),
+                )
             finally:
                 _discard(response)
 
@@ -180,29 +181,34 @@ class Transport:
         return request.read_timeout_s or self.server.read_timeout_s
 
     def _whole(self, response: BaseHTTPResponse, timeout_s: float) -> bytes:
-        """The body, if it comes within ``timeout_s`` of its first byte: urllib3 limits the single wait alone."""
-        started_at, body = _clock(), bytearray()
-        with self._reading():
+        """The body, if it comes within ``timeout_s`` of its head."""
+        body = bytearray()
+        with self._reading(f"it was not there within {timeout_s:g} s"):
+            allow(response, timeout_s)
             while block := response.read1(BLOCK_BYTES):
                 body += block
                 if len(body) > MAX_ANSWER_BYTES:
                     raise self.error(PacsMisanswered, f"The answer of {self.server.name} has no end.")
-                if _clock() - started_at > timeout_s:
-                    sentence = f"The answer of {self.server.name} was not there within {timeout_s:g} s."
-                    raise self.error(PacsUnavailable, sentence, details={"phase": "answer"})
         return bytes(body)
 
-    def _blocks(self, response: BaseHTTPResponse) -> Iterator[bytes]:
-        with self._reading():
-            yield from response.stream(BLOCK_BYTES)
+    def _blocks(self, response: BaseHTTPResponse, timeout_s: float) -> Iterator[bytes]:
+        """The body, whose every block has ``timeout_s``: as long as it likes in all, but no sender drips for ever.
+
+        Only waiting for the server counts, not what is done with the blocks between.
+        """
+        with self._reading(f"{BLOCK_BYTES // 1024} KiB more were not there within {timeout_s:g} s"):
+            allow(response, timeout_s)
+            while block := response.read(BLOCK_BYTES):
+                yield block
+                allow(response, timeout_s)
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _reading(self, too_slow: str) -> Iterator[None]:
         name = self.server.name
         try:
             yield
         except wire.ReadTimeoutError as error:
-            sentence = f"{name} stopped in the middle of its answer."
+            sentence = f"{name} stopped or slowed down in the middle of its answer: {too_slow}."
             raise self.error(PacsUnavailable, sentence, details={"phase": "answer"}) from error
         except wire.HTTPError as error:
             raise self.error(PacsMisanswered, f"The answer of {name} was cut off.") from error
@@ -263,7 +269,7 @@ def _reason(error: wire.HTTPError, server: ServerSettings, read_timeout_s: float
         (wire.ConnectTimeoutError, "connect", f"no connection within {server.connect_timeout_s:g} s"),
         (wire.EmptyPoolError, "connect", f"all {server.max_concurrency} connections to it are in use"),
         (wire.SSLError, "answer", mistrust(error)),
-        (wire.ReadTimeoutError, "answer", f"nothing came within {read_timeout_s:g} s"),
+        (wire.ReadTimeoutError, "answer", f"no whole answer began within {read_timeout_s:g} s"),
     )
     for kind, phase, words in reasons:
         if isinstance(error, kind):

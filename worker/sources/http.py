@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import http.client
-import io
 import logging
 import re
 import socket
@@ -33,6 +32,7 @@ from urllib3.exceptions import (
 )
 from urllib3.util import Retry, Timeout
 
+from worker.deadlines import timed
 from worker.errors import (
     CourierError,
     SourceDenied,
@@ -54,7 +54,6 @@ Dial = Callable[[str, int, float | None], socket.socket]
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pacs-courier"}
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _IS_LENGTH = re.compile(r"[0-9]{1,18}").fullmatch
-_BUFFER_BYTES = 65_536
 _NO = (SourceDenied, "refused the request; correct the URL or ask for a new one")
 _LATER = (SourceUnreachable, "cannot be had at present; it is tried again")
 _MEANINGS: dict[int, tuple[type[CourierError], str]] = {
@@ -256,37 +255,11 @@ def _remaining_s() -> float:
     return float(_fetch.deadline_s - time.monotonic())
 
 
-class _TimedReader(io.RawIOBase):
-    """A socket's bytes, each read bounded by the idle time-out and by what is left of the whole fetch's time.
-
-    A time-out of the socket alone never ends a sender that drips one byte at a time.
-    """
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
-        self._raw = raw
-        self._sock = sock
-        self._deadline_s, self._idle_timeout_s = _fetch.deadline_s, _fetch.idle_timeout_s
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        remaining_s = self._deadline_s - time.monotonic()
-        if remaining_s <= 0:
-            raise TimeoutError("the time for the whole fetch is over")
-        self._sock.settimeout(min(remaining_s, self._idle_timeout_s))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
 class _TimedResponse(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         _fetch.answer = self
-        self.fp: io.BufferedReader = io.BufferedReader(_TimedReader(self.fp.detach(), sock), _BUFFER_BYTES)
+        timed(self, sock, deadline_s=_fetch.deadline_s, idle_timeout_s=_fetch.idle_timeout_s)
 
 
 def _dialled(connection: HTTPConnection, dial: Dial) -> socket.socket:
