@@ -118,7 +118,17 @@ def _arrived(memo: Memo, trip: _Trip) -> bool:
     if not (memo.uncertain or memo.stored):
         return False
     with trip.run.step("check"):
-        return bool(trip.tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid))
+        try:
+            return bool(trip.tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid))
+        except CourierError as error:
+            if not memo.stored or _may_be_cured(error, trip.run):
+                raise
+            return True
+
+
+def _may_be_cured(error: CourierError, run: Run) -> bool:
+    """Whether another attempt may do better. If not, what is stored is stored, and never said to have failed."""
+    return isinstance(error, TryAgain) and not run.last
 
 
 def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
@@ -262,10 +272,10 @@ def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
     with run.step("describe"):
         try:
             metadata = _metadata(pacs, memo.instance)
-        except TryAgain:
-            if not run.last:
+        except CourierError as error:
+            if _may_be_cured(error, run):
                 raise
-            metadata, warnings = {}, (*warnings, "metadata_unavailable")  # stored: never say that it failed
+            metadata, warnings = {}, (*warnings, "metadata_unavailable")
     instance = memo.instance
     return UploadPayload(
         job_id=run.job_id,

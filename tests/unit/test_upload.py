@@ -1,0 +1,172 @@
+"""How one upload ends when its servers, its source or its ledger are not as they were at the attempt before.
+
+The real upload and ledger (on fakeredis); the servers and the source are stand-ins that do what the test says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import fakeredis
+import pytest
+
+from sandbox.synthetic import image, new_uid
+from worker.errors import (
+    CourierError,
+    PacsRejected,
+    PacsUnauthorized,
+    PacsUnavailable,
+)
+from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
+from worker.jobs.run import Pulse
+from worker.jobs.tools import Tools
+from worker.jobs.upload import upload
+from worker.ledger import PREFIX, Ledger
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Fate, Found, Outcome, Part
+from worker.settings import ServerSettings, Settings
+from worker.sources import Fetched
+
+NO_ANSWER = PacsUnavailable("No answer.", server_name="a", details={"phase": "answer"})
+
+
+class Server:
+    """A PACS as far as an upload asks it. What is in ``fails`` is raised by the call of that name.
+
+    With ``late`` set, what is pushed is kept there and arrives when the test says so.
+    """
+
+    keeps_bytes = True
+
+    def __init__(self, name: str) -> None:
+        self.server = ServerSettings(name=name, type="dicomweb", url=f"http://{name}")
+        self.images: dict[str, tuple[Found, str]] = {}
+        self.fails: dict[str, CourierError] = {}
+        self.loses_the_answer = False
+        self.late: list[Part] | None = None
+        self.finds = 0
+
+    def find(self, level: str, uid: str) -> list[Found]:
+        self.finds += level == "image"
+        self._perhaps("find")
+        found = [one for one, _ in self.images.values() if uid in (one.study_instance_uid, one.sop_instance_uid)]
+        return [replace(one, level=cast(Any, level)) for one in found]
+
+    def store(self, parts: Sequence[Part]) -> list[Outcome]:
+        self._perhaps("store")
+        (part,) = parts
+        uid = part.instance.sop_instance_uid
+        if self.late is not None:
+            self.late.append(part)
+            raise NO_ANSWER
+        if uid in self.images:
+            return [Outcome(uid, Fate.ALREADY_THERE)]
+        self.keep(part)
+        if self.loses_the_answer:
+            raise NO_ANSWER
+        return [Outcome(uid, Fate.STORED)]
+
+    def keep(self, part: Part) -> None:
+        one = part.instance
+        with part.open() as body:
+            sha256 = hashlib.sha256(body.read()).hexdigest()
+        found = Found("image", one.study_instance_uid, one.series_instance_uid, one.sop_instance_uid)
+        self.images[one.sop_instance_uid] = found, sha256
+
+    def metadata(self, found: Found) -> list[dict[str, Any]]:
+        self._perhaps("metadata")
+        return [{"00080018": {"vr": "UI", "Value": [found.sop_instance_uid]}}]
+
+    def _perhaps(self, call: str) -> None:
+        if call in self.fails:
+            raise self.fails[call]
+
+
+@dataclass
+class Files:
+    """The source: an image or an error by its URL."""
+
+    there: dict[str, bytes | CourierError] = field(default_factory=dict)
+
+    def fetch(self, url: str) -> Fetched:
+        content = self.there[url]
+        if isinstance(content, CourierError):
+            raise content
+        return Fetched(io.BytesIO(content), len(content), hashlib.sha256(content).hexdigest(), url)
+
+
+class Desk:
+    """A worker's desk with servers ``a`` and ``b``, at which a job has two attempts."""
+
+    def __init__(self, client: fakeredis.FakeRedis, *names: str) -> None:
+        self.client, self.ledger = client, Ledger(client)
+        self.servers = {name: Server(name) for name in names}
+        self.files = Files()
+        self.tools = Tools(
+            settings=Settings.model_validate({"jobs": {"max_attempts": 2, "backoff_base_s": 0.01}}),
+            ledger=self.ledger,
+            sources=cast(Any, self.files),
+            fleet=Fleet(cast(Any, list(self.servers.values()))),
+            rng=random.Random(1),
+        )
+
+    def carry(self, job_id: str, url: str = "", **job: Any) -> Verdict:
+        """One attempt at the job, for which it is time."""
+        self.client.zadd(f"{PREFIX}due", {job_id: 0})
+        self.ledger.sweep()
+        message = {"image_url": url or job_id, **job}
+        pulse = Pulse(self.ledger, lambda *_: None)
+        return carry(upload, task="pacs.upload", job_id=job_id, message=message, tools=self.tools, pulse=pulse)
+
+
+@pytest.fixture
+def client() -> Iterator[fakeredis.FakeRedis]:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def desk(client: fakeredis.FakeRedis) -> Desk:
+    return Desk(client, "a", "b")
+
+
+def stored(verdict: Verdict) -> dict[str, Any]:
+    assert isinstance(verdict, Done), verdict
+    return verdict.payload
+
+
+def refused(verdict: Verdict) -> CourierError:
+    assert isinstance(verdict, Failed), verdict
+    return verdict.error
+
+
+@pytest.mark.parametrize(
+    "error", [PacsRejected("a answered 406."), PacsUnauthorized("a answered 403."), PacsUnavailable("Away.")]
+)
+def test_what_is_stored_ends_as_stored_whatever_its_server_says_of_the_metadata(
+    desk: Desk, error: CourierError
+) -> None:
+    desk.files.there["j"] = image(new_uid())
+    desk.servers["a"].fails["metadata"] = error
+    verdict = desk.carry("j")
+    if isinstance(verdict, Parked):  # time might have cured it
+        verdict = desk.carry("j")
+    payload = stored(verdict)
+    assert (payload["status"], payload["server_name"]) == ("stored", "a")
+    assert (payload["metadata"], payload["warnings"]) == ({}, ["metadata_unavailable"])
+
+
+@pytest.mark.parametrize("error", [PacsRejected("a answered 406."), PacsUnavailable("Away.")])
+def test_what_is_known_to_be_stored_ends_as_stored_though_its_server_is_silent_ever_after(
+    desk: Desk, error: CourierError
+) -> None:
+    desk.files.there["j"] = image(new_uid())
+    desk.servers["a"].fails["metadata"] = PacsUnavailable("Away.")
+    assert isinstance(desk.carry("j"), Parked)
+    desk.servers["a"].fails["find"] = error
+    assert stored(desk.carry("j"))["warnings"] == ["metadata_unavailable"]
