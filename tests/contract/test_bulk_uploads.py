@@ -6,6 +6,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, cast
 
 import pytest
@@ -23,7 +24,7 @@ from worker.jobs.bulk_checks import undo, verify
 from worker.jobs.bulk_uploads import FIRST_IMAGES, LOAD_IMAGES, Uploads
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from worker.ledger import Ledger, Receipt
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Outcome, Pacs, Part
 from worker.pacs.registry import connect
@@ -485,6 +486,49 @@ def test_what_was_stored_is_verified_by_its_bytes_where_the_server_keeps_them(an
     assert set(words(verify(wrong, any_server.desk))) == {"differs" if keeps else "verified"}
     gone = [Settled(one.item, "stored", server="ward", result={**one.result, "image_uid": new_uid()}) for one in wrong]
     assert set(words(verify(gone, any_server.desk))) == {"missing"}
+
+
+def test_another_file_under_the_uid_of_an_image_differs_and_the_same_file_does_not(any_server: Site) -> None:
+    study, sop = new_uid(), new_uid()
+    earlier = any_server.chunk(any_server.put(study, sop=sop, seed=1))
+    earlier.attempt()
+    same, other = any_server.put(study, sop=sop, seed=1), any_server.put(study, sop=sop, seed=2)
+    bare = any_server.images.put("bare.dcm", image(study, sop=sop, side=8, seed=1)[132:])
+    chunk = any_server.chunk(same, other, bare)
+    chunk.attempt()
+    assert [one.status for one in chunk.settled.values()] == ["already_there"] * 3
+    seen = verify([chunk.settled[number] for number in range(3)], any_server.desk)
+    keeps = any_server.servers["ward"].keeps_bytes
+    assert words(seen) == ["verified", "differs" if keeps else "verified", "verified"]
+    assert [one.result.get("compared") for one in seen if isinstance(one, Settled)] == (
+        ["bytes", None, "bytes"] if keeps else ["uids"] * 3
+    )
+
+
+def test_of_two_files_with_one_uid_in_a_chunk_the_one_that_was_stored_is_verified(any_server: Site) -> None:
+    study, sop = new_uid(), new_uid()
+    chunk = any_server.chunk(*(any_server.put(study, sop=sop, seed=seed) for seed in (1, 2, 1)))
+    chunk.attempt()
+    chunk.attempt()
+    done = [chunk.settled[number] for number in range(3)]
+    assert [one.status for one in done] == ["stored", "already_there", "already_there"]
+    assert words(verify(done, any_server.desk)) == ["verified", "differs", "verified"]
+    assert words(verify(done[::-1], any_server.desk)) == ["verified", "differs", "verified"]
+    assert words(undo(done, chunk.begin(), resumed=set())) == ["undone", "kept", "kept"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_a_single_upload_has_stored_with_other_bytes_is_refused(site: Site, same: bool) -> None:
+    study, sop, ledger = new_uid(), new_uid(), site.tools.ledger
+    content = image(study, sop=sop, side=8, seed=1)
+    site.servers["dcm4chee"].store([_part(content)])
+    ledger.stored(sop, study, Receipt("single", "dcm4chee", sha256(content).hexdigest(), len(content)))
+    chunk = site.chunk(site.put(study, sop=sop, seed=1 if same else 2))
+    chunk.attempt()
+    (one,) = chunk.settled.values()
+    assert (one.status, one.code) == ("already_there" if same else "refused", "image_already_exists")
+    assert one.result["same_bytes"] is same
+    assert "with other bytes" in one.message or same
 
 
 def test_a_whole_chunk_of_one_study_is_verified_image_by_image(site: Site) -> None:

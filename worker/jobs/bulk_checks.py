@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from worker.batches import CHUNK_ITEMS, ItemStatus, Settled
 from worker.errors import CourierError, NeedsPerson, NotFound, Refused
@@ -32,20 +32,19 @@ _UNDONE: Mapping[DeletionFate, ItemStatus] = {
 
 @dataclass(frozen=True)
 class Seen:
-    """What a server has of the images of one study that a batch has stored there.
+    """What a server has of the images of one study that a batch has stored, or found, there.
 
-    ``same`` are those whose bytes are what was sent; None where the server does not keep them so.
+    ``others`` are the numbers of the items whose file is another one than the server's: as it comes back, where bytes
+    are kept; else as far as the batch is known to have stored another under the same UID.
     """
 
     there: set[str]
-    same: set[str] | None
+    others: set[int]
+    compared: Literal["bytes", "uids"]
 
 
 def verify(done: Sequence[Settled], desk: Desk) -> list[Answer]:
-    """Whether every image is where its receipt says; with the same bytes, where the server keeps them.
-
-    Of one that was there before, what the batch can say is where it was found.
-    """
+    """Whether every image is where its receipt says, or was before; and the same file, where the server keeps bytes."""
     seen = _seen(done, desk)
     return [_verified(one, seen[_where(one)]) for one in done]
 
@@ -53,14 +52,12 @@ def verify(done: Sequence[Settled], desk: Desk) -> list[Answer]:
 def _verified(one: Settled, seen: Seen | CourierError) -> Settled | CourierError:
     if isinstance(seen, CourierError):
         return seen
-    image_uid = one.result["image_uid"]
-    if image_uid not in seen.there:
+    if one.result["image_uid"] not in seen.there:
         return _now(one, "missing", f"{one.server_name} does not have the image.")
-    if seen.same is None or one.status != "stored":
-        return Settled(one.item, "verified", server=one.server_name, result={"compared": "uids"})
-    if image_uid not in seen.same:
-        return _now(one, "differs", f"{one.server_name} has the image with other bytes than were sent.")
-    return Settled(one.item, "verified", server=one.server_name, result={"compared": "bytes"})
+    if one.item.number in seen.others:
+        why = "than were sent" if one.status == "stored" else "than this file, which was not stored"
+        return _now(one, "differs", f"{one.server_name} has the image with other bytes {why}.")
+    return Settled(one.item, "verified", server=one.server_name, result={"compared": seen.compared})
 
 
 def undo(done: Sequence[Settled], desk: Desk, *, resumed: set[int]) -> list[Answer]:
@@ -121,7 +118,7 @@ def _kept(one: Settled, seen: Seen | CourierError, *, resumed: bool) -> Settled 
     image_uid = one.result["image_uid"]
     if image_uid not in seen.there:
         return Settled(one.item, "undone" if resumed else "not_there", server=one.server_name)
-    if seen.same is not None and image_uid not in seen.same:
+    if one.item.number in seen.others:
         return _now(one, "kept", "It is another file now than the one that was stored, and so not the batch's.")
     return None
 
@@ -157,18 +154,35 @@ def _seen(stored: Sequence[Settled], desk: Desk) -> dict[tuple[str, str], Seen |
     return dict(zip(by_study, fleet.gather(questions), strict=True))
 
 
-def _look(pacs: Pacs, study_instance_uid: str, stored: Sequence[Settled], *, all_in: bool) -> Seen:
-    """``all_in``: so many images of the study were asked for that it may be far larger, and is not listed each time."""
-    study = Found("study", study_instance_uid)
-    wanted = {str(one.result["image_uid"]): one for one in stored}
-    there = pacs.present(study_instance_uid, wanted)
+def _look(pacs: Pacs, study_instance_uid: str, done: Sequence[Settled], *, all_in: bool) -> Seen:
+    """``all_in``: so many images of the study were asked for that it may be far larger, and is not listed each time.
+
+    Several items may be files of one image.
+    """
+    there = pacs.present(study_instance_uid, {str(one.result["image_uid"]) for one in done})
     if not pacs.keeps_bytes:
-        return Seen(there, None)
+        return Seen(there, _unlike_what_was_stored(done), "uids")
+    study = Found("study", study_instance_uid)
     most = WORTH_ALL * len(there)
     worth_all = bool(there) and not all_in and sum(1 for _ in islice(pacs.instances(study), most + 1)) <= most
-    founds = [study] if worth_all else [_image(wanted[uid]) for uid in sorted(there)]
-    digests = _digests(pacs, founds, bare=any(one.result.get("preamble_added") for one in stored))
-    return Seen(there, {uid for uid in there if wanted[uid].result["sha256"] in digests})
+    images = {_uids(one): _image(one) for one in done if one.result["image_uid"] in there}
+    founds = [study] if worth_all else [images[uids] for uids in sorted(images)]
+    digests = _digests(pacs, founds, bare=any(map(_may_lack_preamble, done)))
+    return Seen(there, {one.item.number for one in done if one.result["sha256"] not in digests}, "bytes")
+
+
+def _unlike_what_was_stored(done: Sequence[Settled]) -> set[int]:
+    stored = {one.result["image_uid"]: one.result["sha256"] for one in done if one.status == "stored"}
+    return {
+        one.item.number
+        for one in done
+        if stored.get(one.result["image_uid"], one.result["sha256"]) != one.result["sha256"]
+    }
+
+
+def _may_lack_preamble(one: Settled) -> bool:
+    """Of a file that was not stored nobody has noted whether it would have been given one."""
+    return one.status != "stored" or bool(one.result.get("preamble_added"))
 
 
 def _digests(pacs: Pacs, founds: Iterable[Found], *, bare: bool) -> set[str]:

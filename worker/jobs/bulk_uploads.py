@@ -625,7 +625,9 @@ def _judged(item: Item, error: CourierError, server: str = "") -> Settled | Cour
     if isinstance(error, ImageAlreadyExists):
         told = ("study_uid", "series_uid", "image_uid", "sha256", "same_bytes")
         result = {name: error.details[name] for name in told if error.details[name] is not None}
-        return Settled(item, "already_there", error.code, error.message, server=server, result=result)
+        # Another file under the image's UID is never told as if all were well.
+        there: ItemStatus = "refused" if result.get("same_bytes") is False else "already_there"
+        return Settled(item, there, error.code, error.message, server=server, result=result)
     status: ItemStatus = "failed" if isinstance(error, NeedsPerson) else "refused"
     return Settled(item, status, error.payload["code"], error.message, server=server)
 
