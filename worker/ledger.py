@@ -481,6 +481,7 @@ redis.call('DEL', KEYS[1])
 return 1
 """
 
+# Whoever decides to push an image holds it, and every server has said that it has none: a receipt from before is void.
 _INTEND = (
     _NOW
     + _TRAIL
@@ -489,7 +490,11 @@ if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] then return -1 end
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return -1 end
 if redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'memo', ARGV[2])
-if ARGV[3] ~= '' then note_of_job(KEYS[1], ARGV[3], ARGV[4], false) end
+if ARGV[3] ~= '' then
+  note_of_job(KEYS[1], ARGV[3], ARGV[4], false)
+  local uid = string.match(redis.call('HGET', KEYS[1], 'hold') or '', '([%d.]+)$')
+  if uid then redis.call('DEL', ARGV[5] .. uid) end
+end
 return 1
 """
 )
@@ -1040,10 +1045,11 @@ class Ledger:
     ) -> bool:
         """Write down what is about to be pushed and where, before the first byte. False: it was cancelled.
 
-        ``decision`` is what a trace will say of it.
+        ``decision``, to push an image that is on no server, is what a trace will say of it.
         """
         note = "" if decision is None else _note("routed", job_id, **decision)
-        answer = int(self._intend(keys=[_job(job_id)], args=[fence, _dump(memo), note, self.keep_ms]))
+        args: list[str | int] = [fence, _dump(memo), note, self.keep_ms, PREFIX + "receipt:"]
+        answer = int(self._intend(keys=[_job(job_id)], args=args))
         self._guard(answer >= 0)
         return bool(answer)
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import fakeredis
+import pydicom
 import pytest
 
 from sandbox.synthetic import image, new_uid
 from worker.errors import (
     CourierError,
+    ImageAlreadyExists,
     PacsRejected,
     PacsUnauthorized,
     PacsUnavailable,
@@ -170,3 +172,83 @@ def test_what_is_known_to_be_stored_ends_as_stored_though_its_server_is_silent_e
     assert isinstance(desk.carry("j"), Parked)
     desk.servers["a"].fails["find"] = error
     assert stored(desk.carry("j"))["warnings"] == ["metadata_unavailable"]
+
+
+def with_other_bytes(body: bytes) -> bytes:
+    ds = pydicom.dcmread(io.BytesIO(body))
+    ds.PatientComments = "another file with the same UIDs"
+    copy = io.BytesIO()
+    ds.save_as(copy)
+    return copy.getvalue()
+
+
+def sop_of(body: bytes) -> str:
+    return str(pydicom.dcmread(io.BytesIO(body)).SOPInstanceUID)
+
+
+def dead_after_an_uncertain_push(desk: Desk, job_id: str, body: bytes) -> None:
+    """What it pushed has not arrived, but nobody told it so."""
+    desk.files.there[job_id] = body
+    desk.servers["a"].fails["store"] = NO_ANSWER
+    assert isinstance(desk.carry(job_id), Parked)
+    assert refused(desk.carry(job_id)).code == "pacs_unavailable"
+    del desk.servers["a"].fails["store"]
+
+
+def test_a_replayed_letter_does_not_take_what_another_job_has_stored_since_for_its_own(desk: Desk) -> None:
+    body = image(new_uid())
+    dead_after_an_uncertain_push(desk, "dead", body)
+    desk.files.there["other"] = with_other_bytes(body)
+    theirs = stored(desk.carry("other"))
+    desk.ledger.replay("dead")
+    error = refused(desk.carry("dead"))
+    assert isinstance(error, ImageAlreadyExists)
+    assert (error.server_name, error.details["same_bytes"]) == ("a", False)
+    assert (error.details["sha256"], error.details["stored_sha256"]) == (
+        hashlib.sha256(body).hexdigest(),
+        theirs["sha256"],
+    )
+    receipt = desk.ledger.receipt(sop_of(body))
+    assert receipt is not None
+    assert (receipt.job_id, receipt.sha256) == ("other", theirs["sha256"])
+
+
+def test_a_replayed_letter_waits_for_whoever_has_its_image_now(desk: Desk) -> None:
+    body = image(new_uid())
+    dead_after_an_uncertain_push(desk, "dead", body)
+    desk.files.there["other"] = body
+    desk.servers["a"].fails["store"] = NO_ANSWER
+    assert isinstance(desk.carry("other"), Parked)
+    desk.ledger.replay("dead")
+    finds = desk.servers["a"].finds
+    assert isinstance(desk.carry("dead"), Parked)
+    assert desk.servers["a"].finds == finds, "whatever it found might be the other's"
+    del desk.servers["a"].fails["store"]
+    assert stored(desk.carry("other"))["server_name"] == "a"
+    assert refused(desk.carry("dead")).details["same_bytes"] is True
+
+
+def test_a_replayed_letter_whose_push_has_arrived_ends_as_stored(desk: Desk) -> None:
+    desk.files.there["j"] = image(new_uid())
+    server = desk.servers["a"]
+    server.loses_the_answer = True
+    assert isinstance(desk.carry("j"), Parked)
+    server.fails["find"] = PacsUnavailable("Away.")
+    assert refused(desk.carry("j")).code == "pacs_unavailable"
+    server.fails.clear()
+    desk.ledger.replay("j")
+    assert stored(desk.carry("j"))["status"] == "stored"
+
+
+def test_a_receipt_of_an_image_that_somebody_has_deleted_since_does_not_make_a_push_another_jobs(desk: Desk) -> None:
+    body = image(new_uid())
+    desk.files.there.update(first=body, second=with_other_bytes(body))
+    stored(desk.carry("first"))
+    desk.servers["a"].images.clear()  # not by a job
+    desk.servers["a"].loses_the_answer = True
+    assert isinstance(desk.carry("second"), Parked)
+    assert desk.ledger.receipt(sop_of(body)) is None
+    payload = stored(desk.carry("second"))
+    receipt = desk.ledger.receipt(sop_of(body))
+    assert receipt is not None
+    assert (receipt.job_id, receipt.sha256) == ("second", payload["sha256"])

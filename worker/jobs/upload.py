@@ -114,16 +114,29 @@ def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
 
 
 def _arrived(memo: Memo, trip: _Trip) -> bool:
-    """Whether an earlier attempt's push reached the server it was meant for."""
+    """Whether an earlier attempt's push reached the server it was meant for.
+
+    A dead letter has let go of its image: replayed, it holds it again first, or what is found may be another's.
+    """
     if not (memo.uncertain or memo.stored):
         return False
     with trip.run.step("check"):
+        _wait_for_turn(memo.instance, trip.run)
         try:
-            return bool(trip.tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid))
+            there = bool(trip.tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid))
         except CourierError as error:
             if not memo.stored or _may_be_cured(error, trip.run):
                 raise
-            return True
+            there = True
+        return there and _is_no_others(memo, trip)
+
+
+def _is_no_others(memo: Memo, trip: _Trip) -> bool:
+    """True, unless another job has stored the image since this one pushed it: then `ImageAlreadyExists`."""
+    receipt = trip.run.ledger.receipt(memo.instance.sop_instance_uid)
+    if receipt is not None and receipt.job_id != trip.run.job_id:
+        raise already_exists(memo.server, _arrival(memo), trip.tools)
+    return True
 
 
 def _may_be_cured(error: CourierError, run: Run) -> bool:
@@ -149,6 +162,7 @@ def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
             decision = decide(seen.answers)
             memo = _memo(instance, fetched, earlier, tools)
             if isinstance(decision, Exists) and earlier is not None and _may_be_ours(earlier, decision.server):
+                _is_no_others(earlier, trip)
                 return earlier
             memo = _route(trip, memo, decision, seen)
         about(server_name=memo.server)
