@@ -340,6 +340,20 @@ def test_retry_opens_what_failed_and_nothing_else(bench: Bench) -> None:
     assert isinstance(bench.conduct("retry", "S"), InvalidRequest)
 
 
+def test_a_plan_that_was_declined_is_not_done_by_a_retry(bench: Bench) -> None:
+    bench.kind.has = ("survey", "apply")
+    bench.open(dry_run=True)
+    planned = bench.see_through()
+    assert isinstance(planned, Batch)
+    assert planned.state == "planned"
+    bench.batches.cancel("B")
+    bench.kind.groups.clear()
+    refused = bench.see_through("retry", "R")
+    assert isinstance(refused, InvalidRequest)
+    assert "not begun" in refused.message
+    assert (bench.batch.state, bench.kind.groups) == ("cancelled", [])
+
+
 def test_what_a_cancelled_batch_left_open_can_be_gone_on_with(bench: Bench) -> None:
     bench.conduct()
     bench.do(0)

@@ -263,6 +263,8 @@ class Conductor:
         """Try again what failed, and what a cancelled batch had left open."""
         batch = self._take("done", "cancelled")
         self._refuse_what_is_taken_back(batch)
+        if batch.order.get("dry_run") and not batch.of("apply").begun_ms:
+            raise InvalidRequest("The batch was planned and then cancelled, not begun; order anew what is wanted.")
         if self._is_new("apply") and batch.state in ("done", "cancelled"):
             if not self.batches.reopen(batch, "apply", ["failed"]):
                 raise InvalidRequest("There is nothing to try again: no item of the batch has failed or is open.")
