@@ -22,7 +22,7 @@ from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed, OperationalError
 from kombu.transport import TRANSPORT_ALIASES, virtual
 from kombu.transport import redis as redis_transport
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import DataError, OutOfMemoryError
 
 from worker import signing
 from worker.errors import InvalidRequest
@@ -278,7 +278,7 @@ class PacsChannel(redis_transport.Channel):
     def _brpop_read(self, **options: Any) -> Any:
         try:
             return super()._brpop_read(**options)  # type: ignore[no-untyped-call]  # kombu is untyped
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
             log.error("Threw away what is no message: %s", type(error).__name__)
             return True
 

@@ -198,6 +198,11 @@ NO_MESSAGES = [
     b'{"body": "%%%", "properties": {"body_encoding": "base64", "delivery_tag": "1"}}',
     b'{"body": "W10=", "headers": [], "properties": {"delivery_tag": "2", "delivery_info": {}}}',
     b'{"body": "W10=", "headers": [1], "properties": {"delivery_tag": {}, "delivery_info": {}}}',
+    *(
+        b'{"body": "W10=", "headers": {}, "properties": {"delivery_tag": %b, "delivery_info": '
+        b'{"exchange": "", "routing_key": "celery"}}}' % tag
+        for tag in (b"true", b"null", b"[]", b"{}")
+    ),
 ]
 
 
