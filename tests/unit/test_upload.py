@@ -23,6 +23,7 @@ from worker.errors import (
     PacsRejected,
     PacsUnauthorized,
     PacsUnavailable,
+    SourceDenied,
 )
 from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
 from worker.jobs.run import Pulse
@@ -47,16 +48,16 @@ class Server:
 
     def __init__(self, name: str) -> None:
         self.server = ServerSettings(name=name, type="dicomweb", url=f"http://{name}")
-        self.images: dict[str, tuple[Found, str]] = {}
+        self.images: dict[str, Found] = {}
         self.fails: dict[str, CourierError] = {}
         self.loses_the_answer = False
-        self.late: list[Part] | None = None
+        self.late: list[Found] | None = None
         self.finds = 0
 
     def find(self, level: str, uid: str) -> list[Found]:
         self.finds += level == "image"
         self._perhaps("find")
-        found = [one for one, _ in self.images.values() if uid in (one.study_instance_uid, one.sop_instance_uid)]
+        found = [one for one in self.images.values() if uid in (one.study_instance_uid, one.sop_instance_uid)]
         return [replace(one, level=cast(Any, level)) for one in found]
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
@@ -64,21 +65,17 @@ class Server:
         (part,) = parts
         uid = part.instance.sop_instance_uid
         if self.late is not None:
-            self.late.append(part)
+            self.late.append(_received(part))
             raise NO_ANSWER
         if uid in self.images:
             return [Outcome(uid, Fate.ALREADY_THERE)]
-        self.keep(part)
+        self.keep(_received(part))
         if self.loses_the_answer:
             raise NO_ANSWER
         return [Outcome(uid, Fate.STORED)]
 
-    def keep(self, part: Part) -> None:
-        one = part.instance
-        with part.open() as body:
-            sha256 = hashlib.sha256(body.read()).hexdigest()
-        found = Found("image", one.study_instance_uid, one.series_instance_uid, one.sop_instance_uid)
-        self.images[one.sop_instance_uid] = found, sha256
+    def keep(self, one: Found) -> None:
+        self.images[str(one.sop_instance_uid)] = one
 
     def metadata(self, found: Found) -> list[dict[str, Any]]:
         self._perhaps("metadata")
@@ -87,6 +84,11 @@ class Server:
     def _perhaps(self, call: str) -> None:
         if call in self.fails:
             raise self.fails[call]
+
+
+def _received(part: Part) -> Found:
+    one = part.instance
+    return Found("image", one.study_instance_uid, one.series_instance_uid, one.sop_instance_uid)
 
 
 @dataclass
@@ -252,3 +254,56 @@ def test_a_receipt_of_an_image_that_somebody_has_deleted_since_does_not_make_a_p
     receipt = desk.ledger.receipt(sop_of(body))
     assert receipt is not None
     assert (receipt.job_id, receipt.sha256) == ("second", payload["sha256"])
+
+
+def after_a_push_that_may_still_arrive(desk: Desk) -> list[Found]:
+    """The job ``j`` has pushed to ``a``, which has not stored it yet and has not answered in time."""
+    desk.files.there["j"] = image(new_uid())
+    desk.servers["a"].late = late = []
+    assert isinstance(desk.carry("j"), Parked)
+    return late
+
+
+def test_a_refusal_after_a_push_that_may_still_arrive_names_the_server_to_look_on(desk: Desk) -> None:
+    (image_of_it,) = after_a_push_that_may_still_arrive(desk)
+    desk.files.there["j"] = SourceDenied("The source answered 403.", details={"status": 403})
+    error = refused(desk.carry("j"))
+    assert isinstance(error, SourceDenied)
+    assert error.message == (
+        "The source answered 403; an earlier push of the image to a may still arrive, so look for it there."
+    )
+    assert (error.details["status"], error.details["may_be_on"]) == (403, "a")
+    assert error.details["image_uid"] == image_of_it.sop_instance_uid
+
+
+def test_a_cancelled_job_does_not_say_that_nothing_was_pushed_if_something_was(desk: Desk) -> None:
+    after_a_push_that_may_still_arrive(desk)
+    desk.ledger.cancel("j")
+    desk.files.there["j"] = AssertionError("it must not be fetched again")  # type: ignore[assignment]
+    error = refused(desk.carry("j"))
+    assert (error.code, error.details["may_be_on"]) == ("cancelled", "a")
+    assert error.message == (
+        "The job was cancelled; an earlier push of the image to a may still arrive, so look for it there."
+    )
+
+
+def test_a_job_that_is_cancelled_before_its_first_push_says_so(desk: Desk) -> None:
+    desk.files.there["j"] = image(new_uid())
+    desk.servers["a"].fails["find"] = PacsUnavailable("Away.")
+    assert isinstance(desk.carry("j"), Parked)
+    desk.ledger.cancel("j")
+    error = refused(desk.carry("j"))
+    assert (error.message, error.details) == ("The job was cancelled before it began.", {})
+
+
+def test_what_arrives_while_its_job_is_being_refused_is_stored(desk: Desk) -> None:
+    (image_of_it,) = after_a_push_that_may_still_arrive(desk)
+
+    class Slow(Files):
+        def fetch(self, url: str) -> Fetched:
+            desk.servers["a"].keep(image_of_it)
+            raise SourceDenied("The source answered 403.")
+
+    desk.tools = replace(desk.tools, sources=cast(Any, Slow()))
+    payload = stored(desk.carry("j"))
+    assert (payload["status"], payload["server_name"], payload["attempts"]) == ("stored", "a", 2)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from worker.errors import Cancelled, CourierError, PacsMisanswered, PacsUnavailable, TryAgain
+from worker.errors import Cancelled, CourierError, PacsMisanswered, PacsUnavailable, Refused, TryAgain
 from worker.instances import Instance, identify
 from worker.jobs.described import allowed
 from worker.jobs.placement import (
@@ -107,7 +107,7 @@ def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     if run.cancelled and not (memo and (memo.uncertain or memo.stored)):
         raise Cancelled("The job was cancelled before anything was pushed.")
     if memo is None or not _arrived(memo, trip):
-        memo = _bring(trip, memo)
+        memo = _bring_again(trip, memo) if memo and memo.uncertain else _bring(trip, memo)
     if not memo.stored:
         memo = _receipt(trip, memo)
     return _describe(trip, memo).as_json()
@@ -142,6 +142,28 @@ def _is_no_others(memo: Memo, trip: _Trip) -> bool:
 def _may_be_cured(error: CourierError, run: Run) -> bool:
     """Whether another attempt may do better. If not, what is stored is stored, and never said to have failed."""
     return isinstance(error, TryAgain) and not run.last
+
+
+def _bring_again(trip: _Trip, earlier: Memo) -> Memo:
+    """`_bring`, when a push has not arrived that still may: whoever is refused then looks once more, and is told."""
+    try:
+        if trip.run.cancelled:
+            raise Cancelled("The job was cancelled.")
+        return _bring(trip, earlier)
+    except Refused as refused:
+        if _arrived(earlier, trip):
+            return earlier
+        raise _uncertain(refused, earlier) from None
+
+
+def _uncertain(refused: Refused, memo: Memo) -> Refused:
+    said = "The job was cancelled" if isinstance(refused, Cancelled) else refused.message.rstrip(".")
+    return type(refused)(
+        f"{said}; an earlier push of the image to {memo.server} may still arrive, so look for it there.",
+        server_name=refused.server_name,
+        server_type=refused.server_type,
+        details={**uids_of(memo.instance), "may_be_on": memo.server, **refused.details},
+    )
 
 
 def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
