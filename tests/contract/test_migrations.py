@@ -205,7 +205,7 @@ def test_a_copy_leaves_the_claim_where_it_is(site: Site) -> None:
     assert site.ledger.claimed_server(study) == "msdicom"
 
 
-def test_the_survey_counts_skips_and_warns(site: Site) -> None:
+def test_the_survey_counts_and_warns(site: Site) -> None:
     new, whole, split, gone = (new_uid() for _ in range(4))
     site.put("msdicom", new, 3)
     alike = image(whole, side=16)
@@ -214,14 +214,36 @@ def test_the_survey_counts_skips_and_warns(site: Site) -> None:
     site.put("msdicom", split)
     site.put("orthanc", split, 1)
     done = payload(site.order(new, whole, split, gone, dry_run=True))
-    assert (done["state"], site.told("survey")) == ("planned", ["planned", "skipped", "planned", "not_found"])
+    assert (done["state"], site.told("survey")) == ("planned", ["planned", "planned", "planned", "not_found"])
     surveyed = [row.passes["survey"] for row in site.rows]
     assert (surveyed[0].result["images"], surveyed[0].result["missing"]) == (3, 3)
+    assert surveyed[1].result["missing"] == 0
     assert "whole: 1 images" in surveyed[1].message
     assert "it is on orthanc too" in surveyed[2].message
     assert site.on("dcm4chee", new) == set(), "nothing has happened"
     payload(site.go_on(Conductor.apply, "apply"))
-    assert site.told() == ["copied", "skipped", "copied", "not_found"]
+    assert site.told() == ["copied", "already_there", "copied", "not_found"]
+    assert site.told("verify") == ["verified", "verified", "verified", "open"]
+    assert "Bytes were not compared" in site.rows[1].passes["verify"].message
+
+
+@pytest.mark.parametrize("way", [("msdicom", "orthanc"), ("orthanc", "msdicom")], ids="-to-".join)
+def test_a_study_that_is_whole_on_both_is_verified_by_its_bytes(site: Site, way: tuple[str, str]) -> None:
+    alike, unlike = new_uid(), new_uid()
+    wrong = f"{unlike}.2"
+    for server, seed in zip(way, (1, 2), strict=True):
+        site.put_file(server, image(alike, sop=f"{alike}.1", side=16))
+        site.put_file(server, image(unlike, sop=f"{unlike}.1", side=16))
+        site.put_file(server, image(unlike, sop=wrong, side=16, seed=seed))
+    done = payload(site.order(alike, unlike, from_server=way[0], to_server=way[1]))
+    assert (site.told(), site.told("verify")) == (["already_there"] * 2, ["verified", "study_conflict"])
+    assert [row.passes["verify"].status for row in site.rows] == ["verified", "differs"]
+    assert site.rows[0].passes["verify"].result["compared"] == 1
+    assert site.rows[1].passes["verify"].result["different"] == [wrong]
+    assert done["failures_total"] == 1
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert [row.passes["undo"].status for row in site.rows] == ["kept"] * 2
+    assert [len(site.on(server, study)) for server in way for study in (alike, unlike)] == [1, 2, 1, 2]
 
 
 def test_a_study_that_is_whole_on_both_is_still_moved(site: Site) -> None:

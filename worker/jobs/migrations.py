@@ -238,12 +238,12 @@ def _elsewhere(items: Sequence[Item], group: _Group) -> dict[int, dict[str, bool
 
 
 def _survey(item: Item, group: _Group, *, others: Mapping[int, Mapping[str, bool | None]]) -> Settled:
+    """A study that is whole on both by its UIDs is planned too: whether it is the same, verification says."""
     told = survey_study(group.transfer(item), others[item.number])
-    whole = not told["missing"] and not group.desk.batch.order.get("delete_source")
-    if whole:
-        name = group.target.server.name
-        return Settled(item, "skipped", "", f"{name} has the study already, whole: {told['images']} images.")
-    return Settled(item, "planned", "", "; ".join(told["warnings"]), told, server=group.source.server.name)
+    notes = list(told["warnings"])
+    if not told["missing"]:
+        notes.append(f"{group.target.server.name} has the study already, whole: {told['images']} images")
+    return Settled(item, "planned", "", "; ".join(notes), told, server=group.source.server.name)
 
 
 def _apply(item: Item, group: _Group) -> Settled:
