@@ -15,7 +15,10 @@ from typing import Final
 
 #: What its list of tasks shows: the redacted job too, which Flower's default leaves out.
 COLUMNS: Final = "name,kwargs,state,received,runtime,worker,uuid"
-_ADVICE: Final = "set FLOWER_BASIC_AUTH to user:password (several with commas between), or leave the address out"
+_ADVICE: Final = (
+    "set FLOWER_BASIC_AUTH to user:password (several with commas between), or FLOWER_AUTH_PROVIDER and in FLOWER_AUTH "
+    "whom it lets in, or leave the address out"
+)
 
 
 def refusal(address: str, environ: Mapping[str, str]) -> str | None:
@@ -26,7 +29,8 @@ def refusal(address: str, environ: Mapping[str, str]) -> str | None:
         return "FLOWER_BASIC_AUTH is not user:password"
     if _is_loopback(address):
         return None
-    if not given and not environ.get("FLOWER_AUTH_PROVIDER"):
+    # Without FLOWER_AUTH Flower takes everybody for logged in, whatever provider is named.
+    if not given and not (environ.get("FLOWER_AUTH_PROVIDER") and environ.get("FLOWER_AUTH")):
         return f"{address or 'every address'} is not loopback, and Flower would ask nobody for a password: {_ADVICE}"
     if environ.get("FLOWER_UNAUTHENTICATED_API", "").lower() in ("1", "true", "yes", "on", "y", "t"):
         return f"{address} is not loopback: leave FLOWER_UNAUTHENTICATED_API out"

@@ -13,6 +13,7 @@ from sandbox.processes import HOST, Processes
 from worker.flower import main, refusal
 
 LOGIN = ("ops", "planted-9d2")
+GOOGLE = "flower.views.auth.GoogleAuth2LoginHandler"
 PAGES = ("/", "/workers", "/tasks", "/broker", "/api/workers", "/api/tasks")
 
 
@@ -29,7 +30,10 @@ PAGES = ("/", "/workers", "/tasks", "/broker", "/api/workers", "/api/tasks")
         ("flower.example.org", {}, "not loopback"),
         ("0.0.0.0", {"FLOWER_BASIC_AUTH": "ops:secret"}, None),
         ("0.0.0.0", {"FLOWER_BASIC_AUTH": "ops:secret,me:too"}, None),
-        ("0.0.0.0", {"FLOWER_AUTH_PROVIDER": "flower.views.auth.GoogleAuth2LoginHandler"}, None),
+        ("0.0.0.0", {"FLOWER_AUTH_PROVIDER": GOOGLE}, "0.0.0.0 is not loopback"),
+        ("0.0.0.0", {"FLOWER_AUTH_PROVIDER": GOOGLE, "FLOWER_AUTH": ""}, "0.0.0.0 is not loopback"),
+        ("0.0.0.0", {"FLOWER_AUTH": "ops@example.org"}, "0.0.0.0 is not loopback"),
+        ("0.0.0.0", {"FLOWER_AUTH_PROVIDER": GOOGLE, "FLOWER_AUTH": "ops@example.org"}, None),
         ("0.0.0.0", {"FLOWER_BASIC_AUTH": "ops:secret", "FLOWER_UNAUTHENTICATED_API": "true"}, "UNAUTHENTICATED_API"),
         ("127.0.0.1", {"FLOWER_BASIC_AUTH": "secret"}, "is not user:password"),
         ("0.0.0.0", {"FLOWER_BASIC_AUTH": "ops:"}, "is not user:password"),
@@ -88,6 +92,14 @@ def test_with_a_password_neither_pages_nor_api_answer_without_it(start):
     assert LOGIN[1] not in child.log
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert LOGIN[1] not in listed
+
+
+def test_with_a_provider_and_whom_it_lets_in_neither_pages_nor_api_answer_without_a_login(start):
+    url, _ = start(FLOWER_AUTH_PROVIDER=GOOGLE, FLOWER_AUTH="ops@example.org")
+    for page in PAGES:
+        answer = requests.get(url + page, timeout=20, allow_redirects=False)
+        assert answer.status_code in (302, 401), page
+        assert "/login" in answer.headers.get("Location", "/login"), page
 
 
 def test_without_one_it_listens_on_loopback_alone_and_its_api_sends_nothing(start):
