@@ -378,10 +378,19 @@ def test_a_conflict_is_the_images_own(site: Site) -> None:
     assert chunk.settled[1].server_name == "dcm4chee"
 
 
+def test_images_that_nobody_can_read_are_told_by_orthanc_at_once(site_of: Callable[..., Site], orthanc: str) -> None:
+    site = site_of([{"name": "ward", "type": "orthanc", "url": orthanc}])
+    bad = [site.images.put(f"bad{n}.dcm", _unreadable(image(new_uid(), side=8))) for n in range(2)]
+    chunk = site.chunk(*site.study(3, new_uid()), *bad)
+    chunk.attempt()
+    assert chunk.told == [*["stored"] * 3, *["pacs_rejected"] * 2]
+    assert site.servers["ward"].requests == [5]
+
+
 def test_an_image_that_nobody_can_read_is_found_by_sending_each_alone(
     site_of: Callable[..., Site], orthanc: str
 ) -> None:
-    site = site_of([{"name": "ward", "type": "orthanc", "url": orthanc}])
+    site = site_of([{"name": "ward", "type": "dicomweb", "url": orthanc}])
     study = new_uid()
     bad = [site.images.put(f"bad{n}.dcm", _unreadable(image(new_uid(), side=8))) for n in range(2)]
     chunk = site.chunk(*site.study(3, study), *bad)

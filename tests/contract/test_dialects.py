@@ -72,6 +72,7 @@ HABITS: Mapping[str, Habits] = {
     "orthanc": Habits(
         "orthanc",
         lambda request: str(request.getfixturevalue("orthanc")),
+        duplicate=Fate.ALREADY_THERE,
         knows_version=True,
         knows_storage=True,
     ),

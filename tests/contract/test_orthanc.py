@@ -5,8 +5,10 @@ Raw requests, none of our dialects: what they make of these habits is shown else
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -43,6 +45,17 @@ class Raw:
         answer = self.call("POST", "/studies", body=b"".join(parts) + b"--BB--\r\n", headers=headers)
         return answer.status, answer.json()
 
+    def archive(self, *contents: bytes, end: int | None = None) -> tuple[int, list[str]]:
+        """Send files as an archive, up to ``end``; its status, and that of each file in the answer."""
+        body = io.BytesIO()
+        with zipfile.ZipFile(body, "w") as archive:
+            for number, content in enumerate(contents):
+                archive.writestr(str(number), content)
+        headers = {"Content-Type": "application/zip"}
+        answer = self.call("POST", f"{self.rest}/instances", body=body.getvalue()[:end], headers=headers)
+        told = answer.json()
+        return answer.status, [one["Status"] for one in told] if isinstance(told, list) else []
+
     def studies(self, query: str) -> list[str]:
         answer = self.call("GET", f"/studies?{query}")
         assert answer.status == 200
@@ -66,6 +79,27 @@ def test_orthanc_does_not_tell_a_duplicate(raw: Raw) -> None:
         status, answer = raw.stow(again)
         assert (status, stored(answer)) == (200, 1)
     assert raw.studies(f"StudyInstanceUID={study}&PatientName=First") == [study]
+
+
+def test_an_archive_is_answered_file_by_file_in_order(raw: Raw) -> None:
+    study, known = new_uid(), image(new_uid())
+    assert raw.archive(known) == (200, ["Success"])
+    assert raw.archive(image(study), known, image(study)) == (200, ["Success", "AlreadyStored", "Success"])
+    assert raw.archive(b"garbage", image(study)) == (200, ["Success"])
+    assert raw.archive(b"garbage") == (200, [])
+
+
+def test_an_archive_that_is_cut_short_stores_nothing(raw: Raw) -> None:
+    study = new_uid()
+    assert raw.archive(image(study), image(study), end=-100) == (400, [])
+    assert raw.studies(f"StudyInstanceUID={study}") == []
+
+
+def test_a_file_alone_may_be_taken_for_an_archive(raw: Raw) -> None:
+    study = new_uid()
+    content = b"PK\3\4" + image(study)[4:]
+    assert raw.call("POST", f"{raw.rest}/instances", body=content, headers={}).status == 400
+    assert raw.archive(content) == (200, ["Success"])
 
 
 def test_a_400_may_have_stored_the_good_ones(raw: Raw) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,6 +38,7 @@ FACTS = {"msdicom": 15, "dcm4chee": 15, "orthanc": 15}
 STUDY = Found("study", "1.1")
 SERIES = Found("series", "1.1", "1.2")
 IMAGE = Found("image", "1.1", "1.2", "1.3")
+KEY = "9a074436-3507b7b2-d01ee301-285f2ecd-f7a62d8a"
 ONE_PART = b"--BB\r\nContent-Type: application/dicom; transfer-syntax=1.2.3\r\n\r\nDICM\r\n--BB--\r\n"
 
 
@@ -60,7 +63,9 @@ class Wire(Transport):
         self.bodies.append(b"".join(request.body or ()))
         status, body, headers = self._replies.pop(0)
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return HTTPResponse(io.BytesIO(content), headers, status, preload_content=False)
+        answer = HTTPResponse(io.BytesIO(content), headers, status, preload_content=False)
+        answer.reader = SimpleNamespace(deadline_s=0.0)  # type: ignore[attr-defined]  # as the connections have it
+        return answer
 
     @property
     def calls(self) -> list[str]:
@@ -112,7 +117,7 @@ def every_call(server_type: ServerType) -> list[Request]:
     pacs, wire = asked(
         server_type,
         Reply(200, []),
-        Reply(200, stow([item("1.3")])),
+        Reply(200, imported("Success") if server_type == "orthanc" else stow([item("1.3")])),
         Reply(200, []),
         Reply(200, []),
         Reply(200, ONE_PART, {"Content-Type": "multipart/related; boundary=BB"}),
@@ -387,30 +392,57 @@ def test_dcm4chee_15_started_is_not_a_database_and_an_empty_storage_list_is_trou
 # Orthanc
 
 
-def test_orthanc_01_a_duplicate_is_a_success_like_any_other() -> None:
-    pacs, _ = asked("orthanc", Reply(200, stow([item("1.3")])))
-    assert fates(pacs, "1.3") == [Fate.STORED]
+def imported(*statuses: str) -> list[dict[str, Any]]:
+    """What Orthanc says of the files of an archive that it could read; of one that failed it knows no key."""
+    told = [{"ID": KEY, "Status": status} for status in statuses]
+    return [one if one["Status"] != "Failure" else {"Status": "Failure"} for one in told]
 
 
-def test_orthanc_02_a_400_may_have_stored_the_good_ones() -> None:
-    pacs, _ = asked("orthanc", Reply(400, {"00081198": {"vr": "SQ"}} | stow([item("1.3")])))
+def test_orthanc_01_a_duplicate_is_told_as_an_archive_and_not_by_stow() -> None:
+    pacs, wire = asked("orthanc", Reply(200, imported("Success", "AlreadyStored")))
+    assert fates(pacs, "1.3", "1.4") == [Fate.STORED, Fate.ALREADY_THERE]
+    assert wire.calls == ["POST /instances"]
+
+
+def test_orthanc_02_the_good_ones_are_stored_beside_a_bad_one_and_told_by_their_keys() -> None:
+    of_the_key = {"ID": KEY, "MainDicomTags": {"SOPInstanceUID": "1.3"}}
+    pacs, wire = asked("orthanc", Reply(200, imported("Success")), Reply(200, of_the_key))
     assert fates(pacs, "1.2.9", "1.3") == [Fate.REJECTED, Fate.STORED]
+    assert wire.calls[1] == f"GET /instances/{KEY}"
 
 
-def test_orthanc_03_a_200_with_two_empty_sequences_stored_nothing() -> None:
-    pacs, _ = asked("orthanc", Reply(200, {"00081198": {"vr": "SQ"}, "00081199": {"vr": "SQ"}}))
-    assert fates(pacs, "1.3") == [Fate.UNMENTIONED]
+def test_orthanc_03_a_200_without_any_image_stored_nothing() -> None:
+    pacs, _ = asked("orthanc", Reply(200, []))
+    assert fates(pacs, "1.3") == [Fate.REJECTED]
 
 
-def test_orthanc_04_which_of_several_bad_files_is_bad_is_not_told() -> None:
-    pacs, _ = asked("orthanc", Reply(400, {"00081198": {"vr": "SQ"}, "00081199": {"vr": "SQ"}}))
-    assert fates(pacs, "1.3", "1.4") == [Fate.UNMENTIONED, Fate.UNMENTIONED]
+def test_orthanc_04_what_is_left_out_is_bad_unless_something_failed() -> None:
+    pacs, _ = asked("orthanc", Reply(200, []), Reply(200, imported("Failure")))
+    assert fates(pacs, "1.3", "1.4") == [Fate.REJECTED, Fate.REJECTED]
+    assert fates(pacs, "1.3", "1.4") == [Fate.TRY_AGAIN, Fate.TRY_AGAIN]
+
+
+@pytest.mark.parametrize(
+    ("status", "fate"),
+    [("Failure", Fate.TRY_AGAIN), ("FilteredOut", Fate.REJECTED), ("Thrown into the sea", Fate.TRY_AGAIN)],
+)
+def test_orthanc_says_what_became_of_an_image_in_words(status: str, fate: Fate) -> None:
+    pacs, _ = asked("orthanc", Reply(200, imported(status)))
+    assert fates(pacs, "1.3") == [fate]
+
+
+@pytest.mark.parametrize("answer", [imported("Success", "Success"), {}, [1], imported("Success")[0]])
+def test_orthanc_has_to_speak_of_what_it_was_sent(answer: object) -> None:
+    pacs, _ = asked("orthanc", Reply(200, answer))
+    with pytest.raises(PacsMisanswered):
+        pacs.store([part()])
 
 
 def test_orthanc_05_a_file_without_preamble_is_no_file_of_the_standard_so_it_gets_one() -> None:
-    pacs, wire = asked("orthanc", Reply(200, stow([item("1.3")])))
+    pacs, wire = asked("orthanc", Reply(200, imported("Success")))
     pacs.store([part(has_preamble=False)])
-    assert PREAMBLE + b"content" in wire.bodies[0]
+    with zipfile.ZipFile(io.BytesIO(wire.bodies[0])) as archive:
+        assert archive.read("0") == PREAMBLE + b"content"
 
 
 def test_orthanc_06_nothing_found_is_an_empty_list() -> None:

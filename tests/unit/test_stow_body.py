@@ -14,7 +14,7 @@ from worker.errors import PacsUnavailable, SourceTruncated
 from worker.instances import Instance
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Part, Passing
-from worker.pacs.stow import PREAMBLE, PassingBody, StowBody
+from worker.pacs.stow import PREAMBLE, Once, PassingBody, StowBody
 
 GIB = 1024**3
 
@@ -118,15 +118,20 @@ def passing(*chunks: bytes, has_preamble: bool = True) -> Passing:
     return Passing(Instance("1.1", "1.2", "1.3", "1.4", "1.2.840.10008.1.2.1", has_preamble), iter(chunks))
 
 
+def once(*images: Passing) -> Once:
+    return Once(iter(images), again=lambda: PacsUnavailable("it has passed"))
+
+
 def body_of(*images: Passing) -> PassingBody:
-    return PassingBody(iter(images), again=lambda: PacsUnavailable("it has passed"))
+    return PassingBody(once(*images))
 
 
 def test_what_passes_is_framed_as_what_is_spooled() -> None:
-    body = body_of(passing(b"abc", b"d"), passing(), passing(b"x" * 600_000), passing(b"\2\0", has_preamble=False))
+    arriving = once(passing(b"abc", b"d"), passing(), passing(b"x" * 600_000), passing(b"\2\0", has_preamble=False))
+    body = PassingBody(arriving)
     read = read_parts(iter([b"".join(body)]), body.content_type, error=AssertionError)
     assert [b"".join(one.chunks) for one in read] == [b"abcd", b"", b"x" * 600_000, PREAMBLE + b"\2\0"]
-    assert len(body.sent) == 4
+    assert len(arriving.sent) == 4
 
 
 def test_what_has_passed_is_not_sent_twice_as_an_empty_body() -> None:

@@ -21,7 +21,7 @@ from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsRejecte
 from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, is_too_dense, text
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Found, Part, Passing, Retrieved
-from worker.pacs.stow import PassingBody, StowBody
+from worker.pacs.stow import Once, PassingBody, StowBody
 from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Level, check_uid
 
@@ -138,17 +138,19 @@ class DicomWeb:
 
     def push_passing(self, passing: Iterable[Passing], *, expected: Collection[int]) -> tuple[list[Passing], Answer]:
         """Send instances to ``/studies`` while they arrive, chunked (RFC 9112 7.1); what was sent, and the answer."""
-        body = PassingBody(passing, again=self._passed_already)
+        once = self.once(passing)
+        body = PassingBody(once)
         answer = self._post(body, {"Content-Type": body.content_type}, expected)
-        return body.sent, answer
+        return once.sent, answer
 
     def _post(self, body: Iterable[bytes], headers: Mapping[str, str], expected: Collection[int]) -> Answer:
         target = f"{self._base}/studies"
         return self.transport.exchange(Request("POST", target, {**DICOM_JSON, **headers}, body, expected=expected))
 
-    def _passed_already(self) -> PacsUnavailable:
+    def once(self, passing: Iterable[Passing]) -> Once:
+        """``passing``, which nobody gets a second time: for a fresh token the images have to be brought again."""
         sentence = f"{self._name} wanted a fresh token after the images had passed; they are brought again."
-        return self.transport.error(PacsUnavailable, sentence)
+        return Once(passing, again=lambda: self.transport.error(PacsUnavailable, sentence))
 
     def metadata(self, found: Found) -> list[Dataset]:
         target = f"{self._base}{path_of(found)}/metadata"

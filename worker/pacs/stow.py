@@ -53,42 +53,53 @@ class StowBody:
     @property
     def content_length(self) -> int:
         framing = len(self._opening) + len(b"\r\n")
-        lengths = (framing + len(_prefix(part)) + part.size_bytes for part in self._parts)
+        lengths = (framing + len(preamble_of(part)) + part.size_bytes for part in self._parts)
         return sum(lengths) + len(self._closing)
 
     def __iter__(self) -> Iterator[bytes]:
-        return _in_blocks(self._pieces())
+        return in_blocks(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
         for part in self._parts:
-            yield self._opening + _prefix(part)
-            yield from _content(part)
+            yield self._opening + preamble_of(part)
+            yield from content_of(part)
             yield b"\r\n"
         yield self._closing
 
 
-class PassingBody:
-    """As `StowBody`, for instances that pass by once and whose lengths nobody knows.
+class Once:
+    """Instances that pass by once; ``sent`` are those that have begun to.
 
-    ``sent`` are those that have begun to pass. ``again`` makes the error for being asked for a second time.
+    ``again`` makes the error for being asked for a second time.
     """
 
     def __init__(self, passing: Iterable[Passing], *, again: Callable[[], CourierError]) -> None:
         self.sent: list[Passing] = []
         self._passing: Iterable[Passing] | None = passing
         self._again = again
-        self.content_type, self._opening, self._closing = _framing()
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[Passing]:
         if self._passing is None:
             raise self._again()
         passing, self._passing = self._passing, None
-        return _in_blocks(self._pieces(passing))
-
-    def _pieces(self, passing: Iterable[Passing]) -> Iterator[bytes]:
         for one in passing:
             self.sent.append(one)
-            yield self._opening + _prefix(one)
+            yield one
+
+
+class PassingBody:
+    """As `StowBody`, for instances that pass by once and whose lengths nobody knows."""
+
+    def __init__(self, passing: Once) -> None:
+        self._passing = passing
+        self.content_type, self._opening, self._closing = _framing()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return in_blocks(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes]:
+        for one in self._passing:
+            yield self._opening + preamble_of(one)
             yield from one.chunks
             yield b"\r\n"
         yield self._closing
@@ -219,11 +230,12 @@ def _by_uid(found: Iterable[Dataset]) -> dict[str, list[Dataset]]:
     return by_uid
 
 
-def _prefix(part: Sent) -> bytes:
+def preamble_of(part: Sent) -> bytes:
+    """What goes before a file that comes without a preamble (PS3.10 7.1)."""
     return b"" if part.instance.has_preamble else PREAMBLE
 
 
-def _content(part: Part) -> Iterator[bytes]:
+def content_of(part: Part) -> Iterator[bytes]:
     """The part's bytes, which have to be as many as announced: the server would wait for the rest."""
     left = part.size_bytes
     try:
@@ -237,7 +249,7 @@ def _content(part: Part) -> Iterator[bytes]:
         raise SourceTruncated(f"The spooled file ends {left} bytes before the {part.size_bytes} announced.")
 
 
-def _in_blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def in_blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Small pieces joined into blocks, because each becomes a system call and a packet."""
     pending: list[bytes] = []
     size = 0
