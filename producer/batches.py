@@ -8,17 +8,19 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import redis
 
-from producer.errors import BrokerUnavailable, NotFound
+from producer.errors import BrokerUnavailable, InvalidRequest, NotFound
 from producer.orders import KINDS, Given, Order, Told, lines_of, of_plan_file, plan
 from producer.plans import PlanFile, PlanHeader, PlanLine
-from worker.batches import Batch, Batches, Row
+from worker.batch_ends import end_payload
+from worker.batches import NOT_DONE, Batch, Batches, Row, State
 from worker.ledger import Ledger
 from worker.payloads import BatchJob, Job
 from worker.planning import Planned
@@ -28,6 +30,13 @@ if TYPE_CHECKING:
 
 Items = str | Path | Iterable[str]
 _POLL_S = 0.5
+#: What a batch that is there may be asked for after a look at what that would be about, and in which states.
+Wish = Literal["apply", "retry", "undo"]
+STATES_OF: Final[Mapping[Wish, Sequence[State]]] = {
+    "apply": ("planned",),
+    "retry": ("done", "cancelled"),
+    "undo": ("done", "cancelled", "undone"),
+}
 #: What of an order a plan has no need of: its lines say it.
 _SAID_BY_ITEMS = frozenset(("dry_run", "confirm", "source", "filters", "everything"))
 
@@ -175,10 +184,25 @@ class BatchDesk:
         """The batch, again and again until it is over."""
         while True:
             batch = self.get(batch_id)
+            over = self.is_over(batch)
             yield batch
-            if batch.over:
+            if over:
                 return
             time.sleep(every_s)
+
+    def is_over(self, batch: Batch) -> bool:
+        """Whether it has come to an end, and no job is there that takes it further.
+
+        Between its survey and its first item a batch is ``planned``, and not over for that.
+        """
+        with _reachable():
+            job = self.ledger.look(batch.conductor) if batch.conductor else {}
+        return batch.over and job.get("state") not in ("queued", "running", "waiting")
+
+    def ending(self, batch: Batch) -> dict[str, Any]:
+        """What it came to, as the jobs that see batches through have it, whoever ended it and however."""
+        with _reachable():
+            return end_payload(batch, Batches(self.ledger), job_id=batch.conductor or batch.id)
 
     def report(self, batch_id: str) -> Iterator[dict[str, Any]]:
         """What became of each item, one after the other, however many there are."""
@@ -199,6 +223,18 @@ class BatchDesk:
         header = PlanHeader(kind=batch.kind, name=batch.name, batch_id=batch.id, order=order)
         return header, (line for row in self.rows(batch) for line in plan_lines(row))
 
+    def reach(self, batch: Batch, wish: Wish) -> Mapping[tuple[str, str], int]:
+        """How many items ``retry`` or ``undo`` would be about, by server and by what became of them when applied.
+
+        Raises
+        ------
+        InvalidRequest
+            In the state that the batch is in, it would be refused.
+        """
+        check_state(batch, wish)
+        about = _to_retry if wish == "retry" else _to_undo
+        return Counter((row.settled.server_name, row.settled.status) for row in self.rows(batch) if about(row))
+
     # --- steering -------------------------------------------------------------------------------------------
 
     def pause(self, batch_id: str) -> Batch:
@@ -217,6 +253,24 @@ class BatchDesk:
         with _reachable():
             steer(Batches(self.ledger), batch_id)
         return self.get(batch_id)
+
+
+def check_state(batch: Batch, wish: Wish) -> None:
+    """Refuse what a worker would refuse for the state of the batch."""
+    states = STATES_OF[wish]
+    if batch.state not in states:
+        raise InvalidRequest(f"The batch is {batch.state}; that can be done when it is {' or '.join(states)}.")
+
+
+def _to_retry(row: Row) -> bool:
+    return row.settled.status in ("failed", "open")
+
+
+def _to_undo(row: Row) -> bool:
+    undone = row.passes.get("undo")
+    if undone is not None and undone.status not in ("open", "failed", "refused"):
+        return False
+    return row.settled.status not in NOT_DONE or bool(row.settled.result)
 
 
 def plan_lines(row: Row) -> Iterator[PlanLine]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from producer.batches import BatchDesk
-from producer.courier import Handle
+from producer.courier import Handle, Report
 from producer.errors import NotFound
 from producer.plans import PlanLine
 from producer.progress import Meter, Pace
@@ -207,6 +207,14 @@ def plan_table(summary: PlanSummary) -> Table:
     return table
 
 
+def reach_table(reach: Mapping[tuple[str, str], int]) -> Table:
+    """By server and outcome, the items that something would be about."""
+    table = _table("server", "outcome", "items", right=("items",))
+    for (server, status), count in sorted(reach.items()):
+        table.add_row(server or "–", said(status), f"{count:,}")
+    return table
+
+
 def plan_sentence(summary: PlanSummary) -> str:
     skipped = summary.items - summary.to_do
     left = f", {skipped:,} are left out" if skipped else ""
@@ -316,15 +324,17 @@ class Look:
         return Group(grid, *below)
 
 
-def watch(desk: BatchDesk, handle: Handle, *, timeout_s: float | None, quiet: bool) -> None:
-    """Show a batch on standard error until the job that sees it through is over or ``timeout_s`` has passed."""
+def watch(
+    desk: BatchDesk, handle: Handle, *, timeout_s: float | None, quiet: bool, over: Callable[[Report], bool]
+) -> None:
+    """Show a batch on standard error until it is ``over``, or ``timeout_s`` has passed."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     meter = Meter()
     with _screen(quiet=quiet) as show:
         while True:
             report = handle.report()
             show(_look(desk, handle, report.stage, meter))
-            if report.over or (deadline is not None and time.monotonic() >= deadline):
+            if over(report) or (deadline is not None and time.monotonic() >= deadline):
                 return
             time.sleep(_POLL_S)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
-from producer.batches import BatchDesk
+from producer.batches import BatchDesk, Wish
 from producer.commands.door import DONE, FAILED, as_json_option, entry, plain_failures, timeout_option
-from producer.courier import Courier, Handle
+from producer.courier import Courier, Handle, Report
 from producer.errors import Cancelled, StillRunning
 from producer.plans import PlanHeader, PlanLine, write
 from producer.repairs import new_file
@@ -29,10 +29,11 @@ from producer.show_batches import (
     order_line,
     plan_sentence,
     plan_table,
+    reach_table,
     watch,
     write_csv,
 )
-from worker.batches import Batch
+from worker.batches import TROUBLE, Batch, Pass
 
 batch_argument = click.argument("batch_id", metavar="ID")
 plan_option = click.option(
@@ -55,8 +56,16 @@ def batch() -> None:
 # --- seeing a batch through -------------------------------------------------------------------------------------
 
 
-def seen_through(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json: bool) -> int:
-    """Show a batch until the job that sees it through is over, then what it came to.
+#: The passes that a command's exit status speaks of. What a batch has not done is no failure of its undo.
+DONE_IN: Final[Sequence[Pass]] = ("apply", "verify")
+VERIFIED_IN: Final[Sequence[Pass]] = ("verify",)
+UNDONE_IN: Final[Sequence[Pass]] = ("undo",)
+
+
+def seen_through(
+    courier: Courier, handle: Handle, *, timeout_s: float | None, as_json: bool, passes: Sequence[Pass] = DONE_IN
+) -> int:
+    """Show a batch until the job that sees it through is over, then what it came to in ``passes``.
 
     Raises
     ------
@@ -73,14 +82,21 @@ def seen_through(courier: Courier, handle: Handle, *, timeout_s: float | None, a
         raise report.error or still_running(handle, timeout_s)
     payload = report.result
     if not as_json:
-        _show_end(courier.batch.get(handle.batch_id), payload)
-    return FAILED if payload["failures_total"] else DONE
+        _show_end(courier.batch.get(handle.batch_id), payload, passes)
+    return FAILED if _in_trouble(payload, passes) else DONE
 
 
-def followed(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json: bool) -> None:
+def followed(
+    courier: Courier,
+    handle: Handle,
+    *,
+    timeout_s: float | None,
+    as_json: bool,
+    over: Callable[[Report], bool] = lambda report: report.over,
+) -> None:
     """The live line, which may be left by Ctrl-C: the batch goes on."""
     try:
-        watch(courier.batch, handle, timeout_s=timeout_s, quiet=as_json)
+        watch(courier.batch, handle, timeout_s=timeout_s, quiet=as_json, over=over)
     except KeyboardInterrupt:
         raise StillRunning(
             f"You have left; the batch goes on. Come back with: pacs batch watch {handle.batch_id}"
@@ -93,13 +109,24 @@ def still_running(handle: Handle, timeout_s: float | None) -> StillRunning:
     )
 
 
-def _show_end(batch: Batch, payload: Mapping[str, Any]) -> None:
+def _in_trouble(payload: Mapping[str, Any], passes: Sequence[Pass]) -> int:
+    """The items that are not as they should be, as far as ``passes`` have seen.
+
+    A look at what was done (and at nothing else) has not shown what nobody can say either.
+    """
+    wanting = {*TROUBLE, *(["unverified"] if passes == VERIFIED_IN else [])}
+    found = (payload["passes"].get(which, {}).get("totals", {}) for which in passes)
+    return sum(n for totals in found for status, n in totals.items() if status in wanting)
+
+
+def _show_end(batch: Batch, payload: Mapping[str, Any], passes: Sequence[Pass]) -> None:
     _show_counts(batch)
     console.print(end_line(batch), highlight=False, markup=False)
-    if payload["failures"]:
-        console.print(failures_table(payload["failures"]))
-    if payload["failures_total"] > len(payload["failures"]):
-        console.print(f"All {payload['failures_total']:,} of them: pacs batch report {batch.id}", highlight=False)
+    total, told = _in_trouble(payload, passes), [one for one in payload["failures"] if one["pass"] in passes]
+    if told:
+        console.print(failures_table(told))
+    if total > len(told):
+        console.print(f"All {total:,} of them: pacs batch report {batch.id}", highlight=False)
     if batch.of("apply").totals.get("failed"):
         console.print(f"What failed can be tried again: pacs batch retry {batch.id}", highlight=False)
 
@@ -141,7 +168,34 @@ def watch_batch(batch_id: str, timeout_s: float | None, as_json: bool) -> int:
     with Courier() as courier:
         found = courier.batch.get(batch_id)
         handle = courier.handle(found.conductor or batch_id, batch_id=batch_id)
-        return seen_through(courier, handle, timeout_s=timeout_s, as_json=as_json)
+
+        def over(_: Report) -> bool:
+            return courier.batch.is_over(courier.batch.get(batch_id))
+
+        followed(courier, handle, timeout_s=timeout_s, as_json=as_json, over=over)
+        found = courier.batch.get(batch_id)
+        if not courier.batch.is_over(found):
+            if as_json:
+                click.echo(json.dumps(entry(handle, handle.report()), ensure_ascii=False))
+            raise still_running(handle, timeout_s)
+        return _ended(courier, found, as_json=as_json)
+
+
+def _ended(courier: Courier, found: Batch, *, as_json: bool) -> int:
+    """What a batch has come to by itself: jobs that wanted something else of it since have not changed that."""
+    payload = courier.batch.ending(found)
+    passes = UNDONE_IN if found.state == "undone" else DONE_IN
+    refused = courier.handle(found.id).report().error if found.state == "cancelled" else None
+    if isinstance(refused, Cancelled):
+        refused = None
+    if as_json:
+        why = {"error": refused.payload} if refused is not None else {}
+        click.echo(json.dumps({**payload, **why}, ensure_ascii=False))
+    else:
+        _show_end(found, payload, passes)
+    if refused is not None:
+        raise refused
+    return FAILED if found.state == "cancelled" or _in_trouble(payload, passes) else DONE
 
 
 @batch.command("plan")
@@ -162,11 +216,16 @@ def show_plan(batch_id: str, jsonl: bool, plan_path: Path | None, as_json: bool)
                 write(header, lines, sys.stdout)
                 sys.stdout.flush()
             return DONE
-        summary = told_plan(header, lines, plan_path)
+        return tell_plan(header, lines, plan_path, as_json=as_json)
+
+
+def tell_plan(header: PlanHeader, lines: Iterator[PlanLine], path: Path | None, *, as_json: bool) -> int:
+    """What a plan comes to, on standard output."""
+    summary = told_plan(header, lines, path)
     if as_json:
-        click.echo(json.dumps({"batch_id": batch_id, "kind": header.kind, **plan_json(summary, plan_path)}))
+        click.echo(json.dumps({"batch_id": header.batch_id, "kind": header.kind, **plan_json(summary, path)}))
     else:
-        show_summary(summary, plan_path)
+        show_summary(summary, path)
     return DONE
 
 
@@ -197,6 +256,19 @@ def show_summary(summary: PlanSummary, path: Path | None) -> None:
     console.print(plan_sentence(summary), highlight=False)
     if path is not None:
         console.print(f"{path}: the plan. pacs batch apply {path} does it.", highlight=False, markup=False)
+
+
+def tell_reach(courier: Courier, found: Batch, wish: Wish, *, as_json: bool) -> int:
+    """Which items ``retry`` or ``undo`` would be about, on standard output."""
+    reach = courier.batch.reach(found, wish)
+    if as_json:
+        groups = [{"server_name": name or None, "status": status, "items": n} for (name, status), n in reach.items()]
+        told = {"batch_id": found.id, "kind": found.kind, "state": found.state, "items": sum(reach.values())}
+        click.echo(json.dumps({**told, "groups": groups}))
+        return DONE
+    console.print(reach_table(reach))
+    console.print(f"{wish} would be about {sum(reach.values()):,} of {found.items:,} items.", highlight=False)
+    return DONE
 
 
 @batch.command()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from producer.batches import BatchDesk
+from producer.batches import check_state
 from producer.commands.batches import (
+    DONE_IN,
+    UNDONE_IN,
+    VERIFIED_IN,
     batch,
     batch_argument,
     followed,
@@ -21,6 +24,8 @@ from producer.commands.batches import (
     seen_through,
     show_summary,
     still_running,
+    tell_plan,
+    tell_reach,
     told_plan,
 )
 from producer.commands.deletions import servers_option
@@ -41,7 +46,7 @@ from producer.errors import ConfirmationRequired
 from producer.orders import Given, Order, of_plan_file
 from producer.show import console, errors_console
 from producer.show_batches import PlanSummary, failures_table, of_how_many, servers_table
-from worker.batches import Batch
+from worker.batches import Batch, Pass
 
 CONFIRMATION = "delete all studies"
 
@@ -336,27 +341,38 @@ def going_on(command: Command) -> Command:
     return command
 
 
+dry_run_option = click.option("--dry-run", is_flag=True, help="Show what it would be about, and leave it.")
+
+
 @batch.command()
 @click.argument("plan", metavar="PLAN|ID")
 @yes_option
+@dry_run_option
 @going_on
 @plain_failures
-def apply(plan: str, yes: bool, **options: Any) -> int:
+def apply(plan: str, yes: bool, dry_run: bool, **options: Any) -> int:
     """Do what was planned, by a batch's ID or a plan file.
 
     A plan file is what --plan wrote; one that was edited or cut is refused.
     """
     with Courier() as courier:
         if Path(plan).exists():
-            return _file_applied(courier, Path(plan), yes=yes, options=options)
-        if not _agreed(_question_of(courier.batch.get(plan)), yes=yes, as_json=options["as_json"]):
+            return _file_applied(courier, Path(plan), yes=yes, dry_run=dry_run, options=options)
+        found = courier.batch.get(plan)
+        if dry_run:
+            check_state(found, "apply")
+            return tell_plan(*courier.batch.plan(plan), None, as_json=options["as_json"])
+        question = _question(found.kind, found.order, found.items)
+        if not _agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
         return _gone_on(courier, courier.batch.apply(plan), options)
 
 
-def _file_applied(courier: Courier, path: Path, *, yes: bool, options: dict[str, Any]) -> int:
+def _file_applied(courier: Courier, path: Path, *, yes: bool, dry_run: bool, options: dict[str, Any]) -> int:
     order, plan_file = of_plan_file(path)
-    question = _question(order.kind, order.wishes.get("delete_source", False), plan_file.totals.counts["apply"])
+    if dry_run:
+        return tell_plan(plan_file.header, iter(plan_file), None, as_json=options["as_json"])
+    question = _question(order.kind, order.wishes, plan_file.totals.counts["apply"])
     if question and not yes and sys.stdin.isatty():
         show_summary(PlanSummary.of(plan_file), None)
     if not _agreed(question, yes=yes, as_json=options["as_json"]):
@@ -364,13 +380,76 @@ def _file_applied(courier: Courier, path: Path, *, yes: bool, options: dict[str,
     return _gone_on(courier, courier.batch.apply_file(order, plan_file), options)
 
 
-def _question_of(found: Batch) -> str | None:
-    return _question(found.kind, found.order.get("delete_source", False), found.items)
+@batch.command()
+@batch_argument
+@yes_option
+@dry_run_option
+@going_on
+@plain_failures
+def retry(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
+    """Try again what failed of a batch, or was left open.
+
+    What deletes something asks first, as the order of it did.
+    """
+    with Courier() as courier:
+        found = courier.batch.get(batch_id)
+        if dry_run:
+            return tell_reach(courier, found, "retry", as_json=options["as_json"])
+        question = _question(found.kind, found.order, _to_retry(found))
+        if not _agreed(question, yes=yes, as_json=options["as_json"]):
+            return FAILED
+        return _gone_on(courier, courier.batch.retry(batch_id), options)
 
 
-def _question(kind: str, delete_source: bool, items: int) -> str | None:
+@batch.command()
+@batch_argument
+@yes_option
+@going_on
+@plain_failures
+def verify(batch_id: str, yes: bool, **options: Any) -> int:
+    """Look once more whether all that a batch did is so.
+
+    A move deletes from its source what it then finds whole, so it asks first.
+    """
+    with Courier() as courier:
+        found = courier.batch.get(batch_id)
+        moves = found.order.get("delete_source", False)
+        question = _question(found.kind, found.order, of_how_many(found, "verify"), verb="Verify") if moves else None
+        if not _agreed(question, yes=yes, as_json=options["as_json"]):
+            return FAILED
+        return _gone_on(courier, courier.batch.verify(batch_id), options, passes=VERIFIED_IN)
+
+
+@batch.command()
+@batch_argument
+@yes_option
+@dry_run_option
+@going_on
+@plain_failures
+def undo(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
+    """Take back what a batch did, as far as that can be done."""
+    with Courier() as courier:
+        found = courier.batch.get(batch_id)
+        if dry_run:
+            return tell_reach(courier, found, "undo", as_json=options["as_json"])
+        question = f"Undo the {found.kind} of {of_how_many(found, 'undo'):,} items?"
+        if not _agreed(question, yes=yes, as_json=options["as_json"]):
+            return FAILED
+        return _gone_on(courier, courier.batch.undo(batch_id), options, passes=UNDONE_IN)
+
+
+def _to_retry(found: Batch) -> int:
+    applied = found.of("apply")
+    return applied.totals.get("failed", 0) + found.items - applied.settled
+
+
+def _question(kind: str, order: Mapping[str, Any], items: int, *, verb: str = "Move") -> str | None:
     """What has to be asked before it is done; None for what takes nothing away."""
-    return f"{kind.capitalize()} {items:,} items?" if kind == "delete" or delete_source else None
+    if kind == "delete":
+        return f"Delete {items:,} items?"
+    if order.get("delete_source"):
+        return f"{verb} {items:,} items, and delete them from {order['from_server']} where they are proven to be moved?"
+    return None
 
 
 def _agreed(question: str | None, *, yes: bool, as_json: bool) -> bool:
@@ -384,40 +463,11 @@ def _agreed(question: str | None, *, yes: bool, as_json: bool) -> bool:
     return False
 
 
-def _gone_on(courier: Courier, handle: Handle, options: dict[str, Any]) -> int:
+def _gone_on(courier: Courier, handle: Handle, options: dict[str, Any], *, passes: Sequence[Pass] = DONE_IN) -> int:
     if options["no_wait"]:
         return _left(handle, _How(options))
-    return seen_through(courier, handle, timeout_s=options["timeout_s"], as_json=options["as_json"])
-
-
-def _add(name: str, act: Callable[[BatchDesk, str], Handle], sentence: str) -> None:
-    @batch.command(name, help=sentence)
-    @batch_argument
-    @going_on
-    @plain_failures
-    def command(batch_id: str, **options: Any) -> int:
-        with Courier() as courier:
-            return _gone_on(courier, act(courier.batch, batch_id), options)
-
-
-_add("retry", BatchDesk.retry, "Try again what failed of a batch, or was left open.")
-_add("verify", BatchDesk.verify, "Look once more whether all that a batch did is so.")
-
-
-@batch.command()
-@batch_argument
-@yes_option
-@going_on
-@plain_failures
-def undo(batch_id: str, yes: bool, **options: Any) -> int:
-    """Take back what a batch did, as far as that can be done."""
-    with Courier() as courier:
-        found = courier.batch.get(batch_id)
-        if not _agreed(
-            f"Undo the {found.kind} of {of_how_many(found, 'undo'):,} items?", yes=yes, as_json=options["as_json"]
-        ):
-            return FAILED
-        return _gone_on(courier, courier.batch.undo(batch_id), options)
+    how = {"timeout_s": options["timeout_s"], "as_json": options["as_json"]}
+    return seen_through(courier, handle, passes=passes, **how)
 
 
 # --- delete-all -------------------------------------------------------------------------------------------------

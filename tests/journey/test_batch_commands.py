@@ -22,6 +22,7 @@ from producer import Courier
 from producer.cli import main
 from producer.errors import InvalidRequest
 from sandbox.synthetic import image, new_uid
+from worker.batches import Batches
 
 WAIT_S = 60
 QUICK = {"max_attempts": 2, "backoff_base_s": 0.1, "sweep_s": 0.1, "grace_s": 2}
@@ -188,7 +189,7 @@ def test_a_plan_is_shown_written_refused_when_edited_and_applied_as_it_stands(pa
     lines = pacs("batch", "report", batch, "--jsonl", "--status", "refused").stdout.splitlines()
     assert [json.loads(line)["code"] for line in lines] == ["source_not_found"]
     assert len(pacs.json("batch", "report", batch)) == 5
-    assert pacs.json("batch", "verify", batch, status=1)["state"] == "done"
+    assert pacs.json("batch", "verify", batch)["state"] == "done"  # what was refused is not there to be looked at
 
 
 def test_a_watch_is_left_and_come_back_to_while_the_batch_goes_on(pacs: Desk, sandbox) -> None:
@@ -312,3 +313,74 @@ def test_the_entries_of_an_archive_are_stored_once_each_although_another_worker_
         assert (answer["items"], answer["failures"]) == (150, [])
         assert answer["totals"] == {"stored": 150}
         assert len({row["result"]["image_uid"] for row in courier.batch.report(handle.batch_id)}) == 150
+
+
+def test_a_declined_deletion_is_not_done_by_a_retry_and_what_deletes_asks_whatever_it_is_called(
+    pacs: Desk, put, sandbox
+) -> None:
+    study = new_uid()
+    put(sandbox.msdicom, image(study, side=8))
+    planned = pacs.json("batch", "delete", study, "--dry-run")["batch_id"]
+    assert pacs.json("batch", "apply", planned, "--dry-run")["plan"]["to_do"] == 1
+    pacs("batch", "cancel", planned)
+    assert "--yes" in pacs("batch", "retry", planned, status=1).stderr
+    assert "not begun" in pacs("batch", "retry", planned, "--yes", status=2).stderr
+    pacs("exists", "study", study)
+
+    sandbox.set_mood("msdicom", "delete", status=503)
+    failed = pacs.json("batch", "delete", study, "--server", "msdicom", "--yes", status=1)
+    assert pacs.totals(failed) == {"failed": 1}
+    sandbox.calm()
+    batch = failed["batch_id"]
+    groups = [{"server_name": "msdicom", "status": "failed", "items": 1}]
+    assert pacs.json("batch", "retry", batch, "--dry-run")["groups"] == groups
+    assert pacs.json("batch", "undo", batch, "--dry-run")["items"] == 0
+    pacs("batch", "retry", batch, status=1)
+    assert pacs.totals(pacs.json("batch", "retry", batch, "--yes")) == {"deleted": 1}
+    assert "retry would be about 0 of 1 items" in pacs("batch", "retry", batch, "--dry-run").stdout
+    assert "deleted" in pacs("batch", "undo", batch, "--dry-run").stdout
+    pacs("batch", "apply", batch, "--dry-run", status=2)
+    assert pacs.json("batch", "verify", batch)["state"] == "done"  # a look at a deletion takes nothing away
+
+    put(sandbox.msdicom, image(study, side=8))
+    move = ("batch", "migrate", study, "--from", "msdicom", "--to", "dcm4chee", "--delete-source")
+    moved = pacs.json(*move, "--yes")["batch_id"]
+    put(sandbox.msdicom, image(study, side=8))
+    assert "--yes" in pacs("batch", "verify", moved, status=1).stderr
+
+
+def test_a_watch_tells_what_became_of_the_batch_and_not_of_a_job_that_wanted_something_else(pacs: Desk) -> None:
+    done = pacs.json("batch", "upload", *pacs.serve(2))["batch_id"]
+    pacs("batch", "retry", done, status=2)  # there is nothing to try again
+    watched = pacs.json("batch", "watch", done)
+    assert (watched["state"], watched["totals"], watched["failures_total"]) == ("done", {"stored": 2}, 0)
+    assert "stored" in pacs("batch", "watch", done).stdout
+
+    planned = pacs.json("batch", "upload", *pacs.serve(1), "--dry-run")["batch_id"]
+    assert pacs.json("batch", "watch", planned)["state"] == "planned"
+    pacs("batch", "cancel", planned)
+    assert pacs.json("batch", "watch", planned, status=1)["state"] == "cancelled"
+
+    with Courier() as courier:  # whoever planned it was interrupted before its job was sent
+        batches = Batches(courier.batch.ledger)
+        batches.open("left", kind="upload", order={}, width=1)
+        batches.cancel("left")
+    assert pacs.json("batch", "watch", "left", "--timeout", "20", status=1)["state"] == "cancelled"
+    assert "cancelled" in pacs("batch", "watch", "left", "--timeout", "20", status=1).stdout
+    refused = pacs("batch", "upload", *pacs.serve(1), "--server", "nobody", "--no-wait").stdout.strip()
+    assert pacs.json("batch", "watch", refused, status=2)["error"]["code"] == "invalid_request"
+
+
+def test_the_status_of_an_undo_speaks_of_the_undo_and_that_of_a_verification_of_what_it_saw(
+    pacs: Desk, sandbox
+) -> None:
+    urls = [*pacs.serve(2), pacs.images.url("absent.dcm")]
+    batch = pacs.json("batch", "upload", *urls, status=1)["batch_id"]
+    assert pacs.json("batch", "verify", batch)["failures_total"] == 1  # what was refused is not there to be looked at
+    pacs("batch", "watch", batch, status=1)
+    sandbox.set_mood("msdicom", "delete", status=503)
+    pacs.json("batch", "undo", batch, "--yes", status=1)
+    sandbox.calm()
+    undone = pacs("batch", "undo", batch, "--yes")
+    assert "source_not_found" not in undone.stdout
+    assert pacs.json("batch", "watch", batch)["state"] == "undone"

@@ -146,3 +146,16 @@ def test_a_plan_says_of_a_study_on_several_servers_that_it_is_deleted_on_each_of
     assert servers(Row(named, {"survey": Settled(named, "planned")})) == [("a", "apply")]
     assert servers(Row(unnamed, {"survey": Settled(unnamed, "not_there", "not_found")})) == [(None, "skip")]
     assert servers(Row(unnamed, {})) == [(None, "apply")]  # nobody has asked
+
+
+def test_a_batch_is_not_over_between_its_survey_and_its_first_item_but_is_when_nobody_is_at_it(one: Desk) -> None:
+    one.desk.upload(URLS)
+    (batch,) = one.batches.list()
+    claim = one.ledger.claim("C", task="pacs.batch.upload", job={})
+    one.batches.take(batch.id, "C")
+    one.batches.steer(batch.id, "planned", out_of=["planning"])
+    assert not one.desk.is_over(one.desk.get(batch.id))
+    one.ledger.finish("C", claim.fence, outcome={"payload": {}}, code="done", task="pacs.batch.upload", job={})
+    assert one.desk.is_over(one.desk.get(batch.id))
+    assert [seen.state for seen in one.desk.watch(batch.id)] == ["planned"]
+    assert one.desk.ending(one.desk.get(batch.id))["state"] == "planned"
