@@ -11,7 +11,7 @@ import random
 import socket
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ import fakeredis
 import pytest
 
 from sandbox import processes as parts
-from sandbox.processes import HOST, Child, Processes
+from sandbox.processes import HOST, Child, Processes, SandboxPart
 from sandbox.synthetic import image, new_uid
+from tests.batch_site import Site, payload
 from worker.destinations import Destinations
 from worker.errors import (
     Cancelled,
@@ -34,6 +35,7 @@ from worker.errors import (
     SourceUnreachable,
 )
 from worker.instances import identify, identify_prefix
+from worker.jobs.batches import Conductor
 from worker.jobs.downloads import download, to_ask
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
@@ -419,6 +421,20 @@ def test_a_bucket_that_is_missing_and_an_endpoint_that_is_down_are_told_apart(
     down = desk_on("msdicom", sandbox.msdicom, tmp_path, s3=f"http://{HOST}:{parts.free_port()}")
     with pytest.raises(SourceUnreachable):
         down.download("s3://out/a", format=form)
+
+
+def test_a_study_that_a_batch_deletes_is_kept_in_s3_and_comes_back(
+    batch_site: Callable[..., Site], bucket: Any, moto: str, sandbox: SandboxPart
+) -> None:
+    s3 = {"buckets": ["out"], "endpoint_url": moto, "region": "us-east-1"}
+    site, study = batch_site(sandbox.servers(), downloads={"s3": s3}), new_uid()
+    uids = site.put("msdicom", study)
+    payload(site.delete(study, servers=["msdicom"], keep="s3://out/kept"))
+    (entry,) = bucket.list_objects_v2(Bucket="out")["Contents"]
+    assert entry["Key"].startswith(f"kept/{site.batch}/msdicom/{study}-")
+    assert site.on("msdicom", study) == set()
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert (site.told("undo"), site.on("msdicom", study)) == (["undone"], uids)
 
 
 def test_the_first_bytes_of_a_file_say_whose_it_is() -> None:

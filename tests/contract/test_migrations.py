@@ -2,134 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import random
-import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from sandbox.processes import RedisPart, SandboxPart
+from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
-from worker.batches import Batches, Row
-from worker.instances import identify
-from worker.jobs import batches, transfers
+from tests.batch_site import Site, payload
+from worker.batches import Batches
+from worker.jobs import transfers
 from worker.jobs.batches import Conductor
-from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
-from worker.jobs.chunks import chunk
-from worker.jobs.migrations import StudyMigrations, migrate
-from worker.jobs.run import Pulse
-from worker.jobs.tools import Tools
-from worker.jobs.transfers import images_on
-from worker.ledger import Ledger
-from worker.pacs.fleet import Fleet
-from worker.pacs.protocol import Fate, Part
-from worker.pacs.registry import connect
-from worker.settings import Settings
-
-KINDS = {"migrate": StudyMigrations()}
-WAIT_S = 60
-
-
-class Site:
-    """Servers, a ledger, and whoever does what is due."""
-
-    def __init__(self, ledger_url: str, servers: list[dict[str, Any]]) -> None:
-        jobs = {"max_attempts": 2, "backoff_base_s": 0.01, "backoff_cap_s": 0.05, "grace_s": 1}
-        self.settings = Settings.model_validate({"servers": servers, "jobs": jobs})
-        self.ledger = Ledger.connect(ledger_url, grace_s=1)
-        self.fleet = Fleet([connect(server) for server in self.settings.servers])
-        self.pulse = Pulse(self.ledger, lambda *_: None)
-        self.batch = "B"
-
-    @property
-    def tools(self) -> Tools:
-        return Tools(self.settings, self.ledger, None, self.fleet, rng=random.Random(1))  # type: ignore[arg-type]
-
-    def put(self, server: str, study: str, number: int = 2) -> set[str]:
-        uids = {new_uid() for _ in range(number)}
-        for uid in uids:
-            self.put_file(server, image(study, sop=uid, side=16))
-        return uids
-
-    def put_file(self, server: str, content: bytes) -> None:
-        (outcome,) = self.fleet[server].store(
-            [Part(identify(io.BytesIO(content)), partial(io.BytesIO, content), len(content))]
-        )
-        assert outcome.fate is Fate.STORED
-
-    def on(self, server: str, study: str) -> set[str]:
-        return set(images_on(self.fleet[server], study))
-
-    def order(self, *studies: str, until: Callable[[], bool] = lambda: False, **more: Any) -> Verdict:
-        message = {"items": list(studies), "from_server": "msdicom", "to_server": "dcm4chee", **more}
-        return self.see_to_its_end("pacs.batch.migrate", migrate, self.batch, message, until=until)
-
-    def go_on(self, wish: Callable[[Conductor], Any], name: str) -> Verdict:
-        work = partial(batches.conducted, kinds=KINDS, wish=wish)
-        return self.see_to_its_end(f"pacs.batch.{name}", work, new_uid(), {"batch_id": self.batch})
-
-    def see_to_its_end(
-        self,
-        task: str,
-        work: Any,
-        job_id: str,
-        message: Mapping[str, Any],
-        *,
-        until: Callable[[], bool] = lambda: False,
-    ) -> Verdict:
-        """What workers and sweepers do, one after the other; as long as it is not ``until``."""
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            verdict = carry(work, task=task, job_id=job_id, message=message, tools=self.tools, pulse=self.pulse)
-            if isinstance(verdict, Done | Failed) or until():
-                return verdict
-            for due in self.ledger.sweep():
-                if due.task == "pacs.batch.chunk":
-                    self.do_chunk(due.job_id, due.job)
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-            self.ledger.rouse(job_id)
-
-    def do_chunk(self, job_id: str, message: Mapping[str, Any]) -> Verdict:
-        work = partial(chunk, kinds=KINDS)
-        return carry(work, task="pacs.batch.chunk", job_id=job_id, message=message, tools=self.tools, pulse=self.pulse)
-
-    @property
-    def rows(self) -> list[Row]:
-        store = Batches(self.ledger)
-        batch = store.get(self.batch)
-        assert batch is not None
-        return list(store.rows(batch))
-
-    def told(self, which: Any = "apply") -> list[str]:
-        return [row.passes[which].code or row.passes[which].status for row in self.rows]
+from worker.jobs.carry import Failed, Parked
+from worker.jobs.migrations import StudyMigrations
 
 
 @pytest.fixture
-def site_of(redis: RedisPart) -> Iterator[Callable[[list[dict[str, Any]]], Site]]:
-    opened: list[Site] = []
-
-    def build(servers: list[dict[str, Any]]) -> Site:
-        opened.append(Site(redis.ledger_url, servers))
-        return opened[-1]
-
-    yield build
-    for site in opened:
-        site.fleet.close()
-        site.ledger.client.close()
-
-
-@pytest.fixture
-def site(site_of: Callable[[list[dict[str, Any]]], Site], sandbox: SandboxPart, orthanc: str) -> Site:
-    return site_of([*sandbox.servers(), {"name": "orthanc", "type": "orthanc", "url": orthanc}])
-
-
-def payload(verdict: Verdict) -> dict[str, Any]:
-    assert isinstance(verdict, Done), verdict
-    return verdict.payload
+def site(batch_site: Callable[..., Site], sandbox: SandboxPart, orthanc: str) -> Site:
+    return batch_site([*sandbox.servers(), {"name": "orthanc", "type": "orthanc", "url": orthanc}])
 
 
 def test_what_could_not_be_brought_is_failed_retried_and_taken_back_whole(
@@ -300,12 +190,12 @@ def test_an_undo_that_was_cancelled_in_the_middle_is_not_undone_by_verify_and_ca
 
 
 def test_studies_of_a_server_that_has_gone_from_the_settings_have_failed(
-    site: Site, site_of: Callable[[list[dict[str, Any]]], Site], sandbox: SandboxPart
+    site: Site, batch_site: Callable[..., Site], sandbox: SandboxPart
 ) -> None:
     study = new_uid()
     site.put("msdicom", study)
     payload(site.order(study, dry_run=True))
-    without = site_of(sandbox.servers()[:1])
+    without = batch_site(sandbox.servers()[:1])
     payload(without.go_on(Conductor.apply, "apply"))
     assert site.told() == ["invalid_request"]
     payload(site.go_on(Conductor.retry, "retry"))

@@ -19,6 +19,7 @@ from worker.destinations import Archive, Destinations, Mark
 from worker.destinations.mark import CHUNK_BYTES, MANIFEST
 from worker.errors import PacsMisanswered, PacsRejected, SourceUnreachable, StudyConflict
 from worker.jobs.downloads import archived
+from worker.jobs.passing import digest_of
 from worker.jobs.run import Run
 from worker.jobs.transfers import Transfer, bring, digests_on, images_on
 from worker.pacs.protocol import Found, Pacs, Retrieved
@@ -70,7 +71,8 @@ def restore(
     Raises
     ------
     StudyConflict
-        The archive is gone, or is not what was kept; nothing was stored.
+        The archive is gone, or is not what was kept, or the server has got another file under one of the UIDs; nothing
+        was stored.
     PacsRejected
         The server does not take some of the images back.
     PacsMisanswered
@@ -81,6 +83,7 @@ def restore(
         if Mark.of(study_uid, copy.series_of) != Mark(study_uid, kept.images, kept.images_sha256):
             raise _conflict(pacs, f"{kept.url} does not hold what was kept; nothing was stored.")
         before = images_on(pacs, study_uid)
+        _check_unchanged(pacs, study_uid, copy, before)
         wanted = copy.series_of.keys() - before.keys()
         transfer = Transfer(cast(Pacs, copy), pacs, study_uid, resumed=True, look=look)
         if wanted:
@@ -94,8 +97,23 @@ def restore(
     return {"restored": len(wanted), **_compared(pacs, study_uid, copy.series_of, transfer.stored)}
 
 
+def _check_unchanged(pacs: Pacs, study_uid: str, copy: _Copy, on_server: Mapping[str, str]) -> None:
+    """What the server has of the copy, since before or by an attempt that died, has to be what was kept."""
+    both = copy.series_of.keys() & on_server.keys()
+    if not both or not pacs.keeps_bytes:
+        return
+    given = digests_on(pacs, study_uid, on_server, both)
+    for uid in sorted(both):
+        if given.get(uid) != copy.digest(uid):
+            name = pacs.server.name
+            raise _conflict(pacs, f"{name} gives back another file under {uid} than was kept; nothing was stored.")
+
+
 def _compared(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], sent: Mapping[str, str]) -> dict[str, Any]:
-    """What the server shows now against what was kept: UIDs, and the bytes of what was sent where it keeps them."""
+    """What the server shows now against what was kept: UIDs, and the bytes of what was sent where it keeps them.
+
+    Those of what it had before have been compared already.
+    """
     name = pacs.server.name
     if missing := series_of.keys() - images_on(pacs, study_uid).keys():
         sentence = f"{name} does not list {len(missing)} of the images that were brought back; it is looked at again."
@@ -128,6 +146,10 @@ class _Copy:
             for uid, entry in self.entries.items()
             if found.series_instance_uid in (None, entry["series_uid"]) and found.sop_instance_uid in (None, uid)
         )
+
+    def digest(self, image_uid: str) -> str:
+        """Of the image without its preamble, as of what servers give back."""
+        return digest_of(self._chunks(self.entries[image_uid]))
 
     def _chunks(self, entry: Mapping[str, Any]) -> Iterator[bytes]:
         digest = hashlib.sha256()

@@ -1,0 +1,137 @@
+"""A place for batches that are driven by hand over a real Redis: servers, a ledger, and whoever does what is due."""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from sandbox.synthetic import image, new_uid
+from worker.batches import Batches, Row
+from worker.destinations import Destinations
+from worker.instances import identify
+from worker.jobs import batches
+from worker.jobs.batches import Conductor
+from worker.jobs.bulk_deletions import StudyDeletions, delete_many
+from worker.jobs.bulk_uploads import ImageUploads, upload_all
+from worker.jobs.carry import Done, Failed, Verdict, carry
+from worker.jobs.chunks import chunk
+from worker.jobs.migrations import StudyMigrations, migrate
+from worker.jobs.run import Pulse
+from worker.jobs.tools import Tools
+from worker.jobs.transfers import images_on
+from worker.ledger import Ledger
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Fate, Part
+from worker.pacs.registry import connect
+from worker.settings import Settings
+from worker.sources import Sources
+
+KINDS = {"migrate": StudyMigrations(), "delete": StudyDeletions(), "upload": ImageUploads()}
+WAIT_S = 60
+
+
+class Site:
+    """Servers, a ledger, and whoever does what is due."""
+
+    def __init__(self, ledger_url: str, servers: list[dict[str, Any]], **sections: Any) -> None:
+        jobs = {"max_attempts": 2, "backoff_base_s": 0.01, "backoff_cap_s": 0.05, "grace_s": 1}
+        self.settings = Settings.model_validate({"servers": servers, "jobs": jobs, **sections})
+        self.ledger = Ledger.connect(ledger_url, grace_s=1)
+        self.fleet = Fleet([connect(server) for server in self.settings.servers])
+        self.sources = Sources(self.settings.sources)
+        self.pulse = Pulse(self.ledger, lambda *_: None)
+        self.batch = "B"
+        self.now, self.sleep = time.time, time.sleep
+
+    def close(self) -> None:
+        self.fleet.close()
+        self.sources.close()
+        self.ledger.client.close()
+
+    @property
+    def tools(self) -> Tools:
+        return Tools(
+            self.settings,
+            self.ledger,
+            self.sources,
+            self.fleet,
+            destinations=Destinations(self.settings.downloads),
+            rng=random.Random(1),
+            now=self.now,
+            sleep=self.sleep,
+        )
+
+    def put(self, server: str, study: str, number: int = 2) -> set[str]:
+        uids = {new_uid() for _ in range(number)}
+        for uid in uids:
+            self.put_file(server, image(study, sop=uid, side=16))
+        return uids
+
+    def put_file(self, server: str, content: bytes) -> None:
+        (outcome,) = self.fleet[server].store(
+            [Part(identify(io.BytesIO(content)), partial(io.BytesIO, content), len(content))]
+        )
+        assert outcome.fate is Fate.STORED
+
+    def on(self, server: str, study: str) -> set[str]:
+        return set(images_on(self.fleet[server], study))
+
+    def order(self, *studies: str, until: Callable[[], bool] = lambda: False, **more: Any) -> Verdict:
+        message = {"items": list(studies), "from_server": "msdicom", "to_server": "dcm4chee", **more}
+        return self.see_to_its_end("pacs.batch.migrate", migrate, self.batch, message, until=until)
+
+    def delete(self, *studies: str, **more: Any) -> Verdict:
+        message = {"items": list(studies), **more}
+        return self.see_to_its_end("pacs.batch.delete", delete_many, self.batch, message)
+
+    def upload(self, *urls: str, **more: Any) -> Verdict:
+        return self.see_to_its_end("pacs.batch.upload", upload_all, self.batch, {"items": list(urls), **more})
+
+    def go_on(self, wish: Callable[[Conductor], Any], name: str) -> Verdict:
+        work = partial(batches.conducted, kinds=KINDS, wish=wish)
+        return self.see_to_its_end(f"pacs.batch.{name}", work, new_uid(), {"batch_id": self.batch})
+
+    def see_to_its_end(
+        self,
+        task: str,
+        work: Any,
+        job_id: str,
+        message: Mapping[str, Any],
+        *,
+        until: Callable[[], bool] = lambda: False,
+    ) -> Verdict:
+        """What workers and sweepers do, one after the other; as long as it is not ``until``."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            verdict = carry(work, task=task, job_id=job_id, message=message, tools=self.tools, pulse=self.pulse)
+            if isinstance(verdict, Done | Failed) or until():
+                return verdict
+            for due in self.ledger.sweep():
+                if due.task == "pacs.batch.chunk":
+                    self.do_chunk(due.job_id, due.job)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            self.ledger.rouse(job_id)
+
+    def do_chunk(self, job_id: str, message: Mapping[str, Any]) -> Verdict:
+        work = partial(chunk, kinds=KINDS)
+        return carry(work, task="pacs.batch.chunk", job_id=job_id, message=message, tools=self.tools, pulse=self.pulse)
+
+    @property
+    def rows(self) -> list[Row]:
+        store = Batches(self.ledger)
+        batch = store.get(self.batch)
+        assert batch is not None
+        return list(store.rows(batch))
+
+    def told(self, which: Any = "apply") -> list[str]:
+        return [row.passes[which].code or row.passes[which].status for row in self.rows]
+
+
+def payload(verdict: Verdict) -> dict[str, Any]:
+    assert isinstance(verdict, Done), verdict
+    return verdict.payload

@@ -1,0 +1,84 @@
+"""Deletions by the batch whose copies are kept and brought back, driven by hand over a real Redis."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sandbox.processes import SandboxPart
+from sandbox.synthetic import image, new_uid
+from tests.batch_site import Site, payload
+from worker.jobs.batches import Conductor
+from worker.pacs.protocol import Found
+
+
+@pytest.fixture(params=["msdicom", "orthanc"])
+def keeper(request: pytest.FixtureRequest, batch_site: Callable[..., Site], tmp_path: Path) -> Site:
+    """One server, called ward, that keeps bytes."""
+    url = (
+        request.getfixturevalue("sandbox").msdicom if request.param == "msdicom" else request.getfixturevalue("orthanc")
+    )
+    return batch_site([{"name": "ward", "type": request.param, "url": url}], downloads={"folders": [str(tmp_path)]})
+
+
+@pytest.fixture
+def site(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) -> Site:
+    return batch_site(sandbox.servers(), downloads={"folders": [str(tmp_path)]})
+
+
+def undone(site: Site) -> list[str]:
+    payload(site.go_on(Conductor.undo, "undo"))
+    return site.told("undo")
+
+
+def test_nothing_comes_back_beside_another_file_under_one_of_its_uids(keeper: Site, tmp_path: Path) -> None:
+    study, untouched = new_uid(), new_uid()
+    replaced, lacking = f"{study}.1.1", f"{study}.1.2"
+    for uid in (replaced, lacking):
+        keeper.put_file("ward", image(study, sop=uid, side=16, seed=1))
+    keeper.put("ward", untouched)
+    payload(keeper.delete(study, untouched, keep=tmp_path.as_uri()))
+    keeper.put_file("ward", image(study, sop=replaced, side=16, seed=2))
+    assert undone(keeper) == ["study_conflict", "undone"]
+    refused = keeper.rows[0].passes["undo"]
+    assert (refused.status, replaced in refused.message) == ("refused", True)
+    assert keeper.on("ward", study) == {replaced}, "and of the study nothing was stored"
+
+    keeper.fleet["ward"].delete(Found("study", study), permanent=True)
+    keeper.put_file("ward", image(study, sop=replaced, side=16, seed=1))
+    assert undone(keeper) == ["undone"] * 2, "the same file once more is what was kept"
+    assert keeper.on("ward", study) == {replaced, lacking}
+    told = keeper.rows[0].passes["undo"].result["servers"]["ward"]
+    assert told == {"restored": 1, "compared": "bytes"}
+
+
+def test_where_bytes_are_not_kept_the_uids_are_compared_and_the_result_says_so(site: Site, tmp_path: Path) -> None:
+    study = new_uid()
+    uids = site.put("dcm4chee", study)
+    payload(site.delete(study, servers=["dcm4chee"], keep=tmp_path.as_uri()))
+    assert undone(site) == ["undone"]
+    assert site.on("dcm4chee", study) == uids
+    assert site.rows[0].passes["undo"].result["servers"]["dcm4chee"] == {"restored": 2, "compared": "uids"}
+
+
+def test_a_study_stays_where_there_is_no_room_for_its_copy(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = new_uid()
+    uids = site.put("msdicom", study)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        done = payload(site.delete(study, keep=tmp_path.as_uri()))
+    assert [row.settled.status for row in site.rows] == ["refused"]
+    assert done["failures_total"] == 1
+    assert "the disk is full" in site.rows[0].settled.message
+    assert site.on("msdicom", study) == uids
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
