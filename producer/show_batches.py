@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -21,11 +21,11 @@ from rich.text import Text
 
 from producer.batches import BatchDesk
 from producer.courier import Handle, Report
-from producer.errors import NotFound
+from producer.errors import InvalidRequest, NotFound
 from producer.plans import PlanLine
 from producer.progress import Meter, Pace
 from producer.show import errors_console
-from worker.batches import ACTIVE, NOT_DONE, Batch, Pass
+from worker.batches import ACTIVE, NOT_DONE, PASSES, Batch, Pass
 from worker.logs import shown_url
 from worker.windows import Window
 
@@ -223,6 +223,30 @@ def plan_sentence(summary: PlanSummary) -> str:
 
 
 # --- reports ----------------------------------------------------------------------------------------------------
+
+
+def known_statuses(words: Iterable[str]) -> frozenset[str]:
+    """The outcomes that ``words`` name, written as reports or as tables have them.
+
+    Raises
+    ------
+    InvalidRequest
+        There is none of that name.
+    """
+    wanted = frozenset(word.replace(" ", "_") for word in words)
+    if unknown := sorted(wanted - set(_STATUSES)):
+        raise InvalidRequest(f"No item ends as {unknown[0]!r}; the outcomes are {', '.join(_STATUSES)}.")
+    return wanted
+
+
+def has_ended(row: Mapping[str, Any], wanted: Collection[str]) -> bool:
+    """Whether an item of a report has ended so in any of its passes.
+
+    It is planned until it is applied. Open it is in ``apply`` alone: other passes leave open what is not theirs.
+    """
+    passed = {"open"} if row["status"] == "open" else {"open", "planned"}
+    others = {row[which]["status"] for which in PASSES if which in row} - passed
+    return row["status"] in wanted or not others.isdisjoint(wanted)
 
 
 def write_csv(rows: Iterable[Mapping[str, Any]], out: TextIO, *, delimiter: str = ",") -> None:

@@ -24,8 +24,10 @@ from producer.show_batches import (
     counts_table,
     end_line,
     failures_table,
+    has_ended,
     json_array,
     json_lines,
+    known_statuses,
     order_line,
     plan_sentence,
     plan_table,
@@ -275,18 +277,19 @@ def tell_reach(courier: Courier, found: Batch, wish: Wish, *, as_json: bool) -> 
 @batch_argument
 @click.option("--csv", "as_csv", is_flag=True, help="Comma-separated values with a line of headings.")
 @click.option("--jsonl", is_flag=True, help="A JSON object per line.")
-@click.option("--status", "statuses", multiple=True, help="Only items that ended so, e.g. failed; may be repeated.")
+@click.option(
+    "--status", "statuses", multiple=True, help="Only items that ended so in any pass, e.g. failed; repeatable."
+)
 @as_json_option
 @plain_failures
 def report(batch_id: str, as_csv: bool, jsonl: bool, statuses: tuple[str, ...], as_json: bool) -> int:
     """What became of each item, however many there are."""
+    wanted = known_statuses(statuses)
     with Courier() as courier:
         courier.batch.get(batch_id)
         rows = courier.batch.report(batch_id)
-        if statuses:
-            rows = (
-                row for row in rows if row["status"].replace("_", " ") in {one.replace("_", " ") for one in statuses}
-            )
+        if wanted:
+            rows = (row for row in rows if has_ended(row, wanted))
         with _until_nobody_reads():
             if jsonl or as_json:
                 for piece in json_lines(rows) if jsonl else json_array(rows):

@@ -381,6 +381,9 @@ def test_the_status_of_an_undo_speaks_of_the_undo_and_that_of_a_verification_of_
     sandbox.set_mood("msdicom", "delete", status=503)
     pacs.json("batch", "undo", batch, "--yes", status=1)
     sandbox.calm()
+    assert len(pacs.json("batch", "report", batch, "--status", "verified")) == 2
+    assert len(pacs.json("batch", "report", batch, "--status", "failed")) == 2  # in the undo
+    assert "verfied" in pacs("batch", "report", batch, "--status", "verfied", status=2).stderr
     undone = pacs("batch", "undo", batch, "--yes")
     assert "source_not_found" not in undone.stdout
     assert pacs.json("batch", "watch", batch)["state"] == "undone"

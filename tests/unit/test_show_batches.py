@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from typing import get_args
 
 import click
 import pytest
 from rich.console import Console
 
 from producer.commands.quantities import Bandwidth, Rate, Window
+from producer.errors import InvalidRequest
 from producer.plans import PlanLine
 from producer.progress import Pace
 from producer.show_batches import (
@@ -19,15 +21,17 @@ from producer.show_batches import (
     counts_table,
     end_line,
     failures_table,
+    has_ended,
     json_array,
     json_lines,
+    known_statuses,
     of_how_many,
     order_line,
     plan_sentence,
     plan_table,
     write_csv,
 )
-from worker.batches import Batch, PassState
+from worker.batches import Batch, ItemStatus, PassState
 
 BATCH_ID = "3255f323-b5fc-414a-9368-c5f96df9a771"
 APPLIED = PassState(
@@ -145,6 +149,26 @@ def test_reports_are_csv_json_lines_and_one_json_document() -> None:
     assert [json.loads(line) for line in json_lines(rows)] == rows
     assert json.loads("".join(json_array(rows))) == rows
     assert json.loads("".join(json_array([]))) == []
+
+
+def test_a_report_is_narrowed_by_what_any_pass_has_seen_and_an_unknown_outcome_is_refused() -> None:
+    row = {"status": "stored", "survey": {"status": "planned"}, "verify": {"status": "differs"}}
+    row["undo"] = {"status": "open"}
+    for words, holds in (
+        (["stored"], True),
+        (["differs"], True),
+        (["missing", "differs"], True),
+        (["missing"], False),
+        (["open", "planned"], False),  # they say nothing of what has become of it
+    ):
+        assert has_ended(row, known_statuses(words)) is holds
+    waiting = {"status": "open", "survey": {"status": "planned"}}
+    assert has_ended(waiting, known_statuses(["open"]))
+    assert has_ended(waiting, known_statuses(["planned"]))
+    assert known_statuses(["already there"]) == {"already_there"}
+    assert known_statuses(get_args(ItemStatus)) == set(get_args(ItemStatus))
+    with pytest.raises(InvalidRequest, match="'filed'; the outcomes are open, planned, stored"):
+        known_statuses(["failed", "filed"])
 
 
 @pytest.mark.parametrize(
