@@ -23,13 +23,13 @@ from worker.errors import (
 )
 from worker.jobs.batches import Desk
 from worker.jobs.bulk_deletions import _check_not_elsewhere
-from worker.jobs.delete_all import StudyDeletions, study_pages
+from worker.jobs.delete_all import StudyDeletions
 from worker.jobs.deletions import delete
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import Ledger
 from worker.pacs.fleet import Fleet
-from worker.pacs.protocol import Deletion, DeletionFate, Found, StudyPage
+from worker.pacs.protocol import Deletion, DeletionFate, Found
 from worker.planning import Planned, Planner
 from worker.settings import ServerSettings, Settings
 
@@ -267,17 +267,3 @@ def test_an_item_is_not_deleted_on_a_server_that_the_order_does_not_name(
     (answer,) = StudyDeletions().apply([Item(0, "b", "1.2")], desk, resumed=set())
     assert isinstance(answer, InvalidRequest)
     assert "delete" not in bench.servers[1].asked
-
-
-def test_a_list_that_cannot_be_paged_to_its_end_says_so() -> None:
-    class Long:
-        server = ServerSettings(name="a", type="dcm4chee", url="http://host")
-
-        def studies(self, *, filters: Any, limit: int, offset: int) -> StudyPage:
-            if offset >= 2:
-                raise InvalidRequest("No further.")
-            return StudyPage([{"0020000D": {"vr": "UI", "Value": [f"1.{offset}"]}}], next_offset=offset + 1)
-
-    warnings: list[str] = []
-    assert list(study_pages(cast(Any, Long()), warnings)) == [["1.0"], ["1.1"]]
-    assert "no more than 2 studies" in warnings[0]

@@ -39,7 +39,8 @@ class StudyDownloads:
         return item
 
     def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
-        return planned_studies(desk, asked(desk.batch.order.get("servers"), desk.tools.fleet))
+        servers = asked(desk.batch.order.get("servers"), desk.tools.fleet)
+        return planned_studies(desk, servers, rest_is_reached=False)
 
     def survey(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
         """Who has the study; one that a list has just shown is not asked for again."""

@@ -72,7 +72,8 @@ class StudyMigrations:
     def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
         """The studies of the source that match the order's filters, as far as it lets one page through them."""
         wishes = desk.batch.order
-        for page in study_pages(desk.tools.fleet[wishes["from_server"]], desk.warnings, wishes.get("filters")):
+        source, moves = desk.tools.fleet[wishes["from_server"]], bool(wishes.get("delete_source"))
+        for page in study_pages(source, desk.warnings, wishes.get("filters"), rest_is_reached=moves):
             yield [Planned(study_uid) for study_uid in page]
 
     def survey(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
