@@ -10,9 +10,9 @@ Keys, all below ``courier:`` in a database of their own:
     due           zset    job ids by the time (ms) at which somebody has to look at them again: to begin, to go on, or,
                           once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
-    deaths:HASH   int     how often the worker died doing this content
+    died:HASH     hash    how often a worker died doing this content; by worker: at which count it did last
     unanswered    zset    job ids by the time when somebody was woken for them, until a message of theirs is seen
-    alone:WORKER  string  the job at work there that may not have another death; others like it wait for their turn
+    suspects:W    set     the jobs at work in worker W that a worker has died on before
     hold:UID      hash    the job that may store (or delete) this SOP instance now; by digest: write to a destination
     gate:UID      hash    the job that is deleting this study or series: nobody begins to store into it
     storing:UID   set     the jobs that are storing into this study or series: nobody begins to delete it
@@ -103,8 +103,9 @@ return 1
 """
 )
 
-# A worker that dies takes all its jobs along, and nobody knows which of them killed it. So the last death that a job
-# may have has to be its own: of the jobs that may not have another one, a worker has one at a time at work.
+# A worker that dies takes all its jobs along, and nobody knows which of them killed it. Those of one content died one
+# death: it is counted for the first of them, and again only for one that was taken since. And a job that may not have
+# another death is at work beside none that a worker has died on, or it might be buried for what that one does.
 _CLAIM = (
     _NOW
     + """
@@ -119,27 +120,39 @@ local woken = cancelled or redis.call('HEXISTS', job, 'woken') == 1
 if state == 'waiting' and score and tonumber(score) > now and not woken then
   return {'early'}
 end
-local died = tonumber(redis.call('GET', deaths) or 0)
-if state == 'running' then died = redis.call('INCR', deaths); redis.call('PEXPIRE', deaths, 86400000) end
+local died = tonumber(redis.call('HGET', deaths, 'count') or 0)
+if state == 'running' then
+  local was = redis.call('HMGET', job, 'worker', 'deaths')
+  local worker = 'worker:' .. (was[1] or '')
+  if tonumber(was[2] or 0) >= tonumber(redis.call('HGET', deaths, worker) or 0) then
+    died = redis.call('HINCRBY', deaths, 'count', 1)
+    redis.call('HSET', deaths, worker, died)
+  end
+  redis.call('PEXPIRE', deaths, 86400000)
+end
 if not state then
   redis.call('HSET', job, 'task', ARGV[2], 'job', ARGV[3], 'created_ms', now)
-  if ARGV[8] then redis.call('HSET', job, 'trace', ARGV[8]) end
+  if ARGV[9] then redis.call('HSET', job, 'trace', ARGV[9]) end
 end
-if died > 0 and died == tonumber(ARGV[6]) then
-  local other = redis.call('GET', KEYS[4])
-  local its = other and redis.call('HMGET', ARGV[7] .. other, 'state', 'lease_ms') or {}
-  if other ~= ARGV[1] and its[1] == 'running' and tonumber(its[2]) > now then
-    redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'deaths', died)
-    redis.call('HDEL', job, 'woken')
-    redis.call('ZADD', due, now + math.min(250 * 2 ^ redis.call('HINCRBY', job, 'waits', 1), 2000), ARGV[1])
-    return {'early'}
+local last = tonumber(ARGV[6])
+if died > 0 and died <= last then
+  for _, other in ipairs(redis.call('SMEMBERS', KEYS[4])) do
+    local its = redis.call('HMGET', ARGV[7] .. other, 'state', 'lease_ms', 'worker', 'deaths')
+    if its[1] ~= 'running' or tonumber(its[2]) <= now or its[3] ~= ARGV[8] then
+      redis.call('SREM', KEYS[4], other)
+    elseif died == last or tonumber(its[4]) == last then
+      redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'deaths', died)
+      redis.call('HDEL', job, 'woken')
+      redis.call('ZADD', due, now + math.min(250 * 2 ^ redis.call('HINCRBY', job, 'waits', 1), 2000), ARGV[1])
+      return {'early'}
+    end
   end
-  redis.call('SET', KEYS[4], ARGV[1], 'PX', 86400000)
+  redis.call('SADD', KEYS[4], ARGV[1])
+  redis.call('PEXPIRE', KEYS[4], 86400000)
 end
 local attempts = redis.call('HINCRBY', job, 'attempts', 1)
 local fence = redis.call('HINCRBY', job, 'fence', 1)
-redis.call('HSET', job, 'state', 'running', 'lease_ms', now + ARGV[4])
-if died > 0 then redis.call('HSET', job, 'deaths', died) end
+redis.call('HSET', job, 'state', 'running', 'lease_ms', now + ARGV[4], 'worker', ARGV[8], 'deaths', died)
 local at = redis.call('HGET', job, 'parked')
 if at then redis.call('ZREM', ARGV[5] .. at, ARGV[1]) end
 redis.call('HDEL', job, 'sends', 'woken', 'parked')
@@ -693,7 +706,7 @@ class Ledger:
     ) -> None:
         """``worker`` names what dies together: a process, or a pool of them."""
         self._redis = client
-        self._alone = f"{PREFIX}alone:{worker}"
+        self._worker = worker
         self.lease_s = lease_s
         self.client = client
         self.grace_ms = _ms(grace_s)
@@ -742,11 +755,13 @@ class Ledger:
     def claim(self, job_id: str, *, task: str, job: Mapping[str, Any], max_deaths: int = 0, trace: str = "") -> Claim:
         """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later.
 
-        One that has had all its ``max_deaths`` but one waits while another such job is at work in the same worker. Of a
-        job that nobody wrote down before, ``trace`` is kept too.
+        One that has had all its ``max_deaths`` but one waits while another that has had any is at work in the same
+        worker, and that one for it. Of a job that nobody wrote down before, ``trace`` is kept too.
         """
-        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), self._alone, PREFIX + "unanswered"]
+        suspects = f"{PREFIX}suspects:{self._worker}"
+        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), suspects, PREFIX + "unanswered"]
         args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED, max_deaths - 1, _job("")]
+        args.append(self._worker)
         answer: list[Any] = self._claim(keys=keys, args=[*args, trace] if trace else args)
         state = ClaimState(answer[0])
         if state is ClaimState.YOURS:
@@ -1174,7 +1189,7 @@ def _letter(job_id: str, row: Mapping[str, str]) -> DeadLetter:
 
 
 def _deaths(task: str, job: Mapping[str, Any]) -> str:
-    return f"{PREFIX}deaths:{content_digest(task, job)}"
+    return f"{PREFIX}died:{content_digest(task, job)}"
 
 
 def _ms(seconds: float) -> int:

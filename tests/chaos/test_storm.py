@@ -94,6 +94,7 @@ def test_uploads_in_a_storm_of_dying_workers_all_end_once(crew, sandbox, image_s
     print(ends, attempts, storm.ends, f"{ended_s - begun_s:.0f} s")
     assert sum(storm.ends.values()) >= count / 50
     assert max(attempts) > 1, "nobody died at work"
+    assert ends["poisoned"] <= count // 10, "none of them killed a worker"
     fault = f"{count} uploads, 4 workers, {sum(storm.ends.values())} deaths"
     outcome = ", ".join(f"{number} {end}" for end, number in sorted(ends.items(), reverse=True))
     area = "workers die all the time"

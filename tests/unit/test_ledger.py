@@ -76,11 +76,48 @@ def test_a_dead_holder_is_replaced_and_counted_and_its_late_finish_refused(
 
 
 def test_deaths_are_counted_by_content_and_not_by_id(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    for job_id in ("j1", "j2"):
-        claim(ledger, job_id)
-        expire_lease(client, job_id)
+    claim(ledger, "j1")
+    expire_lease(client, "j1")
     assert claim(ledger, "j1").deaths == 1
+    assert claim(ledger, "j2").deaths == 1
+    expire_lease(client, "j2")
     assert claim(ledger, "j2").deaths == 2
+
+
+def test_jobs_of_one_content_that_die_with_one_worker_are_one_death(client: fakeredis.FakeRedis) -> None:
+    here, there = Ledger(client, worker="here"), Ledger(client, worker="there")
+    names = ("j1", "j2", "j3")
+    for name in names:
+        assert claim(here, name).state is ClaimState.YOURS
+    for name in names:
+        expire_lease(client, name)
+    assert [claim(there, name).deaths for name in names] == [1, 1, 1]
+    for name in names:
+        expire_lease(client, name)
+    assert [claim(here, name).deaths for name in names] == [2, 2, 2]
+
+
+def test_each_worker_that_dies_on_a_content_at_one_time_is_a_death(client: fakeredis.FakeRedis) -> None:
+    for name in ("w1", "w2", "w3"):
+        claim(Ledger(client, worker=name), name)
+    for name in ("w1", "w2", "w3"):
+        expire_lease(client, name)
+    assert [claim(Ledger(client, worker="w4"), name).deaths for name in ("w1", "w2", "w3")] == [1, 2, 3]
+
+
+def test_deaths_are_counted_on_after_another_job_of_the_content_has_ended_well(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    for _ in range(2):
+        claim(ledger, "killer")
+        expire_lease(client, "killer")
+    assert claim(ledger, "killer").deaths == 2
+    finish(ledger, claim(ledger, "lucky").fence, "lucky")
+    counts = []
+    for _ in range(4):
+        expire_lease(client, "killer")
+        counts.append(claim(ledger, "killer").deaths)
+    assert counts == [1, 2, 3, 4]
 
 
 def test_a_finished_job_keeps_no_message_and_a_dead_one_does(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
@@ -153,6 +190,28 @@ def test_jobs_that_may_not_have_another_death_take_turns_in_a_worker(
     ledger.sweep()
     neighbour = take("neighbour")
     assert (neighbour.state, neighbour.deaths) == (ClaimState.YOURS, 2), "waiting for a turn is no death"
+
+
+def test_a_job_on_its_last_death_is_at_work_beside_none_that_a_worker_has_died_on(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    take = functools.partial(take_last, ledger)
+    for names in (("innocent", "killer"), ("innocent",)):
+        for name in names:
+            assert take(name).state is ClaimState.YOURS
+        for name in names:
+            expire_lease(client, name)
+    killer = take("killer")
+    assert (killer.state, killer.deaths) == (ClaimState.YOURS, 1)
+    assert take("innocent").state is ClaimState.EARLY, "or it would be buried for what the other does"
+    assert take("not suspected").state is ClaimState.YOURS
+    ledger.park("killer", killer.fence, delay_s=0, code="waiting", message="…")
+    for name in ("killer", "innocent"):
+        client.zadd(f"{PREFIX}due", {name: 0})
+    assert take("innocent").state is ClaimState.YOURS
+    assert take("killer").state is ClaimState.EARLY
+    expire_lease(client, "innocent")
+    assert take("innocent").deaths == 3, "this one was its own"
 
 
 def test_workers_that_die_apart_take_such_jobs_at_the_same_time(client: fakeredis.FakeRedis) -> None:

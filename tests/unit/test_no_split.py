@@ -267,7 +267,7 @@ class JobsOfOneStudy(RuleBasedStateMachine):
         job_key = f"{PREFIX}job:{job_id}"
         if self.client.hget(job_key, "state") == "waiting":
             self.client.hset(job_key, "woken", 1)
-        self.client.delete(*self.client.keys(f"{PREFIX}deaths:*") or ["none"])
+        self.client.delete(*self.client.keys(f"{PREFIX}died:*") or ["none"])
         work = self.works[job_id] = Work()
         job = self.jobs[job_id]
         pulse = cast(Any, NoPulse())
