@@ -51,6 +51,20 @@ def repair(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"study_uid": entry["study_uid"], "keep": keep, "overlap": entry["overlap"], "steps": steps}
 
 
+def check_new(path: Path) -> None:
+    """Refuse a file that cannot be written, before there is anything to be written into it.
+
+    Raises
+    ------
+    InvalidRequest
+        It exists already, or its folder is none that may be written into.
+    """
+    if os.path.lexists(path):
+        raise InvalidRequest(f"{path} exists already; a plan is not written over another.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InvalidRequest(f"{path} cannot be written: there is no such folder, or nothing may be written into it.")
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
     """Write ``path``, which appears whole or not at all.
@@ -62,8 +76,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
     """
     temporary: Path | None = None
     try:
-        if path.exists():
-            raise InvalidRequest(f"{path} exists already; a plan is not written over another.")
+        check_new(path)
         number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         with os.fdopen(number, "w", encoding="utf-8") as out:

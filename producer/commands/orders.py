@@ -42,8 +42,9 @@ from producer.commands.door import (
 )
 from producer.commands.quantities import Bandwidth, Rate, Window
 from producer.courier import Courier, Handle
-from producer.errors import ConfirmationRequired
+from producer.errors import ConfirmationRequired, InvalidRequest
 from producer.orders import Given, Order, of_plan_file
+from producer.repairs import check_new
 from producer.show import console, errors_console
 from producer.show_batches import PlanSummary, failures_table, of_how_many, servers_table
 from worker.batches import Batch, Pass
@@ -274,6 +275,7 @@ def _asks(how: _How) -> bool:
 
 def _carried_out(order: Order, given: Given | None, how: _How, *, question: str | None = None) -> int:
     """Order it, and show it to its end; after a look at the plan, if there is a ``question`` to be asked."""
+    _check_plan_file(how)
     if question and not (how.options["yes"] or how.plans_only or _asks(how)):
         raise ConfirmationRequired("Nothing was begun: add --yes, because there is nobody to ask.")
     with Courier() as courier:
@@ -285,6 +287,16 @@ def _carried_out(order: Order, given: Given | None, how: _How, *, question: str 
         if how.plans_only:
             return _planned(courier, handle, how)
         return seen_through(courier, handle, timeout_s=how.timeout_s, as_json=how.quiet)
+
+
+def _check_plan_file(how: _How) -> None:
+    """Refuse what would plan a batch and then write no plan."""
+    path: Path | None = how.options["plan_path"]
+    if path is None:
+        return
+    if how.options["no_wait"]:
+        raise click.UsageError("--plan waits for the plan to write it, and --no-wait does not wait: take one of them.")
+    check_new(path)
 
 
 def _asked_first(courier: Courier, order: Order, given: Given | None, how: _How, question: str) -> int:
@@ -310,7 +322,12 @@ def _planned(courier: Courier, handle: Handle, how: _How) -> int:
         raise report.error or still_running(handle, how.timeout_s)
     header, lines = courier.batch.plan(handle.batch_id)
     path: Path | None = how.options["plan_path"]
-    summary = told_plan(header, lines, path)
+    try:
+        summary = told_plan(header, lines, path)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"{error.message} The batch is planned: pacs batch plan {handle.batch_id} --plan FILE writes its plan."
+        ) from error
     if how.quiet:
         click.echo(json.dumps({**report.result, **plan_json(summary, path)}, ensure_ascii=False))
         return DONE

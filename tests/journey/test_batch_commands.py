@@ -165,7 +165,7 @@ def test_a_plan_is_shown_written_refused_when_edited_and_applied_as_it_stands(pa
     shown = pacs("batch", "upload", listed, "--plan", str(plan), "--name", "planned").stdout
     assert "5 of 5 items to do" in shown
     pacs("batch", "upload", listed, "--plan", str(plan), status=2)  # nothing is overwritten
-    (planned, *_) = pacs.json("batch", "list")
+    (planned,) = pacs.json("batch", "list")  # nor is anything planned for it
     assert (planned["state"], planned["settled"]) == ("planned", 0)
     assert pacs.json("batch", "plan", planned["batch_id"])["plan"]["to_do"] == 5
 

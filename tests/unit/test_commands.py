@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
@@ -29,3 +31,13 @@ def refused(*words: str) -> str:
 )
 def test_two_conditions_on_one_keyword_are_refused_and_none_is_dropped(words: tuple[str, ...]) -> None:
     assert "StudyDate is given twice" in refused(*words)
+
+
+def test_a_plan_that_would_not_be_written_is_not_made(tmp_path: Path) -> None:
+    written = tmp_path / "plan.jsonl"
+    written.write_text("of yesterday", encoding="utf-8")
+    order = ("batch", "upload", "https://images.example.org/a.dcm")
+    assert "exists already" in refused(*order, "--plan", str(written))
+    assert "no such folder" in refused(*order, "--plan", str(tmp_path / "none" / "plan.jsonl"))
+    assert "--no-wait" in refused(*order, "--plan", str(tmp_path / "new.jsonl"), "--no-wait")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.jsonl"]
