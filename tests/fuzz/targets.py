@@ -190,20 +190,28 @@ _PARTS = [
     Part(Instance(STUDY, SERIES, uid, "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1"), io.BytesIO, 0)
     for uid in (IMAGE, f"{IMAGE}.2", "")
 ]
-_DIALECTS = (("msdicom", MsDicom), ("dcm4chee", Dcm4chee), ("orthanc", Orthanc), ("dicomweb", PlainDicomWeb))
+_STOW_DIALECTS = (("msdicom", MsDicom), ("dcm4chee", Dcm4chee), ("dicomweb", PlainDicomWeb))
+_DIALECTS = (*_STOW_DIALECTS, ("orthanc", Orthanc))
 
 
 def _store(case: bytes) -> list[Any]:
     return _each(
         *(
             functools.partial(dialect(_canned(name, case, status)).store, _PARTS[:2])
-            for name, dialect in _DIALECTS
+            for name, dialect in _STOW_DIALECTS
             for status in (200, 409)
         )
     )
 
 
 def _outcomes_are_told(case: bytes, results: Any) -> None:
+    for outcomes in _one_for_each_part(results):
+        for outcome in outcomes:
+            _outcome_is_told(case, outcome)
+
+
+def _one_for_each_part(results: Iterable[Any]) -> Iterator[list[Outcome]]:
+    """The outcomes of each store that did not end in one of our errors."""
     for outcomes in results:
         if isinstance(outcomes, CourierError):
             _no_secret(str(outcomes))
@@ -212,14 +220,26 @@ def _outcomes_are_told(case: bytes, results: Any) -> None:
             part.instance.sop_instance_uid for part in _PARTS[:2]
         ]:
             raise Finding("does not give one outcome for each part")
-        for outcome in outcomes:
-            _outcome_is_told(case, outcome)
+        yield outcomes
 
 
 def _outcome_is_told(case: bytes, outcome: Outcome) -> None:
     _no_secret(" ".join((outcome.message, *outcome.warnings)))
     if outcome.fate is Fate.STORED and outcome.sop_instance_uid not in _read(case):
         raise Finding("takes an image for stored that the answer does not name")
+
+
+def _import(case: bytes) -> list[Any]:
+    return _each(functools.partial(Orthanc(_canned("orthanc", case)).store, _PARTS[:2]))
+
+
+def _imports_are_told(case: bytes, results: Any) -> None:
+    """Orthanc names images by keys of its own: no more are stored than it says, each by its key."""
+    for outcomes in _one_for_each_part(results):
+        _no_secret(" ".join(outcome.message for outcome in outcomes))
+        told = [one for one in json.loads(case) if one.get("Status") == "Success"]
+        if sum(outcome.fate is Fate.STORED for outcome in outcomes) > len(told):
+            raise Finding("takes more images for stored than the answer does")
 
 
 def _read(case: bytes) -> str:
@@ -345,6 +365,19 @@ _STOW = st.dictionaries(
 )
 
 
+def _imported(number: int, status: str) -> dict[str, Any]:
+    return {"ID": "-".join([f"{number:08x}"] * 5), "ParentStudy": SECRET, "Path": f"/{SECRET}", "Status": status}
+
+
+_IMPORTS = st.lists(
+    st.fixed_dictionaries(
+        {"Status": st.sampled_from(("Success", "AlreadyStored", "Failure", "FilteredOut", ""))},
+        optional={"ID": st.one_of(_JSON, st.just(_imported(1, "")["ID"]))},
+    ),
+    max_size=3,
+)
+
+
 _SAID = st.dictionaries(  # what servers say of themselves
     st.sampled_from(
         ("details", "overallStatus", "status", "name", "totalSpace", "usableSpace", "dcmStorageID", "Version")
@@ -378,6 +411,18 @@ def _stow_answers() -> list[bytes]:
         [{"00081198": _element_of("SQ", failed, nameless)}],
         {"00081198": _element_of("SQ", nameless, nameless), "00081190": {"vr": "UR"}},
         {"errors": [f"the patient {SECRET} is unknown"]},
+    ]
+    return [json.dumps(answer).encode() for answer in answers]
+
+
+@functools.cache
+def _import_answers() -> list[bytes]:
+    answers: list[Any] = [
+        [_imported(1, "Success"), _imported(2, "AlreadyStored")],
+        [_imported(1, "Success"), {"Status": "Failure"}],
+        [_imported(1, "FilteredOut")],
+        [],
+        {"Message": SECRET, "HttpStatus": 400},
     ]
     return [json.dumps(answer).encode() for answer in answers]
 
@@ -758,6 +803,13 @@ TARGETS = (
         shaped=_as_json(st.one_of(_STOW, _DATASET, _JSON)),
         act=_store,
         check=_outcomes_are_told,
+    ),
+    _JSON_ANSWER(
+        "imports",
+        seeds=_import_answers,
+        shaped=_as_json(st.one_of(_IMPORTS, _JSON)),
+        act=_import,
+        check=_imports_are_told,
     ),
     _JSON_ANSWER(
         "qido",

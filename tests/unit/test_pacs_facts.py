@@ -38,6 +38,7 @@ FACTS = {"msdicom": 15, "dcm4chee": 15, "orthanc": 15}
 STUDY = Found("study", "1.1")
 SERIES = Found("series", "1.1", "1.2")
 IMAGE = Found("image", "1.1", "1.2", "1.3")
+#: A key of Orthanc's own.
 KEY = "9a074436-3507b7b2-d01ee301-285f2ecd-f7a62d8a"
 ONE_PART = b"--BB\r\nContent-Type: application/dicom; transfer-syntax=1.2.3\r\n\r\nDICM\r\n--BB--\r\n"
 
@@ -393,8 +394,8 @@ def test_dcm4chee_15_started_is_not_a_database_and_an_empty_storage_list_is_trou
 
 
 def imported(*statuses: str) -> list[dict[str, Any]]:
-    """What Orthanc says of the files of an archive that it could read; of one that failed it knows no key."""
-    told = [{"ID": KEY, "Status": status} for status in statuses]
+    """What Orthanc says of the files of an archive that it could read; one that failed has no key."""
+    told = [{"ID": f"{KEY[:-1]}{number}", "Status": status} for number, status in enumerate(statuses)]
     return [one if one["Status"] != "Failure" else {"Status": "Failure"} for one in told]
 
 
@@ -408,7 +409,7 @@ def test_orthanc_02_the_good_ones_are_stored_beside_a_bad_one_and_told_by_their_
     of_the_key = {"ID": KEY, "MainDicomTags": {"SOPInstanceUID": "1.3"}}
     pacs, wire = asked("orthanc", Reply(200, imported("Success")), Reply(200, of_the_key))
     assert fates(pacs, "1.2.9", "1.3") == [Fate.REJECTED, Fate.STORED]
-    assert wire.calls[1] == f"GET /instances/{KEY}"
+    assert wire.calls[1] == f"GET /instances/{KEY[:-1]}0"
 
 
 def test_orthanc_03_a_200_without_any_image_stored_nothing() -> None:
@@ -431,11 +432,22 @@ def test_orthanc_says_what_became_of_an_image_in_words(status: str, fate: Fate) 
     assert fates(pacs, "1.3") == [fate]
 
 
-@pytest.mark.parametrize("answer", [imported("Success", "Success"), {}, [1], imported("Success")[0]])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        imported("Success", "Success", "Success"),
+        {},
+        [1],
+        imported("Success")[0],
+        [{"Status": "Success"}, *imported("Success")],
+        [{"ID": "../1", "Status": "Success"}],
+        imported("Success") * 2,
+    ],
+)
 def test_orthanc_has_to_speak_of_what_it_was_sent(answer: object) -> None:
     pacs, _ = asked("orthanc", Reply(200, answer))
     with pytest.raises(PacsMisanswered):
-        pacs.store([part()])
+        fates(pacs, "1.3", "1.4")
 
 
 def test_orthanc_05_a_file_without_preamble_is_no_file_of_the_standard_so_it_gets_one() -> None:

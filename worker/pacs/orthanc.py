@@ -49,9 +49,10 @@ IDENTIFIERS: Mapping[Level, str] = {
 }
 #: A SHA-1 in five groups.
 _KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.ASCII).fullmatch
-BAD_FILE = "The server cannot read the file as DICOM."
-#: What Orthanc says of an image that it was given.
+#: What we call a file of which Orthanc says nothing, beside what it says of one that it could read.
+LEFT_OUT = {"Status": "left out"}
 FATES: Mapping[str, tuple[Fate, str]] = {
+    LEFT_OUT["Status"]: (Fate.REJECTED, "The server cannot read the file as DICOM."),
     "Success": (Fate.STORED, ""),
     "AlreadyStored": (Fate.ALREADY_THERE, "The server has this image already."),
     "FilteredOut": (Fate.REJECTED, "A filter of the server does not let the image in."),
@@ -116,25 +117,18 @@ class Orthanc:
 
     def _judged(self, sent: Sequence[Sent], told: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         """One outcome per image. Where files are left out, what the others are has to be asked by their keys."""
-        if len(told) > len(sent):
-            raise self._web.misanswered("more outcomes than there were images")
         uids = [one.instance.sop_instance_uid for one in sent]
-        if len(told) == len(sent):
+        keys = [str(one.get("ID")) for one in told if one.get("Status") != "Failure"]
+        if len(told) > len(uids) or not all(map(_KEY, keys)) or len(set(keys)) < min(len(keys), len(set(uids))):
+            raise self._web.misanswered("outcomes that are not those of the images it was sent")
+        if len(told) == len(uids):
             return [_outcome(uid, one) for uid, one in zip(uids, told, strict=True)]
-        by_uid = {self._stored_as(one): one for one in told if "ID" in one}
-        left_out = Fate.REJECTED, BAD_FILE
-        if len(by_uid) < len(told):  # some of them failed, and bear no key
-            left_out = FATES["Failure"]
-        return [
-            _outcome(uid, by_uid[uid]) if uid in by_uid else Outcome(uid, left_out[0], message=left_out[1])
-            for uid in uids
-        ]
+        by_uid = {self._uid_of(str(one["ID"])): one for one in told if "ID" in one}
+        left_out = LEFT_OUT if len(keys) == len(told) else {"Status": "Failure"}
+        return [_outcome(uid, by_uid.get(uid, left_out)) for uid in uids]
 
-    def _stored_as(self, told: Mapping[str, Any]) -> str:
+    def _uid_of(self, key: str) -> str:
         """The SOP Instance UID of what Orthanc calls by a key of its own."""
-        key = str(told["ID"])
-        if not _KEY(key):
-            raise self._web.misanswered("an image without Orthanc's key for it")
         return _tag(self._object(f"/instances/{key}"), IDENTIFIERS["image"])
 
     def metadata(self, found: Found) -> list[Dataset]:
