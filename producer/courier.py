@@ -170,8 +170,8 @@ class Courier:
     ) -> Handle:
         """Put the image at ``image_url`` (http, https, s3, az, file) into the PACS it belongs to.
 
-        ``server`` asks for one server by name. The same ``idempotency_key`` twice is one job. ``metadata=False``
-        leaves the DICOM metadata out of the result.
+        ``server`` asks for one server by name. The same ``idempotency_key`` twice is one job; with another wish it is
+        `InvalidRequest`. ``metadata=False`` leaves the DICOM metadata out of the result.
         """
         job = {
             "image_url": image_url,

@@ -43,7 +43,8 @@ from typing import Any, Final, Literal, cast
 import redis
 
 from worker.breakers import BREAKER, by_server
-from worker.logs import shown_job
+from worker.errors import InvalidRequest
+from worker.logs import shown_job, without_queries
 
 PREFIX: Final = "courier:"
 #: No record of an ended job goes before the last message that may begin it anew: one that a killed worker held comes
@@ -94,10 +95,14 @@ end
 _SUBMIT = (
     _NOW
     + """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  local wish = redis.call('HGET', KEYS[1], 'wish')
+  return wish and wish ~= ARGV[5] and -1 or 0
+end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'task', ARGV[2], 'job', ARGV[3],
   'attempts', 0, 'fence', 0, 'created_ms', now)
-if ARGV[5] then redis.call('HSET', KEYS[1], 'trace', ARGV[5]) end
+if ARGV[5] ~= '' then redis.call('HSET', KEYS[1], 'wish', ARGV[5]) end
+if ARGV[6] then redis.call('HSET', KEYS[1], 'trace', ARGV[6]) end
 redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
 return 1
 """
@@ -132,7 +137,8 @@ if state == 'running' then
 end
 if not state then
   redis.call('HSET', job, 'task', ARGV[2], 'job', ARGV[3], 'created_ms', now)
-  if ARGV[9] then redis.call('HSET', job, 'trace', ARGV[9]) end
+  if ARGV[9] ~= '' then redis.call('HSET', job, 'wish', ARGV[9]) end
+  if ARGV[10] then redis.call('HSET', job, 'trace', ARGV[10]) end
 end
 local last = tonumber(ARGV[6])
 if died > 0 and died <= last then
@@ -745,12 +751,18 @@ class Ledger:
     ) -> bool:
         """Write the job down; False if it is known. Should its message get lost, it is due after the grace period.
 
-        ``trace`` (W3C ``traceparent``) is kept for whoever wakes it.
+        ``trace`` (W3C ``traceparent``) is kept for whoever wakes it. `InvalidRequest`, if the id is known and comes from an
+        idempotency key that another wish bears.
         """
         keys = [_job(job_id), PREFIX + "due"]
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)
-        args: list[str | int] = [job_id, task, _dump(job), delay_ms]
-        return bool(self._submit(keys=keys, args=[*args, trace] if trace else args))
+        args: list[str | int] = [job_id, task, _dump(job), delay_ms, _wish(task, job)]
+        written = int(self._submit(keys=keys, args=[*args, trace] if trace else args))
+        if written < 0:
+            raise InvalidRequest(
+                f"This idempotency key belongs to job {job_id}, which is another one; send this one under its own key."
+            )
+        return bool(written)
 
     def claim(self, job_id: str, *, task: str, job: Mapping[str, Any], max_deaths: int = 0, trace: str = "") -> Claim:
         """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later.
@@ -761,7 +773,7 @@ class Ledger:
         suspects = f"{PREFIX}suspects:{self._worker}"
         keys = [_job(job_id), PREFIX + "due", _deaths(task, job), suspects, PREFIX + "unanswered"]
         args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED, max_deaths - 1, _job("")]
-        args.append(self._worker)
+        args += [self._worker, _wish(task, job)]
         answer: list[Any] = self._claim(keys=keys, args=[*args, trace] if trace else args)
         state = ClaimState(answer[0])
         if state is ClaimState.YOURS:
@@ -1190,6 +1202,17 @@ def _letter(job_id: str, row: Mapping[str, str]) -> DeadLetter:
 
 def _deaths(task: str, job: Mapping[str, Any]) -> str:
     return f"{PREFIX}died:{content_digest(task, job)}"
+
+
+def _wish(task: str, job: Mapping[str, Any]) -> str:
+    """What has to be the same in all jobs that bear one idempotency key; "" without one.
+
+    Whoever sends a job again may have signed its URL anew, or name a field that is as it would be without.
+    """
+    if not job.get("idempotency_key"):
+        return ""
+    said = {name: value for name, value in job.items() if value is not None and name != "version"}
+    return hashlib.sha256(f"{task}\n{without_queries(_dump(said))}".encode()).hexdigest()
 
 
 def _ms(seconds: float) -> int:

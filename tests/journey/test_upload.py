@@ -135,6 +135,11 @@ def test_the_same_idempotency_key_is_one_job_for_library_and_plain_clients(couri
     payload = first.result(timeout_s=WAIT_S)
     assert courier.handle(plain.id).result(timeout_s=WAIT_S) == payload
     assert len(studies_on(sandbox.msdicom, study)) == 1
+    with pytest.raises(InvalidRequest, match=first.id):
+        courier.upload(image_server.url("another.dcm"), idempotency_key="order-7")
+    other = courier._app.send_task("pacs.delete", kwargs={"job": {"uid": study, "idempotency_key": "order-7"}})
+    with pytest.raises(InvalidRequest, match=first.id):
+        courier.handle(other.id).result(timeout_s=WAIT_S)
 
 
 def test_a_job_can_be_cancelled_until_it_is_pushed(courier, image_server, sandbox):

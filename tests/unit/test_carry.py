@@ -169,6 +169,29 @@ def test_a_second_wish_under_one_key_fails_when_the_first_is_a_dead_letter(desk:
     assert verdict.error.code == "pacs_unavailable"
 
 
+@pytest.mark.parametrize(
+    ("task", "other"),
+    [("pacs.delete", {}), ("pacs.upload", {"image_url": "http://host/b.dcm"}), ("pacs.upload", {"server": "a"})],
+)
+def test_another_wish_under_one_key_is_refused_and_not_answered_with_the_outcome_of_the_first(
+    desk: Desk, task: str, other: dict[str, Any]
+) -> None:
+    first, wish = job_id_for("order-7"), {**JOB, "idempotency_key": "order-7"}
+    desk.ledger.submit(first, task="pacs.upload", job=wish)
+    assert desk.carry({"status": "stored"}, first) == Done({"status": "stored"})
+    tools = cast(Tools, SimpleNamespace(ledger=desk.ledger))
+
+    def ask(task: str, job_id: str, **other: Any) -> Verdict:
+        return desk.carry(lambda _, run: follow(task, {**wish, **other}, run, tools), job_id)
+
+    verdict = ask(task, "j2", **other)
+    assert isinstance(verdict, Failed)
+    assert verdict.error.code == "invalid_request"
+    assert first in verdict.error.message
+    resigned = {"version": 1, "server": None, "image_url": "http://host/a.dcm?sig=ANEW"}
+    assert ask("pacs.upload", "j3", **resigned) == Done({"status": "stored"})
+
+
 def test_a_message_is_given_back_when_the_ledger_cannot_be_asked(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise redis.ConnectionError

@@ -10,6 +10,7 @@ import fakeredis
 import pytest
 
 import celeryconfig
+from worker.errors import InvalidRequest
 from worker.ledger import PREFIX, TRAIL_LENGTH, ClaimState, LeaseLost, Ledger, Receipt, content_digest, job_id_for
 
 TASK = "pacs.upload"
@@ -43,6 +44,18 @@ def expire_lease(client: fakeredis.FakeRedis, job_id: str = "j1") -> None:
 def test_the_same_id_is_submitted_once(ledger: Ledger) -> None:
     assert ledger.submit("j1", task=TASK, job=JOB)
     assert not ledger.submit("j1", task=TASK, job=JOB)
+
+
+def test_an_idempotency_key_is_not_given_to_another_wish_whoever_was_first_to_bear_it(ledger: Ledger) -> None:
+    job = {**JOB, "idempotency_key": "order-7"}
+    ledger.submit("submitted", task=TASK, job=job)
+    ledger.claim("claimed", task=TASK, job=job)
+    for job_id in ("submitted", "claimed"):
+        assert not ledger.submit(job_id, task=TASK, job=job)
+        with pytest.raises(InvalidRequest, match=job_id):
+            ledger.submit(job_id, task="pacs.delete", job=job)
+        with pytest.raises(InvalidRequest, match=job_id):
+            ledger.submit(job_id, task=TASK, job={**job, "metadata": False})
 
 
 def test_a_job_nobody_submitted_gets_its_record_at_the_first_claim(ledger: Ledger) -> None:

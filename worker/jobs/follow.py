@@ -16,7 +16,15 @@ LOOK_AGAIN_S = 1.0
 
 
 def follow(task: str, message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
-    """The outcome of the one job that bears this idempotency key, which is started if nobody did."""
+    """The outcome of the one job that bears this idempotency key, which is started if nobody did.
+
+    Raises
+    ------
+    InvalidRequest
+        The key is that of a job with another wish.
+    CourierError
+        What the one job ended with.
+    """
     first = job_id_for(str(message["idempotency_key"]))
     tools.ledger.submit(first, task=task, job=message, due_in_s=0)
     with run.step("follow"):
