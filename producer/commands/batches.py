@@ -12,7 +12,7 @@ from typing import Any, Final
 import click
 
 from producer.batches import BatchDesk, Wish
-from producer.commands.door import DONE, FAILED, as_json_option, entry, plain_failures, timeout_option
+from producer.commands.door import DONE, FAILED, as_json_option, complain, entry, plain_failures, timeout_option
 from producer.courier import Courier, Handle, Report
 from producer.errors import Cancelled, StillRunning
 from producer.plans import PlanHeader, PlanLine, write
@@ -309,6 +309,13 @@ def _until_nobody_reads() -> Iterator[None]:
         sys.stderr.close()  # else the interpreter complains about standard output when it ends
 
 
+def _in_vain(name: str, before: Batch, found: Batch) -> bool:
+    """Whether a batch is not what ``name`` was to make of it; one that was so before is."""
+    if name == "resume":  # it may have come to its end since
+        return before.over
+    return found.state != {"pause": "paused", "cancel": "cancelled"}.get(name, found.state)
+
+
 def _add(name: str, act: Callable[[BatchDesk, str], Batch], sentence: str) -> None:
     @batch.command(name, help=sentence)
     @batch_argument
@@ -316,6 +323,7 @@ def _add(name: str, act: Callable[[BatchDesk, str], Batch], sentence: str) -> No
     @plain_failures
     def command(batch_id: str, as_json: bool) -> int:
         with Courier() as courier:
+            before = courier.batch.get(batch_id)
             found = act(courier.batch, batch_id)
         if as_json:
             click.echo(json.dumps(found.as_json()))
@@ -324,6 +332,9 @@ def _add(name: str, act: Callable[[BatchDesk, str], Batch], sentence: str) -> No
             if order := order_line(found):
                 console.print(order, style="dim", highlight=False, markup=False)
             _show_counts(found)
+        if _in_vain(name, before, found):
+            complain(f"The batch is {found.state}; there is nothing to {name}.")
+            return FAILED
         return DONE
 
 

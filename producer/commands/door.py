@@ -85,20 +85,21 @@ def plain_failures(command: Callable[Arguments, int]) -> Callable[Arguments, Non
         try:
             status = command(*args, **kwargs)
         except (SettingsError, InvalidRequest, InvalidUid) as error:
-            _say(error.message if isinstance(error, CourierError) else str(error))
+            complain(error.message if isinstance(error, CourierError) else str(error))
             status = WRONG_USAGE
         except CourierError as error:
-            _say(str(error))
+            complain(str(error))
             status = exit_status(error)
         except (BrokerUnavailable, StillRunning) as error:
-            _say(str(error))
+            complain(str(error))
             status = UNAVAILABLE
         sys.exit(status)
 
     return guarded
 
 
-def _say(sentence: str) -> None:
+def complain(sentence: str) -> None:
+    """Say why a command ends as it does."""
     errors_console.print(f"pacs: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
 
 

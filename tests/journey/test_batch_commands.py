@@ -356,10 +356,16 @@ def test_a_watch_tells_what_became_of_the_batch_and_not_of_a_job_that_wanted_som
     assert (watched["state"], watched["totals"], watched["failures_total"]) == ("done", {"stored": 2}, 0)
     assert "stored" in pacs("batch", "watch", done).stdout
 
+    for name in ("pause", "resume", "cancel"):
+        assert f"The batch is done; there is nothing to {name}." in pacs("batch", name, done, status=1).stderr
+        assert pacs.json("batch", name, done, status=1)["state"] == "done"
+
     planned = pacs.json("batch", "upload", *pacs.serve(1), "--dry-run")["batch_id"]
     assert pacs.json("batch", "watch", planned)["state"] == "planned"
+    pacs("batch", "pause", planned, status=1)
     pacs("batch", "cancel", planned)
     assert pacs.json("batch", "watch", planned, status=1)["state"] == "cancelled"
+    assert pacs.json("batch", "cancel", planned)["state"] == "cancelled"  # as it shall be
 
     with Courier() as courier:  # whoever planned it was interrupted before its job was sent
         batches = Batches(courier.batch.ledger)
