@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -223,6 +225,42 @@ class QueueSettings(_Section):
     result_backend: str = "redis://localhost:6379/1"
     ledger_url: str = "redis://localhost:6379/2"
     signing: SigningSettings = SigningSettings()
+
+    @field_validator("broker_url", "result_backend", "ledger_url")
+    @classmethod
+    def _readable(cls, url: str) -> str:
+        """Refused here in words of our own: whoever reads a malformed URL later quotes its password."""
+        if any(_malformed(one) for one in _NEXT_URL.split(url)):
+            raise ValueError("it is no URL; write : / ? # @ [ ] ; in a user name or password percent-encoded")
+        return url
+
+    @field_validator("ledger_url")
+    @classmethod
+    def _of_redis(cls, url: str) -> str:
+        if not url.lower().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("it is no URL of a Redis: redis://, rediss:// or unix://")
+        return url
+
+
+#: Several may stand behind one another: those of sentinels, or of brokers that take each other's place.
+_NEXT_URL = re.compile(r";(?=[\w+.-]+://)")
+#: What is read as RFC 3986 says. Celery knows more kinds of URL, some of which have a grammar of their own.
+_PLAIN_SCHEMES = frozenset(("redis", "rediss", "sentinel", "amqp", "amqps", "pyamqp"))
+
+
+def _malformed(url: str) -> bool:
+    """Whether something stands in ``url`` where no URL has it, most likely a bare slash of a password."""
+    if "://" not in url:
+        return "@" in url
+    if url.partition("://")[0].lower() not in _PLAIN_SCHEMES:
+        return False
+    try:
+        parts = urlsplit(url)
+        for host in re.split("[,;]", parts.netloc.rpartition("@")[2]):
+            _ = urlsplit(f"//{host}").port  # raises where it is no number
+    except ValueError:
+        return True
+    return "@" in parts.path + parts.fragment
 
 
 class BreakerSettings(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,76 @@ def test_a_wrong_value_is_one_sentence_that_names_the_key(tmp_path: Path, text: 
         load(tmp_path, text)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["BROKER_URL", "RESULT_BACKEND", "LEDGER_URL"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:PLANTED/x@host:6379/0",
+        "redis://:PLANTED#x@host:6379/0",
+        "redis://:PLANTED?x@host:6379/0",
+        "redis://:PLANTED[x@host:6379/0",
+        "redis://:PLANTED\u2100@host:6379/0",
+        "redis://user:123/PLANTED@host:6379/0",
+        "redis://user:123#PLANTED@host:6379/0",
+        "redis://:PLANTED@host:port/0",
+        "redis://:PLANTED@host:99999/0",
+        "rediss://:PLANTED/x@host:6379/0",
+        "redis:/:PLANTED@host/0",
+        "amqp://user:PLANTED/x@host:5672//",
+        "sentinel://a:26379;sentinel://:PLANTED/x@b:26379",
+    ],
+)
+def test_a_malformed_url_of_the_queue_is_named_and_none_of_it_is_told(variable: str, url: str) -> None:
+    key = {"BROKER_URL": "broker_url", "RESULT_BACKEND": "result_backend", "LEDGER_URL": "ledger_url"}[variable]
+    with pytest.raises(SettingsError, match=rf"setting queue\.{key}: it is no URL") as caught:
+        Settings.load({variable: url})
+    assert "PLANTED" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost:6379/0",
+        "redis://",
+        "redis://:6379/0",
+        "redis://[::1]:6379/0",
+        "redis://user:a%2Fb%40c@host/0",
+        "redis://:a;b@host:6379/0",
+        "rediss://:secret@host:6379/0?ssl_cert_reqs=required&ssl_ca_certs=/etc/ca@site.pem",
+        "redis+socket:///run/redis@1.sock?virtual_host=3",
+        "sentinel://:secret@a:26379;sentinel://:secret@b:26379/0",
+        "sentinel://a:26379;b:26379",
+        "amqp://guest:guest@one:5672//;amqp://two:5672//",
+        "amqp://one,two//",
+        "pyamqp://guest@localhost//",
+        "memory://",
+        "localhost",
+        "sqs://key:secret@",
+        "azureservicebus://policy:a/b=@space",
+        "mongodb://one:27017,two:27017/jobs",
+        "db+postgresql://me:secret@host/results",
+        "file:///var/results@1",
+        "cache+memory://",
+        "rpc://",
+    ],
+)
+def test_urls_that_celery_understands_are_taken_as_they_are(url: str) -> None:
+    loaded = Settings.load({"BROKER_URL": url, "RESULT_BACKEND": url})
+    assert (loaded.queue.broker_url, loaded.queue.result_backend) == (url, url)
+
+
+@pytest.mark.parametrize("url", ["redis://:a;b@host:6379/0", "rediss://host", "unix:///run/redis.sock?db=2"])
+def test_a_ledger_is_in_any_redis(url: str) -> None:
+    assert Settings.load({"LEDGER_URL": url}).queue.ledger_url == url
+
+
+@pytest.mark.parametrize("url", ["amqp://user:PLANTED@host//", "sentinel://:PLANTED@host", "PLANTED"])
+def test_a_ledger_is_in_a_redis_only(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"setting queue\.ledger_url: it is no URL of a Redis") as caught:
+        Settings.load({"LEDGER_URL": url})
+    assert "PLANTED" not in str(caught.value)
 
 
 def test_a_missing_file_is_named() -> None:
