@@ -751,8 +751,8 @@ class Ledger:
     ) -> bool:
         """Write the job down; False if it is known. Should its message get lost, it is due after the grace period.
 
-        ``trace`` (W3C ``traceparent``) is kept for whoever wakes it. `InvalidRequest`, if the id is that of another wish
-        under the same idempotency key.
+        ``trace`` (W3C ``traceparent``) is kept for whoever wakes it. `InvalidRequest`, if the id is known for another
+        wish under the same idempotency key.
         """
         keys = [_job(job_id), PREFIX + "due"]
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)

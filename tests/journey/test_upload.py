@@ -131,15 +131,15 @@ def test_the_same_idempotency_key_is_one_job_for_library_and_plain_clients(couri
     url = image_server.put("k.dcm", image(study))
     first = courier.upload(url, idempotency_key="order-7")
     assert courier.upload(url, idempotency_key="order-7").id == first.id
-    plain = courier._app.send_task("pacs.upload", kwargs={"job": {"image_url": url, "idempotency_key": "order-7"}})
+    plain = courier._app.send_task("pacs.upload", kwargs={"job": {"image_url": url, "idempotency_key": "order-7"}}).id
     payload = first.result(timeout_s=WAIT_S)
-    assert courier.handle(plain.id).result(timeout_s=WAIT_S) == payload
+    assert courier.handle(plain).result(timeout_s=WAIT_S) == payload
     assert len(studies_on(sandbox.msdicom, study)) == 1
     with pytest.raises(InvalidRequest, match=first.id):
         courier.upload(image_server.url("another.dcm"), idempotency_key="order-7")
-    other = courier._app.send_task("pacs.delete", kwargs={"job": {"uid": study, "idempotency_key": "order-7"}})
+    other = courier._app.send_task("pacs.delete", kwargs={"job": {"uid": study, "idempotency_key": "order-7"}}).id
     with pytest.raises(InvalidRequest, match=first.id):
-        courier.handle(other.id).result(timeout_s=WAIT_S)
+        courier.handle(other).result(timeout_s=WAIT_S)
 
 
 def test_a_job_can_be_cancelled_until_it_is_pushed(courier, image_server, sandbox):
