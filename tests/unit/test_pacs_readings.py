@@ -68,6 +68,11 @@ def test_an_unexpected_status_becomes_its_error(kind: type[CourierError], status
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
         ("soon", None),
         ("-5", None),
+        ("²", None),
+        ("٣", None),
+        ("9" * 5000, float("inf")),
+        ("Thu, 01 Jan 99999999999999999999 00:00:00 GMT", None),
+        ("Thu, 01 Jan 2026 00:00:00 +99999999999999", None),
     ],
 )
 def test_retry_after_is_read_as_seconds_or_as_a_date(header: str | None, seconds: float | None) -> None:
@@ -83,6 +88,8 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(header: str | None, seconds
         ("max=100", 15.0),
         ("timeout=600", 15.0),
         ("x", 15.0),
+        ("timeout=²", 15.0),
+        ("timeout=" + "9" * 5000, 15.0),
     ],
 )
 def test_an_idle_connection_is_trusted_half_as_long_as_the_server_keeps_it(header: str | None, seconds: float) -> None:

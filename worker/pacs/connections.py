@@ -152,6 +152,6 @@ def idle_limit_s(keep_alive: str | None) -> float:
     """How long to trust an idle connection: half of what ``Keep-Alive: timeout=`` announces."""
     for parameter in (keep_alive or "").split(","):
         name, _, value = parameter.strip().partition("=")
-        if name.lower() == "timeout" and value.isdigit():
-            return min(int(value) / 2, DEFAULT_IDLE_S)
+        if name.lower() == "timeout" and value.isascii() and value.isdecimal():
+            return min(float(value) / 2, DEFAULT_IDLE_S)
     return DEFAULT_IDLE_S

@@ -247,11 +247,11 @@ def retry_after_s(header: str | None, *, now: float) -> float | None:
     """``Retry-After`` (RFC 9110 10.2.3), seconds or a date, in seconds from ``now``."""
     if not header:
         return None
-    if header.strip().isdigit():
+    if header.isascii() and header.strip().isdecimal():
         return float(header)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
