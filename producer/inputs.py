@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -233,18 +233,44 @@ def _csv(lines: _Lines, column: str, heading: str) -> Iterator[Row | BadRow]:
     reader = csv.reader(lines, delimiter=delimiter)
     begun = False
     while True:
+        place, before = f"line {lines.number + 1}", lines.number
         try:
             cells = next(reader, None)
         except csv.Error:
-            yield BadRow(lines.place, "not CSV")
+            _check_whole(lines, before, whole=False)
+            yield BadRow(place, "not CSV")
             continue
         if cells is None:
             return
+        _check_whole(lines, before, whole=_is_one_row(cells, at, delimiter))
         if not begun:
             begun = bool(cells)
         elif any(cells):
             fault = _fault(cells[0]) if len(cells) == 1 else ""
-            yield _cell(cells, at, column, lines.place) if not fault else BadRow(lines.place, fault)
+            yield _cell(cells, at, column, place) if not fault else BadRow(place, fault)
+
+
+def _is_one_row(cells: Sequence[str], at: int, delimiter: str) -> bool:
+    """Whether no further row is within the cells of one: a quote that nobody closes takes in all up to the next one.
+
+    An item is one line; and what another column says in several lines is no row if nothing in it separates columns.
+    """
+    long = [(place, cell) for place, cell in enumerate(cells) if "\n" in cell.strip()]
+    return all(place != at and delimiter not in cell for place, cell in long)
+
+
+def _check_whole(lines: _Lines, before: int, *, whole: bool) -> None:
+    """Refuse a file whose rows have run into one another: not even who leaves bad rows out wants to lose good ones.
+
+    ``before`` is the last line before those that were read as one row.
+    """
+    swallowed = lines.number - before - 1
+    if swallowed and not whole:
+        raise InvalidRequest(
+            f"{lines.shown}, line {before + 1}: a quote is opened there and not closed, which takes in "
+            f"{counted(swallowed, 'further line', 'further lines')}, up to line {lines.number}. Nothing was begun: close "
+            "the quote, or take it out; an item is one line, and so is whatever has a separator in it."
+        )
 
 
 def _cell(cells: list[str], at: int, column: str, place: str) -> Row | BadRow:

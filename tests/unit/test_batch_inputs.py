@@ -88,7 +88,7 @@ def test_bad_rows_are_told_by_their_lines_and_quote_nothing(file) -> None:
 
 def test_bad_rows_of_columns_are_told_by_their_lines(file) -> None:
     items = read(file('study,name\n1.2.3,A\n,B\nx,"C\nC"\n1.2.4,D\n', "items.csv"), "study")
-    assert (list(items), [one.place for one in items.bad]) == (["1.2.3", "1.2.4"], ["line 3", "line 5"])
+    assert (list(items), [one.place for one in items.bad]) == (["1.2.3", "1.2.4"], ["line 3", "line 4"])
     rows = ['{"study": "1.2.3"}', "[1]", '{"study": 7}', "{", '{"other": "1.2.3"}', "[" * 5000]
     items = read(file("\n".join(rows), "items.jsonl"), "study")
     assert (list(items), [one.place for one in items.bad]) == (["1.2.3"], [f"line {n}" for n in range(2, 7)])
@@ -125,10 +125,31 @@ def test_what_cannot_be_read_or_has_no_such_column_is_refused_at_once(file, tmp_
             read(name, column)
 
 
-def test_an_unclosed_quote_costs_its_own_row_and_not_the_program(file) -> None:
-    items = read(file('study\n1.2.3\n"' + "1.2.4\n" * 50_000, "a.csv"), "study")
-    assert "1.2.3" in list(items)
-    assert items.bad_total
+@pytest.mark.parametrize(
+    ("content", "first", "swallowed"),
+    [
+        ('study\n1.2.3\n"' + "1.2.4\n" * 50_000, 3, 21_845),  # as far as a cell may be long
+        ('study\n1.2.3\n"1.2.4\n1.2.5\n', 3, 1),
+        ('study\n"1.2.3\n1.2.4"\n1.2.5\n', 2, 1),
+        ('study,name\n1.2.3,A\n1.2.4,"B\n1.2.5,C\n1.2.6,D\n', 3, 2),
+        ('study;name\n"1.2.3;A\n1.2.4;B";C\n', 2, 1),
+        ('name|study\n"A|1.2.3\nB"|1.2.4\n', 2, 1),
+        ('study,"name\n1.2.3,A\n1.2.4,B\n', 1, 2),
+    ],
+)
+def test_an_unclosed_quote_is_told_with_the_lines_that_it_takes_in_and_none_is_left_out(
+    file, content: str, first: int, swallowed: int
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read(file(content, "a.csv"), "study")
+    lines = f"{swallowed:,} further line{'s' if swallowed > 1 else ''}, up to line {first + swallowed}."
+    assert f"a.csv, line {first}: a quote" in caught.value.message
+    assert lines in caught.value.message
+
+
+def test_what_another_column_says_in_several_lines_takes_no_row_in(file) -> None:
+    items = read(file('study,note\n1.2.3,"seen\n\ntwice"\n"1.2.4",B\n1.2.5,"a, b\n"\n', "a.csv"), "study")
+    assert (list(items), items.bad_total) == (UIDS, 0)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +203,11 @@ def test_what_a_worker_has_to_list_is_told_from_what_is_one_image(text: str, hol
 def test_no_bytes_break_the_reader(tmp_path_factory, content: bytes, column: str | None) -> None:
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(b"study,a\n" + content if column else content)
-    rows = list(rows_of_file(str(path), column=column))
+    try:
+        rows = list(rows_of_file(str(path), column=column))
+    except InvalidRequest as refused:
+        assert "a quote is opened there" in refused.message
+        return
     assert all(isinstance(row, BadRow) or row.text for row in rows)
 
 
