@@ -268,8 +268,8 @@ def _check_whole(lines: _Lines, before: int, *, whole: bool) -> None:
     if swallowed and not whole:
         raise InvalidRequest(
             f"{lines.shown}, line {before + 1}: a quote is opened there and not closed, which takes in "
-            f"{counted(swallowed, 'further line', 'further lines')}, up to line {lines.number}. Nothing was begun: close "
-            "the quote, or take it out; an item is one line, and so is whatever has a separator in it."
+            f"{counted(swallowed, 'further line', 'further lines')}, up to line {lines.number}. Nothing was begun: "
+            "close the quote, or take it out; an item is one line, and so is whatever has a separator in it."
         )
 
 
