@@ -518,13 +518,20 @@ return 1
 """
 )
 
+# From the sixth argument on stand the servers that there are: a claim on any other binds nobody.
 _CLAIM_STUDY = (
     _NOW
     + _TRAIL
     + """
 local server = redis.call('HGET', KEYS[1], 'server')
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
-if server then return {server, 0} end
+local binds = #ARGV == 5
+for i = 6, #ARGV do binds = binds or ARGV[i] == server end
+if server and binds then return {server, 0} end
+if server then
+  redis.call('HDEL', KEYS[1], 'opened_by')
+  redis.call('HINCRBY', KEYS[2], server, -1)
+end
 redis.call('HSET', KEYS[1], 'server', ARGV[1], 'claimed_by', ARGV[2], 'claimed_ms', now)
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
@@ -1048,14 +1055,18 @@ class Ledger:
             return None
         return Receipt(row["job_id"], row["server"], row["sha256"], int(row["size_bytes"]))
 
-    def claim_study(self, study_instance_uid: str, *, server: str, job_id: str, told: bool = True) -> StudyClaim:
+    def claim_study(
+        self, study_instance_uid: str, *, server: str, job_id: str, among: Sequence[str] = (), told: bool = True
+    ) -> StudyClaim:
         """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice.
 
-        ``told`` leaves a line on the study's trail.
+        A choice that is not ``among`` these servers, if they are given, is void. ``told`` leaves a line on the study's
+        trail.
         """
         keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed", _trail(study_instance_uid)]
         note = _note("claimed", job_id, server=server) if told else ""
-        chosen, first = self._claim_study(keys=keys, args=[server, job_id, self._claim_ms, note, self.keep_ms])
+        args: list[str | int] = [server, job_id, self._claim_ms, note, self.keep_ms, *among]
+        chosen, first = self._claim_study(keys=keys, args=args)
         return StudyClaim(str(chosen), bool(first))
 
     def move_claim(self, study_instance_uid: str, *, server: str, job_id: str) -> bool:

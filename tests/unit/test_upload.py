@@ -307,3 +307,33 @@ def test_what_arrives_while_its_job_is_being_refused_is_stored(desk: Desk) -> No
     desk.tools = replace(desk.tools, sources=cast(Any, Slow()))
     payload = stored(desk.carry("j"))
     assert (payload["status"], payload["server_name"], payload["attempts"]) == ("stored", "a", 2)
+
+
+def test_a_claim_on_a_server_that_has_left_the_settings_binds_nobody(client: fakeredis.FakeRedis) -> None:
+    study = new_uid()
+    before, after = Desk(client, "old", "b"), Desk(client, "new", "b")
+    before.files.there["j0"] = image(study)
+    before.servers["old"].fails["store"] = PacsRejected("No.")
+    assert refused(before.carry("j0")).code == "pacs_rejected"
+    assert before.ledger.claimed_server(study) == "old"
+    after.files.there.update(j1=image(study), j2=image(study))
+    after.servers["b"].fails["find"] = PacsUnavailable("Away.")
+    assert isinstance(after.carry("j1"), Parked)
+    assert after.ledger.claimed_server(study) == "old", "the server that is away may have the study"
+    del after.servers["b"].fails["find"]
+    payload = stored(after.carry("j1"))
+    assert (payload["server_name"], payload["study_action"], payload["route"]["reason"]) == (
+        "new",
+        "created",
+        "new_study",
+    )
+    assert after.ledger.claimed_server(study) == "new"
+    assert stored(after.carry("j2", server="new"))["study_action"] == "updated"
+
+
+def test_jobs_that_find_a_void_claim_agree_on_one_server(client: fakeredis.FakeRedis) -> None:
+    ledger = Ledger(client)
+    ledger.claim_study("1.2", server="old", job_id="j0")
+    claims = [ledger.claim_study("1.2", server=name, job_id=name, among=["a", "b"]) for name in ("b", "a")]
+    assert [(claim.server, claim.first) for claim in claims] == [("b", True), ("b", False)]
+    assert ledger.placed() == {"old": 0, "b": 1}

@@ -105,8 +105,10 @@ def _follow(wish: Wish, server: str, study_on: tuple[str, ...], *, candidates: S
 
 def _claim(study_instance_uid: str, wish: Wish, tools: Tools) -> Placement:
     healthy = _healthy(tools)
-    proposal = wish.server or tools.ledger.claimed_server(study_instance_uid) or _choose(healthy, tools)
-    claim = tools.ledger.claim_study(study_instance_uid, server=proposal, job_id=wish.job_id, told=wish.told)
+    proposal = wish.server or _claimed(study_instance_uid, tools) or _choose(healthy, tools)
+    claim = tools.ledger.claim_study(
+        study_instance_uid, server=proposal, job_id=wish.job_id, among=tools.fleet.names, told=wish.told
+    )
     if wish.server is not None and claim.server != wish.server:
         raise StudyConflict(
             f"Another job has claimed the study for {claim.server}; leave out the server or name {claim.server}.",
@@ -115,6 +117,12 @@ def _claim(study_instance_uid: str, wish: Wish, tools: Tools) -> Placement:
         )
     reason: RouteReason = "requested" if wish.server else "new_study" if claim.first else "claimed"
     return Placement(claim.server, Route(reason=reason, study_on=[], candidates=[server.name for server in healthy]))
+
+
+def _claimed(study_instance_uid: str, tools: Tools) -> str | None:
+    """The server that the study belongs to, unless that has left the settings: all that are left have said no."""
+    server = tools.ledger.claimed_server(study_instance_uid)
+    return server if server in tools.fleet.names else None
 
 
 def _healthy(tools: Tools) -> list[ServerSettings]:
