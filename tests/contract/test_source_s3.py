@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
@@ -256,6 +258,39 @@ def test_an_endpoint_that_falls_silent_is_unreachable(image_server: ImageServer)
 
     image_server.put("images/a.dcm", behave=silent)
     refused(sources(image_server.base, idle_timeout_s=0.2), "s3://images/a.dcm", SourceUnreachable)
+
+
+@pytest.mark.parametrize(
+    ("head", "drop_of"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\nETag: x\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
+        (b"HTTP/1.1 503 SlowDown\r\nContent-Length: 1000000\r\n\r\n", b"x"),
+    ],
+    ids=["object", "a chunk's length", "head", "error"],
+)
+@pytest.mark.parametrize("url", ["s3://images/a.dcm", "s3://images/"])
+def test_an_endpoint_that_drips_is_ended_by_the_total_time(
+    image_server: ImageServer, url: str, head: bytes, drop_of: bytes
+) -> None:
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        with contextlib.suppress(OSError):  # the client has hung up
+            handler.wfile.write(head)
+            while True:
+                time.sleep(0.03)
+                handler.wfile.write(drop_of)
+
+    image_server.put("images/a.dcm", behave=drip)
+    image_server.put("images", behave=drip)
+    source = sources(image_server.base, idle_timeout_s=0.4, total_timeout_s=0.5)
+    started_at = time.monotonic()
+    if url.endswith("/"):
+        with pytest.raises(SourceUnreachable):
+            list(source.pages(url))
+    else:
+        assert "total_timeout_s" in refused(source, url, SourceUnreachable).message
+    assert 0.4 < time.monotonic() - started_at < 3
 
 
 # --- presigned URLs, which are plain http ---------------------------------------------------------------------------

@@ -6,13 +6,17 @@ with the first such URL. A key is taken as it stands, without percent-decoding, 
 
 from __future__ import annotations
 
+import http.client
 import re
+import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
+from worker.deadlines import timed
 from worker.errors import (
     CourierError,
     SourceDenied,
@@ -30,10 +34,11 @@ from worker.sources.spool import Fetched, Limits, spool
 _BUCKET = r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})"
 _S3_URL = re.compile(_BUCKET + r"/(?P<key>[^\x00-\x1f]+)").fullmatch
 _S3_PREFIX = re.compile(_BUCKET + r"/(?P<prefix>([^\x00-\x1f]*/)?)").fullmatch
-#: Small, because a read waits until it is full and the fetch's time is looked at in between.
 _READ_BYTES = 65_536
 _GONE = frozenset(("NoSuchKey", "NoSuchBucket", "NoSuchVersion"))
 _BUSY = frozenset(("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"))
+#: Until when the calling thread's answers have to be there; boto offers no other way in.
+_asking = threading.local()
 _CREDENTIALS = "check the credentials of the worker and what they may read"
 
 
@@ -47,6 +52,14 @@ class S3Source:
         bucket, key = bucket_and_key(url)
         self._check(bucket)
         source = shown_url(url)
+        _asking.deadline_s = limits.deadline_s
+        try:
+            return self._fetched(bucket, key, source, limits)
+        except SourceUnreachable:
+            limits.check_time(source)
+            raise
+
+    def _fetched(self, bucket: str, key: str, source: str, limits: Limits) -> Fetched:
         with _translated(source):
             answer = self._connected().get_object(Bucket=bucket, Key=key)
         # Not the body's own ``with``: that gives the bare stream, past its checksum and the translation of its errors.
@@ -68,6 +81,7 @@ class S3Source:
         source = shown_url(url)
         more: dict[str, str] = {}
         while True:
+            _asking.deadline_s = time.monotonic() + self._settings.total_timeout_s
             with _translated(source):
                 answer = self._connected().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_ENTRIES, **more)
             found = ((one["Key"], one.get("Size")) for one in answer.get("Contents", ()))
@@ -149,13 +163,28 @@ def _client(settings: SourceSettings) -> Any:
         max_pool_connections=32,
         ignore_configured_endpoint_urls=True,
     )
-    return boto3.session.Session().client(
+    client = boto3.session.Session().client(
         "s3",
         endpoint_url=settings.s3.endpoint_url,
         region_name=settings.s3.region,
         verify=str(settings.ca_file) if settings.ca_file else None,
         config=config,
     )
+    pools = client._endpoint.http_session._pool_classes_by_scheme
+    pools.update({scheme: _timed_pool(pool, settings.idle_timeout_s) for scheme, pool in pools.items()})
+    return client
+
+
+def _timed_pool(pool: Any, idle_timeout_s: float) -> Any:
+    """``pool``, a class of boto's, with answers that keep to the fetch's time: boto's time-out is of a single wait."""
+
+    def answer(sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
+        made = http.client.HTTPResponse(sock, *args, **kwargs)
+        timed(made, sock, deadline_s=_asking.deadline_s, idle_timeout_s=idle_timeout_s)
+        return made
+
+    connection = type("_TimedConnection", (pool.ConnectionCls,), {"response_class": staticmethod(answer)})
+    return type("_TimedPool", (pool,), {"ConnectionCls": connection})
 
 
 def _chunks(body: Any, source: str) -> Iterator[bytes]:
