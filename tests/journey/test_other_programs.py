@@ -1,4 +1,4 @@
-"""The examples of docs/examples, run as other programs would: an upload that is stored, and two that are not."""
+"""The examples of docs/examples, run as other programs would: uploads that are stored, and some that are not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,25 @@ def works(command: list[str | Path], image_server: Any, environ: Mapping[str, st
     assert said.endswith(" [no server]\n")
 
 
+def works_for_many(command: list[str | Path], image_server: Any, environ: Mapping[str, str]) -> None:
+    """An example of a batch stores what is there, names what is not, and is told why a wrong list begins nothing."""
+    study = new_uid()
+    urls = [image_server.put(f"{new_uid()}.dcm", image(study, seed=seed)) for seed in range(3)]
+
+    def run(*image_urls: str) -> tuple[int, str, str]:
+        line = [*command, *image_urls]
+        ended = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=WAIT_S, check=False)
+        return ended.returncode, ended.stdout, ended.stderr
+
+    assert run(*urls) == (0, "3 images planned\nbatch done: stored 3\n", "")
+    status, told, said = run(urls[0], image_server.url("nothing.dcm"))
+    assert (status, told.startswith("2 images planned\nbatch done: ")) == (1, True)
+    assert {"already_there 1", "refused 1"} == set(told.splitlines()[1].removeprefix("batch done: ").split(", "))
+    assert said.startswith(f"{image_server.url('nothing.dcm')}: source_not_found: ")
+    status, told, said = run("no URL")
+    assert (status, told, said.partition(":")[0]) == (1, "", "invalid_request")
+
+
 def test_a_python_program_uses_the_library(environ: dict[str, str], image_server: Any) -> None:
     script = EXAMPLES / "upload_with_courier.py"
     works([sys.executable, script], image_server, environ)
@@ -95,6 +114,11 @@ def test_a_celery_program_needs_nothing_of_ours(environ: dict[str, str], image_s
         check=False,
     )
     assert "import of producer halted" in proof.stderr, "the way this test keeps our packages away does not work"
+
+
+def test_a_celery_program_orders_a_batch(environ: dict[str, str], image_server: Any) -> None:
+    script = EXAMPLES / "batch_with_celery.py"
+    works_for_many([sys.executable, "-I", "-c", WITHOUT_US, script], image_server, environ)
 
 
 def test_curl_goes_through_flower(steady: Any, environ: dict[str, str], image_server: Any, tmp_path: Path) -> None:
@@ -124,9 +148,15 @@ def test_curl_goes_through_flower(steady: Any, environ: dict[str, str], image_se
         assert (stranger.returncode, stranger.stdout) == (22, "")
 
 
-def test_node_speaks_to_the_workers_through_redis(environ: dict[str, str], image_server: Any) -> None:
+@pytest.mark.parametrize(
+    ("script", "works_as"),
+    [("upload_with_node.mjs", works), ("batch_with_node.mjs", works_for_many)],
+    ids=["one", "many"],
+)
+def test_node_speaks_to_the_workers_through_redis(
+    environ: dict[str, str], image_server: Any, script: str, works_as: Callable[..., None]
+) -> None:
     node = program("node")
     if not (EXAMPLES / "node_modules" / "celery-node").is_dir():
         missing("celery-node is not installed: npm install --prefix docs/examples")
-    script = EXAMPLES / "upload_with_node.mjs"
-    works([node, script], image_server, environ)
+    works_as([node, EXAMPLES / script], image_server, environ)
