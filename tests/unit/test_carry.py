@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any, cast
 import fakeredis
 import pytest
 import redis
+from celery import Celery
 
 from sandbox.processes import poll
 from worker.errors import NotDicom, PacsUnauthorized, PacsUnavailable
@@ -20,7 +22,8 @@ from worker.jobs.carry import Done, Failed, NotTaken, Parked, Verdict, backoff_s
 from worker.jobs.follow import follow
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
-from worker.ledger import PREFIX, ClaimState, LeaseLost, Ledger, job_id_for
+from worker.ledger import PREFIX, ClaimState, DueJob, LeaseLost, Ledger, job_id_for
+from worker.payloads import MESSAGE_BYTES
 from worker.settings import JobSettings, Settings
 
 JOB = {"image_url": "http://host/a.dcm?sig=SECRET"}
@@ -37,7 +40,7 @@ class Desk:
         default_factory=lambda: Settings.model_validate({"jobs": {"max_attempts": 3, "max_deaths": 2}})
     )
 
-    def carry(self, ends: object, job_id: str = "j1") -> Verdict:
+    def carry(self, ends: object, job_id: str = "j1", job: Mapping[str, Any] = JOB) -> Verdict:
         def work(job: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
             if isinstance(ends, BaseException):
                 raise ends
@@ -51,7 +54,7 @@ class Desk:
             rng=random.Random(1),
         )
         pulse = Pulse(self.ledger, lambda _, meta: self.shown.append(meta))
-        return carry(work, task="pacs.upload", job_id=job_id, message=JOB, tools=tools, pulse=pulse)
+        return carry(work, task="pacs.upload", job_id=job_id, message=job, tools=tools, pulse=pulse)
 
     def state(self, job_id: str = "j1") -> str:
         return self.ledger.look(job_id)["state"]
@@ -140,6 +143,26 @@ def test_a_holder_that_comes_late_ends_in_silence(desk: Desk) -> None:
     assert desk.carry(overtaken) == Parked()
     assert desk.state() == "running"
     assert desk.carry(LeaseLost(), "j9") == Parked()
+
+
+def body_of_a_wake_up(due: DueJob) -> bytes:
+    with Celery(broker="memory://", set_as_current=False) as app, app.connection_for_write() as connection:
+        app.send_task(due.task, kwargs={"job": due.job}, task_id=due.job_id, queue="q", connection=connection)
+        return bytes(connection.SimpleQueue("q").get(timeout=5).body)
+
+
+def test_a_job_that_could_not_be_woken_is_refused_before_it_begins_and_one_that_just_can_is_not(desk: Desk) -> None:
+    def job(characters: int) -> dict[str, Any]:
+        return {**JOB, "note": "ä" * characters}
+
+    most = (MESSAGE_BYTES - 128 - len(json.dumps(job(0)))) // len(json.dumps("ä")[1:-1])
+    assert isinstance(desk.carry(PacsUnavailable("Later."), "fits", job(most)), Parked)
+    desk.client.zadd(f"{PREFIX}due", {"fits": 0})
+    (due,) = desk.ledger.sweep()
+    assert MESSAGE_BYTES - 100 < len(body_of_a_wake_up(due)) <= MESSAGE_BYTES
+    verdict = desk.carry(AssertionError("the work must not run"), "does not", job(most + 1))
+    assert isinstance(verdict, Failed)
+    assert (verdict.error.code, desk.state("does not")) == ("invalid_request", "done")
 
 
 def test_a_cancelled_job_does_no_work(desk: Desk) -> None:

@@ -5,6 +5,7 @@ This is the only place that decides whether to try again. What the work is lives
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import redis
 from worker.errors import (
     Cancelled,
     CourierError,
+    InvalidRequest,
     PacsUnavailable,
     Poisoned,
     Refused,
@@ -26,6 +28,7 @@ from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import Claim, ClaimState, LeaseLost, Wait
 from worker.logs import about, about_study, where_it_broke
+from worker.payloads import MESSAGE_BYTES
 from worker.settings import JobSettings
 from worker.telemetry import End, JobSeen, count, watching
 
@@ -33,6 +36,9 @@ log = logging.getLogger(__name__)
 
 #: Somebody waits for the answer to these: they do not sit out a server's illness, but end after their attempts.
 SOMEBODY_WAITS: Final = frozenset({"pacs.exists", "pacs.metadata", "pacs.list_studies"})
+
+#: What Celery puts around a job in the body of a message.
+_AROUND_BYTES: Final = 128
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class _Rest(Parked):
 def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: Tools, *, task: str) -> Verdict:
     limits = tools.settings.jobs
     try:
-        _fit_to_try(claim, limits)
+        _fit_to_try(claim, job, limits)
         return Done(work(job, run, tools))
     except TryAgain as error:
         breaker = _to_wait_for(error, claim, limits, task)
@@ -171,7 +177,14 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
         return Failed(fault) if run.last else _park(fault, run, limits, tools.rng)
 
 
-def _fit_to_try(claim: Claim, limits: JobSettings) -> None:
+def _fit_to_try(claim: Claim, job: Mapping[str, Any], limits: JobSettings) -> None:
+    if (
+        len(json.dumps(job)) > MESSAGE_BYTES - _AROUND_BYTES
+    ):  # a message may come in UTF-8; those that wake it are ASCII
+        raise InvalidRequest(
+            f"The job is too large for the message that would wake it, which is {MESSAGE_BYTES} bytes at most with every"
+            " character but ASCII written as six; send a smaller one."
+        )
     if claim.cancelled and claim.memo is None:  # what has begun is cancelled where the work can tell how far it came
         raise Cancelled("The job was cancelled before it began.")
     if claim.deaths >= limits.max_deaths:
