@@ -178,12 +178,10 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
 
 
 def _fit_to_try(claim: Claim, job: Mapping[str, Any], limits: JobSettings) -> None:
-    if (
-        len(json.dumps(job)) > MESSAGE_BYTES - _AROUND_BYTES
-    ):  # a message may come in UTF-8; those that wake it are ASCII
+    if len(json.dumps(job)) > MESSAGE_BYTES - _AROUND_BYTES:  # it may have come in UTF-8, but would be woken in ASCII
         raise InvalidRequest(
-            f"The job is too large for the message that would wake it, which is {MESSAGE_BYTES} bytes at most with every"
-            " character but ASCII written as six; send a smaller one."
+            f"The job is too large to be woken by a message, which is {MESSAGE_BYTES} bytes at most and takes six or"
+            " more for each character that is not ASCII; send a smaller one."
         )
     if claim.cancelled and claim.memo is None:  # what has begun is cancelled where the work can tell how far it came
         raise Cancelled("The job was cancelled before it began.")
