@@ -17,7 +17,7 @@ from worker.jobs import batches
 from worker.jobs.batches import Conductor
 from worker.jobs.bulk_deletions import StudyDeletions, delete_many
 from worker.jobs.bulk_uploads import ImageUploads, upload_all
-from worker.jobs.carry import Done, Failed, Verdict, carry
+from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
 from worker.jobs.chunks import chunk
 from worker.jobs.migrations import StudyMigrations, migrate
 from worker.jobs.run import Pulse
@@ -46,6 +46,8 @@ class Site:
         self.pulse = Pulse(self.ledger, lambda *_: None)
         self.batch = "B"
         self.now, self.sleep = time.time, time.sleep
+        #: How a chunk that is parked is waited for, by a test with a clock of its own; else until it is due.
+        self.wait: Callable[[float], None] | None = None
 
     def close(self) -> None:
         self.fleet.close()
@@ -119,7 +121,13 @@ class Site:
 
     def do_chunk(self, job_id: str, message: Mapping[str, Any]) -> Verdict:
         work = partial(chunk, kinds=KINDS)
-        return carry(work, task="pacs.batch.chunk", job_id=job_id, message=message, tools=self.tools, pulse=self.pulse)
+        verdict = carry(
+            work, task="pacs.batch.chunk", job_id=job_id, message=message, tools=self.tools, pulse=self.pulse
+        )
+        if self.wait is not None and isinstance(verdict, Parked):
+            self.wait(1.0)
+            self.ledger.rouse(job_id, by_sweeper=True)
+        return verdict
 
     @property
     def rows(self) -> list[Row]:

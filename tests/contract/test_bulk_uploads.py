@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from worker.instances import identify
 from worker.jobs.batches import Desk, Notes
 from worker.jobs.bulk_checks import undo, verify
 from worker.jobs.bulk_uploads import FIRST_IMAGES, LOAD_IMAGES, Uploads
+from worker.jobs.pace import metered_fleet
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.ledger import Ledger, Receipt
@@ -211,10 +212,13 @@ def test_an_account_that_may_not_store_is_a_failure_that_can_be_tried_again(site
 
 
 def test_the_pace_of_a_batch_is_told_what_was_fetched_asked_and_sent(site: Site) -> None:
-    items = [Item(number, "", url) for number, url in enumerate(site.study(4))]
+    contents = [image(new_uid(), side=8) for _ in range(4)]
+    urls = [site.images.put(f"paced{number}.dcm", content) for number, content in enumerate(contents)]
+    items = [Item(number, "", url) for number, url in enumerate(urls)]
     desk = site.desk
-    Uploads(desk).carry(items)
-    assert desk.spent.requests == 4 + 2 + 1  # images, servers asked for the study, one push
+    Uploads(replace(desk, tools=replace(desk.tools, fleet=metered_fleet(desk.tools.fleet, desk.spent)))).carry(items)
+    assert desk.spent.requests == 4 + 4 * 2 + 1  # images, servers asked for their studies, one push
+    assert desk.spent.size_bytes == sum(map(len, contents))
 
 
 def test_each_item_of_a_mixed_group_ends_in_its_own_way(any_server: Site) -> None:

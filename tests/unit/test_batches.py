@@ -96,6 +96,9 @@ class Imaginary(dict[str, Server]):
     def names(self) -> list[str]:
         return list(self)
 
+    def through(self, wrap: Any) -> Imaginary:
+        return self
+
     def __missing__(self, name: str) -> Server:
         raise InvalidRequest(f"No server is called {name}.")
 
@@ -610,6 +613,21 @@ def test_a_batch_that_is_cancelled_in_any_pass_ends_and_can_be_gone_on_with(benc
     assert len(done) == {"survey": 2, "apply": 2, "verify": 1, "undo": 1}[which] * len(STUDIES) - (
         CHUNK_ITEMS if which in ("apply", "undo") else 0
     )
+
+
+def test_a_chunk_ends_when_what_it_took_is_paid_and_one_that_is_stopped_at_once(bench: Bench) -> None:
+    bench.open(bytes_per_s=1000)
+    bench.kind.lists = {"a": [STUDIES[:3]], "b": []}
+    bench.tools = replace(bench.tools, sleep=lambda _: None)
+    bench.kind.answers = {"1.2.2": Settled(Item(2, "a", "1.2.2"), "deleted", result={"size_bytes": 40_000})}
+    bench.conduct()
+    assert isinstance(bench.do(0), Parked)
+    assert (bench.batch.settled, bench.batch.of("apply").finished) == (3, 0)
+    assert isinstance(bench.again(0), Parked)
+    assert [text for group, _ in bench.kind.groups for text in group] == STUDIES[:3]
+    bench.batches.cancel("B")
+    assert isinstance(bench.again(0), Done)
+    assert bench.batch.of("apply").finished == 1
 
 
 def test_who_finds_no_slot_makes_room_loses_no_attempt_and_has_its_turn_before_the_next_of_the_other(

@@ -158,3 +158,30 @@ def test_groups_are_no_larger_than_a_second_allows(bench: Bench) -> None:
     assert bench.pace(requests_per_s=3.5).group_items(8) == 3
     assert bench.pace(requests_per_s=0.2).group_items(8) == 1
     assert bench.pace(requests_per_s=1000).group_items(8) == 8
+
+
+def test_a_group_of_unknown_size_is_one_item_and_then_as_many_as_a_second_allows(bench: Bench) -> None:
+    pace = bench.pace(bytes_per_s=1000)
+    assert pace.group_items(8, items(8, 300)) == 3
+    assert pace.group_items(8, items(8, 5000)) == 1
+    assert pace.group_items(8, items(8)) == 1
+    pace.wait(items(1))
+    pace.account([], Spent(size_bytes=250))
+    assert pace.group_items(8, items(8)) == 4
+    pace.wait(items(4))
+    pace.account([], Spent(size_bytes=0))
+    assert pace.group_items(8, items(8)) == 8
+    assert pace.group_items(8, items(2)) >= 2
+
+
+def test_what_a_chunk_owes_at_its_end_is_paid_at_any_time_of_the_day(bench: Bench) -> None:
+    at = datetime.fromtimestamp(bench.clock.now_s, ZoneInfo("UTC"))
+    pace = bench.pace(bytes_per_s=1000, window=f"{at.hour:02}:00-{(at.hour + 1) % 24:02}:00")
+    pace.wait(items(1))
+    pace.account([], Spent(size_bytes=2000))
+    bench.clock.now_s += 2 * 3600
+    assert 0.9 <= pace.pay_up() <= 1.6
+    pace.account([], Spent(size_bytes=60_000))
+    with pytest.raises(NotYet):
+        pace.pay_up()
+    assert 50_000 < pace.memo["owed"]["bytes"] < 60_000

@@ -9,6 +9,7 @@ verify, undo) is a conductor of its own, one at a time.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -46,10 +47,20 @@ Answer = Settled | CourierError | None
 
 @dataclass
 class Spent:
-    """What a group has cost, for the batch's rates. A kind that says nothing has asked once per item."""
+    """What a group has cost, for the batch's rates. Safe for threads.
+
+    What servers were asked and sent is added for every kind (``pace.py``). None: nobody has said anything; then it was
+    one request per item, and the bytes that the results tell.
+    """
 
     requests: float | None = None
     size_bytes: int | None = None
+    _till: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, *, requests: float = 0, size_bytes: int = 0) -> None:
+        with self._till:
+            self.requests = (self.requests or 0) + requests
+            self.size_bytes = (self.size_bytes or 0) + size_bytes
 
 
 @dataclass
@@ -127,7 +138,7 @@ class Kind(Protocol):
     * SHALL NOT sleep, retry, or write receipts and trails: an item's receipt is its result;
     * SHALL leave alone what other jobs hold (None), and hold nothing when it returns but what may be half done;
     * SHOULD not ask servers in `Desk.down`, and add to it those that it finds silent;
-    * SHOULD say in `Desk.spent` what it took, if that is not one request per item.
+    * SHOULD add to `Desk.spent` what it took beside what it asked the servers of `Desk.tools`, which is counted for it.
 
     A kind whose memo says what may have been done has a method ``leave(items, desk)`` too: of items that stay open when
     their job ends, it gives the `open` `Settled` whose results a retry or an undo have to know.

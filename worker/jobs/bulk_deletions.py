@@ -286,6 +286,5 @@ def _undone(item: Item, desk: Desk) -> Settled:
     _check_not_elsewhere(item, desk)
     results = {}
     for name, told in kept.items():
-        pacs, copy = desk.tools.fleet[name], Kept(**told)
-        results[name] = restore(pacs, item.text, copy, desk.tools.destinations, lambda _: desk.run.check_ours())
+        results[name] = restore(desk.tools.fleet[name], item.text, Kept(**told), desk)
     return Settled(item, "undone", server=next(iter(kept)), result={"servers": results})

@@ -214,7 +214,6 @@ class Uploads:
                 self._memo[number] = Pushed(server=row.settled.server, **row.settled.result)
         self._others: dict[int, Pushed] = {}  # of items of the chunk that come in another group
         self._written = dict(self._memo)  # as the ledger has it
-        self._calls: list[int] = []  # how many images were fetched, and how often servers were asked or sent anything
         self._near: set[str] = set()  # images of the load that is asked about while another is pushed
         self._holding = threading.Lock()
         self._on: dict[str, set[str]] = {}  # study → servers that are known to have it
@@ -236,7 +235,6 @@ class Uploads:
             self._write_down()
         finally:
             self._let_go()
-            self._desk.spent.requests = float(sum(self._calls))
         return [self._last_word(item) for item in items]
 
     def _last_word(self, item: Item) -> Result:
@@ -258,7 +256,6 @@ class Uploads:
             if pushed is not None and pushed.uncertain and pushed.server in self._tools.fleet.names:
                 by_study.setdefault((pushed.server, pushed.study_uid), []).append((item, pushed))
         wanted = {key: [pushed.image_uid for _, pushed in group] for key, group in by_study.items()}
-        self._calls.append(len(wanted))
         for key, there in _present(wanted, self._tools).items():
             for item, pushed in by_study[key]:
                 if isinstance(there, CourierError):
@@ -334,11 +331,12 @@ class Uploads:
     def _fetch(self, item: Item) -> _Image | CourierError:
         if self._silent:  # and so could be said of no image that it is nowhere
             return next(iter(self._silent.values()))
-        self._calls.append(1)
+        self._desk.spent.add(requests=1)
         try:
             fetched = self._tools.sources.fetch(item.text)
         except CourierError as error:
             return error
+        self._desk.spent.add(size_bytes=fetched.size_bytes)
         try:
             if fetched.size_bytes > MEMORY_BYTES:
                 fetched.to_disk()
@@ -420,7 +418,6 @@ class Uploads:
             by_study.setdefault(image.instance.study_instance_uid, []).append(image.instance.sop_instance_uid)
         has_study = self._ask_for_studies(list(by_study))
         there = _present({key: by_study[key[1]] for key, has in has_study.items() if has}, self._tools)
-        self._calls.append(len(there))
         for (name, _), reply in there.items():
             if isinstance(reply, CourierError):
                 self._silent.setdefault(name, reply)
@@ -447,7 +444,6 @@ class Uploads:
                 if not known and name not in self._silent:
                     questions.append((name, study))
         replies = fleet.gather([partial(fleet[name].find, "study", study) for name, study in questions])
-        self._calls.append(len(questions))
         for (name, study), reply in zip(questions, replies, strict=True):
             if isinstance(reply, CourierError):
                 self._silent.setdefault(name, reply)
@@ -477,7 +473,6 @@ class Uploads:
             for server, images in by_server.items()
             for request in self._requests(images, self._tools.fleet[server])
         ]
-        self._calls.append(len(requests))
         answers = self._tools.fleet.gather(
             [partial(pacs.store, [_part(image) for image in request]) for pacs, request in requests]
         )

@@ -12,7 +12,7 @@ from typing import Any, cast
 from worker.batches import STATE_OF, Batch, Batches, Item, Pass, Row, Settled
 from worker.errors import CourierError, InvalidRequest, NeedsPerson, Refused, first_to_wait_for, is_resting
 from worker.jobs.batches import TURN_S, Answer, Desk, Kind, Notes, Spent, current, left_open, settle, slot, to_do
-from worker.jobs.pace import Pace
+from worker.jobs.pace import Pace, metered_fleet
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.payloads import BatchChunkJob, BatchChunkPayload, read_job
@@ -42,7 +42,8 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
     if job.round != batch.of(job.which).round:  # a message that is very late: this round is over
         return told
     with slot(run, tools), run.step(job.which):
-        left = _Attempt(kinds[batch.kind], job, batch, run, tools).go()
+        attempt = _Attempt(kinds[batch.kind], job, batch, run, tools)
+        left = attempt.go()
         still_open = [row.item for row in _open_rows(batches, batch, job)]
         if still_open and not left.stopped:
             errors = [error for item in still_open if (error := left.error_of(item))]
@@ -51,6 +52,8 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
             if left.busy:
                 raise NotYet("other jobs are at the same studies", delay_s=TURN_S)
             _give_up(batch, job, still_open, left, run)
+        if not left.stopped:
+            attempt.pay_up()
     if left.stopped and current(batches, batch.id).of(job.which).round != job.round:
         return told  # the chunk is another job's now
     over = batches.end_chunk(batch.id, job.which, job.chunk)
@@ -106,8 +109,10 @@ class _Attempt:
         """What failed before keeps nobody else from its turn; what killed a worker, perhaps, comes last and alone."""
         suspects = frozenset(self.notes.at)
         first = sorted((item for item in items if item.number not in suspects), key=self._was_begun)
-        size = self.pace.group_items(self.kind.group_items)
-        yield from (first[at : at + size] for at in range(0, len(first), size))
+        while first:
+            size = self.pace.group_items(self.kind.group_items, first)
+            group, first = first[:size], first[size:]
+            yield group
         yield from ([item] for item in items if item.number in suspects)
 
     def _was_begun(self, item: Item) -> bool:
@@ -137,16 +142,24 @@ class _Attempt:
         self.notes.begun |= self.notes.at
         self.notes.pace = self.pace.memo
         self.run.intend(self.notes.as_json())
-        desk = Desk(
-            self.batch, self.run, self.tools, rows=self.rows, down=self.left.down, spent=Spent(), notes=self.notes
-        )
+        spent = Spent()
+        tools = replace(self.tools, fleet=metered_fleet(self.tools.fleet, spent))
+        desk = Desk(self.batch, self.run, tools, rows=self.rows, down=self.left.down, spent=spent, notes=self.notes)
         answers = _answers(self.kind, self.job.which, group, desk, resumed)
         settled = [one for one in map(_settled, group, answers) if one]
         settle(self.batch, self.job.which, self.job.chunk, settled, run=self.run)
-        self.pace.account(settled, desk.spent)
+        self.pace.account(settled, spent)
         self.notes.begun -= {one.item.number for one in settled if one.status != "open"}
         self.notes.begun -= {item.number for item, answer in zip(group, answers, strict=True) if answer is None}
         _note_what_is_left(group, answers, self.left)
+
+    def pay_up(self) -> None:
+        """The chunk ends when it has paid for what it took, or each would begin with nothing owed."""
+        if self.pace.memo and self._is_on():
+            try:
+                self.pace.pay_up()
+            finally:
+                self._remember()
 
     def _leave_open(self) -> None:
         """The memo goes with this job; what it says of open items has to be known to a retry and to an undo."""

@@ -10,7 +10,7 @@ import json
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, cast
@@ -18,7 +18,9 @@ from typing import IO, Any, cast
 from worker.destinations import Archive, Destinations, Mark
 from worker.destinations.mark import CHUNK_BYTES, MANIFEST
 from worker.errors import PacsMisanswered, PacsRejected, SourceUnreachable, StudyConflict
+from worker.jobs.batches import Desk
 from worker.jobs.downloads import archived
+from worker.jobs.pace import metered
 from worker.jobs.passing import digest_of
 from worker.jobs.run import Run
 from worker.jobs.transfers import Transfer, bring, digests_on, images_on
@@ -63,9 +65,7 @@ def is_all_kept(pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinatio
     return there == now and (now.images, now.images_sha256) == (kept.images, kept.images_sha256)
 
 
-def restore(
-    pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinations, look: Callable[[int], None]
-) -> dict[str, Any]:
+def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any]:
     """Bring back to the server what it lacks of a kept study, and compare all of it.
 
     Raises
@@ -78,14 +78,15 @@ def restore(
     PacsMisanswered
         The server does not show them as they were kept; it is tried again.
     """
-    archive = destinations.archive(kept.url)
+    archive = desk.tools.destinations.archive(kept.url)
     with _opened(archive, pacs) as copy:
         if Mark.of(study_uid, copy.series_of) != Mark(study_uid, kept.images, kept.images_sha256):
             raise _conflict(pacs, f"{kept.url} does not hold what was kept; nothing was stored.")
         before = images_on(pacs, study_uid)
         _check_unchanged(pacs, study_uid, copy, before)
         wanted = copy.series_of.keys() - before.keys()
-        transfer = Transfer(cast(Pacs, copy), pacs, study_uid, resumed=True, look=look)
+        source = metered(cast(Pacs, copy), desk.spent)
+        transfer = Transfer(source, pacs, study_uid, resumed=True, look=lambda _: desk.run.check_ours())
         if wanted:
             bring(transfer, wanted, on_source=copy.series_of, on_target=before)
     if transfer.refused:

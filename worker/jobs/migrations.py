@@ -33,9 +33,6 @@ from worker.pacs.protocol import Pacs
 from worker.payloads import BatchMigrateJob, check_uid, read_job
 from worker.planning import Planned
 
-#: What listing a study on both ends takes at least.
-LOOK_REQUESTS = 2
-
 #: What is done to a study of a group.
 Do = Callable[..., Settled]
 
@@ -145,7 +142,6 @@ class _Group:
     source: Pacs
     target: Pacs
     _book: _Book
-    _till: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def at(cls, desk: Desk) -> _Group:
@@ -196,12 +192,6 @@ class _Group:
             self._book.write(replace(applied, status="open", result={**_figures(applied), **receipt.as_json()}))
 
         return Receipt.from_json(applied.result, save=save)
-
-    def spend(self, transfer: Transfer) -> None:
-        with self._till:
-            spent = self.desk.spent
-            spent.requests = (spent.requests or 0) + LOOK_REQUESTS + transfer.requests
-            spent.size_bytes = (spent.size_bytes or 0) + transfer.size_bytes
 
     def move_claim(self, item: Item, pacs: Pacs) -> None:
         self.desk.tools.ledger.move_claim(item.text, server=pacs.server.name, job_id=self.desk.run.job_id)
@@ -255,8 +245,6 @@ def _apply(item: Item, group: _Group) -> Settled:
     except Refused as error:
         server = error.server_name or target
         return Settled(item, "refused", error.payload["code"], error.message, receipt.as_json(), server=server)
-    finally:
-        group.spend(transfer)
     status: ItemStatus = "copied" if figures["added"] else "already_there"
     return Settled(item, status, "", "", {**figures, **receipt.as_json()}, server=target)
 
@@ -277,8 +265,6 @@ def _verify(item: Item, group: _Group) -> Settled:
                 told["source_deleted"] = True
     except Refused as error:
         return _not_verified(item, error, target)
-    finally:
-        group.spend(transfer)
     not_kept = f"Bytes were not compared: {' and '.join(told['not_kept_by'])} do not keep them."
     return Settled(item, "verified", "", not_kept if told["not_kept_by"] else "", told, server=target)
 
@@ -300,8 +286,6 @@ def _undo(item: Item, group: _Group) -> Settled:
         told = undo_study(transfer, receipt)
     except Refused as error:
         return Settled(item, "kept", error.payload["code"], error.message, server=error.server_name or target)
-    finally:
-        group.spend(transfer)
     if not told["removed"] and not told["restored"]:
         return Settled(item, "kept", "", f"{target} has nothing of it that this batch has added.", told, server=target)
     if told["restored"]:

@@ -1,15 +1,16 @@
 """How fast a batch may go, over all workers: its window of the day, its requests and bytes per second.
 
-The rates are kept by the library `limits` in the ledger's Redis; here stands how a group of items pays for itself: what
-is known of it before it begins, the rest before the next one does.
+The rates are kept by the library `limits` in the ledger's Redis; here stands what a group of items costs, and how it
+pays for itself: what is known of it before it begins, the rest before the next one does, or the chunk ends.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
 
 from limits import RateLimitItemPerSecond
 from limits.storage import RedisStorage
@@ -20,6 +21,8 @@ from worker.jobs.batches import Spent
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import PREFIX
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import Found, Pacs, Retrieved
 from worker.windows import Window
 
 #: A chunk waits so long where it is; then it makes room for others.
@@ -51,6 +54,44 @@ class Rate:
         return cls(math.floor(per_s * window_s + 1e-9), 1.0, window_s)
 
 
+#: What a server is asked; an answer of several pages counts as one request.
+_QUESTIONS: Final = frozenset(
+    {"find", "present", "store", "store_passing", "metadata", "studies", "instances", "delete"}
+)
+
+
+class Metered:
+    """A server, or whatever stands in for one; what it is asked, and the bytes that it sends, are counted."""
+
+    def __init__(self, pacs: Pacs, spent: Spent) -> None:
+        self._pacs = pacs
+        self._spent = spent
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _QUESTIONS:
+            self._spent.add(requests=1)
+        return getattr(self._pacs, name)
+
+    @contextmanager
+    def retrieve(self, found: Found) -> Iterator[Iterator[Retrieved]]:
+        self._spent.add(requests=1)
+        with self._pacs.retrieve(found) as parts:
+            yield (replace(part, chunks=self._counted(part.chunks)) for part in parts)
+
+    def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self._spent.add(size_bytes=len(chunk))
+            yield chunk
+
+
+def metered(pacs: Pacs, spent: Spent) -> Pacs:
+    return cast(Pacs, Metered(pacs, spent))
+
+
+def metered_fleet(fleet: Fleet, spent: Spent) -> Fleet:
+    return fleet.through(lambda pacs: metered(pacs, spent))
+
+
 class Pace:
     """The pace of a batch for one attempt at one of its chunks."""
 
@@ -64,12 +105,28 @@ class Pace:
         owed = (run.memo or {}).get("owed", {})
         self._owed: dict[str, float] = {unit: float(owed.get(unit, 0)) for unit in self._rates}
         self._paid: dict[str, float] = {}
+        self._carried = [0.0, 0.0]  # items in groups that are over, and their bytes
         self._batch_id = batch.id
         self._limiter = _limiter(tools) if self._rates else None
 
-    def group_items(self, items: int) -> int:
-        """How many items a group may have: no more than a second's requests."""
-        return max(1, min(items, int(self._per_s.get("requests", items))))
+    def group_items(self, most: int, items: Sequence[Item] = ()) -> int:
+        """How many of the next ``items`` a group may have: no more than a second's requests, or a second's bytes.
+
+        An item whose size nobody has said is taken for as large as those before it were, and the first goes alone.
+        """
+        most = max(1, min(most, int(self._per_s.get("requests", most))))
+        left = self._per_s.get("bytes", math.inf)
+        for at, item in enumerate(items[:most]):
+            left -= self._size_bytes(item)
+            if left < 0:
+                return max(1, at)
+        return most
+
+    def _size_bytes(self, item: Item) -> float:
+        if item.size_bytes is not None:
+            return item.size_bytes
+        count, size_bytes = self._carried
+        return size_bytes / count if count else math.inf
 
     @property
     def memo(self) -> dict[str, Any]:
@@ -89,12 +146,25 @@ class Pace:
         self._paid = {"requests": float(len(group)), "bytes": float(sum(item.size_bytes or 0 for item in group))}
         for unit in self._owed:
             self._owed[unit] += self._paid[unit]
+        try:
+            return self.pay_up()
+        except NotYet:
+            # The group does not begin: what was taken for it already is a credit.
+            self._owed = {unit: owed - self._paid[unit] for unit, owed in self._owed.items()}
+            raise
+
+    def pay_up(self) -> float:
+        """Return when all that is owed is paid for, after so many seconds, whatever the time of the day.
+
+        Raises
+        ------
+        NotYet
+            That is too long to wait for it here.
+        """
         waited_s = 0.0
         while not self._pay():
             if waited_s >= _STAY_S:
                 left_s = max(self._owed[unit] / self._per_s[unit] for unit in self._owed)
-                # The group does not begin: what was taken for it already is a credit.
-                self._owed = {unit: owed - self._paid[unit] for unit, owed in self._owed.items()}
                 delay_s = min(max(left_s, _STAY_S / 2), _LOOK_S)
                 raise NotYet("the batch goes as fast as it may", delay_s=delay_s, steady=True)
             pause_s = min(rate.window_s for rate in self._rates.values()) / _PIECES
@@ -103,12 +173,13 @@ class Pace:
         return waited_s
 
     def account(self, settled: Sequence[Settled], spent: Spent) -> None:
-        """What the group really took is paid for before the next one begins."""
+        """What the group really took is paid for before the next one begins, or the chunk ends."""
         carried = sum(int(one.result.get("size_bytes") or one.item.size_bytes or 0) for one in settled)
         took = {
             "requests": self._paid.get("requests", 0.0) if spent.requests is None else spent.requests,
             "bytes": float(carried if spent.size_bytes is None else spent.size_bytes),
         }
+        self._carried = [self._carried[0] + self._paid["requests"], self._carried[1] + took["bytes"]]
         for unit in self._owed:
             self._owed[unit] += took[unit] - self._paid[unit]
 

@@ -59,7 +59,6 @@ class Transfer:
     there: set[str] = field(default_factory=set)
     refused: dict[str, Outcome] = field(default_factory=dict)
     size_bytes: int = 0
-    requests: int = 0
     warnings: set[str] = field(default_factory=set)
     #: Whether images are spooled one by one, because the target does not take what has no announced length.
     spooled: bool = False
@@ -151,7 +150,6 @@ def _pass(transfer: Transfer, wanted: set[str], *, known: set[str], alone: bool)
         arriving = _Arriving(images, lambda uid: uid in wanted or uid not in known)
         while transfer.spooled == spooled and arriving.more():
             transfer.look(len(transfer.stored))
-            transfer.requests += 1
             _send(transfer, arriving, alone=alone)
         arriving.check()
     if transfer.spooled != spooled:

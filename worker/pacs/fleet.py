@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from copy import copy
 from typing import TypeVar
 
 from worker.errors import CourierError, InvalidRequest
@@ -30,6 +31,12 @@ class Fleet:
         except KeyError:
             known = ", ".join(self._by_name)
             raise InvalidRequest(f"No server is called {name!r}; configured are: {known}.") from None
+
+    def through(self, wrap: Callable[[Pacs], Pacs]) -> Fleet:
+        """The same servers, each as ``wrap`` gives it back, asked by the same threads; close the first fleet only."""
+        other = copy(self)
+        other._by_name = {name: wrap(pacs) for name, pacs in self._by_name.items()}
+        return other
 
     @property
     def names(self) -> list[str]:
