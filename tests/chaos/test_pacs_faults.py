@@ -91,6 +91,18 @@ def partly(dialect: str) -> Moods:
     }
 
 
+def hanging(dialect: str) -> Moods:
+    """All last calls but a rejection, which may take DCM4CHEE a quarter of an hour and is waited for so long."""
+    last = {LAST_CALL[operation, dialect] for operation in OPERATIONS}
+    return {operation: {"hang": True} for operation in last - {"reject"}}
+
+
+def dropped(dialect: str) -> Moods:
+    """A store reset in its body, an answer to a retrieval in its own, a deletion before any answer."""
+    last = {LAST_CALL["delete", dialect]: {"refuse": True}}
+    return {**last, "store": {"reset_after_bytes": 3000}, "retrieve": {"reset_answer": True}}
+
+
 #: Without an entry in `ENDS` all jobs end as they would without the fault.
 FAULTS: Mapping[str, Callable[[str], Moods]] = {
     "port closed": everywhere(refuse=True),
@@ -100,6 +112,10 @@ FAULTS: Mapping[str, Callable[[str], Moods]] = {
     "500": everywhere(status=500),
     "429, Retry-After": everywhere(status=429, retry_after_s=1),
     "503 at the last call": at_the_last_call(status=503),
+    "429 at the last call": at_the_last_call(status=429, retry_after_s=1),
+    "hangs at the last call": hanging,
+    "dropped at the last call": dropped,
+    "drips at the last call": at_the_last_call(drip_bytes_per_s=20),
     "reset in mid-body": in_mid_body(store={"reset_after_bytes": 3000}, answer={"reset_answer": True}),
     "answer cut off": in_mid_body(store={"truncate": True}, answer={"truncate": True}),
     "answer cut off, HTTP intact": in_mid_body(store={"truncate": "cleanly"}, answer={"truncate": "cleanly"}),
@@ -114,13 +130,20 @@ FAULTS: Mapping[str, Callable[[str], Moods]] = {
         LAST_CALL["delete", dialect]: {"status": 409},
         "retrieve": {"status": 409},
     },
+    "metadata refused": lambda dialect: {"metadata": {"status": {"msdicom": 406, "dcm4chee": 403}[dialect]}},
 }
 #: Faults that go on for so many seconds when all have met them: a minute's, as this worker's waits are short.
 LASTING = {"port closed": 2.0, "503": 2.0}
-#: There the fault is how the servers say that all is well.
-NO_FAULT = {("204 without a word", "delete"), ("409 to all but stores", "upload")}
+#: There the fault is how the servers say that all is well, or is none of that operation's.
+NO_FAULT = {
+    ("204 without a word", "delete"),
+    ("409 to all but stores", "upload"),
+    ("drips at the last call", "delete"),
+    ("metadata refused", "delete"),
+    ("metadata refused", "download"),
+}
 #: Faults that are over before anybody has to wait for it.
-PASSING = {"done, then dropped", "token expired in the middle", "409 to all but stores"}
+PASSING = {"done, then dropped", "token expired in the middle", "409 to all but stores", "metadata refused"}
 #: A conflict is the server's last word on a deletion and a retrieval.
 ENDS = {
     ("409 to all but stores", "delete"): "pacs_rejected",
@@ -291,6 +314,13 @@ def test_whatever_a_pacs_does_the_job_ends_and_everybody_agrees(
 
 def test_an_expired_token_costs_no_attempt(ward: Ward) -> None:
     assert {cell.attempts for cell in ward.under("token expired in the middle").values()} == {1}
+
+
+def test_an_image_whose_metadata_is_refused_is_stored_and_says_that_they_are_missing(ward: Ward) -> None:
+    cells = ward.under("metadata refused")
+    for dialect in DIALECTS:
+        payload = cells["upload", dialect].payload
+        assert (payload["warnings"], payload["metadata"]) == (["metadata_unavailable"], {})
 
 
 @pytest.mark.parametrize("fault", list(LASTING))
