@@ -82,6 +82,9 @@ class ServersJob(Job):
     servers: Annotated[list[str], Field(min_length=1, max_length=100)] | None = None
 
 
+#: What studies are like: values by DICOM keywords (PS3.6), the longest of which has 63 letters.
+Keyword = Annotated[str, Field(max_length=64)]
+Filters = Annotated[dict[Keyword, str], Field(max_length=50)]
 #: Servers by name; without them, all.
 Servers = Annotated[list[str], Field(min_length=1, max_length=64)]
 
@@ -100,7 +103,7 @@ class StudiesJob(Job):
     """`pacs.list_studies`: one page of at most ``limit`` studies, from where ``cursor`` says."""
 
     mode: Mode = "both"
-    filters: Annotated[dict[str, str], Field(max_length=50)] = {}
+    filters: Filters = {}
     limit: Annotated[int, Field(ge=1, le=5000)] = 500
     cursor: Annotated[str, Field(max_length=16_384)] | None = None
 
@@ -164,7 +167,7 @@ class BatchStudiesJob(BatchOrderJob):
     ``servers``: only on these.
     """
 
-    filters: Annotated[dict[str, str], Field(min_length=1, max_length=50)] | None = None
+    filters: Annotated[Filters, Field(min_length=1)] | None = None
     everything: bool = False
     servers: Servers | None = None
 
@@ -254,7 +257,7 @@ class AuditJob(Job):
     """
 
     servers: Servers | None = None
-    filters: Annotated[dict[str, str], Field(max_length=50)] = {}
+    filters: Filters = {}
     study_uid: Uid | None = None
     limit: Annotated[int, Field(ge=1, le=5000)] = 500
     cursor: Uid | None = None

@@ -46,6 +46,12 @@ def test_a_schema_says_what_a_message_must_and_may_hold() -> None:
     assert set(schema.schemas()["Error.json"]["required"]) == set(NotFound("x").payload)
 
 
+@pytest.mark.parametrize("keyword", ["\ud800", "x" * 65])
+def test_a_filter_by_what_no_keyword_can_be_is_refused(keyword: str) -> None:
+    with pytest.raises(InvalidRequest, match="filters"):
+        read_job(StudiesJob, {"filters": {keyword: "x"}})
+
+
 def test_the_error_schema_names_every_code() -> None:
     codes = schema.schemas()["Error.json"]["properties"]["code"]["enum"]
     assert codes == sorted({kind.code for kind in CourierError.subclasses()})

@@ -138,6 +138,15 @@ def test_an_archive_gives_each_entry_by_a_url_that_fetches_it(sources: Sources, 
         sources.fetch(f"zip+{url}!/elsewhere.dcm")
 
 
+def test_an_entry_without_a_name_is_passed_over(sources: Sources, folder: Path, packed: Packed) -> None:
+    url = packed({"a": BODY, "b": BODY})
+    packed_bytes = (folder / "images.zip").read_bytes()
+    (folder / "images.zip").write_bytes(packed_bytes.replace(b"a", b"\0"))  # where zipfile ends a name
+    assert list(everything(sources, url)) == [f"zip+{url}!/b"]
+    with pytest.raises(CourierError):
+        sources.fetch(f"zip+{url}!/")
+
+
 def test_an_archive_is_fetched_once_for_all_its_entries_and_let_go_later(
     sources: Sources, packed: Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

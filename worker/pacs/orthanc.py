@@ -184,7 +184,7 @@ class Orthanc:
     def storage(self) -> StorageState:
         """Oddity: "Statistics tell what is used, as text"."""
         size = self._object("/statistics").get("TotalDiskSize")
-        used = int(size) if isinstance(size, str | int) and str(size).isdigit() else None
+        used = int(size) if isinstance(size, str | int) and str(size).isascii() and str(size).isdecimal() else None
         return StorageState(used_bytes=used, note="Orthanc does not tell the size of its disk.")
 
     def database(self) -> DatabaseState:

@@ -174,7 +174,7 @@ class _Archive:
 
     def entries(self) -> Iterator[Listed]:
         for info in self._zip.infolist():
-            if info.is_dir():
+            if _is_no_file(info):
                 continue
             url = f"{PREFIX}{self._url}{_ENTRY}{quote(info.filename)}"
             why_not = self._why_not(info)
@@ -183,7 +183,7 @@ class _Archive:
     def read(self, name: str, limits: Limits) -> Fetched:
         source = f"{self._shown}{_ENTRY}{quote(name)}"
         info = self._zip.NameToInfo.get(name)
-        if info is None or info.is_dir():
+        if info is None or _is_no_file(info):
             raise SourceNotFound(f"{source} is not there: the archive has no such entry.")
         why_not = self._why_not(info)
         if why_not:
@@ -207,6 +207,11 @@ class _Archive:
             "made by macOS, no image": parts[0] == "__MACOSX",
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _is_no_file(info: zipfile.ZipInfo) -> bool:
+    """A folder, or an entry without a name, which nobody can ask for and `ZipInfo.is_dir` cannot bear."""
+    return not info.filename or info.is_dir()
 
 
 def _taken_apart(url: str) -> tuple[str, str]:
