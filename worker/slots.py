@@ -1,8 +1,8 @@
 """How many requests may be in flight to a server, over all workers: slots that processes lease, use, and give back.
 
 A process keeps a slot it has leased for its next call, so that a busy one asks Redis for nothing; what it did not need
-for half a second it gives back. Where others wait, it shrinks to its share. A dead process's slots expire with its lease.
-Nothing is known here of servers or jobs. Why no library does it: docs/decisions/0005.
+for half a second it gives back. Where others wait, it shrinks to its share. A dead process's slots expire with its
+lease. Nothing is known here of servers or jobs. Why no library does it: docs/decisions/0005.
 
 Keys, beside the ledger's:
 
