@@ -145,7 +145,7 @@ def test_a_wait_that_is_long_leaves_the_slot_to_others_and_is_not_forgotten(benc
     with pytest.raises(NotYet) as caught:
         pace.wait(items(1))
     assert caught.value.steady
-    assert caught.value.delay_s == 30
+    assert caught.value.delay_s == 1
     assert 55_000 < pace.memo["owed"]["bytes"] < 60_000
     again = bench.pace(memo={"begun": [], **pace.memo}, bytes_per_s=1000)
     with pytest.raises(NotYet):
@@ -185,3 +185,27 @@ def test_what_a_chunk_owes_at_its_end_is_paid_at_any_time_of_the_day(bench: Benc
     with pytest.raises(NotYet):
         pace.pay_up()
     assert 50_000 < pace.memo["owed"]["bytes"] < 60_000
+
+
+def test_a_long_debt_is_paid_not_much_slower_than_the_rate(bench: Bench) -> None:
+    pace = bench.pace(bytes_per_s=1000, requests_per_s=0.05)
+    pace.wait([])
+    pace.account([], Spent(size_bytes=60_000, requests=0))
+    begun_s = bench.clock.now_s
+    while pace.memo:
+        try:
+            pace.pay_up()
+        except NotYet as wait:
+            bench.clock.now_s += wait.delay_s
+    assert 58 <= bench.clock.now_s - begun_s <= 90
+    pace.account([], Spent(size_bytes=0, requests=2))
+    with pytest.raises(NotYet) as caught:
+        pace.pay_up()
+    assert caught.value.delay_s == 20, "a rate that gives out a ticket in twenty seconds is looked at that often"
+
+
+def test_requests_and_bytes_are_paid_for_at_the_same_time(bench: Bench) -> None:
+    pace = bench.pace(bytes_per_s=1000, requests_per_s=10)
+    pace.wait([])
+    pace.account([], Spent(size_bytes=2500, requests=25))
+    assert 1.4 <= pace.pay_up() <= 2

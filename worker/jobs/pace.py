@@ -164,13 +164,16 @@ class Pace:
         waited_s = 0.0
         while not self._pay():
             if waited_s >= _STAY_S:
-                left_s = max(self._owed[unit] / self._per_s[unit] for unit in self._owed)
-                delay_s = min(max(left_s, _STAY_S / 2), _LOOK_S)
-                raise NotYet("the batch goes as fast as it may", delay_s=delay_s, steady=True)
+                raise NotYet("the batch goes as fast as it may", delay_s=self._refilled_s(), steady=True)
             pause_s = min(rate.window_s for rate in self._rates.values()) / _PIECES
             self._tools.sleep(pause_s)
             waited_s += pause_s
         return waited_s
+
+    def _refilled_s(self) -> float:
+        """When to look again: what is not taken within its window is lost, so a long wait would pay for little."""
+        blocking = [rate.window_s for unit, rate in self._rates.items() if self._owed[unit] >= rate.worth]
+        return float(min([*blocking, _LOOK_S]))
 
     def account(self, settled: Sequence[Settled], spent: Spent) -> None:
         """What the group really took is paid for before the next one begins, or the chunk ends."""
@@ -184,15 +187,17 @@ class Pace:
             self._owed[unit] += took[unit] - self._paid[unit]
 
     def _pay(self) -> bool:
-        """Take tickets for what is owed; False if there are not enough of them now."""
+        """Take tickets for what is owed, of each kind as many as there are now; False if that is not enough."""
+        paid = True
         for unit, rate in self._rates.items():
             limit = RateLimitItemPerSecond(rate.amount, rate.window_s, namespace="batch")
             while (tickets := math.floor(self._owed[unit] / rate.worth + 1e-9)) > 0:
                 piece = min(tickets, max(1, rate.amount // _PIECES))
                 if not self._limiter or not self._limiter.hit(limit, self._batch_id, unit, cost=piece):
-                    return False
+                    paid = False
+                    break
                 self._owed[unit] -= piece * rate.worth
-        return True
+        return paid
 
 
 def _limiter(tools: Tools) -> MovingWindowRateLimiter:
