@@ -18,7 +18,7 @@ from worker.instances import identify
 from worker.jobs import transfers
 from worker.jobs.moves import Receipt, copy_study, delete_source, survey_study, undo_study, verify_moved, verify_study
 from worker.jobs.transfers import Transfer, images_on
-from worker.pacs.protocol import Fate, Found, Pacs, Part, Passing
+from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
 from worker.pacs.registry import connect
 from worker.settings import ServerSettings, ServerType
 
@@ -166,6 +166,28 @@ def test_only_what_the_target_lacks_is_brought_and_taken_back(way: Move) -> None
     assert way.verify()["images_on_target"] == 5
     assert way.undo()["removed"] == 2
     assert way.on_target == {*there, shared}
+
+
+@pytest.mark.parametrize("target", ["msdicom", "orthanc"])
+def test_what_was_stored_without_an_answer_is_ours_when_it_is_sent_again(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, target: Any
+) -> None:
+    move = Move(*(server(kind, WHERE[kind](request)) for kind in ("dcm4chee", target)))  # type: ignore[arg-type]
+    uids = set(move.put(move.source, 3))
+    store, forgotten = move.target.store_passing, []
+
+    def forgetful(passing: Iterable[Passing]) -> list[Outcome]:
+        outcomes = store(passing)
+        if forgotten:
+            return outcomes
+        forgotten.extend(outcomes)
+        return [Outcome(one.sop_instance_uid, Fate.UNMENTIONED) for one in outcomes]
+
+    monkeypatch.setattr(move.target, "store_passing", forgetful)
+    assert move.copy()["added"] == 3
+    assert move.added == move.on_target == uids
+    assert move.undo()["removed"] == 3
+    assert move.on_target == set()
 
 
 def test_a_study_that_the_source_does_not_have_is_not_found(move: Move) -> None:

@@ -64,6 +64,8 @@ class Transfer:
     spooled: bool = False
     #: The images that the source lists, or has sent, each with its series.
     listed: dict[str, str] = field(default_factory=dict)
+    #: What was sent once and not answered for, and so may be ours where it is there already.
+    unanswered: set[str] = field(default_factory=set)
     #: What an answer left open.
     unclear: dict[str, Outcome] = field(default_factory=dict)
 
@@ -113,6 +115,7 @@ def bring(
     transfer.unclear.clear()
     _pass(transfer, set(wanted), known=on_source.keys() | set(on_target), alone=False)
     again = {uid for uid, outcome in transfer.unclear.items() if outcome.fate is Fate.UNMENTIONED}
+    transfer.unanswered |= again
     for uid in again:
         del transfer.unclear[uid]
     _pass(transfer, again, known=transfer.listed.keys() | set(on_target), alone=True)
@@ -195,7 +198,8 @@ def _refused_as_a_whole(transfer: Transfer, sent: list[Incoming], error: PacsRej
 def _judge(transfer: Transfer, image: Incoming, outcome: Outcome) -> None:
     uid = image.instance.sop_instance_uid
     transfer.listed.setdefault(uid, image.instance.series_instance_uid)
-    if outcome.fate is Fate.STORED or (outcome.fate is Fate.ALREADY_THERE and transfer.resumed):
+    may_be_ours = transfer.resumed or uid in transfer.unanswered
+    if outcome.fate is Fate.STORED or (outcome.fate is Fate.ALREADY_THERE and may_be_ours):
         transfer.stored[uid] = image.sha256
         transfer.size_bytes += image.size_bytes
         transfer.warnings |= set(outcome.warnings)
