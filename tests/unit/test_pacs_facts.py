@@ -450,6 +450,12 @@ def test_orthanc_has_to_speak_of_what_it_was_sent(answer: object) -> None:
         fates(pacs, "1.3", "1.4")
 
 
+def test_orthanc_that_refuses_an_archive_leaves_open_what_it_has_stored() -> None:
+    pacs, _ = asked("orthanc", Reply(400, {"OrthancStatus": 15}))
+    with pytest.raises(PacsMisanswered, match="as a whole"):
+        fates(pacs, "1.3", "1.4")
+
+
 def test_orthanc_05_a_file_without_preamble_is_no_file_of_the_standard_so_it_gets_one() -> None:
     pacs, wire = asked("orthanc", Reply(200, imported("Success")))
     pacs.store([part(has_preamble=False)])

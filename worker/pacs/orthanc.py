@@ -112,8 +112,11 @@ class Orthanc:
         return self._judged(once.sent, told)
 
     def _import(self, archive: ZipBody | PassingZip) -> list[dict[str, Any]]:
-        request = Request("POST", f"{self._root}/instances", archive.headers, archive)
-        return self._objects(self._web.parse(self._transport.exchange(request)))
+        request = Request("POST", f"{self._root}/instances", archive.headers, archive, expected=(200, 400))
+        answer = self._transport.exchange(request)
+        if answer.status == 400:  # it did not arrive whole; or Orthanc gave up in the middle, and has stored some
+            raise self._web.misanswered("a refusal of the archive as a whole")
+        return self._objects(self._web.parse(answer))
 
     def _judged(self, sent: Sequence[Sent], told: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         """One outcome per image. Where files are left out, what the others are has to be asked by their keys."""
