@@ -25,7 +25,7 @@ ROOM_S = 40
 
 
 class Storm:
-    """Four workers, of which one ends every second or so, if more than half are ready, and is started again."""
+    """Four workers, of which one ends every second or so, if half of them are ready, and is started again."""
 
     def __init__(self, crew, rng):
         self._crew, self._rng = crew, rng
@@ -43,7 +43,7 @@ class Storm:
             if not worker.alive:
                 self._workers[place] = self._start(POOLS[place])
         ready = [place for place, worker in enumerate(self._workers) if f"{worker.name}@courier ready." in worker.log]
-        if len(ready) > len(POOLS) // 2 and time.monotonic() >= self._next_s:
+        if len(ready) >= len(POOLS) // 2 and time.monotonic() >= self._next_s:
             self._strike(self._rng.choice(ready))
             self._next_s = time.monotonic() + self._rng.uniform(0.5, 1.5)
 
