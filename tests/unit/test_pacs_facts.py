@@ -412,6 +412,13 @@ def test_orthanc_02_the_good_ones_are_stored_beside_a_bad_one_and_told_by_their_
     assert wire.calls[1] == f"GET /instances/{KEY[:-1]}0"
 
 
+def test_orthanc_is_not_asked_for_the_key_of_what_it_filtered_out() -> None:
+    of_the_key = {"ID": KEY, "MainDicomTags": {"SOPInstanceUID": "1.3"}}
+    pacs, wire = asked("orthanc", Reply(200, imported("FilteredOut", "Success")), Reply(200, of_the_key))
+    assert fates(pacs, "1.2.8", "1.3", "1.2.9") == [Fate.REJECTED, Fate.STORED, Fate.REJECTED]
+    assert len(wire.calls) == 2
+
+
 def test_orthanc_03_a_200_without_any_image_stored_nothing() -> None:
     pacs, _ = asked("orthanc", Reply(200, []))
     assert fates(pacs, "1.3") == [Fate.REJECTED]

@@ -49,7 +49,9 @@ IDENTIFIERS: Mapping[Level, str] = {
 }
 #: A SHA-1 in five groups.
 _KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.ASCII).fullmatch
-#: What we call a file of which Orthanc says nothing, beside what it says of one that it could read.
+#: What Orthanc says of an image when it has it.
+THERE = ("Success", "AlreadyStored")
+#: What we call a file of which it says nothing.
 LEFT_OUT = {"Status": "left out"}
 FATES: Mapping[str, tuple[Fate, str]] = {
     LEFT_OUT["Status"]: (Fate.REJECTED, "The server cannot read the file as DICOM."),
@@ -126,9 +128,9 @@ class Orthanc:
             raise self._web.misanswered("outcomes that are not those of the images it was sent")
         if len(told) == len(uids):
             return [_outcome(uid, one) for uid, one in zip(uids, told, strict=True)]
-        by_uid = {self._uid_of(str(one["ID"])): one for one in told if "ID" in one}
-        left_out = LEFT_OUT if len(keys) == len(told) else {"Status": "Failure"}
-        return [_outcome(uid, by_uid.get(uid, left_out)) for uid in uids]
+        there = {self._uid_of(str(one["ID"])): one for one in told if one.get("Status") in THERE}
+        unclear = any(_outcome("", one).fate is Fate.TRY_AGAIN for one in told)
+        return [_outcome(uid, there.get(uid, {"Status": "Failure"} if unclear else LEFT_OUT)) for uid in uids]
 
     def _uid_of(self, key: str) -> str:
         """The SOP Instance UID of what Orthanc calls by a key of its own."""
