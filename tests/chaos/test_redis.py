@@ -20,6 +20,7 @@ WAIT_S = 60
 JOBS = 40
 #: What Celery and redis-py say of a broker that is gone, with the traceback; the worker goes on.
 GONE = ("ConnectionError", "TimeoutError", "ConnectionRefusedError", "Connection to broker lost", "OperationalError")
+GONE += ("the ledger cannot be reached",)  # the message is given back
 AREA = "Redis"
 
 

@@ -23,6 +23,7 @@ def everything_in(url):
         for key in client.scan_iter():
             read = {b"hash": client.hgetall, b"string": client.get, b"zset": lambda k: client.zrange(k, 0, -1)}
             read |= {b"list": lambda k: client.lrange(k, 0, -1), b"set": client.smembers}
+            read |= {b"none": lambda _: "expired meanwhile"}
             texts.append(f"{key!r} {read[client.type(key)](key)!r}")
         return "\n".join(texts)
 

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -214,7 +215,9 @@ class Guard:
             with self._starting:
                 if self._thread is None:
                     self.refresh()
-                    self._thread = threading.Thread(target=self._loop, name="guard", daemon=True)
+                    self._thread = threading.Thread(
+                        target=_look_round, args=(weakref.ref(self),), name="guard", daemon=True
+                    )
                     self._thread.start()
 
     def refresh(self) -> None:
@@ -231,13 +234,19 @@ class Guard:
         for probe in list(self._probes.values()):
             self._breakers.renew(probe.breaker, probe.token, for_s=PROBE_S)
 
-    def _loop(self) -> None:
-        while True:
-            time.sleep(BEAT_S)
-            try:
-                self._beat()
-            except Exception as error:  # noqa: BLE001 - without this thread slots and breakers would stand still
-                log.warning("The guard could not look round (%s); trying again", type(error).__name__)
+
+def _look_round(guard: weakref.ref[Guard]) -> None:
+    """As long as somebody has the guard: without this thread its slots and breakers would stand still."""
+    while True:
+        time.sleep(BEAT_S)
+        there = guard()
+        if there is None:
+            return
+        try:
+            there._beat()
+        except Exception as error:  # noqa: BLE001 - the thread's outermost door
+            log.warning("The guard could not look round (%s); trying again", type(error).__name__)
+        del there
 
 
 def _judge(call: Call, server: ServerSettings, error: CourierError) -> None:

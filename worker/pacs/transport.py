@@ -192,15 +192,22 @@ class Transport:
         return bytes(body)
 
     def _blocks(self, response: BaseHTTPResponse, timeout_s: float) -> Iterator[bytes]:
-        """The body, whose every block has ``timeout_s``: as long as it likes in all, but no sender drips for ever.
+        """The body as it comes, each `BLOCK_BYTES` within ``timeout_s``: it takes as long as it likes, but not for ever.
 
         Only waiting for the server counts, not what is done with the blocks between.
         """
         with self._reading(f"{BLOCK_BYTES // 1024} KiB more were not there within {timeout_s:g} s"):
-            allow(response, timeout_s)
-            while block := response.read(BLOCK_BYTES):
+            left_s, came_bytes = timeout_s, 0
+            while True:
+                allow(response, left_s)
+                asked_s = time.monotonic()
+                block = response.read1(BLOCK_BYTES)
+                if not block:
+                    return
+                left_s, came_bytes = left_s - (time.monotonic() - asked_s), came_bytes + len(block)
+                if came_bytes >= BLOCK_BYTES:
+                    left_s, came_bytes = timeout_s, 0
                 yield block
-                allow(response, timeout_s)
 
     @contextmanager
     def _reading(self, too_slow: str) -> Iterator[None]:

@@ -16,6 +16,8 @@ from contextlib import closing, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
+from urllib3.exceptions import HTTPError
+
 from worker.deadlines import timed
 from worker.errors import (
     CourierError,
@@ -207,7 +209,7 @@ def _translated(source: str) -> Iterator[None]:
         raise SourceTruncated(f"{source} did not arrive whole; it is fetched again from the start.") from error
     except boto.ParamValidationError as error:
         raise SourceNotAllowed(f"{source} is no name that S3 allows; write s3://bucket/key.") from error
-    except (boto.ConnectionError, boto.HTTPClientError, boto.CredentialRetrievalError) as error:
+    except (boto.ConnectionError, boto.HTTPClientError, boto.CredentialRetrievalError, HTTPError) as error:
         raise SourceUnreachable(f"{source} cannot be reached; it is tried again.") from error
     except boto.BotoCoreError as error:
         raise SourceDenied(f"{source} cannot be asked for ({type(error).__name__}); {_CREDENTIALS}.") from error
