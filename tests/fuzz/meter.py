@@ -66,8 +66,9 @@ def run_case(target: Target, case: bytes, tally: Tally) -> None:
     """Hold every property against one case; `Finding` is the first that does not hold."""
     prepared = target.prepare(case)
     result, seconds, peak_bytes = _measured(target, prepared)
-    if seconds > LIMIT_S:  # the meter of memory slows things down, and so does a neighbour
-        seconds = min(seconds, _seconds(target, prepared))
+    for _ in range(3):  # the meter of memory slows things down, and so does a neighbour on the same processor
+        if seconds > LIMIT_S:
+            seconds = min(seconds, _seconds(target, prepared))
     if seconds > LIMIT_S:
         raise Finding(f"takes {seconds:.1f} s of processor time")
     allowance_bytes = target.allowance_bytes(case)

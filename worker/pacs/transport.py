@@ -192,7 +192,7 @@ class Transport:
         return bytes(body)
 
     def _blocks(self, response: BaseHTTPResponse, timeout_s: float) -> Iterator[bytes]:
-        """The body as it comes, each `BLOCK_BYTES` within ``timeout_s``: it takes as long as it likes, but not for ever.
+        """The body as it comes, each `BLOCK_BYTES` within ``timeout_s``: it may take long, but not for ever.
 
         Only waiting for the server counts, not what is done with the blocks between.
         """
