@@ -13,6 +13,7 @@ A server that is not installed fails the test in CI (``CI=true``) and skips it, 
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,13 @@ def _or_missing(start: Callable[[], Any]) -> Any:
         if os.environ.get("CI") == "true":
             pytest.fail(str(missing))
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_of_what_is_gone_end() -> Iterator[None]:
+    """Guards end their threads when they are collected; hundreds of them would take the processor from later tests."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
