@@ -9,6 +9,7 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,8 +108,9 @@ class Pulse:
         with self._lock:
             self._runs[_attempt(run)] = (run, time.monotonic())
             if not self._threads:
-                for name, beat in (("pulse", self._renew), ("stages", self._show_stage)):
-                    thread = threading.Thread(target=self._loop, args=(beat,), name=name, daemon=True)
+                for name, beat in (("pulse", Pulse._renew), ("stages", Pulse._show_stage)):
+                    args = (weakref.ref(self), beat, self._beat_s)
+                    thread = threading.Thread(target=_beat_on, args=args, name=name, daemon=True)
                     thread.start()
                     self._threads.append(thread)
         try:
@@ -136,19 +138,18 @@ class Pulse:
             if not run.lost and self._ledger.heartbeat(run.job_id, run.fence):
                 self._publish(run.job_id, meta)
 
-    def _loop(self, beat: Callable[[Run, float, dict[tuple[str, int], Any]], None]) -> None:
-        done: dict[tuple[str, int], Any] = {}  # by attempt: when it was renewed, or which stage was shown
-        while True:
-            time.sleep(self._beat_s)
-            with self._lock:
-                runs = list(self._runs.values())
-                done = {attempt: what for attempt, what in done.items() if attempt in self._runs}
-            for run, begun in runs:
-                with job_lines(run.job_id):
-                    try:
-                        beat(run, begun, done)
-                    except Exception as error:  # noqa: BLE001 - without this thread every job would lose its lease
-                        log.warning("A beat failed (%s); trying again", type(error).__name__)
+    def round(self, beat: Beat, done: Done) -> Done:
+        """One beat for each running job; what was ``done`` for it before goes with it."""
+        with self._lock:
+            runs = list(self._runs.values())
+            done = {attempt: what for attempt, what in done.items() if attempt in self._runs}
+        for run, begun in runs:
+            with job_lines(run.job_id):
+                try:
+                    beat(self, run, begun, done)
+                except Exception as error:  # noqa: BLE001 - without this thread every job would lose its lease
+                    log.warning("A beat failed (%s); trying again", type(error).__name__)
+        return done
 
     def _renew(self, run: Run, begun: float, renewed: dict[tuple[str, int], Any]) -> None:
         now = time.monotonic()
@@ -162,6 +163,23 @@ class Pulse:
         if run.shown and time.monotonic() - begun >= self._beat_s and shown.get(_attempt(run)) != stage:
             shown[_attempt(run)] = stage
             self.show(run, {"stage": stage, "attempt": run.attempt})
+
+
+#: By attempt: when it was renewed, or which stage was shown.
+Done = dict[tuple[str, int], Any]
+Beat = Callable[[Pulse, Run, float, Done], None]
+
+
+def _beat_on(pulse: weakref.ref[Pulse], beat: Beat, beat_s: float) -> None:
+    """As long as somebody has the pulse."""
+    done: Done = {}
+    while True:
+        time.sleep(beat_s)
+        there = pulse()
+        if there is None:
+            return
+        done = there.round(beat, done)
+        del there
 
 
 def _attempt(run: Run) -> tuple[str, int]:
