@@ -138,7 +138,7 @@ class Pulse:
             if not run.lost and self._ledger.heartbeat(run.job_id, run.fence):
                 self._publish(run.job_id, meta)
 
-    def round(self, beat: Beat, done: Done) -> Done:
+    def round(self, beat: Beat, done: ByAttempt) -> ByAttempt:
         """One beat for each running job; what was ``done`` for it before goes with it."""
         with self._lock:
             runs = list(self._runs.values())
@@ -166,13 +166,13 @@ class Pulse:
 
 
 #: By attempt: when it was renewed, or which stage was shown.
-Done = dict[tuple[str, int], Any]
-Beat = Callable[[Pulse, Run, float, Done], None]
+ByAttempt = dict[tuple[str, int], Any]
+Beat = Callable[[Pulse, Run, float, ByAttempt], None]
 
 
 def _beat_on(pulse: weakref.ref[Pulse], beat: Beat, beat_s: float) -> None:
     """As long as somebody has the pulse."""
-    done: Done = {}
+    done: ByAttempt = {}
     while True:
         time.sleep(beat_s)
         there = pulse()
