@@ -19,6 +19,7 @@ import kombu
 import kombu.exceptions
 import redis
 from celery import Celery
+from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendError
 from kombu.connection import Connection
 
@@ -157,8 +158,13 @@ class Courier:
         self.close()
 
     def close(self) -> None:
+        """End its connections. Those to the broker stay: Celery shares them among all apps of this program."""
         self._sender.close()
         self._app.close()
+        if isinstance(self._app.backend, RedisBackend):
+            self._app.backend.client.connection_pool.disconnect()
+        if self._ledger is not None:
+            self._ledger.close()
 
     def upload(
         self,

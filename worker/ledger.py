@@ -751,6 +751,10 @@ class Ledger:
         )
         return cls(client, worker=worker, **times)
 
+    def close(self) -> None:
+        """End the connections of `connect`; whoever asks again opens new ones."""
+        self.client.close()
+
     # --- a job's life ---------------------------------------------------------------------------------------
 
     def submit(
