@@ -15,7 +15,6 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -252,17 +251,6 @@ def _no_secret(shown: str) -> None:
         raise Finding(f"shows what a server wrote: {shown!r}")
 
 
-def _questions(case: bytes) -> list[Any]:
-    """Every reading of a JSON answer: our error, or the paths that would be asked next; one answer at a time."""
-    found: list[Any] = []
-    for ask in _QUESTIONS:
-        try:
-            found += ask(case)
-        except CourierError as error:  # the next question is asked all the same
-            found.append(_bare(error))
-    return found
-
-
 def _web(case: bytes) -> DicomWeb:
     return DicomWeb(_canned("dicomweb", case))
 
@@ -284,11 +272,9 @@ def _metadata(case: bytes) -> list[str]:
     return []
 
 
-def _told(case: bytes, name: str, dialect: Any) -> list[str]:
+def _told(case: bytes, name: str, dialect: Any, call: str) -> list[str]:
     """What a server says of itself; each call meets a server that has said nothing yet."""
-    for call in ("state", "storage", "database"):
-        with suppress(CourierError):
-            getattr(dialect(_canned(name, case)), call)()
+    getattr(dialect(_canned(name, case)), call)()
     return []
 
 
@@ -309,16 +295,22 @@ _QUESTIONS: tuple[Callable[[bytes], list[str]], ...] = (
     lambda case: [text(ds, "0020000D")[:0] for ds in _web(case).studies([])],
     _metadata,
     _words,
-    *(functools.partial(_told, name=name, dialect=dialect) for name, dialect in _DIALECTS),
+    *(
+        functools.partial(_told, name=name, dialect=dialect, call=call)
+        for name, dialect in _DIALECTS
+        for call in ("state", "storage", "database")
+    ),
 )
 
 
-def _paths_are_fit_to_be_asked(_case: bytes, results: Any) -> None:
-    for one in results:
-        if isinstance(one, CourierError):
-            _no_secret(str(one))
-        elif one and not _PATH.fullmatch(one):
-            raise Finding(f"would ask for {one!r}")
+def _paths_are_fit_to_be_asked(_case: bytes, result: Any) -> None:
+    """The paths that would be asked next, or our error."""
+    if isinstance(result, CourierError):
+        _no_secret(str(result))
+        return
+    for path in result:
+        if path and not _PATH.fullmatch(path):
+            raise Finding(f"would ask for {path!r}")
 
 
 _PATH = re.compile(r"/studies/[\w.-]+(/series/[\w.-]+(/instances/[\w.-]+)?)?", re.ASCII)
@@ -736,13 +728,6 @@ _SHAPED_ARCHIVE = st.builds(
 )
 
 
-def _list(case: bytes) -> list[int]:
-    """A file of rows in each form, and as a plan; by ``column``, what came of them."""
-    return _each(
-        *(functools.partial(_rows, case, column) for column in (None, "study")), functools.partial(_plan, case)
-    )
-
-
 def _rows(case: bytes, column: str | None) -> int:
     with Items() as items:
         items.add(rows_of_stream(io.BytesIO(case), "a file", column=column), study_uid)
@@ -756,9 +741,12 @@ def _plan(case: bytes) -> int:
         return PlanFile(Path(file.name)).totals.items
 
 
-def _no_more_items_than_lines(case: bytes, results: Any) -> None:
-    counts = [count for count in results if isinstance(count, int)]
-    if any(count > case.count(b"\n") + case.count(b"\r") + 1 for count in counts):
+#: A file of rows in each form, and as a plan.
+_LISTS = (functools.partial(_rows, column=None), functools.partial(_rows, column="study"), _plan)
+
+
+def _no_more_items_than_lines(case: bytes, count: Any) -> None:
+    if isinstance(count, int) and count > case.count(b"\n") + case.count(b"\r") + 1:
         raise Finding("finds more items than there are lines")
 
 
@@ -793,7 +781,7 @@ TARGETS = (
         seeds=_files,
         shaped=_shaped_file(),
         prepare=_same,
-        act=_identify,
+        acts=(_identify,),
         check=_agrees_with_pydicom,
         allowance_bytes=_identify_allowance,
     ),
@@ -801,21 +789,21 @@ TARGETS = (
         "stow",
         seeds=_stow_answers,
         shaped=_as_json(st.one_of(_STOW, _DATASET, _JSON)),
-        act=_store,
+        acts=(_store,),
         check=_outcomes_are_told,
     ),
     _JSON_ANSWER(
         "imports",
         seeds=_import_answers,
         shaped=_as_json(st.one_of(_IMPORTS, _JSON)),
-        act=_import,
+        acts=(_import,),
         check=_imports_are_told,
     ),
     _JSON_ANSWER(
         "qido",
         seeds=_qido_answers,
         shaped=_as_json(st.one_of(st.lists(_DATASET, max_size=4), _JSON, _SAID, st.lists(_SAID, max_size=2))),
-        act=_questions,
+        acts=_QUESTIONS,
         check=_paths_are_fit_to_be_asked,
     ),
     Target(
@@ -823,7 +811,7 @@ TARGETS = (
         seeds=_multipart_answers,
         shaped=_SHAPED_MULTIPART,
         prepare=_same,
-        act=_multipart,
+        acts=(_multipart,),
         check=_no_byte_is_made_up_and_cuts_do_not_matter,
     ),
     Target(
@@ -831,7 +819,7 @@ TARGETS = (
         seeds=_messages,
         shaped=_as_json(st.one_of(_JOBS, _JOBS, _JSON)),
         prepare=_message,
-        act=_jobs,
+        acts=(_jobs,),
         check=_jobs_are_told,
     ),
     Target(
@@ -839,7 +827,7 @@ TARGETS = (
         seeds=lambda: [form.encode() for form in _FORMS],
         shaped=_SHAPED_URL,
         prepare=_url,
-        act=_policies,
+        acts=(_policies,),
         check=_urls_are_told,
     ),
     Target(
@@ -847,7 +835,7 @@ TARGETS = (
         seeds=_archives,
         shaped=_SHAPED_ARCHIVE,
         prepare=_same,
-        act=_archive,
+        acts=(_archive,),
         check=_entries_are_told,
         allowance_bytes=lambda _: ALLOWANCE_BYTES + 3 * _ENTRY_BYTES + 2 * CHUNK_BYTES,
     ),
@@ -856,7 +844,7 @@ TARGETS = (
         seeds=_lists,
         shaped=_SHAPED_LIST,
         prepare=_same,
-        act=_list,
+        acts=_LISTS,
         check=_no_more_items_than_lines,
         allowance_bytes=lambda _: 2 * ALLOWANCE_BYTES,
     ),

@@ -76,7 +76,7 @@ def test_the_fuzzer_finds_each_kind_of_fault(
         seeds=lambda: [b"x" * 100_000],
         shaped=st.binary(),
         prepare=lambda case: case,
-        act=act,
+        acts=[act],
         check=lambda _prepared, _result: None,
     )
     found = by_bytes(broken, 1, Tally(), seed=1)
@@ -88,11 +88,11 @@ def test_the_fuzzer_finds_a_secret_that_is_shown(name: str) -> None:
     target = next(target for target in TARGETS if target.name == name)
     case = f'"https://u:{SECRET}@h"'.encode() if name == "jobs" else f"https://u:{SECRET}@h".encode()
     error = NotDicom(f"It says {SECRET}.")
-    shown = ("", [error]) if name == "urls" else [error]
+    shown = {"urls": ("", [error]), "qido": error}.get(name, [error])
     with pytest.raises(AssertionError, match=SECRET):
         target.check(target.prepare(case), shown)
 
 
 def test_hypothesis_hands_back_the_smallest_case_on_which_a_property_fails() -> None:
-    broken = dataclasses.replace(TARGETS[0], name="broken", seeds=lambda: [b""], shaped=st.binary(), act=crash)
+    broken = dataclasses.replace(TARGETS[0], name="broken", seeds=lambda: [b""], shaped=st.binary(), acts=[crash])
     assert [len(finding.case) for finding in by_hypothesis(broken, 50, Tally(), profile="suite")] == [1]
