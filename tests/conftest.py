@@ -28,6 +28,10 @@ from sandbox.images import ImageServer
 from sandbox.processes import AzuritePart, Child, OrthancPart, Processes, RedisPart, SandboxPart
 from worker.settings import Settings
 
+# Tables are as wide as a test says: readline tells child processes, such as xdist's, of a terminal of its own.
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
+
 #: What a worker's log holds when its code, and not its input, is wrong (the second as worker/jobs/carry.py logs it).
 SIGNS_OF_A_FAULT = ("Traceback (most recent call last)", "A fault of the worker itself")
 
