@@ -84,6 +84,9 @@ _CHUNKS_READ: Final = 20
 _NO_SERVER: Final = "-"
 #: The record of a chunk that ended serves messages of it that come late; there are many such records.
 _RECORD_KEEP_MS: Final = 300_000
+#: A program has read all items before it begins to write a plan, so it is gone if it has not written for so long.
+_PLANNER_GONE_MS: Final = 60_000
+_PLANNER_GONE: Final = "Whoever planned it was interrupted; nothing was done. Order it again."
 
 _NOW = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
 
@@ -92,12 +95,14 @@ _OPEN = (
     + """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'planning', 'kind', ARGV[2], 'servers', ARGV[3], 'order', ARGV[4],
-  'width', ARGV[5], 'name', ARGV[6], 'items', 0, 'chunks', 0, 'bytes', 0, 'created_ms', now)
+  'width', ARGV[5], 'name', ARGV[6], 'items', 0, 'chunks', 0, 'bytes', 0, 'created_ms', now, 'planned_ms', now)
 redis.call('PEXPIRE', KEYS[1], ARGV[7])
 redis.call('ZADD', KEYS[2], now, ARGV[1])
 return 1
 """
 )
+
+_WRITTEN_ON = _NOW + "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'planned_ms', now) end"
 
 # What the planner has skipped it has written under its token, too.
 # KEYS: batch; outcomes and results of the planner, those of apply. ARGV: token, then fields of the batch.
@@ -264,11 +269,19 @@ redis.call('HSET', KEYS[1], 'state', b[2] or 'running')
 return b[2] or 'running'
 """
 
-# A batch whose conductor's job is over (cancelled, dead) is nobody's any more: it stops.
-_STATE = """
-local b = redis.call('HMGET', KEYS[1], 'state', 'conductor', 'paused_from')
+# A batch whose conductor's job is over (cancelled, dead) is nobody's any more: it stops. So does one without a job
+# whose plan nobody writes on. ARGV: prefix of jobs, batch id, life of a plan that does not grow, what is said then.
+_STATE = (
+    _NOW
+    + """
+local b = redis.call('HMGET', KEYS[1], 'state', 'conductor', 'paused_from', 'planned_ms')
 local state = b[1] or ''
 local doing = state == 'paused' and b[3] or state
+if state == 'planning' and not b[2] and b[4] and now - b[4] > tonumber(ARGV[3])
+    and redis.call('EXISTS', ARGV[1] .. ARGV[2]) == 0 then
+  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'warnings', ARGV[4])
+  return {'cancelled', 1}
+end
 if b[2] and (doing == 'planning' or doing == 'running' or doing == 'verifying' or doing == 'undoing') then
   local job = redis.call('HGET', ARGV[1] .. b[2], 'state')
   if job == 'done' or job == 'dead' then
@@ -279,6 +292,7 @@ if b[2] and (doing == 'planning' or doing == 'running' or doing == 'verifying' o
 end
 return {state, 0}
 """
+)
 
 
 @dataclass(frozen=True)
@@ -467,7 +481,7 @@ class Batches:
         self._record, self._end_chunk, self._reopen = script(_RECORD), script(_END_CHUNK), script(_REOPEN)
         self._begin, self._end_pass, self._take = script(_BEGIN), script(_END_PASS), script(_TAKE)
         self._steer, self._pause, self._resume = script(_STEER), script(_PAUSE), script(_RESUME)
-        self._state = script(_STATE)
+        self._state, self._written_on = script(_STATE), script(_WRITTEN_ON)
 
     # --- the plan -------------------------------------------------------------------------------------------
 
@@ -507,6 +521,7 @@ class Batches:
             pipe.hset(key, mapping={str(number): cast(Any, deflated(lines)) for number, lines in chunks.items()})
             pipe.pexpire(key, self._keep_ms)
             pipe.pexpire(_key(batch_id), self._keep_ms)
+            self._written_on(keys=[_key(batch_id)], client=pipe)
             pipe.execute()
 
     def skip_planned(self, batch_id: str, token: str, skipped: Mapping[int, str]) -> None:
@@ -740,8 +755,9 @@ class Batches:
         ]
 
     def state(self, batch_id: str) -> str:
-        """The state, seen to be over when the conductor's job is; "" if there is no such batch."""
-        state, ended = self._state(keys=[_key(batch_id)], args=[f"{PREFIX}job:"])
+        """The state, seen to be over when the conductor's job is, or the planner gone; "" if there is no such batch."""
+        args: list[str | int] = [f"{PREFIX}job:", batch_id, _PLANNER_GONE_MS, json.dumps([_PLANNER_GONE])]
+        state, ended = self._state(keys=[_key(batch_id)], args=args)
         if ended:
             self.expire(batch_id)
         return str(state)

@@ -373,6 +373,10 @@ def test_a_watch_tells_what_became_of_the_batch_and_not_of_a_job_that_wanted_som
         batches.cancel("left")
     assert pacs.json("batch", "watch", "left", "--timeout", "20", status=1)["state"] == "cancelled"
     assert "cancelled" in pacs("batch", "watch", "left", "--timeout", "20", status=1).stdout
+    with Courier() as courier:  # or killed while it planned
+        Batches(courier.batch.ledger).open("broken", kind="upload", order={}, width=1)
+        courier.batch.ledger.client.hset("courier:batch:broken", "planned_ms", 1)
+    assert "interrupted" in pacs("batch", "watch", "broken", "--timeout", "20", status=1).stdout
     refused = pacs("batch", "upload", *pacs.serve(1), "--server", "nobody", "--no-wait").stdout.strip()
     assert pacs.json("batch", "watch", refused, status=2)["error"]["code"] == "invalid_request"
 

@@ -220,6 +220,26 @@ def test_a_plan_that_broke_begins_again(bench: Bench) -> None:
     assert (bench.batch.state, bench.batch.items) == ("running", 3)
 
 
+def test_a_plan_that_nobody_writes_on_and_no_job_waits_for_is_cancelled_and_says_why(bench: Bench) -> None:
+    def an_hour_later() -> None:
+        at_ms = bench.client.hget(f"{PREFIX}batch:B", "planned_ms")
+        bench.client.hset(f"{PREFIX}batch:B", "planned_ms", int(cast(Any, at_ms)) - 3_600_000)
+
+    with Planner(bench.batches, "B") as planner:
+        an_hour_later()
+        planner.add_all(Planned(text, "a") for text in STUDIES[:150])
+        planner.freeze()
+    assert bench.batch.state == "planning"  # it was written on since
+    bench.client.hset(f"{PREFIX}job:B", "state", "queued")
+    an_hour_later()
+    assert bench.batch.state == "planning"  # a job waits for a worker, however long
+    bench.client.delete(f"{PREFIX}job:B")
+    assert bench.batch.state == "cancelled"
+    assert [warning for warning in bench.batch.warnings if "interrupted" in warning]
+    assert isinstance(bench.see_through(), Cancelled)  # should the message come after all
+    assert bench.due() == []
+
+
 def test_of_two_who_plan_the_same_batch_only_the_later_one_is_believed(bench: Bench) -> None:
     with Planner(bench.batches, "B") as slow:
         slow.add_all(Planned(text, "a", skip="not this one") for text in STUDIES[:150])
