@@ -221,9 +221,10 @@ def test_nothing_secret_stands_anywhere_once_jobs_are_over(
                 courier.download(study, f"file://{tmp_path}/a.zip"),
                 courier.trace(study),
                 courier.status(),
-                courier.delete("study", study),
             ]
             outcomes += [outcome_of(handle) for handle in later]
+            later.append(courier.delete("study", study))  # not beside its download
+            outcomes.append(outcome_of(later[-1]))
             handles += later
             ids = [handle.id for handle in handles]
             dead = [letter.job_id for letter in courier.dead.list()]
