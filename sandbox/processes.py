@@ -15,10 +15,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -203,7 +205,8 @@ class Processes:
         long it may take to end by itself; 0 kills it at once.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{name}.out").open("wb") as out, (self.folder / f"{name}.log").open("wb") as log:
+        out_path, log_path = self.folder / f"{name}.out", self.folder / f"{name}.log"
+        with _interrupts_later(), out_path.open("wb") as out, log_path.open("wb") as log:
             process = subprocess.Popen(
                 [str(word) for word in command],
                 stdin=subprocess.DEVNULL,
@@ -212,10 +215,10 @@ class Processes:
                 env={**_clean_environment(), **(environ or {})},
                 start_new_session=True,
             )
-        child = Child(name, process, folder=self.folder, ready=ready)
-        self._tell_guard(f"+{child.pid}\n")
-        self.children.append(child)
-        self._grace_s[child] = grace_s
+            child = Child(name, process, folder=self.folder, ready=ready)
+            self._tell_guard(f"+{child.pid}\n")
+            self.children.append(child)
+            self._grace_s[child] = grace_s
         return child
 
     def stop_one(self, child: Child) -> int:
@@ -249,6 +252,26 @@ class Processes:
         if self._guard.stdin is not None and not self._guard.stdin.closed:
             self._guard.stdin.write(line.encode())
             self._guard.stdin.flush()
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold signals back while a child is started: one that is not known yet would be left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handled = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in handled:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def _clean_environment() -> dict[str, str]:

@@ -12,11 +12,12 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from sandbox.processes import poll
+from sandbox.processes import Processes, poll
 from sandbox.samples import samples
 
 MARK = "COURIER_TEST_RUN"
@@ -131,6 +132,24 @@ def test_a_crash_of_one_part_is_named_and_ends_the_rest(part: str, command: str,
     assert f"{part} was killed by signal 9." in demo.output
     assert len(demo.output.partition(f"{part}.log:")[2].strip().splitlines()) >= 5, "the end of its log is shown"
     assert demo.leaves_nothing()
+
+
+def test_an_interrupt_in_the_moment_when_a_part_starts_leaves_nothing(tmp_path, monkeypatch, is_running) -> None:
+    really, started = subprocess.Popen, []
+
+    def interrupted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(really(*arguments, **options))
+        signal.raise_signal(signal.SIGINT)
+        return started[-1]
+
+    with Processes(tmp_path) as running:
+        monkeypatch.setattr(subprocess, "Popen", interrupted)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            running.start("sleeper", ["sleep", "60"], ready=lambda _: True)
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    assert [is_running(process.pid) for process in started] == [False]
 
 
 def test_ctrl_c_at_the_start_leaves_nothing(start: Callable[..., Demo]) -> None:
