@@ -279,6 +279,16 @@ def _clean_environment() -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", "NO_PROXY": f"{HOST},localhost", "no_proxy": f"{HOST},localhost"}
 
 
+def listens(port: int) -> Callable[[Child], bool]:
+    """Whether something takes connections on a loopback port, as `Processes.start` asks it."""
+
+    def ready(_: Child) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, port)) == 0
+
+    return ready
+
+
 # --- the parts --------------------------------------------------------------------------------
 
 
@@ -491,15 +501,18 @@ def azurite(processes: Processes, *, name: str = "azurite") -> AzuritePart:
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     command = [AZURITE, "--blobHost", HOST, "--blobPort", port, "--location", folder, "--silent", "--disableTelemetry"]
-
-    def ready(_: Child) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, port)) == 0
-
     # It refuses versions of the protocol that are newer than itself; the SDK's usually is.
-    child = processes.start(name, [*command, "--skipApiVersionCheck"], ready=ready, grace_s=0)
+    child = processes.start(name, [*command, "--skipApiVersionCheck"], ready=listens(port), grace_s=0)
     child.wait_ready(timeout_s=60)
     return AzuritePart(child, port)
+
+
+def moto(processes: Processes, *, name: str = "moto") -> str:
+    """Start moto, which answers as S3 does and takes any credentials, and wait. Returns its URL."""
+    port = free_port()
+    command = [Path(sys.executable).parent / "moto_server", "-H", HOST, "-p", port]
+    processes.start(name, command, ready=listens(port)).wait_ready(timeout_s=60)
+    return f"http://{HOST}:{port}"
 
 
 def queue_settings(broker: RedisPart) -> dict[str, str]:

@@ -7,6 +7,7 @@ A server that is not installed fails the test in CI (``CI=true``) and skips it, 
 ``sandbox``       emptied and calm for each test: ``.msdicom``, ``.dcm4chee``, ``.control``, ``.set_mood(…)``
 ``orthanc``       base URL of a real Orthanc's DICOMweb; never emptied, so bring UIDs of your own
 ``azurite``       Azure's emulator of its blob storage, never emptied: ``.url``, ``.connection_string``
+``moto``          URL of an S3 that takes any credentials, never emptied: bring buckets of your own
 ``image_server``  for one test; ``.put(path, body, …)`` gives the URL where it is served
 ``worker``        starts real worker processes for one test: ``worker(servers=…, jobs={"lease_s": 2})``
 """
@@ -114,6 +115,11 @@ def orthanc(orthanc_server: OrthancPart) -> str:
 def azurite(processes: Processes) -> AzuritePart:
     server: AzuritePart = _or_missing(lambda: parts.azurite(processes))
     return server
+
+
+@pytest.fixture(scope="session")
+def moto(processes: Processes) -> str:
+    return parts.moto(processes)
 
 
 @pytest.fixture

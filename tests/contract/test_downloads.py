@@ -8,8 +8,6 @@ import io
 import json
 import os
 import random
-import socket
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ import fakeredis
 import pytest
 
 from sandbox import processes as parts
-from sandbox.processes import HOST, Child, Processes, SandboxPart
+from sandbox.processes import HOST, SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from worker.destinations import Destinations
@@ -122,21 +120,6 @@ def desk_on(kind: str, url: str, folder: Path, s3: str | None = None) -> Desk:
 @pytest.fixture
 def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
     return desk_on("msdicom", request.getfixturevalue("sandbox").msdicom, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def moto(processes: Processes) -> Iterator[str]:
-    port = parts.free_port()
-
-    def ready(_: Child) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, port)) == 0
-
-    command = [Path(sys.executable).parent / "moto_server", "-H", HOST, "-p", port]
-    child = processes.start("moto-downloads", command, ready=ready)
-    child.wait_ready()
-    yield f"http://{HOST}:{port}"
-    processes.stop_one(child)
 
 
 @pytest.fixture

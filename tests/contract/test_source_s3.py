@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -22,7 +21,7 @@ from botocore.config import Config
 
 from sandbox import processes as parts
 from sandbox.images import ImageServer
-from sandbox.processes import HOST, Child, Processes
+from sandbox.processes import HOST, Processes
 from worker.errors import (
     CourierError,
     SourceDenied,
@@ -73,35 +72,22 @@ def filled(endpoint_url: str) -> str:
     return endpoint_url
 
 
-def listens(port: int) -> Callable[[Child], bool]:
-    def ready(_: Child) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, port)) == 0
-
-    return ready
-
-
 @pytest.fixture(scope="module")
-def moto(processes: Processes) -> Iterator[str]:
-    port = parts.free_port()
-    command = [Path(sys.executable).parent / "moto_server", "-H", HOST, "-p", port]
-    child = processes.start("moto", command, ready=listens(port))
-    child.wait_ready()
-    yield filled(f"http://{HOST}:{port}")
-    processes.stop_one(child)
+def filled_moto(moto: str) -> str:
+    return filled(moto)
 
 
 @pytest.fixture(scope="module")
 def rclone(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port, folder = parts.free_port(), tmp_path_factory.mktemp("rclone")
     command = [Path(sys.executable).parent / "rclone", "serve", "s3", "--config", "", "--addr", f"{HOST}:{port}"]
-    child = processes.start("rclone", [*command, "--auth-key", f"{KEY_ID},{SECRET}", folder], ready=listens(port))
+    child = processes.start("rclone", [*command, "--auth-key", f"{KEY_ID},{SECRET}", folder], ready=parts.listens(port))
     child.wait_ready()
     yield filled(f"http://{HOST}:{port}")
     processes.stop_one(child)
 
 
-@pytest.fixture(params=["moto", "rclone"])
+@pytest.fixture(params=["filled_moto", "rclone"])
 def endpoint(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
@@ -162,11 +148,11 @@ def test_wrong_credentials_are_denied(rclone: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_credentials_are_denied_with_the_advice_to_check_them(
-    moto: str, monkeypatch: pytest.MonkeyPatch
+    filled_moto: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert "NoCredentialsError" in refused(sources(moto), "s3://images/2024/a b.dcm", SourceDenied).message
+    assert "NoCredentialsError" in refused(sources(filled_moto), "s3://images/2024/a b.dcm", SourceDenied).message
 
 
 def test_an_endpoint_that_is_down_is_unreachable() -> None:
@@ -174,18 +160,18 @@ def test_an_endpoint_that_is_down_is_unreachable() -> None:
 
 
 def test_the_endpoint_comes_from_the_settings_and_never_from_the_environment(
-    moto: str, monkeypatch: pytest.MonkeyPatch
+    filled_moto: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(name, f"http://{HOST}:{parts.free_port()}")
-    sources(moto).fetch("s3://images/2024/a b.dcm").close()
+    sources(filled_moto).fetch("s3://images/2024/a b.dcm").close()
 
 
-def test_an_object_stored_as_gzip_is_unpacked(moto: str) -> None:
-    writer = client(moto)
+def test_an_object_stored_as_gzip_is_unpacked(filled_moto: str) -> None:
+    writer = client(filled_moto)
     writer.put_object(Bucket="images", Key="a.dcm.gz", Body=gzip.compress(BODY), ContentEncoding="gzip")
     writer.close()
-    with sources(moto).fetch("s3://images/a.dcm.gz") as fetched:
+    with sources(filled_moto).fetch("s3://images/a.dcm.gz") as fetched:
         assert fetched.stream.read() == BODY
 
 

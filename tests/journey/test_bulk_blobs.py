@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import io
 import random
-import socket
-import sys
 import zipfile
-from pathlib import Path
 
 import boto3
 import pytest
 from azure.storage.blob import BlobServiceClient
 
 from producer import Courier
-from sandbox import processes as parts
 from sandbox.processes import HOST
 from sandbox.synthetic import image, new_uid
 
@@ -23,29 +19,20 @@ AWS = {"AWS_ACCESS_KEY_ID": "COURIERTESTKEY", "AWS_SECRET_ACCESS_KEY": "couriert
 
 
 @pytest.fixture
-def s3(worker, processes):
+def s3(worker, moto):
     """A running worker, where images lie, and what puts one there."""
-    port = parts.free_port()
-
-    def listens(_):
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, port)) == 0
-
-    command = [Path(sys.executable).parent / "moto_server", "-H", HOST, "-p", port]
-    child = processes.start("moto-blobs", command, ready=listens)
-    child.wait_ready()
+    bucket = f"many-{random.randrange(10**9)}"
     secrets = {"aws_access_key_id": AWS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": AWS["AWS_SECRET_ACCESS_KEY"]}
-    client = boto3.client("s3", endpoint_url=f"http://{HOST}:{port}", region_name="us-east-1", **secrets)
-    client.create_bucket(Bucket="images")
-    place = {"buckets": ["images"], "endpoint_url": f"http://{HOST}:{port}", "region": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=moto, region_name="us-east-1", **secrets)
+    client.create_bucket(Bucket=bucket)
+    place = {"buckets": [bucket], "endpoint_url": moto, "region": "us-east-1"}
     running = worker(
         sources={"allow_hosts": [HOST], "allow_private_networks": True, "s3": place},
         downloads={"s3": place},
         environ=AWS,
     )
-    yield running, "s3://images", lambda key, body: client.put_object(Bucket="images", Key=key, Body=body)
+    yield running, f"s3://{bucket}", lambda key, body: client.put_object(Bucket=bucket, Key=key, Body=body)
     client.close()
-    processes.stop_one(child)
 
 
 @pytest.fixture
