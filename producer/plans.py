@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from producer.errors import InvalidRequest
 from producer.inputs import Judge, Unfit
+from worker.logs import shown_text, shown_url
 
 MANIFEST, VERSION = "pacs-courier/plan", 1
 MAX_LINE_BYTES = 65_536
@@ -201,5 +202,5 @@ def _document(line: bytes) -> dict[str, Any]:
 def _first(error: ValidationError) -> str:
     """What is wrong, without quoting what is there."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else "no line of a plan"
+    where = shown_text(".".join(shown_url(str(part)) for part in first["loc"]), limit=100)
+    return f"{where}: {shown_text(first['msg'], limit=300)}" if where else "no line of a plan"

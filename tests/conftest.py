@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ from worker.settings import Settings
 # Tables are as wide as a test says: readline tells child processes, such as xdist's, of a terminal of its own.
 for _name in ("COLUMNS", "LINES"):
     os.environ.pop(_name, None)
+
+# In the background of a shell an interrupt is ignored, by children too; some tests interrupt theirs.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: What a worker's log holds when its code, and not its input, is wrong (the second as worker/jobs/carry.py logs it).
 SIGNS_OF_A_FAULT = ("Traceback (most recent call last)", "A fault of the worker itself")

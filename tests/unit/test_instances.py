@@ -304,9 +304,9 @@ def test_a_deflation_bomb_costs_neither_memory_nor_time() -> None:
     meta = element(0x00020010, b"UI", DeflatedExplicitVRLittleEndian.encode())
     data = bytes(128) + b"DICM" + meta + body
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.thread_time()
     instance = identified(data)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert instance.sop_instance_uid == "1.2.3"
@@ -332,12 +332,12 @@ def test_a_gigabyte_of_pixels_is_never_read(tmp_path: Path) -> None:
 
 def test_a_million_tiny_elements_end_the_check_and_not_the_patience() -> None:
     data = with_raw(0x00080018, b"1.2.3\0") + element(0x00410010, b"LO", b"") * 1_000_000
-    started = time.perf_counter()
+    started = time.thread_time()
     assert identified(data).sop_instance_uid == "1.2.3"
-    assert time.perf_counter() - started < 3
+    assert time.thread_time() - started < 3
 
 
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=300, deadline=None)  # how long one may take is asked by tests/fuzz, which counts its own time
 @given(data=st.data())
 def test_a_damaged_file_ends_as_an_instance_or_as_an_error_of_ours(data: st.DataObject) -> None:
     whole = bytearray(
