@@ -20,7 +20,7 @@ from producer.errors import BrokerUnavailable, InvalidRequest, NotFound
 from producer.orders import KINDS, Given, Order, Told, lines_of, of_plan_file, plan
 from producer.plans import PlanFile, PlanHeader, PlanLine
 from worker.batch_ends import end_payload
-from worker.batches import NOT_DONE, Batch, Batches, Row, State
+from worker.batches import DONE_AGAIN, NOT_DONE, Batch, Batches, Row, State, is_missing
 from worker.ledger import Ledger
 from worker.payloads import BatchJob, Job
 from worker.planning import Planned
@@ -135,7 +135,7 @@ class BatchDesk:
         return self._planned(order, lines_of(plan_file), told=lambda _: None)
 
     def retry(self, batch_id: str) -> Handle:
-        """Try again what failed, and what a cancelled batch had left open."""
+        """Try again what failed, what verify found missing, and what a cancelled batch had left open."""
         return self._go_on("retry", batch_id)
 
     def verify(self, batch_id: str) -> Handle:
@@ -224,7 +224,7 @@ class BatchDesk:
         return header, (line for row in self.rows(batch) for line in plan_lines(row))
 
     def reach(self, batch: Batch, wish: Wish) -> Mapping[tuple[str, str], int]:
-        """How many items ``retry`` or ``undo`` would be about, by server and by what became of them when applied.
+        """How many items ``retry`` or ``undo`` would be about, by server and by what became of them.
 
         Raises
         ------
@@ -232,8 +232,11 @@ class BatchDesk:
             In the state that the batch is in, it would be refused.
         """
         check_state(batch, wish)
-        about = _to_retry if wish == "retry" else _to_undo
-        return Counter((row.settled.server_name, row.settled.status) for row in self.rows(batch) if about(row))
+        rows = self.rows(batch)
+        if wish == "undo":
+            return Counter((row.settled.server_name, row.settled.status) for row in rows if _to_undo(row))
+        again = ((row.settled.server_name, _to_retry(row, batch.kind)) for row in rows)
+        return Counter((name, status) for name, status in again if status is not None)
 
     # --- steering -------------------------------------------------------------------------------------------
 
@@ -262,8 +265,11 @@ def check_state(batch: Batch, wish: Wish) -> None:
         raise InvalidRequest(f"The batch is {batch.state}; that can be done when it is {' or '.join(states)}.")
 
 
-def _to_retry(row: Row) -> bool:
-    return row.settled.status in ("failed", "open")
+def _to_retry(row: Row, kind: str) -> str | None:
+    """As what a retry is about the item; None: it is not."""
+    if row.settled.status in ("failed", "open"):
+        return row.settled.status
+    return "missing" if kind in DONE_AGAIN and is_missing(row) else None
 
 
 def _to_undo(row: Row) -> bool:

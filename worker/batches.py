@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final, Literal, cast, get_args
@@ -76,6 +76,8 @@ _STATUSES: Final[Mapping[str, ItemStatus]] = {letter: status for status, letter 
 NOT_DONE: Final = frozenset({"open", "skipped", "refused", "failed"})
 #: What reports and results name among the failures.
 TROUBLE: Final = frozenset({"refused", "failed", "differs", "missing"})
+#: The kinds of which a retry does again what verify found missing. A migration's verify brings that itself.
+DONE_AGAIN: Final = frozenset({"upload", "download"})
 CHUNK_ITEMS: Final = 100
 #: The task that does a chunk.
 CHUNK_TASK: Final = "pacs.batch.chunk"
@@ -359,6 +361,12 @@ def _told(one: Settled, types: Mapping[str, str]) -> dict[str, Any]:
         "message": one.message,
         "result": dict(one.result),
     }
+
+
+def is_missing(row: Row) -> bool:
+    """Whether what was done of an item is not there any more, as verify saw."""
+    seen = row.passes.get("verify")
+    return seen is not None and seen.status == "missing" and row.settled.status not in NOT_DONE
 
 
 @dataclass(frozen=True)
@@ -701,6 +709,26 @@ class Batches:
             self._reopen(keys=[_key(batch.id), *(_key(batch.id, part) for part in parts)], args=args)
             chunks += 1
         return chunks
+
+    def reopen_missing(self, batch: Batch) -> int:
+        """Open what verify found missing as if it had never been applied; how many chunks have any."""
+        chunks = 0
+        for chunk in self._chunks_with(batch, "verify", frozenset(LETTERS["missing"])):
+            args: list[Any] = ["apply", chunk]
+            lost = [row for row in self.chunk_rows(batch, chunk, ["apply", "verify"]) if is_missing(row)]
+            for row in lost:
+                args += [row.item.number, LETTERS[row.settled.status], _count_field("apply", row.settled)]
+            self._forget_results(batch, chunk, {row.item.number % CHUNK_ITEMS for row in lost})
+            parts = (":outcomes:apply", ":ended:apply")
+            self._reopen(keys=[_key(batch.id), *(_key(batch.id, part) for part in parts)], args=args)
+            chunks += 1
+        return chunks
+
+    def _forget_results(self, batch: Batch, chunk: int, places: Collection[int]) -> None:
+        key = _key(batch.id, ":results:apply")
+        blob = _ask_raw(self._redis, "HGET", key, chunk)
+        kept = [row for row in _rows(cast(bytes | None, blob)) if row[0] not in places]
+        _ask_raw(self._redis, "HSET", key, chunk, _packed(kept))
 
     def forget_pass(self, batch: Batch, which: Pass) -> None:
         """A pass begins again from nothing."""

@@ -404,7 +404,7 @@ def _file_applied(courier: Courier, path: Path, *, yes: bool, dry_run: bool, opt
 @going_on
 @plain_failures
 def retry(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
-    """Try again what failed of a batch, or was left open.
+    """Try again what failed of a batch, was found missing, or was left open.
 
     What deletes something asks first, as the order of it did.
     """

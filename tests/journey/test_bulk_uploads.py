@@ -180,6 +180,27 @@ def test_a_server_that_stays_silent_leaves_failures_that_a_retry_mends(worker, i
         assert statuses(courier, batch) == ["stored"] * 30
 
 
+def test_images_that_verify_finds_missing_are_stored_again_by_a_retry(worker, image_server, sandbox):
+    study = new_uid()
+    urls = put(image_server, study, 6)
+    running = worker(jobs=QUICK)
+    with Courier(running.settings) as courier:
+        batch, _ = order(courier, items=urls)
+        gone = list(courier.batch.report(batch))[2]["result"]["image_uid"]
+        series = list(courier.batch.report(batch))[2]["result"]["series_uid"]
+        requests.delete(f"{sandbox.msdicom}/studies/{study}/series/{series}/instances/{gone}", timeout=10)
+        wish(courier, "verify", batch)
+        found = ["verified"] * 2 + ["missing"] + ["verified"] * 3
+        assert statuses(courier, batch, "verify") == found
+        assert courier.batch.reach(courier.batch.get(batch), "retry") == {("msdicom", "missing"): 1}
+        result = wish(courier, "retry", batch)
+        assert result["passes"]["apply"]["totals"] == {"stored": 6}
+        assert result["passes"]["verify"]["totals"] == {"verified": 6}
+        assert count(sandbox.msdicom, study) == 6
+        wish(courier, "undo", batch)
+        assert count(sandbox.msdicom, study) == 0
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

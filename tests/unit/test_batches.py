@@ -122,9 +122,9 @@ class Bench:
         self.tools = Tools(settings, self.ledger, cast(Any, None), fleet, rng=random.Random(1), wake=self.sent.extend)
         self.open()
 
-    def open(self, **order: Any) -> None:
+    def open(self, kind: str = "imagined", **order: Any) -> None:
         self.client.delete(f"{PREFIX}batch:B")
-        self.batches.open("B", kind="imagined", servers=SERVERS, order=order, width=WIDTH)
+        self.batches.open("B", kind=kind, servers=SERVERS, order=order, width=WIDTH)
 
     @property
     def batch(self) -> Batch:
@@ -173,7 +173,8 @@ class Bench:
         return self.carry(DueJob(f"B.{which}.{number}", CHUNK_TASK, job))
 
     def carry(self, job: DueJob) -> Any:
-        work = lambda message, run, tools: chunk(message, run, tools, kinds={"imagined": self.kind})  # noqa: E731
+        kinds = {"imagined": self.kind, "upload": self.kind}
+        work = lambda message, run, tools: chunk(message, run, tools, kinds=kinds)  # noqa: E731
         pulse = Pulse(self.ledger, lambda *_: None)
         return carry(work, task=job.task, job_id=job.job_id, message=job.job, tools=self.tools, pulse=pulse)
 
@@ -361,6 +362,36 @@ def test_retry_opens_what_failed_and_nothing_else(bench: Bench) -> None:
     assert batch.of("verify").totals == {"verified": len(STUDIES) - 1}
     assert [group for group, _ in bench.kind.groups] == [["1.2.3"], ["1.2.250"]] * 2  # apply, then verify
     assert isinstance(bench.conduct("retry", "S"), InvalidRequest)
+
+
+def test_retry_does_an_upload_again_that_verify_found_missing_as_if_it_had_never_been_done(bench: Bench) -> None:
+    bench.open("upload")
+    receipts = {text: {"sha256": text} for text in ("1.2.3", "1.2.4", "1.2.250")}
+    bench.kind.answers = {
+        text: Settled(Item(int(text[4:]), "a", text), "deleted", result=receipt) for text, receipt in receipts.items()
+    }
+    bench.see_through()
+    bench.kind.has, bench.kind.doing = ("apply", "verify"), "verify"
+    bench.kind.answers = {"1.2.3": "missing", "1.2.250": "missing", "1.2.4": "differs"}
+    bench.see_through("verify", "V")
+    assert bench.batch.of("verify").totals == {"verified": len(STUDIES) - 3, "missing": 2, "differs": 1}
+    bench.kind.doing, bench.kind.answers = "apply", {"1.2.3": "refused"}
+    bench.kind.groups.clear()
+    batch = bench.see_through("retry", "R")
+    assert isinstance(batch, Batch)
+    assert [group for group, _ in bench.kind.groups] == [["1.2.3"], ["1.2.250"], ["1.2.4"], ["1.2.250"]]
+    assert batch.of("apply").totals == {"deleted": len(STUDIES) - 1, "refused": 1}
+    assert batch.of("verify").totals == {"verified": len(STUDIES) - 1}
+    told = {row.item.text: row.settled.result for row in bench.batches.rows(batch) if row.settled.result}
+    assert told == {"1.2.4": receipts["1.2.4"]}, "what is gone is nobody's to take back"
+    assert isinstance(bench.conduct("retry", "S"), InvalidRequest)
+
+
+def test_retry_leaves_to_the_verification_of_other_kinds_what_it_found_missing(bench: Bench) -> None:
+    bench.kind.has, bench.kind.doing, bench.kind.answers = ("apply", "verify"), "verify", {"1.2.3": "missing"}
+    bench.see_through()
+    assert isinstance(bench.conduct("retry", "R"), InvalidRequest)
+    assert bench.batch.of("apply").totals == {"deleted": len(STUDIES)}
 
 
 def test_a_plan_that_was_declined_is_not_done_by_a_retry(bench: Bench) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import redis
 
 from worker.batch_ends import end_payload
-from worker.batches import ACTIVE, NOT_DONE, Batch, Batches, Item, Pass, Row, Settled, State, chunk_job
+from worker.batches import ACTIVE, DONE_AGAIN, NOT_DONE, Batch, Batches, Item, Pass, Row, Settled, State, chunk_job
 from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound, Refused
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
@@ -271,13 +271,14 @@ class Conductor:
         return self._apply(out_of=["planned"])
 
     def retry(self) -> Batch:
-        """Try again what failed, and what a cancelled batch had left open."""
+        """Try again what failed, what verify found missing, and what a cancelled batch had left open."""
         batch = self._take("done", "cancelled")
         self._refuse_what_is_taken_back(batch)
         if batch.order.get("dry_run") and not batch.of("apply").begun_ms:
             raise InvalidRequest("The batch was planned and then cancelled, not begun; order anew what is wanted.")
         if self._is_new("apply") and batch.state in ("done", "cancelled"):
-            if not self.batches.reopen(batch, "apply", ["failed"]):
+            lost = self.batches.reopen_missing(batch) if batch.kind in DONE_AGAIN else 0
+            if not self.batches.reopen(batch, "apply", ["failed"]) and not lost:
                 raise InvalidRequest("There is nothing to try again: no item of the batch has failed or is open.")
             self.batches.reopen(batch, "verify", ["failed", "differs", "missing", "unverified"])
         return self._apply(out_of=["done", "cancelled"])

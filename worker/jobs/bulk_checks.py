@@ -53,7 +53,7 @@ def _verified(one: Settled, seen: Seen | CourierError) -> Settled | CourierError
     if isinstance(seen, CourierError):
         return seen
     if one.result["image_uid"] not in seen.there:
-        return _now(one, "missing", f"{one.server_name} does not have the image.")
+        return _now(one, "missing", f"{one.server_name} does not have the image; retry the batch to store it again.")
     if one.item.number in seen.others:
         why = "than were sent" if one.status == "stored" else "than this file, which was not stored"
         return _now(one, "differs", f"{one.server_name} has the image with other bytes {why}.")

@@ -84,7 +84,8 @@ class StudyDownloads:
         except CourierError as error:
             return error
         if there is None:
-            return Settled(item, "missing", server=name, message=f"{place.shown} is not there.")
+            why = f"{place.shown} is not there; retry the batch to bring it again."
+            return Settled(item, "missing", server=name, message=why)
         if there != Mark.of(item.text, images):
             return Settled(item, "differs", server=name, message=f"{name} lists other images than {place.shown} holds.")
         return Settled(item, "verified", server=name, result={"compared": "uids", "images": there.images})

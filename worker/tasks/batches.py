@@ -95,7 +95,7 @@ def pacs_batch_apply(self: Task, job: object = None, **_: Any) -> dict[str, Any]
 
 @app.task(name="pacs.batch.retry", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_retry(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
-    """Try again what failed of a batch."""
+    """Try again what failed of a batch, or was found missing."""
     return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.retry), job)
 
 
