@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 import sys
 import threading
 import time
@@ -273,7 +272,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxPart]:
 def test_a_uid_is_looked_up_among_100_000_studies_in_milliseconds(large: SandboxPart, dialect: str, query: str) -> None:
     took_ms = []
     with requests.Session() as http:
-        for number in range(1, STUDIES, STUDIES // 15):
+        for number in range(1, STUDIES, STUDIES // 50):
             url = base_of(large, dialect) + query.replace("{n}", str(number))
             started_s = time.perf_counter()
             answer = http.get(url, headers={"Accept": DICOM_JSON}, timeout=30)
@@ -286,12 +285,14 @@ def test_a_uid_is_looked_up_among_100_000_studies_in_milliseconds(large: Sandbox
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_newest_page_of_100_000_studies_does_not_read_them_all(large: SandboxPart, dialect: str) -> None:
-    took_ms = []
+    took_s: dict[int, list[float]] = {0: [], STUDIES - 5: []}
     with requests.Session() as http:
         for _ in range(5):
-            started_s = time.perf_counter()
-            url = f"{base_of(large, dialect)}/studies?limit=5"
-            answer = http.get(url, headers={"Accept": DICOM_JSON}, timeout=30)
-            took_ms.append((time.perf_counter() - started_s) * 1000)
-            assert len(answer.json()) == 5
-    assert statistics.median(took_ms) < 100
+            for offset, times_s in took_s.items():
+                started_s = time.perf_counter()
+                url = f"{base_of(large, dialect)}/studies?limit=5&offset={offset}"
+                answer = http.get(url, headers={"Accept": DICOM_JSON}, timeout=30)
+                times_s.append(time.perf_counter() - started_s)
+                assert len(answer.json()) == 5
+    newest_s, oldest_s = map(min, took_s.values())
+    assert newest_s < 0.75 * oldest_s, "the last page is behind all others; DCM4CHEE counts them for the first one, too"

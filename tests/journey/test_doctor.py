@@ -85,8 +85,9 @@ def test_without_a_worker_nothing_is_carried_and_what_is_due_stays_due(redis_ser
     assert findings["due jobs"].advice
 
 
-def test_a_worker_that_answers_but_carries_nothing_is_found_out(steady, monkeypatch):
-    monkeypatch.setattr(doctor, "CARRY_S", 0.0)
+def test_a_worker_that_answers_but_carries_nothing_is_found_out(steady, sandbox, monkeypatch):
+    sandbox.set_mood("msdicom", "*", latency_ms=3000)
+    monkeypatch.setattr(doctor, "CARRY_S", 0.1)
     findings = examined(steady.settings)
     assert (findings["workers"].state, findings["progress"].state) == ("ok", "failed")
 
