@@ -35,7 +35,7 @@ from producer.show_batches import (
     watch,
     write_csv,
 )
-from worker.batches import TROUBLE, Batch, Pass
+from worker.batches import DONE_AGAIN, TROUBLE, Batch, Pass
 
 batch_argument = click.argument("batch_id", metavar="ID")
 plan_option = click.option(
@@ -129,8 +129,10 @@ def _show_end(batch: Batch, payload: Mapping[str, Any], passes: Sequence[Pass]) 
         console.print(failures_table(told))
     if total > len(told):
         console.print(f"All {total:,} of them: pacs batch report {batch.id}", highlight=False)
-    if batch.of("apply").totals.get("failed"):
-        console.print(f"What failed can be tried again: pacs batch retry {batch.id}", highlight=False)
+    missing = batch.kind in DONE_AGAIN and batch.of("verify").totals.get("missing")
+    if missing or batch.of("apply").totals.get("failed"):
+        what = "is missing" if missing else "failed"
+        console.print(f"What {what} can be tried again: pacs batch retry {batch.id}", highlight=False, soft_wrap=True)
 
 
 def _show_counts(batch: Batch) -> None:

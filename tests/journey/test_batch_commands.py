@@ -397,3 +397,25 @@ def test_the_status_of_an_undo_speaks_of_the_undo_and_that_of_a_verification_of_
     undone = pacs("batch", "undo", batch, "--yes")
     assert "source_not_found" not in undone.stdout
     assert pacs.json("batch", "watch", batch)["state"] == "undone"
+
+
+@pytest.mark.parametrize("kind", ["upload", "download"])
+def test_what_a_verification_misses_is_told_with_what_to_do_and_done_again(pacs: Desk, sandbox, kind: str) -> None:
+    study = new_uid()
+    batch = pacs.json("batch", "upload", *pacs.serve(2, study))["batch_id"]
+    with Courier() as courier:
+        gone = next(iter(courier.batch.report(batch)))["result"]["image_uid"]
+        if kind == "download":
+            out = pacs.folder.parent / "out"
+            batch = pacs.json("batch", "download", study, "--to-folder", str(out))["batch_id"]
+            next(out.glob("*.zip")).unlink()
+        else:
+            courier.delete("image", gone).result(timeout_s=WAIT_S)
+    shown = pacs("batch", "verify", batch, status=1).stdout
+    assert f"What is missing can be tried again: pacs batch retry {batch}" in shown
+    assert pacs.json("batch", "retry", batch, "--dry-run")["groups"] == [
+        {"server_name": "msdicom", "status": "missing", "items": 1}
+    ]
+    done = {"upload": {"stored": 2}, "download": {"downloaded": 1}}[kind]
+    assert pacs.totals(pacs.json("batch", "retry", batch)) == done
+    assert "missing" not in pacs("batch", "verify", batch).stdout
