@@ -127,6 +127,11 @@ class Courier:
     broker_url, result_backend, ledger_url
         Instead of those in the settings. With a ``broker_url`` but no ``ledger_url`` the job is written down when a
         worker first sees it, as for any plain Celery client.
+
+    Raises
+    ------
+    SettingsError
+        A setting is wrong, or one of these URLs.
     """
 
     def __init__(
@@ -139,16 +144,15 @@ class Courier:
     ) -> None:
         self.settings = settings or Settings.load()
         listeners.trace(self.settings.telemetry)
-        queue = self.settings.queue
-        broker = broker_url or queue.broker_url
-        self._app = _celery(self.settings, broker, result_backend or queue.result_backend)
+        queue = self.settings.queue.at(broker_url=broker_url, result_backend=result_backend, ledger_url=ledger_url)
+        self._app = _celery(self.settings, queue.broker_url, queue.result_backend)
         # Results are polled: with a back-end, Celery would subscribe to each one it sends, and not send without it.
-        self._sender = _celery(self.settings, broker, "disabled://")
-        ledger_url = ledger_url or (None if broker_url else queue.ledger_url)
+        self._sender = _celery(self.settings, queue.broker_url, "disabled://")
+        jobs, results = self.settings.jobs, self.settings.results
         self._ledger = (
             None
-            if ledger_url is None
-            else Ledger.connect(ledger_url, grace_s=self.settings.jobs.grace_s, keep_s=self.settings.results.expires_s)
+            if broker_url and not ledger_url
+            else Ledger.connect(queue.ledger_url, grace_s=jobs.grace_s, keep_s=results.expires_s)
         )
 
     def __enter__(self) -> Self:

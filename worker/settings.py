@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from kombu.transport import TRANSPORT_ALIASES
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ServerType = Literal["msdicom", "dcm4chee", "orthanc", "dicomweb"]
@@ -234,12 +235,34 @@ class QueueSettings(_Section):
             raise ValueError("it is no URL; write : / ? # @ [ ] ; in a user name or password percent-encoded")
         return url
 
+    @field_validator("broker_url")
+    @classmethod
+    def _of_a_broker(cls, url: str) -> str:
+        scheme = url.partition("://")[0].partition("+")[0]
+        if "://" in url and scheme not in TRANSPORT_ALIASES:
+            raise ValueError("Celery knows no such broker; for Redis write redis://, rediss:// or sentinel://")
+        return url
+
     @field_validator("ledger_url")
     @classmethod
     def _of_redis(cls, url: str) -> str:
         if not url.lower().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("it is no URL of a Redis: redis://, rediss:// or unix://")
         return url
+
+    def at(self, **urls: str | None) -> QueueSettings:
+        """The same with other URLs, as far as they are given.
+
+        Raises
+        ------
+        SettingsError
+            One of them cannot be read; none of it is quoted.
+        """
+        given = {name: url for name, url in urls.items() if url}
+        try:
+            return QueueSettings.model_validate({**self.model_dump(), **given})
+        except ValidationError as error:
+            raise SettingsError(_one_sentence(error)) from None
 
 
 #: Several may stand behind one another: those of sentinels, or of brokers that take each other's place.

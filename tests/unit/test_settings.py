@@ -119,15 +119,21 @@ def test_a_malformed_url_of_the_queue_is_named_and_none_of_it_is_told(variable: 
         "sqs://key:secret@",
         "azureservicebus://policy:a/b=@space",
         "mongodb://one:27017,two:27017/jobs",
-        "db+postgresql://me:secret@host/results",
-        "file:///var/results@1",
-        "cache+memory://",
-        "rpc://",
     ],
 )
 def test_urls_that_celery_understands_are_taken_as_they_are(url: str) -> None:
     loaded = Settings.load({"BROKER_URL": url, "RESULT_BACKEND": url})
     assert (loaded.queue.broker_url, loaded.queue.result_backend) == (url, url)
+
+
+@pytest.mark.parametrize(
+    "url", ["db+postgresql://me:secret@host/results", "file:///var/results@1", "cache+memory://", "rpc://"]
+)
+def test_results_may_lie_where_messages_cannot(url: str) -> None:
+    assert Settings.load({"RESULT_BACKEND": url}).queue.result_backend == url
+    with pytest.raises(SettingsError, match="Celery knows no such broker") as caught:
+        Settings.load({"BROKER_URL": url})
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("url", ["redis://:a;b@host:6379/0", "rediss://host", "unix:///run/redis.sock?db=2"])
