@@ -4,6 +4,7 @@ A server that is not installed fails the test in CI (``CI=true``) and skips it, 
 
 ``redis``         emptied for each test, a real one: ``.broker_url``, ``.result_backend``, ``.ledger_url``
 ``redis_url``     the ledger's database on it
+``plain``         a Celery client on it that knows nothing of us
 ``sandbox``       emptied and calm for each test: ``.msdicom``, ``.dcm4chee``, ``.control``, ``.set_mood(…)``
 ``orthanc``       base URL of a real Orthanc's DICOMweb; never emptied, so bring UIDs of your own
 ``azurite``       Azure's emulator of its blob storage, never emptied: ``.url``, ``.connection_string``
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
 
 from sandbox import processes as parts
 from sandbox.images import ImageServer
@@ -91,6 +93,16 @@ def redis(redis_server: RedisPart) -> RedisPart:
 @pytest.fixture
 def redis_url(redis: RedisPart) -> str:
     return redis.ledger_url
+
+
+@pytest.fixture
+def plain(redis: RedisPart) -> Iterator[Celery]:
+    app = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
+    yield app
+    app.backend.result_consumer.subscribed_to.clear()  # or a result that is collected later connects to unsubscribe
+    app.backend.result_consumer.stop()
+    app.backend.client.connection_pool.disconnect()
+    app.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import redis as redis_client
 import requests
-from celery import Celery
 
 from producer import Courier
 from sandbox import processes as parts
@@ -58,7 +57,7 @@ def test_results_with_metadata_show_none_of_it_in_flower_and_logs(worker, image_
 
 
 def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
-    worker, redis, sandbox, image_server, tmp_path
+    worker, redis, plain, sandbox, image_server, tmp_path
 ):
     running = worker(results={"metadata": "uids"})
     with Processes(tmp_path / "flower") as children:
@@ -73,7 +72,6 @@ def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
             first.result(timeout_s=WAIT_S)
             urls = [image_server.put(f"image-{n}.dcm", image(new_uid(), PatientID=PATIENT)) for n in range(3)]
             bad = image_server.put("page.html", b"<html>")
-            plain = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
             ours = courier.upload(f"{urls[0]}?sig={SIGNATURE}")
             theirs = plain.send_task("pacs.upload", kwargs={"job": {"image_url": f"{urls[1]}?sig={SIGNATURE}"}})
             refused = courier.upload(f"{bad}?sig={SIGNATURE}")

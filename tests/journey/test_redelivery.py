@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import requests
-from celery import Celery
 
 from producer import Courier
 from producer.errors import ImageAlreadyExists
@@ -129,12 +128,11 @@ def test_an_outcome_whose_holder_died_before_anybody_was_told_is_told_by_another
 
 
 def test_a_plain_clients_message_outlives_a_ledger_that_cannot_be_reached(
-    worker, redis, image_server, sandbox, tmp_path
+    worker, redis, plain, image_server, sandbox, tmp_path
 ):
     study, port = new_uid(), parts.free_port()
     queue = {**parts.queue_settings(redis), "ledger_url": f"redis://{parts.HOST}:{port}/0"}
     running = worker(jobs=QUICK, queue=queue, may_show_tracebacks=True)
-    plain = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
     url = image_server.put("a.dcm", image(study))
     with Processes(tmp_path / "ledger") as children:
         waiting = plain.send_task("pacs.upload", kwargs={"job": {"image_url": url}})

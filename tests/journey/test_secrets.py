@@ -194,11 +194,10 @@ def printed(*arguments: str) -> str:
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_nothing_secret_stands_anywhere_once_jobs_are_over(
-    guarded, redis, image_server, tmp_path, monkeypatch, log_format
+    guarded, redis, plain, image_server, tmp_path, monkeypatch, log_format
 ):
     running = guarded(log_format)
     monkeypatch.setenv("PACS_CONFIG", str(running.config))
-    plain = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
     events, ending, study = [], threading.Event(), new_uid()
     listener = follow_events(redis, events, ending)
     with Processes(tmp_path / "flower") as children:

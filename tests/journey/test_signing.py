@@ -10,7 +10,6 @@ import uuid
 from pathlib import Path
 
 import pytest
-from celery import Celery
 from celery.security.certificate import Certificate
 from celery.security.key import PrivateKey
 from celery.security.serialization import SecureSerializer
@@ -193,19 +192,17 @@ def test_uploads_wake_ups_batches_and_inspection_go_signed_and_results_stay_json
     assert "Threw" not in signing_worker.log
 
 
-def test_a_command_to_workers_that_is_not_signed_is_not_followed(signing_worker, signing_courier, redis):
-    plain = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
+def test_a_command_to_workers_that_is_not_signed_is_not_followed(signing_worker, signing_courier, plain):
     plain.control.broadcast("shutdown")
     assert poll(lambda: "it is not signed" in signing_worker.log, timeout_s=WAIT_S)
     assert list(signing_courier.workers()) != []
 
 
-def test_a_copy_that_is_unsigned_does_not_end_the_job_of_its_id(signing_worker, signing_courier, redis, image_server):
+def test_a_copy_that_is_unsigned_does_not_end_the_job_of_its_id(signing_worker, signing_courier, plain, image_server):
     """The ledger has the job: it is woken, signed, and done."""
     job_id = str(uuid.uuid4())
     job = {"version": 1, "image_url": image_server.put("a.dcm", image(new_uid()))}
     signing_courier.ledger.submit(job_id, task="pacs.upload", job=job)
-    plain = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
     plain.send_task("pacs.upload", kwargs={"job": job}, task_id=job_id)
     states = {report.status for _, report in signing_courier.watch([signing_courier.handle(job_id)], timeout_s=WAIT_S)}
     assert "done" in states

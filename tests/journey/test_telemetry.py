@@ -10,7 +10,6 @@ import threading
 import pytest
 import requests
 from aiohttp import web
-from celery import Celery
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -124,7 +123,7 @@ def test_an_upload_is_one_trace_from_the_producer_to_the_pacs(worker, image_serv
     assert not any(span.events for _, span in trace)
 
 
-def test_a_job_that_the_sweeper_wakes_goes_on_with_its_trace(worker, image_server, collector, sandbox, redis):
+def test_a_job_that_the_sweeper_wakes_goes_on_with_its_trace(worker, image_server, collector, sandbox, plain):
     endpoint = f"http://{parts.HOST}:{collector.port}"
     running = worker(
         telemetry={"otlp_endpoint": endpoint},
@@ -137,7 +136,6 @@ def test_a_job_that_the_sweeper_wakes_goes_on_with_its_trace(worker, image_serve
     job = UploadJob(image_url=image_server.put("lost.dcm", image(new_uid()))).model_dump(exclude_none=True)
     sandbox.set_mood("msdicom", "store", status=503, times=1)
     ledger.submit("lost", task="pacs.upload", job=job, due_in_s=0, trace=header)  # its message got lost
-    plain = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
     other = {"image_url": image_server.put("plain.dcm", image(new_uid()))}
     sent = plain.send_task("pacs.upload", kwargs={"job": other}, headers={"traceparent": header})
     another = {"image_url": image_server.put("another.dcm", image(new_uid()))}
