@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import uuid
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final, Literal, cast, get_args
@@ -718,17 +718,16 @@ class Batches:
             lost = [row for row in self.chunk_rows(batch, chunk, ["apply", "verify"]) if is_missing(row)]
             for row in lost:
                 args += [row.item.number, LETTERS[row.settled.status], _count_field("apply", row.settled)]
-            self._forget_results(batch, chunk, {row.item.number % CHUNK_ITEMS for row in lost})
-            parts = (":outcomes:apply", ":ended:apply")
-            self._reopen(keys=[_key(batch.id), *(_key(batch.id, part) for part in parts)], args=args)
+            places = {row.item.number % CHUNK_ITEMS for row in lost}
+            results, parts = _key(batch.id, ":results:apply"), (":outcomes:apply", ":ended:apply")
+            blob = _ask_raw(self._redis, "HGET", results, chunk)
+            kept = _packed(row for row in _rows(cast(bytes | None, blob)) if row[0] not in places)
+            with self._redis.pipeline() as pipe:  # both, or a server's count would be looked for in vain
+                _ask_raw(pipe, "HSET", results, chunk, kept)
+                self._reopen(keys=[_key(batch.id), *(_key(batch.id, part) for part in parts)], args=args, client=pipe)
+                pipe.execute()
             chunks += 1
         return chunks
-
-    def _forget_results(self, batch: Batch, chunk: int, places: Collection[int]) -> None:
-        key = _key(batch.id, ":results:apply")
-        blob = _ask_raw(self._redis, "HGET", key, chunk)
-        kept = [row for row in _rows(cast(bytes | None, blob)) if row[0] not in places]
-        _ask_raw(self._redis, "HSET", key, chunk, _packed(kept))
 
     def forget_pass(self, batch: Batch, which: Pass) -> None:
         """A pass begins again from nothing."""
