@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from kombu.transport import TRANSPORT_ALIASES
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ServerType = Literal["msdicom", "dcm4chee", "orthanc", "dicomweb"]
@@ -219,6 +218,40 @@ class SigningSettings(_Section):
         return self.key_file is not None
 
 
+#: The schemes of brokers that Celery knows (``kombu.transport.TRANSPORT_ALIASES``), which is not imported down here.
+BROKERS = frozenset(
+    [
+        "SLMQ",
+        "SQS",
+        "amqp",
+        "amqps",
+        "azureservicebus",
+        "azurestoragequeues",
+        "confluentkafka",
+        "consul",
+        "etcd",
+        "filesystem",
+        "gcpubsub",
+        "kafka",
+        "librabbitmq",
+        "memory",
+        "mongodb",
+        "pgmq",
+        "pyamqp",
+        "pyro",
+        "qpid",
+        "redis",
+        "rediss",
+        "sentinel",
+        "slmq",
+        "sqla",
+        "sqlalchemy",
+        "sqs",
+        "zookeeper",
+    ]
+)
+
+
 class QueueSettings(_Section):
     """Where messages, results and the ledger live. Three databases, so that none can flush another's keys."""
 
@@ -239,7 +272,7 @@ class QueueSettings(_Section):
     @classmethod
     def _of_a_broker(cls, url: str) -> str:
         scheme = url.partition("://")[0].partition("+")[0]
-        if "://" in url and scheme not in TRANSPORT_ALIASES:
+        if "://" in url and scheme not in BROKERS:
             raise ValueError("Celery knows no such broker; for Redis write redis://, rediss:// or sentinel://")
         return url
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kombu.transport import TRANSPORT_ALIASES
 from pydantic import BaseModel
 
-from worker.settings import AuthSettings, ServerSettings, Settings, SettingsError
+from worker.settings import BROKERS, AuthSettings, ServerSettings, Settings, SettingsError
 
 SERVER = '[[servers]]\nname = "msdicom"\ntype = "msdicom"\nurl = "http://localhost:8080/v2/"\n'
 AZURE = "[downloads.azure]\naccount_url = 'https://account.example'\n"
@@ -176,3 +177,7 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]
 def test_every_setting_stands_in_the_documentation() -> None:
     keys = [name for _, name in [*sections(Settings), *sections(ServerSettings)]]
     assert [name for name in keys if not re.search(rf"`{name}`", DOCS)] == []
+
+
+def test_every_broker_that_celery_knows_is_known() -> None:
+    assert set(TRANSPORT_ALIASES) == BROKERS
