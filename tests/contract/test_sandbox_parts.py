@@ -295,4 +295,5 @@ def test_the_newest_page_of_100_000_studies_does_not_read_them_all(large: Sandbo
                 times_s.append(time.perf_counter() - started_s)
                 assert len(answer.json()) == 5
     newest_s, oldest_s = map(min, took_s.values())
-    assert newest_s < 0.75 * oldest_s, "the last page is behind all others; DCM4CHEE counts them for the first one, too"
+    # The last page is behind all others; DCM4CHEE counts them for the first one, too.
+    assert newest_s < {"msdicom": 0.25, "dcm4chee": 0.75}[dialect] * oldest_s

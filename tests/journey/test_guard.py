@@ -73,15 +73,18 @@ def test_no_more_requests_are_in_flight_than_all_workers_together_may_have(fleet
     for dialect in ("msdicom", "dcm4chee"):
         sandbox.set_mood(dialect, "*", latency_ms=60)
     sandbox.load(anew=True)
-    handles = [fleet.courier.upload(image_server.put(f"{number}.dcm", image(new_uid()))) for number in range(40)]
-    payloads = [handle.result(timeout_s=WAIT_S) for handle in handles]
+    payloads, at_work = [], []
+    while len(at_work) < 3 and len(payloads) < 400:  # on a busy machine the first forty may all be done by two of them
+        urls = [image_server.put(f"{number}.dcm", image(new_uid())) for number in range(40)]
+        handles = [fleet.courier.upload(url) for url in urls]
+        payloads += [handle.result(timeout_s=WAIT_S) for handle in handles]
+        at_work = [child for child in fleet.children if "Done after" in child.log]
+    assert len(at_work) == 3
     assert {payload["status"] for payload in payloads} == {"stored"}
     most = {name: load["most"] for name, load in sandbox.load().items()}
     assert most == {"msdicom": LIMIT, "dcm4chee": LIMIT}
     sandbox.calm()
-    assert images_on(sandbox.msdicom) == 40
-    at_work = [child for child in fleet.children if "Done after" in child.log]
-    assert len(at_work) > 1, "the limit is one that workers share"
+    assert images_on(sandbox.msdicom) == min(len(payloads), 200), "a page of MSDICOM's has no more"
 
 
 def test_a_stream_holds_its_place_until_it_is_closed(fleet, sandbox, put):
