@@ -27,7 +27,7 @@ from producer.batches import BatchDesk
 from producer.dead import DeadDesk
 from producer.errors import BrokerUnavailable, CourierError, InvalidRequest, NotFound, StillRunning, from_payload
 from worker import listeners
-from worker.ledger import DueJob, Ledger, job_id_for
+from worker.ledger import DueJob, JobStanding, Ledger, job_id_for
 from worker.logs import shown_job
 from worker.payloads import (
     MESSAGE_BYTES,
@@ -50,17 +50,19 @@ from worker.telemetry import SendSeen, carrier, watching
 
 log = logging.getLogger(__name__)
 
-Status = Literal["queued", "running", "waiting", "done", "failed"]
+Status = Literal["queued", "running", "waiting", "done", "failed", "unknown"]
 
 _UNREACHABLE = (redis.ConnectionError, redis.TimeoutError, kombu.exceptions.OperationalError, BackendError)
 _POLL_S = 0.1
+#: While a program waits, the ledger is asked this often for the jobs that the result back-end has no entry of.
+_LEDGER_POLL_S = 1.0
 #: What Celery puts around a job.
 _ENVELOPE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a job now. ``result`` is set once it is done, ``error`` once it has failed."""
+    """What is known of a job now. ``result`` is set once it is done, ``error`` once it has failed or is ``unknown``."""
 
     status: Status
     stage: str
@@ -70,7 +72,7 @@ class Report:
 
     @property
     def over(self) -> bool:
-        return self.status in ("done", "failed")
+        return self.status in ("done", "failed", "unknown")
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,15 @@ class Handle:
         return self.courier.reports([self.id])[self.id]
 
     def status(self) -> Status:
+        """``queued``, ``running``, ``waiting``, ``done`` or ``failed``.
+
+        ``unknown``: neither the result back-end nor the ledger has an entry of the job. Without a ``ledger_url`` such
+        a job counts as ``queued``.
+        """
         return self.report().status
 
     def stage(self) -> str:
-        """The step the job is at: ``queued``, ``fetch`` … ``describe``, ``waiting``, ``done`` or ``failed``."""
+        """The step the job is at: ``fetch`` … ``describe`` while it runs, otherwise its status."""
         return self.report().stage
 
     def result(self, timeout_s: float | None = None) -> dict[str, Any]:
@@ -100,6 +107,9 @@ class Handle:
         ------
         CourierError
             The job ended otherwise; the class is the one of its code.
+        NotFound
+            Neither the result back-end nor the ledger has an entry of the job, and none has appeared within
+            ``jobs.grace_s`` (a plain Celery client's job is in the ledger only once a worker has seen it).
         StillRunning
             It did not end within ``timeout_s``. It goes on.
         """
@@ -363,7 +373,7 @@ class Courier:
 
     def check_backend(self) -> None:
         """Ask the result back-end anything; `BrokerUnavailable` if it does not answer."""
-        self.reports([str(uuid.uuid4())])
+        self._stored_reports([str(uuid.uuid4())])
 
     def handle(self, job_id: str, *, batch_id: str = "") -> Handle:
         """The handle of a job that was enqueued by anybody."""
@@ -377,24 +387,45 @@ class Courier:
             return self._ledger.cancel(job_id) in ("queued", "running", "waiting")
 
     def reports(self, job_ids: Iterable[str]) -> dict[str, Report]:
-        """What is known of several jobs, read in one go."""
+        """What is known of several jobs, read in one go: by the result back-end, and by the ledger of the others."""
         ids = list(job_ids)
+        reports = self._stored_reports(ids)
+        return reports | self._ledger_reports(job_id for job_id in ids if job_id not in reports)
+
+    def _stored_reports(self, ids: Sequence[str]) -> dict[str, Report]:
+        """What the result back-end says of those jobs that it has an entry of."""
         backend = self._app.backend
         with _reachable():
             rows = backend.mget([backend.get_key_for_task(job_id) for job_id in ids]) if ids else []
-        metas = [backend.decode_result(row) if row else {"status": "PENDING", "result": None} for row in rows]
-        return {job_id: _report(meta) for job_id, meta in zip(ids, metas, strict=True)}
+        return {job_id: _report(backend.decode_result(row)) for job_id, row in zip(ids, rows, strict=True) if row}
+
+    def _ledger_reports(self, job_ids: Iterable[str]) -> dict[str, Report]:
+        """What the ledger says of jobs that the result back-end has no entry of, or no longer has one."""
+        ids = list(job_ids)
+        if self._ledger is None:
+            return {job_id: Report("queued", "queued") for job_id in ids}
+        with _reachable():
+            known = self._ledger.standing(ids)
+        unknown = {
+            job_id: Report("unknown", "unknown", error=self._not_known(job_id)) for job_id in ids if job_id not in known
+        }
+        return {job_id: _standing(standing) for job_id, standing in known.items()} | unknown
+
+    def _not_known(self, job_id: str) -> NotFound:
+        return NotFound(
+            f"Neither the result back-end nor the ledger has an entry of job {job_id}. It was never enqueued, or its"
+            f" outcome has expired (results.expires_s is {self.settings.results.expires_s} s), or a plain Celery client"
+            " sent it and no worker has seen it yet."
+        )
 
     def known(self, job_id: str) -> bool:
-        """Whether anybody has ever heard of the job."""
-        with _reachable():
-            in_ledger = self._ledger is not None and bool(self._ledger.look(job_id))
-        return in_ledger or self.reports([job_id])[job_id].status != "queued"
+        """Whether the result back-end or the ledger has an entry of the job."""
+        return self.reports([job_id])[job_id].status != ("queued" if self._ledger is None else "unknown")
 
     def must_know(self, job_id: str) -> Handle:
-        """The handle of a job that exists; `NotFound` otherwise, because Celery calls every unknown id pending."""
+        """The handle of a job that exists; `NotFound` otherwise."""
         if not self.known(job_id):
-            raise NotFound(f"No job is called {job_id}; results are kept for {self.settings.results.expires_s} s.")
+            raise self._not_known(job_id)
         return self.handle(job_id)
 
     def as_completed(
@@ -406,20 +437,38 @@ class Courier:
                 yield handle, report
 
     def watch(self, handles: Iterable[Handle], *, timeout_s: float | None = None) -> Iterator[tuple[Handle, Report]]:
-        """Each handle with each change of its report, until all are over or ``timeout_s`` has passed."""
+        """Each handle with each change of its report, until all are over or ``timeout_s`` has passed.
+
+        A job that is ``unknown`` is waited for as long as a message may need to reach a worker (``jobs.grace_s``).
+        """
         open_handles = {handle.id: handle for handle in handles}
         shown: dict[str, tuple[str, str]] = {}
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while open_handles:
-            for job_id, report in self.reports(open_handles).items():
+        for reports, at_the_end in self._polled(open_handles, deadline):
+            for job_id, report in reports.items():
+                if report.status == "unknown" and not at_the_end:
+                    continue
                 if shown.get(job_id) != (report.status, report.stage):
                     shown[job_id] = (report.status, report.stage)
                     yield open_handles[job_id], report
                 if report.over:
                     del open_handles[job_id]
-            if deadline is not None and time.monotonic() >= deadline:
+
+    def _polled(self, job_ids: Mapping[str, Any], deadline: float | None) -> Iterator[tuple[dict[str, Report], bool]]:
+        """Reports of what is left of ``job_ids``, again and again; whether what is ``unknown`` now stays so."""
+        patience = time.monotonic() + self.settings.jobs.grace_s
+        ask_ledger_at = time.monotonic()
+        while job_ids:
+            now = time.monotonic()
+            last = deadline is not None and now >= deadline
+            reports = self._stored_reports(list(job_ids))
+            if last or now >= ask_ledger_at:
+                reports |= self._ledger_reports(job_id for job_id in job_ids if job_id not in reports)
+                ask_ledger_at = now + _LEDGER_POLL_S
+            yield reports, last or now >= patience
+            if last:
                 return
-            if open_handles:
+            if job_ids:
                 time.sleep(_POLL_S)
 
 
@@ -463,6 +512,18 @@ def _report(meta: Mapping[str, Any]) -> Report:
     if state == "STARTED":
         return Report("running", "started")
     return Report("queued", "queued")
+
+
+def _standing(known: JobStanding) -> Report:
+    """The same of a job that only the ledger has an entry of."""
+    if known.outcome is not None:
+        if "error" in known.outcome:
+            return Report("failed", "failed", error=from_payload(known.outcome["error"]))
+        return Report("done", "done", result=known.outcome["payload"])
+    if known.state == "waiting":
+        meta = {"stage": "waiting", "attempt": known.attempts, "code": known.code, "message": known.message}
+        return Report("waiting", "waiting", meta=meta)
+    return Report("running", "started") if known.state == "running" else Report("queued", "queued")
 
 
 def _error(result: Any) -> CourierError:

@@ -684,6 +684,20 @@ class DeadLetter:
 
 
 @dataclass(frozen=True)
+class JobStanding:
+    """The ledger's answer to "what became of this job": ``outcome`` is set once the job has ended.
+
+    ``state`` is one of queued, running, waiting, done, dead; ``code`` and ``message`` say why a waiting job waits.
+    """
+
+    state: str
+    outcome: dict[str, Any] | None
+    attempts: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
 class DueJob:
     """A job to be woken. ``trace`` is the W3C ``traceparent`` of whoever enqueued it, if that was traced."""
 
@@ -934,6 +948,15 @@ class Ledger:
         record = self._hash(_job(job_id))
         record.pop("job", None)
         return record
+
+    def standing(self, job_ids: Iterable[str]) -> dict[str, JobStanding]:
+        """The state of those jobs that have a record, read in one round trip; jobs without a record are left out."""
+        ids = list(job_ids)
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.hmget(_job(job_id), "state", "outcome", "attempts", "code", "message")
+            rows = dict(zip(ids, pipe.execute(), strict=True)) if ids else {}
+        return {job_id: _standing(*row) for job_id, row in rows.items() if row[0]}
 
     # --- dead letters ---------------------------------------------------------------------------------------
 
@@ -1196,6 +1219,13 @@ def _gist(outcome: Mapping[str, Any]) -> dict[str, Any]:
     """What a trail says of an outcome: the sentence and the server, none of the metadata."""
     told = outcome.get("error") or outcome.get("payload") or {}
     return {name: told[name] for name in ("message", "server_name") if told.get(name)}
+
+
+def _standing(
+    state: str, outcome: str | None, attempts: str | None, code: str | None, message: str | None
+) -> JobStanding:
+    ended = json.loads(outcome) if outcome and state in ("done", "dead") else None
+    return JobStanding(state, ended, int(attempts or 0), code or "", message or "")
 
 
 def _letter(job_id: str, row: Mapping[str, str]) -> DeadLetter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 import uuid
 
@@ -9,8 +10,10 @@ import pytest
 from redis import Redis
 
 from producer import Courier
+from producer.errors import ImageAlreadyExists, NotFound, Poisoned, StillRunning
 from sandbox import processes as parts
 from sandbox.processes import Processes
+from worker.ledger import Ledger
 from worker.settings import Settings, SettingsError
 
 SECRET = "PLANTED"
@@ -35,3 +38,125 @@ def test_urls_given_in_code_are_read_as_those_of_the_settings(name):
     with pytest.raises(SettingsError, match=f"setting {name}: it is no URL") as caught:
         Courier(Settings(), **{name: f"redis://:{SECRET}@host:port/0"})
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+# --- a job of which the result back-end has no entry (any more) ---------------------------------------------------
+
+TASK = "pacs.trace"
+JOB = {"version": 1, "uid": "1.2.3"}
+
+
+@pytest.fixture
+def courier(redis):
+    settings = Settings.model_validate({"queue": parts.queue_settings(redis), "jobs": {"grace_s": 0.5}})
+    with Courier(settings) as courier:
+        yield courier
+
+
+@pytest.fixture
+def ledger(redis):
+    ledger = Ledger.connect(redis.ledger_url, worker="w")
+    yield ledger
+    ledger.close()
+
+
+def begun(ledger, job_id="j1"):
+    ledger.submit(job_id, task=TASK, job=JOB)
+    return ledger.claim(job_id, task=TASK, job=JOB)
+
+
+def test_a_job_whose_result_is_lost_is_done_with_the_payload_of_the_ledger(courier, ledger):
+    payload = {"operation": "trace", "job_id": "j1", "uid": "1.2.3"}
+    ledger.finish("j1", begun(ledger).fence, outcome={"payload": payload}, code="done", task=TASK, job=JOB)
+    handle = courier.handle("j1")
+    assert (handle.status(), handle.stage()) == ("done", "done")
+    assert handle.result(timeout_s=5) == payload
+    assert courier.known("j1")
+
+
+@pytest.mark.parametrize("end", ["finish", "bury"])
+def test_a_job_whose_failure_is_lost_fails_with_the_error_of_the_ledger(courier, ledger, end):
+    code, kind = ("image_already_exists", ImageAlreadyExists) if end == "finish" else ("poisoned", Poisoned)
+    error = {"code": code, "message": "So it is.", "server_name": "msdicom", "server_type": "msdicom", "details": {}}
+    getattr(ledger, end)("j1", begun(ledger).fence, outcome={"error": error}, code=code, task=TASK, job=JOB)
+    with pytest.raises(kind, match="So it is") as caught:
+        courier.handle("j1").result(timeout_s=5)
+    assert caught.value.payload == error
+    assert courier.handle("j1").status() == "failed"
+
+
+def test_a_purged_dead_letter_still_says_how_it_failed(courier, ledger):
+    error = {"code": "poisoned", "message": "It crashed.", "server_name": None, "server_type": None, "details": {}}
+    ledger.bury("j1", begun(ledger).fence, outcome={"error": error}, code="poisoned", task=TASK, job=JOB)
+    assert ledger.purge("j1")
+    assert courier.handle("j1").report().error.payload["message"] == "It crashed."
+
+
+def test_the_ledger_tells_which_jobs_are_queued_run_or_wait_and_why(courier, ledger):
+    ledger.submit("queued", task=TASK, job=JOB)
+    begun(ledger, "running")
+    ledger.park("waits", begun(ledger, "waits").fence, delay_s=60, code="pacs_unavailable", message="It is down.")
+    reports = courier.reports(["queued", "running", "waits"])
+    assert {job_id: report.status for job_id, report in reports.items()} == {
+        "queued": "queued",
+        "running": "running",
+        "waits": "waiting",
+    }
+    assert reports["waits"].meta == {
+        "stage": "waiting",
+        "attempt": 1,
+        "code": "pacs_unavailable",
+        "message": "It is down.",
+    }
+
+
+def test_a_job_that_is_known_nowhere_is_unknown_and_its_result_is_not_found(courier):
+    handle = courier.handle(str(uuid.uuid4()))
+    assert (handle.status(), handle.stage()) == ("unknown", "unknown")
+    assert not courier.known(handle.id)
+    for timeout_s in (0, 0.2, None):
+        with pytest.raises(NotFound, match=handle.id):
+            handle.result(timeout_s=timeout_s)
+    assert [one.id for one, _ in courier.as_completed([handle])] == [handle.id]
+
+
+def test_a_job_that_expires_while_it_is_waited_for_ends_the_waiting(courier, ledger, redis):
+    ledger.submit("j1", task=TASK, job=JOB)
+    states = courier.watch([courier.handle("j1")])
+    assert next(states)[1].status == "queued"
+    ledger.client.delete("courier:job:j1")
+    assert next(states)[1].status == "unknown"
+    assert next(states, None) is None
+
+
+def test_a_job_that_ends_while_it_is_waited_for_ends_the_waiting_without_a_result_back_end(courier, ledger):
+    claim = begun(ledger)
+    states = courier.watch([courier.handle("j1")], timeout_s=20)
+    assert next(states)[1].status == "running"
+    ledger.finish("j1", claim.fence, outcome={"payload": {"uid": "1"}}, code="done", task=TASK, job=JOB)
+    assert next(states)[1].result == {"uid": "1"}
+
+
+def test_without_a_ledger_a_job_without_result_counts_as_queued(redis):
+    with Courier(Settings(), broker_url=redis.broker_url, result_backend=redis.result_backend) as courier:
+        handle = courier.handle(str(uuid.uuid4()))
+        assert handle.status() == "queued"
+        with pytest.raises(StillRunning):
+            handle.result(timeout_s=0.2)
+        with pytest.raises(NotFound):
+            courier.must_know(handle.id)
+
+
+def test_the_ledger_is_asked_only_for_jobs_that_the_result_back_end_does_not_know_and_in_one_round_trip(
+    courier, ledger, monkeypatch
+):
+    backend = courier._app.backend
+    meta = {"status": "SUCCESS", "result": {"uid": "1"}, "traceback": None, "children": [], "task_id": "told"}
+    backend.client.set(backend.get_key_for_task("told"), json.dumps(meta))
+    for job_id in ("told", "a", "b", "c"):
+        ledger.submit(job_id, task=TASK, job=JOB)
+    asked = []
+    monkeypatch.setattr(courier.ledger, "standing", lambda ids: asked.append(list(ids)) or ledger.standing(asked[-1]))
+    reports = courier.reports(["told", "a", "b", "c"])
+    assert reports["told"].status == "done"
+    assert asked == [["a", "b", "c"]]

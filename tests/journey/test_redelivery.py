@@ -121,7 +121,9 @@ def test_an_outcome_whose_holder_died_before_anybody_was_told_is_told_by_another
         assert parts.poll(lambda: ledger.look(handle.id).get("state") == "done", timeout_s=WAIT_S)
         doomed.kill()
         parts.redis(running, port=port)
+        assert handle.result(timeout_s=WAIT_S)["status"] == "stored"  # the ledger says so meanwhile
         worker(jobs=QUICK, queue=queue)
+        assert parts.poll(lambda: courier._stored_reports([handle.id]), timeout_s=WAIT_S)
         payload = handle.result(timeout_s=WAIT_S)
         assert (payload["status"], payload["attempts"]) == ("stored", 1)
     assert stored_once(sandbox, study)
