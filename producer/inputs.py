@@ -20,6 +20,7 @@ from typing import IO, Any, BinaryIO, Self
 from producer.errors import InvalidRequest, InvalidUid
 from worker.logs import shown_text, shown_url
 from worker.payloads import check_uid
+from worker.urls import bare
 
 #: A longer line is no row of anything.
 MAX_LINE_BYTES = 65_536
@@ -85,9 +86,8 @@ def is_source(text: str) -> bool:
         return False
     if match["zip"]:
         return "!/" not in text
-    bare = text.partition("?")[0].partition("#")[0]
     lists = match["scheme"].lower() in ("s3", "az", "file")
-    return (lists and text.endswith("/")) or bare.lower().endswith(".zip")
+    return (lists and text.endswith("/")) or bare(text).lower().endswith(".zip")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------

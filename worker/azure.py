@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from azure.storage.blob import BlobServiceClient
 
 _CONTAINER = r"(?i:az)://(?P<container>\$root|[a-z0-9][a-z0-9-]{1,61}[a-z0-9])"
-_AZURE_URL = re.compile(_CONTAINER + r"/(?P<blob>[^\x00-\x1f?#\\]{1,1024})").fullmatch
-_AZURE_PREFIX = re.compile(_CONTAINER + r"/(?P<prefix>([^\x00-\x1f?#\\]{0,1023}/)?)").fullmatch
+_AZURE_URL = re.compile(_CONTAINER + r"/(?P<blob>[^\x00-\x1f\\]{1,1024})").fullmatch
+_AZURE_PREFIX = re.compile(_CONTAINER + r"/(?P<prefix>([^\x00-\x1f\\]{0,1023}/)?)").fullmatch
 #: How long a URL that this worker signs for itself is good for; it is looked at when a fetch starts.
 _SIGNED_FOR = timedelta(hours=1)
 
@@ -28,7 +28,8 @@ logging.getLogger("azure").setLevel(logging.WARNING)
 
 
 def container_and_blob(url: str) -> tuple[str, str] | None:
-    """What ``az://container/path/to/blob`` names, taken as it stands, without percent-decoding; None if malformed.
+    """What ``az://container/path/to/blob`` names, taken as it stands, without percent-decoding and with its ``?`` and
+    ``#``; None if malformed.
 
     Names with ``.`` or ``..`` between slashes are refused: on the way they would be taken for a path, and lead out of
     the container.

@@ -45,6 +45,7 @@ import redis
 from worker.breakers import BREAKER, by_server
 from worker.errors import InvalidRequest
 from worker.logs import shown_job, without_queries
+from worker.urls import is_url, unsigned
 
 PREFIX: Final = "courier:"
 #: No record of an ended job goes before the last message that may begin it anew: one that a killed worker held comes
@@ -1256,8 +1257,19 @@ def _wish(task: str, job: Mapping[str, Any]) -> str:
     """
     if not job.get("idempotency_key"):
         return ""
-    said = {name: value for name, value in job.items() if value is not None and name != "version"}
-    return hashlib.sha256(f"{task}\n{without_queries(_dump(said))}".encode()).hexdigest()
+    said = {name: _unsigned(value) for name, value in job.items() if value is not None and name != "version"}
+    return hashlib.sha256(f"{task}\n{_dump(said)}".encode()).hexdigest()
+
+
+def _unsigned(value: Any, *, depth: int = 3) -> Any:
+    """``value`` with its URLs as they are before they are signed; a URL of a job stands no deeper than in an item."""
+    if isinstance(value, str):
+        return unsigned(value) if is_url(value) else without_queries(value)
+    if not depth or not isinstance(value, dict | list):
+        return value
+    if isinstance(value, dict):
+        return {name: _unsigned(one, depth=depth - 1) for name, one in value.items()}
+    return [_unsigned(one, depth=depth - 1) for one in value]
 
 
 def _ms(seconds: float) -> int:

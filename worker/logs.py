@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+from worker.urls import ENTRY, ZIP, bare, entry_of, names_object, signature_at
+
 #: What is known of the job at work here; and of the one before it, of which Celery still speaks once it has ended.
 _line: ContextVar[dict[str, object] | None] = ContextVar("line", default=None)
 _last: ContextVar[dict[str, object] | None] = ContextVar("last", default=None)
@@ -68,7 +70,13 @@ _IS_UID = re.compile(r"[0-9.]{1,64}", re.ASCII).fullmatch
 _SHAPES = {"uid": _IS_UID, "study_uid": _IS_UID, "level": re.compile("image|series|study").fullmatch}
 _IS_NAME = re.compile(r"[\w.:-]{1,200}", re.ASCII).fullmatch
 _USER = re.compile(r"://[^\s/@'\"]*@")
-_QUERY = re.compile(r"(://[^\s?#'\"<>]*)[?#][^\s'\"<>]*")
+_AFTER_SCHEME = re.compile(r"://[^\s'\"<>]*")
+_SCHEME = re.compile(r"[A-Za-z0-9+.-]*\Z")
+_SCHEME_SIGNS = 16
+#: A query of http within what else is an object's name: two URLs that no blank separates, more likely.
+_INNER_QUERY = re.compile(r"(?<=.)(?<!zip\+)(https?://[^?#]*)[?#].*", re.IGNORECASE)
+#: In an entry of an archive: what was to be the query of the archive's URL, and was written at the wrong end.
+_MISPLACED_QUERY = re.compile(r"[?#].*=.*", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -120,10 +128,29 @@ def about_line(record: logging.LogRecord) -> Mapping[str, object]:
 
 
 def without_queries(sentence: str) -> str:
-    """``sentence`` of whomever, its URLs without userinfo, query and fragment."""
+    """``sentence`` of whomever, its URLs without userinfo, query and fragment; an object's URL has no query."""
     if "://" not in sentence:
         return sentence
-    return _QUERY.sub(r"\1", _USER.sub("://", sentence))
+    sentence = _USER.sub("://", sentence)
+
+    def shown(found: re.Match[str]) -> str:
+        scheme = _SCHEME.search(sentence, max(found.start() - _SCHEME_SIGNS, 0), found.start())
+        before = scheme[0] if scheme else ""
+        return _INNER_QUERY.sub(r"\1", _without_query(before + found[0]))[len(before) :]
+
+    return _AFTER_SCHEME.sub(shown, sentence)
+
+
+def _without_query(url: str) -> str:
+    """``url`` up to its query; the entry that a ``zip+`` URL names stays."""
+    if url[: len(ZIP)].lower() != ZIP:
+        return bare(url[: signature_at(url)])
+    archive, entry = entry_of(url)
+    at = signature_at(archive)
+    shown = f"{url[: len(ZIP)]}{bare(archive[:at])}"
+    if not entry or at is not None:
+        return shown
+    return f"{shown}{ENTRY}{entry if names_object(archive) else _MISPLACED_QUERY.sub('', entry)}"
 
 
 def frames_of(error: BaseException | None) -> str:
@@ -152,13 +179,14 @@ def where_it_broke(error: BaseException) -> str:
 def shown_url(url: str) -> str:
     """``url`` as it may be shown: without userinfo, query and fragment, which is where credentials travel.
 
-    What only resembles a URL is shown up to where a password may begin.
+    Of an ``s3:``, ``az:`` or ``file:`` URL the whole name is shown: ``?`` and ``#`` belong to it. What only resembles a
+    URL is shown up to where a password may begin.
     """
-    bare = re.split(r"[?#]", url, maxsplit=1)[0]
-    start = _BEFORE_AUTHORITY.match(bare)
+    shown = _without_query(url)
+    start = _BEFORE_AUTHORITY.match(shown)
     if not start:
-        return bare.rpartition("@")[2]
-    authority, slash, path = bare[start.end() :].partition("/")
+        return shown if names_object(shown) else shown.rpartition("@")[2]
+    authority, slash, path = shown[start.end() :].partition("/")
     host = authority.rpartition("@")[2]
     if not _IS_HOST_AND_PORT(host):  # a password with a slash or a question mark in it ends up here
         return f"{start[0]}…"

@@ -179,7 +179,6 @@ def test_a_container_that_is_not_listed_is_refused_though_the_worker_could_read_
         "az://images/x/./a.dcm",
         "az://images/x\\..\\..\\private/a.dcm",
         "az://images/a.dcm?sig=secret",
-        "az://images/a.dcm#x",
         "az://images/a\n.dcm",
         "az://Images/a.dcm",
         "az://me:secret@images/a.dcm",
@@ -244,6 +243,32 @@ def test_nothing_of_azure_is_loaded_before_the_first_such_url() -> None:
         "Sources(SourceSettings()); sys.exit('azure.storage' in sys.modules or 'azure.core' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["order?{}.dcm", "a#b/order?x={}&y", "100%3F-{}"])
+def test_a_question_mark_and_a_hash_belong_to_the_name(
+    azurite: AzuritePart, writer: BlobServiceClient, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fetching = sources(azurite.url, monkeypatch)
+    for number in (1, 2):
+        blob = writer.get_blob_client("images", f"odd/{name.format(number)}")
+        blob.upload_blob(f"image {number}".encode(), overwrite=True)
+    listed = [one.url for page in fetching.pages("az://images/odd/") for one in page if not one.why_not]
+    for number in (1, 2):
+        url = f"az://images/odd/{name.format(number)}"
+        assert url in listed
+        with fetching.fetch(url) as fetched:
+            assert (fetched.stream.read(), fetched.source) == (f"image {number}".encode(), url)
+    missing = f"az://images/odd/{name.format(3)}"
+    assert missing in refused(fetching, missing, SourceNotFound).message
+
+
+@pytest.mark.parametrize("parameter", ["versionid", "snapshot"])
+def test_a_version_or_a_snapshot_is_never_taken_for_the_newest(
+    azurite: AzuritePart, monkeypatch: pytest.MonkeyPatch, parameter: str
+) -> None:
+    fetching = sources(azurite.url, monkeypatch)
+    assert "older version" in refused(fetching, f"{URL}?{parameter}=2026-01-01", SourceNotAllowed).message
 
 
 # --- a server that breaks the rules ---------------------------------------------------------------------------------
@@ -359,7 +384,8 @@ def test_a_prefix_is_listed_page_by_page_with_urls_that_fetch(
         ("az://images/nothing/", SourceNotFound),
         ("az://nothing-here/", SourceNotFound),
         ("az://private/", SourceNotAllowed),
-        ("az://images/a?b/", SourceNotAllowed),
+        ("az://images/a?b/", SourceNotFound),
+        ("az://images/a?sv=1&sig=b/", SourceNotAllowed),
     ):
         with pytest.raises(kind):
             list(fetching.pages(url))

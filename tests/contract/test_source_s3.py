@@ -183,6 +183,30 @@ def test_nothing_of_boto_is_loaded_before_the_first_such_url() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("key", ["order?{}.dcm", "a#b/order?x={}&y", "100%3F-{}", "order {}?+.dcm"])
+def test_a_question_mark_and_a_hash_belong_to_the_key(endpoint: str, key: str) -> None:
+    writer, fetching = client(endpoint), sources(endpoint)
+    for number in (1, 2):
+        writer.put_object(Bucket="images", Key=f"odd/{key.format(number)}", Body=f"image {number}".encode())
+    writer.close()
+    listed = [one.url for page in fetching.pages("s3://images/odd/") for one in page]
+    for number in (1, 2):
+        url = f"s3://images/odd/{key.format(number)}"
+        assert url in listed
+        with fetching.fetch(url) as fetched:
+            assert (fetched.stream.read(), fetched.source) == (f"image {number}".encode(), url)
+    missing = f"s3://images/odd/{key.format(3)}"
+    with pytest.raises(SourceNotFound) as caught:
+        fetching.fetch(missing)
+    assert missing in caught.value.message
+    fetching.close()
+
+
+def test_of_a_key_a_version_is_never_taken_for_the_newest(filled_moto: str) -> None:
+    error = refused(sources(filled_moto), "s3://images/2024/a b.dcm?versionId=abc", SourceNotAllowed)
+    assert "older version" in error.message
+
+
 # --- a server that breaks the rules ---------------------------------------------------------------------------------
 
 

@@ -11,11 +11,17 @@ _URL = re.compile(r"^(([^:/?#]+):)?(//([^/?#]*))?([^?#]*)(\?([^#]*))?(#(.*))?", 
 
 
 def hides_it(url: str) -> bool:
-    """Whether the secret stands in the userinfo, the query or the fragment of ``url`` and nowhere else."""
+    """Whether the secret stands in the userinfo, the query or the fragment of ``url`` and nowhere else.
+
+    In URLs of objects ``?`` and ``#`` belong to the name: there only the userinfo is none of it.
+    """
     found = _URL.match(url)
     assert found is not None
     host = (found[4] or "").rpartition("@")[2]
-    return SECRET in url and SECRET not in f"{found[2]}{host}{found[5]}"
+    name = found[5]
+    if (found[2] or "").lower() in ("s3", "az", "file"):
+        name += f"{found[6] or ''}{found[8] or ''}"
+    return SECRET in url and SECRET not in f"{found[2]}{host}{name}"
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -215,6 +215,23 @@ def test_another_wish_under_one_key_is_refused_and_not_answered_with_the_outcome
     assert ask("pacs.upload", "j3", **resigned) == Done({"status": "stored"})
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["s3://imgs/order?{}.dcm", "az://imgs/order#{}.dcm", "zip+https://host/all.zip?sig=x!/{}.dcm"],
+)
+def test_an_object_is_never_answered_with_the_outcome_of_another_one_whose_url_begins_alike(
+    desk: Desk, pattern: str
+) -> None:
+    one, two = ({"image_url": pattern.format(number), "idempotency_key": "order-7"} for number in (1, 2))
+    first = job_id_for("order-7")
+    desk.ledger.submit(first, task="pacs.upload", job=one)
+    assert desk.carry({"status": "stored"}, first) == Done({"status": "stored"})
+    tools = cast(Tools, SimpleNamespace(ledger=desk.ledger))
+    verdict = desk.carry(lambda _, run: follow("pacs.upload", two, run, tools), "j2")
+    assert isinstance(verdict, Failed)
+    assert verdict.error.code == "invalid_request"
+
+
 def test_a_message_is_given_back_when_the_ledger_cannot_be_asked(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise redis.ConnectionError

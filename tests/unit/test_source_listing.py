@@ -138,6 +138,14 @@ def test_an_archive_gives_each_entry_by_a_url_that_fetches_it(sources: Sources, 
         sources.fetch(f"zip+{url}!/elsewhere.dcm")
 
 
+def test_an_entry_is_named_whole_however_its_name_is_written(sources: Sources, packed: Packed) -> None:
+    url = packed({"order?1.dcm": b"image 1", "order?2.dcm": b"image 2", "100%3F.dcm": b"image 3"})
+    for entry, body in (("order?2.dcm", b"image 2"), ("order%3F2.dcm", b"image 2"), ("100%253F.dcm", b"image 3")):
+        with sources.fetch(f"zip+{url}!/{entry}") as fetched:
+            assert fetched.stream.read() == body
+            assert fetched.source == f"{url}!/{entry.replace('?', '%3F')}"
+
+
 def test_an_entry_without_a_name_is_passed_over(sources: Sources, folder: Path, packed: Packed) -> None:
     url = packed({"a": BODY, "b": BODY})
     packed_bytes = (folder / "images.zip").read_bytes()

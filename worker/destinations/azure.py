@@ -21,6 +21,7 @@ from worker.azure import AzureAccount, container_and_blob
 from worker.destinations.mark import CHUNK_BYTES, MANIFEST, Mark, refusal, something_else
 from worker.errors import CourierError, SourceUnreachable
 from worker.settings import DownloadSettings, SettingsError
+from worker.urls import refusal_reason
 
 if TYPE_CHECKING:
     from azure.core.exceptions import HttpResponseError
@@ -56,6 +57,8 @@ class AzureDestinations:
         if names is None:
             sentence = "An Azure destination is written as az://container/path/to/blob, without a signature."
             raise refusal(sentence, "not_allowed")
+        if reason := refusal_reason(url):
+            raise refusal(reason, "not_allowed")
         container, blob = names
         if not any(fnmatchcase(container, pattern) for pattern in self._settings.containers):
             sentence = f"The container {container} is not among downloads.azure.containers; add it to write there."

@@ -68,7 +68,9 @@ def path_of(url: str) -> Path:
     parts = urlsplit(url)
     path = unquote(parts.path)
     local = bool(_FILE_URL(url)) and parts.netloc.lower() in ("", "localhost")
-    if not local or not path.startswith("/") or "?" in url or "#" in url or "\0" in path:
+    if local and ("?" in url or "#" in url):
+        raise refusal("A file URL has no query; write ? as %3F and # as %23 where a name has them.", "not_allowed")
+    if not local or not path.startswith("/") or "\0" in path:
         raise refusal("A file destination has to name an absolute path: file:///folder/study.zip.", "not_allowed")
     return Path(os.path.normpath(path))
 

@@ -16,6 +16,7 @@ from typing import Any
 from worker.destinations.mark import CHUNK_BYTES, MANIFEST, Mark, refusal, something_else
 from worker.errors import CourierError, SourceUnreachable
 from worker.settings import DownloadSettings
+from worker.urls import refusal_reason
 
 _S3_URL = re.compile(r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})/(?P<key>[^\x00-\x1f]+)").fullmatch
 #: One part of an upload, and so the memory that it takes. S3 takes 10,000 of them: 80 GB.
@@ -69,6 +70,8 @@ def _parts(url: str) -> tuple[str, str]:
     match = _S3_URL(url)
     if match is None:
         raise refusal("An S3 destination is written as s3://bucket/key, without credentials.", "not_allowed")
+    if reason := refusal_reason(url):
+        raise refusal(reason, "not_allowed")
     if {".", ".."} & set(match["key"].split("/")):  # a server, or a proxy before it, may take it for a path out of it
         raise refusal("An S3 destination has no . or .. between slashes; name the object itself.", "not_allowed")
     return match["bucket"], match["key"]

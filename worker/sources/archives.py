@@ -25,9 +25,8 @@ from worker.errors import NotDicom, SourceNotAllowed, SourceNotFound, SourceTooL
 from worker.logs import shown_url
 from worker.sources.listing import Listed, listed, paged
 from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
+from worker.urls import ENTRY, ZIP, bare, entry_of
 
-PREFIX = "zip+"
-_ENTRY = "!/"
 #: An archive's directory is held in memory while it is open: some 80 MB for as many entries.
 MAX_ENTRIES = 100_000
 MAX_DIRECTORY_BYTES = 16 * 1_048_576
@@ -43,11 +42,11 @@ FetchWhole = Callable[[str, Limits], Fetched]
 
 def is_archive(url: str) -> bool:
     """Whether ``url`` names an archive to be listed, by its scheme or by its name."""
-    return is_entry(url) or url.partition("?")[0].partition("#")[0].lower().endswith(".zip")
+    return is_entry(url) or bare(url).lower().endswith(".zip")
 
 
 def is_entry(url: str) -> bool:
-    return url[: len(PREFIX)].lower() == PREFIX
+    return url[: len(ZIP)].lower() == ZIP
 
 
 class Archives:
@@ -62,8 +61,8 @@ class Archives:
 
     def pages(self, url: str) -> Iterator[list[Listed]]:
         """Every entry of the archive at ``url`` (with or without ``zip+``), in the archive's order."""
-        outer = url[len(PREFIX) :] if is_entry(url) else url
-        if is_entry(url) and _ENTRY in outer:
+        outer = url[len(ZIP) :] if is_entry(url) else url
+        if is_entry(url) and ENTRY in outer:
             raise SourceNotAllowed("An entry of an archive cannot be listed; name the archive.")
         with self._opened(outer, self._limits()) as archive:
             yield from paged(archive.entries())
@@ -176,12 +175,12 @@ class _Archive:
         for info in self._zip.infolist():
             if _is_no_file(info):
                 continue
-            url = f"{PREFIX}{self._url}{_ENTRY}{quote(info.filename)}"
+            url = f"{ZIP}{self._url}{ENTRY}{quote(info.filename)}"
             why_not = self._why_not(info)
             yield Listed(url, info.file_size, why_not) if why_not else listed(url, info.filename, info.file_size)
 
     def read(self, name: str, limits: Limits) -> Fetched:
-        source = f"{self._shown}{_ENTRY}{quote(name)}"
+        source = f"{self._shown}{ENTRY}{quote(name)}"
         info = self._zip.NameToInfo.get(name)
         if info is None or _is_no_file(info):
             raise SourceNotFound(f"{source} is not there: the archive has no such entry.")
@@ -216,8 +215,8 @@ def _is_no_file(info: zipfile.ZipInfo) -> bool:
 
 def _taken_apart(url: str) -> tuple[str, str]:
     """The archive's URL, and the entry's name in it."""
-    outer, separator, entry = url[len(PREFIX) :].rpartition(_ENTRY)
-    if not separator or not entry:
+    outer, entry = entry_of(url)
+    if not entry:
         raise SourceNotAllowed("An entry of an archive is written zip+https://host/images.zip!/folder/image.dcm.")
     if is_entry(outer):
         raise SourceNotAllowed("An archive within an archive is not opened; unpack it.")

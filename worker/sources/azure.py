@@ -19,6 +19,7 @@ from worker.settings import SettingsError, SourceSettings
 from worker.sources.http import HttpSource
 from worker.sources.listing import PAGE_ENTRIES, Listed, listed
 from worker.sources.spool import Fetched, Limits
+from worker.urls import refusal_reason
 
 
 class AzureSource:
@@ -37,6 +38,8 @@ class AzureSource:
             raise SourceNotAllowed(
                 "The Azure URL is malformed; write az://container/path/to/blob, without a signature."
             )
+        if reason := refusal_reason(url):
+            raise SourceNotAllowed(reason)
         container, blob = names
         self._check(container)
         source = f"az://{container}/{blob}"
@@ -52,6 +55,8 @@ class AzureSource:
         names = container_and_prefix(url)
         if names is None:
             raise SourceNotAllowed("The Azure URL is malformed; write az://container/prefix/, without a signature.")
+        if reason := refusal_reason(url):
+            raise SourceNotAllowed(reason)
         container, prefix = names
         self._check(container)
         source = f"az://{container}/{prefix}"

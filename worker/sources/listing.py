@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+from worker.urls import refusal_reason
+
 #: How many a page holds at most; S3 gives no more at a time.
 PAGE_ENTRIES = 1000
 #: As in a job.
@@ -54,6 +56,8 @@ def paged(entries: Iterable[Listed]) -> Iterator[list[Listed]]:
 def _why_not(url: str, name: str) -> str:
     if _CONTROL.search(url):
         return "its name has characters that no URL may have"
+    if refusal_reason(url):
+        return "its name ends like a signature or a version in a URL; give it by a signed https:// URL"
     if len(url) > MAX_URL:
         return f"its URL has more than {MAX_URL} characters"
     if name.lower().endswith(".zip"):

@@ -1,7 +1,8 @@
 """Images in S3 and what speaks like it: ``s3://bucket/key``, read with the worker's own credentials.
 
 Whoever may enqueue could read with those credentials, so only buckets that the settings name are read. boto3 is loaded
-with the first such URL. A key is taken as it stands, without percent-decoding, as Amazon's own tools do.
+with the first such URL. A key is taken as it stands, without percent-decoding and with its ``?`` and ``#``, as Amazon's
+own tools do.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from worker.settings import SettingsError, SourceSettings
 from worker.sources.encoding import decoded, is_plain
 from worker.sources.listing import PAGE_ENTRIES, Listed, listed
 from worker.sources.spool import Fetched, Limits, spool
+from worker.urls import refusal_reason
 
 _BUCKET = r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})"
 _S3_URL = re.compile(_BUCKET + r"/(?P<key>[^\x00-\x1f]+)").fullmatch
@@ -140,6 +142,8 @@ def bucket_and_key(url: str) -> tuple[str, str]:
     match = _S3_URL(url)
     if match is None:
         raise SourceNotAllowed("The S3 URL is malformed; write s3://bucket/key, without user name or password.")
+    if reason := refusal_reason(url):
+        raise SourceNotAllowed(reason)
     if {".", ".."} & set(match["key"].split("/")):  # a server, or a proxy before it, may take it for a path out of it
         raise SourceNotAllowed("The S3 URL has . or .. between slashes; name the object itself.")
     return match["bucket"], match["key"]
@@ -149,6 +153,8 @@ def _bucket_and_prefix(url: str) -> tuple[str, str]:
     match = _S3_PREFIX(url)
     if match is None:
         raise SourceNotAllowed("The S3 URL is malformed; write s3://bucket/prefix/, without user name or password.")
+    if reason := refusal_reason(url):
+        raise SourceNotAllowed(reason)
     return match["bucket"], match["prefix"]
 
 

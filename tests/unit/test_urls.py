@@ -1,0 +1,163 @@
+"""What names an object in a URL and what is a credential: in the shown form, in sentences, in comparisons."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from producer.inputs import is_source
+from worker.destinations import Destinations
+from worker.errors import InvalidRequest, SourceNotAllowed
+from worker.ledger import _wish
+from worker.logs import shown_job, shown_url, without_queries
+from worker.settings import AzureSettings, DownloadSettings, S3Settings, SourceSettings
+from worker.sources import Sources
+from worker.sources.archives import is_archive
+from worker.sources.listing import listed
+
+#: Each names an object to its last sign.
+OBJECTS = (
+    "s3://imgs/order?1.dcm",
+    "s3://imgs/order#1.dcm",
+    "S3://imgs/day?1/order#2?x=1&y=2.dcm",
+    "s3://imgs/100%3F.dcm",
+    "s3://imgs/sig=1.dcm",
+    "s3://imgs/versionId=1?a.dcm",
+    "s3://imgs/a?versionId=1/b.dcm",
+    "az://imgs/order?1.dcm",
+    "az://imgs/order#1.dcm",
+    "AZ://imgs/day#1/a?b=c.dcm",
+    "file:///in/order?1.dcm",
+    "file:///in/order#1.dcm",
+    "file:/in/order%3F1.dcm",
+    "zip+s3://imgs/all?1.zip!/order?1.dcm",
+    "zip+az://imgs/all#1.zip!/order#1.dcm",
+    "zip+file:///in/all%3F1.zip!/order?1.dcm",
+    "zip+https://host/all.zip!/order?1.dcm",
+    "zip+https://host/all.zip!/order%3Fid%3D1.dcm",
+)
+SIGNED = (
+    "az://imgs/a.dcm?sv=2024-11-04&se=2099-01-01T00%3A00Z&sr=b&sp=r&sig=s3cr3t%2Fx",
+    "az://imgs/a?b.dcm?sig=s3cr3t/x",
+    "AZ://imgs/prefix?SIG=s3cr3t/",
+    "s3://imgs/a.dcm?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=s3cr3t/1/s3&X-Amz-Signature=s3cr3t",
+    "s3://imgs/a.dcm?AWSAccessKeyId=s3cr3t&Signature=s3cr3t&Expires=1",
+    "s3://imgs/a.dcm?versionId=1&x-amz-security-token=s3cr3t",
+)
+VERSIONED = (
+    "s3://imgs/a.dcm?versionId=abc",
+    "s3://imgs/a?b.dcm?x=1&VersionId=abc",
+    "az://imgs/a.dcm?versionid=2026-01-01T00:00:00.0000000Z",
+    "az://imgs/a.dcm?snapshot=2026-01-01T00:00:00.0000000Z",
+)
+
+
+@pytest.mark.parametrize("url", OBJECTS)
+def test_an_object_is_named_whole_wherever_its_url_is_shown(url: str) -> None:
+    assert shown_url(url) == url
+    for sentence in (f"{url} is not there; check the URL.", f"Fetched {url}", f"items [{url!r}, 'https://h/a?sig=x']"):
+        assert url in without_queries(sentence)
+        assert "sig=x" not in without_queries(sentence)
+    assert json.loads(shown_job({"image_url": url}))["image_url"] == url
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://h/a.dcm?sig=s3cr3t#s3cr3t", "https://h/a.dcm"),
+        ("zip+https://h/all.zip?sig=s3cr3t!/1.dcm", "zip+https://h/all.zip!/1.dcm"),
+        ("zip+https://u:s3cr3t@h/all.zip?sig=s3cr3t!/a/1?x.dcm", "zip+https://h/all.zip!/a/1?x.dcm"),
+        ("zip+https://h/all.zip!/1.dcm?sig=s3cr3t", "zip+https://h/all.zip!/1.dcm"),
+        ("zip+https://h/all.zip?sig=s3cr3t", "zip+https://h/all.zip"),
+        ("zip+az://imgs/all.zip?sig=s3cr3t!/1.dcm", "zip+az://imgs/all.zip"),
+        ("s3://u:s3cr3t@imgs/order?1.dcm", "s3://imgs/order?1.dcm"),
+        ("s3://imgs?s3cr3t/order.dcm", "s3://imgs"),
+        ("file://u:s3cr3t@localhost/a?1.dcm", "file://localhost/a?1.dcm"),
+        ("ftp://h/a?s3cr3t", "ftp://h/a"),
+        ("xs3://imgs/a?s3cr3t", "xs3://imgs/a"),
+    ],
+)
+def test_what_may_be_a_credential_is_cut_and_nothing_else(url: str, shown: str) -> None:
+    assert shown_url(url) == shown
+    assert "s3cr3t" not in without_queries(f"Of {url} nothing came.")
+    assert "s3cr3t" not in shown_job({"image_url": url})
+
+
+def test_of_what_only_resembles_an_objects_url_nothing_is_shown_that_may_be_a_password() -> None:
+    assert shown_url("s3://u:s3cr3t/x@imgs/order?1.dcm") == "s3://…"
+    assert shown_url("zip+s3://u:s3cr3t/x@imgs/all.zip!/1.dcm") == "zip+s3://…"
+    assert shown_url("file:a?s3cr3t") == "file:a"
+
+
+def test_a_signed_url_beside_an_object_in_one_word_is_cut_in_a_line_all_the_same() -> None:
+    assert without_queries("s3://b/a?1,https://h/x?sig=s3cr3t") == "s3://b/a?1,https://h/x"
+    assert without_queries("zip+https://h/a.zip!/order?1.dcm came") == "zip+https://h/a.zip!/order?1.dcm came"
+
+
+def test_two_objects_are_two_wishes_and_a_url_that_is_signed_anew_is_one() -> None:
+    def wish(url: str, **more: object) -> str:
+        return _wish("pacs.upload", {"image_url": url, "idempotency_key": "order-7", **more})
+
+    assert len({wish(url) for url in OBJECTS}) == len(OBJECTS)
+    for one, two in (
+        ("s3://imgs/order?1.dcm", "s3://imgs/order?2.dcm"),
+        ("az://imgs/order#1.dcm", "az://imgs/order#2.dcm"),
+        ("file:///in/a%3F1.dcm", "file:///in/a%3F2.dcm"),
+        ("zip+https://h/all.zip?sig=x!/1.dcm", "zip+https://h/all.zip?sig=x!/2.dcm"),
+        ("zip+https://h/all.zip!/a?id=1.dcm", "zip+https://h/all.zip!/a?id=2.dcm"),
+        ("s3://imgs/a://b@c", "s3://imgs/a://d@c"),
+    ):
+        assert wish(one) != wish(two)
+    for one, two in (
+        ("https://h/a.dcm?sig=1", "https://h/a.dcm?sig=2"),
+        ("https://h/a b.dcm?sig=1", "https://h/a b.dcm?sig=2"),
+        ("zip+https://h/all.zip?sig=1!/1.dcm", "zip+https://h/all.zip?sig=2!/1.dcm"),
+    ):
+        assert wish(one) == wish(two)
+
+
+@pytest.mark.parametrize("url", SIGNED)
+def test_a_signature_at_an_objects_url_is_shown_nowhere_and_refused_in_words(url: str) -> None:
+    assert "s3cr3t" not in shown_url(url) + without_queries(f"see {url}.") + shown_job({"destination": url})
+    for sentence in refusals(url):
+        assert "no signature" in sentence
+        assert "s3cr3t" not in sentence
+
+
+@pytest.mark.parametrize("url", VERSIONED)
+def test_a_version_of_an_object_is_refused_in_words_and_never_taken_for_the_newest(url: str) -> None:
+    for sentence in refusals(url):
+        assert "older version" in sentence
+    assert "signed https:// URL" in listed(url, url).why_not
+
+
+def refusals(url: str) -> list[str]:
+    """What a source and a destination that may be used say of ``url``."""
+    s3, azure = S3Settings(buckets=("*",)), AzureSettings(containers=("*",), account_url="https://account.example")
+    with pytest.raises(SourceNotAllowed) as source:
+        Sources(SourceSettings(s3=s3, azure=azure)).fetch(url)
+    with pytest.raises(InvalidRequest) as destination:
+        Destinations(DownloadSettings(s3=s3, azure=azure)).archive(url)
+    assert destination.value.details["reason"] == "not_allowed"
+    return [source.value.message, destination.value.message]
+
+
+def test_a_file_destination_with_a_raw_question_mark_is_told_how_to_write_it() -> None:
+    for url in ("file:///out/a?b.zip", "file:///out/a#b.zip"):
+        with pytest.raises(InvalidRequest, match="%3F"):
+            Destinations(DownloadSettings()).archive(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "holds"),
+    [
+        ("s3://imgs/order#1.zip", True),
+        ("az://imgs/order?1.zip", True),
+        ("s3://imgs/all.zip?1", False),
+        ("https://h/all.zip?1", True),
+        ("https://h/a?1.zip", False),
+    ],
+)
+def test_an_archive_is_told_by_the_end_of_its_whole_name(url: str, holds: bool) -> None:
+    assert (is_archive(url), is_source(url)) == (holds, holds)

@@ -1,0 +1,78 @@
+"""What the parts of a URL mean here: what names the object, what is a credential.
+
+In ``http:`` and ``https:`` URLs a query may be a signature, so it is neither shown nor part of what a job is about. In
+``s3:``, ``az:`` and ``file:`` URLs ``?`` and ``#`` belong to the name: ``s3://bucket/order?1.dcm`` and
+``s3://bucket/order?2.dcm`` are two objects. A ``zip+`` URL follows the URL inside it.
+"""
+
+from __future__ import annotations
+
+import re
+
+ZIP = "zip+"
+ENTRY = "!/"
+_OBJECT = re.compile(r"(?:s3://|az://)[^/?#]*/|file:/", re.IGNORECASE).match
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/").match
+_USER = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#]*@")
+_QUERY = re.compile(r"[?#]")
+#: Parameters of presigned S3 URLs and of Azure's shared access signatures.
+_SIGNATURE = re.compile(r"[?#](?:[^?#]*&)?(?:sig|signature|awsaccesskeyid|x-amz-[a-z0-9-]+)=", re.IGNORECASE)
+_VERSION = {
+    "s3": re.compile(r"\?(?:[^?/]*&)?versionid=[^/]*\Z", re.IGNORECASE),
+    "az": re.compile(r"\?(?:[^?/]*&)?(?:versionid|snapshot)=[^/]*\Z", re.IGNORECASE),
+}
+
+
+def is_url(text: str) -> bool:
+    return bool(_URL(text))
+
+
+def names_object(url: str) -> bool:
+    """Whether ``url`` is an ``s3:``, ``az:`` or ``file:`` URL, in which ``?`` and ``#`` belong to the object's name."""
+    return bool(_OBJECT(url))
+
+
+def bare(url: str) -> str:
+    """``url`` up to its query or fragment, if it has one: an object's URL, and an archive's entry, has none."""
+    if names_object(url):
+        return url
+    return _QUERY.split(url, maxsplit=1)[0]
+
+
+def signature_at(url: str) -> int | None:
+    """Where in an object's URL parameters begin that look like a signature; such URLs are refused, and shown cut."""
+    match = _SIGNATURE.search(url) if names_object(url) else None
+    return match.start() if match else None
+
+
+def refusal_reason(url: str) -> str:
+    """Why an ``s3:`` or ``az:`` URL is refused that looks like one of http, in a sentence or two; "" if it does not."""
+    if signature_at(url) is not None:
+        return (
+            "An s3:// or az:// URL has no signature: the worker reads and writes with its own credential. "
+            "Leave the signature out, or send the signed URL as https://."
+        )
+    version = _VERSION.get(url.partition(":")[0].lower())
+    if version and version.search(url):
+        return (
+            "An s3:// or az:// URL names an object by its whole key, and never an older version or a snapshot of it. "
+            "Leave that out, or send a signed https:// URL of the version."
+        )
+    return ""
+
+
+def entry_of(url: str) -> tuple[str, str]:
+    """The URL of the archive in a ``zip+`` URL, and the entry's name as it is written there; "" if it names none."""
+    archive, separator, entry = url[len(ZIP) :].rpartition(ENTRY)
+    return (archive, entry) if separator else (entry, "")
+
+
+def unsigned(url: str) -> str:
+    """What stays the same where a URL is signed anew: all of it but the user, query and fragment of an http URL.
+
+    For comparisons alone, not to be shown.
+    """
+    if url[: len(ZIP)].lower() != ZIP:
+        return bare(_USER.sub(r"\1", url))
+    archive, entry = entry_of(url)
+    return ZIP + bare(_USER.sub(r"\1", archive)) + ENTRY + entry
