@@ -20,7 +20,7 @@ from producer.errors import BrokerUnavailable, InvalidRequest, NotFound
 from producer.orders import KINDS, Given, Order, Told, lines_of, of_plan_file, plan
 from producer.plans import PlanFile, PlanHeader, PlanLine
 from worker.batch_ends import end_payload
-from worker.batches import DONE_AGAIN, NOT_DONE, Batch, Batches, Row, State, is_missing
+from worker.batches import DONE_AGAIN, Batch, Batches, Row, State, is_missing, is_to_undo
 from worker.ledger import Ledger
 from worker.payloads import BatchJob, Job
 from worker.planning import Planned
@@ -38,7 +38,7 @@ STATES_OF: Final[Mapping[Wish, Sequence[State]]] = {
     "undo": ("done", "cancelled", "undone"),
 }
 #: What of an order a plan has no need of: its lines say it.
-_SAID_BY_ITEMS = frozenset(("dry_run", "confirm", "source", "filters", "everything"))
+_SAID_BY_ITEMS = frozenset(("dry_run", "confirm", "confirm_studies", "source", "filters", "everything"))
 
 
 class Enqueue(Protocol):
@@ -234,7 +234,7 @@ class BatchDesk:
         check_state(batch, wish)
         rows = self.rows(batch)
         if wish == "undo":
-            return Counter((row.settled.server_name, row.settled.status) for row in rows if _to_undo(row))
+            return Counter((row.settled.server_name, row.settled.status) for row in rows if is_to_undo(row))
         again = ((row.settled.server_name, _to_retry(row, batch.kind)) for row in rows)
         return Counter((name, status) for name, status in again if status is not None)
 
@@ -270,13 +270,6 @@ def _to_retry(row: Row, kind: str) -> str | None:
     if row.settled.status in ("failed", "open"):
         return row.settled.status
     return "missing" if kind in DONE_AGAIN and is_missing(row) else None
-
-
-def _to_undo(row: Row) -> bool:
-    undone = row.passes.get("undo")
-    if undone is not None and undone.status not in ("open", "failed", "refused"):
-        return False
-    return row.settled.status not in NOT_DONE or bool(row.settled.result)
 
 
 def plan_lines(row: Row) -> Iterator[PlanLine]:

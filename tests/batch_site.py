@@ -87,15 +87,15 @@ class Site:
         return self.see_to_its_end("pacs.batch.migrate", migrate, self.batch, message, until=until)
 
     def delete(self, *studies: str, **more: Any) -> Verdict:
-        message = {"items": list(studies), **more}
+        message = {**({"items": list(studies)} if studies else {}), **more}
         return self.see_to_its_end("pacs.batch.delete", delete_many, self.batch, message)
 
     def upload(self, *urls: str, **more: Any) -> Verdict:
         return self.see_to_its_end("pacs.batch.upload", upload_all, self.batch, {"items": list(urls), **more})
 
-    def go_on(self, wish: Callable[[Conductor], Any], name: str) -> Verdict:
+    def go_on(self, wish: Callable[[Conductor], Any], name: str, **more: Any) -> Verdict:
         work = partial(batches.conducted, kinds=KINDS, wish=wish)
-        return self.see_to_its_end(f"pacs.batch.{name}", work, new_uid(), {"batch_id": self.batch})
+        return self.see_to_its_end(f"pacs.batch.{name}", work, new_uid(), {"batch_id": self.batch, **more})
 
     def see_to_its_end(
         self,

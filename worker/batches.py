@@ -369,6 +369,14 @@ def is_missing(row: Row) -> bool:
     return seen is not None and seen.status == "missing" and row.settled.status not in NOT_DONE
 
 
+def is_to_undo(row: Row) -> bool:
+    """Whether an undo has anything to do with the item: it was done, or left a result, and is not undone yet."""
+    undone = row.passes.get("undo")
+    if undone is not None and undone.status not in ("open", "failed", "refused"):
+        return False
+    return row.settled.status not in NOT_DONE or bool(row.settled.result)
+
+
 @dataclass(frozen=True)
 class PassState:
     """How far a pass is. ``counts`` are the items per server ("" for none) and status."""

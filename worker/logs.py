@@ -40,6 +40,7 @@ SHOWN_FIELDS = frozenset(
         "permanent",
         "dry_run",
         "confirm",
+        "confirm_studies",
         "destination",
         "format",
         "batch_id",

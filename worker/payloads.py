@@ -87,6 +87,8 @@ Keyword = Annotated[str, Field(max_length=64)]
 Filters = Annotated[dict[Keyword, str], Field(max_length=50)]
 #: Servers by name; without them, all.
 Servers = Annotated[list[str], Field(min_length=1, max_length=64)]
+#: How many studies an order is expected to delete images of. Needed above ``deletions.max_studies_per_order``.
+ConfirmStudies = Annotated[int, Field(ge=0)]
 
 
 class DeleteJob(Job):
@@ -114,6 +116,7 @@ class DeleteAllJob(Job):
     servers: Servers | None = None
     confirm: str = ""
     permanent: bool = True
+    confirm_studies: ConfirmStudies | None = None
     dry_run: bool = False
 
 
@@ -186,6 +189,7 @@ class BatchDeleteJob(BatchStudiesJob):
     permanent: bool = True
     keep: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
     confirm: str = ""
+    confirm_studies: ConfirmStudies | None = None
 
 
 class BatchDownloadJob(BatchStudiesJob):
@@ -204,6 +208,7 @@ class BatchMigrateJob(BatchStudiesJob):
     from_server: Annotated[str, Field(min_length=1, max_length=64)]
     to_server: Annotated[str, Field(min_length=1, max_length=64)]
     delete_source: bool = False
+    confirm_studies: ConfirmStudies | None = None
     digests: Literal["all", "sample", "none"] = "all"
 
     @model_validator(mode="after")
@@ -222,9 +227,15 @@ def _exactly_one(job: BatchOrderJob, *names: str) -> None:
 
 
 class BatchJob(Job):
-    """`pacs.batch.show`, `.pause`, `.resume`, `.cancel`, `.apply`, `.retry`, `.verify` and `.undo`."""
+    """`pacs.batch.show`, `.pause`, `.resume` and `.cancel`."""
 
     batch_id: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class BatchContinueJob(BatchJob):
+    """`pacs.batch.apply`, `.retry`, `.verify` and `.undo`."""
+
+    confirm_studies: ConfirmStudies | None = None
 
 
 BatchPass = Literal["survey", "apply", "verify", "undo"]

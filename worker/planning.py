@@ -156,6 +156,15 @@ class Planner:
             raise Cancelled("The batch was cancelled, or planned by another, before its plan was complete.")
 
 
+def count_distinct(texts: Iterable[str]) -> int:
+    """How many different ``texts`` there are, in memory that does not grow with them."""
+    seen = _Seen()
+    try:
+        return sum(seen.add(text.encode()) for text in texts)
+    finally:
+        seen.close()
+
+
 class _Seen:
     """What has been planned already, in a temporary file: SQLite keeps some of it in memory and unlinks the file."""
 

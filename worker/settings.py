@@ -86,6 +86,7 @@ class ServerSettings(_Section):
     viewer: str = ""
     weight: Annotated[float, Field(ge=0)] = 1
     max_concurrency: Annotated[int, Field(ge=1)] = 8
+    deletions: Literal["allow", "hide", "never"] = "allow"
     connect_timeout_s: Annotated[float, Field(gt=0)] = 5
     read_timeout_s: Annotated[float, Field(gt=0)] = 120
     ca_file: Path | None = None
@@ -192,6 +193,12 @@ class DownloadSettings(_Section):
     folders: tuple[Path, ...] = ()
     s3: S3Settings = S3Settings()
     azure: AzureSettings = AzureSettings()
+
+
+class DeletionSettings(_Section):
+    """What an order that deletes needs, on all servers. What one server allows is in its own ``deletions``."""
+
+    max_studies_per_order: Annotated[int, Field(ge=1)] | None = None
 
 
 class ResultSettings(_Section):
@@ -371,6 +378,7 @@ class Settings(_Section):
     routing: RoutingSettings = RoutingSettings()
     sources: SourceSettings = SourceSettings()
     downloads: DownloadSettings = DownloadSettings()
+    deletions: DeletionSettings = DeletionSettings()
     results: ResultSettings = ResultSettings()
     queue: QueueSettings = QueueSettings()
     jobs: JobSettings = JobSettings()

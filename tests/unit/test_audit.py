@@ -25,7 +25,7 @@ class ListedPacs:
     """A server that has studies and their images, as UIDs. ``pages`` says how many studies it gives at a time."""
 
     def __init__(self, name: str, studies: Mapping[str, list[str]], *, pages: int = 2, paging: bool = True) -> None:
-        self.server = SimpleNamespace(name=name, type="dicomweb", viewer="http://view/{study}")
+        self.server = SimpleNamespace(name=name, type="dicomweb", viewer="http://view/{study}", deletions="allow")
         self.has, self.pages, self.paging, self.silent = dict(studies), pages, paging, False
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:

@@ -13,17 +13,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import redis
 
 from worker.batch_ends import end_payload
 from worker.batches import ACTIVE, DONE_AGAIN, NOT_DONE, Batch, Batches, Item, Pass, Row, Settled, State, chunk_job
 from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound, Refused
+from worker.jobs.confirmations import check_may_begin
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.ledger import LeaseLost
 from worker.payloads import (
+    BatchContinueJob,
     BatchItem,
     BatchJob,
     BatchOrderJob,
@@ -43,6 +45,8 @@ IN_LINE_S = 3.0
 #: What a kind says of an item: settled; an error (`Refused` and `NeedsPerson` settle it as refused and failed, any
 #: other leaves it open for another attempt); or None: another job is at it, look again soon.
 Answer = Settled | CourierError | None
+#: What may be asked of a batch whose plan is frozen.
+Command = Literal["apply", "retry", "verify", "undo"]
 
 
 @dataclass
@@ -140,6 +144,10 @@ class Kind(Protocol):
     * SHOULD not ask servers in `Desk.down`, and add to it those that it finds silent;
     * SHOULD add to `Desk.spent` what it took beside what it asked the servers of `Desk.tools`, which is counted for it.
 
+    A kind that deletes has two methods more: ``refuse_forbidden(command, batch, fleet)`` raises `InvalidRequest` if the
+    settings forbid what the command deletes on a server that the order names; ``study_at_stake(command, row, batch,
+    fleet)`` gives the UID of the study of which the command deletes images for an item, or None.
+
     A kind whose memo says what may have been done has a method ``leave(items, desk)`` too: of items that stay open when
     their job ends, it gives the `open` `Settled` whose results a retry or an undo have to know.
 
@@ -229,6 +237,7 @@ class Conductor:
     run: Run
     tools: Tools
     may_be_empty: bool = False
+    confirm_studies: int | None = None
 
     @property
     def batches(self) -> Batches:
@@ -263,11 +272,17 @@ class Conductor:
         if self.batch.order.get("dry_run"):
             self.batches.expire(self.batch_id)
             return self.batch
+        try:
+            self._check_may_begin("apply", "apply", out_of=["planned"])
+        except Refused:
+            self.batches.expire(self.batch_id)  # it stays planned, to be looked at and applied
+            raise
         return self._apply(out_of=["planned"])
 
     def apply(self) -> Batch:
         """See a plan through that was looked at."""
         self._take("planned")
+        self._check_may_begin("apply", "apply", out_of=["planned"])
         return self._apply(out_of=["planned"])
 
     def retry(self) -> Batch:
@@ -276,6 +291,7 @@ class Conductor:
         self._refuse_what_is_taken_back(batch)
         if batch.order.get("dry_run") and not batch.of("apply").begun_ms:
             raise InvalidRequest("The batch was planned and then cancelled, not begun; order anew what is wanted.")
+        self._check_may_begin("retry", "apply", out_of=["done", "cancelled"])
         if self._is_new("apply") and batch.state in ("done", "cancelled"):
             lost = self.batches.reopen_missing(batch) if batch.kind in DONE_AGAIN else 0
             if not self.batches.reopen(batch, "apply", ["failed"]) and not lost:
@@ -288,6 +304,7 @@ class Conductor:
         batch = self._take("done", "cancelled")
         self._needs("verify")
         self._refuse_what_is_taken_back(batch)
+        self._check_may_begin("verify", "verify", out_of=["done", "cancelled"])
         if self._is_new("verify"):
             self.batches.forget_pass(batch, "verify")
         before: State = "done" if batch.of("apply").ended_ms else "cancelled"
@@ -298,6 +315,7 @@ class Conductor:
         """Take back what was done; what an earlier undo could not, once more."""
         batch = self._take("done", "cancelled", "undone")
         self._needs("undo")
+        self._check_may_begin("undo", "undo", out_of=["done", "cancelled", "undone"])
         if self._is_new("undo") and batch.state in ("done", "cancelled", "undone"):
             self.batches.reopen(batch, "undo", ["failed", "refused"])
         self._walk("undo", out_of=["done", "cancelled", "undone"], to="undone")
@@ -331,6 +349,12 @@ class Conductor:
             [chunk_job(batch, which, chunk).job_id for chunk in self.batches.open_chunks(batch, which)] if which else []
         )
         return any(ledger.look(job_id).get("state") == "running" for job_id in jobs)
+
+    def _check_may_begin(self, command: Command, first: Pass, *, out_of: Sequence[State]) -> None:
+        """Once per command, before its first pass: what has begun is not asked for a confirmation any more."""
+        batch = self.batch
+        if self._is_new(first) and batch.state in out_of:
+            check_may_begin(self.kind, command, batch, self.tools, self.confirm_studies)
 
     def _needs(self, which: Pass) -> None:
         if which not in self.kind.passes:
@@ -475,7 +499,8 @@ def order(
             raise InvalidRequest("The plan of this batch is gone: plans are kept as long as results. Plan it again.")
         wishes = job.model_dump(mode="json", exclude={"version", "items", "planned", "name"}, exclude_none=True)
         batches.open(run.job_id, kind=name, order=wishes, width=job.width or WIDTH, name=job.name)
-    batch = Conductor(kind, run.job_id, run, tools).order(job.items)
+    confirmed = getattr(job, "confirm_studies", None)
+    batch = Conductor(kind, run.job_id, run, tools, confirm_studies=confirmed).order(job.items)
     return end_payload(batch, batches, job_id=run.job_id)
 
 
@@ -498,9 +523,9 @@ def conducted(
     wish: Callable[[Conductor], Batch],
 ) -> dict[str, Any]:
     """`pacs.batch.apply`, `.retry`, `.verify` and `.undo`: a further conductor of a batch that is there."""
-    batch_id = read_job(BatchJob, message).batch_id
-    batch = current(Batches(tools.ledger), batch_id)
-    ended = wish(Conductor(kinds[batch.kind], batch_id, run, tools))
+    job = read_job(BatchContinueJob, message)
+    batch = current(Batches(tools.ledger), job.batch_id)
+    ended = wish(Conductor(kinds[batch.kind], job.batch_id, run, tools, confirm_studies=job.confirm_studies))
     return end_payload(ended, Batches(tools.ledger), job_id=run.job_id)
 
 

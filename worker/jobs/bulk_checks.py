@@ -132,8 +132,7 @@ def _taken_back(one: Settled, deletion: Deletion | CourierError) -> Settled | Co
         return Settled(one.item, "refused", deletion.payload["code"], deletion.message, server=one.server_name)
     if isinstance(deletion, CourierError):
         return deletion
-    refused = deletion.fate is DeletionFate.REFUSED
-    code, note = ("pacs_rejected", deletion.note) if refused else ("", "")
+    code, note = (deletion.code, deletion.note) if deletion.fate is DeletionFate.REFUSED else ("", "")
     hidden: dict[str, Any] = {"hidden": True} if deletion.fate is DeletionFate.HIDDEN else {}
     return Settled(one.item, _UNDONE[deletion.fate], code, note, server=one.server_name, result=hidden)
 

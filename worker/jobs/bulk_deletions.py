@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from worker.batches import CHUNK_ITEMS, Batches, Item, ItemStatus, Pass, Settled
+from worker.batches import CHUNK_ITEMS, Batch, Batches, Item, ItemStatus, Pass, Row, Settled
 from worker.errors import (
     ConfirmationRequired,
     CourierError,
@@ -19,12 +19,14 @@ from worker.errors import (
     StudyConflict,
     first_to_wait_for,
 )
-from worker.jobs.batches import Answer, Desk, Work, order, unbegun
+from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
 from worker.jobs.deletions import asked, forget_what_is_gone, remove
 from worker.jobs.kept import Kept, is_all_kept, keep, restore
 from worker.jobs.run import Run
 from worker.jobs.study_lists import planned_studies
 from worker.jobs.tools import Tools
+from worker.pacs.fleet import Fleet
+from worker.pacs.protection import check_allowed, refusal
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
 from worker.payloads import BatchDeleteJob, check_uid, read_job
 from worker.planning import Planned
@@ -57,15 +59,31 @@ class StudyDeletions:
         check_uid(item.text)
         return item
 
+    def refuse_forbidden(self, command: Command, batch: Batch, fleet: Fleet) -> None:
+        if command in ("apply", "retry") and batch.order.get("servers") is not None:
+            check_allowed(fleet.known(batch.order["servers"]), permanent=_is_permanent(batch))
+
+    def study_at_stake(self, command: Command, row: Row, batch: Batch, fleet: Fleet) -> str | None:
+        """What the settings forbid to delete where it is planned is not at stake: it is refused."""
+        wanted = {"apply": ("open",), "retry": ("open", "failed")}.get(command, ())
+        if row.settled.status not in wanted:
+            return None
+        planned = fleet.known([row.item.server])
+        forbidden = planned and refusal(planned[0], permanent=_is_permanent(batch))
+        return None if forbidden else row.item.text
+
     def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
         servers = asked(desk.batch.order.get("servers"), desk.tools.fleet)
         return planned_studies(desk, servers, rest_is_reached=True)
 
     def survey(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
-        """Who has the study; one that a list has just shown is not asked for again."""
+        """Who has the study; one that a list has just shown is not asked for again.
+
+        What the settings forbid everywhere is refused here.
+        """
         unknown = [item for item in items if not item.server]
         found = _together(unknown, _seen, desk)
-        return [found.get(item) or Settled(item, "planned") for item in items]
+        return [found.get(item) or _forbidden(item, [item.server], desk) or Settled(item, "planned") for item in items]
 
     def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:
         ledger, run = desk.tools.ledger, desk.run
@@ -103,13 +121,16 @@ def delete_many(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str,
     ConfirmationRequired
         Everything is to be deleted, and ``confirm`` is not the sentence.
     InvalidRequest
-        A server is not known, or nothing may be written where copies shall be kept; nothing has begun.
+        A server is not known, or the settings forbid the deletion on it; or nothing may be written where copies shall
+        be kept. Nothing has begun.
     """
     job = read_job(BatchDeleteJob, message)
     with unbegun(run, tools):
         if job.everything and not job.dry_run and job.confirm != CONFIRMATION:
             raise ConfirmationRequired(f'Nothing was deleted: confirm has to be "{CONFIRMATION}".')
-        asked(job.servers, tools.fleet)
+        servers = asked(job.servers, tools.fleet)
+        if job.servers is not None:
+            check_allowed(servers, permanent=job.permanent)
         if job.keep is not None:
             tools.destinations.archive(f"{job.keep.rstrip('/')}/0.zip")
     return order(message, run, tools, kind=StudyDeletions(), name="delete", form=BatchDeleteJob)
@@ -138,7 +159,19 @@ def _seen(item: Item, desk: Desk) -> Settled:
     names = [pacs.server.name for pacs in _servers(item, desk) if pacs.find("study", item.text)]
     if not names:
         return Settled(item, "not_there", "not_found", "No server that was asked has the study.")
-    return Settled(item, "planned", server=names[0], result={"on": names})
+    return _forbidden(item, names, desk) or Settled(item, "planned", server=names[0], result={"on": names})
+
+
+def _forbidden(item: Item, names: Sequence[str], desk: Desk) -> Settled | None:
+    """The item refused, if the settings forbid it on each of the servers that have the study."""
+    reasons = [refusal(desk.tools.fleet[name], permanent=_is_permanent(desk.batch)) for name in names]
+    if not all(reasons):
+        return None
+    return Settled(item, "refused", InvalidRequest.code, " ".join(reasons), server=names[0])
+
+
+def _is_permanent(batch: Batch) -> bool:
+    return bool(batch.order.get("permanent", True))
 
 
 # --- apply ------------------------------------------------------------------------------------------------------
@@ -146,6 +179,8 @@ def _seen(item: Item, desk: Desk) -> Settled:
 
 def _applied(item: Item, desk: Desk, *, resumed: set[int], begun: dict[Item, Any]) -> Settled:
     """One step with one study: keep its copies, or delete it."""
+    if item.server and item.number not in resumed and (refused := _forbidden(item, [item.server], desk)):
+        return refused
     folder = desk.batch.order.get("keep")
     if folder is None:
         return _deleted(item, _servers(item, desk), desk, resumed=item.number in resumed, begun=begun)
@@ -210,7 +245,7 @@ def _check_kept(item: Item, known: Mapping[str, Kept], desk: Desk) -> None:
 
 def _deleted(item: Item, servers: Sequence[Pacs], desk: Desk, *, resumed: bool, begun: dict[Item, Any]) -> Settled:
     """On all servers; where one is silent, ``begun`` says what the others did."""
-    permanent = bool(desk.batch.order.get("permanent", True))
+    permanent = _is_permanent(desk.batch)
     fates: dict[str, Deletion] = {}
     errors: list[CourierError] = []
     for pacs in servers:
@@ -246,9 +281,8 @@ def _concluded(item: Item, fates: Mapping[str, Deletion]) -> Settled:
     name = min(statuses, key=lambda one: _MOST_FIRST.index(statuses[one]))
     status, note = statuses[name], fates[name].note
     result = {"servers": statuses} if len(statuses) > 1 else {}
-    refused = status == "refused"
-    where = "" if name == item.server else name
-    return Settled(item, status, "pacs_rejected" if refused else "", note if refused else "", result, where)
+    code, why = (fates[name].code, note) if status == "refused" else ("", "")
+    return Settled(item, status, code, why, result, "" if name == item.server else name)
 
 
 # --- verify and undo --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from worker.batches import CHUNK_ITEMS, Item, ItemStatus, Pass, Settled
+from worker.batches import CHUNK_ITEMS, Batch, Item, ItemStatus, Pass, Row, Settled, is_to_undo
 from worker.errors import (
     CourierError,
     ImageAlreadyExists,
@@ -32,7 +32,7 @@ from worker.errors import (
 )
 from worker.instances import Instance, identify
 from worker.jobs.batches import Answer as Result
-from worker.jobs.batches import Desk, Work, order, unbegun
+from worker.jobs.batches import Command, Desk, Work, order, unbegun
 from worker.jobs.bulk_checks import undo, verify
 from worker.jobs.placement import (
     NOT_SENT,
@@ -48,6 +48,8 @@ from worker.jobs.placement import (
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.logs import shown_url
+from worker.pacs.fleet import Fleet
+from worker.pacs.protection import check_allowed
 from worker.pacs.protocol import Fate, Outcome, Pacs, Part
 from worker.payloads import BatchUploadJob, read_job
 from worker.planning import Planned
@@ -165,6 +167,16 @@ class ImageUploads:
             desk.tools.fleet[server]  # an unknown name is refused before anything is fetched
         wanted = [item if item.server or not server else replace(item, server=server) for item in items]
         return Uploads(desk).carry(wanted)
+
+    def refuse_forbidden(self, command: Command, batch: Batch, fleet: Fleet) -> None:
+        if command == "undo" and batch.order.get("server"):
+            check_allowed(fleet.known([batch.order["server"]]), permanent=True)
+
+    def study_at_stake(self, command: Command, row: Row, batch: Batch, fleet: Fleet) -> str | None:  # noqa: ARG002
+        """An undo deletes the images that the batch has stored."""
+        if command != "undo" or row.settled.status != "stored" or not is_to_undo(row):
+            return None
+        return str(row.settled.result["study_uid"])
 
     def leave(self, items: Sequence[Item], desk: Desk) -> list[Settled]:
         """What may have arrived of items that are left open: their receipts, for a retry or an undo."""

@@ -15,6 +15,7 @@ from worker.jobs.run import Run
 from worker.jobs.study_lists import study_pages
 from worker.jobs.tools import Tools
 from worker.pacs.fleet import Fleet
+from worker.pacs.protection import check_allowed, refusal
 from worker.pacs.protocol import Pacs
 from worker.payloads import BatchFailure, BatchPayload, BatchServer, DeleteAllJob, read_job
 
@@ -29,23 +30,31 @@ def delete_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
     ------
     ConfirmationRequired
         ``confirm`` is not the sentence.
+    InvalidRequest
+        The settings forbid it on a server that the order names, or on all servers.
     CourierError
         A server could not be listed: nothing is deleted before all are.
     """
     job = read_job(DeleteAllJob, message)
     if not job.dry_run and job.confirm != CONFIRMATION:
         raise ConfirmationRequired(f'Nothing was deleted: confirm has to be "{CONFIRMATION}".')
-    servers = {pacs.server.name: pacs.server.type for pacs in asked(job.servers, tools.fleet)}
+    named = asked(job.servers, tools.fleet)
+    if job.servers is not None or all(refusal(pacs, permanent=job.permanent) for pacs in named):
+        check_allowed(named, permanent=job.permanent)
+    servers = {pacs.server.name: pacs.server.type for pacs in named}
     batches = Batches(tools.ledger)
     order = {
-        "servers": list(servers),
+        "servers": job.servers,
         "permanent": job.permanent,
         "dry_run": job.dry_run,
         "survey": False,
         "verify": False,
     }
     batches.open(run.job_id, kind="delete", servers=servers, order=order, width=WIDTH)
-    batch = Conductor(StudyDeletions(), run.job_id, run, tools, may_be_empty=True).order()
+    conductor = Conductor(
+        StudyDeletions(), run.job_id, run, tools, may_be_empty=True, confirm_studies=job.confirm_studies
+    )
+    batch = conductor.order()
     remaining = {}
     if batch.state == "done":
         with run.step("verify"):

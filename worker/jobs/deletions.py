@@ -12,10 +12,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from worker.errors import CourierError, NeedsPerson, NotFound, PacsRejected, Refused, first_to_wait_for
+from worker.errors import (
+    CourierError,
+    InvalidRequest,
+    NeedsPerson,
+    NotFound,
+    PacsRejected,
+    Refused,
+    first_to_wait_for,
+)
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.pacs.fleet import Fleet
+from worker.pacs.protection import check_allowed
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
 from worker.payloads import DeletedEntry, DeleteJob, DeletePayload, Fault, Level, read_job
 
@@ -64,6 +73,8 @@ def delete(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     ------
     NotFound
         Every server that was asked answered, and none has it.
+    InvalidRequest
+        The settings forbid it on a server that the order names, or on every server that has it.
     PacsRejected
         It is somewhere, and nobody who has it deletes it.
     CourierError
@@ -72,6 +83,8 @@ def delete(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     job = read_job(DeleteJob, message)
     servers = asked(job.servers, tools.fleet)
     progress = _Progress.from_json(run.memo, job.level)
+    if job.servers is not None and not progress.begun:
+        check_allowed(servers, permanent=job.permanent)
     if job.dry_run:
         with run.step("check"):
             _look(job, servers, progress, tools.fleet)
@@ -104,7 +117,8 @@ def remove(pacs: Pacs, founds: Iterable[Found], *, permanent: bool, resumed: boo
     for found in founds:
         deletion = pacs.delete(found, permanent=permanent)
         if resumed and deletion.fate is DeletionFate.NOT_THERE:
-            deletion = pacs.deletion(found.level, permanent=permanent)
+            promised = pacs.deletion(found.level, permanent=permanent)
+            deletion = deletion if promised.fate is DeletionFate.REFUSED else promised
         deletions.append(deletion)
     return min(deletions, key=lambda deletion: _WORST_FIRST.index(deletion.fate))
 
@@ -175,7 +189,9 @@ def _carry_out(job: DeleteJob, progress: _Progress, resumed: set[str], run: Run,
     for name, answer in zip(open_ones, answers, strict=True):
         first = progress.begun[name][0]
         if isinstance(answer, Deletion):
-            progress.entries[name] = _entry(fleet[name], _STATUS[answer.fate], note=answer.note, found=first)
+            error = InvalidRequest(answer.note) if answer.code == InvalidRequest.code else None
+            entry = _entry(fleet[name], _STATUS[answer.fate], note=answer.note, found=first, error=error)
+            progress.entries[name] = entry
         elif isinstance(answer, Refused | NeedsPerson):
             progress.entries[name] = _entry(fleet[name], "refused", error=answer, found=first)
         else:
@@ -199,8 +215,10 @@ def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, run
         raise NotFound(f"The {job.level} is not on {names}.", details=details)
     if "refused" in statuses and not statuses & {"deleted", "hidden"} and not job.dry_run:
         refused = next(entry for entry in entries if entry.status == "refused")
+        forbidden = refused.error is not None and refused.error.code == InvalidRequest.code
+        kind = InvalidRequest if forbidden else PacsRejected
         sentence = f"{refused.server_name} does not delete the {job.level}. {refused.note}"
-        raise PacsRejected(sentence, server_name=refused.server_name, server_type=refused.server_type, details=details)
+        raise kind(sentence, server_name=refused.server_name, server_type=refused.server_type, details=details)
     return DeletePayload(
         job_id=run.job_id,
         level=job.level,

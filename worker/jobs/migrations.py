@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from worker.batches import CHUNK_ITEMS, Batches, Item, ItemStatus, Pass, Settled
+from worker.batches import CHUNK_ITEMS, NOT_DONE, Batch, Batches, Item, ItemStatus, Pass, Row, Settled, is_to_undo
 from worker.errors import CourierError, InvalidRequest, NotFound, PacsUnavailable, Refused
-from worker.jobs.batches import Answer, Desk, Work, order, unbegun
+from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
 from worker.jobs.moves import (
     Receipt,
     copy_study,
@@ -29,6 +29,8 @@ from worker.jobs.study_lists import study_pages
 from worker.jobs.tools import Tools
 from worker.jobs.transfers import Transfer, images_on
 from worker.ledger import LeaseLost
+from worker.pacs.fleet import Fleet
+from worker.pacs.protection import check_allowed
 from worker.pacs.protocol import Pacs
 from worker.payloads import BatchMigrateJob, check_uid, read_job
 from worker.planning import Planned
@@ -43,12 +45,14 @@ def migrate(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any
     Raises
     ------
     InvalidRequest
-        A server is not configured, or both are the same one.
+        A server is not configured, or both are the same one; or the settings forbid deletions on the source of a move.
     """
     job = read_job(BatchMigrateJob, message)
     with unbegun(run, tools):
         for name in (job.from_server, job.to_server):
             tools.fleet[name]
+        if job.delete_source:
+            check_allowed([tools.fleet[job.from_server]], permanent=True)
     return order(message, run, tools, kind=StudyMigrations(), name="migrate", form=BatchMigrateJob)
 
 
@@ -65,6 +69,23 @@ class StudyMigrations:
         """A study goes but one way, whatever server is named with it."""
         check_uid(item.text)
         return replace(item, server="")
+
+    def refuse_forbidden(self, command: Command, batch: Batch, fleet: Fleet) -> None:
+        """A move deletes at its source, an undo at the target, and both for good."""
+        if command == "undo":
+            check_allowed(fleet.known([batch.order["to_server"]]), permanent=True)
+        elif batch.order.get("delete_source"):
+            check_allowed(fleet.known([batch.order["from_server"]]), permanent=True)
+
+    def study_at_stake(self, command: Command, row: Row, batch: Batch, fleet: Fleet) -> str | None:  # noqa: ARG002
+        """A move is about each study whose source it has not deleted yet, an undo about each that the batch copied."""
+        applied = row.settled
+        if command == "undo":
+            return row.item.text if applied.result.get("parcels") and is_to_undo(row) else None
+        if not batch.order.get("delete_source") or applied.result.get("source_deleted"):
+            return None
+        left_out = NOT_DONE if command == "verify" else ("skipped", "refused")
+        return None if applied.status in left_out else row.item.text
 
     def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
         """The studies of the source that match the order's filters, as far as it lets one page through them."""

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from worker.errors import CourierError, NotFound, PacsMisanswered, PacsRejected, StudyConflict
+from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered, PacsRejected, StudyConflict
 from worker.jobs.downloads import to_ask
 from worker.jobs.transfers import Transfer, bare_digests_on, bring, digests_on, images_on, pending
-from worker.pacs.protocol import DeletionFate, Fate, Found
+from worker.pacs.protection import refusal
+from worker.pacs.protocol import DeletionFate, Fate, Found, Pacs
 
 Digests = Literal["all", "sample", "none"]
 #: So often in one verification a study that has grown is brought up to date before it is given up.
@@ -379,10 +380,13 @@ def delete_source(transfer: Transfer, receipt: Receipt) -> None:
     ------
     PacsMisanswered
         The source has got images meanwhile, or still lists some: it is verified again.
+    InvalidRequest
+        The settings forbid it; nothing was written down.
     PacsRejected
         The source does not delete.
     """
     source = transfer.source
+    _check_allowed(transfer, source)
     seen = Seen.look(transfer)
     if seen.missing:
         sentence = f"{source.server.name} got images while the study was verified; it is verified again."
@@ -412,9 +416,12 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
 
     Raises
     ------
+    InvalidRequest
+        The settings forbid to delete on the target; nothing was brought back.
     StudyConflict
         The source lacks images that the target would lose, or the target lacks what should go back. Nothing is removed.
     """
+    _check_allowed(transfer, transfer.target)
     if receipt.removing is None and receipt.source_deleted:
         _restore(transfer, receipt)
     seen = Seen.look(transfer)
@@ -438,6 +445,11 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
         "left": left,
         "hidden": DeletionFate.HIDDEN in fates,
     }
+
+
+def _check_allowed(transfer: Transfer, pacs: Pacs) -> None:
+    if why := refusal(pacs, permanent=True):
+        raise transfer.error(InvalidRequest, pacs, f"Refused: {why}")
 
 
 def _remove(transfer: Transfer, found: Found) -> DeletionFate:

@@ -204,6 +204,8 @@ def refusal(outcome: Outcome, instance: Instance, pacs: Pacs, *, pending_wait_s:
             return PacsMisanswered(f"{name} did not say what became of the image; it is sent again.", **context)
         case Fate.PENDING:
             sentence = f"{name} says that it is storing this image already."
+            if pacs.server.deletions != "allow":
+                sentence += f" {name} is protected, so what a broken store may have left behind is not removed."
             return PacsUnavailable(sentence, retry_after_s=pending_wait_s, **context)
         case _:
             return PacsUnavailable(f"{name} had trouble while storing the image{said}.", **context)

@@ -9,16 +9,20 @@ from copy import copy
 from typing import TypeVar
 
 from worker.errors import CourierError, InvalidRequest
+from worker.pacs.protection import protected
 from worker.pacs.protocol import Pacs
 
 Answer = TypeVar("Answer")
 
 
 class Fleet:
-    """The servers by name. ``threads`` bounds how many questions are under way at once in this process."""
+    """The servers by name, each behind its protection from deletions.
+
+    ``threads`` bounds how many questions are under way at once in this process.
+    """
 
     def __init__(self, servers: Iterable[Pacs], *, threads: int = 32) -> None:
-        self._by_name = {pacs.server.name: pacs for pacs in servers}
+        self._by_name = {pacs.server.name: protected(pacs) for pacs in servers}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ask")
 
     def __iter__(self) -> Iterator[Pacs]:
@@ -31,6 +35,10 @@ class Fleet:
         except KeyError:
             known = ", ".join(self._by_name)
             raise InvalidRequest(f"No server is called {name!r}; configured are: {known}.") from None
+
+    def known(self, names: Iterable[str]) -> list[Pacs]:
+        """Those of the servers called ``names`` that are still configured."""
+        return [self._by_name[name] for name in names if name in self._by_name]
 
     def through(self, wrap: Callable[[Pacs], Pacs]) -> Fleet:
         """The same servers, each as ``wrap`` gives it back, asked by the same threads; close the first fleet only."""

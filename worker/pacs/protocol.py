@@ -90,11 +90,12 @@ class DeletionFate(Enum):
 @dataclass(frozen=True)
 class Deletion:
     """What a server made of a delete. ``note``: what frees a hidden object and when, or why it was
-    refused.
+    refused. ``code``: that of a refusal: the server's own, or `invalid_request` where the settings forbid it.
     """
 
     fate: DeletionFate
     note: str = ""
+    code: str = "pacs_rejected"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,117 @@
+"""What the settings forbid to delete on a server: a table of policy, order and what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pytest
+
+from worker.errors import CourierError, InvalidRequest, PacsUnavailable
+from worker.jobs.batches import Spent
+from worker.jobs.pace import metered_fleet
+from worker.pacs.fleet import Fleet
+from worker.pacs.protection import check_allowed, refusal
+from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
+from worker.pacs.registry import connect
+from worker.payloads import Level
+from worker.settings import ServerSettings, ServerType
+
+DELETED, HIDDEN = Deletion(DeletionFate.DELETED), Deletion(DeletionFate.HIDDEN)
+IMAGE = Found("image", "1.2", "1.2.3", "1.2.3.4")
+LEVELS: Mapping[Level, Found] = {
+    "study": Found("study", "1.2"),
+    "series": Found("series", "1.2", "1.2.3"),
+    "image": IMAGE,
+}
+
+
+class Shelf:
+    """A server that can hide, and writes down what it is asked."""
+
+    def __init__(self, deletions: str, there: list[Found] | CourierError) -> None:
+        self.server = ServerSettings.model_validate(
+            {"name": "ward", "type": "dcm4chee", "url": "http://host", "deletions": deletions}
+        )
+        self.there = there
+        self.asked: list[str] = []
+
+    def find(self, level: Level, uid: str) -> list[Found]:
+        self.asked.append(f"find {level} {uid}")
+        if isinstance(self.there, CourierError):
+            raise self.there
+        return self.there
+
+    def deletion(self, level: Level, *, permanent: bool) -> Deletion:
+        return DELETED if permanent else HIDDEN
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        self.asked.append(f"delete {found.level}")
+        return self.deletion(found.level, permanent=permanent)
+
+
+def behind_the_fleet(shelf: Shelf) -> list[Pacs]:
+    """The server as jobs have it, as chunks of batches have it, and as a fleet made of a fleet has it."""
+    fleet = Fleet([cast(Any, shelf)])
+    return [fleet["ward"], metered_fleet(fleet, Spent())["ward"], Fleet(fleet)["ward"]]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("deletions", "permanent", "fate"),
+    [
+        ("allow", True, DeletionFate.DELETED),
+        ("allow", False, DeletionFate.HIDDEN),
+        ("hide", True, DeletionFate.REFUSED),
+        ("hide", False, DeletionFate.HIDDEN),
+        ("never", True, DeletionFate.REFUSED),
+        ("never", False, DeletionFate.REFUSED),
+    ],
+)
+def test_no_deletion_reaches_a_server_that_the_settings_protect_from_it(
+    deletions: str, permanent: bool, fate: DeletionFate, level: Level
+) -> None:
+    for number in range(3):
+        shelf = Shelf(deletions, [LEVELS[level]])
+        pacs = behind_the_fleet(shelf)[number]
+        assert pacs.deletion(level, permanent=permanent).fate is fate
+        answer = pacs.delete(LEVELS[level], permanent=permanent)
+        assert answer.fate is fate
+        assert ("delete" in " ".join(shelf.asked)) is (fate is not DeletionFate.REFUSED)
+        if fate is DeletionFate.REFUSED:
+            assert answer.code == "invalid_request"
+            assert ("ward" in answer.note, f'deletions = "{deletions}"' in answer.note) == (True, True)
+
+
+@pytest.mark.parametrize("there", [[], [Found("image", "9.9", "9.9.1", "1.2.3.4")]])
+def test_what_is_not_on_a_protected_server_is_not_refused_there(there: list[Found]) -> None:
+    for found in LEVELS.values():
+        shelf = Shelf("never", there if found.level == "image" else [])
+        assert Fleet([cast(Any, shelf)])["ward"].delete(found, permanent=True).fate is DeletionFate.NOT_THERE
+
+
+def test_a_protected_server_that_is_silent_is_never_said_to_refuse_or_to_be_without_it() -> None:
+    fleet = Fleet([cast(Any, Shelf("never", PacsUnavailable("Silent.")))])
+    with pytest.raises(PacsUnavailable):
+        fleet["ward"].delete(IMAGE, permanent=True)
+
+
+@pytest.mark.parametrize("kind", ["msdicom", "orthanc", "dicomweb"])
+def test_where_a_dialect_cannot_hide_the_sentence_says_that_nothing_can_be_deleted(kind: ServerType) -> None:
+    server = ServerSettings(name="ward", type=kind, url="http://host/v2", deletions="hide")
+    why = refusal(connect(server), permanent=True)
+    assert f"a server of the type {kind} cannot hide" in why
+    pacs = Fleet([connect(server)])["ward"]
+    assert pacs.deletion("study", permanent=False).fate is DeletionFate.REFUSED, "by the dialect itself"
+
+
+def test_an_order_that_names_a_protected_server_is_refused_with_the_server_and_its_setting() -> None:
+    servers = [
+        connect(ServerSettings(name="a", type="orthanc", url="http://host")),
+        connect(ServerSettings(name="b", type="dcm4chee", url="http://host/rs", deletions="hide")),
+    ]
+    with pytest.raises(InvalidRequest, match=r'b is protected \(setting deletions = "hide"\).*--hide') as caught:
+        check_allowed(servers, permanent=True)
+    assert (caught.value.server_name, caught.value.server_type) == ("b", "dcm4chee")
+    check_allowed(servers, permanent=False)
+    check_allowed(servers[:1], permanent=True)
