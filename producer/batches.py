@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 import redis
 
@@ -22,13 +23,14 @@ from producer.plans import PlanFile, PlanHeader, PlanLine
 from worker.batch_ends import end_payload
 from worker.batches import DONE_AGAIN, Batch, Batches, Row, State, is_missing, is_to_undo
 from worker.ledger import Ledger
-from worker.payloads import BatchJob, Job
+from worker.payloads import BatchContinueJob, Job
 from worker.planning import Planned
 
 if TYPE_CHECKING:
     from producer.courier import Handle
 
 Items = str | Path | Iterable[str]
+Thing = TypeVar("Thing")
 _POLL_S = 0.5
 #: What a batch that is there may be asked for after a look at what that would be about, and in which states.
 Wish = Literal["apply", "retry", "undo"]
@@ -37,8 +39,10 @@ STATES_OF: Final[Mapping[Wish, Sequence[State]]] = {
     "retry": ("done", "cancelled"),
     "undo": ("done", "cancelled", "undone"),
 }
-#: What of an order a plan has no need of: its lines say it.
-_SAID_BY_ITEMS = frozenset(("dry_run", "confirm", "confirm_studies", "source", "filters", "everything"))
+#: What of an order a plan file does not say: its lines do, or it is about the job that made the plan.
+_SAID_BY_ITEMS = frozenset(
+    ("dry_run", "confirm", "confirm_studies", "source", "filters", "everything", "requested_by", "reason")
+)
 
 
 class Enqueue(Protocol):
@@ -55,9 +59,9 @@ class BatchDesk:
 
     ``upload``, ``delete``, ``download`` and ``migrate`` order one. ``items`` are a list (or anything that can be gone
     through once) of image URLs or study UIDs; the name of a file with one per line, or with ``column`` a CSV or JSON
-    Lines file; or, for an upload, a prefix, a folder or a ZIP file that a worker lists. What all of them take besides:
-    ``name``, ``width``, ``requests_per_s``, ``bytes_per_s``, ``window``, ``verify``, ``dry_run``; and for what is read
-    here ``skip_bad`` and ``column``.
+    Lines file (``skip_bad`` leaves bad rows out); or, for an upload, a prefix, a folder or a ZIP file that a worker
+    lists. ``width`` chunks at a time, at most ``requests_per_s`` and ``bytes_per_s``, only in the ``window``
+    ("20:00-06:00 Europe/Berlin"); ``dry_run`` stops at the plan; ``requested_by`` and ``reason`` are kept with it.
     """
 
     ledger: Ledger
@@ -65,47 +69,177 @@ class BatchDesk:
 
     # --- orders ---------------------------------------------------------------------------------------------
 
-    def upload(self, items: Items, *, server: str | None = None, **options: Any) -> Handle:
+    def upload(  # noqa: PLR0913 - each option by its name
+        self,
+        items: Items,
+        *,
+        server: str | None = None,
+        name: str | None = None,
+        width: int | None = None,
+        requests_per_s: float | None = None,
+        bytes_per_s: float | None = None,
+        window: str | None = None,
+        verify: bool = True,
+        dry_run: bool = False,
+        column: str | None = None,
+        skip_bad: bool = False,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> Handle:
         """Put many images where they belong, or on the one ``server``."""
-        return self._asked("upload", items, options, server=server)
+        order = {
+            "server": server,
+            "name": name,
+            "width": width,
+            "requests_per_s": requests_per_s,
+            "bytes_per_s": bytes_per_s,
+            "window": window,
+            "verify": _but(verify, True),
+            "dry_run": _but(dry_run, False),
+            "requested_by": requested_by,
+            "reason": reason,
+        }
+        return self.order(Order("upload", order), _given(items, column=column, skip_bad=skip_bad))
 
-    def delete(
+    def delete(  # noqa: PLR0913 - each option by its name
         self,
         items: Items | None = None,
         *,
+        filters: Mapping[str, str] | None = None,
+        everything: bool = False,
+        confirm: str | None = None,
+        confirm_studies: int | None = None,
         servers: Iterable[str] | None = None,
         permanent: bool = True,
+        backup: str | None = None,
         keep: str | None = None,
-        **options: Any,
+        name: str | None = None,
+        width: int | None = None,
+        requests_per_s: float | None = None,
+        bytes_per_s: float | None = None,
+        window: str | None = None,
+        verify: bool = True,
+        dry_run: bool = False,
+        column: str | None = None,
+        skip_bad: bool = False,
+        requested_by: str | None = None,
+        reason: str | None = None,
     ) -> Handle:
         """Delete studies on every server that has them, or on ``servers``.
 
-        ``keep``: a folder, ``s3://…`` or ``az://…`` where a copy goes before, from which it can be undone. Instead of
-        ``items``, ``filters`` (DICOM keywords) or ``everything=True`` with ``confirm="delete all studies"``.
+        ``backup``: a folder, ``s3://…`` or ``az://…`` where a copy of each is written first, from which the deletion
+        can be undone; ``keep`` is its old name, with a `DeprecationWarning`. Instead of ``items``, ``filters`` (DICOM
+        keywords) or ``everything=True`` with ``confirm="delete all studies"``.
         """
-        named = None if servers is None else list(servers)
-        return self._asked("delete", items, options, servers=named, permanent=permanent, keep=keep)
+        order = {
+            "filters": filters,
+            "everything": _but(everything, False),
+            "confirm": confirm,
+            "confirm_studies": confirm_studies,
+            "servers": _names(servers),
+            "permanent": permanent,
+            "backup": _renamed(backup, keep),
+            "name": name,
+            "width": width,
+            "requests_per_s": requests_per_s,
+            "bytes_per_s": bytes_per_s,
+            "window": window,
+            "verify": _but(verify, True),
+            "dry_run": _but(dry_run, False),
+            "requested_by": requested_by,
+            "reason": reason,
+        }
+        return self.order(Order("delete", order), _given(items, column=column, skip_bad=skip_bad))
 
-    def download(self, items: Items | None = None, *, destination: str, **options: Any) -> Handle:
-        """Bring studies below ``destination``, a folder of the worker's machine, ``s3://…`` or ``az://…``."""
-        return self._asked("download", items, options, destination=destination)
-
-    def migrate(
+    def download(  # noqa: PLR0913 - each option by its name
         self,
         items: Items | None = None,
         *,
-        source: str,
-        target: str,
-        delete_source: bool = False,
-        digests: str = "all",
-        **options: Any,
+        destination: str,
+        format: Literal["zip", "files"] = "zip",
+        filters: Mapping[str, str] | None = None,
+        everything: bool = False,
+        servers: Iterable[str] | None = None,
+        name: str | None = None,
+        width: int | None = None,
+        requests_per_s: float | None = None,
+        bytes_per_s: float | None = None,
+        window: str | None = None,
+        verify: bool = True,
+        dry_run: bool = False,
+        column: str | None = None,
+        skip_bad: bool = False,
+        requested_by: str | None = None,
+        reason: str | None = None,
     ) -> Handle:
-        """Copy studies from the server ``source`` to ``target``; move them with ``delete_source``.
+        """Bring studies below ``destination``, a folder of the worker's machine, ``s3://…`` or ``az://…``."""
+        order = {
+            "filters": filters,
+            "everything": _but(everything, False),
+            "servers": _names(servers),
+            "destination": destination,
+            "format": _but(format, "zip"),
+            "name": name,
+            "width": width,
+            "requests_per_s": requests_per_s,
+            "bytes_per_s": bytes_per_s,
+            "window": window,
+            "verify": _but(verify, True),
+            "dry_run": _but(dry_run, False),
+            "requested_by": requested_by,
+            "reason": reason,
+        }
+        return self.order(Order("download", order), _given(items, column=column, skip_bad=skip_bad))
 
-        ``digests``: compare the bytes of "all" images, of a "sample" (one per series), or of "none".
+    def migrate(  # noqa: PLR0913 - each option by its name
+        self,
+        items: Items | None = None,
+        *,
+        from_server: str | None = None,
+        to_server: str | None = None,
+        source: str | None = None,
+        target: str | None = None,
+        delete_source: bool = False,
+        confirm_studies: int | None = None,
+        digests: Literal["all", "sample", "none"] = "all",
+        filters: Mapping[str, str] | None = None,
+        everything: bool = False,
+        name: str | None = None,
+        width: int | None = None,
+        requests_per_s: float | None = None,
+        bytes_per_s: float | None = None,
+        window: str | None = None,
+        verify: bool = True,
+        dry_run: bool = False,
+        column: str | None = None,
+        skip_bad: bool = False,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> Handle:
+        """Copy studies from the server ``from_server`` to ``to_server``; move them with ``delete_source``.
+
+        ``source`` and ``target`` are other names of the two. ``digests``: compare the bytes of "all" images, of a
+        "sample" (one per series), or of "none".
         """
-        wishes = {"from_server": source, "to_server": target, "delete_source": delete_source, "digests": digests}
-        return self._asked("migrate", items, options, **wishes)
+        order = {
+            "filters": filters,
+            "everything": _but(everything, False),
+            "from_server": _alias("from_server", from_server, "source", source),
+            "to_server": _alias("to_server", to_server, "target", target),
+            "delete_source": delete_source,
+            "confirm_studies": confirm_studies,
+            "digests": digests,
+            "name": name,
+            "width": width,
+            "requests_per_s": requests_per_s,
+            "bytes_per_s": bytes_per_s,
+            "window": window,
+            "verify": _but(verify, True),
+            "dry_run": _but(dry_run, False),
+            "requested_by": requested_by,
+            "reason": reason,
+        }
+        return self.order(Order("migrate", order), _given(items, column=column, skip_bad=skip_bad))
 
     def order(self, order: Order, given: Given | None = None) -> Handle:
         """Order a batch of a kind with the fields of its message.
@@ -124,27 +258,68 @@ class BatchDesk:
         with given.read(kind.judge) as items:
             return self._planned(order, given.planned(items), told=given.told)
 
-    def apply(self, what: str | Path) -> Handle:
+    def apply(
+        self,
+        what: str | Path,
+        *,
+        confirm_studies: int | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> Handle:
         """Do what a plan says: that of a batch, by its id, or a plan file, which becomes a batch of its own."""
         if isinstance(what, str) and not Path(what).exists():
-            return self._go_on("apply", what)
-        return self.apply_file(*of_plan_file(Path(what)))
+            return self._go_on("apply", what, confirm_studies, requested_by, reason)
+        order, plan_file = of_plan_file(Path(what), told=_deprecated)
+        return self.apply_file(
+            order, plan_file, confirm_studies=confirm_studies, requested_by=requested_by, reason=reason
+        )
 
-    def apply_file(self, order: Order, plan_file: PlanFile) -> Handle:
+    def apply_file(
+        self,
+        order: Order,
+        plan_file: PlanFile,
+        *,
+        confirm_studies: int | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> Handle:
         """Do what a plan file says that has been read by `producer.orders.of_plan_file`."""
+        given = {"confirm_studies": confirm_studies, "requested_by": requested_by, "reason": reason}
+        order = Order(order.kind, {**order.wishes, **given})
         return self._planned(order, lines_of(plan_file), told=lambda _: None)
 
-    def retry(self, batch_id: str) -> Handle:
+    def retry(
+        self,
+        batch_id: str,
+        *,
+        confirm_studies: int | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> Handle:
         """Try again what failed, what verify found missing, and what a cancelled batch had left open."""
-        return self._go_on("retry", batch_id)
+        return self._go_on("retry", batch_id, confirm_studies, requested_by, reason)
 
-    def verify(self, batch_id: str) -> Handle:
+    def verify(
+        self,
+        batch_id: str,
+        *,
+        confirm_studies: int | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> Handle:
         """Look once more whether what was done is so."""
-        return self._go_on("verify", batch_id)
+        return self._go_on("verify", batch_id, confirm_studies, requested_by, reason)
 
-    def undo(self, batch_id: str) -> Handle:
+    def undo(
+        self,
+        batch_id: str,
+        *,
+        confirm_studies: int | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> Handle:
         """Take back what was done."""
-        return self._go_on("undo", batch_id)
+        return self._go_on("undo", batch_id, confirm_studies, requested_by, reason)
 
     def _planned(self, order: Order, lines: Iterable[Planned], *, told: Told) -> Handle:
         """Plan it here, then have it seen through."""
@@ -153,17 +328,12 @@ class BatchDesk:
             batch_id = plan(Batches(self.ledger), order, lines, told=told)
         return self.enqueue(kind.task, kind.form, order.message(planned=True), job_id=batch_id, batch_id=batch_id)
 
-    def _asked(self, kind: str, items: Items | None, options: dict[str, Any], **wishes: Any) -> Handle:
-        how = {name: options.pop(name) for name in ("column", "skip_bad") if name in options}
-        order = Order(kind, {**options, **wishes})
-        if items is None:
-            return self.order(order)
-        given = Given((items,), **how) if isinstance(items, str | Path) else Given(items=items, **how)
-        return self.order(order, given)
-
-    def _go_on(self, wish: str, batch_id: str) -> Handle:
+    def _go_on(
+        self, wish: str, batch_id: str, confirm_studies: int | None, requested_by: str | None, reason: str | None
+    ) -> Handle:
         self.get(batch_id)
-        return self.enqueue(f"pacs.batch.{wish}", BatchJob, {"batch_id": batch_id}, batch_id=batch_id)
+        job = {"batch_id": batch_id, "confirm_studies": confirm_studies, "requested_by": requested_by, "reason": reason}
+        return self.enqueue(f"pacs.batch.{wish}", BatchContinueJob, job, batch_id=batch_id)
 
     # --- what there is --------------------------------------------------------------------------------------
 
@@ -179,6 +349,11 @@ class BatchDesk:
         if batch is None:
             raise NotFound(f"No batch is called {batch_id}; batches are kept as long as results.")
         return batch
+
+    def told(self, batch: Batch) -> dict[str, Any]:
+        """The batch as JSON, with who requested its order and its passes, and why."""
+        with _reachable():
+            return Batches(self.ledger).told(batch)
 
     def watch(self, batch_id: str, *, every_s: float = _POLL_S) -> Iterator[Batch]:
         """The batch, again and again until it is over."""
@@ -256,6 +431,43 @@ class BatchDesk:
         with _reachable():
             steer(Batches(self.ledger), batch_id)
         return self.get(batch_id)
+
+
+def _given(items: Items | None, *, column: str | None, skip_bad: bool) -> Given | None:
+    if items is None:
+        return None
+    words, others = ((items,), None) if isinstance(items, str | Path) else ((), items)
+    return Given(words, others, column=column, skip_bad=skip_bad)
+
+
+def _but(value: Thing, default: Thing) -> Thing | None:
+    """``value``, unless it is the default, which a message need not say."""
+    return None if value == default and type(value) is type(default) else value
+
+
+def _names(servers: Iterable[str] | None) -> Sequence[str] | None:
+    """The names as a list; one name alone is passed on as it is, to be refused: it is a list of letters."""
+    return servers if servers is None or isinstance(servers, str) else list(servers)
+
+
+def _renamed(backup: str | None, keep: str | None) -> str | None:
+    if keep is None:
+        return backup
+    if backup is not None:
+        raise InvalidRequest("keep is the old name of backup, and both are given; give backup alone.")
+    _deprecated("keep is called backup now; keep is accepted in 0.2 and refused after.")
+    return keep
+
+
+def _alias(name: str, value: str | None, other: str, alias: str | None) -> str | None:
+    if value is not None and alias is not None and alias != value:
+        raise InvalidRequest(f"{other} is another name of {name}, and both are given; give {name} alone.")
+    return alias if value is None else value
+
+
+def _deprecated(sentence: str) -> None:
+    """Warn where a method of `BatchDesk` was called, which called a function that calls this one."""
+    warnings.warn(sentence, DeprecationWarning, stacklevel=4)
 
 
 def check_state(batch: Batch, wish: Wish) -> None:

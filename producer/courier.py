@@ -130,6 +130,9 @@ class Handle:
 class Courier:
     """A program's connection to the workers.
 
+    Every method that enqueues a job takes ``requested_by`` and ``reason``, one line of text each (200 and 1000
+    characters at most): they are kept with the job for history and audit, and shown by `trace`.
+
     Parameters
     ----------
     settings
@@ -187,6 +190,8 @@ class Courier:
         server: str | None = None,
         idempotency_key: str | None = None,
         metadata: bool | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
     ) -> Handle:
         """Put the image at ``image_url`` (http, https, s3, az, file) into the PACS it belongs to.
 
@@ -198,33 +203,59 @@ class Courier:
             "server": server,
             "idempotency_key": idempotency_key,
             "metadata": metadata,
+            **_stated(requested_by, reason),
         }
         return self.enqueue("pacs.upload", UploadJob, job)
 
-    def exists(self, level: Level, uid: str, *, mode: str = "either", metadata: bool = False) -> Handle:
+    def exists(
+        self,
+        level: Level,
+        uid: str,
+        *,
+        mode: str = "either",
+        metadata: bool = False,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> Handle:
         """Who has the image, series or study that bears ``uid``.
 
         ``mode``: ``either`` (in order, the first that has it answers), ``both`` (one entry per server) or a server.
         """
-        return self.enqueue("pacs.exists", ExistsJob, {"level": level, "uid": uid, "mode": mode, "metadata": metadata})
+        job = {"level": level, "uid": uid, "mode": mode, "metadata": metadata, **_stated(requested_by, reason)}
+        return self.enqueue("pacs.exists", ExistsJob, job)
 
-    def metadata(self, level: Level, uid: str, *, mode: str = "either") -> Handle:
+    def metadata(
+        self,
+        level: Level,
+        uid: str,
+        *,
+        mode: str = "either",
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> Handle:
         """The metadata of every image of the object that bears ``uid``."""
-        return self.enqueue("pacs.metadata", LookupJob, {"level": level, "uid": uid, "mode": mode})
+        job = {"level": level, "uid": uid, "mode": mode, **_stated(requested_by, reason)}
+        return self.enqueue("pacs.metadata", LookupJob, job)
 
-    def status(self, servers: Sequence[str] | None = None) -> Handle:
+    def status(
+        self, servers: Sequence[str] | None = None, *, requested_by: str | None = None, reason: str | None = None
+    ) -> Handle:
         """Who answers, how fast, and what each server says of itself; of all servers, or of those named."""
-        return self.enqueue("pacs.status", ServersJob, _of(servers))
+        return self.enqueue("pacs.status", ServersJob, {**_of(servers), **_stated(requested_by, reason)})
 
-    def storage(self, servers: Sequence[str] | None = None) -> Handle:
+    def storage(
+        self, servers: Sequence[str] | None = None, *, requested_by: str | None = None, reason: str | None = None
+    ) -> Handle:
         """How much room each server says that it has."""
-        return self.enqueue("pacs.storage", ServersJob, _of(servers))
+        return self.enqueue("pacs.storage", ServersJob, {**_of(servers), **_stated(requested_by, reason)})
 
-    def database(self, servers: Sequence[str] | None = None) -> Handle:
+    def database(
+        self, servers: Sequence[str] | None = None, *, requested_by: str | None = None, reason: str | None = None
+    ) -> Handle:
         """Whether each server's database works."""
-        return self.enqueue("pacs.database", ServersJob, _of(servers))
+        return self.enqueue("pacs.database", ServersJob, {**_of(servers), **_stated(requested_by, reason)})
 
-    def delete(
+    def delete(  # noqa: PLR0913 - each option by its name
         self,
         level: Level,
         uid: str,
@@ -232,13 +263,15 @@ class Courier:
         servers: Sequence[str] | None = None,
         permanent: bool = True,
         dry_run: bool = False,
+        requested_by: str | None = None,
+        reason: str | None = None,
     ) -> Handle:
         """Delete what bears ``uid``, on every server or on those named.
 
         ``permanent=False`` only hides it, where a server can; ``dry_run`` says what would happen.
         """
         job = {"level": level, "uid": uid, **_of(servers), "permanent": permanent, "dry_run": dry_run}
-        return self.enqueue("pacs.delete", DeleteJob, job)
+        return self.enqueue("pacs.delete", DeleteJob, {**job, **_stated(requested_by, reason)})
 
     def studies(
         self,
@@ -247,22 +280,31 @@ class Courier:
         filters: Mapping[str, str] | None = None,
         limit: int = 500,
         cursor: str | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
     ) -> Handle:
         """One page of the list of all servers' studies; its ``cursor`` asks for the next.
 
         `producer.studies.walk` goes through all pages, `producer.studies.StudyList` merges them.
         """
         job = {"mode": mode, "filters": dict(filters or {}), "limit": limit, "cursor": cursor}
-        return self.enqueue("pacs.list_studies", StudiesJob, job)
+        return self.enqueue("pacs.list_studies", StudiesJob, {**job, **_stated(requested_by, reason)})
 
     def download(
-        self, study_uid: str, destination: str, *, format: Literal["zip", "files"] = "zip", mode: str = "either"
+        self,
+        study_uid: str,
+        destination: str,
+        *,
+        format: Literal["zip", "files"] = "zip",
+        mode: str = "either",
+        requested_by: str | None = None,
+        reason: str | None = None,
     ) -> Handle:
         """Bring a study to the ZIP file or folder that ``destination`` (file, s3) names; it overwrites nothing."""
         job = {"study_uid": study_uid, "destination": destination, "format": format, "mode": mode}
-        return self.enqueue("pacs.download", DownloadJob, job)
+        return self.enqueue("pacs.download", DownloadJob, {**job, **_stated(requested_by, reason)})
 
-    def audit(
+    def audit(  # noqa: PLR0913 - each option by its name
         self,
         servers: Sequence[str] | None = None,
         *,
@@ -270,6 +312,8 @@ class Courier:
         study_uid: str | None = None,
         limit: int = 500,
         cursor: str | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
     ) -> Handle:
         """The studies that are on more than one server, ``limit`` at a time; ``cursor`` asks for the next.
 
@@ -277,25 +321,38 @@ class Courier:
         `producer.audits` goes through all pages.
         """
         job = {**_of(servers), "filters": dict(filters or {}), "study_uid": study_uid, "limit": limit, "cursor": cursor}
-        return self.enqueue("pacs.audit", AuditJob, job)
+        return self.enqueue("pacs.audit", AuditJob, {**job, **_stated(requested_by, reason)})
 
-    def trace(self, uid: str) -> Handle:
+    def trace(self, uid: str, *, requested_by: str | None = None, reason: str | None = None) -> Handle:
         """Why the image, series or study that bears ``uid`` is where it is."""
-        return self.enqueue("pacs.trace", TraceJob, {"uid": uid})
+        return self.enqueue("pacs.trace", TraceJob, {"uid": uid, **_stated(requested_by, reason)})
 
-    def delete_all(
+    def delete_all(  # noqa: PLR0913 - each option by its name
         self,
         confirm: str = "",
         *,
         servers: Sequence[str] | None = None,
         permanent: bool = True,
+        backup: str | None = None,
+        confirm_studies: int | None = None,
         dry_run: bool = False,
+        requested_by: str | None = None,
+        reason: str | None = None,
     ) -> Handle:
         """Delete every study, on every server or on those named, as a batch that bears the handle's id.
 
-        ``confirm`` has to be "delete all studies", but for a ``dry_run``, which only counts them.
+        ``confirm`` has to be "delete all studies", but for a ``dry_run``, which only counts them. ``backup``: a folder,
+        ``s3://…`` or ``az://…`` where a copy of each study is written first, from which the batch can be undone.
         """
-        job = {**_of(servers), "confirm": confirm, "permanent": permanent, "dry_run": dry_run}
+        job = {
+            **_of(servers),
+            "confirm": confirm,
+            "confirm_studies": confirm_studies,
+            "permanent": permanent,
+            "backup": backup,
+            "dry_run": dry_run,
+            **_stated(requested_by, reason),
+        }
         job_id = str(uuid.uuid4())
         return self.enqueue("pacs.delete_all", DeleteAllJob, job, job_id=job_id, batch_id=job_id)
 
@@ -496,8 +553,13 @@ def _celery(settings: Settings, broker_url: str, result_backend: str) -> Celery:
     return app
 
 
-def _of(servers: Sequence[str] | None) -> dict[str, list[str] | None]:
-    return {"servers": None if servers is None else list(servers)}
+def _of(servers: Sequence[str] | None) -> dict[str, Sequence[str] | None]:
+    """The names as a list; one name alone is passed on as it is, to be refused: it is a list of letters."""
+    return {"servers": servers if servers is None or isinstance(servers, str) else list(servers)}
+
+
+def _stated(requested_by: str | None, reason: str | None) -> dict[str, str | None]:
+    return {"requested_by": requested_by, "reason": reason}
 
 
 def _report(meta: Mapping[str, Any]) -> Report:

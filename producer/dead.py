@@ -88,6 +88,8 @@ def letter_json(letter: DeadLetter) -> dict[str, Any]:
         "attempts": letter.attempts,
         "deaths": letter.deaths,
         "replays": letter.replays,
+        "requested_by": letter.requested_by or None,
+        "reason": letter.reason or None,
         "created_at": at(letter.created_ms),
         "died_at": at(letter.died_ms),
     }

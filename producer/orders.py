@@ -17,12 +17,14 @@ from producer.errors import InvalidRequest
 from producer.inputs import BadRow, Items, Judge, Row, image_url, is_source, rows_of_words, study_uid
 from producer.plans import PlanFile
 from worker.batches import Batches
+from worker.logs import shown_text
 from worker.payloads import (
     BatchDeleteJob,
     BatchDownloadJob,
     BatchMigrateJob,
     BatchOrderJob,
     BatchUploadJob,
+    old_spellings,
     read_job,
 )
 from worker.planning import Planned, Planner
@@ -119,6 +121,11 @@ class Order:
     def form(self) -> type[BatchOrderJob]:
         return KINDS[self.kind].form
 
+    @property
+    def strict(self) -> bool:
+        """Whether a field that is not known is refused."""
+        return self.form.model_config.get("extra") == "forbid"
+
     def planned(self) -> BatchOrderJob:
         """As the job of a batch whose plan is in the ledger; `InvalidRequest` names the first field that is wrong."""
         return read_job(self.form, self.message(planned=True))
@@ -147,13 +154,16 @@ def plan(batches: Batches, order: Order, lines: Iterable[Planned], *, told: Told
     return batch_id
 
 
-def of_plan_file(path: Path) -> tuple[Order, PlanFile]:
+def of_plan_file(path: Path, *, told: Told = lambda _: None) -> tuple[Order, PlanFile]:
     """The order that a plan file holds, with the file, which was found whole.
+
+    ``told`` is given a sentence for each field that has an old name.
 
     Raises
     ------
     InvalidRequest
-        It is none, or not as it was written.
+        It is none, or not as it was written; or it says more of an order that deletes, moves, hides or overwrites than
+        is known here.
     """
 
     def judge_of(kind: str) -> Judge:
@@ -164,8 +174,17 @@ def of_plan_file(path: Path) -> tuple[Order, PlanFile]:
     plan_file = PlanFile(path, judge_of)
     if not plan_file.totals.counts["apply"]:
         raise InvalidRequest(f"{path} leaves nothing to do: all its {plan_file.totals.items} items are to be skipped.")
-    wishes = {**plan_file.header.order, "name": plan_file.header.name, "dry_run": False}
-    return Order(plan_file.header.kind, wishes), plan_file
+    header = plan_file.header
+    order = Order(header.kind, {**header.order, "name": header.name, "dry_run": False})
+    if header.model_extra and order.strict:
+        more = shown_text(next(iter(header.model_extra)), limit=100)
+        raise InvalidRequest(f"{path} says more than is known here ({more}); update pacs-courier, or make a new plan.")
+    form = order.planned()
+    for sentence in old_spellings(order.form, order.wishes):
+        told(f"{path}: {sentence}")
+    return Order(
+        order.kind, form.model_dump(mode="json", exclude={"version", "planned"}, exclude_unset=True)
+    ), plan_file
 
 
 def lines_of(plan_file: PlanFile) -> Iterator[Planned]:

@@ -40,7 +40,7 @@ class PlanLine(BaseModel):
 class PlanHeader(BaseModel):
     """What the plan is for. ``order`` is what was asked for, in the words of `pacs.batch.KIND`'s message."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="allow")  # what is more, `producer.orders` may refuse
 
     manifest: Literal["pacs-courier/plan"] = "pacs-courier/plan"
     version: int = VERSION

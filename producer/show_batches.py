@@ -144,9 +144,20 @@ def batches_table(batches: Sequence[Batch]) -> Table:
 
 def order_line(batch: Batch) -> str:
     """What was asked for, in the words of the message."""
-    untold = ("confirm", "dry_run", "filters", *(["verify"] if batch.order.get("verify") else []))
+    history = ("requested_by", "reason")
+    untold = ("confirm", "dry_run", "filters", *history, *(["verify"] if batch.order.get("verify") else []))
     told = ((name, value) for name, value in batch.order.items() if name not in untold)
     return ", ".join(f"{name} {shown_url(str(value))}" for name, value in told if value not in (None, False, ""))
+
+
+def history_lines(told: Mapping[str, Any]) -> Iterator[str]:
+    """Who requested a batch and each of its passes, and why, of `BatchDesk.told`; what its order says stands once."""
+    given: Mapping[str, Any] = {}
+    for what, one in (("order", told), *told["passes"].items()):
+        said = {name: one[name] for name in ("requested_by", "reason") if one.get(name)}
+        if said and said != given:
+            given = given or said
+            yield f"{what}: " + ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in said.items())
 
 
 def _percent(batch: Batch) -> str:

@@ -36,7 +36,7 @@ def show_letter(document: Mapping[str, Any], trail: Iterable[Note]) -> None:
     facts.add_column(overflow="fold")
     for name, value in document.items():
         if name not in ("operation", "trail"):
-            facts.add_row(name.replace("_", " "), escape(str(value)))
+            facts.add_row(name.replace("_", " "), escape("" if value is None else str(value)))
     console.print(facts)
     table = _table("when (UTC)", "decision", "what")
     for note in trail:

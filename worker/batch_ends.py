@@ -24,7 +24,7 @@ def end_payload(batch: Batch, batches: Batches, *, job_id: str) -> dict[str, Any
         told += [_trouble(one, which, batch) for one in found]
     total = sum(batch.of(which).totals.get(status, 0) for which in passes for status in TROUBLE)
     return BatchEndPayload.model_validate(
-        {"job_id": job_id, **batch.as_json(), "failures": told, "failures_total": total}
+        {"job_id": job_id, **batches.told(batch), "failures": told, "failures_total": total}
     ).as_json()
 
 

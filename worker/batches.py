@@ -27,6 +27,7 @@ Each of those in -ing may be ``paused`` and goes on where it was.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from typing import Any, Final, Literal, cast, get_args
 from redis.client import NEVER_DECODE
 
 from worker.ledger import PREFIX, DueJob, LeaseLost, Ledger
-from worker.logs import shown_url
+from worker.logs import shown_url, stated
 
 State = Literal["planning", "planned", "running", "verifying", "paused", "cancelled", "done", "undoing", "undone"]
 Pass = Literal["survey", "apply", "verify", "undo"]
@@ -81,6 +82,7 @@ DONE_AGAIN: Final = frozenset({"upload", "download"})
 CHUNK_ITEMS: Final = 100
 #: The task that does a chunk.
 CHUNK_TASK: Final = "pacs.batch.chunk"
+_CHUNK_ID: Final = re.compile(rf"(?P<batch>.+)\.(?P<which>{'|'.join(PASSES)})\.\d+(\.\d+)?").fullmatch
 #: So many chunks are read at a time by who reads them all.
 _CHUNKS_READ: Final = 20
 _NO_SERVER: Final = "-"
@@ -463,6 +465,11 @@ class Batch:
     def over(self) -> bool:
         return self.state in ("planned", "cancelled", "done", "undone")
 
+    @property
+    def stated(self) -> dict[str, str | None]:
+        """Who requested its order, and why, as far as that was given."""
+        return {name: text or None for name, text in stated(self.order).items()}
+
     def as_json(self) -> dict[str, Any]:
         return {
             "batch_id": self.id,
@@ -516,7 +523,7 @@ class Batches:
         What no conductor begins is forgotten after as long as results are kept.
         """
         keys = [_key(batch_id), PREFIX + "batches"]
-        args: list[str | int] = [batch_id, kind, json.dumps(dict(servers or {})), json.dumps(dict(order)), width, name]
+        args: list[str | int] = [batch_id, kind, json.dumps(dict(servers or {})), _dumped(order), width, name]
         return bool(self._open(keys=keys, args=[*args, self._keep_ms]))
 
     def begin_plan(self, batch_id: str) -> str:
@@ -843,6 +850,23 @@ class Batches:
         fields = cast(dict[str, str], self._redis.hgetall(_key(batch_id)))
         return _batch(batch_id, fields) if "kind" in fields else None
 
+    def told(self, batch: Batch) -> dict[str, Any]:
+        """The batch as it stands, with who requested its order and each of its passes, and why.
+
+        It is not for logs and errors: what people write there may name a patient.
+        """
+        document = {**batch.as_json(), **batch.stated}
+        for which, state in batch.passes.items():
+            record = self._ledger.look(state.begun_by) if state.begun_by else {}
+            document["passes"][which].update({name: text or None for name, text in stated(record).items()})
+        return document
+
+    def warn(self, batch: Batch, sentences: Iterable[str]) -> None:
+        """Add what has to be known of its order to the warnings of a batch, once. For its conductor and its planner."""
+        new = [sentence for sentence in sentences if sentence not in batch.warnings]
+        if new:
+            self._redis.hset(_key(batch.id), "warnings", json.dumps([*batch.warnings, *new]))
+
     def list(self) -> list[Batch]:
         """All that are known, the latest first."""
         ids = cast(list[str], self._redis.zrevrange(PREFIX + "batches", 0, -1))
@@ -877,6 +901,12 @@ def chunk_job(batch: Batch, which: Pass, chunk: int) -> DueJob:
     number = batch.of(which).round
     message = {**_message(batch, which), "chunk": chunk, **({"round": number} if number else {})}
     return DueJob(f"{batch.id}.{which}.{chunk}" + (f".{number}" if number else ""), CHUNK_TASK, message)
+
+
+def chunk_pass(job_id: str) -> tuple[str, Pass] | None:
+    """The batch and the pass that a chunk's job belongs to; None for an id that no `chunk_job` has."""
+    found = _CHUNK_ID(job_id)
+    return (found["batch"], cast(Pass, found["which"])) if found else None
 
 
 def _message(batch: Batch, which: Pass) -> dict[str, Any]:
@@ -948,7 +978,7 @@ def _batch(batch_id: str, fields: Mapping[str, str]) -> Batch:
         id=batch_id,
         state=cast(State, fields["state"]),
         kind=fields["kind"],
-        order=json.loads(fields["order"]),
+        order=_read_order(fields["order"]),
         servers=tuple(json.loads(fields["servers"])),
         types={**json.loads(fields["servers"]), **json.loads(fields.get("fleet", "{}"))},
         name=fields.get("name", ""),
@@ -969,6 +999,19 @@ def _batch(batch_id: str, fields: Mapping[str, str]) -> Batch:
         },
         warnings=tuple(json.loads(fields.get("warnings", "[]"))),
     )
+
+
+def _dumped(order: Mapping[str, Any]) -> str:
+    """An order as the ledger has it. A worker of version 0.1 knows ``backup`` as ``keep``, and must not overlook it."""
+    old = {"keep": order["backup"]} if "backup" in order else {}
+    return json.dumps({**order, **old})
+
+
+def _read_order(text: str) -> dict[str, Any]:
+    """The order of a batch in the words of its message; one that version 0.1 wrote has ``keep`` for ``backup``."""
+    order: dict[str, Any] = json.loads(text)
+    kept = order.pop("keep", None)
+    return order if kept is None else {**order, "backup": order.get("backup", kept)}
 
 
 def _pass_state(fields: Mapping[str, str], which: str, counts: Mapping[str, Mapping[str, int]]) -> PassState:

@@ -6,7 +6,8 @@ No Celery and no HTTP live here.
 
 Keys, all below ``courier:`` in a database of their own:
 
-    job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …; what it holds
+    job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …; what it holds;
+                          requested_by and reason, as they were given with it first
     due           zset    job ids by the time (ms) at which somebody has to look at them again: to begin, to go on, or,
                           once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
@@ -44,7 +45,7 @@ import redis
 
 from worker.breakers import BREAKER, by_server
 from worker.errors import InvalidRequest
-from worker.logs import shown_job, without_queries
+from worker.logs import shown_job, stated, without_queries
 from worker.urls import is_url, unsigned
 
 PREFIX: Final = "courier:"
@@ -69,6 +70,8 @@ WOKEN_APART_MS: Final = 5
 PROBE_AGAIN_S: Final = 5.0
 #: How soon a job comes back whose breaker has closed while it was being parked.
 CLOSED_MEANWHILE_S: Final = 0.5
+#: What is told of a job and is no part of it.
+_TOLD_OF_IT: Final = ("requested_by", "reason")
 #: Names made from idempotency keys, so that every producer makes the same one.
 _NAMESPACE: Final = uuid.UUID("6f1c35f2-6a0d-4d55-9d3b-8a3f1f0a7c11")
 
@@ -102,8 +105,9 @@ if redis.call('EXISTS', KEYS[1]) == 1 then
 end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'task', ARGV[2], 'job', ARGV[3],
   'attempts', 0, 'fence', 0, 'created_ms', now)
-if ARGV[5] ~= '' then redis.call('HSET', KEYS[1], 'wish', ARGV[5]) end
-if ARGV[6] then redis.call('HSET', KEYS[1], 'trace', ARGV[6]) end
+for i, name in ipairs({'wish', 'trace', 'requested_by', 'reason'}) do
+  if ARGV[4 + i] ~= '' then redis.call('HSET', KEYS[1], name, ARGV[4 + i]) end
+end
 redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
 return 1
 """
@@ -138,8 +142,9 @@ if state == 'running' then
 end
 if not state then
   redis.call('HSET', job, 'task', ARGV[2], 'job', ARGV[3], 'created_ms', now)
-  if ARGV[9] ~= '' then redis.call('HSET', job, 'wish', ARGV[9]) end
-  if ARGV[10] then redis.call('HSET', job, 'trace', ARGV[10]) end
+  for i, name in ipairs({'wish', 'trace', 'requested_by', 'reason'}) do
+    if ARGV[8 + i] ~= '' then redis.call('HSET', job, name, ARGV[8 + i]) end
+  end
 end
 local last = tonumber(ARGV[6])
 if died > 0 and died <= last then
@@ -660,7 +665,8 @@ class DeadLetter:
     """A job that nothing but a person can help. ``about`` is what it was to do, fit to be shown.
 
     ``deaths`` is how often a worker died on it, ``replays`` how often it was replayed before; ``begun`` says that it
-    had come as far as to write down what it was about to do, ``uids`` what it had got hold of.
+    had come as far as to write down what it was about to do, ``uids`` what it had got hold of. ``requested_by`` and
+    ``reason`` are as they were given, "" where they were not.
     """
 
     job_id: str
@@ -674,6 +680,8 @@ class DeadLetter:
     died_ms: int
     begun: bool
     uids: list[str]
+    requested_by: str = ""
+    reason: str = ""
 
     @property
     def code(self) -> str:
@@ -714,8 +722,8 @@ def job_id_for(idempotency_key: str | None) -> str:
 
 
 def content_digest(task: str, job: Mapping[str, Any]) -> str:
-    """What a job is about, whatever its id: deaths are counted by this."""
-    wish = {key: value for key, value in job.items() if key != "idempotency_key"}
+    """What a job is about, whatever its id and whoever wants it: deaths are counted by this."""
+    wish = {key: value for key, value in job.items() if key not in ("idempotency_key", *_TOLD_OF_IT)}
     return hashlib.sha256(f"{task}\n{_dump(wish)}".encode()).hexdigest()
 
 
@@ -782,8 +790,8 @@ class Ledger:
         """
         keys = [_job(job_id), PREFIX + "due"]
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)
-        args: list[str | int] = [job_id, task, _dump(job), delay_ms, _wish(task, job)]
-        written = int(self._submit(keys=keys, args=[*args, trace] if trace else args))
+        args: list[str | int] = [job_id, task, _dump(job), delay_ms, _wish(task, job), trace, *stated(job).values()]
+        written = int(self._submit(keys=keys, args=args))
         if written < 0:
             raise InvalidRequest(
                 f"This idempotency key belongs to job {job_id}, which is another one; send this one under its own key."
@@ -799,8 +807,8 @@ class Ledger:
         suspects = f"{PREFIX}suspects:{self._worker}"
         keys = [_job(job_id), PREFIX + "due", _deaths(task, job), suspects, PREFIX + "unanswered"]
         args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED, max_deaths - 1, _job("")]
-        args += [self._worker, _wish(task, job)]
-        answer: list[Any] = self._claim(keys=keys, args=[*args, trace] if trace else args)
+        args += [self._worker, _wish(task, job), trace, *stated(job).values()]
+        answer: list[Any] = self._claim(keys=keys, args=args)
         state = ClaimState(answer[0])
         if state is ClaimState.YOURS:
             fence, attempt, deaths, memo, cancelled, waited_ms = answer[1:]
@@ -1242,6 +1250,8 @@ def _letter(job_id: str, row: Mapping[str, str]) -> DeadLetter:
         created_ms=int(float(row.get("created_ms", 0))),
         died_ms=int(float(row.get("ended_ms", 0))),
         begun="memo" in row,
+        requested_by=row.get("requested_by", ""),
+        reason=row.get("reason", ""),
         uids=list(dict.fromkeys(key.rpartition(":")[2] for key in held)),
     )
 
@@ -1253,11 +1263,16 @@ def _deaths(task: str, job: Mapping[str, Any]) -> str:
 def _wish(task: str, job: Mapping[str, Any]) -> str:
     """What has to be the same in all jobs that bear one idempotency key; "" without one.
 
-    Whoever sends a job again may have signed its URL anew, or name a field that is as it would be without.
+    A job that is sent again may have its URL signed anew, name a field that is as it would be without, or be
+    requested by another person for another reason.
     """
     if not job.get("idempotency_key"):
         return ""
-    said = {name: _unsigned(value) for name, value in job.items() if value is not None and name != "version"}
+    said = {
+        name: _unsigned(value)
+        for name, value in job.items()
+        if value is not None and name not in ("version", *_TOLD_OF_IT)
+    }
     return hashlib.sha256(f"{task}\n{_dump(said)}".encode()).hexdigest()
 
 

@@ -10,9 +10,10 @@ import json
 import logging
 import re
 import traceback
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final
 
 from worker.urls import ENTRY, ZIP, bare, entry_of, names_object, signature_at
 
@@ -57,6 +58,7 @@ SHOWN_FIELDS = frozenset(
         "digests",
         "planned",
         "everything",
+        "backup",
         "keep",
         "verify",
         "window",
@@ -64,12 +66,16 @@ SHOWN_FIELDS = frozenset(
         "bytes_per_s",
     )
 )
-HIDDEN_FIELDS = frozenset(("version", "idempotency_key", "cursor"))
+#: What people write of a job (``requested_by``, ``reason``) may name a patient: it is for the ledger's history alone.
+HIDDEN_FIELDS = frozenset(("version", "idempotency_key", "cursor", "requested_by", "reason"))
+REQUESTED_BY_LENGTH: Final = 200
+REASON_LENGTH: Final = 1000
 _IS_FIELD = re.compile(r"[a-z][a-z_]{0,31}", re.ASCII).fullmatch
 _IS_UID = re.compile(r"[0-9.]{1,64}", re.ASCII).fullmatch
 #: Whoever mixes up fields may put a patient where a UID belongs.
 _SHAPES = {"uid": _IS_UID, "study_uid": _IS_UID, "level": re.compile("image|series|study").fullmatch}
 _IS_NAME = re.compile(r"[\w.:-]{1,200}", re.ASCII).fullmatch
+_NO_TEXT: Final = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 _USER = re.compile(r"://[^\s/@'\"]*@")
 _AFTER_SCHEME = re.compile(r"://[^\s'\"<>]*")
 _SCHEME = re.compile(r"[A-Za-z0-9+.-]*\Z")
@@ -197,6 +203,24 @@ def shown_url(url: str) -> str:
 def shown_text(text: str, *, limit: int) -> str:
     """Text of others as it may stand in a line: what cannot be printed or encoded is replaced."""
     return "".join(sign if sign.isprintable() else "\ufffd" for sign in text[:limit])
+
+
+def is_one_line(text: str) -> bool:
+    """Whether ``text`` shows as one line that says what it holds: no control or format characters, no line breaks.
+
+    The joiners of Persian and Indian scripts and the wide space of Japanese names are text.
+    """
+    return all(sign in "\u200c\u200d" or unicodedata.category(sign) not in _NO_TEXT for sign in text)
+
+
+def stated(job: Mapping[str, Any]) -> dict[str, str]:
+    """``requested_by`` and ``reason`` of a job, as far as they may be kept: "" where there is none, or none fit."""
+    lengths = {"requested_by": REQUESTED_BY_LENGTH, "reason": REASON_LENGTH}
+    told = {name: job.get(name) for name in lengths}
+    return {
+        name: text if isinstance(text, str) and len(text) <= lengths[name] and is_one_line(text) else ""
+        for name, text in told.items()
+    }
 
 
 def shown_job(job: object) -> str:

@@ -1,19 +1,21 @@
 """The JSON that goes in and comes out: one class per message and per result (design contract, section 5).
 
-Shapes only, no behaviour. Unknown fields of a message are ignored, new fields are optional; a ``version`` above
-the one spoken here is refused, because its fields may mean something else.
+Shapes only, no behaviour. New fields are optional. Unknown fields of a message are ignored, except in orders that
+delete, move, hide or overwrite (`STRICT`): a misspelt ``dry_run`` must not delete. A ``version`` above the one spoken
+here is refused, because its fields may mean something else.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.errors import InvalidRequest, InvalidUid
-from worker.logs import shown_text, shown_url
+from worker.logs import REASON_LENGTH, REQUESTED_BY_LENGTH, is_one_line, shown_text, shown_url
 from worker.windows import check_window
 
 VERSION = 1
@@ -41,12 +43,29 @@ Uid = Annotated[str, AfterValidator(check_uid)]
 Mode = Annotated[str, Field(min_length=1, max_length=64)]
 
 
+def check_one_line(text: str) -> str:
+    """``text`` as it is; what could forge a line of a log or of a terminal is a ValueError."""
+    if not is_one_line(text):
+        raise ValueError("it has to be one line of text, without control characters")
+    return text
+
+
+#: For orders that delete, move, hide or overwrite: they refuse fields that are not known.
+STRICT: Final = ConfigDict(extra="forbid")
+
+
 class Job(BaseModel):
-    """What every message may say."""
+    """What every message may say. ``requested_by`` and ``reason`` are for history and audit alone."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
+    #: Old names of fields, refused beside the new ones; and further names, refused beside another value.
+    old_names: ClassVar[Mapping[str, str]] = {}
+    aliases: ClassVar[Mapping[str, str]] = {}
+
     version: int = VERSION
+    requested_by: Annotated[str, Field(max_length=REQUESTED_BY_LENGTH), AfterValidator(check_one_line)] | None = None
+    reason: Annotated[str, Field(max_length=REASON_LENGTH), AfterValidator(check_one_line)] | None = None
 
     @model_validator(mode="after")
     def _spoken(self) -> Job:
@@ -94,6 +113,8 @@ ConfirmStudies = Annotated[int, Field(ge=0)]
 class DeleteJob(Job):
     """`pacs.delete`. ``dry_run`` only says what would happen; not ``permanent``: hidden, by servers that can hide."""
 
+    model_config = STRICT
+
     level: Level
     uid: Uid
     servers: Servers | None = None
@@ -111,11 +132,17 @@ class StudiesJob(Job):
 
 
 class DeleteAllJob(Job):
-    """`pacs.delete_all`. ``confirm`` has to be the sentence "delete all studies", but for a ``dry_run``."""
+    """`pacs.delete_all`. ``confirm`` has to be the sentence "delete all studies", but for a ``dry_run``.
+
+    ``backup``: where a copy of each study is written before it is deleted.
+    """
+
+    model_config = STRICT
 
     servers: Servers | None = None
     confirm: str = ""
     permanent: bool = True
+    backup: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
     confirm_studies: ConfirmStudies | None = None
     dry_run: bool = False
 
@@ -130,6 +157,12 @@ class BatchItem(BaseModel):
     size_bytes: Annotated[int, Field(ge=0)] | None = None
 
 
+class StudyItem(BatchItem):
+    """An item of an order about studies, which refuses fields that are not known."""
+
+    model_config = STRICT
+
+
 class BatchOrderJob(Job):
     """What every order of a batch may say; its kind adds what it needs.
 
@@ -138,7 +171,7 @@ class BatchOrderJob(Job):
     only in the ``window`` ("20:00-06:00 Europe/Berlin"; UTC without a time zone).
     """
 
-    items: Annotated[list[str | BatchItem], Field(min_length=1, max_length=5000)] | None = None
+    items: Annotated[Sequence[str | BatchItem], Field(min_length=1, max_length=5000)] | None = None
     planned: bool = False
     name: Annotated[str, Field(max_length=80)] = ""
     dry_run: bool = False
@@ -165,14 +198,13 @@ class BatchUploadJob(BatchOrderJob):
 
 
 class BatchStudiesJob(BatchOrderJob):
-    """What orders about studies have in common: their UIDs, those that match ``filters``, or ``everything``.
+    """What orders about studies have in common: their UIDs, those that match ``filters``, or ``everything``."""
 
-    ``servers``: only on these.
-    """
+    model_config = STRICT
 
+    items: Annotated[Sequence[str | StudyItem], Field(min_length=1, max_length=5000)] | None = None
     filters: Annotated[Filters, Field(min_length=1)] | None = None
     everything: bool = False
-    servers: Servers | None = None
 
     @model_validator(mode="after")
     def _about_one_thing(self) -> BatchStudiesJob:
@@ -181,20 +213,28 @@ class BatchStudiesJob(BatchOrderJob):
 
 
 class BatchDeleteJob(BatchStudiesJob):
-    """`pacs.batch.delete`. With ``keep``, where a copy of each study goes before, it can be undone.
+    """`pacs.batch.delete`, on all servers or on ``servers``.
 
-    ``everything`` needs the sentence "delete all studies" in ``confirm``.
+    With ``backup``, where a copy of each study is written first, it can be undone. ``everything`` needs the sentence
+    "delete all studies" in ``confirm``.
     """
 
+    old_names: ClassVar[Mapping[str, str]] = {"keep": "backup"}
+
+    servers: Servers | None = None
     permanent: bool = True
-    keep: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
+    backup: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
     confirm: str = ""
     confirm_studies: ConfirmStudies | None = None
 
 
 class BatchDownloadJob(BatchStudiesJob):
-    """`pacs.batch.download`: each study as a ZIP file or a folder below ``destination``."""
+    """`pacs.batch.download`: each study as a ZIP file or a folder below ``destination``.
 
+    ``servers``: only from these.
+    """
+
+    servers: Servers | None = None
     destination: Annotated[str, Field(min_length=1, max_length=8192)]
     format: Literal["zip", "files"] = "zip"
 
@@ -204,6 +244,8 @@ class BatchMigrateJob(BatchStudiesJob):
 
     ``digests``: whether the bytes of all images, of one image of each series, or of none are compared at the end.
     """
+
+    aliases: ClassVar[Mapping[str, str]] = {"source": "from_server", "target": "to_server"}
 
     from_server: Annotated[str, Field(min_length=1, max_length=64)]
     to_server: Annotated[str, Field(min_length=1, max_length=64)]
@@ -234,6 +276,8 @@ class BatchJob(Job):
 
 class BatchContinueJob(BatchJob):
     """`pacs.batch.apply`, `.retry`, `.verify` and `.undo`."""
+
+    model_config = STRICT
 
     confirm_studies: ConfirmStudies | None = None
 
@@ -531,7 +575,10 @@ class BatchServer(BaseModel):
 
 
 class BatchPassState(BaseModel):
-    """How far one pass of a batch is. ``totals`` are the items by what became of them in it."""
+    """How far one pass of a batch is. ``totals`` are the items by what became of them in it.
+
+    ``requested_by`` and ``reason`` are those of the job that began it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -541,6 +588,8 @@ class BatchPassState(BaseModel):
     begun_ms: int | None
     ended_ms: int | None
     totals: dict[str, int]
+    requested_by: str | None = None
+    reason: str | None = None
 
 
 BatchState = Literal["planning", "planned", "running", "verifying", "paused", "cancelled", "done", "undoing", "undone"]
@@ -550,6 +599,7 @@ class BatchStatePayload(Payload):
     """The result of `pacs.batch.show`, `.pause`, `.resume` and `.cancel`: the batch as it stands.
 
     ``totals`` are all items by what became of them; those of ``servers`` are what is known to be at one.
+    ``requested_by`` and ``reason`` are those of the batch's order.
     """
 
     operation: Literal["batch"] = "batch"
@@ -562,6 +612,8 @@ class BatchStatePayload(Payload):
     bytes: int = 0
     settled: int
     created_ms: int
+    requested_by: str | None = None
+    reason: str | None = None
     totals: dict[str, int] = {}
     passes: dict[BatchPass, BatchPassState] = {}
     servers: list[BatchServer]
@@ -767,6 +819,8 @@ class TracedJob(BaseModel):
     message: str | None
     created_at: str | None
     ended_at: str | None
+    requested_by: str | None = None
+    reason: str | None = None
 
 
 class TraceEvent(BaseModel):
@@ -802,6 +856,9 @@ class TracePayload(Payload):
 
 
 JobType = TypeVar("JobType", bound=Job)
+#: What may stand in a sentence of a field that is not known: anything else could be a value that was mixed up.
+_IS_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", re.ASCII).fullmatch
+_CALL_BACK = "call-backs do not exist yet; leave it out, and ask for the result by the job's id"
 
 
 def read_job(kind: type[JobType], message: object) -> JobType:
@@ -810,15 +867,73 @@ def read_job(kind: type[JobType], message: object) -> JobType:
     Raises
     ------
     InvalidRequest
-        A field is missing or of the wrong type; the sentence names the field.
+        A field is missing, of the wrong type, not known to an order that is strict, or given by two names; the
+        sentence names the field.
     """
     if not isinstance(message, Mapping):
         raise InvalidRequest('The message has to be {"job": {…}}: one keyword argument, job, an object.')
+    if "callback_url" in message:
+        raise _wrong_field("callback_url", _CALL_BACK)
     try:
-        return kind.model_validate(dict(message))
+        return kind.model_validate(_by_new_names(kind, message))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = shown_text(".".join(shown_url(str(part)) for part in first["loc"]), limit=100)
-        reason = shown_text(first["msg"].removeprefix("Value error, "), limit=300)
-        sentence = f"Field {field} of the job: {reason}." if field else f"The job: {reason}."
-        raise InvalidRequest(sentence, details={"field": field or None}) from None
+        raise _refusal(kind, error) from None
+
+
+def old_spellings(kind: type[Job], message: Mapping[str, Any]) -> list[str]:
+    """A sentence for each field of ``message`` that bears an old name, which is accepted in 0.2 and not after."""
+    return [
+        f"The field {old} is called {new} now; {old} is accepted in 0.2 and refused after."
+        for old, new in kind.old_names.items()
+        if message.get(old) is not None
+    ]
+
+
+def _by_new_names(kind: type[Job], message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with each field under its present name."""
+    fields = dict(message)
+    for old, new in (*kind.old_names.items(), *kind.aliases.items()):
+        if old not in fields:
+            continue
+        value = fields.pop(old)
+        if value is None:
+            continue
+        if fields.get(new) is not None and (old in kind.old_names or fields[new] != value):
+            raise _wrong_field(old, f"it is another name of {new}, which is given too; give {new} alone")
+        fields[new] = value
+    return fields
+
+
+def _refusal(kind: type[Job], refused: ValidationError) -> InvalidRequest:
+    """What is wrong, without quoting what is there. A field that is not known comes first: it explains the others."""
+    errors = refused.errors(include_url=False, include_context=False, include_input=False)
+    unknown = next((error for error in errors if error["type"] == "extra_forbidden"), None)
+    if unknown is not None:
+        return _unknown_field(kind, unknown["loc"])
+    first = errors[0]
+    return _wrong_field(".".join(shown_url(str(part)) for part in first["loc"]), first["msg"])
+
+
+def _wrong_field(field: str, reason: str) -> InvalidRequest:
+    field, reason = shown_text(field, limit=100), shown_text(reason.removeprefix("Value error, "), limit=300)
+    sentence = f"Field {field} of the job: {reason}." if field else f"The job: {reason}."
+    return InvalidRequest(sentence, details={"field": field or None})
+
+
+def _unknown_field(kind: type[Job], loc: Sequence[str | int]) -> InvalidRequest:
+    """Names the field by its place, and the known one that comes nearest."""
+    known = (StudyItem if StudyItem.__name__ in loc else kind).model_fields
+    name = str(loc[-1])
+    place = [str(part) for part in loc[:-1] if part != StudyItem.__name__]
+    field = ".".join([*place, name if _IS_FIELD(name) else "…"])
+    nearest = nearest_field(name, [*known, *kind.old_names])
+    nearest = kind.old_names.get(nearest or "", nearest)
+    hint = f"did you mean {nearest}?" if nearest else f"the fields are {', '.join(known)}."
+    sentence = f"Field {field} of the job is not known, so the order is refused; {hint}"
+    return InvalidRequest(sentence, details={"field": field})
+
+
+def nearest_field(name: str, known: Iterable[str]) -> str | None:
+    """The known field that ``name`` is most like, however it is spelt (``dryRun``, ``dry-run``); None if none is."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name[:64]).replace("-", "_").lower()
+    return next(iter(difflib.get_close_matches(snake, list(known), n=1)), None)

@@ -25,6 +25,7 @@ from producer.show_batches import (
     end_line,
     failures_table,
     has_ended,
+    history_lines,
     json_array,
     json_lines,
     known_statuses,
@@ -327,12 +328,13 @@ def _add(name: str, act: Callable[[BatchDesk, str], Batch], sentence: str) -> No
         with Courier() as courier:
             before = courier.batch.get(batch_id)
             found = act(courier.batch, batch_id)
+            told = courier.batch.told(found)
         if as_json:
-            click.echo(json.dumps(found.as_json()))
+            click.echo(json.dumps(told))
         else:
             console.print(batches_table([found]))
-            if order := order_line(found):
-                console.print(order, style="dim", highlight=False, markup=False)
+            for line in filter(None, (order_line(found), *history_lines(told))):
+                console.print(line, style="dim", highlight=False, markup=False)
             _show_counts(found)
         if _in_vain(name, before, found):
             complain(f"The batch is {found.state}; there is nothing to {name}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import click
 
+from producer.commands.confirm import may_ask, must_be_told, yes_option
 from producer.commands.door import DONE, FAILED, Command, as_json_option, plain_failures
 from producer.courier import Courier
 from producer.dead import DeadDesk, at, letter_json
@@ -20,6 +20,14 @@ from producer.show import console
 from producer.show_dead import dead_table, show_letter
 from worker.ledger import DeadLetter
 
+#: The tasks that may delete something when they are replayed.
+MAY_DELETE = frozenset(
+    (
+        "pacs.delete",
+        "pacs.delete_all",
+        *(f"pacs.batch.{name}" for name in ("delete", "migrate", "apply", "retry", "verify", "undo", "chunk")),
+    )
+)
 #: So many are shown before it is asked.
 SHOWN = 20
 _AGO = re.compile(r"(\d{1,6})([smhd])")
@@ -78,7 +86,7 @@ def steering(command: Command) -> Command:
     """What replay and purge have in common."""
     for option in (
         as_json_option,
-        click.option("--yes", is_flag=True, help="Do not show them first and ask."),
+        yes_option,
         click.option("--dry-run", is_flag=True, help="Say which, and leave them."),
         click.option("--all", "everything", is_flag=True, help="All dead letters."),
     ):
@@ -163,8 +171,10 @@ def _steer(
 ) -> int:
     """Do it to each, after asking on a terminal. What somebody else has dealt with meanwhile is told as gone."""
     with Courier() as courier:
-        job_ids, first, codes = _gathered(choice.letters(courier.dead))
-        asks = sys.stdin.isatty() and bool(job_ids) and not (yes or dry_run or as_json)
+        job_ids, first, codes, deletes = _gathered(choice.letters(courier.dead))
+        if job_ids and not dry_run and (deletes or verb == "purge"):
+            must_be_told(yes=yes, as_json=as_json)
+        asks = may_ask(as_json=as_json) and bool(job_ids) and not (yes or dry_run)
         if asks or (dry_run and not as_json):
             _show(job_ids, first, codes)
         if asks and not click.confirm(f"{verb.capitalize()} {len(job_ids)} dead letters?"):
@@ -180,19 +190,21 @@ def _steer(
     return FAILED if gone else DONE
 
 
-def _gathered(letters: Iterator[DeadLetter]) -> tuple[list[str], list[DeadLetter], dict[str, int]]:
-    """All ids, the first few letters, and how many there are of each code: there may be very many."""
+def _gathered(letters: Iterator[DeadLetter]) -> tuple[list[str], list[DeadLetter], dict[str, int], bool]:
+    """All ids, the first few letters, how many there are of each code, and whether any may delete something."""
     job_ids: dict[str, None] = {}
     first: list[DeadLetter] = []
     codes: Counter[str] = Counter()
+    deletes = False
     for letter in letters:
         if letter.job_id in job_ids:  # another has died meanwhile and moved it to the next page
             continue
         job_ids[letter.job_id] = None
         codes[letter.code] += 1
+        deletes = deletes or letter.task in MAY_DELETE
         if len(first) < SHOWN:
             first.append(letter)
-    return list(job_ids), first, dict(codes)
+    return list(job_ids), first, dict(codes), deletes
 
 
 def _show(job_ids: list[str], first: list[DeadLetter], codes: dict[str, int]) -> None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from producer.commands.batches import seen_through
+from producer.commands.confirm import (
+    backup_option,
+    hide_option,
+    hides,
+    history,
+    may_ask,
+    must_be_told,
+    place,
+    yes_option,
+)
 from producer.commands.door import DONE, FAILED, as_json_option, ended, plain_failures, timeout_option
 from producer.commands.lookups import level_argument
 from producer.courier import Courier
-from producer.errors import CourierError
+from producer.errors import CourierError, InvalidRequest
 from producer.show import console
 from producer.show_deletions import deletion_table
-from worker.payloads import Level
+from worker.payloads import Level, check_uid
 
 servers_option = click.option("--server", "servers", multiple=True, help="Only on this server; may be repeated.")
 
@@ -28,13 +38,22 @@ class _Wish:
     uid: str
     servers: Sequence[str]
     permanent: bool
+    backup: str | None
+    requested_by: str | None
+    reason: str | None
     timeout_s: float | None
     as_json: bool
 
     def carry_out(self, courier: Courier, *, dry_run: bool, quiet: bool) -> dict[str, Any]:
         """One job, waited for; its servers' entries are shown, also if it failed."""
         handle = courier.delete(
-            self.level, self.uid, servers=self.servers or None, permanent=self.permanent, dry_run=dry_run
+            self.level,
+            self.uid,
+            servers=self.servers or None,
+            permanent=self.permanent,
+            dry_run=dry_run,
+            requested_by=self.requested_by,
+            reason=self.reason,
         )
         try:
             payload = ended(courier, handle, timeout_s=self.timeout_s, as_json=quiet)
@@ -46,29 +65,53 @@ class _Wish:
             console.print(deletion_table(payload["servers"]))
         return payload
 
+    def back_up_and_delete(self, courier: Courier) -> int:
+        """The same as a batch of one study, which can be undone."""
+        handle = courier.batch.delete(
+            [self.uid],
+            servers=self.servers or None,
+            permanent=self.permanent,
+            backup=self.backup,
+            requested_by=self.requested_by,
+            reason=self.reason,
+        )
+        return seen_through(courier, handle, timeout_s=self.timeout_s, as_json=self.as_json)
+
 
 @click.command()
 @level_argument
 @click.argument("uid")
 @servers_option
-@click.option("--keep", is_flag=True, help="Only hide it, so that it can be had back, where a server can do that.")
+@hide_option
+@backup_option
+@click.option("--keep", is_flag=True, hidden=True, help="The old name of --hide.")
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, and leave it.")
-@click.option("--yes", is_flag=True, help="Do not show it first and ask.")
+@yes_option
+@history
 @timeout_option
 @as_json_option
 @plain_failures
-def delete(level: Level, uid: str, servers: Sequence[str], keep: bool, **how: Any) -> int:
+def delete(level: Level, uid: str, servers: Sequence[str], backup: str | None, **how: Any) -> int:
     """Delete the image, series or study that bears UID on every server that has it.
 
-    On a terminal it is shown first, and you are asked.
+    On a terminal it is shown first, and you are asked; elsewhere it needs --yes. With --backup a study is deleted as a
+    batch of one, which `pacs batch undo` takes back.
     """
-    wish = _Wish(level, uid, servers, not keep, how["timeout_s"], how["as_json"])
-    asks = sys.stdin.isatty() and not (how["yes"] or how["dry_run"] or wish.as_json)
+    permanent = not hides(hide=how["hide"], keep=how["keep"])
+    more = {name: how[name] for name in ("requested_by", "reason", "timeout_s", "as_json")}
+    wish = _Wish(level, uid, servers, permanent, place(backup), **more)
+    check_uid(uid)
+    if backup is not None and level != "study":
+        raise InvalidRequest("--backup keeps copies of whole studies; delete the study, or leave it out.")
+    if not how["dry_run"]:
+        must_be_told(yes=how["yes"], as_json=wish.as_json)
     with Courier() as courier:
-        if asks:
+        if may_ask(as_json=wish.as_json) and not (how["yes"] or how["dry_run"]):
             wish.carry_out(courier, dry_run=True, quiet=False)
             if not click.confirm(f"Delete this {level}?"):
                 click.echo("Nothing was deleted.")
                 return FAILED
+        if backup is not None and not how["dry_run"]:
+            return wish.back_up_and_delete(courier)
         payload = wish.carry_out(courier, dry_run=how["dry_run"], quiet=wish.as_json)
     return FAILED if any(entry["status"] == "refused" for entry in payload["servers"]) else DONE

@@ -28,6 +28,19 @@ from producer.commands.batches import (
     tell_reach,
     told_plan,
 )
+from producer.commands.confirm import (
+    agreed,
+    backup_option,
+    backup_place,
+    hide_option,
+    hides,
+    history,
+    may_ask,
+    must_be_told,
+    place,
+    warn,
+    yes_option,
+)
 from producer.commands.deletions import servers_option
 from producer.commands.door import (
     DONE,
@@ -51,8 +64,6 @@ from worker.batches import Batch, Pass
 
 CONFIRMATION = "delete all studies"
 
-yes_option = click.option("--yes", is_flag=True, help="Do not ask. Needed where nobody can be asked.")
-
 
 def ordering(command: Command) -> Command:
     """The options that all orders have in common."""
@@ -71,6 +82,7 @@ def ordering(command: Command) -> Command:
             click.option("--dry-run", is_flag=True, help="Stop at the plan and show it."),
             plan_option,
             click.option("--no-wait", is_flag=True, help="Print the batch's id and leave."),
+            history,
             timeout_option,
             as_json_option,
         )
@@ -106,6 +118,7 @@ class _How:
             "window": options["window"],
             "verify": False if options["no_verify"] else None,
             "dry_run": True if self.plans_only else None,
+            **_history(options),
         }
 
     @property
@@ -135,6 +148,10 @@ class _How:
             return courier.batch.order(order, given)
 
 
+def _history(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"requested_by": options["requested_by"], "reason": options["reason"]}
+
+
 def _say(sentence: str) -> None:
     errors_console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
@@ -161,21 +178,21 @@ def upload(sources: Sequence[str], server: str | None, **options: Any) -> int:
 @click.argument("studies", nargs=-1, metavar="[UID|FILE|-]…")
 @choosing
 @servers_option
-@click.option(
-    "--keep", metavar="PLACE", help="Put a copy there first (folder, s3://… or az://…), so that it can be undone."
-)
+@backup_option
+@click.option("--keep", metavar="PLACE", hidden=True, help="The old name of --backup.")
 @click.option("--permanent/--hide", default=True, help="Delete them, or only hide them where a server can.")
 @click.option("--confirm", metavar="SENTENCE", help=f'With --all: has to be "{CONFIRMATION}".')
 @yes_option
 @ordering
 @plain_failures
-def delete(studies: Sequence[str], servers: Sequence[str], keep: str | None, **options: Any) -> int:
+def delete(studies: Sequence[str], servers: Sequence[str], backup: str | None, **options: Any) -> int:
     """Delete many studies, on every server that has them.
 
     On a terminal the plan is shown first, and you are asked; elsewhere it needs --yes.
     """
     how = _How(options)
-    wishes = {"servers": list(servers) or None, "permanent": options["permanent"], "keep": _place(keep)}
+    wishes = {"servers": list(servers) or None, "permanent": options["permanent"]}
+    wishes["backup"] = backup_place(backup, options["keep"])
     wishes.update(_chosen(studies, options))
     if options["everything"]:
         wishes["confirm"] = _sentence(options, asks=_asks(how))
@@ -211,7 +228,7 @@ def download(studies: Sequence[str], servers: Sequence[str], destination: str, f
     Each appears there when it is whole.
     """
     how = _How(options)
-    wishes = {"servers": list(servers) or None, "destination": _place(destination), "format": form}
+    wishes = {"servers": list(servers) or None, "destination": place(destination), "format": form}
     order = Order("download", {**wishes, **_chosen(studies, options), **how.wishes})
     return _carried_out(order, how.given(studies), how)
 
@@ -219,8 +236,8 @@ def download(studies: Sequence[str], servers: Sequence[str], destination: str, f
 @batch.command()
 @click.argument("studies", nargs=-1, metavar="[UID|FILE|-]…")
 @choosing
-@click.option("--from", "from_server", required=True, metavar="NAME", help="The server that has them.")
-@click.option("--to", "to_server", required=True, metavar="NAME", help="The server that is to have them.")
+@click.option("--from-server", "--from", required=True, metavar="NAME", help="The server that has them.")
+@click.option("--to-server", "--to", required=True, metavar="NAME", help="The server that is to have them.")
 @click.option(
     "--delete-source", is_flag=True, help="Move: delete each from where it was when it is proven to be there."
 )
@@ -253,11 +270,6 @@ def _chosen(words: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
     return {"filters": filters or None, "everything": True if options["everything"] else None}
 
 
-def _place(text: str | None) -> str | None:
-    """A destination as jobs have it: a path is one of the worker's machine."""
-    return text if text is None or ":/" in text else Path(text).absolute().as_uri()
-
-
 def _sentence(options: dict[str, Any], *, asks: bool) -> str:
     confirm: str | None = options["confirm"]
     if confirm is None and asks:
@@ -270,14 +282,14 @@ def _sentence(options: dict[str, Any], *, asks: bool) -> str:
 
 
 def _asks(how: _How) -> bool:
-    return sys.stdin.isatty() and not (how.options.get("yes") or how.plans_only or how.quiet)
+    return may_ask(as_json=how.quiet) and not (how.options.get("yes") or how.plans_only)
 
 
 def _carried_out(order: Order, given: Given | None, how: _How, *, question: str | None = None) -> int:
     """Order it, and show it to its end; after a look at the plan, if there is a ``question`` to be asked."""
     _check_plan_file(how)
-    if question and not (how.options["yes"] or how.plans_only or _asks(how)):
-        raise ConfirmationRequired("Nothing was begun: add --yes, because there is nobody to ask.")
+    if question and not how.plans_only:
+        must_be_told(yes=how.options["yes"], as_json=how.quiet)
     with Courier() as courier:
         if question and _asks(how):
             return _asked_first(courier, order, given, how, question)
@@ -352,6 +364,7 @@ def going_on(command: Command) -> Command:
     for option in (
         as_json_option,
         timeout_option,
+        history,
         click.option("--no-wait", is_flag=True, help="Print the batch's id and leave."),
     ):
         command = option(command)
@@ -380,21 +393,21 @@ def apply(plan: str, yes: bool, dry_run: bool, **options: Any) -> int:
             check_state(found, "apply")
             return tell_plan(*courier.batch.plan(plan), None, as_json=options["as_json"])
         question = _question(found.kind, found.order, found.items)
-        if not _agreed(question, yes=yes, as_json=options["as_json"]):
+        if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
-        return _gone_on(courier, courier.batch.apply(plan), options)
+        return _gone_on(courier, courier.batch.apply(plan, **_history(options)), options)
 
 
 def _file_applied(courier: Courier, path: Path, *, yes: bool, dry_run: bool, options: dict[str, Any]) -> int:
-    order, plan_file = of_plan_file(path)
+    order, plan_file = of_plan_file(path, told=warn)
     if dry_run:
         return tell_plan(plan_file.header, iter(plan_file), None, as_json=options["as_json"])
     question = _question(order.kind, order.wishes, plan_file.totals.counts["apply"])
     if question and not yes and sys.stdin.isatty():
         show_summary(PlanSummary.of(plan_file), None)
-    if not _agreed(question, yes=yes, as_json=options["as_json"]):
+    if not agreed(question, yes=yes, as_json=options["as_json"]):
         return FAILED
-    return _gone_on(courier, courier.batch.apply_file(order, plan_file), options)
+    return _gone_on(courier, courier.batch.apply_file(order, plan_file, **_history(options)), options)
 
 
 @batch.command()
@@ -413,9 +426,9 @@ def retry(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
         if dry_run:
             return tell_reach(courier, found, "retry", as_json=options["as_json"])
         question = _question(found.kind, found.order, _to_retry(found))
-        if not _agreed(question, yes=yes, as_json=options["as_json"]):
+        if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
-        return _gone_on(courier, courier.batch.retry(batch_id), options)
+        return _gone_on(courier, courier.batch.retry(batch_id, **_history(options)), options)
 
 
 @batch.command()
@@ -432,9 +445,9 @@ def verify(batch_id: str, yes: bool, **options: Any) -> int:
         found = courier.batch.get(batch_id)
         moves = found.order.get("delete_source", False)
         question = _question(found.kind, found.order, of_how_many(found, "verify"), verb="Verify") if moves else None
-        if not _agreed(question, yes=yes, as_json=options["as_json"]):
+        if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
-        return _gone_on(courier, courier.batch.verify(batch_id), options, passes=VERIFIED_IN)
+        return _gone_on(courier, courier.batch.verify(batch_id, **_history(options)), options, passes=VERIFIED_IN)
 
 
 @batch.command()
@@ -450,9 +463,9 @@ def undo(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
         if dry_run:
             return tell_reach(courier, found, "undo", as_json=options["as_json"])
         question = f"Undo the {found.kind} of {of_how_many(found, 'undo'):,} items?"
-        if not _agreed(question, yes=yes, as_json=options["as_json"]):
+        if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
-        return _gone_on(courier, courier.batch.undo(batch_id), options, passes=UNDONE_IN)
+        return _gone_on(courier, courier.batch.undo(batch_id, **_history(options)), options, passes=UNDONE_IN)
 
 
 def _to_retry(found: Batch) -> int:
@@ -469,17 +482,6 @@ def _question(kind: str, order: Mapping[str, Any], items: int, *, verb: str = "M
     return None
 
 
-def _agreed(question: str | None, *, yes: bool, as_json: bool) -> bool:
-    if question is None or yes:
-        return True
-    if as_json or not sys.stdin.isatty():
-        raise ConfirmationRequired("Nothing was begun: add --yes, because there is nobody to ask.")
-    if click.confirm(question):
-        return True
-    click.echo("Nothing was done.")
-    return False
-
-
 def _gone_on(courier: Courier, handle: Handle, options: dict[str, Any], *, passes: Sequence[Pass] = DONE_IN) -> int:
     if options["no_wait"]:
         return _left(handle, _How(options))
@@ -493,21 +495,33 @@ def _gone_on(courier: Courier, handle: Handle, options: dict[str, Any], *, passe
 @click.command("delete-all")
 @servers_option
 @click.option("--confirm", metavar="SENTENCE", help=f'Has to be "{CONFIRMATION}". On a terminal you are asked for it.')
-@click.option("--keep", is_flag=True, help="Only hide them, so that they can be had back, where a server can do that.")
+@hide_option
+@backup_option
+@click.option("--keep", is_flag=True, hidden=True, help="The old name of --hide.")
 @click.option("--dry-run", is_flag=True, help="Count what would be deleted, and leave it.")
+@click.option("--yes", is_flag=True, help="Do not ask; --confirm is needed all the same.")
+@history
 @click.option("--no-wait", is_flag=True, help="Print the batch's id and leave.")
 @timeout_option
 @as_json_option
 @plain_failures
-def delete_all(servers: Sequence[str], confirm: str | None, keep: bool, dry_run: bool, **how: Any) -> int:
+def delete_all(servers: Sequence[str], confirm: str | None, dry_run: bool, **how: Any) -> int:
     """Delete EVERY study on every server, or on those named, as a batch."""
     named, quiet = servers or None, how["as_json"]
+    permanent = not hides(hide=how["hide"], keep=how["keep"])
     with Courier() as courier:
-        if confirm is None and not dry_run:
-            confirm = _asked_for(courier, named, how["timeout_s"]) if sys.stdin.isatty() and not quiet else ""
+        if confirm is None and not (dry_run or how["yes"]) and may_ask(as_json=quiet):
+            confirm = _asked_for(courier, named, how["timeout_s"])
         if not dry_run and confirm != CONFIRMATION:
             raise ConfirmationRequired(f'Nothing was deleted: add --confirm "{CONFIRMATION}".')
-        handle = courier.delete_all(confirm or "", servers=named, permanent=not keep, dry_run=dry_run)
+        handle = courier.delete_all(
+            confirm or "",
+            servers=named,
+            permanent=permanent,
+            backup=place(how["backup"]),
+            dry_run=dry_run,
+            **_history(how),
+        )
         if how["no_wait"]:
             click.echo(json.dumps({"batch_id": handle.id}) if quiet else handle.id)
             return DONE

@@ -41,7 +41,7 @@ def test_nothing_comes_back_beside_another_file_under_one_of_its_uids(keeper: Si
     for uid in (replaced, lacking):
         keeper.put_file("ward", image(study, sop=uid, side=16, seed=1))
     keeper.put("ward", untouched)
-    payload(keeper.delete(study, untouched, keep=tmp_path.as_uri()))
+    payload(keeper.delete(study, untouched, backup=tmp_path.as_uri()))
     keeper.put_file("ward", image(study, sop=replaced, side=16, seed=2))
     assert undone(keeper) == ["study_conflict", "undone"]
     refused = keeper.rows[0].passes["undo"]
@@ -59,7 +59,7 @@ def test_nothing_comes_back_beside_another_file_under_one_of_its_uids(keeper: Si
 def test_where_bytes_are_not_kept_the_uids_are_compared_and_the_result_says_so(site: Site, tmp_path: Path) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study)
-    payload(site.delete(study, servers=["dcm4chee"], keep=tmp_path.as_uri()))
+    payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
     assert undone(site) == ["undone"]
     assert site.on("dcm4chee", study) == uids
     assert site.rows[0].passes["undo"].result["servers"]["dcm4chee"] == {"restored": 2, "compared": "uids"}
@@ -76,7 +76,7 @@ def test_a_study_stays_where_there_is_no_room_for_its_copy(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        done = payload(site.delete(study, keep=tmp_path.as_uri()))
+        done = payload(site.delete(study, backup=tmp_path.as_uri()))
     assert [row.settled.status for row in site.rows] == ["refused"]
     assert done["failures_total"] == 1
     assert "the disk is full" in site.rows[0].settled.message

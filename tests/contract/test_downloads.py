@@ -412,7 +412,7 @@ def test_a_study_that_a_batch_deletes_is_kept_in_s3_and_comes_back(
     s3 = {"buckets": ["out"], "endpoint_url": moto, "region": "us-east-1"}
     site, study = batch_site(sandbox.servers(), downloads={"s3": s3}), new_uid()
     uids = site.put("msdicom", study)
-    payload(site.delete(study, servers=["msdicom"], keep="s3://out/kept"))
+    payload(site.delete(study, servers=["msdicom"], backup="s3://out/kept"))
     (entry,) = bucket.list_objects_v2(Bucket="out")["Contents"]
     assert entry["Key"].startswith(f"kept/{site.batch}/msdicom/{study}-")
     assert site.on("msdicom", study) == set()

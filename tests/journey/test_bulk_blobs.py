@@ -75,7 +75,7 @@ def test_images_below_a_prefix_and_in_an_archive_are_stored_deleted_with_a_copy_
             return {one["study_uid"]: sum(place["images"] for place in one["servers"]) for one in listed}
 
         assert there() == {**studies, archived: 5}
-        gone = courier.batch.delete(list(studies), keep=f"{root}/kept/")
+        gone = courier.batch.delete(list(studies), backup=f"{root}/kept/")
         assert gone.result(timeout_s=WAIT_S)["failures_total"] == 0
         assert there() == {archived: 5}
         assert courier.batch.undo(gone.id).result(timeout_s=WAIT_S)["failures_total"] == 0

@@ -60,7 +60,7 @@ def test_deleted_studies_come_back_from_the_copies_that_were_kept(ward, sandbox,
     }
     studies = [both, on_first, on_second, nowhere]
 
-    handle = ward.batch.delete(studies, keep=out.as_uri(), name="ward 7")
+    handle = ward.batch.delete(studies, backup=out.as_uri(), name="ward 7")
     done = handle.result(timeout_s=WAIT_S)
     assert totals(done) == {"deleted": 3, "not_there": 1}
     assert totals(done, "verify") == {"verified": 4}
@@ -79,7 +79,7 @@ def test_a_study_that_has_changed_since_its_copy_was_kept_is_not_deleted(ward, s
     study = new_uid()
     put(sandbox.msdicom, study)
     sandbox.set_mood("msdicom", "delete", status=503)
-    handle = ward.batch.delete([study], keep=out.as_uri())
+    handle = ward.batch.delete([study], backup=out.as_uri())
     deadline = time.monotonic() + WAIT_S
     while not list(out.rglob("*.zip")):
         assert time.monotonic() < deadline
@@ -100,7 +100,7 @@ def test_a_worker_killed_between_keeping_and_deleting_loses_no_study(worker, san
     doomed = worker(jobs=QUICK, downloads={"folders": [str(out)]})
     sandbox.set_mood("msdicom", "delete", latency_ms=200)
     with Courier(doomed.settings) as courier:
-        handle = courier.batch.delete(studies, servers=["msdicom"], keep=out.as_uri())
+        handle = courier.batch.delete(studies, servers=["msdicom"], backup=out.as_uri())
         deadline = time.monotonic() + WAIT_S
         while all(images_on(sandbox.msdicom, study) for study in studies):
             assert time.monotonic() < deadline
@@ -118,7 +118,7 @@ def test_a_worker_killed_between_keeping_and_deleting_loses_no_study(worker, san
 def test_a_copy_that_was_damaged_brings_nothing_back(ward, sandbox, out):
     study = new_uid()
     put(sandbox.msdicom, study)
-    handle = ward.batch.delete([study], servers=["msdicom"], keep=out.as_uri())
+    handle = ward.batch.delete([study], servers=["msdicom"], backup=out.as_uri())
     assert totals(handle.result(timeout_s=WAIT_S)) == {"deleted": 1}
     (archive,) = out.rglob("*.zip")
     archive.write_bytes(archive.read_bytes()[:-200])
@@ -131,7 +131,7 @@ def test_what_comes_back_does_not_split_a_study_that_has_begun_anew_elsewhere(wa
     study = new_uid()
     put(sandbox.msdicom, study)
     before = images_on(sandbox.msdicom, study)
-    handle = ward.batch.delete([study], servers=["msdicom"], keep=out.as_uri())
+    handle = ward.batch.delete([study], servers=["msdicom"], backup=out.as_uri())
     assert totals(handle.result(timeout_s=WAIT_S)) == {"deleted": 1}
     put(sandbox.dcm4chee, study, 1)
     undone = ward.batch.undo(handle.id).result(timeout_s=WAIT_S)
@@ -156,7 +156,7 @@ def test_nothing_is_deleted_when_its_copy_cannot_be_kept_or_everything_is_not_co
     study = new_uid()
     put(sandbox.msdicom, study)
     with pytest.raises(InvalidRequest, match=r"downloads\.folders"):
-        ward.batch.delete([study], keep="file:///elsewhere").result(timeout_s=WAIT_S)
+        ward.batch.delete([study], backup="file:///elsewhere").result(timeout_s=WAIT_S)
     with pytest.raises(ConfirmationRequired, match="delete all studies"):
         ward.batch.delete(everything=True).result(timeout_s=WAIT_S)
     with pytest.raises(InvalidRequest, match="nobody"):

@@ -131,7 +131,9 @@ def test_letters_are_chosen_by_code_by_time_or_all(courier, pacs, image_server):
     assert len(pacs("dead", "list", "--limit", "1")[1]["letters"]) == 1
     for wrong in ([], ["--all", "--code", "poisoned"], [*ids, "--all"], ["--since", "yesterday"]):
         assert CliRunner().invoke(main, ["dead", "purge", *wrong]).exit_code == 2, wrong
-    status, purged, _ = pacs("dead", "purge", "--all")
+    assert pacs("dead", "purge", "--all")[0] == 1
+    assert {letter.job_id for letter in courier.dead.list()} == ids, "nothing is purged without --yes"
+    status, purged, _ = pacs("dead", "purge", "--all", "--yes")
     assert (status, set(purged["job_ids"]), purged["gone"]) == (0, ids, [])
     assert pacs("dead", "list")[1]["letters"] == []
     for job_id in ids:

@@ -125,7 +125,11 @@ def test_the_command_shows_what_came_of_it_and_ends_with_a_status_for_scripts(wo
     shown = pacs(study, "--dry-run")
     assert (shown.exit_code, "would_delete" in shown.output) == (0, True)
     assert images_on(sandbox.dcm4chee, study) == 1
-    answer = pacs(study, "--json")
+    for words in ([study], [study, "--json"]):  # nobody can be asked here
+        asked = pacs(*words)
+        assert (asked.exit_code, "--yes" in asked.stderr, asked.stdout) == (1, True, "")
+    assert images_on(sandbox.dcm4chee, study) == 1
+    answer = pacs(study, "--json", "--yes", "--reason", "wrong patient", "--requested-by", "Dr. Who")
     assert (answer.exit_code, statuses(json.loads(answer.stdout))["dcm4chee"]) == (0, "deleted")
     assert pacs(study, "--yes").exit_code == 1
     assert pacs("1.2.*").exit_code == 2

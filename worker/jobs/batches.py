@@ -30,6 +30,7 @@ from worker.payloads import (
     BatchJob,
     BatchOrderJob,
     BatchStatePayload,
+    old_spellings,
     read_job,
 )
 from worker.planning import Planned, Planner
@@ -416,7 +417,8 @@ class Conductor:
 
     def _plan(self, items: Sequence[str | BatchItem] | None) -> None:
         """Write the plan, and freeze it. From the start, if an earlier try broke."""
-        desk = Desk(self.batch, self.run, self.tools)
+        batch = self.batch
+        desk = Desk(batch, self.run, self.tools, warnings=list(batch.warnings))
         pages = iter([[self.kind.check(_planned(one)) for one in items]]) if items else self.kind.pages(desk)
         with Planner(self.batches, self.batch_id) as planner:
             for page in pages:
@@ -492,13 +494,15 @@ def order(
     message: Mapping[str, Any], run: Run, tools: Tools, *, kind: Kind, name: str, form: type[BatchOrderJob]
 ) -> dict[str, Any]:
     """`pacs.batch.upload` and the like: plan a batch of a kind, and see it through; it bears the job's id."""
-    job = read_job(form, message)
+    with unbegun(run, tools):
+        job = read_job(form, message)
     batches = Batches(tools.ledger)
     if batches.get(run.job_id) is None:
         if job.planned:
             raise InvalidRequest("The plan of this batch is gone: plans are kept as long as results. Plan it again.")
         wishes = job.model_dump(mode="json", exclude={"version", "items", "planned", "name"}, exclude_none=True)
         batches.open(run.job_id, kind=name, order=wishes, width=job.width or WIDTH, name=job.name)
+    batches.warn(current(batches, run.job_id), old_spellings(form, message))
     confirmed = getattr(job, "confirm_studies", None)
     batch = Conductor(kind, run.job_id, run, tools, confirm_studies=confirmed).order(job.items)
     return end_payload(batch, batches, job_id=run.job_id)
@@ -557,4 +561,4 @@ def cancel(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
 def _told(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     batches = Batches(tools.ledger)
     batch = current(batches, read_job(BatchJob, message).batch_id)
-    return BatchStatePayload.model_validate({"job_id": run.job_id, **batch.as_json()}).as_json()
+    return BatchStatePayload.model_validate({"job_id": run.job_id, **batches.told(batch)}).as_json()

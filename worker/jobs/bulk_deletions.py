@@ -45,7 +45,7 @@ _MOST_FIRST: Sequence[ItemStatus] = ("refused", "hidden", "deleted", "not_there"
 class StudyDeletions:
     """The kind: its items are studies; the server of an item is the only one to delete it on, if anybody said so.
 
-    With ``keep`` an item takes two attempts: in the first every copy is kept and written down in its result, which
+    With ``backup`` an item takes two attempts: in the first every copy is kept and written down in its result, which
     leaves it open; the second deletes what is kept. So there is never a deletion whose copy nobody knows.
     """
 
@@ -121,19 +121,24 @@ def delete_many(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str,
     ConfirmationRequired
         Everything is to be deleted, and ``confirm`` is not the sentence.
     InvalidRequest
-        A server is not known, or the settings forbid the deletion on it; or nothing may be written where copies shall
-        be kept. Nothing has begun.
+        A field or a server is not known, the settings forbid the deletion on it, or nothing may be written where
+        backups go. Nothing has begun.
     """
-    job = read_job(BatchDeleteJob, message)
     with unbegun(run, tools):
+        job = read_job(BatchDeleteJob, message)
         if job.everything and not job.dry_run and job.confirm != CONFIRMATION:
             raise ConfirmationRequired(f'Nothing was deleted: confirm has to be "{CONFIRMATION}".')
         servers = asked(job.servers, tools.fleet)
         if job.servers is not None:
             check_allowed(servers, permanent=job.permanent)
-        if job.keep is not None:
-            tools.destinations.archive(f"{job.keep.rstrip('/')}/0.zip")
+        check_backup(job.backup, tools)
     return order(message, run, tools, kind=StudyDeletions(), name="delete", form=BatchDeleteJob)
+
+
+def check_backup(place: str | None, tools: Tools) -> None:
+    """`InvalidRequest` if nothing may be written where the backups of an order go; without a place there are none."""
+    if place is not None:
+        tools.destinations.archive(f"{place.rstrip('/')}/0.zip")
 
 
 def _together(
@@ -181,7 +186,7 @@ def _applied(item: Item, desk: Desk, *, resumed: set[int], begun: dict[Item, Any
     """One step with one study: keep its copies, or delete it."""
     if item.server and item.number not in resumed and (refused := _forbidden(item, [item.server], desk)):
         return refused
-    folder = desk.batch.order.get("keep")
+    folder = desk.batch.order.get("backup") or desk.batch.order.get("keep")  # as version 0.1 called it
     if folder is None:
         return _deleted(item, _servers(item, desk), desk, resumed=item.number in resumed, begun=begun)
     known = {name: Kept(**told) for name, told in desk.known(item).result.get("kept", {}).items()}
@@ -316,7 +321,9 @@ def _undone(item: Item, desk: Desk) -> Settled:
     if desk.known(item).status == "not_there":
         return Settled(item, "not_there", server=desk.known(item).server_name)
     if not kept:
-        raise InvalidRequest("No copy was kept, so this cannot be taken back; order deletions with keep.")
+        raise InvalidRequest(
+            "No copy was kept, so this cannot be taken back; order deletions with backup (once: keep)."
+        )
     _check_not_elsewhere(item, desk)
     results = {}
     for name, told in kept.items():

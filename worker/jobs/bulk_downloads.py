@@ -99,8 +99,8 @@ def download_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str
     InvalidRequest
         A server is not known, or nothing may be written at the destination; nothing has begun.
     """
-    job = read_job(BatchDownloadJob, message)
     with unbegun(run, tools):
+        job = read_job(BatchDownloadJob, message)
         asked(job.servers, tools.fleet)
         tools.destinations.archive(f"{job.destination.rstrip('/')}/0.zip")
     return order(message, run, tools, kind=StudyDownloads(), name="download", form=BatchDownloadJob)

@@ -207,8 +207,8 @@ def upload_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
     CourierError
         As of any order of a batch.
     """
-    server = read_job(BatchUploadJob, message).server
     with unbegun(run, tools):
+        server = read_job(BatchUploadJob, message).server
         if server is not None:
             tools.fleet[server]
     return order(message, run, tools, kind=KIND, name="upload", form=BatchUploadJob)

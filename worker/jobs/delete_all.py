@@ -9,7 +9,7 @@ from typing import Any
 from worker.batches import Batch, Batches
 from worker.errors import ConfirmationRequired
 from worker.jobs.batches import WIDTH, Conductor
-from worker.jobs.bulk_deletions import CONFIRMATION, StudyDeletions
+from worker.jobs.bulk_deletions import CONFIRMATION, StudyDeletions, check_backup
 from worker.jobs.deletions import asked
 from worker.jobs.run import Run
 from worker.jobs.study_lists import study_pages
@@ -31,7 +31,8 @@ def delete_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
     ConfirmationRequired
         ``confirm`` is not the sentence.
     InvalidRequest
-        The settings forbid it on a server that the order names, or on all servers.
+        A field or a server is not known; the settings forbid it on a server that the order names, or on all servers; or
+        nothing may be written where backups go.
     CourierError
         A server could not be listed: nothing is deleted before all are.
     """
@@ -42,13 +43,16 @@ def delete_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
     if job.servers is not None or all(refusal(pacs, permanent=job.permanent) for pacs in named):
         check_allowed(named, permanent=job.permanent)
     servers = {pacs.server.name: pacs.server.type for pacs in named}
+    check_backup(job.backup, tools)
     batches = Batches(tools.ledger)
+    given = {"backup": job.backup, "requested_by": job.requested_by, "reason": job.reason}
     order = {
         "servers": job.servers,
         "permanent": job.permanent,
         "dry_run": job.dry_run,
         "survey": False,
         "verify": False,
+        **{name: value for name, value in given.items() if value is not None},
     }
     batches.open(run.job_id, kind="delete", servers=servers, order=order, width=WIDTH)
     conductor = Conductor(

@@ -47,8 +47,8 @@ def migrate(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any
     InvalidRequest
         A server is not configured, or both are the same one; or the settings forbid deletions on the source of a move.
     """
-    job = read_job(BatchMigrateJob, message)
     with unbegun(run, tools):
+        job = read_job(BatchMigrateJob, message)
         for name in (job.from_server, job.to_server):
             tools.fleet[name]
         if job.delete_source:

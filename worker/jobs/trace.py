@@ -11,11 +11,13 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from worker.batches import CHUNK_TASK, Batches, chunk_pass
 from worker.errors import CourierError, NotFound
 from worker.jobs.described import place
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.ledger import ORDER, Known, Ledger, Note
+from worker.logs import stated
 from worker.pacs.protocol import Found, Pacs
 from worker.payloads import (
     Fault,
@@ -194,10 +196,17 @@ def _jobs(known: Mapping[str, Known], ledger: Ledger) -> list[TracedJob]:
         ids |= dict.fromkeys(job_id for job_id in (*named, *one.storing) if job_id)
         ids |= dict.fromkeys(note.job_id for note in one.trail)
     records = {job_id: ledger.look(job_id) for job_id in list(ids)[-MAX_JOBS:]}
-    return [_job(job_id, record) for job_id, record in records.items() if record]
+    return [_job(job_id, record, _asked_for(job_id, record, ledger)) for job_id, record in records.items() if record]
 
 
-def _job(job_id: str, record: Mapping[str, str]) -> TracedJob:
+def _asked_for(job_id: str, record: Mapping[str, str], ledger: Ledger) -> Mapping[str, str]:
+    """Who requested the job, and why; of a piece of a batch that is said of the job that began its pass."""
+    piece = chunk_pass(job_id) if record.get("task") == CHUNK_TASK else None
+    batch = Batches(ledger).get(piece[0]) if piece else None
+    return stated(ledger.look(batch.of(piece[1]).begun_by) if piece and batch else record)
+
+
+def _job(job_id: str, record: Mapping[str, str], asked_for: Mapping[str, str]) -> TracedJob:
     return TracedJob(
         job_id=job_id,
         task=record.get("task", ""),
@@ -207,6 +216,8 @@ def _job(job_id: str, record: Mapping[str, str]) -> TracedJob:
         message=record.get("message"),
         created_at=_time(record.get("created_ms")),
         ended_at=_time(record.get("ended_ms")),
+        requested_by=asked_for["requested_by"] or None,
+        reason=asked_for["reason"] or None,
     )
 
 

@@ -28,9 +28,9 @@ KINDS: dict[str, Kind] = {
 
 
 @app.task(name="pacs.delete_all", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
-def pacs_delete_all(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+def pacs_delete_all(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Delete every study, as a batch that bears the job's id."""
-    return deliver(self, delete_all, job)
+    return deliver(self, delete_all, job, beside=beside)
 
 
 @app.task(name="pacs.batch.upload", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
@@ -40,21 +40,21 @@ def pacs_batch_upload(self: Task, job: object = None, **_: Any) -> dict[str, Any
 
 
 @app.task(name="pacs.batch.migrate", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
-def pacs_batch_migrate(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+def pacs_batch_migrate(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Studies from one server to another, as a batch that bears the job's id."""
-    return deliver(self, migrate, job)
+    return deliver(self, migrate, job, beside=beside)
 
 
 @app.task(name="pacs.batch.delete", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
-def pacs_batch_delete(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+def pacs_batch_delete(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Delete many studies."""
-    return deliver(self, delete_many, job)
+    return deliver(self, delete_many, job, beside=beside)
 
 
 @app.task(name="pacs.batch.download", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
-def pacs_batch_download(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+def pacs_batch_download(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Bring many studies to a place."""
-    return deliver(self, download_all, job)
+    return deliver(self, download_all, job, beside=beside)
 
 
 @app.task(name="pacs.batch.chunk", bind=True, ignore_result=True)  # type: ignore[untyped-decorator]  # celery is untyped
@@ -88,24 +88,24 @@ def pacs_batch_cancel(self: Task, job: object = None, **_: Any) -> dict[str, Any
 
 
 @app.task(name="pacs.batch.apply", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
-def pacs_batch_apply(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+def pacs_batch_apply(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """See a plan through that was looked at."""
-    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.apply), job)
+    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.apply), job, beside=beside)
 
 
 @app.task(name="pacs.batch.retry", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
-def pacs_batch_retry(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+def pacs_batch_retry(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Try again what failed of a batch, or was found missing."""
-    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.retry), job)
+    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.retry), job, beside=beside)
 
 
 @app.task(name="pacs.batch.verify", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
-def pacs_batch_verify(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+def pacs_batch_verify(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Look once more whether what a batch did is so."""
-    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.verify), job)
+    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.verify), job, beside=beside)
 
 
 @app.task(name="pacs.batch.undo", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
-def pacs_batch_undo(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+def pacs_batch_undo(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Take back what a batch did."""
-    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.undo), job)
+    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.undo), job, beside=beside)

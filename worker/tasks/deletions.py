@@ -12,6 +12,6 @@ from worker.tasks.door import deliver
 
 
 @app.task(name="pacs.delete", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
-def pacs_delete(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
+def pacs_delete(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Delete what bears ``uid`` wherever it is."""
-    return deliver(self, delete, job)
+    return deliver(self, delete, job, beside=beside)

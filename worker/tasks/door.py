@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,11 @@ from celery import Task
 from celery.exceptions import Ignore, Reject
 
 from worker.app import pulse, tools
+from worker.errors import InvalidRequest
 from worker.jobs.carry import Done, Failed, NotTaken, Parked, Work, carry
 from worker.jobs.follow import follow
+from worker.jobs.run import Run
+from worker.jobs.tools import Tools
 from worker.ledger import job_id_for
 from worker.logs import job_lines
 from worker.telemetry import continued
@@ -22,9 +26,15 @@ PAUSE_S = 1.0
 _IS_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
 
-def deliver(task: Task, work: Work, message: object) -> dict[str, Any]:
-    """Carry a delivered message and say it in Celery's words: return, raise, or leave it to somebody else."""
+def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Carry a delivered message and say it in Celery's words: return, raise, or leave it to somebody else.
+
+    ``beside`` are further arguments of the message. With any, an order that deletes, moves, hides or overwrites is
+    refused: a ``dry_run`` beside the job instead of in it must not delete.
+    """
     job_id = task.request.id
+    if beside:
+        work, message = _refuse, {**beside, "job": message}  # as it came, so that it is refused when it is woken, too
     key = message.get("idempotency_key") if isinstance(message, dict) else None
     if isinstance(key, str) and key and job_id_for(key) != job_id:
         work = partial(follow, task.name)
@@ -43,6 +53,12 @@ def deliver(task: Task, work: Work, message: object) -> dict[str, Any]:
             raise Reject("the ledger cannot be reached", requeue=True)
         case Parked():
             raise Ignore
+
+
+def _refuse(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:  # noqa: ARG001 - a `Work`
+    raise InvalidRequest(
+        f"The message has {len(message) - 1} arguments beside job; all fields of an order belong into the object job."
+    )
 
 
 def _trace(task: Task) -> str:
