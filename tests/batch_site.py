@@ -61,7 +61,7 @@ class Site:
             self.ledger,
             self.sources,
             self.fleet,
-            destinations=Destinations(self.settings.downloads),
+            destinations=Destinations(self.settings.downloads, self.ledger),
             rng=random.Random(1),
             now=self.now,
             sleep=self.sleep,

@@ -196,7 +196,7 @@ def _tools() -> Tools:
         ledger=ledger,
         breakers=breakers,
         sources=Sources(settings.sources),
-        destinations=Destinations(settings.downloads),
+        destinations=Destinations(settings.downloads, ledger),
         fleet=fleet,
         probes=Fleet([connect(_impatient(server)) for server in settings.servers], threads=8),
         wake=wake,

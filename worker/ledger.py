@@ -59,6 +59,8 @@ ORDER: Final = {
     event: number
     for number, event in enumerate(("claimed", "routed", "stored", "waiting", "ended", "replayed", "purged"))
 }
+#: How long the ledger keeps what a probe of a store found, and the ids of unfinished uploads to it.
+STORES_KNOWN_S: Final = 7 * 86_400
 #: So many records are read at a time.
 PAGE: Final = 200
 #: Jobs that wait for a breaker, by its name.
@@ -1071,6 +1073,29 @@ class Ledger:
         """Let others write to the destination that `hold_destination` gave us, before the job ends."""
         self._let_go_hold(keys=[_job(job_id)], args=[job_id, fence])
 
+    def upload_begun(self, url: str, upload_id: str) -> None:
+        """A multipart upload to ``url`` is one of ours, until `upload_ended`: a later job may abort it."""
+        key = _uploads(url)
+        with self._redis.pipeline() as pipe:
+            pipe.sadd(key, upload_id)
+            pipe.expire(key, STORES_KNOWN_S)
+            pipe.execute()
+
+    def upload_ended(self, url: str, upload_id: str) -> None:
+        self._redis.srem(_uploads(url), upload_id)
+
+    def uploads_begun(self, url: str) -> set[str]:
+        """The uploads to ``url`` that our jobs began and did not end."""
+        return {str(one) for one in cast(set[str], self._redis.smembers(_uploads(url)))}
+
+    def overwrites_prevented(self, place: str) -> bool | None:
+        """Whether the store of ``place`` refuses to overwrite, as the last probe of a worker found; None if unknown."""
+        noted = self._redis.get(_store(place))
+        return None if noted is None else noted == "1"
+
+    def note_overwrites(self, place: str, *, prevented: bool) -> None:
+        self._redis.set(_store(place), int(prevented), ex=STORES_KNOWN_S)
+
     def shut(self, uid: str, *, job_id: str, fence: int) -> str | None:
         """Keep new jobs from storing into a study or series until this job ends or lets go.
 
@@ -1258,6 +1283,14 @@ def _letter(job_id: str, row: Mapping[str, str]) -> DeadLetter:
 
 def _deaths(task: str, job: Mapping[str, Any]) -> str:
     return f"{PREFIX}died:{content_digest(task, job)}"
+
+
+def _uploads(url: str) -> str:
+    return f"{PREFIX}uploads:{hashlib.sha256(url.encode()).hexdigest()}"
+
+
+def _store(place: str) -> str:
+    return f"{PREFIX}store:{hashlib.sha256(place.encode()).hexdigest()}"
 
 
 def _wish(task: str, job: Mapping[str, Any]) -> str:

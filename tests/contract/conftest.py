@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sandbox.processes import RedisPart
+from sandbox import processes as parts
+from sandbox.processes import HOST, Processes, RedisPart
 from tests.batch_site import Site
+
+#: The one account of the S3 that checks signatures.
+S3_KEY_ID, S3_SECRET = "COURIERTESTKEY", "couriertestsecret"
 
 
 @pytest.fixture
@@ -23,3 +29,15 @@ def batch_site(redis: RedisPart) -> Iterator[Callable[..., Site]]:
     yield build
     for site in opened:
         site.close()
+
+
+@pytest.fixture(scope="session")
+def rclone(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An S3 that checks signatures, and ignores the conditions of a write."""
+    port, folder = parts.free_port(), tmp_path_factory.mktemp("rclone")
+    command = [Path(sys.executable).parent / "rclone", "serve", "s3", "--config", "", "--addr", f"{HOST}:{port}"]
+    keys = ["--auth-key", f"{S3_KEY_ID},{S3_SECRET}"]
+    child = processes.start("rclone", [*command, *keys, folder], ready=parts.listens(port))
+    child.wait_ready()
+    yield f"http://{HOST}:{port}"
+    processes.stop_one(child)

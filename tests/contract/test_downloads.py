@@ -17,6 +17,7 @@ from typing import Any
 import boto3
 import fakeredis
 import pytest
+from botocore.config import Config
 
 from sandbox import processes as parts
 from sandbox.processes import HOST, SandboxPart
@@ -43,6 +44,7 @@ from worker.pacs.protocol import Found, Part
 from worker.pacs.registry import connect
 from worker.settings import DownloadSettings, S3Settings, ServerSettings, Settings
 
+S3V4 = Config(signature_version="s3v4")
 SERVERS = {
     "msdicom": lambda request: request.getfixturevalue("sandbox").msdicom,
     "dcm4chee": lambda request: request.getfixturevalue("sandbox").dcm4chee,
@@ -88,8 +90,8 @@ class Desk:
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
-        "AWS_ACCESS_KEY_ID": "KEY",
-        "AWS_SECRET_ACCESS_KEY": "SECRET",
+        "AWS_ACCESS_KEY_ID": "COURIERTESTKEY",
+        "AWS_SECRET_ACCESS_KEY": "couriertestsecret",
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
@@ -102,13 +104,13 @@ def desk_on(kind: str, url: str, folder: Path, s3: str | None = None) -> Desk:
     downloads = DownloadSettings(
         folders=(folder,), s3=S3Settings(buckets=("out", "absent"), endpoint_url=s3, region="us-east-1")
     )
-    client = fakeredis.FakeRedis(decode_responses=True)
+    ledger = Ledger(fakeredis.FakeRedis(decode_responses=True))
     tools = Tools(
         settings=Settings(downloads=downloads),
-        ledger=Ledger(client),
+        ledger=ledger,
         sources=None,  # type: ignore[arg-type]  # nothing is fetched here
         fleet=Fleet([connect(server)]),
-        destinations=Destinations(downloads),
+        destinations=Destinations(downloads, ledger),
         rng=random.Random(1),
     )
     desk = Desk(tools, folder)
@@ -373,12 +375,67 @@ def test_a_large_archive_goes_to_s3_in_parts_and_a_failed_one_leaves_none(
         assert bucket.list_objects_v2(Bucket="out").get("Contents", []) == []
         assert bucket.list_multipart_uploads(Bucket="out").get("Uploads", []) == []
         sandbox.calm()
-        bucket.create_multipart_upload(Bucket="out", Key="large.zip")  # by a worker that was killed
+        killed, theirs = (bucket.create_multipart_upload(Bucket="out", Key="large.zip")["UploadId"] for _ in range(2))
+        cloud.tools.ledger.upload_begun("s3://out/large.zip", killed)
         payload = cloud.download("s3://out/large.zip")
     assert payload["archive_bytes"] > 2 * 8 * 1_048_576
     assert bucket.head_object(Bucket="out", Key="large.zip")["ETag"].strip('"').endswith("-3")
     assert opened(bucket.get_object(Bucket="out", Key="large.zip")["Body"].read())[0] == cloud.files
-    assert bucket.list_multipart_uploads(Bucket="out").get("Uploads", []) == []
+    (left,) = bucket.list_multipart_uploads(Bucket="out")["Uploads"]
+    assert left["UploadId"] == theirs
+    bucket.abort_multipart_upload(Bucket="out", Key="large.zip", UploadId=theirs)
+
+
+@pytest.fixture(scope="module")
+def ignoring(rclone: str) -> str:
+    """An S3 that ignores the conditions of a write, with the bucket "out"."""
+    keys = {"aws_access_key_id": "COURIERTESTKEY", "aws_secret_access_key": "couriertestsecret"}
+    client = boto3.client("s3", endpoint_url=rclone, region_name="us-east-1", config=S3V4, **keys)
+    client.create_bucket(Bucket="out")
+    client.close()
+    return rclone
+
+
+@pytest.mark.parametrize("form", ["zip", "files"])
+def test_a_download_says_whether_its_store_prevents_that_anything_is_overwritten(
+    bucket: Any, moto: str, ignoring: str, sandbox: Any, tmp_path: Path, form: str
+) -> None:
+    for endpoint, warnings in ((moto, []), (ignoring, ["overwrite_not_prevented"])):
+        desk = desk_on("msdicom", sandbox.msdicom, tmp_path, s3=endpoint)
+        place = f"s3://out/{desk.study}/a?b"
+        assert desk.download(place, format=form)["warnings"] == warnings
+        again = desk.download(place, format=form)
+        assert (again["status"], again["warnings"], again["destination"]) == ("already_there", [], place)
+
+
+def overtaken(desk: Desk, place: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next download finds that another attempt has brought the same while it was at work."""
+    (pacs,) = desk.tools.fleet
+    retrieve = pacs.retrieve
+
+    def overtake(found: Found) -> Any:
+        monkeypatch.setattr(pacs, "retrieve", retrieve)
+        monkeypatch.setattr(desk.tools.ledger, "hold_destination", lambda *_, **__: None)  # it has lost its lease
+        assert desk.download(place, format=form)["status"] == "downloaded"
+        return retrieve(found)
+
+    monkeypatch.setattr(pacs, "retrieve", overtake)
+
+
+def test_the_same_archive_that_another_attempt_brings_meanwhile_is_already_there(
+    cloud: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overtaken(cloud, "s3://out/twice.zip", "zip", monkeypatch)
+    assert cloud.download("s3://out/twice.zip")["status"] == "already_there"
+
+
+def test_files_that_another_attempt_brings_meanwhile_are_looked_at_again_and_then_already_there(
+    cloud: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overtaken(cloud, "s3://out/twice", "files", monkeypatch)
+    with pytest.raises(SourceUnreachable, match="tried again"):
+        cloud.download("s3://out/twice", format="files")
+    assert cloud.download("s3://out/twice", format="files")["status"] == "already_there"
 
 
 def test_files_in_s3_are_resumed_and_whole_with_their_manifest(cloud: Desk, bucket: Any) -> None:

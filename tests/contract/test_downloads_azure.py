@@ -164,12 +164,59 @@ def test_what_somebody_else_put_there_meanwhile_is_left_alone(desk: Desk) -> Non
     assert desk.read("a.zip") == b"mine"
 
 
-def test_what_another_program_is_uploading_there_is_left_alone(desk: Desk) -> None:
+@pytest.mark.parametrize("block_id", ["1", f"{uuid4()}-1", "x" * 38])
+def test_what_another_program_is_uploading_there_is_left_alone(desk: Desk, block_id: str) -> None:
     theirs = desk.container.get_blob_client("a.zip")
-    theirs.stage_block("1", b"theirs")
+    theirs.stage_block(block_id, b"theirs")
     assert desk.refusal("a.zip") == "exists"
-    theirs.commit_block_list([BlobBlock("1")])
+    theirs.commit_block_list([BlobBlock(block_id)])
     assert desk.read("a.zip") == b"theirs"
+
+
+def test_the_question_whether_a_destination_exists_leaves_uploads_to_it_alone(desk: Desk) -> None:
+    for name in ("a.zip", "study/manifest.json", "study/1/2.dcm"):
+        desk.container.get_blob_client(name).stage_block("1", b"theirs")
+    url = f"az://{desk.container.container_name}"
+    assert desk.tools.destinations.archive(f"{url}/a.zip").look() is None
+    files = desk.tools.destinations.files(f"{url}/study")
+    assert (files.look(), files.names()) == (None, set())
+    for name in ("a.zip", "study/manifest.json", "study/1/2.dcm"):
+        desk.container.get_blob_client(name).commit_block_list([BlobBlock("1")])
+
+
+def test_a_file_that_another_program_wrote_or_is_uploading_meanwhile_stays(desk: Desk) -> None:
+    place = desk.tools.destinations.files(f"az://{desk.container.container_name}/study")
+    desk.container.upload_blob("study/1/seen.dcm", b"half of it")
+    assert place.names() == {"1/seen.dcm"}
+
+    def chunks(name: str) -> Iterator[bytes]:
+        yield b"ours"
+        desk.container.upload_blob(name, b"theirs", overwrite=True)
+
+    for name in ("1/new.dcm", "1/seen.dcm"):
+        with pytest.raises(SourceUnreachable, match=rf"study/{name}"):
+            place.write(name, chunks(f"study/{name}"))
+        assert desk.read(f"study/{name}") == b"theirs"
+    theirs = desk.container.get_blob_client("study/1/other.dcm")
+    theirs.stage_block("x" * 38, b"theirs")
+    with pytest.raises(SourceUnreachable):
+        place.write("1/other.dcm", iter([b"ours"]))
+    theirs.commit_block_list([BlobBlock("x" * 38)])
+    with pytest.raises(InvalidRequest, match="something else"):
+        place.finish(b"".join(chunks("study/manifest.json")))
+    assert desk.read("study/manifest.json") == b"theirs"
+    assert place.names() == {"1/new.dcm", "1/seen.dcm", "1/other.dcm", "manifest.json"}
+    place.write("1/seen.dcm", iter([b"ours"]))  # as it was seen
+    assert desk.read("study/1/seen.dcm") == b"ours"
+
+
+@pytest.mark.parametrize("form", ["zip", "files"])
+def test_a_name_with_a_question_mark_and_a_hash_is_told_whole(desk: Desk, form: str) -> None:
+    name = "day?1/order#2?x=1"
+    payload = desk.download(name, form=form)
+    assert payload["destination"] == f"az://{desk.container.container_name}/{name}"
+    assert desk.blobs() == ({name} if form == "zip" else {f"{name}/{file}" for file in (*desk.files, "manifest.json")})
+    assert desk.download(name, form=form)["status"] == "already_there"
 
 
 def test_a_large_archive_goes_in_blocks_and_a_failed_one_is_never_seen(

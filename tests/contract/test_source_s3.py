@@ -8,7 +8,6 @@ import hashlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -21,7 +20,7 @@ from botocore.config import Config
 
 from sandbox import processes as parts
 from sandbox.images import ImageServer
-from sandbox.processes import HOST, Processes
+from sandbox.processes import HOST
 from worker.errors import (
     CourierError,
     SourceDenied,
@@ -78,16 +77,11 @@ def filled_moto(moto: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def rclone(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port, folder = parts.free_port(), tmp_path_factory.mktemp("rclone")
-    command = [Path(sys.executable).parent / "rclone", "serve", "s3", "--config", "", "--addr", f"{HOST}:{port}"]
-    child = processes.start("rclone", [*command, "--auth-key", f"{KEY_ID},{SECRET}", folder], ready=parts.listens(port))
-    child.wait_ready()
-    yield filled(f"http://{HOST}:{port}")
-    processes.stop_one(child)
+def filled_rclone(rclone: str) -> str:
+    return filled(rclone)
 
 
-@pytest.fixture(params=["filled_moto", "rclone"])
+@pytest.fixture(params=["filled_moto", "filled_rclone"])
 def endpoint(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
@@ -141,9 +135,11 @@ def test_an_object_larger_than_allowed_is_refused(endpoint: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("AWS_SECRET_ACCESS_KEY", "wrong"), ("AWS_ACCESS_KEY_ID", "UNKNOWN")])
-def test_wrong_credentials_are_denied(rclone: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_wrong_credentials_are_denied(
+    filled_rclone: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
-    error = refused(sources(rclone), "s3://images/2024/a b.dcm", SourceDenied)
+    error = refused(sources(filled_rclone), "s3://images/2024/a b.dcm", SourceDenied)
     assert "credentials" in error.message
 
 
@@ -319,19 +315,19 @@ def test_a_presigned_url_is_fetched_and_shown_without_its_signature(endpoint: st
         assert fetched.source == f"{endpoint}/images/2024/a%20b.dcm"
 
 
-def test_a_presigned_url_that_has_expired_is_denied(rclone: str) -> None:
-    refused(sources(rclone), presigned(rclone, expires_s=-10), SourceDenied)
+def test_a_presigned_url_that_has_expired_is_denied(filled_rclone: str) -> None:
+    refused(sources(filled_rclone), presigned(filled_rclone, expires_s=-10), SourceDenied)
 
 
-def test_a_presigned_url_that_was_changed_is_denied(rclone: str) -> None:
-    url = presigned(rclone)
+def test_a_presigned_url_that_was_changed_is_denied(filled_rclone: str) -> None:
+    url = presigned(filled_rclone)
     query = dict(parse_qsl(urlsplit(url).query)) | {"X-Amz-Signature": "0" * 64}
-    refused(sources(rclone), f"{url.partition('?')[0]}?{urlencode(query)}", SourceDenied)
+    refused(sources(filled_rclone), f"{url.partition('?')[0]}?{urlencode(query)}", SourceDenied)
 
 
-def test_an_unsigned_url_is_denied_and_a_missing_object_is_not_found(rclone: str) -> None:
-    refused(sources(rclone), f"{rclone}/images/2024/a%20b.dcm", SourceDenied)
-    refused(sources(rclone), presigned(rclone, "nothing.dcm"), SourceNotFound)
+def test_an_unsigned_url_is_denied_and_a_missing_object_is_not_found(filled_rclone: str) -> None:
+    refused(sources(filled_rclone), f"{filled_rclone}/images/2024/a%20b.dcm", SourceDenied)
+    refused(sources(filled_rclone), presigned(filled_rclone, "nothing.dcm"), SourceNotFound)
 
 
 def test_a_prefix_is_listed_page_by_page_with_urls_that_fetch(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import re
 
 from worker.destinations.azure import AzureDestinations
 from worker.destinations.folder import FolderDestinations
-from worker.destinations.mark import Archive, Files, Mark
+from worker.destinations.mark import Archive, Files, Mark, Records
 from worker.destinations.s3 import S3Destinations
 from worker.errors import InvalidRequest
 from worker.settings import DownloadSettings
 
-__all__ = ["Archive", "Destinations", "Files", "Mark"]
+__all__ = ["Archive", "Destinations", "Files", "Mark", "Records"]
 
 _Family = FolderDestinations | S3Destinations | AzureDestinations
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}):").match
@@ -23,10 +23,12 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}):").match
 class Destinations:
     """Every place a worker may write to, behind one door; shared by all threads."""
 
-    def __init__(self, settings: DownloadSettings) -> None:
+    def __init__(self, settings: DownloadSettings, records: Records | None = None) -> None:
+        """``records`` is what all workers know of stores; without it each process finds out by itself."""
+        self._s3 = S3Destinations(settings, records)
         self._by_scheme: dict[str, _Family] = {
             "file": FolderDestinations(settings),
-            "s3": S3Destinations(settings),
+            "s3": self._s3,
             "az": AzureDestinations(settings),
         }
 
@@ -37,6 +39,15 @@ class Destinations:
     def files(self, url: str) -> Files:
         """The folder (or prefix) that ``url`` names; `InvalidRequest` if nothing may be written there."""
         return self._chosen(url).files(url)
+
+    @property
+    def places(self) -> list[str]:
+        """The places of the settings whose stores may or may not prevent that an object is overwritten."""
+        return self._s3.places
+
+    def probe(self, place: str) -> bool:
+        """Whether the store of one of the `places` prevents it, tried with an object that is removed at once."""
+        return self._s3.probe(place)
 
     def _chosen(self, url: str) -> _Family:
         match = _SCHEME(url)

@@ -1,12 +1,14 @@
 """Downloads into Azure's blob storage: ``az://container/path/to/blob``, only into containers that the settings name.
 
 A blob's blocks are staged out of sight, and the list of them that makes it appear comes last, on the condition that
-nothing of that name is there. What an archive holds stands in its blob's metadata. Blocks that nobody lists are never
-seen; Azure drops them with the next list of that blob, or after a week.
+nothing of that name is there. What an archive holds stands in its blob's metadata. Blocks that are in no list are never
+seen; Azure drops them with the next list of that blob, or after a week. So no list is sent where another program has
+staged blocks: that would end its upload.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -18,7 +20,15 @@ from urllib3 import PoolManager, Timeout
 from urllib3.exceptions import HTTPError
 
 from worker.azure import AzureAccount, container_and_blob
-from worker.destinations.mark import CHUNK_BYTES, MANIFEST, Mark, refusal, something_else
+from worker.destinations.mark import (
+    CHUNK_BYTES,
+    MANIFEST,
+    Mark,
+    blocks_of,
+    refusal,
+    retried_if_taken,
+    something_else,
+)
 from worker.errors import CourierError, SourceUnreachable
 from worker.settings import DownloadSettings, SettingsError
 from worker.urls import refusal_reason
@@ -34,6 +44,8 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 60
 _TAKEN = frozenset(
     ("BlobAlreadyExists", "ConditionNotMet", "InvalidBlobOrBlock", "InvalidBlobType", "UnauthorizedBlobOverwrite")
 )
+#: The ids of our blocks; those that a killed worker has left look the same.
+_OUR_BLOCK = re.compile(r"[0-9a-f]{32}-[0-9]{5}").fullmatch
 _FULL = frozenset(("BlockCountExceedsLimit", "BlockListTooLong", "RequestBodyTooLarge"))
 _BUSY = frozenset(("AccountBeingCreated", "ContainerBeingDeleted", "OperationTimedOut", "ServerBusy"))
 _READING = PoolManager(retries=False, timeout=Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S))
@@ -93,12 +105,12 @@ class _Container:
                     raise
                 return None
 
-    def names(self, prefix: str) -> Iterator[str]:
-        """The blobs below ``prefix``, without what an account with folders shows of these."""
+    def etags(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """The blobs below ``prefix`` with their ETags, without what an account with folders shows of these."""
         with _translated(self.shown(prefix)):
             for blob in self._client.list_blobs(name_starts_with=prefix, include=["metadata"]):
                 if (blob.metadata or {}).get("hdi_isfolder") != "true":
-                    yield blob.name
+                    yield blob.name, blob.etag or ""
 
     def read(self, name: str) -> Iterator[bytes]:
         """In one request: the SDK's own download tries three times where a body is cut off, and sleeps between."""
@@ -122,21 +134,25 @@ class _Container:
         *,
         content_type: str,
         metadata: Mapping[str, str] | None = None,
-        replace: bool = False,
+        replaces: str = "",
     ) -> int:
-        """The size in bytes. Nothing is laid over what is there unless it may be ``replace``d."""
+        """The size in bytes. Nothing is replaced but the blob that has the ETag ``replaces``."""
         from azure.core import MatchConditions  # noqa: PLC0415 (as in worker/azure.py)
         from azure.storage.blob import BlobBlock, ContentSettings  # noqa: PLC0415
 
         blob = self._client.get_blob_client(name)
         blocks: list[BlobBlock] = []
         attempt, size_bytes = uuid4().hex, 0
-        condition: dict[str, Any] = {} if replace else {"match_condition": MatchConditions.IfMissing}
+        condition: dict[str, Any] = {"match_condition": MatchConditions.IfMissing}
+        if replaces:
+            condition = {"match_condition": MatchConditions.IfNotModified, "etag": replaces}
         with _translated(self.shown(name)):
-            for block in _blocks(chunks):
+            for block in blocks_of(chunks, BLOCK_BYTES):
                 blocks.append(BlobBlock(f"{attempt}-{len(blocks):05}"))
                 blob.stage_block(blocks[-1].id, block, length=len(block))
                 size_bytes += len(block)
+            if not all(_OUR_BLOCK(staged.id) for staged in blob.get_block_list("uncommitted")[1]):
+                raise something_else(self.shown(name))
             blob.commit_block_list(
                 blocks,
                 content_settings=ContentSettings(content_type=content_type),
@@ -147,6 +163,8 @@ class _Container:
 
 
 class AzureArchive:
+    overwrites_prevented = True  # Azure keeps its conditions
+
     def __init__(self, container: _Container, name: str) -> None:
         self.shown = container.shown(name)
         self._container = container
@@ -176,10 +194,13 @@ class AzureArchive:
 class AzureFiles:
     """Blobs below a prefix; the download is whole when the manifest is among them."""
 
+    overwrites_prevented = True
+
     def __init__(self, container: _Container, prefix: str) -> None:
         self.shown = container.shown(prefix)
         self._container = container
         self._prefix = prefix
+        self._etags: dict[str, str] = {}
 
     def look(self) -> Mark | None:
         if self._container.head(self._prefix + MANIFEST) is None:
@@ -190,29 +211,20 @@ class AzureFiles:
         return mark
 
     def names(self) -> set[str]:
-        return {name.removeprefix(self._prefix) for name in self._container.names(self._prefix)} - {""}
+        self._etags = {name.removeprefix(self._prefix): etag for name, etag in self._container.etags(self._prefix)}
+        return self._etags.keys() - {""}
 
     def read(self, name: str) -> Iterator[bytes]:
         return self._container.read(self._prefix + name)
 
     def write(self, name: str, chunks: Iterator[bytes]) -> int:
         # An unfinished download may have left the name with bytes that are not the image's.
-        return self._container.write(self._prefix + name, chunks, content_type="application/dicom", replace=True)
+        etag = self._etags.get(name, "")
+        with retried_if_taken(self._container.shown(self._prefix + name)):
+            return self._container.write(self._prefix + name, chunks, content_type="application/dicom", replaces=etag)
 
     def finish(self, manifest: bytes) -> None:
         self._container.write(self._prefix + MANIFEST, iter([manifest]), content_type="application/json")
-
-
-def _blocks(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of `BLOCK_BYTES`, the last one shorter."""
-    block = bytearray()
-    for chunk in chunks:
-        block += chunk
-        while len(block) >= BLOCK_BYTES:
-            yield bytes(memoryview(block)[:BLOCK_BYTES])
-            del block[:BLOCK_BYTES]
-    if block:
-        yield bytes(block)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ way is opened by name without following links, so nobody can lead a download els
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import stat
@@ -25,7 +26,7 @@ from worker.settings import DownloadSettings
 _FILE_URL = re.compile(r"file:/", re.IGNORECASE).match
 _TO_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TO_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_TO_WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+_TO_WRITE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Names of what is not whole yet. The job that finds them again goes on with them or writes them anew.
 _UNFINISHED = ".unfinished"
 _REASONS = {
@@ -106,6 +107,7 @@ class _Place:
 class FolderArchive:
     def __init__(self, shown: str, place: _Place) -> None:
         self.shown = shown
+        self.overwrites_prevented = True
         self._place = place
 
     def look(self) -> Mark | None:
@@ -120,7 +122,8 @@ class FolderArchive:
 
     def write(self, chunks: Iterator[bytes], mark: Mark) -> int:  # noqa: ARG002 - it stands in the archive's manifest
         with _translated(self.shown), self._place.opened(create=True) as folder:
-            return _write(folder, self._place.name, chunks, self.shown)
+            size_bytes, self.overwrites_prevented = _write(folder, self._place.name, chunks, self.shown)
+            return size_bytes
 
     def read(self) -> Iterator[bytes]:
         with _translated(self.shown):
@@ -131,6 +134,8 @@ class FolderArchive:
 
 class FolderFiles:
     """Files gather in ``NAME.unfinished``, which becomes ``NAME`` when the manifest is in it."""
+
+    overwrites_prevented = True  # the folder itself gets its name by a rename, which replaces an empty folder at most
 
     def __init__(self, shown: str, place: _Place) -> None:
         self.shown = shown
@@ -175,7 +180,7 @@ class FolderFiles:
         with _translated(self.shown), self._place.opened(self._unfinished, *below, create=True) as folder:
             with suppress(FileNotFoundError):
                 os.unlink(last, dir_fd=folder)  # left there by an attempt that did not come to its end
-            return _write(folder, last, chunks, self.shown)
+            return _write(folder, last, chunks, self.shown)[0]
 
     def finish(self, manifest: bytes) -> None:
         self.write(MANIFEST, iter([manifest]))
@@ -206,29 +211,75 @@ def _mark_of_archive(file: BinaryIO, shown: str) -> Mark:
     return mark
 
 
-def _write(folder: int, name: str, chunks: Iterator[bytes], shown: str) -> int:
-    """Write beside ``name``, then give it its name, unless somebody else has taken that meanwhile."""
+def _write(folder: int, name: str, chunks: Iterator[bytes], shown: str) -> tuple[int, bool]:
+    """Write beside ``name``, then give the file its name, unless another program has taken that meanwhile.
+
+    Returns the size in bytes, and whether the file system has promised that no file was replaced.
+    """
     temporary = f".{name}{_UNFINISHED}"
     size_bytes = 0
-    try:
-        with os.fdopen(os.open(temporary, _TO_WRITE, 0o666, dir_fd=folder), "wb", buffering=0) as file:
+    with os.fdopen(_begun(folder, temporary, shown), "wb", buffering=0) as file:
+        try:
             for chunk in chunks:
                 view = memoryview(chunk)
                 while view:
                     view = view[file.write(view) :]
                 size_bytes += len(chunk)
             os.fsync(file.fileno())
-        _publish(folder, temporary, name)
-    except FileExistsError:
-        raise something_else(shown) from None
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=folder)
-    return size_bytes
+            prevented = _publish(folder, temporary, name)
+        except FileExistsError:
+            raise something_else(shown) from None
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+    return size_bytes, prevented
 
 
-def _publish(folder: int, temporary: str, name: str) -> None:
-    """A link, unlike a rename, never replaces anything; some file systems have none."""
+def _begun(folder: int, temporary: str, shown: str) -> int:
+    """The temporary file, empty and locked: what a killed attempt has left is written anew, what another attempt is
+    writing is left alone.
+
+    Raises
+    ------
+    SourceUnreachable
+        Another attempt is writing there.
+    """
+    while True:
+        descriptor = os.open(temporary, _TO_WRITE, 0o666, dir_fd=folder)
+        try:
+            if _is_ours_alone(descriptor, folder, temporary):
+                os.ftruncate(descriptor, 0)
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            sentence = f"{shown} is written by another attempt at the same time; it is tried again."
+            raise SourceUnreachable(sentence) from error
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_ours_alone(descriptor: int, folder: int, temporary: str) -> bool:
+    """Lock the file, unless the file system has no locks. False if the name has to be opened anew."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    opened = os.fstat(descriptor)
+    try:
+        named = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    if opened.st_nlink > 1:  # an attempt was killed after it had given the file its name: it is a finished download
+        os.unlink(temporary, dir_fd=folder)
+        return False
+    return os.path.samestat(opened, named)
+
+
+def _publish(folder: int, temporary: str, name: str) -> bool:
+    """A link, unlike a rename, never replaces anything; on file systems that have none, False is returned."""
     try:
         os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except OSError as error:
@@ -238,8 +289,9 @@ def _publish(folder: int, temporary: str, name: str) -> None:
             os.stat(name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
             os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        else:
-            raise FileExistsError(name) from error
+            return False
+        raise FileExistsError(name) from error
+    return True
 
 
 def _chunks(descriptor: int) -> Iterator[bytes]:

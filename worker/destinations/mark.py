@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from worker.errors import InvalidRequest
+from worker.errors import InvalidRequest, SourceUnreachable
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1_048_576
@@ -37,8 +38,52 @@ class Mark:
             return None
 
 
+class Records(Protocol):
+    """What all workers have to know of stores. The ledger keeps it; `OwnRecords` is one process's."""
+
+    def upload_begun(self, url: str, upload_id: str) -> None:
+        """A multipart upload to ``url`` is ours until `upload_ended`."""
+        ...
+
+    def upload_ended(self, url: str, upload_id: str) -> None: ...
+
+    def uploads_begun(self, url: str) -> set[str]: ...
+
+    def overwrites_prevented(self, place: str) -> bool | None:
+        """What the last probe of a place found; None if no worker has probed it lately."""
+        ...
+
+    def note_overwrites(self, place: str, *, prevented: bool) -> None: ...
+
+
+class OwnRecords:
+    """`Records` in the memory of this process."""
+
+    def __init__(self) -> None:
+        self._uploads: dict[str, set[str]] = {}
+        self._prevented: dict[str, bool] = {}
+
+    def upload_begun(self, url: str, upload_id: str) -> None:
+        self._uploads.setdefault(url, set()).add(upload_id)
+
+    def upload_ended(self, url: str, upload_id: str) -> None:
+        self._uploads.get(url, set()).discard(upload_id)
+
+    def uploads_begun(self, url: str) -> set[str]:
+        return set(self._uploads.get(url, ()))
+
+    def overwrites_prevented(self, place: str) -> bool | None:
+        return self._prevented.get(place)
+
+    def note_overwrites(self, place: str, *, prevented: bool) -> None:
+        self._prevented[place] = prevented
+
+
 class Archive(Protocol):
-    """One file. ``shown`` is its URL as it may be told.
+    """One file. ``shown`` is its URL as it may be told. ``overwrites_prevented`` is False after a write for which the
+    store could not promise that it replaced nothing.
+
+    A question (`look`, `read`) SHALL change nothing.
 
     It SHALL raise `InvalidRequest` where somebody has to change something (``details["reason"]``: ``not_allowed``,
     ``exists``, ``missing``, ``denied``, ``full``) and `SourceUnreachable` where time may cure it, and SHALL leave
@@ -46,6 +91,7 @@ class Archive(Protocol):
     """
 
     shown: str
+    overwrites_prevented: bool
 
     def look(self) -> Mark | None:
         """What is there: None if nothing, `InvalidRequest` (``exists``) if it is no download of ours."""
@@ -61,9 +107,10 @@ class Archive(Protocol):
 
 
 class Files(Protocol):
-    """A folder of files, named by relative paths with ``/``; errors as in `Archive`."""
+    """A folder of files, named by relative paths with ``/``; the rest as in `Archive`."""
 
     shown: str
+    overwrites_prevented: bool
 
     def look(self) -> Mark | None: ...
 
@@ -73,7 +120,9 @@ class Files(Protocol):
 
     def read(self, name: str) -> Iterator[bytes]: ...
 
-    def write(self, name: str, chunks: Iterator[bytes]) -> int: ...
+    def write(self, name: str, chunks: Iterator[bytes]) -> int:
+        """Write a file. One that `names` has shown is replaced if it is unchanged since; any other is left alone."""
+        ...
 
     def finish(self, manifest: bytes) -> None:
         """Add the manifest, which makes the download whole."""
@@ -86,3 +135,35 @@ def refusal(sentence: str, reason: str, more: Mapping[str, Any] | None = None) -
 
 def something_else(shown: str) -> InvalidRequest:
     return refusal(f"{shown} holds something else; nothing is laid over it: name another place.", "exists")
+
+
+@contextmanager
+def retried_if_taken(shown: str) -> Iterator[None]:
+    """For a file of an unfinished download: it may have been written by another attempt at it, which the next one sees.
+
+    Raises
+    ------
+    SourceUnreachable
+        Instead of `something_else`.
+    """
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.details.get("reason") != "exists":
+            raise
+        sentence = (
+            f"{shown} was written, or is being uploaded, by another program or attempt meanwhile; it is tried again."
+        )
+        raise SourceUnreachable(sentence) from error
+
+
+def blocks_of(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes in pieces of ``size``, the last one shorter."""
+    block = bytearray()
+    for chunk in chunks:
+        block += chunk
+        while len(block) >= size:
+            yield bytes(memoryview(block)[:size])
+            del block[:size]
+    if block:
+        yield bytes(block)

@@ -14,9 +14,9 @@ from typing import Any
 
 from zipstream.ng import ZIP_DEFLATED, ZipStream
 
-from worker.destinations import Archive, Mark
+from worker.destinations import Archive, Files, Mark
 from worker.destinations.mark import MANIFEST, something_else
-from worker.errors import Cancelled, InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered
+from worker.errors import Cancelled, InvalidRequest, InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered
 from worker.instances import Instance
 from worker.jobs.lookups import look, settle
 from worker.jobs.passing import Incoming
@@ -30,6 +30,8 @@ from worker.payloads import DownloadJob, DownloadPayload, read_job
 TURN_S = 1.0
 #: Pixels of uncompressed images shrink to half at this level; more effort gains little.
 COMPRESS_LEVEL = 1
+#: Warning: the store could not promise that what was written replaced nothing.
+OVERWRITE_NOT_PREVENTED = "overwrite_not_prevented"
 #: After so many images it is asked whether the job is still wanted.
 IMAGES_BETWEEN_LOOKS = 50
 
@@ -80,7 +82,7 @@ def bring(job: DownloadJob, run: Run, tools: Tools, *, still_wanted: Callable[[i
     """As `download`, for a study of a batch too. ``still_wanted`` is called now and then; what it raises ends it."""
     if run.cancelled:  # what an earlier attempt has left is seen by nobody
         raise Cancelled("The job was cancelled before the download was whole.")
-    place = (tools.destinations.archive if job.format == "zip" else tools.destinations.files)(job.destination)
+    place, write = _destination(job, tools)
     _take_turn(place.shown, run)
     with run.step("check"):
         reply = settle("study", job.study_uid, look("study", job.study_uid, mode=job.mode, fleet=tools.fleet))
@@ -91,13 +93,23 @@ def bring(job: DownloadJob, run: Run, tools: Tools, *, still_wanted: Callable[[i
         return _payload(job, study, {"status": "already_there"})
     if there is not None:
         raise something_else(place.shown)
-    with run.step("transfer"):
-        written = (
-            _to_archive(study, tools.destinations.archive(job.destination))
-            if job.format == "zip"
-            else _to_files(study, job, tools)
-        )
-    return _payload(job, study, {"status": "downloaded", **written})
+    try:
+        with run.step("transfer"):
+            written = write(study)
+    except InvalidRequest as error:
+        if error.details.get("reason") != "exists" or place.look() != study.mark:
+            raise
+        return _payload(job, study, {"status": "already_there"})  # another attempt has brought the same meanwhile
+    return _payload(job, study, {"status": "downloaded", **written}, overwrites_prevented=place.overwrites_prevented)
+
+
+def _destination(job: DownloadJob, tools: Tools) -> tuple[Archive | Files, Callable[[_Study], dict[str, Any]]]:
+    """Where the job writes to, and what writes a study there."""
+    if job.format == "zip":
+        archive = tools.destinations.archive(job.destination)
+        return archive, lambda study: _to_archive(study, archive)
+    files = tools.destinations.files(job.destination)
+    return files, lambda study: _to_files(study, files)
 
 
 def archived(pacs: Pacs, found: Found, place_for: Callable[[Mark], Archive], run: Run) -> tuple[Archive, Mark]:
@@ -161,9 +173,8 @@ def _hashed(chunks: Iterable[bytes], digest: Any) -> Iterator[bytes]:
 # --- as a folder of files ---------------------------------------------------------------------------------------
 
 
-def _to_files(study: _Study, job: DownloadJob, tools: Tools) -> dict[str, Any]:
+def _to_files(study: _Study, place: Files) -> dict[str, Any]:
     """File by file; those that an earlier attempt has left are read and kept if they are what they should be."""
-    place = tools.destinations.files(job.destination)
     left = place.names()
     names = {name_of(series, image): image for image, series in study.series_of.items()}
     if left - names.keys() - {MANIFEST}:
@@ -289,8 +300,11 @@ def _manifest(study: _Study) -> bytes:
     return json.dumps(document, indent=1).encode()
 
 
-def _payload(job: DownloadJob, study: _Study, outcome: Mapping[str, Any]) -> DownloadPayload:
+def _payload(
+    job: DownloadJob, study: _Study, outcome: Mapping[str, Any], *, overwrites_prevented: bool = True
+) -> DownloadPayload:
     came = outcome["status"] == "downloaded"
+    warnings = [] if study.pacs.keeps_bytes else ["server_rewrites_headers"]
     return DownloadPayload(
         job_id=study.run.job_id,
         server_name=study.pacs.server.name,
@@ -300,7 +314,7 @@ def _payload(job: DownloadJob, study: _Study, outcome: Mapping[str, Any]) -> Dow
         format=job.format,
         instances=len(study.series_of),
         size_bytes=sum(entry["size_bytes"] for entry in study.received.values()) if came else None,
-        warnings=[] if study.pacs.keeps_bytes else ["server_rewrites_headers"],
+        warnings=warnings if overwrites_prevented else [*warnings, OVERWRITE_NOT_PREVENTED],
         timings_ms=study.run.timings_ms,
         attempts=study.run.attempt,
         **outcome,
