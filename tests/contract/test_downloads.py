@@ -33,7 +33,7 @@ from worker.errors import (
     PacsUnavailable,
     SourceUnreachable,
 )
-from worker.instances import identify, identify_prefix
+from worker.instances import Instance, Reading, identify
 from worker.jobs.batches import Conductor
 from worker.jobs.downloads import download, to_ask
 from worker.jobs.run import NotYet, Run
@@ -479,7 +479,10 @@ def test_a_study_that_a_batch_deletes_is_kept_in_s3_and_comes_back(
 
 def test_the_first_bytes_of_a_file_say_whose_it_is() -> None:
     content = image(new_uid())
-    told: list[int] = [size for size in range(0, len(content), 16) if identify_prefix(content[:size])]
-    whole = identify(io.BytesIO(content))
-    assert told[0] < 1500
-    assert {identify_prefix(content[:size]) for size in told} == {whole}
+    reading, told = Reading(), list[tuple[int, Instance]]()
+    for at in range(0, len(content), 16):
+        reading.feed(content[at : at + 16])
+        if reading.instance is not None:
+            told.append((at, reading.instance))
+    assert told[0][0] < 1500
+    assert {instance for _, instance in told} == {identify(io.BytesIO(content))}

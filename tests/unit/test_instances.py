@@ -299,7 +299,7 @@ def test_a_deflation_bomb_costs_neither_memory_nor_time() -> None:
     bomb = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     header = with_raw(0x00080018, b"1.2.3\0")
     dataset = header[header.index(b"\x08\x00\x16\x00UI") :]
-    filler = b"\xe1\x7f\x10\x10OB\0\0" + struct.pack("<L", 0x7FFFFFFE)
+    filler = b"\xe1\x7f\x10\x10OB\0\0" + struct.pack("<L", 128 << 20)
     body = bomb.compress(dataset + filler) + b"".join(bomb.compress(bytes(1 << 20)) for _ in range(128)) + bomb.flush()
     meta = element(0x00020010, b"UI", DeflatedExplicitVRLittleEndian.encode())
     data = bytes(128) + b"DICM" + meta + body

@@ -13,9 +13,19 @@ from itertools import islice
 from typing import Any, Literal
 
 from worker.batches import CHUNK_ITEMS, ItemStatus, Settled
-from worker.errors import CourierError, NeedsPerson, NotFound, Refused
+from worker.errors import (
+    CourierError,
+    InvalidUid,
+    MissingUid,
+    NeedsPerson,
+    NotDicom,
+    NotFound,
+    PacsMisanswered,
+    Refused,
+)
 from worker.jobs.batches import Answer, Desk
 from worker.jobs.deletions import forget_what_is_gone, remove
+from worker.jobs.passing import whole
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs, Retrieved
 from worker.pacs.stow import PREAMBLE
 
@@ -194,17 +204,20 @@ def _digests(pacs: Pacs, founds: Iterable[Found], *, bare: bool) -> set[str]:
                     digests.update(_digests_of(one, bare=bare))
         except NotFound:
             continue  # gone since it was listed
+        except (NotDicom, MissingUid, InvalidUid) as error:
+            server, sentence = pacs.server, f"{pacs.server.name} sent an image that cannot be used. {error.message}"
+            raise PacsMisanswered(sentence, server_name=server.name, server_type=server.type) from error
     return digests
 
 
 def _digests_of(retrieved: Retrieved, *, bare: bool) -> Iterator[str]:
-    whole, without, skip = hashlib.sha256(), hashlib.sha256(), len(PREAMBLE)
-    for chunk in retrieved.chunks:
-        whole.update(chunk)
+    full, without, skip = hashlib.sha256(), hashlib.sha256(), len(PREAMBLE)
+    for chunk in whole(retrieved.chunks):
+        full.update(chunk)
         if bare:
             without.update(chunk[skip:])
             skip = max(0, skip - len(chunk))
-    yield whole.hexdigest()
+    yield full.hexdigest()
     if bare:
         yield without.hexdigest()
 

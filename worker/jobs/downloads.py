@@ -16,7 +16,16 @@ from zipstream.ng import ZIP_DEFLATED, ZipStream
 
 from worker.destinations import Archive, Files, Mark
 from worker.destinations.mark import MANIFEST, something_else
-from worker.errors import Cancelled, InvalidRequest, InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered
+from worker.errors import (
+    Cancelled,
+    CourierError,
+    InvalidRequest,
+    InvalidUid,
+    MissingUid,
+    NotDicom,
+    NotFound,
+    PacsMisanswered,
+)
 from worker.instances import Instance
 from worker.jobs.lookups import look, settle
 from worker.jobs.passing import Incoming
@@ -56,6 +65,12 @@ class _Study:
     @property
     def missing(self) -> list[str]:
         return [image for image in self.series_of if image not in self.received]
+
+    def unreadable(self, error: CourierError) -> PacsMisanswered:
+        """For what is wrong with an image that the server has sent."""
+        return self.misanswered(
+            f"{self.pacs.server.name} sent an image that cannot be used. {error.message}", code=error.payload["code"]
+        )
 
     def misanswered(self, sentence: str, **details: Any) -> PacsMisanswered:
         server = self.pacs.server
@@ -190,14 +205,14 @@ def _to_files(study: _Study, place: Files) -> dict[str, Any]:
 
 
 def _keep(study: _Study, image_uid: str, content: Iterator[bytes]) -> None:
-    """Take what is there for received, unless it is something else or nothing at all."""
+    """Take what is there for received if it is proven to be all of the image; the rest is brought again."""
     try:
-        image = _Incoming(content)
+        image = _Incoming(content, blame=lambda error: error)
+        for _ in image.chunks():
+            pass
     except (NotDicom, MissingUid, InvalidUid):
         return
-    for _ in image.chunks():
-        pass
-    if image.instance.sop_instance_uid == image_uid and _belongs(image.instance, study):
+    if image.is_proven and image.instance.sop_instance_uid == image_uid and _belongs(image.instance, study):
         study.received[image_uid] = image.entry()
         study.resumed += 1
 
@@ -251,14 +266,12 @@ def _retrieved(study: _Study, asked: Iterable[Found]) -> Iterator[_Incoming]:
             with study.pacs.retrieve(found) as parts:
                 for part in parts:
                     _look_up(study)
-                    image = _Incoming(part.chunks)
+                    image = _Incoming(part.chunks, blame=study.unreadable)
                     if image.instance.sop_instance_uid in study.received or not _belongs(image.instance, study):
                         raise study.misanswered(f"{name} sent an image that it did not list; the study has changed.")
                     yield image
         except NotFound as error:
             raise study.misanswered(f"{name} lost a part of the study meanwhile; it is looked at again.") from error
-        except (NotDicom, MissingUid, InvalidUid) as error:
-            raise study.misanswered(f"{name} sent an image that cannot be read.", code=error.code) from error
 
 
 def _look_up(study: _Study) -> None:

@@ -1,21 +1,24 @@
 """An image while it passes through a worker: known by its first bytes, hashed and counted as it goes, never kept.
 
-Where it comes from and where it goes is the affair of whoever lets it pass.
+What passes is followed to its end: an image that ends too early raises before its last bytes are given out, so that
+no server and no archive takes it for whole. Where it comes from and where it goes is the affair of the caller.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
 
-from worker.errors import NotDicom
-from worker.instances import Instance, identify_prefix
+from worker.errors import CourierError, InvalidUid, MissingUid, NotDicom
+from worker.instances import Instance, Reading
 
 #: Within so many bytes a file has to say whose it is.
 MAX_HEAD_BYTES = 8 * 1_048_576
 #: The preamble of a file, and the word after it that one without a preamble lacks too.
 PREAMBLE_BYTES = 132
+
+#: What to raise instead of what is wrong with an image.
+Blame = Callable[[CourierError], CourierError]
 
 
 class Incoming:
@@ -26,33 +29,80 @@ class Incoming:
 
     Raises
     ------
-    NotDicom, MissingUid, InvalidUid
-        It cannot be read.
+    CourierError
+        It cannot be read, or ends too early: what ``blame`` makes of `NotDicom`, `MissingUid` or `InvalidUid`. As long
+        as its bytes pass too; the last of them do not pass then.
     """
 
-    def __init__(self, content: Iterator[bytes], *, with_preamble: bool = True) -> None:
+    def __init__(self, content: Iterator[bytes], *, blame: Blame, with_preamble: bool = True) -> None:
         self._content = content
+        self._blame = blame
         self._digest = hashlib.sha256()
         self.size_bytes = 0
-        self._head, self.instance = _identified(content)
+        #: Whether all of it has passed, and its structure proves that it is whole.
+        self.is_proven = False
+        self._reading = Reading()
+        try:
+            self._head, self.instance = self._identified()
+        except (NotDicom, MissingUid, InvalidUid) as error:
+            raise blame(error) from error
         self._unhashed = PREAMBLE_BYTES if self.instance.has_preamble and not with_preamble else 0
 
     def chunks(self) -> Iterator[bytes]:
         """All of it; afterwards `size_bytes` and `sha256` are those of the image."""
-        head, self._head = self._head, b""
-        for chunk in chain((head,), self._content):
-            self._digest.update(memoryview(chunk)[self._unhashed :] if self._unhashed else chunk)
-            self._unhashed = 0  # the first chunk is longer than that, or nobody could have read whose image it is
-            self.size_bytes += len(chunk)
-            yield chunk
+        held, self._head = self._head, b""
+        try:
+            for chunk in self._content:
+                self._reading.feed(chunk)
+                if chunk:
+                    yield self._passed(held)
+                    held = chunk
+            is_proven = self._reading.end()
+        except (NotDicom, MissingUid, InvalidUid) as error:
+            raise self._blame(error) from error
+        yield self._passed(held)
+        self.is_proven = is_proven
+
+    def _passed(self, chunk: bytes) -> bytes:
+        self._digest.update(memoryview(chunk)[self._unhashed :] if self._unhashed else chunk)
+        self._unhashed = 0  # the first chunk is longer than that, or nobody could have read whose image it is
+        self.size_bytes += len(chunk)
+        return chunk
 
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
+    def _identified(self) -> tuple[bytes, Instance]:
+        """As many bytes as it takes to know whose they are."""
+        head = bytearray()
+        for chunk in self._content:
+            head += chunk
+            self._reading.feed(chunk)
+            if self._reading.instance is not None:
+                return bytes(head), self._reading.instance
+            if len(head) > MAX_HEAD_BYTES:
+                raise NotDicom("The file does not say in its first bytes which image it is.")
+        self._reading.end()
+        if self._reading.instance is None:
+            raise NotDicom("The file does not say in its first bytes which image it is.")
+        return bytes(head), self._reading.instance
+
+
+def whole(content: Iterator[bytes]) -> Iterator[bytes]:
+    """The bytes of an image whose name is not asked for; `NotDicom` before the last of them if it ends too early."""
+    reading, held = Reading(), b""
+    for chunk in content:
+        reading.feed(chunk)
+        yield held
+        held = chunk
+    reading.end(is_named=False)
+    yield held
+
 
 def digest_of(content: Iterator[bytes]) -> str:
-    """The SHA-256 of an image whose name is not asked for, without its preamble if it has one."""
+    """The SHA-256 of an image whose name is not asked for, without its preamble if it has one; errors as `whole`."""
+    content = whole(content)
     head, digest = b"", hashlib.sha256()
     for chunk in content:
         head += chunk
@@ -63,20 +113,3 @@ def digest_of(content: Iterator[bytes]) -> str:
     for chunk in content:
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def _identified(content: Iterator[bytes]) -> tuple[bytes, Instance]:
-    """As many bytes as it takes to know whose they are, tried again each time they have doubled."""
-    head, tried_bytes = bytearray(), 0
-    for chunk in content:
-        head += chunk
-        if len(head) >= 2 * tried_bytes:
-            tried_bytes = len(head)
-            if (instance := identify_prefix(bytes(head))) is not None:
-                return bytes(head), instance
-        if len(head) > MAX_HEAD_BYTES:
-            break
-    instance = identify_prefix(bytes(head))
-    if instance is None:
-        raise NotDicom("The file does not say in its first bytes which image it is.")
-    return bytes(head), instance

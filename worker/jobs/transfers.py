@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from worker.errors import (
@@ -139,6 +140,8 @@ def bare_digests_on(pacs: Pacs, study_uid: str) -> list[str]:
             return [digest_of(part.chunks) for part in parts]
     except NotFound as error:
         raise _misanswered(pacs, study_uid, f"{pacs.server.name} lists the study and does not send it.") from error
+    except (NotDicom, MissingUid, InvalidUid) as error:
+        raise _unreadable(pacs, study_uid, error) from error
 
 
 # --- one way through --------------------------------------------------------------------------------------------
@@ -300,23 +303,25 @@ class _Share:
 def _received(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str]) -> Generator[Incoming]:
     """The images that a server sends when it is asked for ``wanted``, others among them.
 
-    What does not belong to the study, or cannot be read, is an error of the server.
+    What does not belong to the study, cannot be read or ends too early is an error of the server.
     """
-    name = pacs.server.name
+    name, blame = pacs.server.name, partial(_unreadable, pacs, study_uid)
     try:
         for asked in to_ask(Found("study", study_uid), series_of, wanted):
             with pacs.retrieve(asked) as parts:
                 for part in parts:
-                    image = Incoming(part.chunks, with_preamble=False)
+                    image = Incoming(part.chunks, blame=blame, with_preamble=False)
                     if image.instance.study_instance_uid != study_uid:
                         raise _misanswered(pacs, study_uid, f"{name} sent an image of another study.")
                     yield image
     except NotFound as error:
         sentence = f"{name} lost a part of the study meanwhile; it is looked at again."
         raise _misanswered(pacs, study_uid, sentence) from error
-    except (NotDicom, MissingUid, InvalidUid) as error:
-        sentence = f"{name} sent an image that cannot be read: {error.message}"
-        raise _misanswered(pacs, study_uid, sentence) from error
+
+
+def _unreadable(pacs: Pacs, study_uid: str, error: CourierError) -> PacsMisanswered:
+    sentence = f"{pacs.server.name} sent an image that cannot be used. {error.message}"
+    return _misanswered(pacs, study_uid, sentence)
 
 
 def _misanswered(pacs: Pacs, study_uid: str, sentence: str) -> PacsMisanswered:

@@ -5,6 +5,7 @@ The splitting is python-multipart's; here stand the order of events and the chec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -17,12 +18,18 @@ from worker.pacs.protocol import Retrieved
 
 #: RFC 2046 5.1.1 allows 70; the parser refuses more than 256.
 _MAX_BOUNDARY_BYTES = 256
+_IS_LENGTH = re.compile(r"[0-9]{1,15}", re.ASCII).fullmatch
 
 
 class _PartEnds(Enum):
-    """One object for all of them, because a block may hold a part in every dozen of its bytes."""
+    """One object for all of them, because a block may hold a part in every dozen of its bytes.
+
+    ``EARLY`` and ``LATE``: it has fewer or more bytes than it has announced.
+    """
 
     HERE = "here"
+    EARLY = "early"
+    LATE = "late"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,8 @@ def read_parts(
     """The parts of an answer with the header ``content_type``; what is left of one is skipped for the next.
 
     A single ``application/dicom`` body counts as one part. ``error`` makes the exception for an answer that
-    is neither, that is malformed, or that ends before its closing boundary.
+    is neither, that is malformed, that ends before its closing boundary, or of which a part has not the length that
+    it announces: it was cut, or the boundary occurs in it.
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
@@ -88,6 +96,8 @@ class _Reader:
         self._pending: list[_Event] = []
         self._headers: dict[str, str] = {}
         self._name = self._value = b""
+        self._announced_bytes: int | None = None
+        self._size_bytes = 0
         self._complete = False
         self._parser = MultipartParser(
             boundary,
@@ -109,7 +119,10 @@ class _Reader:
             except FormParserError as broken:
                 raise error("Its multipart framing is broken.") from broken
             pending, self._pending = self._pending, []
-            yield from pending
+            for event in pending:
+                if event is _PartEnds.EARLY or event is _PartEnds.LATE:
+                    raise error(f"An image in it ends {event.value}: it is not as long as its Content-Length says.")
+                yield event
         if not self._complete:
             raise error("It ends before its closing boundary.")
 
@@ -125,13 +138,18 @@ class _Reader:
 
     def _on_headers_finished(self) -> None:
         self._pending.append(_PartBegins(_transfer_syntax(self._headers)))
+        announced = self._headers.get("content-length", "").strip()
+        self._announced_bytes = int(announced) if _IS_LENGTH(announced) else None
+        self._size_bytes = 0
         self._headers = {}
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
+        self._size_bytes += end - start
         self._pending.append(data[start:end])
 
     def _on_part_end(self) -> None:
-        self._pending.append(_PartEnds.HERE)
+        missing = 0 if self._announced_bytes is None else self._announced_bytes - self._size_bytes
+        self._pending.append(_PartEnds.EARLY if missing > 0 else _PartEnds.LATE if missing else _PartEnds.HERE)
 
     def _on_end(self) -> None:
         self._complete = True
