@@ -190,4 +190,5 @@ def of_plan_file(path: Path, *, told: Told = lambda _: None) -> tuple[Order, Pla
 def lines_of(plan_file: PlanFile) -> Iterator[Planned]:
     for line in plan_file:
         skip = (line.why or "left out by the plan") if line.do == "skip" else ""
-        yield Planned(line.item, line.server or "", line.size_bytes, skip)
+        comes_to_none = skip and plan_file.header.kind == "upload"
+        yield Planned(line.item, "" if comes_to_none else line.server or "", line.size_bytes, skip)

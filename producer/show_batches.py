@@ -62,13 +62,7 @@ def _table(*headings: str, right: Sequence[str] = ()) -> Table:
 
 def counts_table(batch: Batch) -> Table:
     """One line per server, with the outcomes that there are, of all passes: done first, then verified, then undone."""
-    found: dict[str, dict[str, int]] = {}
-    for which, state in batch.passes.items():
-        if which != "survey":
-            for name, counts in state.counts.items():
-                for status, n in counts.items():
-                    row = found.setdefault(name, {})
-                    row[status] = row.get(status, 0) + n
+    found = batch.outcomes
     planned = batch.planned if any(batch.planned.get(name) for name in batch.types) else {}
     statuses = sorted({status for counts in found.values() for status in counts}, key=_STATUSES.index)
     names = [name for name in ("", *batch.types) if found.get(name) or planned.get(name)]
@@ -265,9 +259,18 @@ def write_csv(rows: Iterable[Mapping[str, Any]], out: TextIO, *, delimiter: str 
     writer = csv.writer(out, lineterminator="\n", delimiter=delimiter)
     writer.writerow(REPORT_COLUMNS)
     for row in rows:
-        result = row.get("result") or {}
-        cells = [row.get(name, result.get(name)) for name in REPORT_COLUMNS[:-2]]
+        told = {**(row.get("result") or {}), **row, "message": _message(row)}
+        cells = [told.get(name) for name in REPORT_COLUMNS[:-2]]
         writer.writerow([*cells, *((row.get(which) or {}).get("status") for which in REPORT_COLUMNS[-2:])])
+
+
+def _message(row: Mapping[str, Any]) -> str | None:
+    """Why an item ended so, and what became of it on the servers that its ``server_name`` does not name."""
+    places = [place for one in (row, row.get("verify"), row.get("undo")) for place in (one or {}).get("servers", ())]
+    others = {
+        f"{one['server_name']}: {one['status']}": None for one in places if one["server_name"] != row["server_name"]
+    }
+    return "; ".join(filter(None, (row.get("message"), *others))) or row.get("message")
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:

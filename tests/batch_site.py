@@ -91,7 +91,9 @@ class Site:
         return self.see_to_its_end("pacs.batch.delete", delete_many, self.batch, message)
 
     def upload(self, *urls: str, **more: Any) -> Verdict:
-        return self.see_to_its_end("pacs.batch.upload", upload_all, self.batch, {"items": list(urls), **more})
+        return self.see_to_its_end(
+            "pacs.batch.upload", upload_all, self.batch, {**({"items": list(urls)} if urls else {}), **more}
+        )
 
     def go_on(self, wish: Callable[[Conductor], Any], name: str, **more: Any) -> Verdict:
         work = partial(batches.conducted, kinds=KINDS, wish=wish)

@@ -12,7 +12,8 @@ Keys, all below ``courier:batch:ID``:
     (itself)        hash    state, kind, order, servers, items, chunks …; for each pass ``PASS:next`` (chunks begun),
                             ``PASS:open`` (under way), ``PASS:finished``, ``PASS:round``, ``PASS:begun_ms``,
                             ``PASS:ended_ms``, ``PASS:bytes``; and counts: ``n:plan:SERVER``,
-                            ``n:PASS:SERVER:STATUS`` ("-": no server)
+                            ``n:PASS:SERVER:STATUS`` ("-": no server), in which each item stands once, and
+                            ``m:PASS:SERVER:STATUS`` for the further servers of items that several were asked for
     :plan:TOKEN     hash    chunk number → its items, deflated, one a line: position of the server or "-", size in bytes
                             or "-", text. A planner writes under a token of its own, so that two cannot mix.
     :outcomes:PASS  string  one letter per item; a zero byte is open
@@ -86,6 +87,8 @@ _CHUNK_ID: Final = re.compile(rf"(?P<batch>.+)\.(?P<which>{'|'.join(PASSES)})\.\
 #: So many chunks are read at a time by who reads them all.
 _CHUNKS_READ: Final = 20
 _NO_SERVER: Final = "-"
+#: In `Settled.server`: the item has come to no server, also if the plan names one.
+NOWHERE: Final = _NO_SERVER
 #: The record of a chunk that ended serves messages of it that come late; there are many such records.
 _RECORD_KEEP_MS: Final = 300_000
 #: A program has read all items before it begins to write a plan, so it is gone if it has not written for so long.
@@ -154,19 +157,23 @@ return begun
 )
 
 # An outcome is written once; whoever comes late finds the item settled. What was written before stays in the rows too.
-# KEYS: batch, outcomes, results, job. ARGV: fence, chunk, rows or "", bytes field, bytes, then at, letter, count field.
+# KEYS: batch, outcomes, results, job. ARGV: fence, chunk, rows or "", bytes field, bytes, then at, letter, count field;
+# a further count field of the same item follows with an empty letter.
 _RECORD = """
 local holder = redis.call('HMGET', KEYS[4], 'fence', 'state')
 if holder[1] ~= ARGV[1] or holder[2] ~= 'running' then return -1 end
-local written = 0
+local written, fresh = 0, false
 for i = 6, #ARGV, 3 do
-  local at = tonumber(ARGV[i])
-  local letter = redis.call('GETRANGE', KEYS[2], at, at)
-  if letter == '' or letter == '\\0' then
-    redis.call('SETRANGE', KEYS[2], at, ARGV[i + 1])
-    redis.call('HINCRBY', KEYS[1], ARGV[i + 2], 1)
-    written = written + 1
+  if ARGV[i + 1] ~= '' then
+    local at = tonumber(ARGV[i])
+    local letter = redis.call('GETRANGE', KEYS[2], at, at)
+    fresh = letter == '' or letter == '\\0'
+    if fresh then
+      redis.call('SETRANGE', KEYS[2], at, ARGV[i + 1])
+      written = written + 1
+    end
   end
+  if fresh then redis.call('HINCRBY', KEYS[1], ARGV[i + 2], 1) end
 end
 if ARGV[3] ~= '' then redis.call('HSET', KEYS[3], ARGV[2], ARGV[3]) end
 if tonumber(ARGV[5]) > 0 then redis.call('HINCRBY', KEYS[1], ARGV[4], ARGV[5]) end
@@ -182,14 +189,16 @@ local b = redis.call('HMGET', KEYS[1], ARGV[1] .. ':finished', 'chunks')
 return b[1] == b[2] and 1 or 0
 """
 
-# KEYS: batch, outcomes, ended. ARGV: pass, chunk, then at, letter, count field.
+# KEYS: batch, outcomes, ended. ARGV: pass, chunk, then at, letter, count field, as of _RECORD.
 _REOPEN = """
+local opened = false
 for i = 3, #ARGV, 3 do
-  local at = tonumber(ARGV[i])
-  if redis.call('GETRANGE', KEYS[2], at, at) == ARGV[i + 1] then
-    redis.call('SETRANGE', KEYS[2], at, '\\0')
-    redis.call('HINCRBY', KEYS[1], ARGV[i + 2], -1)
+  if ARGV[i + 1] ~= '' then
+    local at = tonumber(ARGV[i])
+    opened = redis.call('GETRANGE', KEYS[2], at, at) == ARGV[i + 1]
+    if opened then redis.call('SETRANGE', KEYS[2], at, '\\0') end
   end
+  if opened then redis.call('HINCRBY', KEYS[1], ARGV[i + 2], -1) end
 end
 if redis.call('SETBIT', KEYS[3], ARGV[2], 0) == 1 then redis.call('HINCRBY', KEYS[1], ARGV[1] .. ':finished', -1) end
 return 1
@@ -316,8 +325,9 @@ class Item:
 class Settled:
     """What became of an item in a pass, and why, where that has to be said.
 
-    ``server`` is where, if that is not the item's own. ``result`` is what report, verify and undo need to know later:
-    small, flat and JSON; its ``size_bytes`` counts as carried.
+    ``server`` is where, if that is not the item's own; `NOWHERE` if it has come to none. ``result`` is what report,
+    verify and undo need to know later: small, flat and JSON; its ``size_bytes`` counts as carried, and its ``servers``
+    say what became of the item on each of several servers: its status there, or an object, which stands for ``status``.
     """
 
     item: Item
@@ -329,7 +339,19 @@ class Settled:
 
     @property
     def server_name(self) -> str:
-        return self.server or self.item.server
+        return "" if self.server == NOWHERE else self.server or self.item.server
+
+    @property
+    def outcomes(self) -> dict[str, ItemStatus]:
+        """What became of it on each server that it has come to; `server_name` is the first of them."""
+        told = self.result.get("servers")
+        named = told if isinstance(told, Mapping) else {}
+        first = {self.server_name: self.status} if self.server_name else {}
+        return {**first, **{name: _status_there(self, one) for name, one in named.items() if name not in first}}
+
+
+def _status_there(one: Settled, told: object) -> ItemStatus:
+    return cast(ItemStatus, told) if isinstance(told, str) and told in LETTERS else one.status
 
 
 @dataclass(frozen=True)
@@ -355,7 +377,11 @@ class Row:
 
 
 def _told(one: Settled, types: Mapping[str, str]) -> dict[str, Any]:
+    several = [
+        {"server_name": name, "server_type": types.get(name), "status": status} for name, status in one.outcomes.items()
+    ]
     return {
+        **({"servers": several} if len(several) > 1 else {}),
         "server_name": one.server_name or None,
         "server_type": types.get(one.server_name),
         "status": one.status,
@@ -381,7 +407,10 @@ def is_to_undo(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class PassState:
-    """How far a pass is. ``counts`` are the items per server ("" for none) and status."""
+    """How far a pass is. ``counts`` are the items per server ("" for none) and status, each item once.
+
+    ``further`` are the same for the other servers of items that several servers were asked for.
+    """
 
     begun: int = 0
     finished: int = 0
@@ -391,6 +420,12 @@ class PassState:
     begun_ms: int | None = None
     ended_ms: int | None = None
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    further: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def by_server(self) -> dict[str, dict[str, int]]:
+        """What each server was touched by. An item that several servers were asked for counts for each of them."""
+        return added_up((self.counts, self.further))
 
     @property
     def totals(self) -> dict[str, int]:
@@ -413,6 +448,17 @@ class PassState:
             "ended_ms": self.ended_ms,
             "totals": self.totals,
         }
+
+
+def added_up(all_counts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """The sum of counts per server and status."""
+    total: dict[str, dict[str, int]] = {}
+    for counts in all_counts:
+        for name, by_status in counts.items():
+            row = total.setdefault(name, {})
+            for status, n in by_status.items():
+                row[status] = row.get(status, 0) + n
+    return total
 
 
 _NO_PASS: Final = PassState()
@@ -450,10 +496,18 @@ class Batch:
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """The items per server: how many are ``planned``, and what became of them when they were applied."""
-        applied = self.of("apply").counts
+        """The items per server: how many are ``planned``, and what became of them when they were applied.
+
+        An item that several servers were asked for counts for each of them.
+        """
+        applied = self.of("apply").by_server
         names = dict.fromkeys((*self.servers, *filter(None, applied)))
         return {name: {"planned": self.planned.get(name, 0), **applied.get(name, {})} for name in names}
+
+    @property
+    def outcomes(self) -> dict[str, dict[str, int]]:
+        """What became of the items on each server ("" for none), in all passes but the survey."""
+        return added_up(state.by_server for which, state in self.passes.items() if which != "survey")
 
     @property
     def settled(self) -> int:
@@ -485,8 +539,13 @@ class Batch:
             "totals": self.of("apply").totals,
             "passes": {name: found.as_json() for name, found in self.passes.items()},
             "servers": [
-                {"server_name": name, "server_type": self.types.get(name) or None, **counts}
-                for name, counts in self.counts.items()
+                {
+                    "server_name": name,
+                    "server_type": self.types.get(name) or None,
+                    "planned": self.planned.get(name, 0),
+                    **self.outcomes.get(name, {}),
+                }
+                for name in dict.fromkeys((*self.servers, *filter(None, self.outcomes)))
             ],
         }
 
@@ -638,11 +697,11 @@ class Batches:
             return
         rows, changed = self._merged(batch, which, chunk, settled)
         carried = sum(_carried(one) for one in settled)
-        args: list[Any] = [fence, chunk, _packed(rows) if changed else ""]
+        args: list[Any] = [fence, chunk, _packed(rows.values()) if changed else ""]
         args += [f"{which}:bytes", carried]
         for one in settled:
             if one.status != "open":
-                args += [one.item.number, LETTERS[one.status], _count_field(which, one)]
+                args += _counted(which, _as_stored(one, rows))
         parts = (f":outcomes:{which}", f":results:{which}")
         keys = [_key(batch.id), *(_key(batch.id, part) for part in parts), f"{PREFIX}job:{job_id}"]
         if int(self._record(keys=keys, args=args)) < 0:
@@ -650,20 +709,18 @@ class Batches:
 
     def _merged(
         self, batch: Batch, which: Pass, chunk: int, settled: Sequence[Settled]
-    ) -> tuple[list[list[Any]], bool]:
-        """The rows of a chunk with what is new in them; whether anything is."""
+    ) -> tuple[dict[int, list[Any]], bool]:
+        """The rows of a chunk by their places, with what is new in them; whether anything is."""
         new: dict[int, list[Any]] = {}
         for one in settled:
             row: list[Any] = [one.item.number % CHUNK_ITEMS, one.server, one.code, one.message[:300], dict(one.result)]
             if any(row[1:]):
                 new[row[0]] = row
-        if not new:
-            return [], False
         blob = _ask_raw(self._redis, "HGET", _key(batch.id, f":results:{which}"), chunk)
         rows: dict[int, list[Any]] = {row[0]: row for row in _rows(cast(bytes | None, blob))}
         for place, row in new.items():  # whoever says nothing of it does not take back what an attempt has written
             row[4] = row[4] or rows.get(place, row)[4]
-        return [*{**rows, **new}.values()], True
+        return {**rows, **new}, bool(new)
 
     def _read(self, batch: Batch, chunks: Iterable[int], passes: Sequence[Pass]) -> Iterator[dict[Pass, list[Settled]]]:
         """By pass, the items of each of the ``chunks``; all read in one go."""
@@ -719,7 +776,7 @@ class Batches:
             args: list[Any] = [which, chunk]
             for one in self.items(batch, chunk, which):
                 if one.status in opened:
-                    args += [one.item.number, LETTERS[one.status], _count_field(which, one)]
+                    args += _counted(which, one)
             parts = (f":outcomes:{which}", f":ended:{which}")
             self._reopen(keys=[_key(batch.id), *(_key(batch.id, part) for part in parts)], args=args)
             chunks += 1
@@ -732,7 +789,7 @@ class Batches:
             args: list[Any] = ["apply", chunk]
             lost = [row for row in self.chunk_rows(batch, chunk, ["apply", "verify"]) if is_missing(row)]
             for row in lost:
-                args += [row.item.number, LETTERS[row.settled.status], _count_field("apply", row.settled)]
+                args += _counted("apply", row.settled)
             places = {row.item.number % CHUNK_ITEMS for row in lost}
             results, parts = _key(batch.id, ":results:apply"), (":outcomes:apply", ":ended:apply")
             blob = _ask_raw(self._redis, "HGET", results, chunk)
@@ -748,8 +805,9 @@ class Batches:
         """A pass begins again from nothing."""
         fields = [f"{which}:finished", f"{which}:bytes"]
         fields += [
-            f"n:{which}:{server or _NO_SERVER}:{status}"
-            for server, counts in batch.of(which).counts.items()
+            f"{letter}:{which}:{server or _NO_SERVER}:{status}"
+            for letter, by_server in (("n", batch.of(which).counts), ("m", batch.of(which).further))
+            for server, counts in by_server.items()
             for status in counts
         ]
         with self._redis.pipeline() as pipe:
@@ -961,19 +1019,34 @@ def _carried(one: Settled) -> int:
     return int(one.result.get("size_bytes") or one.item.size_bytes or 0)
 
 
-def _count_field(which: Pass, one: Settled) -> str:
-    return f"n:{which}:{one.server_name or _NO_SERVER}:{one.status}"
+def _counted(which: Pass, one: Settled) -> list[Any]:
+    """What the scripts need to count an item: once among all, and once more for each further server."""
+    number, own = one.item.number, one.server_name
+    args: list[Any] = [number, LETTERS[one.status], f"n:{which}:{own or _NO_SERVER}:{one.status}"]
+    for name, status in one.outcomes.items():
+        if name != own:
+            args += [number, "", f"m:{which}:{name}:{status}"]
+    return args
+
+
+def _as_stored(one: Settled, rows: Mapping[int, Sequence[Any]]) -> Settled:
+    """The outcome as a later reader finds it, who has to come to the same counts."""
+    row = rows.get(one.item.number % CHUNK_ITEMS)
+    return one if row is None else replace(one, server=row[1], result=row[4])
 
 
 def _batch(batch_id: str, fields: Mapping[str, str]) -> Batch:
     planned: dict[str, int] = {}
     counts: dict[str, dict[str, dict[str, int]]] = {which: {} for which in PASSES}
+    further: dict[str, dict[str, dict[str, int]]] = {which: {} for which in PASSES}
     for name, count in fields.items():
         match name.split(":"):
             case ["n", "plan", server]:
                 planned["" if server == _NO_SERVER else server] = int(count)
             case ["n", which, server, status] if int(count):
                 counts[which].setdefault("" if server == _NO_SERVER else server, {})[status] = int(count)
+            case ["m", which, server, status] if int(count) > 0:
+                further[which].setdefault(server, {})[status] = int(count)
     return Batch(
         id=batch_id,
         state=cast(State, fields["state"]),
@@ -993,7 +1066,7 @@ def _batch(batch_id: str, fields: Mapping[str, str]) -> Batch:
         current=cast(Pass | None, fields.get("pass")),
         planned=planned,
         passes={
-            which: _pass_state(fields, which, counts[which])
+            which: replace(_pass_state(fields, which, counts[which]), further=further[which])
             for which in PASSES
             if f"{which}:begun_by" in fields or counts[which]
         },

@@ -554,7 +554,11 @@ class StudiesPayload(Payload):
 
 
 class BatchServer(BaseModel):
-    """What became of the items of one server. ``remaining`` is how many studies it lists after the batch."""
+    """What became of the items on one server, in all passes but the survey.
+
+    An item that several servers were asked for counts for each of them, so the rows can add up to more than the items.
+    ``planned``: the items for which the plan names the server. ``remaining``: how many studies it lists afterwards.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -571,6 +575,12 @@ class BatchServer(BaseModel):
     not_there: int = 0
     refused: int = 0
     failed: int = 0
+    verified: int = 0
+    differs: int = 0
+    missing: int = 0
+    unverified: int = 0
+    undone: int = 0
+    kept: int = 0
     remaining: int | None = None
 
 

@@ -18,7 +18,20 @@ from typing import Any, Literal, Protocol
 import redis
 
 from worker.batch_ends import end_payload
-from worker.batches import ACTIVE, DONE_AGAIN, NOT_DONE, Batch, Batches, Item, Pass, Row, Settled, State, chunk_job
+from worker.batches import (
+    ACTIVE,
+    DONE_AGAIN,
+    NOT_DONE,
+    NOWHERE,
+    Batch,
+    Batches,
+    Item,
+    Pass,
+    Row,
+    Settled,
+    State,
+    chunk_job,
+)
 from worker.errors import Cancelled, CourierError, InvalidRequest, NotFound, Refused
 from worker.jobs.confirmations import check_may_begin
 from worker.jobs.run import NotYet, Run
@@ -454,8 +467,11 @@ def bury_lost_chunks(batch: Batch, which: Pass, run: Run, tools: Tools, kind: Ki
         desk = Desk(batch, run, tools, notes=Notes.of(json.loads(record.get("memo") or "{}"), pace={}))
         left = {one.item: one for one in left_open(kind, which, items, desk)}
         code = record.get("code", "")
+        unplaced = unplaced_at(batch, which)
         failed = [
-            replace(left.get(item) or Settled(item, "failed"), status="failed", code=code, message=message)
+            replace(
+                left.get(item) or Settled(item, "failed", server=unplaced), status="failed", code=code, message=message
+            )
             for item in items
         ]
         settle(batch, which, chunk, failed, run=run)
@@ -463,6 +479,11 @@ def bury_lost_chunks(batch: Batch, which: Pass, run: Run, tools: Tools, kind: Ki
         ended = True
     if ended:
         tools.wake(batches.fill(batch, which))
+
+
+def unplaced_at(batch: Batch, which: Pass) -> str:
+    """Where an item is counted that ended without a server being named: a file that came to none is at none."""
+    return NOWHERE if batch.kind == "upload" and which == "apply" else ""
 
 
 def left_open(kind: Kind, which: Pass, items: Sequence[Item], desk: Desk) -> list[Settled]:

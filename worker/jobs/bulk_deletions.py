@@ -298,10 +298,15 @@ def _verified(item: Item, desk: Desk) -> Settled:
     names = list(known.result.get("servers", {})) or [known.server_name]
     if names == [""]:  # it was nowhere
         names = [pacs.server.name for pacs in _servers(item, desk)]
-    again = [name for name in names if desk.tools.fleet[name].find("study", item.text)]
+    there: dict[str, ItemStatus] = {
+        name: "differs" if desk.tools.fleet[name].find("study", item.text) else "verified" for name in names
+    }
+    result = {"servers": there} if len(there) > 1 else {}
+    again = [name for name, status in there.items() if status == "differs"]
     if again:
-        return Settled(item, "differs", server=again[0], message=f"{again[0]} has the study (again).")
-    return Settled(item, "verified", server=names[0])
+        sentence = f"{' and '.join(again)} {'has' if len(again) == 1 else 'have'} the study (again)."
+        return Settled(item, "differs", server=again[0], message=sentence, result=result)
+    return Settled(item, "verified", server=names[0], result=result)
 
 
 def _check_not_elsewhere(item: Item, desk: Desk) -> None:

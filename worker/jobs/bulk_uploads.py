@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from worker.batches import CHUNK_ITEMS, Batch, Item, ItemStatus, Pass, Row, Settled, is_to_undo
+from worker.batches import CHUNK_ITEMS, NOWHERE, Batch, Item, ItemStatus, Pass, Row, Settled, is_to_undo
 from worker.errors import (
     CourierError,
     ImageAlreadyExists,
@@ -158,7 +158,7 @@ class ImageUploads:
         if source is None:
             raise InvalidRequest("A batch of uploads needs items, or a source that lists them.")
         for page in desk.tools.sources.pages(source):
-            yield [Planned(one.url, server, one.size_bytes, one.why_not) for one in page]
+            yield [Planned(one.url, "" if one.why_not else server, one.size_bytes, one.why_not) for one in page]
 
     def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Result]:  # noqa: ARG002
         """What an earlier attempt may have done is in its own notes, with where and what."""
@@ -625,10 +625,10 @@ def _stored(item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> Settled
 
 
 def _judged(item: Item, error: CourierError, server: str = "") -> Settled | CourierError:
-    """What an error makes of an item; what time may cure leaves it open."""
+    """What an error makes of an item; what time may cure leaves it open. A file that came to no server is at none."""
     if isinstance(error, TryAgain):
         return error
-    server = error.server_name or server
+    server = error.server_name or server or NOWHERE
     if isinstance(error, ImageAlreadyExists):
         told = ("study_uid", "series_uid", "image_uid", "sha256", "same_bytes")
         result = {name: error.details[name] for name in told if error.details[name] is not None}

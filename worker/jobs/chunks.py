@@ -11,7 +11,20 @@ from typing import Any, cast
 
 from worker.batches import STATE_OF, Batch, Batches, Item, Pass, Row, Settled
 from worker.errors import CourierError, InvalidRequest, NeedsPerson, Refused, first_to_wait_for, is_resting
-from worker.jobs.batches import TURN_S, Answer, Desk, Kind, Notes, Spent, current, left_open, settle, slot, to_do
+from worker.jobs.batches import (
+    TURN_S,
+    Answer,
+    Desk,
+    Kind,
+    Notes,
+    Spent,
+    current,
+    left_open,
+    settle,
+    slot,
+    to_do,
+    unplaced_at,
+)
 from worker.jobs.pace import Pace, metered_fleet
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
@@ -146,7 +159,8 @@ class _Attempt:
         tools = replace(self.tools, fleet=metered_fleet(self.tools.fleet, spent))
         desk = Desk(self.batch, self.run, tools, rows=self.rows, down=self.left.down, spent=spent, notes=self.notes)
         answers = _answers(self.kind, self.job.which, group, desk, resumed)
-        settled = [one for one in map(_settled, group, answers) if one]
+        unplaced = unplaced_at(self.batch, self.job.which)
+        settled = [one for one in (_settled(*pair, unplaced) for pair in zip(group, answers, strict=True)) if one]
         settle(self.batch, self.job.which, self.job.chunk, settled, run=self.run)
         self.pace.account(settled, spent)
         self.notes.begun -= {one.item.number for one in settled if one.status != "open"}
@@ -182,8 +196,9 @@ class _Attempt:
         gone = {item.number: name for item in items if (name := self._unknown_server(item)) is not None}
         why = "No server is called {} any more; put it back into the settings, then {} the batch."
         wish = "retry" if self.job.which in ("survey", "apply") else self.job.which
+        unplaced = unplaced_at(self.batch, self.job.which)
         failed = [
-            Settled(item, "failed", InvalidRequest.code, why.format(name, wish), server=name)
+            Settled(item, "failed", InvalidRequest.code, why.format(name, wish), server=unplaced or name)
             for item in items
             if (name := gone.get(item.number))
         ]
@@ -205,10 +220,10 @@ def _answers(kind: Kind, which: Pass, group: Sequence[Item], desk: Desk, resumed
         return [error] * len(group)
 
 
-def _settled(item: Item, answer: Answer) -> Settled | None:
+def _settled(item: Item, answer: Answer, unplaced: str) -> Settled | None:
     if isinstance(answer, Refused | NeedsPerson):
         status = "refused" if isinstance(answer, Refused) else "failed"
-        server = answer.server_name or ""
+        server = answer.server_name or unplaced
         return Settled(item, cast(Any, status), answer.payload["code"], answer.message, server=server)
     return answer if isinstance(answer, Settled) else None
 
@@ -232,8 +247,9 @@ def _note_what_is_left(group: Sequence[Item], answers: Sequence[Answer], left: _
 def _give_up(batch: Batch, job: BatchChunkJob, items: Sequence[Item], left: _Left, run: Run) -> None:
     """The last attempt: what its servers did not do has failed."""
     errors = [(item, cast(CourierError, left.error_of(item))) for item in items]
+    unplaced = unplaced_at(batch, job.which)
     failed = [
-        Settled(item, "failed", error.payload["code"], error.message, server=error.server_name or "")
+        Settled(item, "failed", error.payload["code"], error.message, server=error.server_name or unplaced)
         for item, error in errors
     ]
     settle(batch, job.which, job.chunk, failed, run=run)

@@ -103,6 +103,6 @@ def _payload(batch: Batch, remaining: Mapping[str, int], run: Run, tools: Tools)
             )
             for one in failures
         ],
-        failures_total=sum(counts.get("failed", 0) + counts.get("refused", 0) for counts in batch.counts.values()),
+        failures_total=sum(batch.of("apply").totals.get(status, 0) for status in ("failed", "refused")),
         warnings=list(batch.warnings),
     )

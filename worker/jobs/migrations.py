@@ -286,6 +286,8 @@ def _verify(item: Item, group: _Group) -> Settled:
                 told["source_deleted"] = True
     except Refused as error:
         return _not_verified(item, error, target)
+    if told.get("source_deleted"):
+        told["servers"] = {target: "verified", group.source.server.name: "deleted"}
     not_kept = f"Bytes were not compared: {' and '.join(told['not_kept_by'])} do not keep them."
     return Settled(item, "verified", "", not_kept if told["not_kept_by"] else "", told, server=target)
 
@@ -311,6 +313,7 @@ def _undo(item: Item, group: _Group) -> Settled:
         return Settled(item, "kept", "", f"{target} has nothing of it that this batch has added.", told, server=target)
     if told["restored"]:
         group.move_claim(item, group.source)
+        told["servers"] = {target: "undone", group.source.server.name: "undone"}
     notes = [f"{target} hides what was removed, and frees it later."] if told["hidden"] else []
     if told["left"]:
         notes.append(
