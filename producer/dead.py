@@ -83,6 +83,8 @@ def letter_json(letter: DeadLetter) -> dict[str, Any]:
         "job_id": letter.job_id,
         "task": letter.task,
         "about": letter.about,
+        "server_name": letter.error.get("server_name"),
+        "server_type": letter.error.get("server_type"),
         "code": letter.code,
         "message": letter.message,
         "attempts": letter.attempts,

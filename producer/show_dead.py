@@ -14,13 +14,14 @@ from worker.ledger import DeadLetter, Note
 
 
 def dead_table(letters: Iterable[DeadLetter]) -> Table:
-    table = _table("died (UTC)", "job", "task", "about", "code", "why", "attempts", "deaths")
+    table = _table("died (UTC)", "job", "task", "about", "server", "code", "why", "attempts", "deaths")
     for letter in letters:
         table.add_row(
             at(letter.died_ms),
             letter.job_id,
             letter.task,
             escape(letter.about),
+            letter.error.get("server_name") or "–",
             escape(letter.code),
             escape(letter.message),
             str(letter.attempts),

@@ -77,7 +77,7 @@ def test_what_comes_back_is_counted_on_each_server(site: Site, tmp_path: Path) -
     study = new_uid()
     site.put("msdicom", study)
     site.put("dcm4chee", study)
-    payload(site.delete(study, keep=tmp_path.as_uri(), verify=False))
+    payload(site.delete(study, backup=tmp_path.as_uri(), verify=False))
     undone = payload(site.go_on(Conductor.undo, "undo"))
     assert undone["passes"]["undo"]["totals"] == {"undone": 1}
     assert rows(undone) == {name: {"deleted": 1, "undone": 1} for name in ("msdicom", "dcm4chee")}

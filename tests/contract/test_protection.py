@@ -113,7 +113,7 @@ def test_a_batch_that_names_a_protected_server_is_refused_before_it_is_planned(
     site.put("msdicom", study)
     site.put("dcm4chee", study)
     for servers in (["msdicom"], ["dcm4chee"], ["orthanc", "msdicom"]):
-        for more in ({}, {"keep": tmp_path.as_uri()}, {"dry_run": True}):
+        for more in ({}, {"backup": tmp_path.as_uri()}, {"dry_run": True}):
             refused(site.delete(study, servers=servers, **more))
     refused(everything(site, servers=["dcm4chee"]))
     refused(everything(site, servers=["msdicom"], permanent=False))
