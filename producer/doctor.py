@@ -1,7 +1,8 @@
 """Is everything there that a job needs, and does it work: one finding per part, each with what to do about it.
 
-Only looks; the one thing it enqueues is a question about the servers, because a worker that answers a ping may
-still carry nothing.
+It enqueues two questions: one about the servers, because a worker that answers a ping may still carry nothing, and one
+about the buckets that downloads may go to, which a worker answers with a probe that it removes at once. Otherwise it
+only looks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from producer.courier import Courier
 from producer.errors import BrokerUnavailable, CourierError, StillRunning
 from worker import listeners
 from worker.ledger import Ledger
+from worker.payloads import StatusJob
 from worker.settings import Settings, SettingsError, TelemetrySettings
 
 #: How long a worker has to carry a question to all servers.
@@ -207,6 +209,32 @@ def _workers(courier: Courier) -> Iterator[Finding]:
         return
     yield Finding("progress", "ok", f"a question was carried in {time.monotonic() - begun_s:.1f} s")
     yield from (_server(entry) for entry in payload["servers"])
+    yield from _places(courier, payload["servers"][0]["server_name"])
+
+
+def _places(courier: Courier, server: str) -> Iterator[Finding]:
+    """Whether the stores of downloads prevent that an object is overwritten, as a worker finds by a probe."""
+    try:
+        question = courier.enqueue("pacs.status", StatusJob, {"servers": [server], "places": True})
+        payload = question.result(timeout_s=CARRY_S)
+    except StillRunning:
+        found = f"the buckets for downloads were not probed within {CARRY_S:.0f} s"
+        yield Finding("places", "warning", found, "Check downloads.s3.endpoint_url.")
+        return
+    except CourierError as error:
+        yield Finding("places", "warning", str(error), "Look into the worker's log.")
+        return
+    yield from (_place(entry) for entry in payload.get("places", ()))
+
+
+def _place(entry: dict[str, Any]) -> Finding:
+    check = f"place {entry['place']}"
+    if entry["overwrites"] == "prevented":
+        return Finding(check, "ok", "its store prevents that an object is overwritten")
+    if entry["overwrites"] == "not_prevented":
+        advice = "Let no other program write there, or take a store that keeps If-None-Match (docs/jobs.md)."
+        return Finding(check, "warning", "its store does not prevent that an object is overwritten", advice)
+    return Finding(check, "warning", entry["message"], "Correct downloads.s3, or what its credential may do.")
 
 
 def _progress(ledger: Ledger, answering: set[str]) -> Iterator[Finding]:

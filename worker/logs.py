@@ -38,6 +38,7 @@ SHOWN_FIELDS = frozenset(
         "filters",
         "limit",
         "metadata",
+        "places",
         "permanent",
         "dry_run",
         "confirm",

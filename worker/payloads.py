@@ -101,6 +101,12 @@ class ServersJob(Job):
     servers: Annotated[list[str], Field(min_length=1, max_length=100)] | None = None
 
 
+class StatusJob(ServersJob):
+    """`pacs.status`. ``places`` has the buckets tried too that downloads may go to."""
+
+    places: bool = False
+
+
 #: What studies are like: values by DICOM keywords (PS3.6), the longest of which has 63 letters.
 Keyword = Annotated[str, Field(max_length=64)]
 Filters = Annotated[dict[Keyword, str], Field(max_length=50)]
@@ -451,11 +457,23 @@ class DatabaseEntry(ServerEntry):
     database: Literal["ok", "failed", "unknown"] = "unknown"
 
 
+class PlaceEntry(BaseModel):
+    """Whether the store of a bucket prevents that an object is overwritten; ``message`` says why that is unknown."""
+
+    model_config = ConfigDict(frozen=True)
+
+    place: str
+    overwrites: Literal["prevented", "not_prevented", "unknown"]
+    message: str = ""
+
+
 class StatusPayload(Payload):
     """The result of `pacs.status`: one entry per server. A server that keeps silent is an answer here."""
 
     operation: Literal["status"] = "status"
     servers: list[StatusEntry]
+    #: Of the buckets that the worker's settings name, if the job asks for them.
+    places: list[PlaceEntry] = []
 
 
 class StoragePayload(Payload):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import boto3
 import fakeredis
@@ -17,11 +17,16 @@ from sandbox.synthetic import new_uid
 from worker.destinations import Archive, Destinations, Mark
 from worker.destinations.bucket import PART_BYTES, PROBE
 from worker.errors import InvalidRequest, SourceUnreachable
+from worker.jobs.run import Run
+from worker.jobs.servers import status
+from worker.jobs.tools import Tools
 from worker.ledger import Ledger
-from worker.settings import DownloadSettings, S3Settings
+from worker.pacs.fleet import Fleet
+from worker.settings import DownloadSettings, S3Settings, Settings
+from worker.sources import Sources
 
 MARK = Mark.of("1.2.3", ["1.2.3.4"])
-SMALL, LARGE = [b"ours"], [b"x" * PART_BYTES, b"y" * PART_BYTES, b"the end"]
+SMALL, LARGE = [b"ours"], [b"x" * PART_BYTES, b"the end"]
 
 
 @pytest.fixture(autouse=True)
@@ -358,6 +363,23 @@ def test_an_answer_to_a_conditional_write_is_judged(
     with pytest.raises(kind):
         worker.archive(keeping.url("a.zip")).write(iter(chunks), MARK)
     assert keeping.uploads() == set()
+
+
+def test_a_worker_tells_of_each_bucket_of_its_settings_if_it_is_asked(keeping: Store, ignoring: Store) -> None:
+    for store, overwrites in ((keeping, "prevented"), (ignoring, "not_prevented")):
+        named = [store.bucket, "missing-bucket", "pattern-*"]
+        s3 = store.settings.s3.model_copy(update={"buckets": tuple(named)})
+        settings = Settings(downloads=DownloadSettings(s3=s3))
+        destinations = Destinations(settings.downloads, store.ledger)
+        tools = Tools(settings, store.ledger, cast(Sources, None), Fleet([]), destinations=destinations)
+        claim = store.ledger.claim("j1", task="pacs.status", job={})
+        run = Run("j1", claim.fence, 1, last=False, ledger=store.ledger)
+        assert status({}, run, tools)["places"] == []
+        there, missing = status({"places": True}, run, tools)["places"]
+        assert (there["place"], there["overwrites"]) == (store.url(""), overwrites)
+        assert (missing["place"], missing["overwrites"]) == ("s3://missing-bucket/", "unknown")
+        assert "no such bucket" in missing["message"]
+        assert store.keys() == set()
 
 
 # --- folders --------------------------------------------------------------------------------------------------------

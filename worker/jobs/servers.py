@@ -17,8 +17,10 @@ from worker.payloads import (
     DatabaseEntry,
     DatabasePayload,
     Fault,
+    PlaceEntry,
     ServersJob,
     StatusEntry,
+    StatusJob,
     StatusPayload,
     StorageEntry,
     StoragePayload,
@@ -33,7 +35,8 @@ def status(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     """Who answers, how fast, and what each server says of itself."""
     asked = _ask(message, run, tools, lambda pacs: pacs.state())
     entries = [_entry(StatusEntry, *answer, _status) for answer in asked]
-    return StatusPayload(job_id=run.job_id, servers=entries).as_json()
+    places = _places(tools) if read_job(StatusJob, message).places else []
+    return StatusPayload(job_id=run.job_id, servers=entries, places=places).as_json()
 
 
 def storage(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
@@ -48,6 +51,19 @@ def database(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, An
     asked = _ask(message, run, tools, _database_of)
     entries = [_entry(DatabaseEntry, *answer, _database) for answer in asked]
     return DatabasePayload(job_id=run.job_id, servers=entries).as_json()
+
+
+def _places(tools: Tools) -> list[PlaceEntry]:
+    """What a probe of each bucket for downloads finds, all probed at once."""
+    places, fleet = tools.destinations.places, tools.probes or tools.fleet
+    return [
+        PlaceEntry(place=place, overwrites="unknown", message=found.message)
+        if isinstance(found, CourierError)
+        else PlaceEntry(place=place, overwrites="prevented" if found else "not_prevented")
+        for place, found in zip(
+            places, fleet.gather([partial(tools.destinations.probe, place) for place in places]), strict=True
+        )
+    ]
 
 
 def _ask(

@@ -1,0 +1,62 @@
+"""What the doctor says of the buckets that downloads may go to."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from producer.courier import Courier
+from producer.doctor import Finding, _places
+from producer.errors import CourierError, PacsUnavailable, StillRunning
+
+
+class Asked:
+    """A `Courier` whose one job ends as it is told."""
+
+    def __init__(self, end: dict[str, Any] | Exception) -> None:
+        self.end = end
+        self.job: dict[str, Any] = {}
+
+    def enqueue(self, task: str, form: Any, job: dict[str, Any]) -> Asked:
+        assert task == "pacs.status"
+        self.job = form.model_validate(job).model_dump()
+        return self
+
+    def result(self, *, timeout_s: float) -> dict[str, Any]:
+        assert timeout_s
+        if isinstance(self.end, Exception):
+            raise self.end
+        return self.end
+
+
+def findings(end: dict[str, Any] | Exception) -> list[Finding]:
+    asked = Asked(end)
+    found = list(_places(cast(Courier, asked), "ward"))
+    assert (asked.job["places"], asked.job["servers"]) == (True, ["ward"])
+    return found
+
+
+def test_a_bucket_is_well_if_its_store_prevents_overwriting_and_else_the_finding_says_what_to_do() -> None:
+    entries = [
+        {"place": "s3://a/", "overwrites": "prevented", "message": ""},
+        {"place": "s3://b/", "overwrites": "not_prevented", "message": ""},
+        {"place": "s3://c/", "overwrites": "unknown", "message": "s3://c/ cannot be written: no such bucket."},
+    ]
+    well, ignoring, unknown = findings({"servers": [], "places": entries})
+    assert (well.check, well.state, well.advice) == ("place s3://a/", "ok", "")
+    assert (ignoring.check, ignoring.state) == ("place s3://b/", "warning")
+    assert "If-None-Match" in ignoring.advice
+    assert (unknown.state, unknown.found) == ("warning", entries[2]["message"])
+    assert "downloads.s3" in unknown.advice
+
+
+@pytest.mark.parametrize("end", [StillRunning("j1"), PacsUnavailable("No.")])
+def test_buckets_that_no_worker_could_probe_are_a_finding(end: CourierError) -> None:
+    (finding,) = findings(end)
+    assert (finding.check, finding.state) == ("places", "warning")
+    assert finding.advice
+
+
+def test_without_buckets_or_with_an_older_worker_there_is_no_finding() -> None:
+    assert findings({"servers": [], "places": []}) == findings({"servers": []}) == []
