@@ -16,6 +16,7 @@ from worker.instances import identify
 from worker.jobs import batches
 from worker.jobs.batches import Conductor
 from worker.jobs.bulk_deletions import StudyDeletions, delete_many
+from worker.jobs.bulk_downloads import StudyDownloads
 from worker.jobs.bulk_uploads import ImageUploads, upload_all
 from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
 from worker.jobs.chunks import chunk
@@ -30,7 +31,12 @@ from worker.pacs.registry import connect
 from worker.settings import Settings
 from worker.sources import Sources
 
-KINDS = {"migrate": StudyMigrations(), "delete": StudyDeletions(), "upload": ImageUploads()}
+KINDS = {
+    "migrate": StudyMigrations(),
+    "delete": StudyDeletions(),
+    "download": StudyDownloads(),
+    "upload": ImageUploads(),
+}
 WAIT_S = 60
 
 

@@ -35,6 +35,7 @@ from worker.errors import (
 )
 from worker.instances import Instance, Reading, identify
 from worker.jobs.batches import Conductor
+from worker.jobs.bulk_downloads import download_all
 from worker.jobs.downloads import download, to_ask
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
@@ -475,6 +476,22 @@ def test_a_study_that_a_batch_deletes_is_kept_in_s3_and_comes_back(
     assert site.on("msdicom", study) == set()
     payload(site.go_on(Conductor.undo, "undo"))
     assert (site.told("undo"), site.on("msdicom", study)) == (["undone"], uids)
+
+
+def test_what_a_batch_writes_to_a_store_that_prevents_nothing_has_the_warning(
+    batch_site: Callable[..., Site], ignoring: str, sandbox: SandboxPart
+) -> None:
+    s3 = {"buckets": ["out"], "endpoint_url": ignoring, "region": "us-east-1"}
+    site, study = batch_site(sandbox.servers(), downloads={"s3": s3}), new_uid()
+    site.put("msdicom", study)
+    message = {"items": [study], "destination": f"s3://out/{study}"}
+    payload(site.see_to_its_end("pacs.batch.download", download_all, site.batch, message))
+    (row,) = site.rows
+    assert (row.settled.status, row.settled.result["warnings"]) == ("downloaded", ["overwrite_not_prevented"])
+    site.batch = "backups"
+    payload(site.delete(study, servers=["msdicom"], backup="s3://out/kept"))
+    (row,) = site.rows
+    assert (row.settled.status, row.settled.result["warnings"]) == ("deleted", ["overwrite_not_prevented"])
 
 
 def test_the_first_bytes_of_a_file_say_whose_it_is() -> None:

@@ -21,6 +21,7 @@ from worker.errors import (
 )
 from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
 from worker.jobs.deletions import asked, forget_what_is_gone, remove
+from worker.jobs.downloads import OVERWRITE_NOT_PREVENTED
 from worker.jobs.kept import Kept, is_all_kept, keep, restore
 from worker.jobs.run import Run
 from worker.jobs.study_lists import planned_studies
@@ -196,7 +197,8 @@ def _applied(item: Item, desk: Desk, *, resumed: set[int], begun: dict[Item, Any
     servers = [desk.tools.fleet[name] for name in known]
     settled = _deleted(item, servers, desk, resumed=item.number in resumed, begun=begun)
     told = desk.known(item).result
-    return replace(settled, result={**settled.result, **{name: told[name] for name in ("kept", "elsewhere")}})
+    written_down = {name: told[name] for name in ("kept", "elsewhere", "warnings") if name in told}
+    return replace(settled, result={**settled.result, **written_down})
 
 
 def _note_begun(begun: Mapping[Item, Any], desk: Desk) -> None:
@@ -214,14 +216,18 @@ def _note_begun(begun: Mapping[Item, Any], desk: Desk) -> None:
 def _keep(item: Item, folder: str, desk: Desk) -> Settled:
     """Write a copy per server that has the study; the item stays open, to be deleted in the next attempt."""
     copies: dict[str, Any] = {}
+    warnings: list[str] = []
     for pacs in _servers(item, desk):
         kept = keep(pacs, item.text, folder, desk.run, desk.tools.destinations)
         if kept is not None:
-            copies[pacs.server.name] = asdict(kept)
+            copies[pacs.server.name] = told = asdict(kept)
+            if not told.pop("overwrites_prevented"):
+                warnings = [OVERWRITE_NOT_PREVENTED]
     if not copies:
         return Settled(item, "not_there", server=item.server)
     elsewhere = _with_study(item, desk, but=copies, silent=True)
-    return Settled(item, "open", server=next(iter(copies)), result={"kept": copies, "elsewhere": elsewhere})
+    result = {"kept": copies, "elsewhere": elsewhere, **({"warnings": warnings} if warnings else {})}
+    return Settled(item, "open", server=next(iter(copies)), result=result)
 
 
 def _with_study(item: Item, desk: Desk, *, but: Collection[str], silent: bool) -> list[str]:

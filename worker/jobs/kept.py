@@ -35,10 +35,11 @@ class Kept:
     url: str
     images: int
     images_sha256: str
+    overwrites_prevented: bool = True  # as the store promised when it was written
 
     @classmethod
     def of(cls, place: Archive, mark: Mark) -> Kept:
-        return cls(place.shown, mark.images, mark.images_sha256)
+        return cls(place.shown, mark.images, mark.images_sha256, place.overwrites_prevented)
 
 
 def keep(pacs: Pacs, study_uid: str, folder: str, run: Run, destinations: Destinations) -> Kept | None:
