@@ -19,7 +19,7 @@ import redis
 
 from producer.errors import BrokerUnavailable, InvalidRequest, NotFound
 from producer.orders import KINDS, Given, Order, Told, lines_of, of_plan_file, plan
-from producer.plans import PlanFile, PlanHeader, PlanLine
+from producer.plans import PlanFile, PlanHeader, PlanLine, version_of
 from worker.batch_ends import end_payload
 from worker.batches import DONE_AGAIN, Batch, Batches, Row, State, is_missing, is_to_undo
 from worker.ledger import Ledger
@@ -395,7 +395,7 @@ class BatchDesk:
         if not batch.frozen:
             raise NotFound(f"The plan of {batch_id} is not complete yet; ask again when it is planned.")
         order = {name: value for name, value in batch.order.items() if name not in _SAID_BY_ITEMS}
-        header = PlanHeader(kind=batch.kind, name=batch.name, batch_id=batch.id, order=order)
+        header = PlanHeader(kind=batch.kind, name=batch.name, batch_id=batch.id, order=order, version=version_of(order))
         return header, (line for row in self.rows(batch) for line in plan_lines(row))
 
     def reach(self, batch: Batch, wish: Wish) -> Mapping[tuple[str, str], int]:

@@ -21,6 +21,7 @@ from producer.inputs import Judge, Unfit
 from worker.logs import shown_text, shown_url
 
 MANIFEST, VERSION = "pacs-courier/plan", 1
+_VERSION_WITH_BACKUP = 2
 MAX_LINE_BYTES = 65_536
 _MADE = "make a new plan with --dry-run --plan FILE"
 
@@ -64,6 +65,11 @@ class Totals:
         self.counts[line.do] += 1
         if line.do == "apply":
             self.bytes += line.size_bytes or 0
+
+
+def version_of(order: object) -> int:
+    """The version of a plan. Version 0.1 refuses 2: it would overlook ``backup``, and delete without one."""
+    return _VERSION_WITH_BACKUP if isinstance(order, Mapping) and "backup" in order else VERSION
 
 
 def write(header: PlanHeader, lines: Iterable[PlanLine], out: TextIO) -> Totals:
@@ -131,7 +137,7 @@ class PlanFile:
         if manifest != MANIFEST:
             what = "a repair plan of pacs audit" if manifest == "pacs-courier/repair" else "something else"
             raise InvalidRequest(f"{self.path} is no plan of a batch but {what}; {_MADE}.")
-        if document.get("version") != VERSION:
+        if document.get("version") not in (VERSION, version_of(document.get("order"))):
             raise InvalidRequest(f"{self.path} is a plan of version {document.get('version')!r}; {_MADE}.")
         try:
             header = PlanHeader.model_validate(document)

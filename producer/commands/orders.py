@@ -318,7 +318,7 @@ def _asked_first(courier: Courier, order: Order, given: Given | None, how: _How,
         courier.batch.cancel(handle.batch_id)
         click.echo("Nothing was done.")
         return FAILED
-    handle = courier.batch.apply(handle.batch_id)
+    handle = courier.batch.apply(handle.batch_id, **_history(how.options))
     if how.options["no_wait"]:
         return _left(handle, how)
     return seen_through(courier, handle, timeout_s=how.timeout_s, as_json=how.quiet)

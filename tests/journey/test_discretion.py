@@ -44,9 +44,11 @@ def test_results_with_metadata_show_none_of_it_in_flower_and_logs(worker, image_
         with Courier(running.settings) as courier:
             assert parts.poll(lambda: named_in_flower(flower, courier), timeout_s=20, every_s=0.5)
             handles = [
-                courier.metadata("study", study),
-                courier.enqueue("pacs.list_studies", StudiesJob, {"filters": {"PatientID": PATIENT}}),
-                courier.upload(image_server.put("next.dcm", image(study, PatientID=PATIENT))),
+                courier.metadata("study", study, reason=f"{PATIENT} has moved"),
+                courier.enqueue(
+                    "pacs.list_studies", StudiesJob, {"filters": {"PatientID": PATIENT}, "requested_by": PATIENT}
+                ),
+                courier.upload(image_server.put("next.dcm", image(study, PatientID=PATIENT)), reason=PATIENT),
             ]
             results = [handle.result(timeout_s=WAIT_S) for handle in handles]
         assert all(PATIENT in str(result) for result in results), "the results themselves do hold it"

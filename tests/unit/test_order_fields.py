@@ -384,6 +384,7 @@ def test_a_plan_file_that_says_keep_is_applied_with_a_warning(sent: Sent, tmp_pa
     assert batch.order["backup"] == "s3://kept/x"
     header, _ = sent.desk.plan(batch.id)
     assert (header.order["backup"], "keep" in header.order) == ("s3://kept/x", False)
+    assert header.version == 2, "version 0.1 refuses it, for it would delete without the backup"
     both = {"keep": "s3://kept/x", "backup": "s3://kept/x"}
     with pytest.raises(InvalidRequest, match="backup"):
         sent.desk.apply(plan_file(tmp_path / "both.jsonl", order=both))
