@@ -218,8 +218,9 @@ class BatchDesk:
     ) -> Handle:
         """Copy studies from the server ``from_server`` to ``to_server``; move them with ``delete_source``.
 
-        ``source`` and ``target`` are other names of the two. ``digests``: compare the bytes of "all" images, of a
-        "sample" (one per series), or of "none".
+        ``source`` and ``target`` are other names of the two. ``digests``: compare "all" images, a "sample" (one per
+        series), or "none": by their bytes, and element by element where a server does not keep bytes.
+        ``delete_source`` takes "all" alone.
         """
         order = {
             "filters": filters,

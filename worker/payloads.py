@@ -248,7 +248,8 @@ class BatchDownloadJob(BatchStudiesJob):
 class BatchMigrateJob(BatchStudiesJob):
     """`pacs.batch.migrate`: studies from one server to another; moved, not copied, with ``delete_source``.
 
-    ``digests``: whether the bytes of all images, of one image of each series, or of none are compared at the end.
+    ``digests``: whether all images, one image of each series, or none are compared at the end: by their bytes, and
+    element by element where a server does not keep bytes. A move compares all.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"source": "from_server", "target": "to_server"}
@@ -265,6 +266,8 @@ class BatchMigrateJob(BatchStudiesJob):
             raise ValueError("from_server and to_server are the same")
         if self.delete_source and not self.verify:
             raise ValueError("delete_source needs verify: nothing is deleted that was not verified")
+        if self.delete_source and self.digests != "all":
+            raise ValueError('delete_source needs digests "all": no image is deleted that was not proven equal')
         return self
 
 

@@ -246,13 +246,15 @@ def download(studies: Sequence[str], servers: Sequence[str], destination: str, f
     type=click.Choice(["all", "sample", "none"]),
     default="all",
     show_default=True,
-    help="Compare the bytes of all images, of one per series, or of none.",
+    help="Compare all images, one per series, or none. With --delete-source: all.",
 )
 @yes_option
 @ordering
 @plain_failures
 def migrate(studies: Sequence[str], from_server: str, to_server: str, delete_source: bool, **options: Any) -> int:
     """Copy many studies from one server to another, or move them."""
+    if delete_source and options["digests"] != "all":
+        raise click.UsageError("--delete-source compares all images before it deletes any: leave --digests out.")
     how = _How(options)
     wishes = {"from_server": from_server, "to_server": to_server, "delete_source": delete_source}
     wishes["digests"] = options["digests"]

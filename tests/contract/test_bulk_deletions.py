@@ -56,13 +56,13 @@ def test_nothing_comes_back_beside_another_file_under_one_of_its_uids(keeper: Si
     assert told == {"restored": 1, "compared": "bytes"}
 
 
-def test_where_bytes_are_not_kept_the_uids_are_compared_and_the_result_says_so(site: Site, tmp_path: Path) -> None:
+def test_where_bytes_are_not_kept_the_elements_are_compared_and_the_result_says_so(site: Site, tmp_path: Path) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study)
     payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
     assert undone(site) == ["undone"]
     assert site.on("dcm4chee", study) == uids
-    assert site.rows[0].passes["undo"].result["servers"]["dcm4chee"] == {"restored": 2, "compared": "uids"}
+    assert site.rows[0].passes["undo"].result["servers"]["dcm4chee"] == {"restored": 2, "compared": "elements"}
 
 
 def test_a_study_stays_where_there_is_no_room_for_its_copy(

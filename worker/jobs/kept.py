@@ -10,20 +10,21 @@ import json
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, ClassVar, cast
 
 from worker.destinations import Archive, Destinations, Mark
 from worker.destinations.mark import CHUNK_BYTES, MANIFEST
 from worker.errors import PacsMisanswered, PacsRejected, SourceUnreachable, StudyConflict
+from worker.fingerprints import Rewrites
 from worker.jobs.batches import Desk
 from worker.jobs.downloads import archived
+from worker.jobs.equality import Compared, Side, compare
 from worker.jobs.pace import metered
-from worker.jobs.passing import digest_of
 from worker.jobs.run import Run
-from worker.jobs.transfers import Transfer, bring, digests_on, images_on
+from worker.jobs.transfers import Transfer, bring, images_on
 from worker.pacs.protocol import Found, Pacs, Retrieved
 from worker.settings import ServerSettings
 
@@ -72,7 +73,7 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
     Raises
     ------
     StudyConflict
-        The archive is gone, or is not what was kept, or the server has got another file under one of the UIDs; nothing
+        The archive is gone, or is not what was kept, or the server has got another image under one of the UIDs; nothing
         was stored.
     PacsRejected
         The server does not take some of the images back.
@@ -84,49 +85,56 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
         if Mark.of(study_uid, copy.series_of) != Mark(study_uid, kept.images, kept.images_sha256):
             raise _conflict(pacs, f"{kept.url} does not hold what was kept; nothing was stored.")
         before = images_on(pacs, study_uid)
-        _check_unchanged(pacs, study_uid, copy, before)
+        limit = desk.tools.settings.sources.max_bytes
+        _check_unchanged(pacs, study_uid, copy, before, limit)
         wanted = copy.series_of.keys() - before.keys()
         source = metered(cast(Pacs, copy), desk.spent)
         transfer = Transfer(source, pacs, study_uid, resumed=True, look=lambda _: desk.run.check_ours())
         if wanted:
             bring(transfer, wanted, on_source=copy.series_of, on_target=before)
+        _check_taken(transfer)
+        return {"restored": len(wanted), **_check_restored(pacs, study_uid, copy, transfer.stored.keys(), limit)}
+
+
+def _check_taken(transfer: Transfer) -> None:
     if transfer.refused:
         uid, outcome = next(iter(transfer.refused.items()))
-        sentence = (
-            f"{pacs.server.name} does not take {len(transfer.refused)} images back, {uid} for one: {outcome.message}"
-        )
-        raise PacsRejected(sentence, server_name=pacs.server.name, server_type=pacs.server.type)
-    return {"restored": len(wanted), **_compared(pacs, study_uid, copy.series_of, transfer.stored)}
+        name, server_type = transfer.target.server.name, transfer.target.server.type
+        sentence = f"{name} does not take {len(transfer.refused)} images back, {uid} for one: {outcome.message}"
+        raise PacsRejected(sentence, server_name=name, server_type=server_type)
 
 
-def _check_unchanged(pacs: Pacs, study_uid: str, copy: _Copy, on_server: Mapping[str, str]) -> None:
+def _check_unchanged(pacs: Pacs, study_uid: str, copy: _Copy, on_server: Mapping[str, str], limit: int) -> None:
     """What the server has of the copy, since before or by an attempt that died, has to be what was kept."""
-    both = copy.series_of.keys() & on_server.keys()
-    if not both or not pacs.keeps_bytes:
-        return
-    given = digests_on(pacs, study_uid, on_server, both)
-    for uid in sorted(both):
-        if given.get(uid) != copy.digest(uid):
-            name = pacs.server.name
-            raise _conflict(pacs, f"{name} gives back another file under {uid} than was kept; nothing was stored.")
+    found = _compare(pacs, study_uid, copy, on_server, copy.series_of.keys() & on_server.keys(), limit)
+    if found.different:
+        name, uid = pacs.server.name, found.different[0]
+        sentence = f"{name} gives back another image under {uid} than was kept ({found.why[uid]}); nothing was stored."
+        raise _conflict(pacs, sentence)
 
 
-def _compared(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], sent: Mapping[str, str]) -> dict[str, Any]:
-    """What the server shows now against what was kept: UIDs, and the bytes of what was sent where it keeps them.
+def _check_restored(pacs: Pacs, study_uid: str, copy: _Copy, sent: Collection[str], limit: int) -> dict[str, Any]:
+    """What the server shows now against what was kept: the UIDs of all, and what was sent as the server gives it back.
 
-    Those of what it had before have been compared already.
+    What it had before has been compared already.
     """
-    name = pacs.server.name
-    if missing := series_of.keys() - images_on(pacs, study_uid).keys():
+    name, on_server = pacs.server.name, images_on(pacs, study_uid)
+    if missing := copy.series_of.keys() - on_server.keys():
         sentence = f"{name} does not list {len(missing)} of the images that were brought back; it is looked at again."
         raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)
-    if not pacs.keeps_bytes:
-        return {"compared": "uids"}
-    given = digests_on(pacs, study_uid, series_of, sent.keys()) if sent else {}
-    if differing := [uid for uid, digest in sent.items() if given.get(uid) != digest]:
-        sentence = f"{name} gives back other bytes than were restored, of {differing[0]} for one."
+    found = _compare(pacs, study_uid, copy, on_server, sent, limit)
+    if found.different:
+        uid = found.different[0]
+        sentence = f"{name} gives back other images than were restored, {uid} for one ({found.why[uid]})."
         raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)
-    return {"compared": "bytes"}
+    return {"compared": "bytes" if pacs.keeps_bytes else "elements"}
+
+
+def _compare(
+    pacs: Pacs, study_uid: str, copy: _Copy, on_server: Mapping[str, str], wanted: Collection[str], limit: int
+) -> Compared:
+    kept = Side(cast(Pacs, copy), copy.series_of)
+    return compare(study_uid, kept, Side(pacs, on_server), wanted, max_spool_bytes=limit)
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,8 @@ class _Copy:
     server: ServerSettings
     archive: zipfile.ZipFile
     entries: Mapping[str, Mapping[str, Any]]
+    keeps_bytes: ClassVar = True
+    rewrites: ClassVar = Rewrites()
 
     @property
     def series_of(self) -> dict[str, str]:
@@ -148,10 +158,6 @@ class _Copy:
             for uid, entry in self.entries.items()
             if found.series_instance_uid in (None, entry["series_uid"]) and found.sop_instance_uid in (None, uid)
         )
-
-    def digest(self, image_uid: str) -> str:
-        """Of the image without its preamble, as of what servers give back."""
-        return digest_of(self._chunks(self.entries[image_uid]))
 
     def _chunks(self, entry: Mapping[str, Any]) -> Iterator[bytes]:
         digest = hashlib.sha256()

@@ -16,6 +16,7 @@ from worker.batches import CHUNK_ITEMS, NOT_DONE, Batch, Batches, Item, ItemStat
 from worker.errors import CourierError, InvalidRequest, NotFound, PacsUnavailable, Refused
 from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
 from worker.jobs.moves import (
+    Digests,
     Receipt,
     copy_study,
     delete_source,
@@ -273,14 +274,17 @@ def _apply(item: Item, group: _Group) -> Settled:
 def _verify(item: Item, group: _Group) -> Settled:
     transfer, receipt = group.transfer(item), group.receipt(item)
     wishes, target = group.desk.batch.order, group.target.server.name
-    digests = wishes.get("digests", "all")
+    moves = bool(wishes.get("delete_source"))
+    # Orders of version 0.1.0 could ask for fewer: what is deleted is compared, whatever they say.
+    digests: Digests = "all" if moves else wishes.get("digests", "all")
     try:
         if receipt.source_deleted and not images_on(group.source, item.text):
             group.move_claim(item, group.target)
             told = verify_moved(transfer, receipt, digests=digests)
         else:
-            told = verify_study(transfer, receipt, digests=digests, attempt=group.desk.run.attempt)
-            if wishes.get("delete_source"):
+            attempt = group.desk.run.attempt
+            told = verify_study(transfer, receipt, digests=digests, attempt=attempt, moves=moves)
+            if moves:
                 delete_source(transfer, receipt)
                 group.move_claim(item, group.target)
                 told["source_deleted"] = True
@@ -288,8 +292,21 @@ def _verify(item: Item, group: _Group) -> Settled:
         return _not_verified(item, error, target)
     if told.get("source_deleted"):
         told["servers"] = {target: "verified", group.source.server.name: "deleted"}
-    not_kept = f"Bytes were not compared: {' and '.join(told['not_kept_by'])} do not keep them."
-    return Settled(item, "verified", "", not_kept if told["not_kept_by"] else "", told, server=target)
+    return Settled(item, "verified", "", _how_compared(told), told, server=target)
+
+
+def _how_compared(told: Mapping[str, Any]) -> str:
+    """What a verification has not compared by bytes; empty if it has so compared all that it was to compare."""
+    if told["digests"] == "none":
+        return 'Only UIDs were compared: the order says digests "none".'
+    notes = []
+    if told["compared_elements"]:
+        rewriting = " and ".join(told["not_kept_by"])
+        notes = [f"{told['compared_elements']} images were compared element by element: {rewriting} rewrites headers."]
+    left = told["images"] - told["compared"] - told["compared_elements"]
+    if told["digests"] == "all" and left:
+        notes.append(f"Of {left} images only UIDs were compared: the source has no copy any more to compare them with.")
+    return " ".join(notes)
 
 
 def _not_verified(item: Item, error: Refused, target: str) -> Settled:
@@ -298,8 +315,11 @@ def _not_verified(item: Item, error: Refused, target: str) -> Settled:
     status: ItemStatus = "differs" if "different" in details else "missing" if "missing" in details else "failed"
     if isinstance(error, NotFound):
         status = "unverified"
-    told: dict[str, Any] = {name: found for name, found in details.items() if name != "study_uid"}
-    return Settled(item, status, error.payload["code"], error.message, told, server=target)
+    return Settled(item, status, error.payload["code"], error.message, _told_by(error), server=target)
+
+
+def _told_by(error: Refused) -> dict[str, Any]:
+    return {name: found for name, found in error.details.items() if name != "study_uid"}
 
 
 def _undo(item: Item, group: _Group) -> Settled:
@@ -308,7 +328,8 @@ def _undo(item: Item, group: _Group) -> Settled:
     try:
         told = undo_study(transfer, receipt)
     except Refused as error:
-        return Settled(item, "kept", error.payload["code"], error.message, server=error.server_name or target)
+        server = error.server_name or target
+        return Settled(item, "kept", error.payload["code"], error.message, _told_by(error), server=server)
     if not told["removed"] and not told["restored"]:
         return Settled(item, "kept", "", f"{target} has nothing of it that this batch has added.", told, server=target)
     if told["restored"]:

@@ -8,12 +8,13 @@ study's gate.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered, PacsRejected, StudyConflict
 from worker.jobs.downloads import to_ask
+from worker.jobs.equality import Compared, Side, compare
 from worker.jobs.transfers import Transfer, bare_digests_on, bring, digests_on, images_on, pending
 from worker.pacs.protection import refusal
 from worker.pacs.protocol import DeletionFate, Fate, Found, Pacs
@@ -240,8 +241,12 @@ def _check_accepted(transfer: Transfer) -> None:
 # --- verify -----------------------------------------------------------------------------------------------------
 
 
-def verify_study(transfer: Transfer, receipt: Receipt, *, digests: Digests, attempt: int = 1) -> dict[str, Any]:
+def verify_study(
+    transfer: Transfer, receipt: Receipt, *, digests: Digests, attempt: int = 1, moves: bool = False
+) -> dict[str, Any]:
     """Prove that the target has all that the source has, bringing over what the source has got meanwhile.
+
+    ``moves``: the source's copy is deleted next, so both servers are read for every image, as `delete_source` demands.
 
     Raises
     ------
@@ -273,7 +278,7 @@ def verify_study(transfer: Transfer, receipt: Receipt, *, digests: Digests, atte
         "topped_up": brought - len(lost),
         "lost": len(lost),
         "size_bytes": transfer.size_bytes,
-        **_compare(transfer, seen, receipt.parcels, digests),
+        **_compare(transfer, seen, () if moves else receipt.parcels, "all" if moves else digests),
     }
 
 
@@ -311,27 +316,48 @@ def _check_complete(transfer: Transfer, seen: Seen) -> None:
 def _compare(
     transfer: Transfer, seen: Seen, parcels: Sequence[Parcel], digests: Digests, *, source_has: bool = True
 ) -> dict[str, Any]:
-    """Compare what the target gives back with what passed, or with what the source gives for images that did not pass.
+    """Compare what the target gives back with what passed, or with what the source gives now.
 
-    What passed has been hashed on its way, so the source is asked again for nothing that this batch has brought whole.
+    What passed has been hashed on its way: where the target keeps bytes, the source is not asked again for what this
+    batch has brought whole. Without ``parcels`` both are read for all. Where a server does not keep bytes, both are
+    read and compared element by element.
     """
     source, target = transfer.source, transfer.target
     not_kept_by = [pacs.server.name for pacs in (source, target) if not pacs.keeps_bytes]
-    told = {"digests": digests, "compared": 0, "not_kept_by": not_kept_by}
+    told = {"digests": digests, "compared": 0, "compared_elements": 0, "not_kept_by": not_kept_by}
     wanted = _to_compare(seen, digests)
-    if not wanted or not target.keeps_bytes:
+    if not wanted or not (target.keeps_bytes or source_has):
         return told
-    if _is_all_one_parcel(transfer, seen, parcels, wanted):
-        return {**told, "compared": len(wanted)}
-    given = digests_on(target, transfer.study_uid, seen.on_target, wanted)
-    proven = {uid for parcel in parcels if parcel.is_among(given) for uid in parcel.uids}
-    rest = wanted - proven if source.keeps_bytes and source_has else set()
-    expected = digests_on(source, transfer.study_uid, seen.on_source, rest) if rest else {}
-    different = sorted(uid for uid in rest if expected.get(uid) is None or expected[uid] != given.get(uid))
-    different += _not_as_they_passed(given, parcels, set(given) - proven - rest)
-    if different:
-        raise _differ(transfer, different)
-    return {**told, "compared": len(proven | rest)}
+    given: dict[str, str] | None = None
+    proven: set[str] = set()
+    if target.keeps_bytes and (parcels or not source_has):
+        if _is_all_one_parcel(transfer, seen, parcels, wanted):
+            return {**told, "compared": len(wanted)}
+        given = digests_on(target, transfer.study_uid, seen.on_target, wanted)
+        proven = {uid for parcel in parcels if parcel.is_among(given) for uid in parcel.uids}
+        if not source_has and (different := _not_as_they_passed(given, parcels, set(given) - proven)):
+            raise _differ(transfer, Compared(different=different))
+    found = _prove(transfer, seen, wanted - proven, digests=given) if source_has else Compared()
+    return {**told, "compared": len(proven | found.by_bytes), "compared_elements": len(found.by_elements)}
+
+
+def _prove(
+    transfer: Transfer, seen: Seen, wanted: Collection[str], *, digests: Mapping[str, str] | None = None
+) -> Compared:
+    """Prove that both servers have the same ``wanted`` images now; what is proven is known to ``transfer``.
+
+    Raises
+    ------
+    StudyConflict
+        Some differ, or one server does not send them.
+    """
+    one, other = Side(transfer.source, seen.on_source), Side(transfer.target, seen.on_target)
+    limit = transfer.max_spool_bytes
+    found = compare(transfer.study_uid, one, other, wanted, max_spool_bytes=limit, digests=digests)
+    if found.different:
+        raise _differ(transfer, found)
+    transfer.proven |= found.same
+    return found
 
 
 def _is_all_one_parcel(transfer: Transfer, seen: Seen, parcels: Sequence[Parcel], wanted: set[str]) -> bool:
@@ -347,13 +373,18 @@ def _not_as_they_passed(given: Mapping[str, str], parcels: Sequence[Parcel], unp
     return sorted(uid for parcel in whole for uid in parcel.uids & unproven)
 
 
-def _differ(transfer: Transfer, different: Sequence[str]) -> StudyConflict:
+def _differ(transfer: Transfer, found: Compared) -> StudyConflict:
+    """``details["tags"]`` names the elements that differ, for the first of the images."""
+    first = found.different[0]
+    why = f" ({found.why[first]})" if first in found.why else ""
     sentence = (
-        f"{len(different)} images on {transfer.target.server.name} are not what {transfer.source.server.name} has, or "
-        f"had, under the same UIDs, {different[0]} for one; look at both before anything is deleted."
+        f"{len(found.different)} images on {transfer.target.server.name} are not what {transfer.source.server.name} "
+        f"has, or had, under the same UIDs, {first} for one{why}; look at both before anything is deleted."
     )
     error = transfer.error(StudyConflict, transfer.target, sentence)
-    error.payload["details"] |= {"different": list(different[:TOLD])}
+    error.payload["details"] |= {"different": found.different[:TOLD]}
+    if found.tags:
+        error.payload["details"] |= {"tags": found.tags}
     return error
 
 
@@ -371,13 +402,16 @@ def _to_compare(seen: Seen, digests: Digests) -> set[str]:
 
 
 def delete_source(transfer: Transfer, receipt: Receipt) -> None:
-    """Delete the study from the source, after `verify_study` and one more look at both.
+    """Delete the study from the source, where each of its images is proven to be the same on the target.
 
-    What has to be known to take it back is written down before anything is deleted. Doing it again ends what an attempt
-    that died has begun.
+    What `verify_study` has not proven in this attempt is proven here; then both are looked at once more. What has to be
+    known to take it back is written down before anything is deleted. Doing it again ends what an attempt that died has
+    begun.
 
     Raises
     ------
+    StudyConflict
+        Images differ although they bear the same UIDs.
     PacsMisanswered
         The source has got images meanwhile, or still lists some: it is verified again.
     InvalidRequest
@@ -388,7 +422,10 @@ def delete_source(transfer: Transfer, receipt: Receipt) -> None:
     source = transfer.source
     _check_allowed(transfer, source)
     seen = Seen.look(transfer)
-    if seen.missing:
+    if not seen.missing and (unproven := seen.on_source.keys() - transfer.proven):
+        _prove(transfer, seen, unproven)
+        seen = Seen.look(transfer)
+    if seen.missing or seen.on_source.keys() - transfer.proven:
         sentence = f"{source.server.name} got images while the study was verified; it is verified again."
         raise transfer.error(PacsMisanswered, source, sentence)
     receipt.shared |= seen.on_source.keys() - receipt.added
@@ -412,14 +449,15 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
     """Take from the target what the batch added, and nothing else; ``transfer`` leads as it did when it was brought.
 
     Where the batch has deleted the source's copy, that is brought back and compared first. Nothing is removed of which
-    the source has no copy.
+    the source has no copy that is proven to be the same.
 
     Raises
     ------
     InvalidRequest
         The settings forbid to delete on the target; nothing was brought back.
     StudyConflict
-        The source lacks images that the target would lose, or the target lacks what should go back. Nothing is removed.
+        The source lacks images that the target would lose, or has others under their UIDs; or the target lacks what
+        should go back. Nothing is removed.
     """
     _check_allowed(transfer, transfer.target)
     if receipt.removing is None and receipt.source_deleted:
@@ -432,6 +470,7 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
             f"{transfer.target.server.name}, {min(only_here)} for one. Nothing was removed."
         )
         raise transfer.error(StudyConflict, transfer.source, sentence)
+    _prove(transfer, seen, ours - transfer.proven)
     if receipt.removing is None:
         receipt.removing = frozenset(ours)
         receipt.save(receipt)
@@ -479,5 +518,5 @@ def _restore(transfer: Transfer, receipt: Receipt) -> None:
         sentence = f"{back.target.server.name} does not list {len(lacking)} of the images that were brought back to it."
         raise transfer.error(PacsMisanswered, back.target, sentence)
     returned = Seen({uid: after.on_source[uid] for uid in receipt.moved & after.on_source.keys()}, after.on_target)
-    passed = Parcel(frozenset(back.stored), digest_over(back.stored.values()))
-    _compare(back, returned, [passed] if back.stored else [], "all")
+    _prove(back, returned, set(returned.on_source))
+    transfer.proven |= back.proven

@@ -69,6 +69,8 @@ class Transfer:
     unanswered: set[str] = field(default_factory=set)
     #: What an answer left open.
     unclear: dict[str, Outcome] = field(default_factory=dict)
+    #: What both servers were read for in this attempt, and have the same of.
+    proven: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.spooled = not self.target.takes_passing
@@ -126,7 +128,7 @@ def bring(
 def digests_on(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str]) -> dict[str, str]:
     """The SHA-256 of what a server gives back for each of the ``wanted`` images, without its preamble."""
     digests: dict[str, str] = {}
-    for image in _received(pacs, study_uid, series_of, wanted):
+    for image in received(pacs, study_uid, series_of, wanted):
         for _ in image.chunks():
             pass
         digests[image.instance.sop_instance_uid] = image.sha256
@@ -152,7 +154,7 @@ def _pass(transfer: Transfer, wanted: set[str], *, known: set[str], alone: bool)
     if not wanted:
         return
     spooled = transfer.spooled
-    with closing(_received(transfer.source, transfer.study_uid, transfer.listed, wanted)) as images:
+    with closing(received(transfer.source, transfer.study_uid, transfer.listed, wanted)) as images:
         arriving = _Arriving(images, lambda uid: uid in wanted or uid not in known)
         while transfer.spooled == spooled and arriving.more():
             transfer.look(len(transfer.stored))
@@ -300,7 +302,7 @@ class _Share:
             size_bytes += image.size_bytes
 
 
-def _received(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str]) -> Generator[Incoming]:
+def received(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str]) -> Generator[Incoming]:
     """The images that a server sends when it is asked for ``wanted``, others among them.
 
     What does not belong to the study, cannot be read or ends too early is an error of the server.

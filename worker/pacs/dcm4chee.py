@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from worker.errors import InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from worker.fingerprints import Rewrites
 from worker.logs import shown_text
 from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
 from worker.pacs.protocol import (
@@ -69,10 +70,24 @@ CODES: Codes = {
     0xC499: (Fate.REJECTED, "The archive cannot read the file as DICOM."),
 }
 
+#: Oddity: "What DCM4CHEE rewrites".
+REWRITES = Rewrites(
+    added=frozenset(
+        (
+            0x00100020,  # PatientID
+            0x00100021,  # IssuerOfPatientID
+            0x00104000,  # PatientComments
+            0x04000561,  # OriginalAttributesSequence
+        )
+    ),
+    dropped=frozenset((0x7FE00003,)),  # EncapsulatedPixelDataValueTotalLength
+)
+
 
 class Dcm4chee:
     #: Oddity: "What comes back is not what was sent".
     keeps_bytes = False
+    rewrites = REWRITES
     #: HTTP_MAX_POST_SIZE of the image.
     request_bytes = 10_000_000_000
     takes_passing = True

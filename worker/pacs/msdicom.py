@@ -13,6 +13,7 @@ from typing import Any
 from pydicom.datadict import keyword_for_tag
 
 from worker.errors import InvalidRequest, PacsMisanswered
+from worker.fingerprints import Rewrites
 from worker.pacs.dicomjson import (
     ERROR_COMMENT,
     FAILED_ATTRIBUTES_SEQUENCE,
@@ -68,6 +69,7 @@ _TAG = re.compile(r"\(([0-9A-Fa-f]{4}),([0-9A-Fa-f]{4})\)", re.ASCII)
 
 class MsDicom:
     keeps_bytes = True
+    rewrites = Rewrites()
     #: Of the server itself; Azure's service takes 4 GB by now.
     request_bytes = 2_147_483_647
     takes_passing = True

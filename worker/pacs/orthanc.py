@@ -13,6 +13,7 @@ from typing import Any
 
 from pydicom.datadict import tag_for_keyword
 
+from worker.fingerprints import Rewrites
 from worker.pacs.dicomjson import values
 from worker.pacs.dicomweb import LISTED, DicomWeb, check_filters
 from worker.pacs.protocol import (
@@ -64,6 +65,7 @@ FATES: Mapping[str, tuple[Fate, str]] = {
 
 class Orthanc:
     keeps_bytes = True
+    rewrites = Rewrites()
     request_bytes = None
     takes_passing = True
 

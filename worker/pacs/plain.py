@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
+from worker.fingerprints import Rewrites
 from worker.pacs.dicomjson import WARNING_REASON, number
 from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
 from worker.pacs.protocol import (
@@ -50,6 +51,8 @@ WARNINGS = {
 class PlainDicomWeb:
     #: Unknown, so never relied upon.
     keeps_bytes = False
+    #: As unknown. Oddity: "What a plain DICOMweb server rewrites".
+    rewrites = Rewrites()
     request_bytes = None
     #: As unknown: a proxy in front may want to know how much will come.
     takes_passing = False

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import BinaryIO, Protocol
 
+from worker.fingerprints import Rewrites
 from worker.instances import Instance
 from worker.payloads import Dataset, Level
 from worker.settings import ServerSettings
@@ -147,6 +148,15 @@ class Pacs(Protocol):
     @property
     def keeps_bytes(self) -> bool:
         """Whether a retrieved instance is byte for byte what was stored (transfer-syntax=*)."""
+        ...
+
+    @property
+    def rewrites(self) -> Rewrites:
+        """What is documented of how a retrieved instance differs from what was stored; nothing where bytes are kept.
+
+        An element that is not named here SHALL count as the image's own: where it differs, the images differ. Each
+        dialect's list stands in docs/pacs-oddities.md as well.
+        """
         ...
 
     @property

@@ -1,0 +1,142 @@
+"""Whether two servers have the same images: by their bytes, and where bytes are not kept, element by element.
+
+What an element says is in ``fingerprints``; which elements a product rewrites, its dialect says. What follows from a
+difference is the affair of the caller; nothing is written or deleted here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import BinaryIO, TypeVar
+
+from worker.errors import NotDicom
+from worker.fingerprints import Fingerprint, Table, differing, equal, fingerprint, table
+from worker.jobs.transfers import SPOOL_TIMEOUT_S, digests_on, received
+from worker.pacs.protocol import Pacs
+from worker.sources.spool import Limits, spool
+
+#: Of so many images that differ, the elements are named; each of them is read once more for that.
+NAMED = 3
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One server's copy of a study: its images, each with its series."""
+
+    pacs: Pacs
+    series_of: Mapping[str, str]
+
+
+@dataclass
+class Compared:
+    """What came of a comparison.
+
+    Of the first of the images that differ, ``tags`` names the elements that do, without values; ``why`` says it in
+    words.
+    """
+
+    by_bytes: set[str] = field(default_factory=set)
+    by_elements: set[str] = field(default_factory=set)
+    different: list[str] = field(default_factory=list)
+    tags: dict[str, list[str]] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def same(self) -> set[str]:
+        return self.by_bytes | self.by_elements
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two copies of one study. An image of which one server sends nothing is not the same on both."""
+
+    study_uid: str
+    one: Side
+    other: Side
+    max_spool_bytes: int
+
+    @property
+    def both_keep_bytes(self) -> bool:
+        return self.one.pacs.keeps_bytes and self.other.pacs.keeps_bytes
+
+    @property
+    def apart(self) -> frozenset[int]:
+        return self.one.pacs.rewrites.tags | self.other.pacs.rewrites.tags
+
+    def read(
+        self, side: Side, wanted: Collection[str], reader: Callable[[BinaryIO, str], T]
+    ) -> Iterator[tuple[str, str, T | None]]:
+        """UID, digest and what ``reader`` makes of each image; None, if its elements cannot be read."""
+        for image in received(side.pacs, self.study_uid, side.series_of, wanted):
+            uid = image.instance.sop_instance_uid
+            if uid not in wanted:
+                continue
+            limits = Limits(self.max_spool_bytes, time.monotonic() + SPOOL_TIMEOUT_S, SPOOL_TIMEOUT_S)
+            name = f"An image of {side.pacs.server.name}"
+            with spool(image.chunks(), source=name, limits=limits) as fetched, fetched.open() as stream:
+                try:
+                    yield uid, image.sha256, reader(stream, image.instance.transfer_syntax_uid)
+                except NotDicom:
+                    yield uid, image.sha256, None
+
+
+def compare(
+    study_uid: str,
+    one: Side,
+    other: Side,
+    wanted: Collection[str],
+    *,
+    max_spool_bytes: int,
+    digests: Mapping[str, str] | None = None,
+) -> Compared:
+    """Compare the ``wanted`` images of a study. ``digests``: of the ``other`` side's, if they were just read."""
+    pair = _Pair(study_uid, one, other, max_spool_bytes)
+    found, rest = Compared(), set(wanted)
+    if rest and other.pacs.keeps_bytes:
+        given = digests if digests is not None else digests_on(other.pacs, study_uid, other.series_of, rest)
+        expected = digests_on(one.pacs, study_uid, one.series_of, rest)
+        found.by_bytes = {uid for uid in rest if uid in expected and expected[uid] == given.get(uid)}
+        rest -= found.by_bytes
+    if rest and not pair.both_keep_bytes:
+        _by_elements(pair, rest, found)
+        rest -= found.same
+    found.different = sorted(rest)
+    for uid in found.different[:NAMED]:
+        found.tags[uid], found.why[uid] = _tags(pair, uid)
+    return found
+
+
+def _by_elements(pair: _Pair, wanted: Collection[str], found: Compared) -> None:
+    def reader(stream: BinaryIO, transfer_syntax_uid: str) -> Fingerprint:
+        return fingerprint(stream, transfer_syntax_uid, apart=pair.apart)
+
+    rewrites = (pair.one.pacs.rewrites, pair.other.pacs.rewrites)
+    expected = {uid: (sha256, ours) for uid, sha256, ours in pair.read(pair.one, wanted, reader)}
+    for uid, sha256, theirs in pair.read(pair.other, wanted, reader):
+        digest, ours = expected.get(uid, ("", None))
+        if sha256 == digest:
+            found.by_bytes.add(uid)
+        elif ours is not None and theirs is not None and equal(ours, theirs, rewrites=rewrites):
+            found.by_elements.add(uid)
+
+
+def _tags(pair: _Pair, uid: str) -> tuple[list[str], str]:
+    """Which elements of the image differ, and that in words."""
+
+    def reader(stream: BinaryIO, transfer_syntax_uid: str) -> Table:
+        return table(stream, transfer_syntax_uid, apart=pair.apart)
+
+    tables: list[Table] = []
+    for side in (pair.one, pair.other):
+        sent = [read for *_, read in pair.read(side, {uid}, reader)]
+        if not sent:
+            return [], f"which {side.pacs.server.name} does not send"
+        if sent[0] is None:
+            return [], f"which cannot be read to its end as {side.pacs.server.name} sends it"
+        tables.append(sent[0])
+    tags = differing(tables[0], tables[1], rewrites=(pair.one.pacs.rewrites, pair.other.pacs.rewrites))
+    return tags, f"in {', '.join(tags)}" if tags else "in how its elements are encoded"
