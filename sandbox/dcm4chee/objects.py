@@ -92,6 +92,7 @@ def has_pixels(header: Header) -> bool:
 # -- on the way out -------------------------------------------------------------------------------------------------
 
 _ENCAPSULATED_LENGTH = 0x7FE00003
+_PATIENT_ID = "00100020"
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,11 @@ class Outgoing:
 def as_stored(path: Path, over: Attributes) -> Outgoing:
     """The object with ``over`` laid over it, its pixels untouched and never in memory.
 
-    What the database says of patient, study and series wins over what the object says. Raises `Unreadable`.
+    What the database says of patient, study and series wins over what the object says. The archive writes every object
+    anew: file meta information of its own, and no group lengths (pydicom leaves them out). Raises `Unreadable`.
     """
     header = read_header(path)
     changed = _changed(header, over)
-    if not changed and _ENCAPSULATED_LENGTH not in header.dataset:
-        return Outgoing(header.transfer_syntax_uid, b"", 0)
     if header.transfer_syntax_uid == DEFLATED:
         ds = dcmread(path)
         _overlay(ds, changed)
@@ -145,12 +145,27 @@ def _overlay(ds: FileDataset, changed: Attributes) -> None:
         ds.decode()
         ds.SpecificCharacterSet = "ISO_IR 192"
     ds.update(Dataset.from_json(dict(changed)))
+    if _PATIENT_ID in changed:
+        _note_made_up_patient(ds)
+
+
+def _note_made_up_patient(ds: FileDataset) -> None:
+    """The trail of a Patient ID that the object did not have (PS3.3 C.12.1.1.9)."""
+    before = Dataset()
+    before.PatientID = ""
+    item = Dataset()
+    item.ModifiedAttributesSequence = [before]
+    item.AttributeModificationDateTime = "20260101120000"
+    item.ModifyingSystem, item.SourceOfPreviousValues = "dcm4chee-arc", ""
+    item.ReasonForTheAttributeModification = "COERCE"
+    ds.OriginalAttributesSequence = [*ds.get("OriginalAttributesSequence", ()), item]
 
 
 def written(ds: Dataset, transfer_syntax_uid: str) -> bytes:
     """The dataset as a DICOM file."""
     meta = getattr(ds, "file_meta", None) or FileMetaDataset()
     meta.TransferSyntaxUID = UID(transfer_syntax_uid)
+    meta.ImplementationClassUID, meta.ImplementationVersionName = UID("1.2.40.0.13.1.3"), "dcm4che-5.35.1"
     ds.file_meta = meta
     buffer = io.BytesIO()
     dcmwrite(buffer, ds, enforce_file_format=True)

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,28 @@ def test_where_bytes_are_not_kept_the_elements_are_compared_and_the_result_says_
     assert undone(site) == ["undone"]
     assert site.on("dcm4chee", study) == uids
     assert site.rows[0].passes["undo"].result["servers"]["dcm4chee"] == {"restored": 2, "compared": "elements"}
+
+
+@pytest.mark.parametrize(
+    ("now", "name"),
+    [
+        ({"seed": 2}, "PixelData (7FE0,0010)"),
+        ({"seed": 1, "ImageLaterality": "L"}, "ImageLaterality (0020,0062)"),
+        ({"seed": 1, "PatientID": "OTHER"}, "PatientID (0010,0020)"),
+    ],
+)
+def test_nothing_comes_back_beside_another_image_where_bytes_are_not_kept(
+    site: Site, tmp_path: Path, now: dict[str, Any], name: str
+) -> None:
+    study = new_uid()
+    replaced, lacking = f"{study}.1.1", f"{study}.1.2"
+    for uid in (replaced, lacking):
+        site.put_file("dcm4chee", image(study, sop=uid, side=16, seed=1))
+    payload(site.delete(study, servers=["dcm4chee"], keep=tmp_path.as_uri()))
+    site.put_file("dcm4chee", image(study, sop=replaced, side=16, **now))
+    assert undone(site) == ["study_conflict"]
+    assert name in site.rows[0].passes["undo"].message
+    assert site.on("dcm4chee", study) == {replaced}, "and nothing was stored"
 
 
 def test_a_study_stays_where_there_is_no_room_for_its_copy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from worker.jobs import transfers
 from worker.jobs.batches import Conductor
 from worker.jobs.carry import Failed, Parked
 from worker.jobs.migrations import StudyMigrations
+from worker.ledger import PREFIX
 
 
 @pytest.fixture
@@ -214,6 +216,77 @@ def test_nothing_is_deleted_that_nobody_would_verify(site: Site) -> None:
     verdict = site.order(new_uid(), delete_source=True, verify=False)
     assert isinstance(verdict, Failed)
     assert "delete_source needs verify" in verdict.error.message
+
+
+def unlike(site: Site, study: str) -> str:
+    """An image that dcm4chee had before, with another element; its UID."""
+    sop = f"{study}.7"
+    for server, laterality in (("msdicom", "R"), ("dcm4chee", "L")):
+        site.put_file(server, image(study, sop=sop, side=16, ImageLaterality=laterality))
+    return sop
+
+
+def test_a_study_of_which_the_target_had_another_image_differs_and_stays_and_the_report_names_the_element(
+    site: Site,
+) -> None:
+    study, good = new_uid(), new_uid()
+    sop = unlike(site, study)
+    site.put("msdicom", good)
+    payload(site.order(study, good, delete_source=True))
+    assert (site.told(), site.told("verify")) == (["already_there", "copied"], ["study_conflict", "verified"])
+    verified = site.rows[0].passes["verify"]
+    assert (verified.status, verified.result["different"]) == ("differs", [sop])
+    assert verified.result["tags"] == {sop: ["ImageLaterality (0020,0062)"]}
+    assert "ImageLaterality (0020,0062)" in verified.message
+    assert [site.on("msdicom", one) for one in (study, good)] == [{sop}, set()]
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert [row.passes["undo"].status for row in site.rows] == ["kept", "undone"]
+    assert site.on("dcm4chee", study) == {sop}
+
+
+def test_an_image_with_too_little_said_about_it_is_told_to_be_compared_by_its_uid(site: Site) -> None:
+    study = new_uid()
+    unlike(site, study)
+    payload(site.order(study, digests="none"))
+    verified = site.rows[0].passes["verify"]
+    assert (verified.status, verified.result["compared_elements"]) == ("verified", 0)
+    assert verified.message == 'Only UIDs were compared: the order says digests "none".'
+
+
+def test_a_move_that_was_looked_at_again_says_that_it_has_nothing_to_compare_with(site: Site) -> None:
+    study = new_uid()
+    site.put("msdicom", study)
+    payload(site.order(study, delete_source=True))
+    assert "2 images were compared element by element" in site.rows[0].passes["verify"].message
+    payload(site.go_on(Conductor.verify, "verify"))
+    assert "Of 2 images only UIDs were compared" in site.rows[0].passes["verify"].message
+
+
+@pytest.mark.parametrize("digests", ["sample", "none"])
+def test_nothing_is_deleted_that_nobody_has_compared(site: Site, digests: str) -> None:
+    verdict = site.order(new_uid(), delete_source=True, digests=digests)
+    assert isinstance(verdict, Failed)
+    assert verdict.error.payload["code"] == "invalid_request"
+    assert 'delete_source needs digests "all"' in verdict.error.message
+
+
+@pytest.mark.parametrize("digests", ["sample", "none"])
+@pytest.mark.parametrize("wish", ["apply", "retry", "verify"])
+def test_an_order_of_0_1_0_that_compares_less_compares_all_before_it_deletes(
+    site: Site, digests: str, wish: str
+) -> None:
+    study = new_uid()
+    uids = {unlike(site, study), *site.put("msdicom", study)}
+    payload(site.order(study, dry_run=wish == "apply"))
+    key = f"{PREFIX}batch:{site.batch}"
+    order = json.loads(site.ledger.client.hget(key, "order"))
+    order |= {"delete_source": True, "digests": digests, "dry_run": False}
+    site.ledger.client.hset(key, "order", json.dumps(order))
+    if wish == "retry":
+        site.ledger.client.hset(key, "state", "cancelled")
+    site.go_on(getattr(Conductor, wish), wish)
+    assert site.rows[0].passes["verify"].status == "differs"
+    assert site.on("msdicom", study) == uids
 
 
 def test_all_that_match_a_filter_are_listed_and_brought(site: Site) -> None:

@@ -1224,7 +1224,29 @@ def test_what_is_retrieved_is_not_the_file_that_was_sent_but_bears_its_pixels(ar
     assert ds.PixelData == original.PixelData
     assert str(ds.PatientName) == "Äöü^Çelik"
     ((_kind, content),) = received(archive.get(f"/studies/{study}", AS_STORED, "AS_RECEIVED"))
-    assert content == sent
+    ds = pydicom.dcmread(io.BytesIO(content))
+    assert ds == original
+    assert ds.file_meta != original.file_meta, "even as it was received, its meta information is the archive's own"
+
+
+def test_a_patient_id_that_is_made_up_leaves_a_trail_in_the_object(archive: Archive) -> None:
+    study = new_uid()
+    archive.stow(image(study, PatientID=""))
+    ((_kind, content),) = received(archive.get(f"/studies/{study}", AS_STORED))
+    ds = pydicom.dcmread(io.BytesIO(content))
+    assert (ds.PatientID[:2], ds.IssuerOfPatientID) == ("P-", "DCM4CHEE")
+    (change,) = ds.OriginalAttributesSequence
+    assert (change.ReasonForTheAttributeModification, change.ModifiedAttributesSequence[0].PatientID) == ("COERCE", "")
+
+
+def test_group_lengths_are_not_given_back(archive: Archive) -> None:
+    study = new_uid()
+    sent = image(study)
+    at = sent.index(b"\x20\x00\x0d\x00UI")
+    archive.stow(sent[:at] + b"\x20\x00\x00\x00UL\x04\x00\x10\x00\x00\x00" + sent[at:])
+    ((_kind, content),) = received(archive.get(f"/studies/{study}", AS_STORED, "AS_RECEIVED"))
+    assert b"\x20\x00\x00\x00UL" not in content
+    assert pydicom.dcmread(io.BytesIO(content)) == pydicom.dcmread(io.BytesIO(sent))
 
 
 @pytest.mark.parametrize(

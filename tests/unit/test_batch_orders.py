@@ -11,7 +11,7 @@ import pytest
 from producer.batches import BatchDesk, plan_lines
 from producer.errors import InvalidRequest
 from producer.orders import Given, Order
-from producer.plans import write
+from producer.plans import PlanHeader, PlanLine, write
 from worker.batches import Batches, Item, Row, Settled
 from worker.ledger import Ledger
 
@@ -66,6 +66,23 @@ def test_files_lists_and_single_urls_are_told_apart(one: Desk, tmp_path: Path) -
     one = Desk()
     one.desk.upload(URLS[0])
     assert planned(one) == URLS[:1]
+
+
+@pytest.mark.parametrize("digests", ["sample", "none"])
+def test_a_move_that_would_not_compare_all_is_refused_before_its_items_are_read(
+    one: Desk, tmp_path: Path, digests: str
+) -> None:
+    unread = iter(URLS)
+    with pytest.raises(InvalidRequest, match='delete_source needs digests "all"'):
+        one.desk.migrate(unread, source="a", target="b", delete_source=True, digests=digests)
+    assert next(unread) == URLS[0]
+    plan = tmp_path / "of-0.1.0.jsonl"
+    order = {"from_server": "a", "to_server": "b", "delete_source": True, "digests": digests}
+    with plan.open("w", encoding="utf-8") as file:
+        write(PlanHeader(kind="migrate", order=order), [PlanLine(item="1.2.3")], file)
+    with pytest.raises(InvalidRequest, match='delete_source needs digests "all"'):
+        one.desk.apply(plan)
+    assert (one.sent, one.batches.list()) == ([], [])
 
 
 def test_what_only_a_worker_reaches_goes_into_the_message(one: Desk) -> None:

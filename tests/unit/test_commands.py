@@ -34,6 +34,12 @@ def test_two_conditions_on_one_keyword_are_refused_and_none_is_dropped(words: tu
     assert "StudyDate is given twice" in refused(*words)
 
 
+@pytest.mark.parametrize("digests", ["sample", "none"])
+def test_a_move_compares_all_images_and_takes_no_wish_for_less(digests: str) -> None:
+    move = ("batch", "migrate", "1.2.3", "--from", "a", "--to", "b", "--delete-source", "--yes")
+    assert "compares all images" in refused(*move, "--digests", digests)
+
+
 def test_a_plan_that_would_not_be_written_is_not_made(tmp_path: Path) -> None:
     written = tmp_path / "plan.jsonl"
     written.write_text("of yesterday", encoding="utf-8")
