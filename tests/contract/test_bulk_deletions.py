@@ -81,7 +81,7 @@ def test_nothing_comes_back_beside_another_image_where_bytes_are_not_kept(
     replaced, lacking = f"{study}.1.1", f"{study}.1.2"
     for uid in (replaced, lacking):
         site.put_file("dcm4chee", image(study, sop=uid, side=16, seed=1))
-    payload(site.delete(study, servers=["dcm4chee"], keep=tmp_path.as_uri()))
+    payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
     site.put_file("dcm4chee", image(study, sop=replaced, side=16, **now))
     assert undone(site) == ["study_conflict"]
     assert name in site.rows[0].passes["undo"].message
