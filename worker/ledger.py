@@ -17,8 +17,15 @@ Keys, all below ``courier:`` in a database of their own:
     hold:UID      hash    the job that may store (or delete) this SOP instance now; by digest: write to a destination
     gate:UID      hash    the job that is deleting this study or series: nobody begins to store into it
     storing:UID   set     the jobs that are storing into this study or series: nobody begins to delete it
-    receipt:UID   hash    proof of what we stored: server, digest, size
-    study:UID     hash    the claim: which server a new study belongs to, and which job opened it
+    receipt:UID   hash    what a job of ours stored last as this image, if a single upload ever did: job, server,
+                          digest, size, study, series; and when a job of ours deleted it (gone). It proves a push,
+                          never what a server has now
+    pushes:UID    hash    of a study, by server: at:, when a job pushed images into it last; copying:, since when a
+                          batch copies images into it; copied:, when a batch did, and how many; gone:, when it (or, with
+                          a series UID behind the server, that series) was deleted. Receipts that are older are void
+    study:UID     hash    the claim: which server a new study belongs to, which job opened it (none: no image of ours
+                          is stored under it), when it was last stored into, and each follower:JOB that was told this
+                          server and may still push
     trail:UID     list    what was decided about an image, a series or a study, the latest ones, for `pacs.trace`
     placed        hash    server → number of new studies it was given
     workers       hash    worker → what its watchdog last said of it
@@ -79,6 +86,8 @@ _NAMESPACE: Final = uuid.UUID("6f1c35f2-6a0d-4d55-9d3b-8a3f1f0a7c11")
 
 # Each script begins with this line; TIME gives seconds and microseconds.
 _NOW = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
+# What may happen twice within a millisecond and is compared, in microseconds.
+_NOW_US = "local t = redis.call('TIME'); local us = string.format('%.0f', t[1] * 1000000 + t[2])\n"
 
 # Notes ride on the scripts that decide, so a trail costs no round trip. A job's own object is what it holds; the study
 # and the series it stores into are told only of trouble, or the images of a study would fill its trail.
@@ -95,6 +104,48 @@ local function note_of_job(job, entry, keep_ms, above)
     local uid = string.match(key, '^{PREFIX}%a+:([%d.]+)$')
     if uid then note('{PREFIX}trail:' .. uid, entry, keep_ms) end
   end
+end
+"""
+
+# A claim binds as long as a job of those that follow it may still push. Of a job that waits, the memo tells whether it
+# has pushed; it asks for its server again before the next push. The record of a job that ended long ago is gone, and
+# with it the doubt. A claim that is released without any image stored under it leaves no trace in the count of studies.
+_FOLLOWERS = f"""
+local function may_have_pushed(memo)
+  return string.find(memo, '"uncertain":true', 1, true) or string.find(memo, '"stored":true', 1, true)
+end
+local function is_pushing(id)
+  local job = redis.call('HMGET', '{PREFIX}job:' .. id, 'state', 'memo')
+  if not job[1] then return false end
+  if job[1] ~= 'waiting' and job[1] ~= 'queued' then return true end
+  return may_have_pushed(job[2] or '')
+end
+local function is_followed(claim)
+  for _, field in ipairs(redis.call('HKEYS', claim)) do
+    local id = string.match(field, '^follower:(.+)$')
+    if id and is_pushing(id) then return true end
+  end
+  return false
+end
+local function drop_claim(claim)
+  local server = redis.call('HGET', claim, 'server')
+  if server and redis.call('HEXISTS', claim, 'opened_by') == 0 then
+    redis.call('HINCRBY', '{PREFIX}placed', server, -1)
+  end
+  redis.call('DEL', claim)
+end
+local function unfollow(job, id, but)
+  local left = {{}}
+  for claim in string.gmatch(redis.call('HGET', job, 'claims') or '', '%S+') do
+    if but[claim] then
+      left[#left + 1] = claim
+    elseif redis.call('HDEL', claim, 'follower:' .. id) == 1 then
+      local opened = redis.call('HEXISTS', claim, 'opened_by') == 1
+      if not opened and not is_followed(claim) then drop_claim(claim) end
+    end
+  end
+  redis.call('HDEL', job, 'claims')
+  if #left > 0 then redis.call('HSET', job, 'claims', table.concat(left, ' ')) end
 end
 """
 
@@ -267,9 +318,11 @@ return total
 """
 )
 
+# A job that ended and yet may have pushed something goes on following its claims.
 _FINISH = (
     _NOW
     + _TRAIL
+    + _FOLLOWERS
     + """
 local job, due, dead, deaths = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local state = redis.call('HGET', job, 'state')
@@ -278,7 +331,10 @@ redis.call('HSET', job, 'state', ARGV[3], 'outcome', ARGV[4], 'code', ARGV[5], '
 redis.call('HDEL', job, 'lease_ms', 'sends', 'waits', 'message')
 redis.call('ZADD', due, now + ARGV[8], ARGV[1])
 note_of_job(job, ARGV[7], ARGV[6], ARGV[5] ~= 'done')
-local held = redis.call('HMGET', job, 'hold', 'holds')
+local held = redis.call('HMGET', job, 'hold', 'holds', 'memo')
+local doubtful = ARGV[9] == '1' or (held[2] or '') ~= ''
+if ARGV[3] == 'dead' then doubtful = doubtful or may_have_pushed(held[3] or '') end
+if not doubtful then unfollow(job, ARGV[1], {}) end
 for hold in string.gmatch((held[1] or '') .. ' ' .. (held[2] or ''), '%S+') do
   if redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
 end
@@ -326,11 +382,13 @@ return 1
 _PURGE = (
     _NOW
     + _TRAIL
+    + _FOLLOWERS
     + """
 local job = KEYS[1]
 if redis.call('HGET', job, 'state') ~= 'dead' then return 0 end
 note_of_job(job, ARGV[2], ARGV[3], true)
 redis.call('HSET', job, 'state', 'done')
+unfollow(job, ARGV[1], {})
 redis.call('HDEL', job, 'job', 'memo')
 redis.call('PEXPIRE', job, ARGV[3])
 redis.call('ZREM', KEYS[2], ARGV[1])
@@ -395,8 +453,11 @@ return state
 )
 
 # KEYS: hold, job, then the gates and after them the sets of the study and the series, if the image is to be stored.
-# A job whose source gives another image than it did before gives up the image it held.
-_HOLD = """
+# A job whose source gives another image than it did before gives up the image it held. Whoever holds asks the servers
+# next: what is stored after asked_us may be missing from their answers.
+_HOLD = (
+    _NOW_US
+    + """
 local owner = redis.call('HGET', KEYS[1], 'job_id')
 if owner and owner ~= ARGV[1] then return owner end
 if redis.call('HGET', KEYS[2], 'fence') ~= ARGV[2] then return '!lost' end
@@ -417,13 +478,16 @@ for i = 3 + half, #KEYS do
   redis.call('SADD', KEYS[i], ARGV[1])
   redis.call('PEXPIRE', KEYS[i], 86400000)
 end
-if half > 0 then redis.call('HSET', KEYS[2], 'storing', table.concat(KEYS, ' ', 3 + half)) end
+if half > 0 then redis.call('HSET', KEYS[2], 'storing', table.concat(KEYS, ' ', 3 + half), 'asked_us', us) end
 return ''
 """
+)
 
 # The same for many images at once, held until they are let go; a job's record lists what it holds so. ARGV: job, fence,
 # then image, study and series of each. What is another's is left out, and nobody waits for it while holding the rest.
-_HOLD_MANY = f"""
+_HOLD_MANY = (
+    _NOW_US
+    + f"""
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return {{'!lost'}} end
 local before = redis.call('HMGET', KEYS[1], 'holds', 'storing')
 local holds, storing, mine, into, owners = {{}}, {{}}, {{}}, {{}}, {{}}
@@ -453,16 +517,23 @@ for i = 3, #ARGV, 3 do
   end
 end
 if #holds > 0 then
-  redis.call('HSET', KEYS[1], 'holds', table.concat(holds, ' '), 'storing', table.concat(storing, ' '))
+  redis.call('HSET', KEYS[1], 'holds', table.concat(holds, ' '), 'storing', table.concat(storing, ' '), 'asked_us', us)
 end
 return owners
 """
+)
 
-# ARGV: job, fence, then the images that stay held. As long as there is one, so does what it is stored into.
-_LET_GO_MANY = f"""
+# ARGV: job, fence, how many images stay held, these images, then the studies whose claims are still followed. As long
+# as an image is held, so is what it is stored into.
+_LET_GO_MANY = (
+    _FOLLOWERS
+    + f"""
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
-local keep, kept = {{}}, {{}}
-for i = 3, #ARGV do keep['{PREFIX}hold:' .. ARGV[i]] = true end
+local images = 3 + tonumber(ARGV[3])
+local keep, kept, followed = {{}}, {{}}, {{}}
+for i = 4, images do keep['{PREFIX}hold:' .. ARGV[i]] = true end
+for i = images + 1, #ARGV do followed['{PREFIX}study:' .. ARGV[i]] = true end
+unfollow(KEYS[1], ARGV[1], followed)
 for key in string.gmatch(redis.call('HGET', KEYS[1], 'holds') or '', '%S+') do
   if keep[key] then
     kept[#kept + 1] = key
@@ -474,6 +545,7 @@ if #kept > 0 then return redis.call('HSET', KEYS[1], 'holds', table.concat(kept,
 for key in string.gmatch(redis.call('HGET', KEYS[1], 'storing') or '', '%S+') do redis.call('SREM', key, ARGV[1]) end
 return redis.call('HDEL', KEYS[1], 'holds', 'storing')
 """
+)
 
 _LET_GO_HOLD = """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
@@ -502,11 +574,14 @@ end
 return redis.call('HDEL', KEYS[1], 'gates')
 """
 
-_FORGET_STUDY = """
+_FORGET_STUDY = (
+    _FOLLOWERS
+    + """
 if redis.call('SCARD', KEYS[2]) > 0 then return 0 end
-redis.call('DEL', KEYS[1])
+drop_claim(KEYS[1])
 return 1
 """
+)
 
 # Whoever decides to push an image holds it, and every server has said that it has none: a receipt from before is void.
 _INTEND = (
@@ -526,25 +601,38 @@ return 1
 """
 )
 
-# From the sixth argument on stand the servers that there are: a claim on any other binds nobody.
+# ARGV: server, job, lifetime, note, its lifetime, 1 if the job asked for that server, then the servers that there are:
+# a claim on any other binds nobody. A job that asked for its server takes over a claim if no job that follows it may
+# still push, and nothing has been stored under it since the job asked the servers, which all said that they have none.
 _CLAIM_STUDY = (
     _NOW
     + _TRAIL
+    + _FOLLOWERS
     + """
-local server = redis.call('HGET', KEYS[1], 'server')
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-local binds = #ARGV == 5
-for i = 6, #ARGV do binds = binds or ARGV[i] == server end
-if server and binds then return {server, 0} end
-if server then
-  redis.call('HDEL', KEYS[1], 'opened_by')
-  redis.call('HINCRBY', KEYS[2], server, -1)
+local claim, job = KEYS[1], KEYS[4]
+local server = redis.call('HGET', claim, 'server')
+local binds = #ARGV == 6
+for i = 7, #ARGV do binds = binds or ARGV[i] == server end
+local asked_elsewhere = ARGV[6] == '1' and server ~= ARGV[1]
+if server and binds and asked_elsewhere then
+  local stored_us = tonumber(redis.call('HGET', claim, 'stored_us') or 0)
+  local seen = stored_us < tonumber(redis.call('HGET', job, 'asked_us') or 1)
+  if is_followed(claim) or not seen then return {server, 0} end
 end
-redis.call('HSET', KEYS[1], 'server', ARGV[1], 'claimed_by', ARGV[2], 'claimed_ms', now)
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
-if ARGV[4] ~= '' then note(KEYS[3], ARGV[4], ARGV[5]) end
-return {ARGV[1], 1}
+local first = not (server and binds) or asked_elsewhere
+if first then
+  if server then redis.call('HINCRBY', KEYS[2], server, -1) end
+  if asked_elsewhere then redis.call('DEL', claim) else redis.call('HDEL', claim, 'opened_by') end
+  redis.call('HSET', claim, 'server', ARGV[1], 'claimed_by', ARGV[2], 'claimed_ms', now)
+  redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
+  if ARGV[4] ~= '' then note(KEYS[3], ARGV[4], ARGV[5]) end
+end
+redis.call('PEXPIRE', claim, ARGV[3])
+if redis.call('HSETNX', claim, 'follower:' .. ARGV[2], now) == 1 and redis.call('HEXISTS', job, 'state') == 1 then
+  local claims = redis.call('HGET', job, 'claims')
+  redis.call('HSET', job, 'claims', claims and claims .. ' ' .. claim or claim)
+end
+return {redis.call('HGET', claim, 'server'), first and 1 or 0}
 """
 )
 
@@ -563,17 +651,68 @@ return 1
 """
 )
 
+_RECEIPT = f"""
+local function write_receipt(row, keep_ms, only_anew)
+  local receipt, pushes = '{PREFIX}receipt:' .. row.image, '{PREFIX}pushes:' .. row.study
+  if redis.call('DEL', receipt) == 1 or not only_anew then
+    redis.call('HSET', receipt, 'job_id', row.job, 'server', row.server, 'sha256', row.sha256,
+      'size_bytes', row.size_bytes, 'study_uid', row.study, 'series_uid', row.series, 'stored_ms', now, 'stored_us', us)
+    redis.call('PEXPIRE', receipt, keep_ms)
+  end
+  redis.call('HSET', pushes, 'at:' .. row.server, us .. ' ' .. row.job)
+  redis.call('PEXPIRE', pushes, keep_ms)
+  local claim = '{PREFIX}study:' .. row.study
+  if redis.call('HGET', claim, 'server') ~= row.server then return false end
+  redis.call('HSETNX', claim, 'opened_by', row.job)
+  redis.call('HSET', claim, 'stored_us', us)
+  return redis.call('HGET', claim, 'opened_by') == row.job
+end
+"""
+
+# ARGV: job, server, lifetime, note, then image, study, series, digest and size of each. A single upload has a note for
+# its image. A batch has none, and renews the receipts that there are: one for each of its images would take several
+# times what it leaves otherwise, so what stands for the others is the entry of their study.
 _STORED = (
     _NOW
+    + _NOW_US
     + _TRAIL
-    + """
-redis.call('HSET', KEYS[1], 'job_id', ARGV[1], 'server', ARGV[2], 'sha256', ARGV[3], 'size_bytes', ARGV[4],
-  'stored_ms', now)
-redis.call('PEXPIRE', KEYS[1], ARGV[5])
-note(KEYS[3], ARGV[6], ARGV[5])
-if redis.call('HGET', KEYS[2], 'server') ~= ARGV[2] then return 0 end
-redis.call('HSETNX', KEYS[2], 'opened_by', ARGV[1])
-return redis.call('HGET', KEYS[2], 'opened_by') == ARGV[1] and 1 or 0
+    + _RECEIPT
+    + f"""
+local opened = false
+for i = 5, #ARGV, 5 do
+  local row = {{job = ARGV[1], server = ARGV[2], image = ARGV[i], study = ARGV[i + 1], series = ARGV[i + 2],
+    sha256 = ARGV[i + 3], size_bytes = ARGV[i + 4]}}
+  opened = write_receipt(row, ARGV[3], ARGV[4] == '') or opened
+  if ARGV[4] ~= '' then note('{PREFIX}trail:' .. row.image, ARGV[4], ARGV[3]) end
+end
+return opened and 1 or 0
+"""
+)
+
+# ARGV: study, server, job, lifetime, field, what to add. Written before images are copied, and after.
+_COPIES = (
+    _NOW_US
+    + f"""
+local pushes = '{PREFIX}pushes:' .. ARGV[1]
+redis.call('HSET', pushes, ARGV[5] .. ARGV[2], us .. ' ' .. ARGV[3] .. ARGV[6])
+redis.call('PEXPIRE', pushes, ARGV[4])
+"""
+)
+
+# ARGV: job, server, lifetime, study, series, image, the last two '' above their level. Where no job of ours has pushed
+# anything, there is nothing to void.
+_VOID = (
+    _NOW_US
+    + f"""
+if ARGV[6] ~= '' then
+  local receipt = '{PREFIX}receipt:' .. ARGV[6]
+  if redis.call('HGET', receipt, 'server') == ARGV[2] then redis.call('HSET', receipt, 'gone', us .. ' ' .. ARGV[1]) end
+  return
+end
+local pushes = '{PREFIX}pushes:' .. ARGV[4]
+if redis.call('EXISTS', pushes) == 0 then return end
+redis.call('HSET', pushes, 'gone:' .. ARGV[2] .. (ARGV[5] ~= '' and ' ' .. ARGV[5] or ''), us .. ' ' .. ARGV[1])
+redis.call('PEXPIRE', pushes, ARGV[3])
 """
 )
 
@@ -612,12 +751,48 @@ class Claim:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Proof that a job of ours stored an instance."""
+    """Proof that a job of ours stored an instance; whether it is there now, only its server can say."""
 
     job_id: str
     server: str
     sha256: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """One of many images that a job has stored."""
+
+    sop_instance_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Voided:
+    """Why a receipt holds no longer: a job of ours has ``deleted`` the image since, or a batch may have copied another
+    file to its place (``replaced``).
+    """
+
+    how: Literal["deleted", "replaced"]
+    at_ms: int
+    job_id: str
+
+
+@dataclass(frozen=True)
+class StudyCopy:
+    """A batch has copied images of a study to ``server``, by migration or out of a backup.
+
+    ``images`` is how many; None if no attempt has come to its end.
+    """
+
+    server: str
+    job_id: str
+    at_ms: int
+    images: int | None
+    voided: Voided | None
 
 
 @dataclass(frozen=True)
@@ -643,7 +818,8 @@ class Note:
 class Known:
     """What the ledger knows of one UID. ``claim`` and ``receipt`` are the records as they stand, {} without one.
 
-    ``holder`` is the job that is storing or deleting it now, ``storing`` are those that are storing into it.
+    ``holder`` is the job that is storing or deleting it now, ``storing`` are those that are storing into it. ``voided``
+    says why the receipt holds no longer, ``copies`` what batches have copied, if the UID is that of a study.
     """
 
     trail: list[Note]
@@ -651,6 +827,8 @@ class Known:
     storing: list[str]
     claim: dict[str, str]
     receipt: dict[str, str]
+    voided: Voided | None = None
+    copies: Sequence[StudyCopy] = ()
 
 
 @dataclass(frozen=True)
@@ -762,6 +940,7 @@ class Ledger:
         self._hasten = script(_HASTEN)
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
         self._rouse, self._let_go_hold = script(_ROUSE), script(_LET_GO_HOLD)
+        self._void, self._copies = script(_VOID), script(_COPIES)
 
     @classmethod
     def connect(cls, url: str, *, worker: str = "", **times: float) -> Ledger:
@@ -890,7 +1069,10 @@ class Ledger:
         task: str,
         job: Mapping[str, Any],
     ) -> None:
-        """Write the outcome, once, and let go of whatever the job held. Until it is `told`, the job stays due."""
+        """Write the outcome, once, and let go of whatever the job held. Until it is `told`, the job stays due.
+
+        A claim under which no image has been stored is released, unless the error says that an image may still arrive.
+        """
         ending = {"code": code, "task": task}
         self._end(job_id, fence, "done", outcome=outcome, ending=ending, deaths=_deaths(task, job))
 
@@ -922,7 +1104,8 @@ class Ledger:
         note = _note("ended", job_id, **ending, **_gist(outcome))
         args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, note]
         untold_ms = min(self.grace_ms, _ms(self.lease_s))
-        self._guard(self._finish(keys=keys, args=[*args, untold_ms]))
+        doubtful = "may_be_on" in outcome.get("error", {}).get("details", {})
+        self._guard(self._finish(keys=keys, args=[*args, untold_ms, int(doubtful)]))
 
     def cancel(self, job_id: str) -> str:
         """Ask for the job to end before its push; gives the state it was in, "" if it is unknown."""
@@ -1059,9 +1242,14 @@ class Ledger:
         self._guard(owners != ["!lost"])
         return [owner or None for owner in owners]
 
-    def let_go_images(self, *, job_id: str, fence: int, but: Iterable[str] = ()) -> None:
-        """Let others have the images that `hold_images` gave us, ``but`` those whose fate is not known."""
-        self._let_go_many(keys=[_job(job_id)], args=[job_id, fence, *but])
+    def let_go_images(self, *, job_id: str, fence: int, but: Iterable[str] = (), following: Iterable[str] = ()) -> None:
+        """Let others have the images that `hold_images` gave us, ``but`` those whose fate is not known.
+
+        The claims of other studies than those that the job goes on ``following`` are released, where no image has been
+        stored under them.
+        """
+        held = list(but)
+        self._let_go_many(keys=[_job(job_id)], args=[job_id, fence, len(held), *held, *following])
 
     def hold_destination(self, url_sha256: str, *, job_id: str, fence: int) -> str | None:
         """Be the one job that may write to a destination, known by a digest; otherwise the id of the job that is."""
@@ -1111,22 +1299,53 @@ class Ledger:
         self._let_go(keys=[_job(job_id)], args=[job_id, fence])
 
     def receipt(self, sop_instance_uid: str) -> Receipt | None:
+        """What a job of ours stored last as this image; None if nothing, or if the receipt is void."""
         row = self._hash(PREFIX + "receipt:" + sop_instance_uid)
-        if not row:
+        if not row or _voided(row, self._pushes(row)):
             return None
         return Receipt(row["job_id"], row["server"], row["sha256"], int(row["size_bytes"]))
 
+    def void(
+        self, server: str, study_instance_uid: str, series_uid: str | None, sop_uid: str | None, *, job_id: str
+    ) -> None:
+        """Void the receipts of all that is about to be deleted from ``server``: an image, a series or a study.
+
+        To be called before the deletion: of a receipt that is void although the deletion has failed, nothing is lost.
+        """
+        args: list[str | int] = [job_id, server, self.keep_ms, study_instance_uid, series_uid or "", sop_uid or ""]
+        self._void(args=args)
+
+    def copying(self, server: str, study_instance_uid: str, *, job_id: str) -> None:
+        """Images of the study are about to be copied to ``server``: older receipts may be of other files."""
+        self._copies(args=[study_instance_uid, server, job_id, self.keep_ms, "copying:", ""])
+
+    def copied(self, server: str, study_instance_uid: str, *, job_id: str, images: int) -> None:
+        """The receipt of a study: so many images of it have been copied to ``server``."""
+        self._copies(args=[study_instance_uid, server, job_id, self.keep_ms, "copied:", f" {images}"])
+
+    def _pushes(self, receipt: Mapping[str, str]) -> dict[str, str]:
+        study = receipt.get("study_uid")
+        return self._hash(PREFIX + "pushes:" + study) if study else {}
+
     def claim_study(
-        self, study_instance_uid: str, *, server: str, job_id: str, among: Sequence[str] = (), told: bool = True
+        self,
+        study_instance_uid: str,
+        *,
+        server: str,
+        job_id: str,
+        among: Sequence[str] = (),
+        told: bool = True,
+        asked_for: bool = False,
     ) -> StudyClaim:
         """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice.
 
-        A choice that is not ``among`` these servers, if they are given, is void. ``told`` leaves a line on the study's
-        trail.
+        A choice that is not ``among`` these servers, if they are given, is void; so is any other choice if ``server``
+        was ``asked_for`` and no job that follows the claim may still push. From now on the job follows the claim, until
+        it ends or lets go of its images. ``told`` leaves a line on the study's trail.
         """
-        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed", _trail(study_instance_uid)]
+        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed", _trail(study_instance_uid), _job(job_id)]
         note = _note("claimed", job_id, server=server) if told else ""
-        args: list[str | int] = [server, job_id, self._claim_ms, note, self.keep_ms, *among]
+        args: list[str | int] = [server, job_id, self._claim_ms, note, self.keep_ms, int(asked_for), *among]
         chosen, first = self._claim_study(keys=keys, args=args)
         return StudyClaim(str(chosen), bool(first))
 
@@ -1152,15 +1371,27 @@ class Ledger:
         self._guard(answer >= 0)
         return bool(answer)
 
-    def stored(self, sop_instance_uid: str, study_instance_uid: str, receipt: Receipt) -> bool:
+    def stored(
+        self, sop_instance_uid: str, study_instance_uid: str, receipt: Receipt, *, series_instance_uid: str = ""
+    ) -> bool:
         """Write the receipt; True if this job was the first to store anything of the study it had claimed."""
-        keys = [PREFIX + "receipt:" + sop_instance_uid, PREFIX + "study:" + study_instance_uid]
-        args: list[str | int] = [receipt.job_id, receipt.server, receipt.sha256, receipt.size_bytes, self.keep_ms]
         note = _note("stored", receipt.job_id, server=receipt.server, study_uid=study_instance_uid)
-        return bool(self._stored(keys=[*keys, _trail(sop_instance_uid)], args=[*args, note]))
+        args: list[str | int] = [receipt.job_id, receipt.server, self.keep_ms, note, sop_instance_uid]
+        args += [study_instance_uid, series_instance_uid, receipt.sha256, receipt.size_bytes]
+        return bool(self._stored(args=args))
+
+    def stored_many(self, server: str, images: Iterable[StoredImage], *, job_id: str) -> None:
+        """Write down that a batch has stored images on ``server``: for their studies, and where an image has a receipt.
+
+        Receipts of all would take several times what the batch keeps of them itself, so of a new image there is none.
+        """
+        args: list[str | int] = [job_id, server, self.keep_ms, ""]
+        for one in images:
+            args += [one.sop_instance_uid, one.study_instance_uid, one.series_instance_uid, one.sha256, one.size_bytes]
+        self._stored(args=args)
 
     def known(self, uid: str) -> Known:
-        """All that is known of an image, a series or a study, read in one go."""
+        """All that is known of an image, a series or a study."""
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.lrange(_trail(uid), 0, -1)
             pipe.hget(PREFIX + "hold:" + uid, "job_id")
@@ -1168,11 +1399,14 @@ class Ledger:
             pipe.smembers(PREFIX + "storing:" + uid)
             pipe.hgetall(PREFIX + "study:" + uid)
             pipe.hgetall(PREFIX + "receipt:" + uid)
-            trail, holder, deleter, storing, claim, receipt = pipe.execute()
-        return Known([_read_note(row) for row in trail], holder or deleter, sorted(storing), claim, receipt)
+            pipe.hgetall(PREFIX + "pushes:" + uid)
+            trail, holder, deleter, storing, claim, receipt, pushes = pipe.execute()
+        notes = [_read_note(row) for row in trail]
+        voided = _voided(receipt, self._pushes(receipt)) if receipt else None
+        return Known(notes, holder or deleter, sorted(storing), claim, receipt, voided, _copies(pushes))
 
     def forget_study(self, study_instance_uid: str) -> bool:
-        """The study is gone from every server: so is its claim, unless a job is just storing into it."""
+        """Every server has said that it does not have the study: so its claim goes, unless a job is storing into it."""
         keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "storing:" + study_instance_uid]
         return bool(self._forget_study(keys=keys))
 
@@ -1247,6 +1481,34 @@ def _read_note(row: str) -> Note:
     at_ms, _, text = row.partition(" ")
     details = json.loads(text)
     return Note(int(at_ms), details.pop("event"), details.pop("job_id"), details)
+
+
+def _voided(receipt: Mapping[str, str], pushes: Mapping[str, str]) -> Voided | None:
+    """What has happened since to the image that a receipt is of, as far as our jobs have done it."""
+    server, series = receipt["server"], receipt.get("series_uid", "")
+    deletions = [receipt.get("gone"), pushes.get(f"gone:{server}"), pushes.get(f"gone:{server} {series}")]
+    stored_us = int(receipt.get("stored_us", 0))
+    return _latest("deleted", deletions, stored_us) or _latest("replaced", [pushes.get(f"copying:{server}")], stored_us)
+
+
+def _latest(how: Literal["deleted", "replaced"], moments: Iterable[str | None], after_us: int) -> Voided | None:
+    later = [moment.split() for moment in moments if moment and int(moment.split()[0]) > after_us]
+    if not later:
+        return None
+    at_us, job_id = max(later, key=lambda moment: int(moment[0]))
+    return Voided(how, int(at_us) // 1000, job_id)
+
+
+def _copies(pushes: Mapping[str, str]) -> list[StudyCopy]:
+    copies = []
+    for field, begun in pushes.items():
+        kind, _, server = field.partition(":")
+        if kind == "copying":
+            at_us, job_id, *rest = pushes.get(f"copied:{server}", begun).split()
+            images = int(rest[0]) if rest else None
+            voided = _latest("deleted", [pushes.get(f"gone:{server}")], int(at_us))
+            copies.append(StudyCopy(server, job_id, int(at_us) // 1000, images, voided))
+    return sorted(copies, key=lambda copy: copy.at_ms)
 
 
 def _gist(outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,3 +105,13 @@ def test_a_study_stays_where_there_is_no_room_for_its_copy(
     assert "the disk is full" in site.rows[0].settled.message
     assert site.on("msdicom", study) == uids
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_study_that_is_nowhere_loses_its_claim_when_a_batch_deletes_it(site: Site) -> None:
+    study, listed = new_uid(), new_uid()
+    site.put("msdicom", listed)
+    for uid in (study, listed):
+        site.ledger.claim_study(uid, server="msdicom", job_id="U")
+    payload(site.delete(study, listed))
+    assert [row.settled.status for row in site.rows] == ["not_there", "deleted"]
+    assert [site.ledger.claimed_server(uid) for uid in (study, listed)] == [None, None]

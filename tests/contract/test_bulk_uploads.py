@@ -271,6 +271,42 @@ def test_studies_go_where_a_single_upload_would_take_them(site: Site) -> None:
     assert {one.server_name for one in healthy.settled.values()} == {"dcm4chee"}
 
 
+def test_a_study_whose_images_were_all_refused_is_free_for_the_server_that_is_asked_for(
+    site: Site, sandbox: SandboxPart
+) -> None:
+    study, ledger = new_uid(), site.tools.ledger
+    sandbox.set_mood("msdicom", "store", status=413)
+    refused = site.chunk(site.put(study))
+    refused.attempt()
+    assert (refused.told, ledger.claimed_server(study)) == (["pacs_rejected"], None)
+    asked = site.chunk(site.put(study), server="dcm4chee")
+    asked.attempt()
+    assert (asked.told, asked.settled[0].server_name) == (["stored"], "dcm4chee")
+    claim = ledger.known(study).claim
+    assert (claim["server"], claim["opened_by"]) == ("dcm4chee", asked.job_id)
+    assert ledger.placed() == {"msdicom": 0, "dcm4chee": 1}
+
+
+def test_a_study_of_which_one_image_was_stored_keeps_its_claim_whatever_else_is_refused(
+    site: Site, sandbox: SandboxPart
+) -> None:
+    study = new_uid()
+    first = site.chunk(site.put(study))
+    first.attempt()
+    sandbox.set_mood("msdicom", "store", status=413)
+    site.chunk(site.put(study)).attempt()
+    assert site.tools.ledger.claimed_server(study) == "msdicom"
+
+
+def test_two_servers_that_are_asked_for_in_one_chunk_do_not_split_a_study(site: Site) -> None:
+    study = new_uid()
+    chunk = site.chunk(site.put(study), site.put(study))
+    items = [Item(0, "msdicom", chunk.urls[0]), Item(1, "dcm4chee", chunk.urls[1])]
+    results = Uploads(chunk.begin()).carry(items)
+    assert words(results) == ["stored", "study_conflict"]
+    assert (site.count("msdicom", study), site.count("dcm4chee", study)) == (1, 0)
+
+
 def test_an_image_that_is_on_any_server_is_not_stored_on_another(site: Site) -> None:
     study, sop = new_uid(), new_uid()
     site.servers["dcm4chee"].store([_part(image(study, sop=sop))])
@@ -530,18 +566,23 @@ def test_of_two_files_with_one_uid_in_a_chunk_the_one_that_was_stored_is_verifie
     assert words(undo(done, chunk.begin(), resumed=set())) == ["undone", "kept", "kept"]
 
 
+@pytest.mark.parametrize("server", ["msdicom", "dcm4chee"])
 @pytest.mark.parametrize("same", [True, False])
-def test_what_a_single_upload_has_stored_with_other_bytes_is_refused(site: Site, same: bool) -> None:
+def test_a_receipt_says_nothing_of_the_bytes_that_are_there_and_verify_asks_the_server(
+    site: Site, server: str, same: bool
+) -> None:
     study, sop, ledger = new_uid(), new_uid(), site.tools.ledger
     content = image(study, sop=sop, side=8, seed=1)
-    site.servers["dcm4chee"].store([_part(content)])
-    ledger.stored(sop, study, Receipt("single", "dcm4chee", sha256(content).hexdigest(), len(content)))
+    site.servers[server].store([_part(content)])
+    ledger.stored(sop, study, Receipt("single", server, "0" * 64 if same else sha256(content).hexdigest(), 1))
     chunk = site.chunk(site.put(study, sop=sop, seed=1 if same else 2))
     chunk.attempt()
     (one,) = chunk.settled.values()
-    assert (one.status, one.code) == ("already_there" if same else "refused", "image_already_exists")
-    assert one.result["same_bytes"] is same
-    assert "with other bytes" in one.message or same
+    assert (one.status, one.code) == ("already_there", "image_already_exists")
+    assert "same_bytes" not in one.result
+    assert "with other bytes" not in one.message
+    keeps = site.servers[server].keeps_bytes
+    assert words(verify([one], site.desk)) == ["differs" if keeps and not same else "verified"]
 
 
 def test_a_whole_chunk_of_one_study_is_verified_image_by_image(site: Site) -> None:

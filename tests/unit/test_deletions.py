@@ -177,6 +177,22 @@ def test_the_claim_on_a_study_goes_when_every_server_says_that_it_is_gone(client
     assert bench.ledger.claimed_server("1.2") is None
 
 
+def test_a_study_that_is_nowhere_loses_its_claim_when_it_is_deleted(client: fakeredis.FakeRedis) -> None:
+    a, b = Stub("a", NOWHERE), Stub("b", SILENT)
+    bench = Bench(client, [a, b])
+    bench.ledger.claim_study("1.2", server="a", job_id="j0")
+    ended = bench.delete(servers=["a"])
+    assert isinstance(ended, CourierError)
+    assert (ended.code, bench.ledger.claimed_server("1.2")) == ("not_found", "a"), "b may have it"
+    b.finds = NOWHERE
+    assert isinstance(bench.delete(dry_run=True), CourierError)
+    assert isinstance(bench.delete("j2", level="image"), CourierError)
+    assert bench.ledger.claimed_server("1.2") == "a"
+    ended = bench.delete()
+    assert isinstance(ended, CourierError)
+    assert (ended.code, bench.ledger.claimed_server("1.2"), bench.ledger.placed()) == ("not_found", None, {"a": 0})
+
+
 @pytest.mark.parametrize(("level", "uid"), [("study", "1.2"), ("series", "1.2.1"), ("image", "1.2.1.1")])
 def test_a_deletion_waits_for_who_is_storing(client: fakeredis.FakeRedis, level: str, uid: str) -> None:
     a = Stub("a")

@@ -11,7 +11,17 @@ import pytest
 
 import celeryconfig
 from worker.errors import InvalidRequest
-from worker.ledger import PREFIX, TRAIL_LENGTH, ClaimState, LeaseLost, Ledger, Receipt, content_digest, job_id_for
+from worker.ledger import (
+    PREFIX,
+    TRAIL_LENGTH,
+    ClaimState,
+    LeaseLost,
+    Ledger,
+    Receipt,
+    StoredImage,
+    content_digest,
+    job_id_for,
+)
 
 TASK = "pacs.upload"
 JOB = {"image_url": "http://host/a.dcm"}
@@ -358,6 +368,59 @@ def test_the_first_claim_of_a_study_decides_for_all(ledger: Ledger) -> None:
     assert ledger.placed() == {"msdicom": 1}
     ledger.forget_study("1.2")
     assert ledger.claim_study("1.2", server="dcm4chee", job_id="j2").first
+
+
+def at_an_image(ledger: Ledger, job_id: str, study: str = "1.2") -> int:
+    fence = claim(ledger, job_id).fence
+    assert ledger.hold_image(f"{study}.{job_id}", job_id=job_id, fence=fence, into=(study,)) is None
+    return fence
+
+
+def asked(ledger: Ledger, job_id: str, server: str) -> str:
+    return ledger.claim_study("1.2", server=server, job_id=job_id, asked_for=True).server
+
+
+def test_what_was_stored_since_a_job_asked_the_servers_keeps_its_claim_from_it(ledger: Ledger) -> None:
+    first, late = at_an_image(ledger, "j1"), at_an_image(ledger, "j2")
+    assert ledger.claim_study("1.2", server="a", job_id="j1").first
+    ledger.stored("1.2.j1", "1.2", Receipt("j1", "a", "aa", 1))
+    finish(ledger, first)
+    assert asked(ledger, "j2", "b") == "a"
+    assert ledger.hold_image("1.2.j2", job_id="j2", fence=late, into=("1.2",)) is None  # and asks them again
+    assert asked(ledger, "j2", "b") == "b"
+    assert ledger.placed() == {"a": 0, "b": 1}
+
+
+def test_of_two_servers_that_are_asked_for_the_first_one_holds_until_its_job_has_ended(ledger: Ledger) -> None:
+    first, _ = at_an_image(ledger, "j1"), at_an_image(ledger, "j2")
+    assert asked(ledger, "j1", "a") == "a"
+    assert asked(ledger, "j2", "b") == "a"
+    finish(ledger, first)
+    assert ledger.claimed_server("1.2") is None
+    assert asked(ledger, "j2", "b") == "b"
+
+
+def test_a_batch_gives_up_the_claims_of_the_studies_that_it_lets_go_of_and_keeps_the_others(ledger: Ledger) -> None:
+    fence = claim(ledger, "c1").fence
+    studies = ["1.1", "1.2", "1.3"]
+    ledger.hold_images([(f"{study}.9", study, f"{study}.1") for study in studies], job_id="c1", fence=fence)
+    for study in studies:
+        ledger.claim_study(study, server="a", job_id="c1", told=False)
+    ledger.stored_many("a", [StoredImage("1.1.9", "1.1", "1.1.1", "aa", 1)], job_id="c1")
+    ledger.let_go_images(job_id="c1", fence=fence, but=["1.3.9"], following=["1.3"])
+    assert [ledger.claimed_server(study) for study in studies] == ["a", None, "a"]
+    assert ledger.placed() == {"a": 2}
+    finish(ledger, fence, "c1")
+    assert ledger.claimed_server("1.3") == "a", "it may still arrive"
+
+
+def test_a_study_that_never_was_stored_is_not_counted_any_more_when_its_claim_is_forgotten(ledger: Ledger) -> None:
+    for study in ("1.1", "1.2"):
+        ledger.claim_study(study, server="a", job_id="j1")
+    ledger.stored("1.2.3", "1.2", Receipt("j1", "a", "aa", 1))
+    assert ledger.forget_study("1.1")
+    assert ledger.forget_study("1.2")
+    assert ledger.placed() == {"a": 1}
 
 
 def test_exactly_one_job_opened_a_claimed_study_however_often_it_says_so(ledger: Ledger) -> None:

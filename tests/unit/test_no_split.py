@@ -23,20 +23,24 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sandbox.synthetic import image, new_uid
 from worker.breakers import BREAKER, CHANGES, Breakers
 from worker.errors import CourierError, PacsUnavailable
+from worker.instances import identify
 from worker.jobs.carry import Done, Failed, Verdict, carry
 from worker.jobs.tools import Tools
 from worker.jobs.upload import upload
 from worker.ledger import PREFIX, Ledger
 from worker.pacs.fleet import Fleet
-from worker.pacs.protocol import Fate, Found, Outcome, Part
+from worker.pacs.protocol import Fate, Found, Outcome, Part, Retrieved
 from worker.settings import ServerSettings, Settings
 from worker.sources import Fetched
 
 STUDY = new_uid()
 IMAGES = [image(STUDY, side=8) for _ in range(8)]
+FILES = {identify(io.BytesIO(content)).sop_instance_uid: content for content in IMAGES}
 NAMES = ("a", "b")
-#: What becomes of one call: it works, fails before or after its effect, or the worker dies before or after it.
-FATES = ("works", "works", "works", "fails before", "fails after", "dies before", "dies after")
+ENDS = ("image_already_exists", "study_conflict", "pacs_rejected", "cancelled")
+#: What becomes of one call: it works, fails before or after its effect, the worker dies before or after it, or, if it
+#: is a push, the server refuses the image for good.
+FATES = ("works", "works", "works", "fails before", "fails after", "dies before", "dies after", "refused", "refused")
 
 Answer = TypeVar("Answer")
 
@@ -124,12 +128,21 @@ class Server:
             self.images.add((instance.study_instance_uid, instance.sop_instance_uid))
             return [Outcome(instance.sop_instance_uid, Fate.STORED)]
 
-        return self._call(keep, changes=True)
+        def refuse() -> list[Outcome]:
+            return [Outcome(parts[0].instance.sop_instance_uid, Fate.REJECTED)]
+
+        return self._call(keep, changes=True, refuse=refuse)
+
+    @contextmanager
+    def retrieve(self, found: Found) -> Iterator[Iterator[Retrieved]]:
+        yield self._call(lambda: iter([Retrieved(None, iter([FILES[str(found.sop_instance_uid)]]))]), changes=False)
 
     def metadata(self, found: Found) -> list[dict[str, Any]]:
         return self._call(lambda: [{}], changes=False)
 
-    def _call(self, effect: Callable[[], Answer], *, changes: bool) -> Answer:
+    def _call(
+        self, effect: Callable[[], Answer], *, changes: bool, refuse: Callable[[], Answer] | None = None
+    ) -> Answer:
         fate = cast(Work, Work.current.work).at_a_call()
         name = self.server.name
         for breaker in (name, name + CHANGES) if changes else (name,):
@@ -141,6 +154,8 @@ class Server:
             raise Killed
         if fate == "fails before":
             raise self._error("answer")
+        if fate == "refused" and refuse is not None:
+            return refuse()
         answer = effect()
         if fate == "dies after":
             raise Killed
@@ -215,6 +230,11 @@ class JobsOfOneStudy(RuleBasedStateMachine):
     def wake(self, data: st.DataObject) -> None:
         self._begin(data.draw(st.sampled_from(self._idle())))
 
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.ledger.cancel(data.draw(st.sampled_from(sorted(self.jobs))))
+
     @rule(name=st.sampled_from(NAMES), trouble=st.sampled_from(["down", "shut", "half-open", "open", "no changes"]))
     def befall(self, name: str, trouble: str) -> None:
         server = self.servers[NAMES.index(name)]
@@ -232,11 +252,19 @@ class JobsOfOneStudy(RuleBasedStateMachine):
         for name in NAMES:
             self.befall(name, "shut")
         self._finish()
+        self.claims_are_as_they_were_given()
         self.client.delete(f"{PREFIX}study:{STUDY}")
 
     @invariant()
     def the_study_is_on_one_server_at_most(self) -> None:
         assert sum(bool(server.images) for server in self.servers) <= 1
+
+    def claims_are_as_they_were_given(self) -> None:
+        """Of jobs that have all ended, no claim is left under which nothing was stored."""
+        claim = self.client.hgetall(f"{PREFIX}study:{STUDY}")
+        doubtful = any(isinstance(end, Failed) and "may_be_on" in end.error.details for end in self.ends.values())
+        assert not claim or "opened_by" in claim or doubtful
+        assert all(count >= 0 for count in self.ledger.placed().values())
 
     def teardown(self) -> None:
         """Everybody is well again: then every job ends, and who says "stored" says so of the one server."""
@@ -249,7 +277,8 @@ class JobsOfOneStudy(RuleBasedStateMachine):
                 assert (STUDY, end.payload["image_uid"]) in held.images
             else:
                 assert isinstance(end, Failed)
-                assert end.error.code in ("image_already_exists", "study_conflict"), job_id
+                assert end.error.code in ENDS, job_id
+        self.claims_are_as_they_were_given()
         self.client.close()
 
     def _finish(self) -> None:

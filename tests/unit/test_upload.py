@@ -9,6 +9,7 @@ import hashlib
 import io
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -20,10 +21,12 @@ from sandbox.synthetic import image, new_uid
 from worker.errors import (
     CourierError,
     ImageAlreadyExists,
+    NotFound,
     PacsRejected,
     PacsUnauthorized,
     PacsUnavailable,
     SourceDenied,
+    StudyConflict,
 )
 from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
 from worker.jobs.run import Pulse
@@ -31,7 +34,7 @@ from worker.jobs.tools import Tools
 from worker.jobs.upload import upload
 from worker.ledger import PREFIX, Ledger
 from worker.pacs.fleet import Fleet
-from worker.pacs.protocol import Fate, Found, Outcome, Part
+from worker.pacs.protocol import Fate, Found, Outcome, Part, Retrieved
 from worker.settings import ServerSettings, Settings
 from worker.sources import Fetched
 
@@ -49,10 +52,12 @@ class Server:
     def __init__(self, name: str) -> None:
         self.server = ServerSettings(name=name, type="dicomweb", url=f"http://{name}")
         self.images: dict[str, Found] = {}
+        self.files: dict[str, bytes] = {}
         self.fails: dict[str, CourierError] = {}
         self.loses_the_answer = False
         self.late: list[Found] | None = None
         self.finds = 0
+        self.retrieved = 0
 
     def find(self, level: str, uid: str) -> list[Found]:
         self.finds += level == "image"
@@ -64,11 +69,12 @@ class Server:
         self._perhaps("store")
         (part,) = parts
         uid = part.instance.sop_instance_uid
+        if uid in self.images:
+            return [Outcome(uid, Fate.ALREADY_THERE)]
+        self.files[uid] = _bytes(part)
         if self.late is not None:
             self.late.append(_received(part))
             raise NO_ANSWER
-        if uid in self.images:
-            return [Outcome(uid, Fate.ALREADY_THERE)]
         self.keep(_received(part))
         if self.loses_the_answer:
             raise NO_ANSWER
@@ -77,6 +83,12 @@ class Server:
     def keep(self, one: Found) -> None:
         self.images[str(one.sop_instance_uid)] = one
 
+    @contextmanager
+    def retrieve(self, found: Found) -> Iterator[Iterator[Retrieved]]:
+        self._perhaps("retrieve")
+        self.retrieved += 1
+        yield iter([Retrieved(None, iter([self.files[str(found.sop_instance_uid)]]))])
+
     def metadata(self, found: Found) -> list[dict[str, Any]]:
         self._perhaps("metadata")
         return [{"00080018": {"vr": "UI", "Value": [found.sop_instance_uid]}}]
@@ -84,6 +96,11 @@ class Server:
     def _perhaps(self, call: str) -> None:
         if call in self.fails:
             raise self.fails[call]
+
+
+def _bytes(part: Part) -> bytes:
+    with part.open() as file:
+        return file.read()
 
 
 def _received(part: Part) -> Found:
@@ -313,8 +330,8 @@ def test_a_claim_on_a_server_that_has_left_the_settings_binds_nobody(client: fak
     study = new_uid()
     before, after = Desk(client, "old", "b"), Desk(client, "new", "b")
     before.files.there["j0"] = image(study)
-    before.servers["old"].fails["store"] = PacsRejected("No.")
-    assert refused(before.carry("j0")).code == "pacs_rejected"
+    stored(before.carry("j0"))
+    before.servers["old"].images.clear()  # not by a job
     assert before.ledger.claimed_server(study) == "old"
     after.files.there.update(j1=image(study), j2=image(study))
     after.servers["b"].fails["find"] = PacsUnavailable("Away.")
@@ -337,3 +354,241 @@ def test_jobs_that_find_a_void_claim_agree_on_one_server(client: fakeredis.FakeR
     claims = [ledger.claim_study("1.2", server=name, job_id=name, among=["a", "b"]) for name in ("b", "a")]
     assert [(claim.server, claim.first) for claim in claims] == [("b", True), ("b", False)]
     assert ledger.placed() == {"old": 0, "b": 1}
+
+
+# --- a claim goes with its reason ---------------------------------------------------------------------------------
+
+
+def refuse_all(desk: Desk, name: str, error: CourierError | None = None) -> None:
+    desk.servers[name].fails["store"] = error or PacsRejected(f"{name} takes no such image.", server_name=name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PacsRejected("No such SOP class."), StudyConflict("Another patient."), PacsRejected("The server answered 415.")],
+)
+def test_a_claim_under_which_nothing_was_stored_goes_with_the_job_that_was_refused(
+    desk: Desk, error: CourierError
+) -> None:
+    study = new_uid()
+    desk.files.there.update(bad=image(study), good=image(study))
+    refuse_all(desk, "a", error)
+    assert refused(desk.carry("bad")).code == error.code
+    assert desk.ledger.claimed_server(study) is None
+    assert desk.ledger.placed() == {"a": 0}
+    payload = stored(desk.carry("good", server="b"))
+    assert (payload["server_name"], payload["route"]["reason"], payload["study_action"]) == (
+        "b",
+        "requested",
+        "created",
+    )
+    assert desk.ledger.placed() == {"a": 0, "b": 1}
+
+
+def test_a_claim_goes_with_a_job_that_is_cancelled_while_it_waits_to_push(desk: Desk) -> None:
+    study = new_uid()
+    desk.files.there["j"] = image(study)
+    desk.servers["a"].fails["store"] = PacsUnavailable("Away.", server_name="a", details={"phase": "connect"})
+    assert isinstance(desk.carry("j"), Parked)
+    assert desk.ledger.claimed_server(study) == "a"
+    desk.ledger.cancel("j")
+    assert refused(desk.carry("j")).code == "cancelled"
+    assert desk.ledger.claimed_server(study) is None
+
+
+def test_a_claim_goes_with_a_job_whose_source_is_gone_at_its_second_attempt(desk: Desk) -> None:
+    study = new_uid()
+    desk.files.there["j"] = image(study)
+    desk.servers["a"].fails["store"] = PacsUnavailable("Away.", server_name="a", details={"phase": "connect"})
+    assert isinstance(desk.carry("j"), Parked)
+    desk.files.there["j"] = SourceDenied("The source answered 403.")
+    assert refused(desk.carry("j")).code == "source_denied"
+    assert desk.ledger.claimed_server(study) is None
+
+
+def test_a_claim_goes_with_a_job_whose_source_gives_an_image_of_another_study_now(desk: Desk) -> None:
+    study, other = new_uid(), new_uid()
+    desk.files.there["j"] = image(study)
+    desk.servers["a"].fails["store"] = PacsUnavailable("Away.", server_name="a", details={"phase": "connect"})
+    assert isinstance(desk.carry("j"), Parked)
+    del desk.servers["a"].fails["store"]
+    desk.files.there["j"] = image(other)
+    assert stored(desk.carry("j"))["study_uid"] == other
+    assert (desk.ledger.claimed_server(study), desk.ledger.claimed_server(other)) == (None, "a")
+
+
+def test_a_claim_stays_while_another_job_stores_under_it_and_goes_with_the_last_one(desk: Desk) -> None:
+    study = new_uid()
+    desk.files.there.update(first=image(study), second=image(study), third=image(study))
+    second = desk.servers["a"]
+    refuse_all(desk, "a")
+    store = second.store
+
+    def while_it_pushes(parts: Sequence[Part]) -> list[Outcome]:
+        second.store = store  # type: ignore[method-assign]
+        assert refused(desk.carry("first")).code == "pacs_rejected"
+        assert desk.ledger.claimed_server(study) == "a", "the second job is pushing under it"
+        error = refused(desk.carry("third", server="b"))
+        assert (error.code, error.server_name) == ("study_conflict", "a")
+        return store(parts)
+
+    second.store = while_it_pushes  # type: ignore[method-assign]
+    assert refused(desk.carry("second")).code == "pacs_rejected"
+    assert desk.ledger.claimed_server(study) is None
+
+
+def test_a_claim_stays_when_a_push_may_still_arrive_and_goes_when_its_dead_letter_is_purged(desk: Desk) -> None:
+    body = image(new_uid())
+    study = str(pydicom.dcmread(io.BytesIO(body)).StudyInstanceUID)
+    dead_after_an_uncertain_push(desk, "dead", body)
+    desk.files.there.update(bad=image(study), asked=image(study))
+    refuse_all(desk, "a")
+    assert refused(desk.carry("bad")).code == "pacs_rejected"
+    assert desk.ledger.claimed_server(study) == "a"
+    assert refused(desk.carry("asked", server="b")).code == "study_conflict"
+    assert desk.ledger.purge("dead")
+    assert desk.ledger.claimed_server(study) is None
+    desk.files.there["again"] = image(study)
+    assert stored(desk.carry("again", server="b"))["server_name"] == "b"
+
+
+def test_a_refused_job_whose_earlier_push_may_still_arrive_leaves_its_claim(desk: Desk) -> None:
+    (image_of_it,) = after_a_push_that_may_still_arrive(desk)
+    desk.files.there["j"] = SourceDenied("The source answered 403.")
+    assert refused(desk.carry("j")).details["may_be_on"] == "a"
+    assert desk.ledger.claimed_server(image_of_it.study_instance_uid) == "a"
+
+
+def test_a_dead_letter_that_pushed_nothing_leaves_no_claim(desk: Desk) -> None:
+    study = new_uid()
+    desk.files.there["j"] = image(study)
+    desk.servers["a"].fails["store"] = PacsUnavailable("Away.", server_name="a", details={"phase": "connect"})
+    assert isinstance(desk.carry("j"), Parked)
+    assert refused(desk.carry("j")).code == "pacs_unavailable"
+    assert desk.ledger.claimed_server(study) is None
+
+
+def test_a_server_that_is_asked_for_is_taken_though_the_study_was_once_stored_on_another(desk: Desk) -> None:
+    study = new_uid()
+    desk.files.there.update(first=image(study), second=image(study), third=image(study))
+    stored(desk.carry("first"))
+    desk.servers["a"].images.clear()  # not by a job
+    assert stored(desk.carry("second", server="b"))["server_name"] == "b"
+    assert (desk.ledger.claimed_server(study), desk.ledger.placed()) == ("b", {"a": 0, "b": 1})
+    assert stored(desk.carry("third"))["server_name"] == "b"
+
+
+def test_a_server_that_is_asked_for_is_taken_from_a_job_that_only_waits(desk: Desk) -> None:
+    study = new_uid()
+    desk.files.there.update(waits=image(study), asked=image(study))
+    desk.servers["a"].fails["store"] = PacsUnavailable("Away.", server_name="a", details={"phase": "connect"})
+    assert isinstance(desk.carry("waits"), Parked)
+    assert stored(desk.carry("asked", server="b"))["server_name"] == "b"
+    del desk.servers["a"].fails["store"]
+    assert stored(desk.carry("waits"))["server_name"] == "b"
+
+
+# --- is it the same file? -----------------------------------------------------------------------------------------
+
+
+def put_by_others(desk: Desk, body: bytes) -> None:
+    """Another program has replaced the image on ``a`` (deleted it, then stored this file)."""
+    desk.servers["a"].files[sop_of(body)] = body
+
+
+def with_a_preamble(body: bytes) -> bytes:
+    return b"II*\0" + bytes(124) + body[128:]
+
+
+def digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_same_bytes_is_of_what_the_server_has_now_and_not_of_the_receipt(desk: Desk, ours_first: bool) -> None:
+    """A job of ours stored one file, another program the other one since; then one of both comes again."""
+    first = image(new_uid())
+    second = with_other_bytes(first)
+    desk.files.there.update(first=first, again=first if ours_first else second)
+    stored(desk.carry("first"))
+    put_by_others(desk, second)
+    details = refused(desk.carry("again")).details
+    assert (details["same_bytes"], details["same_bytes_reason"]) == (not ours_first, None)
+    assert (details["stored_sha256"], details["receipt_sha256"]) == (digest(second), digest(first))
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "came_as"),
+    [
+        (lambda body: body, lambda body: body),
+        (lambda body: body, lambda body: body[132:]),
+        (with_a_preamble, lambda body: body),
+        (lambda body: body, with_a_preamble),
+        (with_a_preamble, lambda body: body[132:]),
+    ],
+)
+def test_preambles_make_no_difference(desk: Desk, stored_as: Any, came_as: Any) -> None:
+    body = image(new_uid())
+    desk.files.there.update(first=body, again=came_as(body), other=came_as(with_other_bytes(body)))
+    stored(desk.carry("first"))
+    put_by_others(desk, stored_as(body))
+    assert refused(desk.carry("again")).details["same_bytes"] is True
+    assert refused(desk.carry("other")).details["same_bytes"] is False
+
+
+@pytest.mark.parametrize("reason", ["server_rewrites_files", "too_large", "server_did_not_answer", "gone_meanwhile"])
+def test_where_bytes_cannot_be_compared_nothing_is_said_of_them_but_why(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    body, server = image(new_uid()), desk.servers["a"]
+    desk.files.there.update(first=body, again=body)
+    stored(desk.carry("first"))
+    match reason:
+        case "server_rewrites_files":
+            server.keeps_bytes = False
+        case "too_large":
+            monkeypatch.setattr("worker.jobs.same_bytes.COMPARED_BYTES", len(body) - 1)
+        case "server_did_not_answer":
+            server.fails["retrieve"] = PacsUnavailable("Away.")
+        case _:
+            server.fails["retrieve"] = NotFound("Gone.")
+    error = refused(desk.carry("again"))
+    assert [error.details[name] for name in ("same_bytes", "same_bytes_reason", "stored_sha256")] == [
+        None,
+        reason,
+        None,
+    ]
+    assert error.message == "The image is already on a."
+    assert error.details["receipt_sha256"] == digest(body)
+    assert server.retrieved == 0
+
+
+def test_an_image_that_has_grown_too_large_to_be_ours_has_other_bytes(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = image(new_uid())
+    desk.files.there.update(first=body, again=body)
+    stored(desk.carry("first"))
+    put_by_others(desk, body + bytes(1000))
+    monkeypatch.setattr("worker.jobs.same_bytes.COMPARED_BYTES", len(body))
+    details = refused(desk.carry("again")).details
+    assert (details["same_bytes"], details["stored_sha256"]) == (False, None)
+
+
+def test_a_push_that_was_not_answered_does_not_make_another_programs_file_ours(desk: Desk) -> None:
+    after_a_push_that_may_still_arrive(desk)
+    ours = cast(bytes, desk.files.there["j"])
+    (found,) = desk.servers["a"].late or []
+    desk.servers["a"].keep(found)
+    put_by_others(desk, with_other_bytes(ours))
+    error = refused(desk.carry("j"))
+    assert (error.code, error.details["same_bytes"]) == ("image_already_exists", False)
+    assert error.details["stored_sha256"] == digest(with_other_bytes(ours))
+
+
+def test_a_push_that_was_not_answered_is_ours_if_its_file_is_there(desk: Desk) -> None:
+    after_a_push_that_may_still_arrive(desk)
+    (found,) = desk.servers["a"].late or []
+    desk.servers["a"].keep(found)
+    payload = stored(desk.carry("j"))
+    assert (payload["status"], desk.servers["a"].retrieved) == ("stored", 1)

@@ -65,9 +65,16 @@ def _verified(one: Settled, seen: Seen | CourierError) -> Settled | CourierError
     if one.result["image_uid"] not in seen.there:
         return _now(one, "missing", f"{one.server_name} does not have the image; retry the batch to store it again.")
     if one.item.number in seen.others:
-        why = "than were sent" if one.status == "stored" else "than this file, which was not stored"
-        return _now(one, "differs", f"{one.server_name} has the image with other bytes {why}.")
+        return _now(one, "differs", _difference(one, seen))
     return Settled(one.item, "verified", server=one.server_name, result={"compared": seen.compared})
+
+
+def _difference(one: Settled, seen: Seen) -> str:
+    """Where no bytes could be compared, only what the batch itself has stored is known."""
+    if seen.compared == "uids":
+        return f"The batch has stored another file than this one on {one.server_name}, under the same UID."
+    why = "than were sent" if one.status == "stored" else "than this file, which was not stored"
+    return f"{one.server_name} has the image with other bytes {why}."
 
 
 def undo(done: Sequence[Settled], desk: Desk, *, resumed: set[int]) -> list[Answer]:

@@ -100,8 +100,10 @@ class StudyDeletions:
         return [done.get(item) for item in items]
 
     def verify(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
-        """Whether it is still gone from where it was deleted."""
-        return list(_together(items, _verified, desk).values())
+        """Whether it is still gone from where it was deleted. The claim of a study that was nowhere goes here."""
+        done = _together(items, _verified, desk)
+        forget_what_is_gone({item.text for item in items if desk.known(item).status == "not_there"}, desk.tools)
+        return list(done.values())
 
     def undo(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
         """Bring back what was kept; what was not is refused."""

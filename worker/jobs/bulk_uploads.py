@@ -37,7 +37,6 @@ from worker.jobs.bulk_checks import undo, verify
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
-    Arrival,
     Placement,
     Wish,
     already_exists,
@@ -46,7 +45,9 @@ from worker.jobs.placement import (
     settle,
 )
 from worker.jobs.run import Run
+from worker.jobs.same_bytes import Arrival
 from worker.jobs.tools import Tools
+from worker.ledger import StoredImage
 from worker.logs import shown_url
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed
@@ -113,7 +114,7 @@ class _Image:
 
     @property
     def arrival(self) -> Arrival:
-        return Arrival(self.instance, self.fetched.sha256, self.fetched.source)
+        return Arrival(self.instance, self.fetched.size_bytes, self.fetched.sha256, self.fetched.source)
 
     @property
     def uids(self) -> tuple[str, str, str]:
@@ -226,12 +227,13 @@ class Uploads:
                 self._memo[number] = Pushed(server=row.settled.server, **row.settled.result)
         self._others: dict[int, Pushed] = {}  # of items of the chunk that come in another group
         self._written = dict(self._memo)  # as the ledger has it
-        self._near: set[str] = set()  # images of the load that is asked about while another is pushed
+        self._near: list[_Image] = []  # the load that is asked about while another is pushed
         self._holding = threading.Lock()
         self._on: dict[str, set[str]] = {}  # study → servers that are known to have it
         #: Servers that did not answer, to a question or to a push: what more goes there waits for the next attempt.
         self._silent: dict[str, CourierError] = {}
         self._down: dict[str, CourierError] = {}
+        self._receipts: deque[Pushed] = deque()  # of images that are stored, not yet in the ledger
         self.results: dict[int, Result] = {}
 
     def carry(self, items: Sequence[Item]) -> list[Result]:
@@ -273,7 +275,7 @@ class Uploads:
                 if isinstance(there, CourierError):
                     self.results[item.number] = _judged(item, there, pushed.server)
                 elif pushed.image_uid in there:
-                    self.results[item.number] = _stored(item, pushed)
+                    self._note_stored(item, pushed)
 
     # --- fetching while pushing -------------------------------------------------------------------------------
 
@@ -379,7 +381,7 @@ class Uploads:
         """Those that nobody else is storing or deleting; the others wait for their turn."""
         run = self._run
         with self._holding:  # or the load before would let go of them with its own
-            self._near = {one.instance.sop_instance_uid for one in load}
+            self._near = list(load)
             owners = run.ledger.hold_images([one.uids for one in load], job_id=run.job_id, fence=run.fence)
         self.results.update({image.item.number: None for image, owner in zip(load, owners, strict=True) if owner})
         return [image for image, owner in zip(load, owners, strict=True) if owner is None]
@@ -402,7 +404,7 @@ class Uploads:
         return placed
 
     def _settle(self, image: _Image, decision: Decision) -> Placement | CourierError:
-        wish = Wish(self._run.job_id, image.item.server or None, told=False)
+        wish = Wish(self._run.job_id, image.item.server or None, told=False, compares=False)
         try:
             return settle(decision, image.arrival, wish, errors=self._silent, tools=self._tools)
         except CourierError as error:
@@ -411,7 +413,7 @@ class Uploads:
     def _refuse_or_recognise(self, image: _Image, decision: Decision, error: CourierError) -> None:
         pushed = self._memo.get(image.item.number)
         if isinstance(decision, Exists) and pushed and self._may_be_ours(image, decision.server):
-            self.results[image.item.number] = _stored(image.item, pushed)
+            self._note_stored(image.item, pushed)
         else:
             self.results[image.item.number] = _judged(image.item, error)
 
@@ -566,11 +568,12 @@ class Uploads:
         name = pacs.server.name
         if outcome.fate is Fate.STORED or (outcome.fate is Fate.ALREADY_THERE and resumed):
             self._on.setdefault(pushed.study_uid, set()).add(name)
-            self.results[item.number] = _stored(item, pushed, outcome.warnings)
+            self._note_stored(item, pushed, outcome.warnings)
             return
         if outcome.fate is Fate.ALREADY_THERE:
             del self._memo[item.number]
-            self.results[item.number] = _judged(item, already_exists(name, image.arrival, self._tools), name)
+            there = already_exists(name, image.arrival, self._tools, compares=False)
+            self.results[item.number] = _judged(item, there, name)
             return
         wait_s = self._tools.settings.jobs.pending_wait_s
         error = refusal(outcome, image.instance, pacs, pending_wait_s=wait_s)
@@ -599,6 +602,20 @@ class Uploads:
     def _note(self, number: int, **changes: Any) -> None:
         self._memo[number] = replace(self._memo[number], **changes)
 
+    def _note_stored(self, item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> None:
+        self._receipts.append(pushed)
+        self.results[item.number] = _stored(item, pushed, warnings)
+
+    def _write_receipts(self) -> None:
+        """Before its image is let go: a claim without a receipt counts as one under which nothing is stored."""
+        by_server: dict[str, list[StoredImage]] = {}
+        while self._receipts:
+            one = self._receipts.popleft()
+            stored = StoredImage(one.image_uid, one.study_uid, one.series_uid, one.sha256, one.size_bytes)
+            by_server.setdefault(one.server, []).append(stored)
+        for server, images in by_server.items():
+            self._run.ledger.stored_many(server, images, job_id=self._run.job_id)
+
     def _write_down(self) -> None:
         """What the servers said since: above all, where one made clear that an image there is not ours."""
         if self._memo != self._written:
@@ -609,14 +626,21 @@ class Uploads:
         memo = {**self._others, **self._memo}
         return {"pushed": {str(number): asdict(pushed) for number, pushed in memo.items()}}
 
-    def _let_go(self, *, but: Iterable[str] = ()) -> None:
+    def _let_go(self, *, but: Iterable[_Image] = ()) -> None:
         """Of all but what may be on its way into a server still: who asks for it next has to find it decided."""
+        self._write_receipts()
         unclear = {
-            pushed.image_uid
+            (pushed.image_uid, pushed.study_uid)
             for number, pushed in {**self._others, **self._memo}.items()
             if (pushed.uncertain or pushed.pendings) and not isinstance(self.results.get(number), Settled)
         }
-        self._run.ledger.let_go_images(job_id=self._run.job_id, fence=self._run.fence, but=unclear | set(but))
+        unclear |= {one.uids[:2] for one in but}
+        self._run.ledger.let_go_images(
+            job_id=self._run.job_id,
+            fence=self._run.fence,
+            but={image_uid for image_uid, _ in unclear},
+            following={study_uid for _, study_uid in unclear},
+        )
 
 
 def _stored(item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> Settled:
@@ -630,11 +654,9 @@ def _judged(item: Item, error: CourierError, server: str = "") -> Settled | Cour
         return error
     server = error.server_name or server or NOWHERE
     if isinstance(error, ImageAlreadyExists):
-        told = ("study_uid", "series_uid", "image_uid", "sha256", "same_bytes")
-        result = {name: error.details[name] for name in told if error.details[name] is not None}
-        # Another file under the image's UID is never told as if all were well.
-        there: ItemStatus = "refused" if result.get("same_bytes") is False else "already_there"
-        return Settled(item, there, error.code, error.message, server=server, result=result)
+        told = ("study_uid", "series_uid", "image_uid", "sha256")  # whether it is the same file, verify says
+        result = {name: error.details[name] for name in told}
+        return Settled(item, "already_there", error.code, error.message, server=server, result=result)
     status: ItemStatus = "failed" if isinstance(error, NeedsPerson) else "refused"
     return Settled(item, status, error.payload["code"], error.message, server=server)
 

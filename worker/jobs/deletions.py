@@ -96,7 +96,7 @@ def delete(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
             _look(job, servers, progress, tools.fleet)
         with run.step("delete"):
             _carry_out(job, progress, resumed, run, tools)
-            forget_what_is_gone(_studies(progress.begun), tools)
+            forget_what_is_gone(_studies(job, progress), tools)
     return _concluded(job, servers, progress, run).as_json()
 
 
@@ -257,8 +257,11 @@ def _entry(
     )
 
 
-def _studies(begun: Mapping[str, Sequence[Found]]) -> set[str]:
-    return {found.study_instance_uid for founds in begun.values() for found in founds}
+def _studies(job: DeleteJob, progress: _Progress) -> set[str]:
+    """The studies that may be gone now. Of one that was nowhere, a claim may be left."""
+    if job.level == "study" and not progress.errors:
+        return {job.uid}
+    return {found.study_instance_uid for founds in progress.begun.values() for found in founds}
 
 
 def _uids(found: Found) -> list[str | None]:

@@ -1,7 +1,7 @@
 """Which server an image goes to, and why one will not have it: what a single upload and a batch of them share.
 
-Decided by `worker/routing.py` over what the servers said; here it meets the claims. Nothing is pushed here, and nothing
-is asked of a server.
+Decided by `worker/routing.py` over what the servers said; here it meets the claims. Nothing is pushed here. A server is
+asked for one thing only: whether an image that it has is the file that came (`same_bytes`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from worker.errors import (
 )
 from worker.instances import Instance
 from worker.jobs.described import place
+from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare
 from worker.jobs.tools import Tools
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs
 from worker.payloads import Route, RouteReason
@@ -32,15 +33,6 @@ from worker.settings import ServerSettings
 NOT_SENT = ("resting", "connect")
 #: After so many answers "being stored", what is left of a broken store is removed (docs/pacs-oddities.md).
 PENDINGS_BEFORE_REMOVAL = 3
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """An image as it came: what it says of itself, its digest, and where it was fetched."""
-
-    instance: Instance
-    sha256: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -56,12 +48,14 @@ class Placement:
 class Wish:
     """Who asks for a place: the job, and the server that it names, if it does.
 
-    ``told`` says whether a claim is worth a line on the study's trail.
+    ``told`` says whether a claim is worth a line on the study's trail, ``compares`` whether the bytes of an image that
+    is there already are compared now.
     """
 
     job_id: str
     server: str | None = None
     told: bool = True
+    compares: bool = True
 
 
 def settle(
@@ -82,7 +76,7 @@ def settle(
     """
     match decision:
         case Exists(server):
-            raise already_exists(server, arrival, tools)
+            raise already_exists(server, arrival, tools, compares=wish.compares)
         case Open(unanswered):
             raise first_to_wait_for([errors[name] for name in unanswered])
         case Follow(server, study_on):
@@ -107,11 +101,17 @@ def _claim(study_instance_uid: str, wish: Wish, tools: Tools) -> Placement:
     healthy = _healthy(tools)
     proposal = wish.server or _claimed(study_instance_uid, tools) or _choose(healthy, tools)
     claim = tools.ledger.claim_study(
-        study_instance_uid, server=proposal, job_id=wish.job_id, among=tools.fleet.names, told=wish.told
+        study_instance_uid,
+        server=proposal,
+        job_id=wish.job_id,
+        among=tools.fleet.names,
+        told=wish.told,
+        asked_for=wish.server is not None,
     )
     if wish.server is not None and claim.server != wish.server:
         raise StudyConflict(
-            f"Another job has claimed the study for {claim.server}; leave out the server or name {claim.server}.",
+            f"No server has the study yet, but another image of it is on its way to {claim.server}; leave out the"
+            f" server, name {claim.server}, or send the job again when that image has been stored or refused.",
             server_name=claim.server,
             details={"study_on": [], "requested": wish.server},
         )
@@ -165,12 +165,16 @@ def _nobody(tools: Tools) -> PacsUnavailable:
     return error
 
 
-def already_exists(server: str, arrival: Arrival, tools: Tools) -> ImageAlreadyExists:
+def already_exists(server: str, arrival: Arrival, tools: Tools, *, compares: bool = True) -> ImageAlreadyExists:
+    """The error; ``compares``: the server is asked for the image, and its bytes are compared (`same_bytes`)."""
+    pacs = tools.fleet[server]
+    return told_to_exist(server, arrival, compare(pacs, arrival) if compares else LEFT_TO_VERIFICATION, tools)
+
+
+def told_to_exist(server: str, arrival: Arrival, found: Comparison, tools: Tools) -> ImageAlreadyExists:
     settings = tools.fleet[server].server
     receipt = tools.ledger.receipt(arrival.instance.sop_instance_uid)
-    known = receipt.sha256 if receipt and receipt.server == server else None
-    same = None if known is None else known == arrival.sha256
-    sentence = f"The image is already on {server}" + (", with other bytes." if same is False else ".")
+    sentence = f"The image is already on {server}" + (", with other bytes." if found.same is False else ".")
     return ImageAlreadyExists(
         sentence,
         server_name=server,
@@ -178,8 +182,10 @@ def already_exists(server: str, arrival: Arrival, tools: Tools) -> ImageAlreadyE
         details={
             **uids_of(arrival.instance),
             "sha256": arrival.sha256,
-            "stored_sha256": known,
-            "same_bytes": same,
+            "stored_sha256": found.stored_sha256,
+            "same_bytes": found.same,
+            "same_bytes_reason": found.reason,
+            "receipt_sha256": receipt.sha256 if receipt and receipt.server == server else None,
             "viewer_url": viewer_of(settings, arrival.instance),
             "source": arrival.source,
         },

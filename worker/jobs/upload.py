@@ -14,26 +14,30 @@ from typing import Any
 from worker.errors import Cancelled, CourierError, PacsMisanswered, PacsUnavailable, Refused, TryAgain
 from worker.instances import Instance, identify
 from worker.jobs.described import allowed
+from worker.jobs.passing import digest_of
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
-    Arrival,
     Wish,
     already_exists,
     image_of,
     refusal,
     settle,
+    told_to_exist,
     uids_of,
     viewer_of,
 )
 from worker.jobs.run import NotYet, Run
+from worker.jobs.same_bytes import Arrival, compare
 from worker.jobs.tools import Tools
 from worker.ledger import Receipt
 from worker.logs import about
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part
+from worker.pacs.stow import PREAMBLE
 from worker.payloads import Dataset, Route, StudyAction, UploadJob, UploadPayload, read_job
 from worker.routing import Answer, Decision, Exists, decide
 from worker.sources import Fetched
+from worker.sources.spool import CHUNK_BYTES
 
 #: How soon to look again whether the other job with the same image has ended.
 TURN_S = 0.5
@@ -57,6 +61,7 @@ class Memo:
     uncertain: bool = False
     stored: bool = False
     study_action: StudyAction = "updated"
+    zero_preamble: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "route": self.route.model_dump()}
@@ -128,15 +133,27 @@ def _arrived(memo: Memo, trip: _Trip) -> bool:
             if not memo.stored or _may_be_cured(error, trip.run):
                 raise
             there = True
-        return there and _is_no_others(memo, trip)
+        return there and _is_no_others(memo, _arrival(memo), trip)
 
 
-def _is_no_others(memo: Memo, trip: _Trip) -> bool:
-    """True, unless another job has stored the image since this one pushed it: then `ImageAlreadyExists`."""
-    receipt = trip.run.ledger.receipt(memo.instance.sop_instance_uid)
+def _is_no_others(memo: Memo, arrival: Arrival, trip: _Trip) -> bool:
+    """True, unless another has stored the image since this job pushed it: then `ImageAlreadyExists`.
+
+    Another job has left a receipt; another program, where the server keeps bytes, perhaps other bytes.
+    """
+    receipt, tools = trip.run.ledger.receipt(memo.instance.sop_instance_uid), trip.tools
     if receipt is not None and receipt.job_id != trip.run.job_id:
-        raise already_exists(memo.server, _arrival(memo), trip.tools)
+        raise already_exists(memo.server, arrival, tools)
+    if not memo.stored:
+        _check_same(memo, arrival, tools)
     return True
+
+
+def _check_same(memo: Memo, arrival: Arrival, tools: Tools) -> None:
+    """`ImageAlreadyExists`, if what is there can be seen to be another file than the one that this job pushed."""
+    found = compare(tools.fleet[memo.server], arrival)
+    if found.same is False:
+        raise told_to_exist(memo.server, arrival, found, tools)
 
 
 def _may_be_cured(error: CourierError, run: Run) -> bool:
@@ -184,9 +201,9 @@ def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
             decision = decide(seen.answers)
             memo = _memo(instance, fetched, earlier, tools)
             if isinstance(decision, Exists) and earlier is not None and _may_be_ours(earlier, decision.server):
-                _is_no_others(earlier, trip)
+                _is_no_others(earlier, _arrival(earlier, fetched), trip)
                 return earlier
-            memo = _route(trip, memo, decision, seen)
+            memo = _route(trip, memo, fetched, decision, seen)
         about(server_name=memo.server)
         with run.step("push"):
             return _push(trip, memo, fetched, resumed=_may_be_ours(earlier, memo.server))
@@ -203,6 +220,7 @@ def _memo(instance: Instance, fetched: Fetched, earlier: Memo | None, tools: Too
         route=Route(reason="study_exists", study_on=[], candidates=names),
         warnings=() if instance.has_preamble else ("preamble_added",),
         pendings=earlier.pendings if earlier else 0,
+        zero_preamble=fetched.starts_with(PREAMBLE),
     )
 
 
@@ -239,15 +257,21 @@ def _yes(reply: list[Found] | CourierError) -> bool | None:
     return None if isinstance(reply, CourierError) else bool(reply)
 
 
-def _route(trip: _Trip, memo: Memo, decision: Decision, seen: _Seen) -> Memo:
+def _route(trip: _Trip, memo: Memo, fetched: Fetched, decision: Decision, seen: _Seen) -> Memo:
     """Where the image goes; for a study that is nowhere, by the claim."""
     wish = Wish(trip.run.job_id, trip.job.server)
-    placed = settle(decision, _arrival(memo), wish, errors=seen.errors, tools=trip.tools)
+    placed = settle(decision, _arrival(memo, fetched), wish, errors=seen.errors, tools=trip.tools)
     return replace(memo, server=placed.server, route=placed.route, warnings=(*memo.warnings, *placed.warnings))
 
 
-def _arrival(memo: Memo) -> Arrival:
-    return Arrival(memo.instance, memo.sha256, memo.source)
+def _arrival(memo: Memo, fetched: Fetched | None = None) -> Arrival:
+    bare = None if fetched is None else partial(_bare_digest, fetched)
+    return Arrival(memo.instance, memo.size_bytes, memo.sha256, memo.source, memo.zero_preamble, bare)
+
+
+def _bare_digest(fetched: Fetched) -> str:
+    with fetched.open() as file:
+        return digest_of(iter(partial(file.read, CHUNK_BYTES), b""))
 
 
 def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
@@ -265,18 +289,20 @@ def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
         raise
     if outcome.fate is Fate.PENDING:
         _pending(replace(memo, uncertain=resumed), pacs, trip.run)
-    return _judge(outcome, memo, pacs, resumed=resumed, tools=tools)
+    return _judge(outcome, memo, _arrival(memo, fetched), resumed=resumed, tools=tools)
 
 
-def _judge(outcome: Outcome, memo: Memo, pacs: Pacs, *, resumed: bool, tools: Tools) -> Memo:
+def _judge(outcome: Outcome, memo: Memo, arrival: Arrival, *, resumed: bool, tools: Tools) -> Memo:
     match outcome.fate:
         case Fate.STORED:
             return replace(memo, warnings=(*memo.warnings, *outcome.warnings))
         case Fate.ALREADY_THERE if resumed:
+            _check_same(memo, arrival, tools)
             return memo
         case Fate.ALREADY_THERE:
-            raise already_exists(memo.server, _arrival(memo), tools)
+            raise already_exists(memo.server, arrival, tools)
         case _:
+            pacs = tools.fleet[memo.server]
             raise refusal(outcome, memo.instance, pacs, pending_wait_s=tools.settings.jobs.pending_wait_s)
 
 
@@ -293,7 +319,12 @@ def _receipt(trip: _Trip, memo: Memo) -> Memo:
     """Write down that the image is stored, and learn whether this job opened its study."""
     run, instance = trip.run, memo.instance
     receipt = Receipt(run.job_id, memo.server, memo.sha256, memo.size_bytes)
-    opened = run.ledger.stored(instance.sop_instance_uid, instance.study_instance_uid, receipt)
+    opened = run.ledger.stored(
+        instance.sop_instance_uid,
+        instance.study_instance_uid,
+        receipt,
+        series_instance_uid=instance.series_instance_uid,
+    )
     action: StudyAction = "created" if opened and not memo.route.study_on else "updated"
     stored = replace(memo, stored=True, study_action=action)
     run.ledger.intend(run.job_id, run.fence, stored.as_json())  # too late to be cancelled: it is stored

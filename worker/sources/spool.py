@@ -33,6 +33,10 @@ class Fetched:
         """A view from byte 0 with a position of its own; closing it leaves the bytes for the next one."""
         return io.BufferedReader(_View(self.stream), CHUNK_BYTES)
 
+    def starts_with(self, prefix: bytes) -> bool:
+        with self.open() as file:
+            return file.read(len(prefix)) == prefix
+
     def to_disk(self) -> None:
         """Give the memory back; for whoever lets many of them wait at a time."""
         if isinstance(self.stream, tempfile.SpooledTemporaryFile):

@@ -1,0 +1,123 @@
+"""Whether an image that a server has is the file that came: the server is asked for it now, and both are compared.
+
+What a job of ours stored under its UID once, and a receipt tells, proves nothing: the image may have been deleted and
+stored again since, by others. Preambles (PS3.10, 7.1) are not compared: they mean nothing, and servers may zero them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from worker.errors import CourierError, NotFound
+from worker.instances import Instance
+from worker.jobs.passing import PREAMBLE_BYTES
+from worker.pacs.protocol import Pacs
+from worker.pacs.stow import PREAMBLE
+
+#: Larger images are not retrieved to be compared.
+COMPARED_BYTES = 64 * 1_048_576
+
+Reason = Literal[
+    "server_rewrites_files",
+    "too_large",
+    "server_did_not_answer",
+    "gone_meanwhile",
+    "file_not_at_hand",
+    "left_to_verification",
+]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A file as it came: what it says of itself, its size and digest, and where it was fetched.
+
+    ``zero_preamble``: its preamble is there and all zeros. ``bare_sha256`` gives the digest of what follows the
+    preamble; None where the bytes are not at hand any more.
+    """
+
+    instance: Instance
+    size_bytes: int
+    sha256: str
+    source: str
+    zero_preamble: bool = False
+    bare_sha256: Callable[[], str] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``same`` is None where it is not known, and ``reason`` says why; ``stored_sha256`` is of what is there now."""
+
+    same: bool | None
+    stored_sha256: str | None = None
+    reason: Reason | None = None
+
+
+LEFT_TO_VERIFICATION = Comparison(None, reason="left_to_verification")
+
+
+def compare(pacs: Pacs, arrival: Arrival) -> Comparison:
+    """Retrieve the image from the server, unless it is large or the server rewrites files, and compare."""
+    if not pacs.keeps_bytes:
+        return Comparison(None, reason="server_rewrites_files")
+    if arrival.size_bytes > COMPARED_BYTES:
+        return Comparison(None, reason="too_large")
+    try:
+        files = list(_retrieved(pacs, arrival.instance.sop_instance_uid))
+    except NotFound:
+        files = []
+    except CourierError:
+        return Comparison(None, reason="server_did_not_answer")
+    if not files:
+        return Comparison(None, reason="gone_meanwhile")
+    verdicts = [file.is_of(arrival) for file in files]
+    if True in verdicts:
+        return Comparison(True, files[verdicts.index(True)].sha256)
+    return Comparison(verdicts[0], files[0].sha256, "file_not_at_hand" if verdicts[0] is None else None)
+
+
+@dataclass(frozen=True)
+class _Retrieved:
+    """The digests of a file: whole, without its preamble, and with one of zeros; None if it is too large to be ours."""
+
+    sha256: str | None
+    bare_sha256: str | None = None
+    zeroed_sha256: str | None = None
+
+    def is_of(self, arrival: Arrival) -> bool | None:
+        if self.sha256 is None:
+            return False
+        if self.sha256 == arrival.sha256 or not arrival.instance.has_preamble:
+            return arrival.sha256 in (self.sha256, self.bare_sha256)
+        if arrival.zero_preamble:
+            return self.zeroed_sha256 == arrival.sha256
+        return None if arrival.bare_sha256 is None else arrival.bare_sha256() == self.bare_sha256
+
+
+def _retrieved(pacs: Pacs, sop_instance_uid: str) -> Iterator[_Retrieved]:
+    """What the server has under the UID, in whichever study."""
+    for found in pacs.find("image", sop_instance_uid):
+        with pacs.retrieve(found) as parts:
+            for part in parts:
+                yield _digests(part.chunks)
+
+
+def _digests(chunks: Iterable[bytes]) -> _Retrieved:
+    whole, bare, zeroed = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(PREAMBLE)
+    head, size_bytes = b"", 0
+    for chunk in chunks:
+        whole.update(chunk)
+        size_bytes += len(chunk)
+        if size_bytes > COMPARED_BYTES + PREAMBLE_BYTES:
+            return _Retrieved(None)
+        rest = chunk
+        if len(head) < PREAMBLE_BYTES:
+            head += chunk
+            rest = head[PREAMBLE_BYTES:] if len(head) >= PREAMBLE_BYTES else b""
+        bare.update(rest)
+        zeroed.update(rest)
+    if not head.endswith(b"DICM", 0, PREAMBLE_BYTES):  # without a preamble, all of it is the image
+        return _Retrieved(whole.hexdigest(), whole.hexdigest())
+    return _Retrieved(whole.hexdigest(), bare.hexdigest(), zeroed.hexdigest())
