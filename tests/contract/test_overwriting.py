@@ -310,6 +310,27 @@ def test_a_probe_that_may_not_be_removed_is_named_in_the_log(
     assert f"s3://{keeping.bucket}/{left}" in caplog.text
 
 
+@pytest.mark.parametrize("may_delete_versions", [True, False])
+def test_of_a_probe_in_a_bucket_with_versions_no_version_is_left_that_may_be_removed(
+    keeping: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, may_delete_versions: bool
+) -> None:
+    enabled = {"Status": "Enabled"}
+    keeping.theirs.put_bucket_versioning(Bucket=keeping.bucket, VersioningConfiguration=enabled)
+    worker = keeping.worker()
+    client = keeping.client_of(worker)
+    inner, fail = client.delete_object, failing(403, "AccessDenied")
+
+    def delete(**request: Any) -> Any:
+        return fail() if "VersionId" in request and not may_delete_versions else inner(**request)
+
+    monkeypatch.setattr(client, "delete_object", delete)
+    assert worker.probe(keeping.url(""))
+    left = keeping.theirs.list_object_versions(Bucket=keeping.bucket)
+    assert keeping.keys() == set()
+    assert bool(left.get("Versions")) is not may_delete_versions
+    assert not caplog.text
+
+
 def failing(status: int, code: str) -> Callable[..., Any]:
     def fail(**_: Any) -> Any:
         answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}

@@ -277,9 +277,14 @@ class Bucket:
         from botocore import exceptions as boto  # noqa: PLC0415 (as in s3.py)
 
         try:
-            for version in versions:
-                of = {"VersionId": version} if version else {}
-                self._client.delete_object(Bucket=self.name, Key=key, **of)
+            try:
+                for version in versions:
+                    of = {"VersionId": version} if version else {}
+                    self._client.delete_object(Bucket=self.name, Key=key, **of)
+            except boto.ClientError as error:
+                if not any(versions) or _status(error.response) != 403:
+                    raise
+                self._client.delete_object(Bucket=self.name, Key=key)  # versions may need a right of their own
         except (boto.ClientError, boto.BotoCoreError) as error:
             sentence = "The probe %s could not be removed (%s); remove it, and allow s3:DeleteObject for such names."
             log.warning(sentence, self.shown(key), type(error).__name__)
