@@ -19,7 +19,7 @@ from producer.errors import InvalidRequest
 from producer.orders import Order, of_plan_file
 from producer.plans import PlanHeader, PlanLine, write
 from worker import schema
-from worker.batches import Batches, chunk_job, chunk_pass
+from worker.batches import CHUNK_TASK, Batches, chunk_job, chunk_pass
 from worker.errors import CourierError
 from worker.jobs.batches import Conductor, conducted, order
 from worker.jobs.bulk_deletions import StudyDeletions, delete_many
@@ -29,7 +29,8 @@ from worker.jobs.deletions import delete
 from worker.jobs.migrations import migrate
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
-from worker.ledger import PREFIX, Ledger, content_digest
+from worker.jobs.trace import _jobs
+from worker.ledger import PREFIX, Known, Ledger, Note, content_digest
 from worker.logs import REASON_LENGTH, REQUESTED_BY_LENGTH, shown_job, stated
 from worker.pacs.fleet import Fleet
 from worker.payloads import (
@@ -521,6 +522,24 @@ def test_the_pass_of_a_chunk_is_known_by_its_id(ledger: Ledger) -> None:
     assert chunk_pass(chunk_job(batch, "undo", 12).job_id) == ("a.apply.b", "undo")
     assert chunk_pass("a.apply.b.verify.3.7") == ("a.apply.b", "verify")
     assert chunk_pass("a.apply.b") is None
+
+
+def test_a_trace_says_of_a_piece_of_a_batch_who_asked_for_the_pass_that_it_belongs_to(ledger: Ledger) -> None:
+    batches = Batches(ledger)
+    batches.open("B", kind="delete", order={"reason": "of the order"}, width=1)
+    ledger.submit("undo", task="pacs.batch.undo", job={"batch_id": "B", **WHY})
+    ledger.client.hset(f"{PREFIX}batch:B", "undo:begun_by", "undo")
+    for job_id in ("B.undo.0", "B.undo.0.1", "B.verify.0"):
+        ledger.submit(job_id, task=CHUNK_TASK, job={"batch_id": "B"})
+    ledger.submit("B.undo.7", task="pacs.delete", job={"reason": "an id that only looks like it"})
+    notes = [Note(0, "ended", job_id, {}) for job_id in ("B.undo.0", "B.undo.0.1", "B.verify.0", "B.undo.7", "gone")]
+    jobs = _jobs({"1.2": Known(notes, None, [], {}, {})}, ledger)
+    assert {job.job_id: (job.requested_by, job.reason) for job in jobs} == {
+        "B.undo.0": tuple(WHY.values()),
+        "B.undo.0.1": tuple(WHY.values()),
+        "B.verify.0": (None, None),
+        "B.undo.7": (None, "an id that only looks like it"),
+    }
 
 
 def test_an_order_in_words_of_the_message_is_as_strict_as_the_message() -> None:
