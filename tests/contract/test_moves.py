@@ -588,6 +588,23 @@ def test_an_image_that_both_have_got_since_the_proof_is_proven_too(move: Move) -
     assert late in move.on_source
 
 
+@pytest.mark.parametrize("target", ["dcm4chee", "orthanc"])
+def test_two_images_under_one_uid_are_not_proven_by_one_of_them(request: pytest.FixtureRequest, target: Any) -> None:
+    """MSDICOM tells images by all of their UIDs, so one can be in two series; others know one of them at most."""
+    move = Move(*(server(kind, WHERE[kind](request)) for kind in ("msdicom", target)))  # type: ignore[arg-type]
+    twice = new_uid()
+    put(move.source, *(image(move.study, series=f"{move.study}.{n}", sop=twice, seed=n) for n in (1, 2)))
+    move.put(move.source, 1)
+    with contextlib.suppress(PacsMisanswered, PacsUnavailable):
+        move.copy()
+    with pytest.raises(StudyConflict) as caught:
+        move.verify(delete=True)
+    assert caught.value.details["different"] == [twice]
+    assert twice in move.on_source
+    with move.source.retrieve(Found("study", move.study)) as parts:
+        assert len([b"".join(part.chunks) for part in parts]) == 3
+
+
 def test_undo_removes_no_copy_of_which_the_source_has_another(way: Move) -> None:
     (uid,) = way.put(way.source, 1, ImageLaterality="R")
     way.copy()

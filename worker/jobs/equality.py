@@ -95,14 +95,15 @@ def compare(
 ) -> Compared:
     """Compare the ``wanted`` images of a study. ``digests``: of the ``other`` side's, if they were just read."""
     pair = _Pair(study_uid, one, other, max_spool_bytes)
-    found, rest = Compared(), set(wanted)
+    found, rest, twice = Compared(), set(wanted), set[str]()
     if rest and other.pacs.keeps_bytes:
         given = digests if digests is not None else digests_on(other.pacs, study_uid, other.series_of, rest)
         expected = digests_on(one.pacs, study_uid, one.series_of, rest)
-        found.by_bytes = {uid for uid in rest if uid in expected and expected[uid] == given.get(uid)}
+        twice = {uid for uid in rest if "" in (expected.get(uid), given.get(uid))}
+        found.by_bytes = {uid for uid in rest - twice if uid in expected and expected[uid] == given.get(uid)}
         rest -= found.by_bytes
-    if rest and not pair.both_keep_bytes:
-        _by_elements(pair, rest, found)
+    if rest - twice and not pair.both_keep_bytes:
+        _by_elements(pair, rest - twice, found)
         rest -= found.same
     found.different = sorted(rest)
     for uid in found.different[:NAMED]:
@@ -115,13 +116,21 @@ def _by_elements(pair: _Pair, wanted: Collection[str], found: Compared) -> None:
         return fingerprint(stream, transfer_syntax_uid, apart=pair.apart)
 
     rewrites = (pair.one.pacs.rewrites, pair.other.pacs.rewrites)
-    expected = {uid: (sha256, ours) for uid, sha256, ours in pair.read(pair.one, wanted, reader)}
+    expected: dict[str, tuple[str, Fingerprint | None]] = {}
+    unlike: set[str] = set()  # of which one server has two under their UID, or the other something else
+    for uid, sha256, ours in pair.read(pair.one, wanted, reader):
+        if expected.setdefault(uid, (sha256, ours))[0] != sha256:
+            unlike.add(uid)
     for uid, sha256, theirs in pair.read(pair.other, wanted, reader):
         digest, ours = expected.get(uid, ("", None))
         if sha256 == digest:
             found.by_bytes.add(uid)
         elif ours is not None and theirs is not None and equal(ours, theirs, rewrites=rewrites):
             found.by_elements.add(uid)
+        else:
+            unlike.add(uid)
+    found.by_bytes -= unlike
+    found.by_elements -= unlike
 
 
 def _tags(pair: _Pair, uid: str) -> tuple[list[str], str]:
@@ -133,8 +142,8 @@ def _tags(pair: _Pair, uid: str) -> tuple[list[str], str]:
     tables: list[Table] = []
     for side in (pair.one, pair.other):
         sent = [read for *_, read in pair.read(side, {uid}, reader)]
-        if not sent:
-            return [], f"which {side.pacs.server.name} does not send"
+        if len(sent) != 1:
+            return [], f"which {side.pacs.server.name} sends {len(sent)} times"
         if sent[0] is None:
             return [], f"which cannot be read to its end as {side.pacs.server.name} sends it"
         tables.append(sent[0])

@@ -126,12 +126,17 @@ def bring(
 
 
 def digests_on(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str]) -> dict[str, str]:
-    """The SHA-256 of what a server gives back for each of the ``wanted`` images, without its preamble."""
+    """The SHA-256 of what a server gives back for each of the ``wanted`` images, without its preamble.
+
+    It is empty for a UID under which it gives back two different images.
+    """
     digests: dict[str, str] = {}
     for image in received(pacs, study_uid, series_of, wanted):
         for _ in image.chunks():
             pass
-        digests[image.instance.sop_instance_uid] = image.sha256
+        uid = image.instance.sop_instance_uid
+        if digests.setdefault(uid, image.sha256) != image.sha256:
+            digests[uid] = ""
     return {uid: digest for uid, digest in digests.items() if uid in wanted}
 
 
