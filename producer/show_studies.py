@@ -63,6 +63,16 @@ def _images(place: Entry) -> str:
     return "?" if place["images"] is None else str(place["images"])
 
 
+def left_out(server: Entry) -> str:
+    """What a server sent although it does not match the filters; "" if it sent nothing such."""
+    dropped = server.get("dropped", 0)
+    if not dropped:
+        return ""
+    lacking = " and ".join(server.get("lacking", ()))
+    why = f" (no study there came with {lacking})" if lacking else ""
+    return f"; {dropped:,} more that it sent do not match the filters and are left out{why}"
+
+
 def write_csv(entries: Iterable[Entry], out: TextIO) -> None:
     """One line per study; servers, images and links of a split study are separated by blanks, in one order."""
     writer = csv.writer(out)

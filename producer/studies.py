@@ -69,7 +69,10 @@ class StudyList:
         """Lay a further page over those that are there."""
         self.cursor = page["cursor"]
         for server in page["servers"]:
-            self._servers[server["server_name"]] = {**server, "count": 0}
+            before = self._servers.get(server["server_name"], {})
+            dropped = before.get("dropped", 0) + server.get("dropped", 0)
+            lacking = [name for name in server.get("lacking", ()) if name in before.get("lacking", (name,))]
+            self._servers[server["server_name"]] = {**server, "count": 0, "dropped": dropped, "lacking": lacking}
         with self._db:
             for entry in page["studies"]:
                 self._merge(entry)

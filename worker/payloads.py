@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.errors import InvalidRequest, InvalidUid
+from worker.filters import check_filters, check_selecting
 from worker.logs import REASON_LENGTH, REQUESTED_BY_LENGTH, is_one_line, shown_text, shown_url
 from worker.windows import check_window
 
@@ -109,7 +110,8 @@ class StatusJob(ServersJob):
 
 #: What studies are like: values by DICOM keywords (PS3.6), the longest of which has 63 letters.
 Keyword = Annotated[str, Field(max_length=64)]
-Filters = Annotated[dict[Keyword, str], Field(max_length=50)]
+Values = Annotated[dict[Keyword, str], Field(max_length=50)]
+Filters = Annotated[Values, AfterValidator(check_filters)]
 #: Servers by name; without them, all.
 Servers = Annotated[list[str], Field(min_length=1, max_length=64)]
 #: How many studies an order is expected to delete images of. Needed above ``deletions.max_studies_per_order``.
@@ -204,16 +206,22 @@ class BatchUploadJob(BatchOrderJob):
 
 
 class BatchStudiesJob(BatchOrderJob):
-    """What orders about studies have in common: their UIDs, those that match ``filters``, or ``everything``."""
+    """What orders about studies have in common: their UIDs, those that match ``filters``, or ``everything``.
+
+    One of the filters has to say something of a study: ``*`` means every study.
+    """
 
     model_config = STRICT
 
     items: Annotated[Sequence[str | StudyItem], Field(min_length=1, max_length=5000)] | None = None
-    filters: Annotated[Filters, Field(min_length=1)] | None = None
+    filters: Values | None = None
     everything: bool = False
 
     @model_validator(mode="after")
     def _about_one_thing(self) -> BatchStudiesJob:
+        if self.filters is not None:
+            check_selecting(self.filters)
+            check_filters(self.filters)
         _exactly_one(self, "items", "filters", "everything")
         return self
 
@@ -553,7 +561,11 @@ class StudyEntry(BaseModel):
 
 
 class ListedServer(BaseModel):
-    """What became of one server's part of a page. ``count`` is its number of studies on this page."""
+    """What became of one server's part of a page. ``count`` is its number of studies on this page.
+
+    ``dropped`` rows that it sent do not match the filters and are left out; ``lacking`` are filtered attributes that no
+    row of this page has.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -561,6 +573,8 @@ class ListedServer(BaseModel):
     server_type: str
     status: Literal["more", "complete", "unavailable"]
     count: int = 0
+    dropped: int = 0
+    lacking: list[str] = []
     error: Fault | None = None
 
 
@@ -776,13 +790,15 @@ class SplitStudy(BaseModel):
 
 
 class AuditedServer(BaseModel):
-    """``studies``: how many this server has."""
+    """``studies``: how many this server has; ``dropped`` and ``lacking`` as in a list of studies (`ListedServer`)."""
 
     model_config = ConfigDict(frozen=True)
 
     server_name: str
     server_type: str
     studies: int
+    dropped: int = 0
+    lacking: list[str] = []
 
 
 class AuditPayload(Payload):

@@ -19,6 +19,7 @@ from producer.errors import CourierError, StillRunning
 from producer.repairs import new_file, repair, write
 from producer.show import console, errors_console
 from producer.show_audit import audit_table, json_document, write_csv
+from producer.show_studies import left_out
 
 Form = Literal["table", "json", "csv"]
 
@@ -117,7 +118,7 @@ def _show(found: _Pages, form: Form) -> None:
             if entries:
                 console.print(audit_table(entries, header=not number))
     head = found.head
-    each = ", ".join(f"{server['server_name']}: {server['studies']}" for server in head["servers"])
+    each = ", ".join(f"{server['server_name']}: {server['studies']}{left_out(server)}" for server in head["servers"])
     _say(f"{head['split']} of {head['studies']} studies are on more than one server ({each}).")
 
 

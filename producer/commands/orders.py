@@ -61,6 +61,7 @@ from producer.repairs import check_new
 from producer.show import console, errors_console
 from producer.show_batches import PlanSummary, failures_table, of_how_many, servers_table
 from worker.batches import Batch, Pass
+from worker.filters import check_filters, check_selecting
 
 CONFIRMATION = "delete all studies"
 
@@ -269,6 +270,9 @@ def _chosen(words: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
     if sum(map(bool, (words, queries, options["everything"]))) != 1:
         raise click.UsageError("Say which studies: UIDs or a file of them, --query KEY=VALUE, or --all.")
     filters = conditions(queries, called="query")
+    if filters:
+        check_selecting(filters)
+        check_filters(filters)
     return {"filters": filters or None, "everything": True if options["everything"] else None}
 
 

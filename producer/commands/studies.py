@@ -14,7 +14,7 @@ from producer.commands.door import DONE, UNAVAILABLE, as_json_option, conditions
 from producer.courier import Courier
 from producer.errors import CourierError
 from producer.show import errors_console
-from producer.show_studies import json_document, studies_table, write_csv
+from producer.show_studies import json_document, left_out, studies_table, write_csv
 from producer.studies import StudyList, walk
 
 #: Studies per page while all are listed.
@@ -64,6 +64,6 @@ def _show(listed: StudyList, mode: str, limit: int | None, form: Form) -> int:
     missing = [server for server in servers if server["status"] == "unavailable"]
     for server in servers:
         end = server["error"]["message"] if server["error"] else "all" if server["status"] == "complete" else "and more"
-        line = f"{server['server_name']}: {server['count']} studies, {end}"
+        line = f"{server['server_name']}: {server['count']} studies, {end}{left_out(server)}"
         errors_console.print(line, style="red" if server in missing else "dim", highlight=False, markup=False)
     return UNAVAILABLE if missing else DONE

@@ -60,6 +60,16 @@ _UIDS: dict[Level, tuple[str, ...]] = {
 }
 _LEVELS: tuple[Level, ...] = ("study", "series", "instance")
 
+#: What was seen to be matched on studies (dcm4chee-arc-light 5.35.1); any other attribute filters nothing.
+_MATCHED = (
+    "0020000D 00080020 00080030 00200010 00080050 00081030 00080090 00100010 00100020 00100021 00100030 00100040 "
+    "00080061 00080062 00080080 00081040 00081010 0008103E 00180015"
+)
+MATCHED_ON_STUDIES = frozenset(_MATCHED.split())
+_DATES = re.compile(r"\d{8}(-(\d{8})?)?|-\d{8}", re.ASCII).fullmatch
+_TIME = r"\d\d(\d\d(\d\d(\.\d{1,6})?)?)?"
+_TIMES = re.compile(f"{_TIME}(-({_TIME})?)?|-{_TIME}", re.ASCII).fullmatch
+
 #: Names of the archive's own that are accepted; of these only storageID filters anything here.
 _OWN = (
     "onlyWithStudies incomplete retrievefailed storageVerificationFailed metadataUpdateFailed compressionfailed "
@@ -158,17 +168,30 @@ def _order(request: web.Request, query: Query, name: str) -> None:
 
 
 def _filter(archive: Archive, query: Query, path: list[str], values: tuple[str, ...]) -> None:
-    """A matching key; one without a value is universal matching."""
+    """A matching key; one without a value is universal matching.
+
+    What the archive does not match, and a value that it cannot read, is ignored without a word.
+    """
     values = tuple(value for value in values if value)
     column = _column(path[0], query.level)
     if not values:
         query.fields.add(path[0])
-    elif column is None or len(path) > 1:
+        return
+    if query.level == "study" and (path[0] not in MATCHED_ON_STUDIES or not _is_readable(path[0], values)):
+        return
+    if path[0] == "00100020":
+        values = values[:1]  # of a list of Patient IDs only the first is matched
+    if column is None or len(path) > 1:
         query.others.append((path[0], values)) if len(path) == 1 else None
     elif len(values) > 1:
         query.conditions.append(Condition(column, "IN", tuple(archive.store.fold(path[0], v) for v in values)))
     else:
         query.conditions += _single(column, archive.store.fold(path[0], values[0]))
+
+
+def _is_readable(tag: str, values: tuple[str, ...]) -> bool:
+    form = {"DA": _DATES, "TM": _TIMES}.get(_vr(tag))
+    return form is None or all(form(value) for value in values)
 
 
 def _single(column: str, value: str) -> Iterator[Condition]:

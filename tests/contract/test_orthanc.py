@@ -136,6 +136,29 @@ def test_values_of_a_query_are_not_decoded(raw: Raw) -> None:
     assert raw.studies(f"StudyInstanceUID={study}%2C{study}") == [study]
 
 
+def test_orthanc_matches_what_it_has_in_its_index(raw: Raw) -> None:
+    undated, patient = new_uid(), new_uid()[-10:]
+    raw.stow(image(undated, StudyDate="", PatientID=f"a{patient}", Modality="CT"))
+    assert raw.studies(f"PatientID=A{patient}") == [undated]
+    assert raw.studies(f"PatientID=A{patient}&StudyDate=-18991231") == [undated]
+    assert raw.studies(f"PatientID=A{patient}&ModalitiesInStudy=CT") == [undated]
+    assert raw.studies(f"PatientID=A{patient}&Modality=CT") == []
+
+
+def test_lists_are_in_latin1(raw: Raw) -> None:
+    study, other = new_uid(), new_uid()
+    raw.stow(image(study, SpecificCharacterSet="ISO_IR 192", PatientName="Yamada=山田^太郎"))
+    raw.stow(image(other, SpecificCharacterSet="ISO_IR 192", PatientName="Jo\u0308rg"))
+    names = {
+        uid: raw.call("GET", f"/studies?StudyInstanceUID={uid}").json()[0]["00100010"]["Value"][0]
+        for uid in (study, other)
+    }
+    assert names == {study: {"Alphabetic": "Yamada", "Ideographic": "^"}, other: {"Alphabetic": "Jorg"}}
+    question = {"Level": "Study", "Query": {"StudyInstanceUID": study}, "Expand": True}
+    (found,) = raw.call("POST", f"{raw.rest}/tools/find", body=json.dumps(question).encode()).json()
+    assert found["PatientMainDicomTags"]["PatientName"] == "Yamada=山田^太郎"
+
+
 def test_a_limit_of_zero_has_no_limit(raw: Raw) -> None:
     raw.stow(image(new_uid()), image(new_uid()))
     assert len(raw.studies("limit=0")) >= 2

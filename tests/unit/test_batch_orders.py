@@ -88,8 +88,8 @@ def test_a_move_that_would_not_compare_all_is_refused_before_its_items_are_read(
 def test_what_only_a_worker_reaches_goes_into_the_message(one: Desk) -> None:
     for source in ("s3://bucket/prefix/", "file:///data/", "https://host/all.zip?sig=1"):
         assert one.desk.upload(source)["job"] == {"source": source}
-    job = one.desk.migrate(source="a", target="b", filters={"StudyDate": "2025"})["job"]
-    assert (job["from_server"], job["to_server"], job["filters"]) == ("a", "b", {"StudyDate": "2025"})
+    job = one.desk.migrate(source="a", target="b", filters={"StudyDate": "20250101-20251231"})["job"]
+    assert (job["from_server"], job["to_server"], job["filters"]) == ("a", "b", {"StudyDate": "20250101-20251231"})
     assert one.batches.list() == []
     with pytest.raises(InvalidRequest, match="stands alone"):
         one.desk.order(Order("upload", {}), Given(("s3://bucket/prefix/", URLS[0])))

@@ -40,6 +40,43 @@ def test_a_move_compares_all_images_and_takes_no_wish_for_less(digests: str) -> 
     assert "compares all images" in refused(*move, "--digests", digests)
 
 
+@pytest.mark.parametrize(
+    ("pair", "advice"),
+    [
+        ("StudyDate=2004", "YYYY0101-YYYY1231"),
+        ("StudyDate=20260230", "calendar"),
+        ("StudyDate=20261231-20260101", "ends before it begins"),
+        ("StudyTime=7:27", "HHMMSS"),
+        ("StudyInstanceUID=1.2.*", "no wildcards"),
+        ("studydate=20260101", "StudyDate is"),
+    ],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("studies", "--filter"),
+        ("audit", "--filter"),
+        ("batch", "delete", "--yes", "--query"),
+        ("batch", "download", "--to-folder", "/out", "--query"),
+        ("batch", "migrate", "--from", "a", "--to", "b", "--delete-source", "--yes", "--query"),
+    ],
+)
+def test_a_wrong_filter_is_refused_with_what_to_write(words: tuple[str, ...], pair: str, advice: str) -> None:
+    assert advice in refused(*words, pair)
+
+
+@pytest.mark.parametrize("pair", ["PatientName=*", "PatientName=?*", "StudyDate=-", "PatientID=", "PatientID=A,*"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("batch", "delete", "--yes", "--query"),
+        ("batch", "migrate", "--from", "a", "--to", "b", "--delete-source", "--yes", "--query"),
+    ],
+)
+def test_a_query_that_chooses_every_study_is_refused_and_points_to_all(words: tuple[str, ...], pair: str) -> None:
+    assert "--all" in refused(*words, pair)
+
+
 def test_a_plan_that_would_not_be_written_is_not_made(tmp_path: Path) -> None:
     written = tmp_path / "plan.jsonl"
     written.write_text("of yesterday", encoding="utf-8")

@@ -22,7 +22,7 @@ from worker.instances import Instance
 from worker.pacs import registry
 from worker.pacs.connections import idle_limit_s
 from worker.pacs.credentials import Fixed
-from worker.pacs.dicomjson import number
+from worker.pacs.dicomjson import number, text
 from worker.pacs.protocol import DeletionFate, Fate, Found, Pacs, Part
 from worker.pacs.stow import PREAMBLE
 from worker.pacs.transport import Request, Transport
@@ -500,11 +500,12 @@ def test_orthancs_index_has_to_say_what_it_found(answer: object) -> None:
 
 def test_orthanc_08_values_are_not_decoded_so_none_is_encoded() -> None:
     names = [{"00100010": {"vr": "PN", "Value": [{"Alphabetic": name}]}} for name in ("A^B", "A B")]
-    pacs, wire = asked("orthanc", Reply(200, [study("1.1") | names[0], study("1.9") | names[1]]))
+    kept = [{**indexed(uid), "PatientMainDicomTags": {"PatientName": n}} for uid, n in (("1.1", "A^B"), ("1.9", "A B"))]
+    pacs, wire = asked("orthanc", Reply(200, [study("1.1") | names[0], study("1.9") | names[1]]), Reply(200, kept))
     page = pacs.studies(filters={"PatientName": "A^B"}, limit=10, offset=0)
-    assert "PatientName=A?B" in wire.calls[0]
-    assert page.studies == [study("1.1") | names[0]]
-    assert page.next_offset == 2
+    assert "PatientName=*A*B*" in wire.calls[0]
+    assert [text(ds, "0020000D") for ds in page.studies] == ["1.1"]
+    assert (page.next_offset, page.dropped) == (2, 1)
 
 
 def test_orthanc_09_a_limit_of_none_or_less_is_never_sent() -> None:

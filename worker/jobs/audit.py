@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from worker.errors import CourierError, InvalidRequest, PacsMisanswered
+from worker.errors import CourierError, InvalidRequest
 from worker.jobs.deletions import asked
 from worker.jobs.lookups import Reply, settle
 from worker.jobs.run import Run
 from worker.jobs.sightings import Sightings
+from worker.jobs.study_lists import Left, walk
 from worker.jobs.tools import Tools
-from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Pacs
 from worker.payloads import AuditedServer, AuditJob, AuditPayload, OnlyOn, Overlap, SplitOn, SplitStudy, read_job
@@ -49,7 +49,7 @@ def audit(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     names = [pacs.server.name for pacs in servers]
     with Sightings(names) as studies:
         with run.step("list"):
-            _list(job, servers, studies, run, tools.fleet)
+            left = _list(job, servers, studies, run, tools.fleet)
         after = "" if job.study_uid or job.cursor is None else job.cursor
         candidates = studies.shared(after=after, limit=job.limit + 1)
         groups = studies.groups()
@@ -60,7 +60,7 @@ def audit(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
         entries, cursor = _one_page(entries, job.limit)
     return AuditPayload(
         job_id=run.job_id,
-        servers=[_audited(pacs, groups) for pacs in servers],
+        servers=[_audited(pacs, groups, left.get(pacs.server.name, Left())) for pacs in servers],
         studies=sum(count for _, count in groups),
         split=sum(count for on, count in groups if len(on) > 1),
         entries=entries,
@@ -70,40 +70,27 @@ def audit(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     ).as_json()
 
 
-def _list(job: AuditJob, servers: Sequence[Pacs], studies: Sightings, run: Run, fleet: Fleet) -> None:
-    """Note which studies each server has."""
+def _list(job: AuditJob, servers: Sequence[Pacs], studies: Sightings, run: Run, fleet: Fleet) -> dict[str, Left]:
+    """Note which studies each server has; what each sent that does not match, by its name."""
     if job.study_uid is None:
-        _all([partial(_walk, pacs, job.filters, studies, run) for pacs in servers], fleet)
-        return
+        left = _all([partial(_walk, pacs, job.filters, studies, run) for pacs in servers], fleet)
+        return {pacs.server.name: one for pacs, one in zip(servers, left, strict=True)}
     answers = _all([partial(pacs.find, "study", job.study_uid) for pacs in servers], fleet)
     replies = [Reply(pacs, found) for pacs, found in zip(servers, answers, strict=True)]
     settle("study", job.study_uid, replies)
     for reply in replies:
         studies.note(reply.pacs.server.name, [found.study_instance_uid for found in reply.found])
+    return {}
 
 
-def _walk(pacs: Pacs, filters: Mapping[str, str], studies: Sightings, run: Run) -> None:
-    """Note all of one server's studies, page by page."""
-    offset: int | None = 0
-    before: list[str] = []
-    while offset is not None:
-        run.intend({})  # nothing to remember, but a cancelled or lost job ends here
-        page = pacs.studies(filters=filters, limit=PAGE, offset=offset)
-        offset = page.next_offset
-        uids = [text(ds, STUDY_INSTANCE_UID) for ds in page.studies]
-        if uids and uids == before:
-            if len(uids) == PAGE:
-                raise _stuck(pacs)
-            return  # it takes no notice of the offset, and gave all at once
+def _walk(pacs: Pacs, filters: Mapping[str, str], studies: Sightings, run: Run) -> Left:
+    """Note all of one server's studies, page by page; what it sent beside them."""
+    left = Left()
+    run.intend({})  # nothing to remember, but a cancelled or lost job ends here
+    for uids in walk(pacs, filters, left, limit=PAGE):
         studies.note(pacs.server.name, uids)
-        before = uids
-
-
-def _stuck(pacs: Pacs) -> PacsMisanswered:
-    """A full page again: this server does not page, so there may be studies that nobody has seen."""
-    server = pacs.server
-    sentence = f"{server.name} sends the same page of its studies again; narrow the list with filters."
-    return PacsMisanswered(sentence, server_name=server.name, server_type=server.type)
+        run.intend({})  # as above
+    return left
 
 
 def _compare(job: AuditJob, candidates: Sequence[tuple[str, list[str]]], run: Run, fleet: Fleet) -> list[SplitStudy]:
@@ -174,8 +161,15 @@ def _place(pacs: Pacs, study_uid: str, images: int) -> SplitOn:
     return SplitOn(server_name=server.name, server_type=server.type, images=images, viewer_url=link)
 
 
-def _audited(pacs: Pacs, groups: Sequence[tuple[list[str], int]]) -> AuditedServer:
-    return AuditedServer(server_name=pacs.server.name, server_type=pacs.server.type, studies=_count(pacs, groups))
+def _audited(pacs: Pacs, groups: Sequence[tuple[list[str], int]], left: Left) -> AuditedServer:
+    server = pacs.server
+    return AuditedServer(
+        server_name=server.name,
+        server_type=server.type,
+        studies=_count(pacs, groups),
+        dropped=left.dropped,
+        lacking=sorted(left.lacking or ()),
+    )
 
 
 def _count(pacs: Pacs, groups: Sequence[tuple[list[str], int]]) -> int:

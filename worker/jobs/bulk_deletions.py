@@ -24,7 +24,7 @@ from worker.jobs.deletions import asked, forget_what_is_gone, remove
 from worker.jobs.downloads import OVERWRITE_NOT_PREVENTED
 from worker.jobs.kept import Kept, is_all_kept, keep, restore
 from worker.jobs.run import Run
-from worker.jobs.study_lists import planned_studies
+from worker.jobs.study_lists import check_order_filters, planned_studies
 from worker.jobs.tools import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed, refusal
@@ -124,8 +124,8 @@ def delete_many(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str,
     ConfirmationRequired
         Everything is to be deleted, and ``confirm`` is not the sentence.
     InvalidRequest
-        A field or a server is not known, the settings forbid the deletion on it, or nothing may be written where
-        backups go. Nothing has begun.
+        A field or a server is not known, a server cannot answer for what matches the filters, the settings forbid the
+        deletion on it, or nothing may be written where backups go. Nothing has begun.
     """
     with unbegun(run, tools):
         job = read_job(BatchDeleteJob, message)
@@ -134,6 +134,7 @@ def delete_many(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str,
         servers = asked(job.servers, tools.fleet)
         if job.servers is not None:
             check_allowed(servers, permanent=job.permanent)
+        check_order_filters(servers, job.filters)
         check_backup(job.backup, tools)
     return order(message, run, tools, kind=StudyDeletions(), name="delete", form=BatchDeleteJob)
 

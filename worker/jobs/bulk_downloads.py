@@ -16,7 +16,7 @@ from worker.jobs.deletions import asked
 from worker.jobs.downloads import bring
 from worker.jobs.lookups import Reply, settle
 from worker.jobs.run import NotYet, Run
-from worker.jobs.study_lists import planned_studies
+from worker.jobs.study_lists import check_order_filters, planned_studies
 from worker.jobs.tools import Tools
 from worker.jobs.transfers import images_on
 from worker.pacs.protocol import Pacs
@@ -97,11 +97,12 @@ def download_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str
     Raises
     ------
     InvalidRequest
-        A server is not known, or nothing may be written at the destination; nothing has begun.
+        A server is not known or cannot answer for what matches the filters, or nothing may be written at the
+        destination; nothing has begun.
     """
     with unbegun(run, tools):
         job = read_job(BatchDownloadJob, message)
-        asked(job.servers, tools.fleet)
+        check_order_filters(asked(job.servers, tools.fleet), job.filters)
         tools.destinations.archive(f"{job.destination.rstrip('/')}/0.zip")
     return order(message, run, tools, kind=StudyDownloads(), name="download", form=BatchDownloadJob)
 

@@ -26,7 +26,7 @@ from worker.jobs.moves import (
     verify_study,
 )
 from worker.jobs.run import Run
-from worker.jobs.study_lists import study_pages
+from worker.jobs.study_lists import check_order_filters, study_pages
 from worker.jobs.tools import Tools
 from worker.jobs.transfers import Transfer, images_on
 from worker.ledger import LeaseLost
@@ -46,14 +46,15 @@ def migrate(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any
     Raises
     ------
     InvalidRequest
-        A server is not configured, or both are the same one; or the settings forbid deletions on the source of a move.
+        A server is not configured, or both are the same one; the settings forbid deletions on the source of a move;
+        or the source cannot answer for what matches the filters.
     """
     with unbegun(run, tools):
         job = read_job(BatchMigrateJob, message)
-        for name in (job.from_server, job.to_server):
-            tools.fleet[name]
+        source, _ = (tools.fleet[name] for name in (job.from_server, job.to_server))
         if job.delete_source:
-            check_allowed([tools.fleet[job.from_server]], permanent=True)
+            check_allowed([source], permanent=True)
+        check_order_filters([source], job.filters)
     return order(message, run, tools, kind=StudyMigrations(), name="migrate", form=BatchMigrateJob)
 
 

@@ -12,13 +12,14 @@ import binascii
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from worker.errors import CourierError, InvalidRequest, Refused
 from worker.jobs.lookups import asked
 from worker.jobs.run import Run
+from worker.jobs.study_lists import Left, Walk
 from worker.jobs.tools import Tools
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, number, text, values
 from worker.pacs.fleet import Fleet
@@ -37,14 +38,29 @@ _TEXTS = {
 _PATIENT_NAME = "00100010"
 _MODALITIES_IN_STUDY = "00080061"
 _NUMBER_OF_INSTANCES = "00201208"
+#: After so many rows of one server that do not match, a page ends with what it has.
+MAX_DROPPED = 5_000
 
 
 @dataclass(frozen=True)
 class Part:
-    """The next part of one server's list. ``next_offset`` is None after its end."""
+    """The next part of one server's list. ``next_offset`` is None after its end.
+
+    ``left`` is what the server sent beside it, ``fingerprint`` that of its first page.
+    """
 
     studies: list[Dataset]
     next_offset: int | None
+    left: Left = field(default_factory=Left)
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a server's list goes on, and the fingerprint of a page before."""
+
+    offset: int = 0
+    fingerprint: str = ""
 
 
 def list_studies(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
@@ -58,9 +74,9 @@ def list_studies(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str
         No server answered: the error of the first.
     """
     job = read_job(StudiesJob, message)
-    offsets = read_cursor(job, tools.fleet)
+    marks = read_cursor(job, tools.fleet)
     with run.step("list"):
-        parts = _parts(job, offsets, tools.fleet)
+        parts = _parts(job, marks, tools.fleet)
     listed = {name: part for name, part in parts.items() if isinstance(part, Part)}
     if not listed:
         raise next(part for part in parts.values() if isinstance(part, CourierError))
@@ -69,11 +85,11 @@ def list_studies(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str
         mode=job.mode,
         studies=merge(listed, tools),
         servers=[_listed(tools.fleet[name], part) for name, part in parts.items()],
-        cursor=_cursor(job, offsets, parts),
+        cursor=_cursor(job, marks, parts),
     ).as_json()
 
 
-def read_cursor(job: StudiesJob, fleet: Fleet) -> dict[str, int]:
+def read_cursor(job: StudiesJob, fleet: Fleet) -> dict[str, Mark]:
     """Where the list goes on, per server that is not at its end.
 
     Raises
@@ -82,31 +98,34 @@ def read_cursor(job: StudiesJob, fleet: Fleet) -> dict[str, int]:
         The cursor is none of ours, or was given out for another mode, other filters or other servers.
     """
     if job.cursor is None:
-        return {pacs.server.name: 0 for pacs in asked(job.mode, fleet)}
+        return {pacs.server.name: Mark() for pacs in asked(job.mode, fleet)}
     try:
         cursor = json.loads(base64.urlsafe_b64decode(job.cursor.encode("ascii")))
         query, offsets = cursor["query"], {str(name): int(offset) for name, offset in cursor["offsets"].items()}
+        prints = {str(name): str(one) for name, one in cursor.get("prints", {}).items()}
     except (ValueError, binascii.Error, KeyError, TypeError, AttributeError):
         raise InvalidRequest("The cursor is none that a list has given.", details={"field": "cursor"}) from None
     if query != _query(job) or not offsets or min(offsets.values()) < 0:
         sentence = "The cursor belongs to a list with another mode or other filters."
         raise InvalidRequest(sentence, details={"field": "cursor"})
-    return {fleet[name].server.name: offset for name, offset in offsets.items()}
+    return {fleet[name].server.name: Mark(offset, prints.get(name, "")) for name, offset in offsets.items()}
 
 
-def _cursor(job: StudiesJob, offsets: Mapping[str, int], parts: Mapping[str, Part | CourierError]) -> str | None:
+def _cursor(job: StudiesJob, marks: Mapping[str, Mark], parts: Mapping[str, Part | CourierError]) -> str | None:
     """What was not asked, or did not answer, goes on where it was."""
-    going_on: dict[str, int] = {}
+    left: dict[str, Mark] = {}
     either = job.mode == "either"
-    for name, offset in offsets.items():
+    for name, mark in marks.items():
         part = parts.get(name)
         if not isinstance(part, Part):
-            going_on |= {} if either else {name: offset}  # the first that answers is the one whose list it is
+            left |= {} if either else {name: mark}  # the first that answers is the one whose list it is
         elif part.next_offset is not None:
-            going_on[name] = part.next_offset
-    if not going_on:
+            left[name] = Mark(part.next_offset, part.fingerprint)
+    if not left:
         return None
-    cursor = json.dumps({"query": _query(job), "offsets": going_on}, separators=(",", ":"))
+    offsets = {name: mark.offset for name, mark in left.items()}
+    prints = {name: mark.fingerprint for name, mark in left.items() if mark.fingerprint}
+    cursor = json.dumps({"query": _query(job), "offsets": offsets, "prints": prints}, separators=(",", ":"))
     return base64.urlsafe_b64encode(cursor.encode()).decode("ascii")
 
 
@@ -116,22 +135,22 @@ def _query(job: StudiesJob) -> str:
     return hashlib.sha256(wish.encode()).hexdigest()[:16]
 
 
-def _parts(job: StudiesJob, offsets: Mapping[str, int], fleet: Fleet) -> dict[str, Part | CourierError]:
+def _parts(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str, Part | CourierError]:
     """Each server's next part, or why there is none. A refusal of the question refuses the job."""
     if job.mode == "either":
-        return _first_part(job, offsets, fleet)
-    names = list(offsets)[: job.limit]
+        return _first_part(job, marks, fleet)
+    names = list(marks)[: job.limit]
     share = job.limit // len(names)
-    questions = [partial(_part, fleet[name], job.filters, offset=offsets[name], wanted=share) for name in names]
+    questions = [partial(_part, fleet[name], job.filters, mark=marks[name], wanted=share) for name in names]
     parts = dict(zip(names, fleet.gather(questions), strict=True))
     _raise_refusals(parts.values())
     return parts
 
 
-def _first_part(job: StudiesJob, offsets: Mapping[str, int], fleet: Fleet) -> dict[str, Part | CourierError]:
+def _first_part(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str, Part | CourierError]:
     parts: dict[str, Part | CourierError] = {}
-    for name, offset in offsets.items():
-        question = partial(_part, fleet[name], job.filters, offset=offset, wanted=job.limit)
+    for name, mark in marks.items():
+        question = partial(_part, fleet[name], job.filters, mark=mark, wanted=job.limit)
         parts[name] = fleet.gather([question])[0]
         _raise_refusals(parts.values())
         if isinstance(parts[name], Part):
@@ -145,15 +164,19 @@ def _raise_refusals(parts: Any) -> None:
             raise part
 
 
-def _part(pacs: Pacs, filters: Mapping[str, str], *, offset: int, wanted: int) -> Part:
-    """``wanted`` studies from ``offset``, in as many requests as the server's own page size asks for."""
+def _part(pacs: Pacs, filters: Mapping[str, str], *, mark: Mark, wanted: int) -> Part:
+    """``wanted`` studies from ``mark``, in as many requests as the server's own page size asks for.
+
+    Fewer, if the server sends many that do not match: the list goes on with the next job.
+    """
     studies: list[Dataset] = []
-    at: int | None = offset
-    while at is not None and len(studies) < wanted:
-        page = pacs.studies(filters=filters, limit=wanted - len(studies), offset=at)
-        studies += page.studies
-        at = page.next_offset
-    return Part(studies, at)
+    way = Walk(pacs, mark.fingerprint)
+    at: int | None = mark.offset
+    while at is not None and len(studies) < wanted and way.left.dropped < MAX_DROPPED:
+        limit = wanted - len(studies)
+        further, at = way.take(pacs.studies(filters=filters, limit=limit, offset=at), limit=limit)
+        studies += further
+    return Part(studies, at, way.left, way.first)
 
 
 def merge(parts: Mapping[str, Part], tools: Tools) -> list[StudyEntry]:
@@ -204,4 +227,11 @@ def _listed(pacs: Pacs, part: Part | CourierError) -> ListedServer:
         return ListedServer(server_name=server.name, server_type=server.type, status="unavailable", error=fault)
     count = len({text(ds, STUDY_INSTANCE_UID) for ds in part.studies})
     status = "complete" if part.next_offset is None else "more"
-    return ListedServer(server_name=server.name, server_type=server.type, status=status, count=count)
+    return ListedServer(
+        server_name=server.name,
+        server_type=server.type,
+        status=status,
+        count=count,
+        dropped=part.left.dropped,
+        lacking=sorted(part.left.lacking or ()),
+    )

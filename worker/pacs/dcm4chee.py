@@ -12,9 +12,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from worker.errors import InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from worker.filters import Filter
 from worker.fingerprints import Rewrites
 from worker.logs import shown_text
-from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
+from worker.pacs.dicomweb import DicomWeb, path_of
+from worker.pacs.matching import REQUIRED, Matching, StudyQuery, widened
 from worker.pacs.protocol import (
     DatabaseState,
     Deletion,
@@ -36,6 +38,9 @@ from worker.payloads import Dataset, Level
 STORE_STATUSES = (200, 202, 409)
 MAX_PAGE = 1000
 MAX_OFFSET = 99_999
+#: What it matches on studies beside `REQUIRED`; those of series stand in none of its rows of studies.
+MATCHED_TOO = ("StudyDescription", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "SOPClassesInStudy")
+OF_SERIES = ("InstitutionName", "InstitutionalDepartmentName", "StationName", "SeriesDescription", "BodyPartExamined")
 #: A reject is one transaction per instance and runs for minutes on a big study. Oddity: "Rejecting is slow".
 REJECT_TIMEOUT_S = 900.0
 DATABASE_TIMEOUT_S = 10.0
@@ -120,15 +125,19 @@ class Dcm4chee:
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
         """Ordered, for want of an order otherwise. Oddity: "Pages overlap and end at 100,000"."""
-        check_filters(filters)
-        if offset > MAX_OFFSET:
+        query = StudyQuery.of(filters, MATCHING, self.server)
+        asked, at = query.parameters(offset)
+        if at > MAX_OFFSET:
             sentence = "The archive pages through 100,000 studies at most: narrow the list, e.g. by StudyDate."
             raise InvalidRequest(sentence, details={"field": "cursor"})
         limit = max(1, min(limit, MAX_PAGE))
-        window = (("orderby", "StudyInstanceUID"), ("limit", str(limit)), ("offset", str(offset)))
+        window = (("orderby", "StudyInstanceUID"), ("limit", str(limit)), ("offset", str(at)))
         description = ("includefield", "StudyDescription")
-        found = self._web.studies([*_repeated(filters), description, *window])
-        return StudyPage(found, next_offset=offset + limit if found else None)
+        found = self._web.studies([*asked, description, *window])
+        return query.page(found, offset=offset, limit=limit, step=limit, is_paged=True)
+
+    def check_order_filters(self, filters: Mapping[str, str]) -> None:
+        StudyQuery.of(filters, MATCHING, self.server).check_order()
 
     def instances(self, found: Found) -> Iterator[Found]:
         return self._web.instances(found, page=MAX_PAGE, order=(("orderby", "SOPInstanceUID"),))
@@ -261,8 +270,17 @@ def storage_state(systems: Sequence[Mapping[str, Any]]) -> StorageState:
     return StorageState(total_bytes, free_bytes, total_bytes - free_bytes, note=f"storage: {names}")
 
 
-def _repeated(filters: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """UIDs as a repeated parameter. Oddity: "Parameters are not to be trusted with anything"."""
-    for keyword, value in filters.items():
-        values = re.split(r"[,\\]", value) if keyword.endswith("UID") else [value]
-        yield from ((keyword, one) for one in values)
+def _in_capitals(one: Filter, member: str) -> str | None:
+    """The archive ignores the case of names if the filter is all capitals."""
+    value = widened(one, member)
+    capitals = value.upper() if value and one.vr == "PN" else ""
+    return capitals if value and len(capitals) == len(value) else value
+
+
+#: Oddity: "What is not matched is ignored", and "Parameters are not to be trusted with anything".
+MATCHING = Matching(
+    (*REQUIRED, *MATCHED_TOO, *OF_SERIES),
+    value=_in_capitals,
+    uid_lists="repeated",
+    is_unproven=OF_SERIES.__contains__,
+)

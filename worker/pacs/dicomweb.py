@@ -15,9 +15,7 @@ from itertools import islice
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from pydicom.datadict import tag_for_keyword
-
-from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
+from worker.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
 from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, is_too_dense, text
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Found, Part, Passing, Retrieved
@@ -246,21 +244,3 @@ def path_of(found: Found) -> str:
     if found.sop_instance_uid is not None:
         path += f"/instances/{found.sop_instance_uid}"
     return path
-
-
-def check_filters(filters: Mapping[str, str], *, allowed: Collection[str] | None = None) -> None:
-    """Refuse a filter that the server would ignore or misread.
-
-    Raises
-    ------
-    InvalidRequest
-        A name that is no DICOM keyword, or not in ``allowed``; an empty value. The sentence names it.
-    """
-    for keyword, value in filters.items():
-        if tag_for_keyword(keyword) is None:
-            raise InvalidRequest(f"{keyword!r} is no DICOM keyword.", details={"field": "filters"})
-        if allowed is not None and keyword not in allowed:
-            sentence = f"Studies cannot be filtered by {keyword} on this server, only by {', '.join(allowed)}."
-            raise InvalidRequest(sentence, details={"field": "filters"})
-        if not value.strip():
-            raise InvalidRequest(f"The filter {keyword} has no value.", details={"field": "filters"})

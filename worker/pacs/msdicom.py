@@ -12,7 +12,8 @@ from typing import Any
 
 from pydicom.datadict import keyword_for_tag
 
-from worker.errors import InvalidRequest, PacsMisanswered
+from worker.errors import PacsMisanswered
+from worker.filters import Filter
 from worker.fingerprints import Rewrites
 from worker.pacs.dicomjson import (
     ERROR_COMMENT,
@@ -22,7 +23,8 @@ from worker.pacs.dicomjson import (
     number,
     text,
 )
-from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
+from worker.pacs.dicomweb import DicomWeb, path_of
+from worker.pacs.matching import Matching, StudyQuery
 from worker.pacs.protocol import (
     DatabaseState,
     Deletion,
@@ -101,12 +103,16 @@ class MsDicom:
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
         """Only an empty page is the last. Oddity: "A short page is not the last"."""
-        check_filters(filters, allowed=FILTERS)
-        check_values(filters)
+        query = StudyQuery.of(filters, MATCHING, self.server)
+        query.check_asked()
+        asked, at = query.parameters(offset)
         limit = max(1, min(limit, MAX_PAGE))
         counts = ("includefield", "ModalitiesInStudy,NumberOfStudyRelatedInstances")
-        found = self._web.studies([*filters.items(), counts, ("limit", str(limit)), ("offset", str(offset))])
-        return StudyPage(found, next_offset=offset + limit if found else None)
+        found = self._web.studies([*asked, counts, ("limit", str(limit)), ("offset", str(at))])
+        return query.page(found, offset=offset, limit=limit, step=limit)
+
+    def check_order_filters(self, filters: Mapping[str, str]) -> None:
+        StudyQuery.of(filters, MATCHING, self.server).check_order()
 
     def instances(self, found: Found) -> Iterator[Found]:
         return self._web.instances(found, page=MAX_PAGE)
@@ -164,18 +170,13 @@ def health_path(base_path: str) -> str:
     return re.sub(r"/v[^/]+(/partitions/[^/]+)?$", "", base_path) + "/health/check"
 
 
-def check_values(filters: Mapping[str, str]) -> None:
-    """Refuse wildcards and lists. Oddity: "Queries match little and refuse the rest".
+def _whole_value(one: Filter, member: str) -> str | None:
+    """No wildcards, no groups of names. Oddity: "Queries match little and refuse the rest"."""
+    misread = "*?<=" if one.vr == "PN" else "*?<"
+    return None if any(sign in member for sign in misread) else member
 
-    Raises
-    ------
-    InvalidRequest
-        A value with ``*``, ``?``, a backslash or ``<``; the sentence names its keyword.
-    """
-    for keyword, value in filters.items():
-        if any(sign in value for sign in "*?\\<"):
-            sentence = f"MSDICOM matches whole values: the filter {keyword} must not hold * ? \\ or <."
-            raise InvalidRequest(sentence, details={"field": "filters"})
+
+MATCHING = Matching(FILTERS, value=_whole_value)
 
 
 def warnings_of(item: Dataset) -> tuple[str, ...]:

@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pydicom.datadict import tag_for_keyword
-
+from worker.filters import Filter
 from worker.fingerprints import Rewrites
-from worker.pacs.dicomjson import values
-from worker.pacs.dicomweb import LISTED, DicomWeb, check_filters
+from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
+from worker.pacs.dicomweb import LISTED, DicomWeb
+from worker.pacs.matching import ANY_LETTERS, REQUIRED, Matching, StudyQuery, tag_of, time_range, vr_of
 from worker.pacs.protocol import (
     DatabaseState,
     Deletion,
@@ -48,6 +48,16 @@ IDENTIFIERS: Mapping[Level, str] = {
     "series": "SeriesInstanceUID",
     "study": "StudyInstanceUID",
 }
+#: What it has in its index of studies and their patients, and so matches.
+INDEXED = (
+    *REQUIRED,
+    "StudyDescription",
+    "PatientBirthDate",
+    "PatientSex",
+    "InstitutionName",
+    "RequestedProcedureDescription",
+    "RequestingPhysician",
+)
 #: A SHA-1 in five groups.
 _KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.ASCII).fullmatch
 #: What Orthanc says of an image when it has it.
@@ -142,15 +152,36 @@ class Orthanc:
         return self._web.metadata(found)
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
-        """Values go unencoded and are compared again here. Oddity: "Values of a query are not decoded"."""
-        check_filters(filters)
-        window = (("limit", str(max(1, min(limit, MAX_PAGE)))), ("offset", str(offset)))
-        description = ("includefield", "StudyDescription")
-        filters = {keyword: _backslashed(keyword, value) for keyword, value in filters.items()}
-        unencoded = ((keyword, unencoded_value(value)) for keyword, value in filters.items())
-        found = self._web.studies([*unencoded, description, *window])
-        matching = [ds for ds in found if is_match(ds, filters)]
-        return StudyPage(matching, next_offset=offset + len(found) if found else None)
+        """Values go unencoded and are compared here. Oddity: "Values of a query are not decoded"."""
+        query = StudyQuery.of(filters, MATCHING, self.server)
+        asked, at = query.parameters(offset)
+        limit = max(1, min(limit, MAX_PAGE))
+        window = (("limit", str(limit)), ("offset", str(at)))
+        found = self._web.studies([*asked, ("includefield", "StudyDescription"), *window])
+        rows = self._as_stored(found, [one.keyword for one in query.filters])
+        return query.page(rows, offset=offset, limit=limit, step=len(found))
+
+    def check_order_filters(self, filters: Mapping[str, str]) -> None:
+        StudyQuery.of(filters, MATCHING, self.server).check_order()
+
+    def _as_stored(self, rows: Sequence[Dataset], keywords: Collection[str]) -> list[Dataset]:
+        """The rows with what the index holds of texts in ``keywords``. Oddity: "Lists are in Latin-1"."""
+        texts = [keyword for keyword in keywords if keyword in INDEXED and vr_of(keyword) in ANY_LETTERS]
+        if not texts:
+            return list(rows)
+        indexed = self._indexed([text(ds, STUDY_INSTANCE_UID) for ds in rows])
+        return [_overlaid(ds, indexed.get(text(ds, STUDY_INSTANCE_UID), {}), texts) for ds in rows]
+
+    def _indexed(self, study_instance_uids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What the index says of studies and their patients, by keyword."""
+        found: dict[str, dict[str, Any]] = {}
+        for first in range(0, len(study_instance_uids), LISTED):
+            uids = study_instance_uids[first : first + LISTED]
+            query = {"StudyInstanceUID": "\\".join(uids)}
+            for match in self._objects(self._look_up({"Level": "Study", "Query": query, "Expand": True})):
+                tags = {**_tags(match, "PatientMainDicomTags"), **_tags(match, "MainDicomTags")}
+                found[_tag(match, "StudyInstanceUID")] = tags
+        return found
 
     def instances(self, found: Found) -> Iterator[Found]:
         """Ask the index: QIDO opens every image's file, which costs as much as storing it (docs/performance.md).
@@ -263,39 +294,35 @@ def _question(level: Level, within: Found) -> dict[str, Any]:
 
 
 def _tag(match: object, keyword: str) -> str:
-    tags = match.get("MainDicomTags") if isinstance(match, dict) else None
-    return str(tags.get(keyword, "")).strip(" \0") if isinstance(tags, dict) else ""
+    return str(_tags(match, "MainDicomTags").get(keyword, "")).strip(" \0")
 
 
-def unencoded_value(value: str) -> str:
-    """``value`` with ``?``, any one character, for what cannot stand in a URL as it is; lists by comma."""
-    return re.sub(r"[^A-Za-z0-9._~!$'()*;:@/?,-]", "?", value.replace(",", "?").replace("\\", ","))
+def _tags(match: object, which: str) -> dict[str, Any]:
+    tags = match.get(which) if isinstance(match, dict) else None
+    return tags if isinstance(tags, dict) else {}
 
 
-def _backslashed(keyword: str, value: str) -> str:
-    """Lists by backslash, as in DICOM: in a query, UIDs may be listed by comma too."""
-    return value.replace(",", "\\") if keyword.endswith("UID") else value
+def _overlaid(ds: Dataset, tags: Mapping[str, Any], keywords: Sequence[str]) -> Dataset:
+    """``ds`` with ``keywords`` as ``tags`` have them; without those that ``tags`` lack."""
+    told = {tag_of(name): {"vr": vr_of(name), "Value": [tags[name]]} for name in keywords if name in tags}
+    return {**{tag: element for tag, element in ds.items() if tag not in map(tag_of, keywords)}, **told}
 
 
-def is_match(ds: Dataset, filters: Mapping[str, str]) -> bool:
-    """Whether ``ds`` is what the filters mean, where `unencoded_value` had to ask for more."""
-    return all(
-        _matches(_first_text(ds, keyword), value)
-        for keyword, value in filters.items()
-        if unencoded_value(value) != value
-    )
+def unencoded_value(one: Filter, member: str) -> str:
+    """``member`` with ``*`` for what cannot stand in a URL; and around names, whose groups are one text there."""
+    value = re.sub(r"[^A-Za-z0-9._~!$'()*;:@/-]+", "*", member)
+    if one.vr == "PN":
+        return re.sub(r"\*+", "*", f"*{value}*")
+    return time_range(member) if one.vr == "TM" else value
 
 
-def _matches(found: str, value: str) -> bool:
-    wanted = re.escape(value).replace(r"\*", ".*").replace(r"\?", ".").replace(r"\\", "|")
-    return re.fullmatch(wanted, found, re.IGNORECASE | re.DOTALL) is not None
-
-
-def _first_text(ds: Dataset, keyword: str) -> str:
-    found = values(ds, f"{tag_for_keyword(keyword) or 0:08X}")
-    if found and isinstance(found[0], dict):
-        return str(found[0].get("Alphabetic", ""))
-    return str(found[0]) if found else ""
+#: Oddity: "Orthanc matches what it has in its index".
+MATCHING = Matching(
+    INDEXED,
+    value=unencoded_value,
+    uid_lists="commas",
+    is_unproven=lambda keyword: keyword not in INDEXED and vr_of(keyword) in ANY_LETTERS,
+)
 
 
 def rest_root(base_path: str) -> str:

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 
 from worker.fingerprints import Rewrites
 from worker.pacs.dicomjson import WARNING_REASON, number
-from worker.pacs.dicomweb import DicomWeb, check_filters, path_of
+from worker.pacs.dicomweb import DicomWeb, path_of
+from worker.pacs.matching import REQUIRED, Matching, StudyQuery
 from worker.pacs.protocol import (
     DatabaseState,
     Deletion,
@@ -25,18 +26,8 @@ from worker.pacs.stow import Sent, judge, rejected_if_alone, unmentioned
 from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Level
 
-#: What every server has to match on studies (PS3.18 10.6.1.2.3); it may ignore anything else.
-FILTERS = (
-    "StudyDate",
-    "StudyTime",
-    "AccessionNumber",
-    "ModalitiesInStudy",
-    "ReferringPhysicianName",
-    "PatientName",
-    "PatientID",
-    "StudyInstanceUID",
-    "StudyID",
-)
+#: A server may ignore anything else, and may know tags alone.
+MATCHING = Matching(REQUIRED, fields_by_tag=True)
 STORE_STATUSES = (200, 202, 204, 400, 409)
 MAX_PAGE = 1000
 BAD_FILE = "The server says that the file is bad."
@@ -85,10 +76,14 @@ class PlainDicomWeb:
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
         """A server may answer with fewer than ``limit``, so only an empty page is the last."""
-        check_filters(filters, allowed=FILTERS)
-        window = (("limit", str(max(1, min(limit, MAX_PAGE)))), ("offset", str(offset)))
-        found = self._web.studies([*filters.items(), *window])
-        return StudyPage(found, next_offset=offset + len(found) if found else None)
+        query = StudyQuery.of(filters, MATCHING, self.server)
+        asked, at = query.parameters(offset)
+        limit = max(1, min(limit, MAX_PAGE))
+        found = self._web.studies([*asked, ("limit", str(limit)), ("offset", str(at))])
+        return query.page(found, offset=offset, limit=limit, step=len(found))
+
+    def check_order_filters(self, filters: Mapping[str, str]) -> None:
+        StudyQuery.of(filters, MATCHING, self.server).check_order()
 
     def instances(self, found: Found) -> Iterator[Found]:
         return self._web.instances(found, page=MAX_PAGE)

@@ -75,10 +75,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class StudyPage:
-    """One page of a server's studies. ``next_offset`` is None after the last one."""
+    """One page of a server's studies: those that match the filters. ``next_offset`` is None after the last page.
+
+    ``dropped`` rows came with it and do not match; ``lacking`` are filtered attributes that no row has. A server may
+    ignore ``offset``: then a page has the ``fingerprint`` of the one before (None: that of ``studies``; "": the server
+    minds the offset). ``is_full``: it holds as many rows as were asked for. ``after`` is where the list goes on behind
+    all that the server has for the present query.
+    """
 
     studies: list[Dataset]
     next_offset: int | None
+    dropped: int = 0
+    lacking: tuple[str, ...] = ()
+    is_full: bool = False
+    fingerprint: str | None = None
+    after: int | None = None
 
 
 class DeletionFate(Enum):
@@ -196,8 +207,17 @@ class Pacs(Protocol):
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
         """One page of studies with at least the study's UID; ``filters`` are DICOM keywords.
 
-        A study can stand on two pages; whoever pages drops the second, and stops when a page brings nothing new.
-        Raises `InvalidRequest` for a filter that the dialect cannot match.
+        Every row SHALL match all filters (PS3.4 C.2.2.2), whatever the server sends. A study can stand on two pages;
+        the caller drops the second. `worker.jobs.study_lists.pages` goes through them. Offsets are the dialect's own.
+        Raises `InvalidRequest` for a filter that is none, or that the dialect cannot match.
+        """
+        ...
+
+    def check_order_filters(self, filters: Mapping[str, str]) -> None:
+        """Raise `InvalidRequest` if nothing may be deleted, moved, hidden or copied by ``filters``. Asks no server.
+
+        So it is where a filter is none, where none of them narrows the server's list and one is not matched by the
+        server, and where its list does not show what has to match.
         """
         ...
 

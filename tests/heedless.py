@@ -1,0 +1,100 @@
+"""A foreign DICOMweb server that heeds little: filters, offsets and fields may mean nothing to it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+STUDY_INSTANCE_UID = "0020000D"
+
+
+def row(uid: str, **elements: tuple[str, Any]) -> dict[str, Any]:
+    """A study as QIDO tells it: ``t00100020=("LO", "7")``."""
+    told = {name[1:]: {"vr": vr, "Value": [value]} for name, (vr, value) in elements.items()}
+    return {STUDY_INSTANCE_UID: {"vr": "UI", "Value": [uid]}, **told}
+
+
+def uid_of(ds: dict[str, Any]) -> str:
+    return str(ds[STUDY_INSTANCE_UID]["Value"][0])
+
+
+@dataclass
+class Heedless:
+    """What the server has, what it heeds, and what it was asked."""
+
+    studies: list[dict[str, Any]] = field(default_factory=list)
+    heeds_offset: bool = True
+    heeds_limit: bool = True
+    #: From this page of studies on it is in trouble.
+    fails_at_offset: int | None = None
+    asked: list[str] = field(default_factory=list)
+    url: str = ""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def uids(self) -> list[str]:
+        return [uid_of(ds) for ds in self.studies]
+
+    def answer(self, method: str, target: str) -> tuple[int, Any]:
+        with self.lock:
+            return self._answer(method, target)
+
+    def _answer(self, method: str, target: str) -> tuple[int, Any]:
+        self.asked.append(f"{method} {target}")
+        split = urlsplit(target)
+        uid, query = split.path.rpartition("/studies")[2].strip("/"), dict(parse_qsl(split.query))
+        if method == "DELETE":
+            before, self.studies = len(self.studies), [ds for ds in self.studies if uid_of(ds) != uid]
+            return (204 if len(self.studies) < before else 404), None
+        if uid:  # the images of a study
+            return 204, None
+        offset = int(query.get("offset", 0))
+        if self.fails_at_offset is not None and offset >= self.fails_at_offset:
+            return 503, None
+        found = self.studies[offset:] if self.heeds_offset else self.studies
+        found = [ds for ds in found if query.get("StudyInstanceUID", uid_of(ds)) == uid_of(ds)]
+        page = found[: int(query.get("limit", 1000))] if self.heeds_limit else found
+        return (200, page) if page else (204, None)
+
+
+@contextmanager
+def heedless(**habits: Any) -> Iterator[Heedless]:
+    """One that listens on loopback; it matches UIDs of studies, and nothing else."""
+    site = Heedless(**habits)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def _answer(self) -> None:
+            status, document = site.answer(self.command, self.path)
+            body = b"" if document is None else json.dumps(document).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/dicom+json")
+            if status != 204:
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_DELETE = _answer
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    site.url = f"http://127.0.0.1:{server.server_port}/dicomweb"
+    try:
+        yield site
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
