@@ -7,6 +7,7 @@ import click
 from producer.commands import (
     audit,
     batches,
+    cancel,
     dead,
     deletions,
     doctor,
@@ -26,13 +27,15 @@ def main() -> None:
     """Put images into the right PACS, and ask, move and delete what is there.
 
     Settings come from the file that PACS_CONFIG names and from the environment (docs/settings.md).
-    Exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 a server or the broker is unavailable.
+    Exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 a server or the broker is unavailable, 130 interrupted
+    (the job goes on unless the output says cancelled).
     """
 
 
 for command in (
     uploads.upload,
     uploads.result,
+    cancel.cancel,
     lookups.exists,
     lookups.metadata,
     studies.studies,

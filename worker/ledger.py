@@ -446,6 +446,8 @@ _CANCEL = (
     + """
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state or state == 'done' or state == 'dead' then return state or '' end
+if ARGV[2] == 'taken' and state ~= 'queued' then return 'taken' end
+if ARGV[2] == 'begun' and redis.call('HEXISTS', KEYS[1], 'memo') == 1 then return 'begun' end
 redis.call('HSET', KEYS[1], 'cancel', 1)
 if state ~= 'running' then redis.call('ZADD', KEYS[2], now, ARGV[1]) end
 return state
@@ -1107,9 +1109,13 @@ class Ledger:
         doubtful = "may_be_on" in outcome.get("error", {}).get("details", {})
         self._guard(self._finish(keys=keys, args=[*args, untold_ms, int(doubtful)]))
 
-    def cancel(self, job_id: str) -> str:
-        """Ask for the job to end before its push; gives the state it was in, "" if it is unknown."""
-        return str(self._cancel(keys=[_job(job_id), PREFIX + "due"], args=[job_id]))
+    def cancel(self, job_id: str, *, unless: Literal["taken", "begun"] | None = None) -> str:
+        """Ask for the job to end before its push; gives the state it was in, "" if it is unknown.
+
+        ``unless`` a worker has "taken" it, or it has "begun", that is written down what it is about to do: then that
+        word is given, and nothing is asked. Any other job that was cancelled so does nothing any more.
+        """
+        return str(self._cancel(keys=[_job(job_id), PREFIX + "due"], args=[job_id, unless or ""]))
 
     def rouse(self, job_id: str, *, by_sweeper: bool = False) -> DueJob | None:
         """Have a waiting job look again before its time; the message to send for it, unless the sweeper shall."""

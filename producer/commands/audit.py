@@ -14,6 +14,7 @@ import click
 
 from producer.audits import pages, whole
 from producer.commands.door import DONE, as_json_option, conditions, plain_failures
+from producer.commands.session import Session
 from producer.courier import Courier
 from producer.errors import CourierError, StillRunning
 from producer.repairs import new_file, repair, write
@@ -72,7 +73,7 @@ def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_
     """
     form: Form = "json" if how["as_json"] else "csv" if as_csv else "table"
     wish = _Wish(servers or None, conditions(filters, called="filter"), how["timeout_s"])
-    with Courier() as courier, _Pages() as found:
+    with Session() as courier, _Pages() as found:
         try:
             with errors_console.status("comparing the servers"):
                 _collect(courier, wish, found, plan)

@@ -13,6 +13,7 @@ import click
 
 from producer.batches import BatchDesk, Wish
 from producer.commands.door import DONE, FAILED, as_json_option, complain, entry, plain_failures, timeout_option
+from producer.commands.session import Interrupted, batch_goes_on
 from producer.courier import Courier, Handle, Report
 from producer.errors import Cancelled, StillRunning
 from producer.plans import PlanHeader, PlanLine, write
@@ -97,13 +98,8 @@ def followed(
     as_json: bool,
     over: Callable[[Report], bool] = lambda report: report.over,
 ) -> None:
-    """The live line, which may be left by Ctrl-C: the batch goes on."""
-    try:
-        watch(courier.batch, handle, timeout_s=timeout_s, quiet=as_json, over=over)
-    except KeyboardInterrupt:
-        raise StillRunning(
-            f"You have left; the batch goes on. Come back with: pacs batch watch {handle.batch_id}"
-        ) from None
+    """The live line, which may be left by Ctrl-C: `Session` says what goes on."""
+    watch(courier.batch, handle, timeout_s=timeout_s, quiet=as_json, over=over)
 
 
 def still_running(handle: Handle, timeout_s: float | None) -> StillRunning:
@@ -177,7 +173,10 @@ def watch_batch(batch_id: str, timeout_s: float | None, as_json: bool) -> int:
         def over(_: Report) -> bool:
             return courier.batch.is_over(courier.batch.get(batch_id))
 
-        followed(courier, handle, timeout_s=timeout_s, as_json=as_json, over=over)
+        try:
+            followed(courier, handle, timeout_s=timeout_s, as_json=as_json, over=over)
+        except KeyboardInterrupt:
+            raise Interrupted(f"You have left. {batch_goes_on(batch_id)}") from None
         found = courier.batch.get(batch_id)
         if not courier.batch.is_over(found):
             if as_json:

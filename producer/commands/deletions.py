@@ -21,6 +21,7 @@ from producer.commands.confirm import (
 )
 from producer.commands.door import DONE, FAILED, as_json_option, ended, plain_failures, timeout_option
 from producer.commands.lookups import level_argument
+from producer.commands.session import Session
 from producer.courier import Courier
 from producer.errors import CourierError, InvalidRequest
 from producer.show import console
@@ -105,7 +106,7 @@ def delete(level: Level, uid: str, servers: Sequence[str], backup: str | None, *
         raise InvalidRequest("--backup keeps copies of whole studies; delete the study, or leave it out.")
     if not how["dry_run"]:
         must_be_told(yes=how["yes"], as_json=wish.as_json)
-    with Courier() as courier:
+    with Session() as courier:
         if may_ask(as_json=wish.as_json) and not (how["yes"] or how["dry_run"]):
             wish.carry_out(courier, dry_run=True, quiet=False)
             if not click.confirm(f"Delete this {level}?"):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from producer.commands.session import Interrupted, is_interruption
 from producer.courier import Courier, Handle, Report
 from producer.errors import (
     BrokerUnavailable,
@@ -22,7 +26,7 @@ from producer.errors import (
 from producer.show import errors_console, follow
 from worker.settings import SettingsError
 
-DONE, FAILED, WRONG_USAGE, UNAVAILABLE = 0, 1, 2, 3
+DONE, FAILED, WRONG_USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 Arguments = ParamSpec("Arguments")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -71,7 +75,7 @@ def conditions(pairs: Sequence[str], *, called: str) -> dict[str, str]:
 
 
 def exit_status(error: CourierError | None) -> int:
-    """0 done, 1 refused or failed, 2 wrong usage, 3 a server is unavailable."""
+    """0 done, 1 refused or failed, 2 wrong usage, 3 a server is unavailable; 130, interrupted, is no error of a job."""
     if error is None:
         return DONE
     return UNAVAILABLE if isinstance(error, PacsUnavailable) else FAILED
@@ -83,7 +87,10 @@ def plain_failures(command: Callable[Arguments, int]) -> Callable[Arguments, Non
     @functools.wraps(command)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         try:
-            status = command(*args, **kwargs)
+            with _terminated_as_interrupted():
+                status = command(*args, **kwargs)
+        except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+            status = _interrupted(error)
         except (SettingsError, InvalidRequest, InvalidUid) as error:
             complain(error.message if isinstance(error, CourierError) else str(error))
             status = WRONG_USAGE
@@ -96,6 +103,27 @@ def plain_failures(command: Callable[Arguments, int]) -> Callable[Arguments, Non
         sys.exit(status)
 
     return guarded
+
+
+def _interrupted(error: Interrupted | KeyboardInterrupt | click.Abort) -> int:
+    if isinstance(error, click.Abort) and not is_interruption(error):
+        complain("The input ended before the question was answered. Nothing was begun.")
+        return FAILED
+    complain(str(error) if isinstance(error, Interrupted) else "Interrupted.")
+    return INTERRUPTED
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as from ``timeout``, is told like Ctrl-C. Only the main thread may catch signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def complain(sentence: str) -> None:

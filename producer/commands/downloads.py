@@ -9,7 +9,7 @@ import click
 from rich.filesize import decimal
 
 from producer.commands.door import DONE, as_json_option, ended, mode_option, plain_failures, timeout_option
-from producer.courier import Courier
+from producer.commands.session import Session
 from producer.show import console
 
 
@@ -41,7 +41,7 @@ def download(
     It appears there when it is whole, with a manifest.json in it; nothing there is overwritten.
     """
     url = destination if ":/" in destination else Path(destination).absolute().as_uri()
-    with Courier() as courier:
+    with Session() as courier:
         handle = courier.download(study_uid, url, format=form, mode=mode)
         payload = ended(courier, handle, timeout_s=timeout_s, as_json=as_json)
     if not as_json:

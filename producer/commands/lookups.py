@@ -12,7 +12,7 @@ from producer.commands.door import (
     plain_failures,
     timeout_option,
 )
-from producer.courier import Courier
+from producer.commands.session import Session
 from producer.show_lookups import found_table, metadata_table
 from worker.payloads import Level
 
@@ -36,7 +36,7 @@ def exists(
     as_json: bool,
 ) -> int:
     """Say who has the image, series or study that bears UID. Exit status 1: nobody has it."""
-    with Courier() as courier:
+    with Session() as courier:
         handle = courier.exists(level, uid, mode=mode, metadata=described)
         payload = ended(courier, handle, timeout_s=timeout_s, as_json=as_json)
     if not as_json:
@@ -54,7 +54,7 @@ def exists(
 @plain_failures
 def metadata(level: Level, uid: str, mode: str, timeout_s: float | None, as_json: bool) -> int:
     """Show the metadata of every image of what bears UID."""
-    with Courier() as courier:
+    with Session() as courier:
         handle = courier.metadata(level, uid, mode=mode)
         payload = ended(courier, handle, timeout_s=timeout_s, as_json=as_json)
     if not as_json:

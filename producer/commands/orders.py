@@ -54,6 +54,7 @@ from producer.commands.door import (
     timeout_option,
 )
 from producer.commands.quantities import Bandwidth, Rate, Window
+from producer.commands.session import Session
 from producer.courier import Courier, Handle
 from producer.errors import ConfirmationRequired, InvalidRequest
 from producer.orders import Given, Order, of_plan_file
@@ -296,7 +297,7 @@ def _carried_out(order: Order, given: Given | None, how: _How, *, question: str 
     _check_plan_file(how)
     if question and not how.plans_only:
         must_be_told(yes=how.options["yes"], as_json=how.quiet)
-    with Courier() as courier:
+    with Session() as courier:
         if question and _asks(how):
             return _asked_first(courier, order, given, how, question)
         handle = how.ordered(courier, order, given)
@@ -320,7 +321,12 @@ def _check_plan_file(how: _How) -> None:
 def _asked_first(courier: Courier, order: Order, given: Given | None, how: _How, question: str) -> int:
     handle = how.ordered(courier, Order(order.kind, {**order.wishes, "dry_run": True}), given)
     status = _planned(courier, handle, how)
-    if status != DONE or not click.confirm(question):
+    try:
+        goes_on = status == DONE and click.confirm(question)
+    except click.Abort:
+        courier.batch.cancel(handle.batch_id)
+        raise
+    if not goes_on:
         courier.batch.cancel(handle.batch_id)
         click.echo("Nothing was done.")
         return FAILED
@@ -391,7 +397,7 @@ def apply(plan: str, yes: bool, dry_run: bool, **options: Any) -> int:
 
     A plan file is what --plan wrote; one that was edited or cut is refused.
     """
-    with Courier() as courier:
+    with Session() as courier:
         if Path(plan).exists():
             return _file_applied(courier, Path(plan), yes=yes, dry_run=dry_run, options=options)
         found = courier.batch.get(plan)
@@ -427,7 +433,7 @@ def retry(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
 
     What deletes something asks first, as the order of it did.
     """
-    with Courier() as courier:
+    with Session() as courier:
         found = courier.batch.get(batch_id)
         if dry_run:
             return tell_reach(courier, found, "retry", as_json=options["as_json"])
@@ -447,7 +453,7 @@ def verify(batch_id: str, yes: bool, **options: Any) -> int:
 
     A move deletes from its source what it then finds whole, so it asks first.
     """
-    with Courier() as courier:
+    with Session() as courier:
         found = courier.batch.get(batch_id)
         moves = found.order.get("delete_source", False)
         question = _question(found.kind, found.order, of_how_many(found, "verify"), verb="Verify") if moves else None
@@ -464,7 +470,7 @@ def verify(batch_id: str, yes: bool, **options: Any) -> int:
 @plain_failures
 def undo(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
     """Take back what a batch did, as far as that can be done."""
-    with Courier() as courier:
+    with Session() as courier:
         found = courier.batch.get(batch_id)
         if dry_run:
             return tell_reach(courier, found, "undo", as_json=options["as_json"])
@@ -515,7 +521,7 @@ def delete_all(servers: Sequence[str], confirm: str | None, dry_run: bool, **how
     """Delete EVERY study on every server, or on those named, as a batch."""
     named, quiet = servers or None, how["as_json"]
     permanent = not hides(hide=how["hide"], keep=how["keep"])
-    with Courier() as courier:
+    with Session() as courier:
         if confirm is None and not (dry_run or how["yes"]) and may_ask(as_json=quiet):
             confirm = _asked_for(courier, named, how["timeout_s"])
         if not dry_run and confirm != CONFIRMATION:

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from producer.commands.door import DONE, UNAVAILABLE, as_json_option, ended, plain_failures
+from producer.commands.session import Session
 from producer.courier import Courier, Handle
 from producer.errors import InvalidRequest
 from producer.show import console
@@ -38,7 +39,7 @@ def status(servers: Sequence[str], every_s: float | None, timeout_s: float, as_j
         return _once(lambda courier: courier.status(servers or None), status_table, timeout_s, as_json=as_json)
     if as_json or every_s <= 0:
         raise InvalidRequest("--watch takes a number of seconds above 0 and prints no JSON.")
-    with Courier() as courier, Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+    with Session() as courier, Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             payload = courier.status(servers or None).result(timeout_s=timeout_s)
             live.update(status_table(payload["servers"]), refresh=True)
@@ -69,7 +70,7 @@ def database(servers: Sequence[str], timeout_s: float, as_json: bool) -> int:
 def _once(
     ask: Callable[[Courier], Handle], table: Callable[[Sequence[Any]], Table], timeout_s: float, *, as_json: bool
 ) -> int:
-    with Courier() as courier:
+    with Session() as courier:
         payload = ended(courier, ask(courier), timeout_s=timeout_s, as_json=as_json)
     if not as_json:
         console.print(table(payload["servers"]))

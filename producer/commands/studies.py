@@ -11,7 +11,7 @@ from typing import Literal
 import click
 
 from producer.commands.door import DONE, UNAVAILABLE, as_json_option, conditions, mode_option, plain_failures
-from producer.courier import Courier
+from producer.commands.session import Session
 from producer.errors import CourierError
 from producer.show import errors_console
 from producer.show_studies import json_document, left_out, studies_table, write_csv
@@ -35,7 +35,7 @@ def studies(
 ) -> int:
     """List the studies of all servers, each once. Exit status 3: a server did not answer, its studies are missing."""
     form: Form = "json" if as_json else "csv" if as_csv else "table"
-    with Courier() as courier, StudyList() as listed:
+    with Session() as courier, StudyList() as listed:
         page = min(limit or PAGE, PAGE)
         pages = walk(courier, mode=mode, filters=conditions(filters, called="filter"), limit=page, timeout_s=timeout_s)
         with errors_console.status("") as progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from producer.commands.door import DONE, UNAVAILABLE, as_json_option, ended, plain_failures, timeout_option
-from producer.courier import Courier
+from producer.commands.session import Session
 from producer.show_trace import show_trace
 
 
@@ -16,7 +16,7 @@ from producer.show_trace import show_trace
 @plain_failures
 def trace(uid: str, timeout_s: float | None, as_json: bool) -> int:
     """Say why the image, series or study that bears UID is where it is. Exit status 3: a server did not answer."""
-    with Courier() as courier:
+    with Session() as courier:
         payload = ended(courier, courier.trace(uid), timeout_s=timeout_s, as_json=as_json)
     if not as_json:
         show_trace(payload)

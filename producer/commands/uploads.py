@@ -8,7 +8,8 @@ import sys
 import click
 
 from producer.commands.door import DONE, as_json_option, entry, plain_failures, timeout_option, worst
-from producer.courier import Courier, Handle
+from producer.commands.session import Interrupted, Session, job_goes_on
+from producer.courier import Handle
 from producer.errors import InvalidRequest
 from producer.show import follow, upload_row, upload_table
 
@@ -25,9 +26,11 @@ def upload(
     urls: tuple[str, ...], server: str | None, timeout_s: float | None, no_wait: bool, no_metadata: bool, as_json: bool
 ) -> int:
     """Fetch the image at each URL and put it where its study belongs. "-" reads URLs from standard input."""
-    with Courier() as courier:
+    with Session() as courier:
         metadata = False if no_metadata else None
-        jobs = {courier.upload(url, server=server, metadata=metadata): url for url in _expanded(urls)}
+        wanted = _expanded(urls)
+        courier.expects = len(wanted)
+        jobs = {courier.upload(url, server=server, metadata=metadata): url for url in wanted}
         if no_wait:
             _print_ids(list(jobs), as_json=as_json)
             return DONE
@@ -47,9 +50,12 @@ def upload(
 @plain_failures
 def result(job_id: str, timeout_s: float | None, as_json: bool) -> int:
     """Show what became of a job."""
-    with Courier() as courier:
+    with Session() as courier:
         handle = courier.must_know(job_id)
-        report = follow(courier, {handle: job_id}, timeout_s=timeout_s or 0, quiet=as_json)[handle.id]
+        try:
+            report = follow(courier, {handle: job_id}, timeout_s=timeout_s or 0, quiet=as_json)[handle.id]
+        except KeyboardInterrupt:
+            raise Interrupted(f"Interrupted. {job_goes_on(job_id)}") from None
     if as_json:
         click.echo(json.dumps(entry(handle, report), ensure_ascii=False))
     elif report.result is not None and report.result.get("operation") != "upload":

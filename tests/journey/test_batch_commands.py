@@ -209,7 +209,7 @@ def test_a_watch_is_left_and_come_back_to_while_the_batch_goes_on(pacs: Desk, sa
         (batch,) = courier.batch.list()
         watching.send_signal(signal.SIGINT)
         out, err = watching.communicate(timeout=WAIT_S)
-        assert watching.returncode == 3
+        assert watching.returncode == 130
         assert f"pacs batch watch {batch.id}" in err
         assert "Traceback" not in out + err
         assert pacs.json("batch", "watch", batch.id, "--timeout", "0.1", status=3)["status"] in (

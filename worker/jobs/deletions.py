@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from worker.errors import (
+    Cancelled,
     CourierError,
     InvalidRequest,
     NeedsPerson,
@@ -178,7 +179,7 @@ def _carry_out(job: DeleteJob, progress: _Progress, resumed: set[str], run: Run,
     """Delete it wherever it was found; what is about to happen is written down first."""
     open_ones = [name for name in progress.begun if name not in progress.entries]
     if set(open_ones) - resumed:
-        run.intend(progress.as_json())
+        _intend(progress, run)
     fleet = tools.fleet
     answers = fleet.gather(
         [
@@ -198,6 +199,22 @@ def _carry_out(job: DeleteJob, progress: _Progress, resumed: set[str], run: Run,
             progress.errors[name] = answer
     if progress.errors and progress.begun:
         run.ledger.intend(run.job_id, run.fence, progress.as_json())  # too late to be cancelled: it has begun
+
+
+def _intend(progress: _Progress, run: Run) -> None:
+    """Write it down; a cancellation ends the job here, and says what was deleted before."""
+    try:
+        run.intend(progress.as_json())
+    except Cancelled as error:
+        gone = _done_already(progress.entries.values())
+        sentence = f"The job was cancelled.{gone} Nothing else was deleted." if gone else error.message
+        servers = [entry.model_dump() for entry in progress.entries.values()]
+        raise Cancelled(sentence, details={"servers": servers} if gone else None) from None
+
+
+def _done_already(entries: Iterable[DeletedEntry]) -> str:
+    gone = [f"{entry.server_name} ({entry.status})" for entry in entries if entry.status in ("deleted", "hidden")]
+    return f" Done already on {', '.join(gone)}." if gone else ""
 
 
 def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, run: Run) -> DeletePayload:
@@ -236,8 +253,7 @@ def _still_open(
 ) -> CourierError:
     """The error that decides what happens next (a new attempt, if one may help), with what is done already."""
     error = first_to_wait_for(errors)
-    gone = [f"{entry.server_name} ({entry.status})" for entry in entries if entry.status in ("deleted", "hidden")]
-    error.payload["message"] += f" Done already on {', '.join(gone)}." if gone else ""
+    error.payload["message"] += _done_already(entries)
     error.payload["details"] = {**error.details, **details}
     return error
 

@@ -1,0 +1,62 @@
+"""``pacs cancel``: end a job before it begins."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, Final
+
+import click
+
+from producer.commands.door import DONE, FAILED, as_json_option, complain, entry, plain_failures
+from producer.courier import Courier, Handle, Report
+from producer.errors import Cancelled
+
+#: How long it is waited for the end of what was cancelled.
+_WAIT_S: Final = 3.0
+_POLL_S: Final = 0.1
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@as_json_option
+@plain_failures
+def cancel(job_id: str, as_json: bool) -> int:
+    """Cancel a job that has not begun to store or to delete. What has begun goes on, and is said to.
+
+    A batch is cancelled by `pacs batch cancel ID`. Exit status 1: the job has begun, or is over.
+    """
+    with Courier() as courier:
+        handle = courier.must_know(job_id)
+        asked = handle.cancel()
+        report = _settled(handle) if asked else handle.report()
+        begun = asked and not report.over and bool(courier.ledger and courier.ledger.look(job_id).get("memo"))
+    told, cancelled = _told(job_id, report, begun=begun)
+    if as_json:
+        document: dict[str, Any] = {**entry(handle, report), "job_id": job_id, "cancelled": cancelled}
+        click.echo(json.dumps(document, ensure_ascii=False))
+    if not cancelled:
+        complain(told)
+    elif not as_json:
+        click.echo(told)
+    return DONE if cancelled else FAILED
+
+
+def _settled(handle: Handle) -> Report:
+    deadline = time.monotonic() + _WAIT_S
+    report = handle.report()
+    while not report.over and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        report = handle.report()
+    return report
+
+
+def _told(job_id: str, report: Report, *, begun: bool) -> tuple[str, bool]:
+    """What is said, and whether the job was cancelled."""
+    if isinstance(report.error, Cancelled):
+        return f"Job {job_id} was cancelled. {report.error.message}", True
+    if report.over:
+        return f"Job {job_id} is over: pacs result {job_id}", False
+    if begun:
+        return f"Job {job_id} has begun and goes on: pacs result {job_id}", False
+    return f"Job {job_id} is cancelled; it ends as soon as a worker sees it, and does nothing before.", True
