@@ -19,6 +19,14 @@ backup_option = click.option(
 )
 
 
+confirm_studies_option = click.option(
+    "--confirm-studies",
+    type=click.IntRange(0),
+    metavar="N",
+    help="The exact number of studies of which images are deleted; needed above deletions.max_studies_per_order.",
+)
+
+
 def history(command: Command) -> Command:
     """The options that say of a job who requested it and why."""
     for option in (

@@ -32,6 +32,7 @@ from producer.commands.confirm import (
     agreed,
     backup_option,
     backup_place,
+    confirm_studies_option,
     hide_option,
     hides,
     history,
@@ -150,6 +151,10 @@ class _How:
             return courier.batch.order(order, given)
 
 
+def _confirmed(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_history(options), "confirm_studies": options.get("confirm_studies")}
+
+
 def _history(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"requested_by": options["requested_by"], "reason": options["reason"]}
 
@@ -184,6 +189,7 @@ def upload(sources: Sequence[str], server: str | None, **options: Any) -> int:
 @click.option("--keep", metavar="PLACE", hidden=True, help="The old name of --backup.")
 @click.option("--permanent/--hide", default=True, help="Delete them, or only hide them where a server can.")
 @click.option("--confirm", metavar="SENTENCE", help=f'With --all: has to be "{CONFIRMATION}".')
+@confirm_studies_option
 @yes_option
 @ordering
 @plain_failures
@@ -194,6 +200,7 @@ def delete(studies: Sequence[str], servers: Sequence[str], backup: str | None, *
     """
     how = _How(options)
     wishes = {"servers": list(servers) or None, "permanent": options["permanent"]}
+    wishes["confirm_studies"] = options["confirm_studies"]
     wishes["backup"] = backup_place(backup, options["keep"])
     wishes.update(_chosen(studies, options))
     if options["everything"]:
@@ -250,6 +257,7 @@ def download(studies: Sequence[str], servers: Sequence[str], destination: str, f
     show_default=True,
     help="Compare all images, one per series, or none. With --delete-source: all.",
 )
+@confirm_studies_option
 @yes_option
 @ordering
 @plain_failures
@@ -259,7 +267,7 @@ def migrate(studies: Sequence[str], from_server: str, to_server: str, delete_sou
         raise click.UsageError("--delete-source compares all images before it deletes any: leave --digests out.")
     how = _How(options)
     wishes = {"from_server": from_server, "to_server": to_server, "delete_source": delete_source}
-    wishes["digests"] = options["digests"]
+    wishes.update(digests=options["digests"], confirm_studies=options["confirm_studies"])
     order = Order("migrate", {**wishes, **_chosen(studies, options), **how.wishes})
     question = f"Move these studies, and delete them from {from_server}?" if delete_source else None
     return _carried_out(order, how.given(studies), how, question=question)
@@ -305,7 +313,7 @@ def _carried_out(order: Order, given: Given | None, how: _How, *, question: str 
             return _left(handle, how)
         if how.plans_only:
             return _planned(courier, handle, how)
-        return seen_through(courier, handle, timeout_s=how.timeout_s, as_json=how.quiet)
+        return _seen_through(courier, handle, how.options)
 
 
 def _check_plan_file(how: _How) -> None:
@@ -330,10 +338,36 @@ def _asked_first(courier: Courier, order: Order, given: Given | None, how: _How,
         courier.batch.cancel(handle.batch_id)
         click.echo("Nothing was done.")
         return FAILED
-    handle = courier.batch.apply(handle.batch_id, **_history(how.options))
+    handle = courier.batch.apply(handle.batch_id, **_confirmed(how.options))
     if how.options["no_wait"]:
         return _left(handle, how)
-    return seen_through(courier, handle, timeout_s=how.timeout_s, as_json=how.quiet)
+    return _seen_through(courier, handle, how.options)
+
+
+def _seen_through(
+    courier: Courier, handle: Handle, options: Mapping[str, Any], *, passes: Sequence[Pass] = DONE_IN
+) -> int:
+    """Show a batch to its end; where its number of studies has to be confirmed, have that typed on a terminal."""
+    how: dict[str, Any] = {"timeout_s": options["timeout_s"], "as_json": options["as_json"], "passes": passes}
+    try:
+        return seen_through(courier, handle, **how)
+    except ConfirmationRequired as error:
+        again = _with_typed_number(courier, error, options)
+        return FAILED if again is None else seen_through(courier, again, **how)
+
+
+def _with_typed_number(courier: Courier, error: ConfirmationRequired, options: Mapping[str, Any]) -> Handle | None:
+    """The same command with the number of studies that was typed; None: another one was. The error, if none can be."""
+    studies, limit = error.details.get("studies"), error.details.get("max_studies_per_order")
+    if studies is None or options.get("yes") or not may_ask(as_json=options["as_json"]):
+        raise error
+    question = f"This deletes images of {studies} studies; deletions.max_studies_per_order is {limit}."
+    if click.prompt(f"{question} Type the number to go on", default="", show_default=False) != str(studies):
+        click.echo("Nothing was deleted.")
+        return None
+    go_on = getattr(courier.batch, error.details["command"])
+    again: Handle = go_on(error.details["batch_id"], confirm_studies=studies, **_history(options))
+    return again
 
 
 def _planned(courier: Courier, handle: Handle, how: _How) -> int:
@@ -377,6 +411,7 @@ def going_on(command: Command) -> Command:
         as_json_option,
         timeout_option,
         history,
+        confirm_studies_option,
         click.option("--no-wait", is_flag=True, help="Print the batch's id and leave."),
     ):
         command = option(command)
@@ -407,7 +442,7 @@ def apply(plan: str, yes: bool, dry_run: bool, **options: Any) -> int:
         question = _question(found.kind, found.order, found.items)
         if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
-        return _gone_on(courier, courier.batch.apply(plan, **_history(options)), options)
+        return _gone_on(courier, courier.batch.apply(plan, **_confirmed(options)), options)
 
 
 def _file_applied(courier: Courier, path: Path, *, yes: bool, dry_run: bool, options: dict[str, Any]) -> int:
@@ -419,7 +454,7 @@ def _file_applied(courier: Courier, path: Path, *, yes: bool, dry_run: bool, opt
         show_summary(PlanSummary.of(plan_file), None)
     if not agreed(question, yes=yes, as_json=options["as_json"]):
         return FAILED
-    return _gone_on(courier, courier.batch.apply_file(order, plan_file, **_history(options)), options)
+    return _gone_on(courier, courier.batch.apply_file(order, plan_file, **_confirmed(options)), options)
 
 
 @batch.command()
@@ -440,7 +475,7 @@ def retry(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
         question = _question(found.kind, found.order, _to_retry(found))
         if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
-        return _gone_on(courier, courier.batch.retry(batch_id, **_history(options)), options)
+        return _gone_on(courier, courier.batch.retry(batch_id, **_confirmed(options)), options)
 
 
 @batch.command()
@@ -459,7 +494,7 @@ def verify(batch_id: str, yes: bool, **options: Any) -> int:
         question = _question(found.kind, found.order, of_how_many(found, "verify"), verb="Verify") if moves else None
         if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
-        return _gone_on(courier, courier.batch.verify(batch_id, **_history(options)), options, passes=VERIFIED_IN)
+        return _gone_on(courier, courier.batch.verify(batch_id, **_confirmed(options)), options, passes=VERIFIED_IN)
 
 
 @batch.command()
@@ -477,7 +512,7 @@ def undo(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
         question = f"Undo the {found.kind} of {of_how_many(found, 'undo'):,} items?"
         if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
-        return _gone_on(courier, courier.batch.undo(batch_id, **_history(options)), options, passes=UNDONE_IN)
+        return _gone_on(courier, courier.batch.undo(batch_id, **_confirmed(options)), options, passes=UNDONE_IN)
 
 
 def _to_retry(found: Batch) -> int:
@@ -497,8 +532,7 @@ def _question(kind: str, order: Mapping[str, Any], items: int, *, verb: str = "M
 def _gone_on(courier: Courier, handle: Handle, options: dict[str, Any], *, passes: Sequence[Pass] = DONE_IN) -> int:
     if options["no_wait"]:
         return _left(handle, _How(options))
-    how = {"timeout_s": options["timeout_s"], "as_json": options["as_json"]}
-    return seen_through(courier, handle, passes=passes, **how)
+    return _seen_through(courier, handle, options, passes=passes)
 
 
 # --- delete-all -------------------------------------------------------------------------------------------------
@@ -511,6 +545,7 @@ def _gone_on(courier: Courier, handle: Handle, options: dict[str, Any], *, passe
 @backup_option
 @click.option("--keep", is_flag=True, hidden=True, help="The old name of --hide.")
 @click.option("--dry-run", is_flag=True, help="Count what would be deleted, and leave it.")
+@confirm_studies_option
 @click.option("--yes", is_flag=True, help="Do not ask; --confirm is needed all the same.")
 @history
 @click.option("--no-wait", is_flag=True, help="Print the batch's id and leave.")
@@ -532,12 +567,16 @@ def delete_all(servers: Sequence[str], confirm: str | None, dry_run: bool, **how
             permanent=permanent,
             backup=place(how["backup"]),
             dry_run=dry_run,
-            **_history(how),
+            **_confirmed(how),
         )
         if how["no_wait"]:
             click.echo(json.dumps({"batch_id": handle.id}) if quiet else handle.id)
             return DONE
-        return _all_deleted(courier, handle, timeout_s=how["timeout_s"], as_json=quiet)
+        try:
+            return _all_deleted(courier, handle, timeout_s=how["timeout_s"], as_json=quiet)
+        except ConfirmationRequired as error:
+            again = _with_typed_number(courier, error, how)
+            return FAILED if again is None else _seen_through(courier, again, how)
 
 
 def _asked_for(courier: Courier, servers: Sequence[str] | None, timeout_s: float | None) -> str:

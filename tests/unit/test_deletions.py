@@ -12,6 +12,7 @@ import pytest
 
 from worker.batches import Batch, Batches, Item, Row, Settled
 from worker.errors import (
+    Cancelled,
     CourierError,
     InvalidRequest,
     InvalidUid,
@@ -283,3 +284,50 @@ def test_an_item_is_not_deleted_on_a_server_that_the_order_does_not_name(
     (answer,) = StudyDeletions().apply([Item(0, "b", "1.2")], desk, resumed=set())
     assert isinstance(answer, InvalidRequest)
     assert "delete" not in bench.servers[1].asked
+
+
+def test_a_deletion_that_is_cancelled_half_way_says_where_it_was_done(client: fakeredis.FakeRedis) -> None:
+    a, b = Stub("a"), Stub("b", finds=SILENT)
+    bench = Bench(client, [a, b])
+    first = bench.delete()
+    assert isinstance(first, PacsUnavailable)
+    assert (a.finds, bench.ledger.cancel("j1", unless="begun")) == (NOWHERE, "begun")
+    b.finds = HERE
+    assert bench.ledger.cancel("j1") == "waiting"
+    ended = bench.delete()
+    assert isinstance(ended, Cancelled)
+    assert "Done already on a (deleted)" in ended.message
+    assert [entry["status"] for entry in ended.details["servers"]] == ["deleted"]
+    assert "delete" not in b.asked
+
+
+@pytest.mark.parametrize(
+    ("state", "unless", "answer", "is_cancelled"),
+    [
+        ("queued", "taken", "queued", True),
+        ("queued", "begun", "queued", True),
+        ("running", "taken", "taken", False),
+        ("running", "begun", "running", True),
+        ("begun", "begun", "begun", False),
+        ("begun", None, "running", True),
+        ("waiting", "taken", "taken", False),
+        ("waiting", "begun", "waiting", True),
+        ("", "begun", "", False),
+    ],
+)
+def test_a_job_is_cancelled_unless_it_has_come_too_far(
+    client: fakeredis.FakeRedis, state: str, unless: Any, answer: str, is_cancelled: bool
+) -> None:
+    ledger = Ledger(client)
+    if state:
+        ledger.submit("j", task="pacs.delete", job={})
+    if state not in ("", "queued"):
+        fence = ledger.claim("j", task="pacs.delete", job={}).fence
+        if state == "begun":
+            assert ledger.intend("j", fence, {"begun": {}})
+        if state == "waiting":
+            ledger.park("j", fence, delay_s=60, code="pacs_unavailable", message="")
+    assert ledger.cancel("j", unless=unless) == answer
+    assert bool(client.hexists("courier:job:j", "cancel")) is is_cancelled
+    if state == "running" and is_cancelled:
+        assert not ledger.intend("j", fence, {"begun": {}}), "it can begin nothing any more"
