@@ -1,4 +1,4 @@
-"""How a trace is read on a terminal: where it is and why, then what happened when."""
+"""How a trace is read on a terminal: where it is now and why, what the ledger remembers, and what happened when."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rich.table import Table
 
 from producer.show import console
 
+_ANSWERS = {"found": "yes", "not_there": "no"}
+_STATES = {"there": "there now", "unknown": "not known"}
 _STYLES = {"stored": "green", "waiting": "yellow", "claimed": "cyan", "routed": "cyan"}
 
 
@@ -18,36 +20,63 @@ def show_trace(payload: Mapping[str, Any]) -> None:
     console.print(payload["why"], highlight=False, markup=False)
     if payload["viewer_url"]:
         console.print(payload["viewer_url"], style="dim", highlight=False, markup=False, soft_wrap=True)
-    console.print(_facts(payload))
+    console.print("\nnow, as the servers say", style="bold")
+    console.print(_now(payload))
+    console.print("\nhistory, as the ledger remembers it", style="bold")
+    history = _history(payload)
+    if history.row_count:
+        console.print(history)
     if payload["timeline"]:
         console.print(_timeline(payload))
     else:
         console.print("The ledger holds no decision about it.", style="dim")
 
 
-def _facts(payload: Mapping[str, Any]) -> Table:
-    table = _table("what", "where", "since", "job")
+def _now(payload: Mapping[str, Any]) -> Table:
+    table = _table("server", "has it?")
     for entry in payload["servers"]:
-        said = entry["error"]["message"] if entry["error"] else entry["status"].replace("_", " ")
-        table.add_row(escape(said), entry["server_name"], "", "")
+        said = entry["error"]["message"] if entry["error"] else _ANSWERS[entry["status"]]
+        table.add_row(entry["server_name"], escape(said))
+    return table
+
+
+def _history(payload: Mapping[str, Any]) -> Table:
+    table = _table("what", "where", "when (UTC)", "job", "since")
     claim, receipt = payload["claim"], payload["receipt"]
-    if claim:
-        table.add_row("study claimed for", claim["server_name"], claim["claimed_at"] or "", claim["claimed_by"] or "")
     if receipt:
-        table.add_row("receipt", receipt["server_name"], receipt["stored_at"] or "", receipt["job_id"])
+        table.add_row("stored", receipt["server_name"], receipt["stored_at"] or "", receipt["job_id"], _since(receipt))
+    for push in payload["pushes"]:
+        what = "images of its study uploaded" if push["kind"] == "upload" else f"{_count(push)} copied"
+        table.add_row(what, push["server_name"], push["at"] or "", push["job_id"], _since(push))
+    if claim:
+        table.add_row(
+            "study claimed for", claim["server_name"], claim["claimed_at"] or "", claim["claimed_by"] or "", ""
+        )
     if payload["held_by"]:
-        table.add_row("held now", "", "", payload["held_by"])
+        table.add_row("held now", "", "", payload["held_by"], "")
     for job in payload["jobs"]:
         outcome = f"job {job['state']}, attempts: {job['attempts']}" + (
             f", {job['code']}" if job["code"] not in (None, "done") else ""
         )
-        why = "".join(
-            f", {said}: {job[name]}"
-            for name, said in (("requested_by", "requested by"), ("reason", "reason"))
-            if job.get(name)
-        )
-        table.add_row(escape(outcome + why), "", job["created_at"] or "", job["job_id"])
+        table.add_row(outcome, "", job["created_at"] or "", job["job_id"], "")
     return table
+
+
+def _count(push: Mapping[str, Any]) -> str:
+    return "images of its study" if push["images"] is None else f"{push['images']} images of its study"
+
+
+def _since(pushed: Mapping[str, Any]) -> str:
+    """What has become of what was pushed."""
+    match pushed["state"]:
+        case "deleted":
+            return f"deletion ordered {pushed['voided_at']} by job {pushed['voided_by']}"
+        case "replaced":
+            return f"perhaps replaced {pushed['voided_at']} by job {pushed['voided_by']}"
+        case "gone":
+            return "gone, by no job of ours"
+        case state:
+            return _STATES.get(state, "")
 
 
 def _timeline(payload: Mapping[str, Any]) -> Table:

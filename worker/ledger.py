@@ -784,12 +784,12 @@ class Voided:
 
 
 @dataclass(frozen=True)
-class StudyCopy:
-    """A batch has copied images of a study to ``server``, by migration or out of a backup.
-
-    ``images`` is how many; None if no attempt has come to its end.
+class StudyPush:
+    """When a job put images of a study on ``server`` last: by an ``upload``, or as a ``copy``, by migration or out of a
+    backup, and then how many; None if it died over it.
     """
 
+    kind: Literal["upload", "copy"]
     server: str
     job_id: str
     at_ms: int
@@ -821,7 +821,7 @@ class Known:
     """What the ledger knows of one UID. ``claim`` and ``receipt`` are the records as they stand, {} without one.
 
     ``holder`` is the job that is storing or deleting it now, ``storing`` are those that are storing into it. ``voided``
-    says why the receipt holds no longer, ``copies`` what batches have copied, if the UID is that of a study.
+    says why the receipt holds no longer, ``pushes`` who has put images there last, if the UID is that of a study.
     """
 
     trail: list[Note]
@@ -830,7 +830,7 @@ class Known:
     claim: dict[str, str]
     receipt: dict[str, str]
     voided: Voided | None = None
-    copies: Sequence[StudyCopy] = ()
+    pushes: Sequence[StudyPush] = ()
 
 
 @dataclass(frozen=True)
@@ -1409,7 +1409,7 @@ class Ledger:
             trail, holder, deleter, storing, claim, receipt, pushes = pipe.execute()
         notes = [_read_note(row) for row in trail]
         voided = _voided(receipt, self._pushes(receipt)) if receipt else None
-        return Known(notes, holder or deleter, sorted(storing), claim, receipt, voided, _copies(pushes))
+        return Known(notes, holder or deleter, sorted(storing), claim, receipt, voided, _study_pushes(pushes))
 
     def forget_study(self, study_instance_uid: str) -> bool:
         """Every server has said that it does not have the study: so its claim goes, unless a job is storing into it."""
@@ -1505,16 +1505,18 @@ def _latest(how: Literal["deleted", "replaced"], moments: Iterable[str | None], 
     return Voided(how, int(at_us) // 1000, job_id)
 
 
-def _copies(pushes: Mapping[str, str]) -> list[StudyCopy]:
-    copies = []
-    for field, begun in pushes.items():
-        kind, _, server = field.partition(":")
-        if kind == "copying":
-            at_us, job_id, *rest = pushes.get(f"copied:{server}", begun).split()
-            images = int(rest[0]) if rest else None
+def _study_pushes(pushes: Mapping[str, str]) -> list[StudyPush]:
+    found = []
+    for field, moment in pushes.items():
+        name, _, server = field.partition(":")
+        if name in ("at", "copying"):
+            last = moment if name == "at" else pushes.get(f"copied:{server}", moment)
+            at_us, job_id, *images = last.split()
             voided = _latest("deleted", [pushes.get(f"gone:{server}")], int(at_us))
-            copies.append(StudyCopy(server, job_id, int(at_us) // 1000, images, voided))
-    return sorted(copies, key=lambda copy: copy.at_ms)
+            kind: Literal["upload", "copy"] = "upload" if name == "at" else "copy"
+            count = int(images[0]) if images else None
+            found.append(StudyPush(kind, server, job_id, int(at_us) // 1000, count, voided))
+    return sorted(found, key=lambda push: push.at_ms)
 
 
 def _gist(outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -841,8 +841,18 @@ class TraceClaim(BaseModel):
     opened_by: str | None
 
 
+#: What has become of what was pushed: it is there, as far as its server says now; a job of ours has been told to delete
+#: it; a batch may have copied another file to its place; its server says that it does not have it, although no job of
+#: ours deleted it; or its server did not answer.
+TraceState = Literal["there", "deleted", "replaced", "gone", "unknown"]
+
+
 class TraceReceipt(BaseModel):
-    """Proof that a job of ours stored the image."""
+    """History: what a job of ours stored last as this image, and what has become of it (``state``).
+
+    ``voided_at`` and ``voided_by`` belong to ``deleted`` and ``replaced``. Of the bytes that are there now it says
+    nothing.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -851,6 +861,24 @@ class TraceReceipt(BaseModel):
     stored_at: str | None
     sha256: str
     size_bytes: int
+    state: TraceState
+    voided_at: str | None = None
+    voided_by: str | None = None
+
+
+class TracePush(BaseModel):
+    """History: which job put images of the study on this server last, by upload or as copies (and then how many)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["upload", "copy"]
+    server_name: str
+    job_id: str
+    at: str | None
+    images: int | None
+    state: TraceState
+    voided_at: str | None = None
+    voided_by: str | None = None
 
 
 class TracedJob(BaseModel):
@@ -884,7 +912,11 @@ class TraceEvent(BaseModel):
 
 
 class TracePayload(Payload):
-    """The result of `pacs.trace`. ``server_name`` is where it is, or, if no server has it, the ledger's last word."""
+    """The result of `pacs.trace`.
+
+    Present state: ``servers`` as they answered now, and ``present``, those that have it. ``server_name`` is the first
+    of these; if there is none, one that did not answer and that the ledger had it on last. All else is history.
+    """
 
     operation: Literal["trace"] = "trace"
     uid: str
@@ -893,9 +925,11 @@ class TracePayload(Payload):
     server_type: str | None
     viewer_url: str
     why: str
+    present: list[str]
     servers: list[TraceEntry]
     claim: TraceClaim | None
     receipt: TraceReceipt | None
+    pushes: list[TracePush]
     held_by: str | None
     storing: list[str]
     jobs: list[TracedJob]

@@ -49,6 +49,28 @@ def test_the_way_of_an_image_is_told_from_its_claim_to_its_place(courier, pacs, 
     assert (of_series["level"], of_series["servers"][0]["study_uid"]) == ("series", study)
 
 
+def shown(uid):
+    """What the terminal shows: the present state, and the history."""
+    result = CliRunner().invoke(main, ["trace", uid], env={"COLUMNS": "300"})
+    assert result.exit_code == 0
+    now, _, history = result.stdout.partition("history, as the ledger remembers it")
+    answers = now.partition("now, as the servers say")[2]
+    return [line.split() for line in answers.splitlines() if line.startswith(("msdicom", "dcm4chee"))], history
+
+
+def test_a_trace_on_the_terminal_tells_what_is_from_what_was(courier, pacs, image_server, sandbox):
+    study, sop = new_uid(), new_uid()
+    courier.upload(image_server.put("c.dcm", image(study, sop=sop))).result(timeout_s=WAIT_S)
+    now, history = shown(sop)
+    assert now == [["msdicom", "yes"], ["dcm4chee", "no"]]
+    assert "there now" in history
+    assert pacs("delete", "study", study, "--yes")[0] == 0
+    now, history = shown(sop)
+    assert now == [["msdicom", "no"], ["dcm4chee", "no"]]
+    assert "deletion ordered" in history
+    assert "there now" not in history
+
+
 def test_what_others_put_there_is_found_and_said_to_be_theirs(courier, put, sandbox):
     study = new_uid()
     put(sandbox.dcm4chee, image(study))

@@ -59,6 +59,20 @@ def test_celery_is_named_only_at_the_doors() -> None:
     assert inside == []
 
 
+def test_every_deletion_on_a_server_voids_receipts_first() -> None:
+    """`Pacs.delete` is known by its keyword; above the dialects only `Receipts` calls it."""
+    past_them = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in MODULES
+        if name_of(path).startswith("worker/jobs/") and path.name != "receipts.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "delete"
+        if "permanent" in {keyword.arg for keyword in node.keywords}
+        if "receipts" not in ast.unparse(node.func.value).lower()
+    ]
+    assert past_them == []
+
+
 def test_a_program_that_enqueues_loads_no_dicom_and_no_http_client() -> None:
     show = (
         "import sys, producer; print(*sorted({'pydicom', 'requests', 'boto3', 'numpy', 'sandbox'} & set(sys.modules)))"

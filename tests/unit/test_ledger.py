@@ -714,3 +714,60 @@ def test_the_notes_of_a_dead_letter_are_its_own_each_once_and_in_order(ledger: L
     letter = ledger.dead_letter("j1")
     assert letter is not None
     assert [note.event for note in ledger.notes_of(letter)] == ["routed", "waiting", "ended"]
+
+
+# --- receipts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("series", "image"), [(None, None), ("1.2.1", None), ("1.2.1", "1.2.1.1")])
+def test_what_is_deleted_voids_the_receipts_below_it_on_its_server_and_no_later_ones(
+    ledger: Ledger, series: str | None, image: str | None
+) -> None:
+    def push(server: str) -> None:
+        ledger.stored("1.2.1.1", "1.2", Receipt("j1", server, "aa", 1), series_instance_uid="1.2.1")
+
+    push("a")
+    ledger.void("b", "1.2", series, image, job_id="d1")
+    ledger.void("a", "1.3", series and "1.3.1", image and "1.3.1.1", job_id="d1")
+    assert ledger.receipt("1.2.1.1") is not None
+    ledger.void("a", "1.2", series, image, job_id="d2")
+    assert ledger.receipt("1.2.1.1") is None
+    voided = ledger.known("1.2.1.1").voided
+    assert voided is not None
+    assert (voided.how, voided.job_id) == ("deleted", "d2")
+    push("a")
+    assert ledger.receipt("1.2.1.1") == Receipt("j1", "a", "aa", 1)
+
+
+def test_the_deletion_of_a_series_leaves_the_receipts_of_its_neighbour(ledger: Ledger) -> None:
+    for series in ("1.2.1", "1.2.2"):
+        ledger.stored(f"{series}.9", "1.2", Receipt("j1", "a", "aa", 1), series_instance_uid=series)
+    ledger.void("a", "1.2", "1.2.1", None, job_id="d")
+    assert (ledger.receipt("1.2.1.9"), ledger.receipt("1.2.2.9")) == (None, Receipt("j1", "a", "aa", 1))
+
+
+def test_what_no_job_has_pushed_leaves_nothing_when_it_is_deleted(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    for series, image in ((None, None), ("1.2.1", None), ("1.2.1", "1.2.1.1")):
+        ledger.void("a", "1.2", series, image, job_id="d")
+    assert client.keys("*") == []
+
+
+def test_a_batch_renews_the_receipt_of_an_image_and_leaves_none_for_a_new_one(ledger: Ledger) -> None:
+    ledger.stored("1.2.1.1", "1.2", Receipt("j1", "a", "aa", 1), series_instance_uid="1.2.1")
+    ledger.void("a", "1.2", None, None, job_id="d")
+    images = [StoredImage(f"1.2.1.{number}", "1.2", "1.2.1", "bb", 2) for number in (1, 2)]
+    ledger.stored_many("b", images, job_id="B.apply.0")
+    assert ledger.receipt("1.2.1.1") == Receipt("B.apply.0", "b", "bb", 2)
+    assert ledger.receipt("1.2.1.2") is None
+    pushes = {push.server: (push.kind, push.job_id, push.voided is None) for push in ledger.known("1.2").pushes}
+    assert pushes == {"a": ("upload", "j1", False), "b": ("upload", "B.apply.0", True)}
+
+
+def test_receipts_go_with_the_results_and_what_voids_them_not_before(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    ledger.stored("1.2.1.1", "1.2", Receipt("j1", "a", "aa", 1), series_instance_uid="1.2.1")
+    client.pexpire(f"{PREFIX}pushes:1.2", 1000)
+    ledger.void("a", "1.2", None, None, job_id="d")
+    ledger.copied("b", "1.2", job_id="B", images=3)
+    assert client.pttl(f"{PREFIX}receipt:1.2.1.1") <= client.pttl(f"{PREFIX}pushes:1.2") <= ledger.keep_ms

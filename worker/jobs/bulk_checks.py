@@ -26,6 +26,7 @@ from worker.errors import (
 from worker.jobs.batches import Answer, Desk
 from worker.jobs.deletions import forget_what_is_gone, remove
 from worker.jobs.passing import whole
+from worker.jobs.receipts import Receipts
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs, Retrieved
 from worker.pacs.stow import PREAMBLE
 
@@ -141,7 +142,8 @@ def _kept(one: Settled, seen: Seen | CourierError, *, resumed: bool) -> Settled 
 
 
 def _delete(one: Settled, begun: set[int], desk: Desk) -> Deletion:
-    return remove(desk.tools.fleet[one.server_name], [_image(one)], permanent=True, resumed=one.item.number in begun)
+    pacs, resumed = desk.tools.fleet[one.server_name], one.item.number in begun
+    return remove(pacs, [_image(one)], Receipts.of(desk.run), permanent=True, resumed=resumed)
 
 
 def _taken_back(one: Settled, deletion: Deletion | CourierError) -> Settled | CourierError:

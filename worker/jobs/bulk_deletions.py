@@ -23,6 +23,7 @@ from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
 from worker.jobs.deletions import asked, forget_what_is_gone, remove
 from worker.jobs.downloads import OVERWRITE_NOT_PREVENTED
 from worker.jobs.kept import Kept, is_all_kept, keep, restore
+from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.study_lists import check_order_filters, planned_studies
 from worker.jobs.tools import Tools
@@ -259,14 +260,14 @@ def _check_kept(item: Item, known: Mapping[str, Kept], desk: Desk) -> None:
 
 def _deleted(item: Item, servers: Sequence[Pacs], desk: Desk, *, resumed: bool, begun: dict[Item, Any]) -> Settled:
     """On all servers; where one is silent, ``begun`` says what the others did."""
-    permanent = _is_permanent(desk.batch)
+    permanent, receipts = _is_permanent(desk.batch), Receipts.of(desk.run)
     fates: dict[str, Deletion] = {}
     errors: list[CourierError] = []
     for pacs in servers:
         name = pacs.server.name
         ours = _may_be_ours(item, name, desk, resumed=resumed)
         try:
-            fates[name] = remove(pacs, [Found("study", item.text)], permanent=permanent, resumed=ours)
+            fates[name] = remove(pacs, [Found("study", item.text)], receipts, permanent=permanent, resumed=ours)
         except Refused as error:
             fates[name] = Deletion(DeletionFate.REFUSED, error.message)
         except CourierError as error:

@@ -44,6 +44,7 @@ from worker.jobs.placement import (
     refusal,
     settle,
 )
+from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.same_bytes import Arrival
 from worker.jobs.tools import Tools
@@ -590,7 +591,7 @@ class Uploads:
         pendings = self._memo[image.item.number].pendings + 1
         if pendings >= PENDINGS_BEFORE_REMOVAL:
             try:
-                pacs.delete(image_of(image.instance), permanent=True)
+                Receipts.of(self._run).delete(pacs, image_of(image.instance), permanent=True)
             except CourierError as trouble:
                 return trouble
             pendings = 0

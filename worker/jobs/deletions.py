@@ -22,6 +22,7 @@ from worker.errors import (
     Refused,
     first_to_wait_for,
 )
+from worker.jobs.receipts import Receipts
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.pacs.fleet import Fleet
@@ -109,14 +110,14 @@ def asked(names: Sequence[str] | None, fleet: Fleet) -> list[Pacs]:
     return [pacs for pacs in fleet if pacs.server.name in wanted]
 
 
-def remove(pacs: Pacs, founds: Iterable[Found], *, permanent: bool, resumed: bool) -> Deletion:
+def remove(pacs: Pacs, founds: Iterable[Found], receipts: Receipts, *, permanent: bool, resumed: bool) -> Deletion:
     """Delete ``founds``, all with one UID, on one server.
 
     ``resumed``: an earlier attempt may have done it, so "not there" means that it did.
     """
     deletions = []
     for found in founds:
-        deletion = pacs.delete(found, permanent=permanent)
+        deletion = receipts.delete(pacs, found, permanent=permanent)
         if resumed and deletion.fate is DeletionFate.NOT_THERE:
             promised = pacs.deletion(found.level, permanent=permanent)
             deletion = deletion if promised.fate is DeletionFate.REFUSED else promised
@@ -180,10 +181,17 @@ def _carry_out(job: DeleteJob, progress: _Progress, resumed: set[str], run: Run,
     open_ones = [name for name in progress.begun if name not in progress.entries]
     if set(open_ones) - resumed:
         _intend(progress, run)
-    fleet = tools.fleet
+    fleet, receipts = tools.fleet, Receipts.of(run)
     answers = fleet.gather(
         [
-            partial(remove, fleet[name], progress.begun[name], permanent=job.permanent, resumed=name in resumed)
+            partial(
+                remove,
+                fleet[name],
+                progress.begun[name],
+                receipts,
+                permanent=job.permanent,
+                resumed=name in resumed,
+            )
             for name in open_ones
         ]
     )

@@ -23,6 +23,7 @@ from worker.jobs.batches import Desk
 from worker.jobs.downloads import archived
 from worker.jobs.equality import Compared, Side, compare
 from worker.jobs.pace import metered
+from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.transfers import Transfer, bring, images_on
 from worker.pacs.protocol import Found, Pacs, Retrieved
@@ -89,7 +90,8 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
         _check_unchanged(pacs, study_uid, copy, before, limit)
         wanted = copy.series_of.keys() - before.keys()
         source = metered(cast(Pacs, copy), desk.spent)
-        transfer = Transfer(source, pacs, study_uid, resumed=True, look=lambda _: desk.run.check_ours())
+        receipts, look = Receipts.of(desk.run), lambda _: desk.run.check_ours()
+        transfer = Transfer(source, pacs, study_uid, resumed=True, receipts=receipts, look=look)
         if wanted:
             bring(transfer, wanted, on_source=copy.series_of, on_target=before)
         _check_taken(transfer)

@@ -25,6 +25,7 @@ from worker.jobs.moves import (
     verify_moved,
     verify_study,
 )
+from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.study_lists import check_order_filters, study_pages
 from worker.jobs.tools import Tools
@@ -202,6 +203,7 @@ class _Group:
             self.source,
             self.target,
             item.text,
+            receipts=Receipts.of(self.desk.run),
             look=self._look,
             max_spool_bytes=settings.sources.max_bytes,
             pending_wait_s=settings.jobs.pending_wait_s,

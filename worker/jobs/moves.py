@@ -190,7 +190,7 @@ def _clear_pending(transfer: Transfer) -> None:
     """An image that is "being stored" for ever was left behind by a store that broke; deleting it helps."""
     for uid in pending(transfer):
         image = Found("image", transfer.study_uid, transfer.listed[uid], uid)
-        transfer.target.delete(image, permanent=True)
+        transfer.receipts.delete(transfer.target, image, permanent=True)
 
 
 def _note_parcel(transfer: Transfer, receipt: Receipt, first: Seen) -> int:
@@ -431,7 +431,7 @@ def delete_source(transfer: Transfer, receipt: Receipt) -> None:
     receipt.shared |= seen.on_source.keys() - receipt.added
     receipt.source_deleted = True
     receipt.save(receipt)
-    deletion = source.delete(Found("study", transfer.study_uid), permanent=True)
+    deletion = transfer.receipts.delete(source, Found("study", transfer.study_uid), permanent=True)
     if deletion.fate is DeletionFate.REFUSED:
         receipt.source_deleted = False
         receipt.save(receipt)
@@ -492,7 +492,7 @@ def _check_allowed(transfer: Transfer, pacs: Pacs) -> None:
 
 
 def _remove(transfer: Transfer, found: Found) -> DeletionFate:
-    deletion = transfer.target.delete(found, permanent=True)
+    deletion = transfer.receipts.delete(transfer.target, found, permanent=True)
     if deletion.fate is DeletionFate.REFUSED:
         sentence = f"{transfer.target.server.name} does not remove what was added. {deletion.note}"
         raise transfer.error(PacsRejected, transfer.target, sentence)

@@ -1,6 +1,7 @@
 """Why an image, a series or a study is where it is: `pacs.trace` puts together what ledger and servers know.
 
-Nothing is tried again here and nothing is changed: a server's silence is part of the answer.
+Where it is, the servers alone say, now; what the ledger holds is history, and told as such. Nothing is tried again here
+and nothing is changed: a server's silence is part of the answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from worker.errors import CourierError, NotFound
 from worker.jobs.described import place
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
-from worker.ledger import ORDER, Known, Ledger, Note
+from worker.ledger import ORDER, Known, Ledger, Note, StudyPush, Voided
 from worker.logs import stated
 from worker.pacs.protocol import Found, Pacs
 from worker.payloads import (
@@ -28,7 +29,9 @@ from worker.payloads import (
     TraceEvent,
     TraceJob,
     TracePayload,
+    TracePush,
     TraceReceipt,
+    TraceState,
     read_job,
 )
 
@@ -50,6 +53,30 @@ class Said:
     error: CourierError | None
 
 
+@dataclass(frozen=True)
+class _Now:
+    """What all servers said."""
+
+    said: Sequence[Said]
+
+    @property
+    def present(self) -> list[str]:
+        return [one.pacs.server.name for one in self.said if one.found]
+
+    @property
+    def silent(self) -> list[str]:
+        return [one.pacs.server.name for one in self.said if one.error]
+
+    def state(self, server: str, voided: Voided | None) -> TraceState:
+        """What has become of what was pushed to ``server``."""
+        if voided is not None:
+            return voided.how
+        if server in self.present:
+            return "there"
+        names = [one.pacs.server.name for one in self.said]
+        return "unknown" if server in self.silent or server not in names else "gone"
+
+
 def trace(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     """Everything that is known of one UID.
 
@@ -68,8 +95,8 @@ def trace(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     if not seen and not any(_anything(one) for one in known.values()) and not any(one.error for one in said):
         sentence = "Neither a server nor the ledger knows of this UID."
         raise NotFound(sentence, details={"uid": job.uid, "asked": tools.fleet.names})
-    first = _place_of(seen, known, tools)
-    events = _events(known)
+    now = _Now(said)
+    first = now.present[0] if now.present else _last_known(now, known)
     return TracePayload(
         job_id=run.job_id,
         uid=job.uid,
@@ -77,14 +104,16 @@ def trace(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
         server_name=first,
         server_type=tools.fleet[first].server.type if first else None,
         viewer_url=place(seen[0].found[0], seen[0].pacs.server).viewer_url if seen else "",
-        why=_why(seen, known, first),
+        why=_why(now, known, job.uid),
+        present=now.present,
         servers=[_entry(one) for one in said],
         claim=_claim(known.values()),
-        receipt=_receipt(known[job.uid]),
+        receipt=_receipt(known[job.uid], now),
+        pushes=[_push(push, now if of == job.uid else None) for of, one in known.items() for push in one.pushes],
         held_by=known[job.uid].holder,
         storing=known[job.uid].storing,
         jobs=jobs,
-        timeline=events,
+        timeline=_events(known),
     ).as_json()
 
 
@@ -106,50 +135,89 @@ def _known(uid: str, said: Sequence[Said], ledger: Ledger) -> dict[str, Known]:
     known = {uid: ledger.known(uid)}
     above = {one.found[0].study_instance_uid for one in said if one.found}
     above |= {note.details["study_uid"] for note in known[uid].trail if note.details.get("study_uid")}
+    above |= {study for study in [known[uid].receipt.get("study_uid")] if study}
     return known | {study: ledger.known(study) for study in sorted(above - {uid})}
 
 
 def _anything(known: Known) -> bool:
-    return bool(known.trail or known.holder or known.storing or known.claim or known.receipt)
+    return bool(known.trail or known.holder or known.storing or known.claim or known.receipt or known.pushes)
 
 
 def _level(known: Known) -> Level | None:
     """What the ledger makes of a UID that is on no server: images have receipts, studies have claims."""
-    if known.claim or known.storing:
+    if known.claim or known.storing or known.pushes:
         return "study"
     return "image" if known.receipt or any(note.event == "routed" for note in known.trail) else None
 
 
-def _place_of(seen: Sequence[Said], known: Mapping[str, Known], tools: Tools) -> str | None:
-    """The server that has it; if none is known to, the one it was stored to or is claimed for."""
-    if seen:
-        return seen[0].pacs.server.name
-    names = [one.receipt.get("server") or one.claim.get("server") for one in known.values()]
-    return next((name for name in names if name in tools.fleet.names), None)
+def _last_known(now: _Now, known: Mapping[str, Known]) -> str | None:
+    """A server that did not answer, and that the ledger had it on, or its study claimed for, last."""
+    names = [one.receipt.get("server") for one in known.values() if not one.voided]
+    names += [one.claim.get("server") for one in known.values()]
+    return next((name for name in names if name in now.silent), None)
 
 
-def _why(seen: Sequence[Said], known: Mapping[str, Known], first: str | None) -> str:
-    """One sentence: the last decision that says why it is there."""
+def _why(now: _Now, known: Mapping[str, Known], uid: str) -> str:
+    """One sentence on where it is, and one on the last decision that says why."""
+    if not now.present:
+        return _why_nowhere(now, known, uid)
+    first, own = now.present[0], known[uid]
+    if own.voided and own.receipt["server"] == first:
+        return (
+            f"It is on {first}. {_stored(own)}, and job {own.voided.job_id} {_VOIDED[own.voided.how]} at"
+            f" {_time(own.voided.at_ms)}: what is there now was not removed, or has been stored since."
+        )
+    return _why_there(first, known)
+
+
+_VOIDED = {
+    "deleted": "was to delete it",
+    "replaced": "began to copy images of its study there",
+}
+_REASONS = {
+    "study_exists": "its study was there already",
+    "claimed": "another image of its study had been sent there before",
+    "new_study": "its study was new and the routing policy chose that server",
+    "requested": "the job asked for that server",
+}
+
+
+def _why_there(first: str, known: Mapping[str, Known]) -> str:
     routed = [note for one in known.values() for note in one.trail if note.event == "routed"]
-    reasons = {
-        "study_exists": "its study was there already",
-        "claimed": "another image of its study had been sent there before",
-        "new_study": "its study was new and the routing policy chose that server",
-        "requested": "the job asked for that server",
-    }
-    if first is None:
-        return "It is on no server that answered, and the ledger names none."
-    if not seen:
-        return f"No server that answered has it; the ledger's last word is {first}."
     if routed and routed[-1].details.get("server") == first:
-        return f"It is on {first}, because {reasons.get(routed[-1].details.get('reason', ''), 'of a decision')}."
-    claimed = next((one.claim["server"] for one in known.values() if one.claim), None)
-    if claimed == first:
+        return f"It is on {first}, because {_REASONS.get(routed[-1].details.get('reason', ''), 'of a decision')}."
+    if first in {one.claim.get("server") for one in known.values()}:
         return f"It is on {first}, which its study is claimed for."
     return (
         f"It is on {first}; the ledger holds no claim or route of ours for it, so it was opened there by others or"
         " long ago. What we decided about a single image of it: trace that image's UID."
     )
+
+
+def _why_nowhere(now: _Now, known: Mapping[str, Known], uid: str) -> str:
+    silent = f", and {' and '.join(now.silent)} did not answer" if now.silent else ""
+    return f"No server {'that answered ' if silent else ''}has it{silent}. {_last_word(known, uid)}"
+
+
+def _last_word(known: Mapping[str, Known], uid: str) -> str:
+    own = known[uid]
+    if own.voided:
+        return f"{_stored(own)}, and job {own.voided.job_id} {_VOIDED[own.voided.how]} at {_time(own.voided.at_ms)}."
+    if own.receipt:
+        return (
+            f"The ledger's last word is {own.receipt['server']}: {_stored(own)}, and no job of ours deleted it since."
+        )
+    claims = [one.claim["server"] for one in known.values() if one.claim.get("server")]
+    return (
+        f"The ledger's last word is {claims[0]}, which its study is claimed for."
+        if claims
+        else ("The ledger names no server for it.")
+    )
+
+
+def _stored(known: Known) -> str:
+    receipt = known.receipt
+    return f"Job {receipt['job_id']} stored it on {receipt['server']} at {_time(receipt.get('stored_ms'))}"
 
 
 def _entry(answer: Said) -> TraceEntry:
@@ -175,7 +243,7 @@ def _claim(known: Iterable[Known]) -> TraceClaim | None:
     return None
 
 
-def _receipt(known: Known) -> TraceReceipt | None:
+def _receipt(known: Known, now: _Now) -> TraceReceipt | None:
     receipt = known.receipt
     if not receipt:
         return None
@@ -185,7 +253,27 @@ def _receipt(known: Known) -> TraceReceipt | None:
         stored_at=_time(receipt.get("stored_ms")),
         sha256=receipt["sha256"],
         size_bytes=int(receipt["size_bytes"]),
+        state=now.state(receipt["server"], known.voided),
+        **_voided(known.voided),
     )
+
+
+def _push(push: StudyPush, now: _Now | None) -> TracePush:
+    """``now`` is what the servers said of the study; None if they were asked for something in it."""
+    unasked: TraceState = "deleted" if push.voided else "unknown"
+    return TracePush(
+        kind=push.kind,
+        server_name=push.server,
+        job_id=push.job_id,
+        at=_time(push.at_ms),
+        images=push.images,
+        state=now.state(push.server, push.voided) if now else unasked,
+        **_voided(push.voided),
+    )
+
+
+def _voided(voided: Voided | None) -> dict[str, Any]:
+    return {} if voided is None else {"voided_at": _time(voided.at_ms), "voided_by": voided.job_id}
 
 
 def _jobs(known: Mapping[str, Known], ledger: Ledger) -> list[TracedJob]:

@@ -25,6 +25,7 @@ from worker.errors import (
 )
 from worker.jobs.downloads import to_ask
 from worker.jobs.passing import Incoming, digest_of
+from worker.jobs.receipts import Receipts
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
 from worker.sources.spool import Limits, spool
 
@@ -51,6 +52,7 @@ class Transfer:
     target: Pacs
     study_uid: str
     resumed: bool = False
+    receipts: Receipts = field(default_factory=Receipts)
     look: Callable[[int], None] = lambda _: None
     max_spool_bytes: int = 4 * 1024**3
     pending_wait_s: float | None = None
@@ -114,6 +116,17 @@ def bring(
     CourierError
         A server failed; what was stored before that stays, and is known to ``transfer`` as far as it was answered.
     """
+    transfer.receipts.copying(transfer.target, transfer.study_uid)
+    try:
+        _bring(transfer, wanted, on_source=on_source, on_target=on_target)
+    finally:
+        if transfer.stored:
+            transfer.receipts.copied(transfer.target, transfer.study_uid, len(transfer.stored))
+
+
+def _bring(
+    transfer: Transfer, wanted: Collection[str], *, on_source: Mapping[str, str], on_target: Collection[str]
+) -> None:
     transfer.listed = dict(on_source)
     transfer.unclear.clear()
     _pass(transfer, set(wanted), known=on_source.keys() | set(on_target), alone=False)

@@ -27,6 +27,7 @@ from worker.jobs.placement import (
     uids_of,
     viewer_of,
 )
+from worker.jobs.receipts import Receipts
 from worker.jobs.run import NotYet, Run
 from worker.jobs.same_bytes import Arrival, compare
 from worker.jobs.tools import Tools
@@ -310,7 +311,7 @@ def _pending(memo: Memo, pacs: Pacs, run: Run) -> None:
     """Count the answers "being stored"; when they do not end, clear what a broken store left behind."""
     counted = replace(memo, pendings=memo.pendings + 1)
     if counted.pendings >= PENDINGS_BEFORE_REMOVAL:
-        pacs.delete(image_of(memo.instance), permanent=True)
+        Receipts.of(run).delete(pacs, image_of(memo.instance), permanent=True)
         counted = replace(counted, pendings=0)
     run.intend(counted.as_json())
 

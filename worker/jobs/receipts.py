@@ -1,0 +1,43 @@
+"""What goes into the ledger's receipts when images are deleted, or copied by the study: every deletion is ordered here.
+
+A receipt is void before its image is deleted, so that no death between the two leaves one that outlives its image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worker.jobs.run import Run
+from worker.ledger import Ledger
+from worker.pacs.protocol import Deletion, Found, Pacs
+
+
+@dataclass(frozen=True)
+class Receipts:
+    """The receipts as a job writes and voids them. Without a ledger nothing is written."""
+
+    ledger: Ledger | None = None
+    job_id: str = ""
+
+    @classmethod
+    def of(cls, run: Run) -> Receipts:
+        return cls(run.ledger, run.job_id)
+
+    def delete(self, pacs: Pacs, found: Found, *, permanent: bool) -> Deletion:
+        """Delete or hide ``found`` on a server, and void the receipts of all that it holds there."""
+        if self.ledger is not None:
+            series = None if found.level == "study" else found.series_instance_uid
+            image = found.sop_instance_uid if found.level == "image" else None
+            study = found.study_instance_uid
+            self.ledger.void(pacs.server.name, study, series, image, job_id=self.job_id)
+        return pacs.delete(found, permanent=permanent)
+
+    def copying(self, pacs: Pacs, study_instance_uid: str) -> None:
+        """Images of the study are about to be copied to a server."""
+        if self.ledger is not None:
+            self.ledger.copying(pacs.server.name, study_instance_uid, job_id=self.job_id)
+
+    def copied(self, pacs: Pacs, study_instance_uid: str, images: int) -> None:
+        """So many images of the study have been copied to a server."""
+        if self.ledger is not None:
+            self.ledger.copied(pacs.server.name, study_instance_uid, job_id=self.job_id, images=images)
