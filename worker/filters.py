@@ -19,6 +19,7 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from worker.errors import InvalidRequest
+from worker.logs import shown_text, shown_url
 
 #: VRs (PS3.6) of what studies are asked for most: what a producer can check without the DICOM dictionary.
 VRS: Final[Mapping[str, str]] = {
@@ -141,7 +142,7 @@ def unknown(keyword: str, keywords: Iterable[str]) -> InvalidRequest:
     by_lower = {one.lower(): one for one in keywords}
     nearest = get_close_matches(keyword.lower(), by_lower, n=1, cutoff=0.8)
     advice = f"; {by_lower[nearest[0]]} is" if nearest else ", such as StudyDate or PatientID"
-    return refusal(f"{keyword!r} is no DICOM keyword{advice}.")
+    return refusal(f"{shown_text(shown_url(keyword), limit=64)!r} is no DICOM keyword{advice}.")
 
 
 def refusal(sentence: str) -> InvalidRequest:
@@ -182,9 +183,7 @@ def _check_uid(keyword: str, member: str) -> None:
 
 def _check_date(keyword: str, member: str) -> None:
     bounds = _bounds(keyword, member, "YYYYMMDD", _DATE, more=" A whole year is YYYY0101-YYYY1231.")
-    for bound in bounds:
-        if bound and not _in_calendar(bound):
-            raise refusal(f"The filter {keyword} has a date that is not in the calendar; dates are written YYYYMMDD.")
+    _check_calendar(keyword, bounds)
     if all(bounds) and bounds[0] > bounds[-1]:
         raise _swapped(keyword, "YYYYMMDD")
 
@@ -198,6 +197,7 @@ def _check_time(keyword: str, member: str) -> None:
 def _check_moment(keyword: str, member: str) -> None:
     more = " It has no offset from UTC."
     bounds = _bounds(keyword, member, "YYYYMMDDHHMMSS", _MOMENT, more=more)
+    _check_calendar(keyword, [bound[:8] for bound in bounds if len(bound) >= 8])
     if all(bounds) and bounds[0] > _completed(bounds[-1], _LATEST_MOMENT):
         raise _swapped(keyword, "YYYYMMDDHHMMSS")
 
@@ -238,6 +238,11 @@ _CHECKS: Mapping[str, Callable[[str, str], None]] = {
     "PN": _check_name,
     **dict.fromkeys(_NUMBERS, _check_number),
 }
+
+
+def _check_calendar(keyword: str, days: Iterable[str]) -> None:
+    if not all(_in_calendar(day) for day in days if day):
+        raise refusal(f"The filter {keyword} has a date that is not in the calendar; dates are written YYYYMMDD.")
 
 
 def _in_calendar(text: str) -> bool:

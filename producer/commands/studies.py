@@ -65,5 +65,7 @@ def _show(listed: StudyList, mode: str, limit: int | None, form: Form) -> int:
     for server in servers:
         end = server["error"]["message"] if server["error"] else "all" if server["status"] == "complete" else "and more"
         line = f"{server['server_name']}: {server['count']} studies, {end}{left_out(server)}"
-        errors_console.print(line, style="red" if server in missing else "dim", highlight=False, markup=False)
+        errors_console.print(
+            line, style="red" if server in missing else "dim", highlight=False, markup=False, soft_wrap=True
+        )
     return UNAVAILABLE if missing else DONE

@@ -101,7 +101,17 @@ def test_where_no_row_has_the_attribute_the_plan_says_so(site: Site, foreign: He
     foreign.studies = [row("1.1", t00100020=("LO", "1")), row("1.2", t00100020=("LO", "2"))]
     error = refusal(site.delete(**by_filters(PatientID="1", Manufacturer="Acme")))
     assert foreign.uids == ["1.1", "1.2"]
-    assert "No study there came with Manufacturer." in str(error.details["warnings"])
+    assert "No study there came with Manufacturer." in error.message
+
+
+@pytest.mark.parametrize("uid", ["1.2?x", "1.2/../1.3", "1.2/series/1.3", "1.2#"])
+def test_a_uid_that_would_name_something_else_in_a_url_is_not_planned(site: Site, foreign: Heedless, uid: str) -> None:
+    foreign.studies = [row("1.2", t00100020=("LO", "2")), row(uid, t00100020=("LO", "1"))]
+    verdict = site.delete(**by_filters(PatientID="1"))
+    assert isinstance(verdict, Failed)
+    assert verdict.error.payload["code"] == "pacs_misanswered"
+    assert foreign.uids == ["1.2", uid]
+    assert all(call.startswith("GET ") for call in foreign.asked)
 
 
 def test_a_key_that_it_need_not_match_is_refused_alone_and_taken_beside_another(site: Site, foreign: Heedless) -> None:

@@ -245,6 +245,7 @@ def test_wildcards_take_no_longer_than_the_text(pattern: str, text: str) -> None
         ("StudyDate", "today", "YYYYMMDD"),
         ("PatientBirthDate", "1970", "YYYYMMDD"),
         ("StudyTime", "7:27", "HHMMSS"),
+        ("StudyTime", "0727*", "without wildcards"),
         ("StudyTime", "2460", "HHMMSS"),
         ("StudyTime", "0761", "HHMMSS"),
         ("StudyTime", "072730.1234567", "HHMMSS"),
@@ -281,6 +282,18 @@ def test_a_wrong_filter_is_refused_in_every_message_with_what_to_write(keyword: 
         assert advice in caught.value.message
         assert caught.value.details["field"] == "filters"
         assert len(value) < 6 or value not in caught.value.message, "a value may name a patient"
+
+
+def test_a_refusal_shows_no_secret_that_was_given_for_a_keyword() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_filters({"https://host/x?sig=SECRET": "1"})
+    assert "SECRET" not in caught.value.message
+
+
+@pytest.mark.parametrize("value", ["20260230", "20260101-20260230000000", "2026-2025", "20260101+0100", "202613"])
+def test_a_moment_that_cannot_be_is_refused(value: str) -> None:
+    with pytest.raises(InvalidRequest):
+        read("AcquisitionDateTime", "DT", value)
 
 
 @pytest.mark.parametrize(

@@ -388,7 +388,8 @@ class Conductor:
             return
         self.batches.cancel(self.batch_id)
         self.batches.expire(self.batch_id)
-        raise InvalidRequest("There is nothing to do: what was asked for holds no item.", details=batch.as_json())
+        sentence = "There is nothing to do: what was asked for holds no item."
+        raise InvalidRequest(" ".join([sentence, *batch.warnings]), details=batch.as_json())
 
     def _walk(self, which: Pass, *, out_of: Sequence[State], to: State) -> None:
         """Look after a pass; returns when it is over, at once if the kind has no such pass."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from worker.errors import InvalidRequest, PacsMisanswered
 from worker.jobs.batches import Desk, in_turns
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
+from worker.pacs.dicomweb import fits_path
 from worker.pacs.matching import fingerprint
 from worker.pacs.protocol import Pacs, StudyPage
 from worker.payloads import Dataset
@@ -110,10 +111,16 @@ def study_pages(
     ------
     InvalidRequest
         The server has more than it lists, and the same order again would never come to the rest.
+    PacsMisanswered
+        A study's UID would name something else in a URL.
     """
     listed, left = 0, Left()
     try:
         for page in walk(pacs, filters or {}, left):
+            if not all(map(fits_path, page)):
+                server = pacs.server
+                sentence = f"{server.name} lists a study whose UID cannot stand in a URL; nothing is planned."
+                raise PacsMisanswered(sentence, server_name=server.name, server_type=server.type)
             listed += len(page)
             yield page
     except InvalidRequest as error:

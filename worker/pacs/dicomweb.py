@@ -34,7 +34,8 @@ FEW, LISTED = 3, 50
 #: Legal in a query as they are, and Orthanc understands them only so. DCM4CHEE makes a list of a bare comma.
 _RAW = "!$'()*;:@/?"
 _TAG = re.compile(r"[0-9A-Fa-f]{8}", re.ASCII)
-_FITS_PATH = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}").fullmatch
+#: Whether a UID can stand in the path of a URL; letters are tolerated.
+fits_path = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}").fullmatch
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class DicomWeb:
     def nameable(self, found: Found) -> Found:
         """``found``, if its UIDs can stand in the path of what is asked next; letters in them are tolerated."""
         uids = (found.study_instance_uid, found.series_instance_uid, found.sop_instance_uid)
-        if not all(uid is None or _FITS_PATH(uid) for uid in uids):
+        if not all(uid is None or fits_path(uid) for uid in uids):
             raise self.misanswered("a UID that is none")
         return found
 
