@@ -113,3 +113,31 @@ def test_a_block_full_of_empty_parts_costs_ten_times_its_size_at_most() -> None:
         assert tracemalloc.get_traced_memory()[1] < 10 * len(body)
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("step", [1, 5, 1 << 20])
+@pytest.mark.parametrize(("length", "when"), [("7", "early"), ("0005", "late"), (" 6 ", ""), ("six", ""), ("-1", "")])
+def test_a_part_that_has_not_the_length_it_announces_is_no_part(length: str, when: str, step: int) -> None:
+    body = BODY.replace(b"Content-Length: 6", f"Content-Length: {length}".encode())
+    blocks = [body[at : at + step] for at in range(0, len(body), step)]
+    if not when:
+        assert read(blocks) == PARTS
+        return
+    got = list[tuple[str | None, bytes]]()
+    with pytest.raises(PacsMisanswered, match=f"ends {when}"):  # noqa: PT012 - what came before it counts
+        for part in read_parts(blocks, TYPE, error=PacsMisanswered):
+            got.append((part.transfer_syntax_uid, b"".join(part.chunks)))
+    assert got == PARTS[:1], "what came whole before it is not lost"
+
+
+def test_a_boundary_that_occurs_in_an_image_is_found_by_its_length() -> None:
+    content = b"pixels\r\n--BB\r\n\r\nmore pixels"
+    body = b"--BB\r\nContent-Length: %d\r\n\r\n%b\r\n--BB--\r\n" % (len(content), content)
+    with pytest.raises(PacsMisanswered, match="ends early"):
+        read([body])
+
+
+def test_a_part_that_is_skipped_has_to_have_its_length_too() -> None:
+    parts = read_parts([BODY.replace(b"Content-Length: 6", b"Content-Length: 9")], TYPE, error=PacsMisanswered)
+    with pytest.raises(PacsMisanswered, match="ends early"):
+        list(parts)

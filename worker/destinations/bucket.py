@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal
@@ -100,7 +100,8 @@ class Bucket:
                     yield str(entry["Key"]), _etag(entry)
 
     def read(self, key: str) -> Iterator[bytes]:
-        with translated(self.shown(key)), self._client.get_object(Bucket=self.name, Key=key)["Body"] as body:
+        """Whole, or `SourceUnreachable`. As a context manager, boto's reader would not compare lengths."""
+        with translated(self.shown(key)), closing(self._client.get_object(Bucket=self.name, Key=key)["Body"]) as body:
             while chunk := body.read(CHUNK_BYTES):
                 yield chunk
 
@@ -305,6 +306,8 @@ def translated(shown: str) -> Iterator[None]:
         raise refusal(sentence, "denied") from error
     except boto.ParamValidationError as error:
         raise refusal(f"{shown} is no name that S3 allows; write s3://bucket/key.", "not_allowed") from error
+    except (boto.IncompleteReadError, boto.ResponseStreamingError) as error:
+        raise SourceUnreachable(f"{shown} did not arrive whole; it is read again.") from error
     except (boto.BotoCoreError, Boto3Error) as error:
         raise SourceUnreachable(f"{shown} cannot be written at present; it is tried again.") from error
 

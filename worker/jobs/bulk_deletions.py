@@ -22,7 +22,7 @@ from worker.errors import (
 from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
 from worker.jobs.deletions import asked, forget_what_is_gone, remove
 from worker.jobs.downloads import OVERWRITE_NOT_PREVENTED
-from worker.jobs.kept import Kept, is_all_kept, keep, restore
+from worker.jobs.kept import Kept, is_all_kept, keep, prove, restore
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.study_lists import check_order_filters, planned_studies
@@ -250,10 +250,13 @@ def _with_study(item: Item, desk: Desk, *, but: Collection[str], silent: bool) -
 
 
 def _check_kept(item: Item, known: Mapping[str, Kept], desk: Desk) -> None:
-    """Nothing is deleted that is not in its archive."""
+    """Nothing is deleted that is not in its archive, or whose archive is not proven whole now, by reading it."""
     for name, kept in known.items():
         pacs = desk.tools.fleet[name]
-        if pacs.find("study", item.text) and not is_all_kept(pacs, item.text, kept, desk.tools.destinations):
+        if not pacs.find("study", item.text):
+            continue
+        prove(pacs, item.text, kept, desk.tools.destinations)
+        if not is_all_kept(pacs, item.text, kept, desk.tools.destinations):
             sentence = f"{name} lists other images than {kept.url} holds; order the deletion of this study again."
             raise InvalidRequest(sentence, server_name=name, server_type=pacs.server.type)
 

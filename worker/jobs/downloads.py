@@ -127,19 +127,21 @@ def _destination(job: DownloadJob, tools: Tools) -> tuple[Archive | Files, Calla
     return files, lambda study: _to_files(study, files)
 
 
-def archived(pacs: Pacs, found: Found, place_for: Callable[[Mark], Archive], run: Run) -> tuple[Archive, Mark]:
+def archived(
+    pacs: Pacs, found: Found, place_for: Callable[[Mark], Archive], run: Run
+) -> tuple[Archive, Mark, str | None]:
     """One server's copy of a study as an archive, at the place that is chosen by what is in it.
 
-    Whoever calls sees to it that nobody else writes there; what is there already, whole, is not written again.
+    The last is the SHA-256 of the archive as it was written; None if it was there already, and was not written again.
+    The caller sees to it that no other job writes there.
     """
     study = _study(pacs, found, run, lambda _: run.check_ours())
     place = place_for(study.mark)
     there = place.look()
     if there is not None and there != study.mark:
         raise something_else(place.shown)
-    if there is None:
-        _to_archive(study, place)
-    return place, study.mark
+    written = _to_archive(study, place) if there is None else {}
+    return place, study.mark, written.get("sha256")
 
 
 def _take_turn(shown: str, run: Run) -> None:

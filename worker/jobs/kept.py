@@ -11,37 +11,56 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar, cast
 
 from worker.destinations import Archive, Destinations, Mark
 from worker.destinations.mark import CHUNK_BYTES, MANIFEST
-from worker.errors import PacsMisanswered, PacsRejected, SourceUnreachable, StudyConflict
+from worker.errors import (
+    InvalidRequest,
+    InvalidUid,
+    MissingUid,
+    NotDicom,
+    PacsMisanswered,
+    PacsRejected,
+    SourceUnreachable,
+    StudyConflict,
+)
 from worker.fingerprints import Rewrites
 from worker.jobs.batches import Desk
 from worker.jobs.downloads import archived
 from worker.jobs.equality import Compared, Side, compare
 from worker.jobs.pace import metered
+from worker.jobs.passing import Incoming
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.transfers import Transfer, bring, images_on
 from worker.pacs.protocol import Found, Pacs, Retrieved
 from worker.settings import ServerSettings
 
+_NOT_DELETED = "nothing was deleted. Order the deletion of this study again"
+_NOT_STORED = "nothing was stored. Put an undamaged copy of it there, then undo the batch again"
+#: What reading an archive, its manifest and its entries raises where they are damaged.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError, RuntimeError)
+
 
 @dataclass(frozen=True)
 class Kept:
-    """Where the copy of a study on one server lies; ``sha256`` is over the UIDs of its images."""
+    """Where the copy of a study on one server lies.
+
+    ``images_sha256`` is over the UIDs of its images, ``archive_sha256`` over the archive as it was written; None if an
+    attempt wrote it that was interrupted then.
+    """
 
     url: str
     images: int
     images_sha256: str
     overwrites_prevented: bool = True  # as the store promised when it was written
+    archive_sha256: str | None = None
 
-    @classmethod
-    def of(cls, place: Archive, mark: Mark) -> Kept:
-        return cls(place.shown, mark.images, mark.images_sha256, place.overwrites_prevented)
+    def mark(self, study_uid: str) -> Mark:
+        return Mark(study_uid, self.images, self.images_sha256)
 
 
 def keep(pacs: Pacs, study_uid: str, folder: str, run: Run, destinations: Destinations) -> Kept | None:
@@ -57,15 +76,30 @@ def keep(pacs: Pacs, study_uid: str, folder: str, run: Run, destinations: Destin
         name = f"{study_uid}-{mark.images_sha256[:12]}.zip"
         return destinations.archive(f"{folder.rstrip('/')}/{pacs.server.name}/{name}")
 
-    place, mark = archived(pacs, founds[0], place_for, run)
-    return Kept.of(place, mark)
+    place, mark, sha256 = archived(pacs, founds[0], place_for, run)
+    return Kept(place.shown, mark.images, mark.images_sha256, place.overwrites_prevented, sha256)
 
 
 def is_all_kept(pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinations) -> bool:
     """Whether the archive is there and holds exactly the images that the server lists now."""
     now = Mark.of(study_uid, images_on(pacs, study_uid))
     there = destinations.archive(kept.url).look()
-    return there == now and (now.images, now.images_sha256) == (kept.images, kept.images_sha256)
+    return there == now == kept.mark(study_uid)
+
+
+def prove(pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinations) -> None:
+    """Read the archive back, all of it, before anything is deleted that it holds.
+
+    Raises
+    ------
+    StudyConflict
+        It is gone or damaged: not the bytes that were written, or an image in it that is cut short, is not the one that
+        the manifest names, or has not the digest that it had when it came from the server.
+    SourceUnreachable
+        It cannot be read at present.
+    """
+    with _opened(destinations.archive(kept.url), pacs, study_uid, kept, so=_NOT_DELETED):
+        pass
 
 
 def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any]:
@@ -74,17 +108,15 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
     Raises
     ------
     StudyConflict
-        The archive is gone, or is not what was kept, or the server has got another image under one of the UIDs; nothing
-        was stored.
+        The archive is gone, or damaged, or not what was kept, or the server has got another image under one of the
+        UIDs; nothing was stored.
     PacsRejected
         The server does not take some of the images back.
     PacsMisanswered
         The server does not show them as they were kept; it is tried again.
     """
     archive = desk.tools.destinations.archive(kept.url)
-    with _opened(archive, pacs) as copy:
-        if Mark.of(study_uid, copy.series_of) != Mark(study_uid, kept.images, kept.images_sha256):
-            raise _conflict(pacs, f"{kept.url} does not hold what was kept; nothing was stored.")
+    with _opened(archive, pacs, study_uid, kept, so=_NOT_STORED) as copy:
         before = images_on(pacs, study_uid)
         limit = desk.tools.settings.sources.max_bytes
         _check_unchanged(pacs, study_uid, copy, before, limit)
@@ -141,7 +173,7 @@ def _compare(
 
 @dataclass(frozen=True)
 class _Copy:
-    """An archive as the side that a transfer takes images from. Each entry is checked against the manifest's digest."""
+    """An archive that was read through, as the side that a transfer takes images from."""
 
     server: ServerSettings
     archive: zipfile.ZipFile
@@ -161,46 +193,77 @@ class _Copy:
             if found.series_instance_uid in (None, entry["series_uid"]) and found.sop_instance_uid in (None, uid)
         )
 
+    def check(self, study_uid: str) -> None:
+        """Read every image to its end; `_Damaged` if one is not what the manifest says, or something else is there."""
+        if sorted(self.archive.namelist()) != sorted([MANIFEST, *(str(one["file"]) for one in self.entries.values())]):
+            raise _Damaged("it does not hold the files that its manifest names")
+        for uid, entry in self.entries.items():
+            try:
+                image = Incoming(self._chunks(entry), blame=lambda error: error)
+                for _ in image.chunks():
+                    pass
+            except (NotDicom, MissingUid, InvalidUid) as error:
+                raise _Damaged(f"{entry['file']} in it cannot be used: {error.message}") from error
+            told, instance = (study_uid, entry["series_uid"], uid), image.instance
+            if told != (instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid):
+                raise _Damaged(f"{entry['file']} in it is another image than its manifest says")
+            if (image.sha256, image.size_bytes) != (entry["sha256"], entry["size_bytes"]):
+                raise _Damaged(f"{entry['file']} in it has not the digest of its manifest")
+
     def _chunks(self, entry: Mapping[str, Any]) -> Iterator[bytes]:
-        digest = hashlib.sha256()
-        with _readable(self.archive.filename or "the archive"), self.archive.open(str(entry["file"])) as file:
+        with self.archive.open(str(entry["file"])) as file:
             while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
                 yield chunk
-        if digest.hexdigest() != entry["sha256"]:
-            raise SourceUnreachable(f"{entry['file']} in the kept archive is damaged; nothing of it was stored.")
+
+
+class _Damaged(Exception):
+    """What is wrong with an archive."""
 
 
 @contextmanager
-def _opened(archive: Archive, pacs: Pacs) -> Iterator[_Copy]:
-    """The archive, on this machine's disk while it is read."""
-    with tempfile.TemporaryFile() as file, _readable(archive.shown):
-        if archive.look() is None:
-            raise _conflict(pacs, f"{archive.shown} is not there any more; nothing was stored.")
-        _spool(archive.read(), file)
-        with zipfile.ZipFile(file) as opened:
-            manifest = json.loads(opened.read(MANIFEST))
-            entries = {str(entry["image_uid"]): entry for entry in manifest["instances"]}
-            yield _Copy(pacs.server, opened, entries)
+def _opened(archive: Archive, pacs: Pacs, study_uid: str, kept: Kept, *, so: str) -> Iterator[_Copy]:
+    """The archive on this machine's disk, read through and found to be what was kept; ``so`` ends the sentences."""
+    if not _is_there(archive):
+        raise _conflict(pacs, f"The backup {archive.shown} is not there any more; {so}.")
+    with tempfile.TemporaryFile() as file:
+        sha256 = _spool(archive.read(), file)
+        with ExitStack() as stack:
+            try:
+                if kept.archive_sha256 not in (None, sha256):
+                    raise _Damaged("its bytes are not those that were written")
+                opened = stack.enter_context(zipfile.ZipFile(file))
+                manifest = json.loads(opened.read(MANIFEST))
+                copy = _Copy(pacs.server, opened, {str(entry["image_uid"]): entry for entry in manifest["instances"]})
+                if Mark.of(study_uid, copy.series_of) != kept.mark(study_uid):
+                    raise _Damaged("it does not hold the images that were kept")
+                copy.check(study_uid)
+            except (_Damaged, *_UNREADABLE) as error:
+                what = str(error) if isinstance(error, _Damaged) else f"it cannot be read ({type(error).__name__})"
+                raise _conflict(pacs, f"The backup {archive.shown} is damaged: {what}; {so}.") from error
+            yield copy
 
 
-def _spool(chunks: Iterable[bytes], file: IO[bytes]) -> None:
+def _is_there(archive: Archive) -> bool:
+    """What is there and is no archive of ours is there too: reading it says what is wrong with it."""
+    try:
+        return archive.look() is not None
+    except InvalidRequest as error:
+        if error.details.get("reason") != "exists":
+            raise
+        return True
+
+
+def _spool(chunks: Iterable[bytes], file: IO[bytes]) -> str:
+    """The SHA-256 of what has come."""
+    digest = hashlib.sha256()
     try:
         for chunk in chunks:
+            digest.update(chunk)
             file.write(chunk)
     except OSError as error:
         sentence = f"The worker has no room to read the kept archive ({error.strerror}); free its temporary folder."
         raise SourceUnreachable(sentence) from error
-
-
-@contextmanager
-def _readable(shown: str) -> Iterator[None]:
-    try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
-        raise SourceUnreachable(
-            f"{shown} cannot be read as the archive that was kept ({type(error).__name__})."
-        ) from error
+    return digest.hexdigest()
 
 
 def _conflict(pacs: Pacs, sentence: str) -> StudyConflict:
