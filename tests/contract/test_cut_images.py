@@ -28,12 +28,14 @@ from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from worker.destinations import Destinations
 from worker.errors import PacsMisanswered, SourceUnreachable, StudyConflict
+from worker.instances import identify
 from worker.jobs import bulk_deletions
 from worker.jobs.batches import Conductor
 from worker.jobs.carry import Done, Failed, Verdict
 from worker.jobs.downloads import download
 from worker.jobs.kept import Kept, keep, prove
 from worker.jobs.moves import Receipt, copy_study, delete_source, undo_study, verify_study
+from worker.jobs.same_bytes import Arrival, compare
 from worker.jobs.transfers import Transfer, bare_digests_on, digests_on, images_on
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Pacs
@@ -679,3 +681,18 @@ def test_the_verification_of_an_upload_does_not_say_that_a_cut_answer_differs(
     spoiler.calm()
     assert isinstance(site.go_on(Conductor.verify, "verify"), Done)
     assert site.told("verify") == ["verified"] * 2
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 500])
+def test_a_cut_answer_does_not_say_that_the_bytes_are_others(
+    anywhere: Site, spoiler: Spoiler, missing_bytes: int
+) -> None:
+    study = new_uid()
+    content = image(study, side=64)
+    anywhere.put_file("ward", content)
+    arrival = Arrival(identify(io.BytesIO(content)), len(content), hashlib.sha256(content).hexdigest(), "file")
+    pacs = anywhere.fleet["ward"]
+    spoiler.cut(missing_bytes)
+    assert compare(pacs, arrival).same is None
+    spoiler.calm()
+    assert compare(pacs, arrival).same is (True if pacs.keeps_bytes else None)

@@ -7,7 +7,7 @@ no server and no archive takes it for whole. Where it comes from and where it go
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from worker.errors import CourierError, InvalidUid, MissingUid, NotDicom
 from worker.instances import Instance, Reading
@@ -89,7 +89,7 @@ class Incoming:
         return bytes(head), self._reading.instance
 
 
-def whole(content: Iterator[bytes]) -> Iterator[bytes]:
+def whole(content: Iterable[bytes]) -> Iterator[bytes]:
     """The bytes of an image whose name is not asked for; `NotDicom` before the last of them if it ends too early."""
     reading, held = Reading(), b""
     for chunk in content:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from worker.errors import CourierError, NotFound
 from worker.instances import Instance
-from worker.jobs.passing import PREAMBLE_BYTES
+from worker.jobs.passing import PREAMBLE_BYTES, whole
 from worker.pacs.protocol import Pacs
 from worker.pacs.stow import PREAMBLE
 
@@ -105,10 +105,10 @@ def _retrieved(pacs: Pacs, sop_instance_uid: str) -> Iterator[_Retrieved]:
 
 
 def _digests(chunks: Iterable[bytes]) -> _Retrieved:
-    whole, bare, zeroed = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(PREAMBLE)
+    full, bare, zeroed = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(PREAMBLE)
     head, size_bytes = b"", 0
-    for chunk in chunks:
-        whole.update(chunk)
+    for chunk in whole(chunks):
+        full.update(chunk)
         size_bytes += len(chunk)
         if size_bytes > COMPARED_BYTES + PREAMBLE_BYTES:
             return _Retrieved(None)
@@ -119,5 +119,5 @@ def _digests(chunks: Iterable[bytes]) -> _Retrieved:
         bare.update(rest)
         zeroed.update(rest)
     if not head.endswith(b"DICM", 0, PREAMBLE_BYTES):  # without a preamble, all of it is the image
-        return _Retrieved(whole.hexdigest(), whole.hexdigest())
-    return _Retrieved(whole.hexdigest(), bare.hexdigest(), zeroed.hexdigest())
+        return _Retrieved(full.hexdigest(), full.hexdigest())
+    return _Retrieved(full.hexdigest(), bare.hexdigest(), zeroed.hexdigest())
