@@ -263,7 +263,7 @@ def test_a_move_that_was_looked_at_again_says_that_it_has_nothing_to_compare_wit
 
 
 @pytest.mark.parametrize("digests", ["sample", "none"])
-def test_nothing_is_deleted_that_nobody_has_compared(site: Site, digests: str) -> None:
+def test_a_move_that_would_compare_less_is_refused(site: Site, digests: str) -> None:
     verdict = site.order(new_uid(), delete_source=True, digests=digests)
     assert isinstance(verdict, Failed)
     assert verdict.error.payload["code"] == "invalid_request"
