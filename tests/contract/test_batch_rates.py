@@ -115,7 +115,7 @@ def test_what_an_upload_has_stored_is_read_back_as_slowly_as_it_came(
 
 def test_copies_are_kept_and_compared_again_no_faster_than_that(site: Site, clock: Clock, tmp_path: Path) -> None:
     uids = studies(site, "msdicom", 4, images=4)
-    with clock.holding(images=16, at_once=4):
+    with clock.holding(images=32, at_once=4):  # each to be kept, and to be compared with what was kept
         payload(site.delete(*uids, servers=["msdicom"], backup=tmp_path.as_uri(), bytes_per_s=RATE))
     assert site.told() == ["deleted"] * 4
     with clock.holding(images=16, at_once=4):

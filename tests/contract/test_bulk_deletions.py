@@ -13,7 +13,9 @@ import pytest
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
+from worker.jobs import bulk_deletions
 from worker.jobs.batches import Conductor
+from worker.jobs.kept import keep
 from worker.pacs.protocol import Found
 
 
@@ -86,6 +88,35 @@ def test_nothing_comes_back_beside_another_image_where_bytes_are_not_kept(
     assert undone(site) == ["study_conflict"]
     assert name in site.rows[0].passes["undo"].message
     assert site.on("dcm4chee", study) == {replaced}, "and nothing was stored"
+
+
+@pytest.mark.parametrize("server", ["msdicom", "dcm4chee"])
+@pytest.mark.parametrize(
+    ("now", "name"),
+    [
+        ({"seed": 2}, "PixelData (7FE0,0010)"),
+        ({"ImageLaterality": "L"}, "ImageLaterality (0020,0062)"),
+        ({"PatientID": "OTHER"}, "PatientID (0010,0020)"),
+    ],
+)
+def test_a_study_that_has_another_image_than_its_backup_stays(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str, now: dict[str, Any], name: str
+) -> None:
+    study = new_uid()
+    sop = f"{study}.1.1"
+    site.put_file(server, image(study, sop=sop, side=16))
+
+    def kept_and_replaced(*args: Any) -> Any:
+        kept = keep(*args)
+        site.fleet[server].delete(Found("study", study), permanent=True)
+        site.put_file(server, image(study, sop=sop, side=16, **now))
+        return kept
+
+    monkeypatch.setattr(bulk_deletions, "keep", kept_and_replaced)
+    payload(site.delete(study, servers=[server], backup=tmp_path.as_uri()))
+    assert site.told() == ["study_conflict"]
+    assert name in site.rows[0].settled.message
+    assert site.on(server, study) == {sop}
 
 
 def test_a_study_stays_where_there_is_no_room_for_its_copy(

@@ -642,11 +642,11 @@ def test_a_backup_whose_digest_died_with_its_attempt_is_proven_by_its_manifest(
     payload(site.delete(study, backup=folder.url))
     told = Kept(**site.rows[0].settled.result["kept"]["ward"])
     assert told.archive_sha256
-    unknown, destinations = replace(told, archive_sha256=None), site.tools.destinations
-    prove(site.fleet["ward"], study, unknown, destinations)
+    unknown, tools = replace(told, archive_sha256=None), site.tools
+    prove(site.fleet["ward"], study, unknown, tools)
     folder.write(folder.archive, DAMAGE[damage](folder.read(folder.archive)))
     with pytest.raises(StudyConflict, match="damaged"):
-        prove(site.fleet["ward"], study, unknown, destinations)
+        prove(site.fleet["ward"], study, unknown, tools)
 
 
 def test_a_cut_image_in_a_backup_of_version_0_1_is_found(
@@ -658,7 +658,7 @@ def test_a_cut_image_in_a_backup_of_version_0_1_is_found(
     told = Kept(**{**site.rows[0].settled.result["kept"]["ward"], "archive_sha256": None})
     folder.write(folder.archive, with_a_cut_image(folder.read(folder.archive)))
     with pytest.raises(StudyConflict, match="cut short"):
-        prove(site.fleet["ward"], study, told, site.tools.destinations)
+        prove(site.fleet["ward"], study, told, site.tools)
 
 
 # --- uploads in batches ----------------------------------------------------------------------------------------------

@@ -250,12 +250,12 @@ def _with_study(item: Item, desk: Desk, *, but: Collection[str], silent: bool) -
 
 
 def _check_kept(item: Item, known: Mapping[str, Kept], desk: Desk) -> None:
-    """Nothing is deleted that is not in its archive, or whose archive is not proven whole now, by reading it."""
+    """Nothing is deleted that is not in its archive as it is now, which is read back and compared."""
     for name, kept in known.items():
         pacs = desk.tools.fleet[name]
         if not pacs.find("study", item.text):
             continue
-        prove(pacs, item.text, kept, desk.tools.destinations)
+        prove(pacs, item.text, kept, desk.tools)
         if not is_all_kept(pacs, item.text, kept, desk.tools.destinations):
             sentence = f"{name} lists other images than {kept.url} holds; order the deletion of this study again."
             raise InvalidRequest(sentence, server_name=name, server_type=pacs.server.type)

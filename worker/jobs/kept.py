@@ -35,6 +35,7 @@ from worker.jobs.pace import metered
 from worker.jobs.passing import Incoming
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
+from worker.jobs.tools import Tools
 from worker.jobs.transfers import Transfer, bring, images_on
 from worker.pacs.protocol import Found, Pacs, Retrieved
 from worker.settings import ServerSettings
@@ -87,19 +88,21 @@ def is_all_kept(pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinatio
     return there == now == kept.mark(study_uid)
 
 
-def prove(pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinations) -> None:
-    """Read the archive back, all of it, before anything is deleted that it holds.
+def prove(pacs: Pacs, study_uid: str, kept: Kept, tools: Tools) -> None:
+    """Read the archive back, all of it, and compare it with what the server has now, before any of that is deleted.
 
     Raises
     ------
     StudyConflict
         It is gone or damaged: not the bytes that were written, or an image in it that is cut short, is not the one that
-        the manifest names, or has not the digest that it had when it came from the server.
+        the manifest names, or has not the digest that it had when it came from the server. Or the server has another
+        image under one of its UIDs by now.
     SourceUnreachable
         It cannot be read at present.
     """
-    with _opened(destinations.archive(kept.url), pacs, study_uid, kept, so=_NOT_DELETED):
-        pass
+    with _opened(tools.destinations.archive(kept.url), pacs, study_uid, kept, so=_NOT_DELETED) as copy:
+        limit = tools.settings.sources.max_bytes
+        _check_unchanged(pacs, study_uid, copy, images_on(pacs, study_uid), limit, so=_NOT_DELETED)
 
 
 def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
     with _opened(archive, pacs, study_uid, kept, so=_NOT_STORED) as copy:
         before = images_on(pacs, study_uid)
         limit = desk.tools.settings.sources.max_bytes
-        _check_unchanged(pacs, study_uid, copy, before, limit)
+        _check_unchanged(pacs, study_uid, copy, before, limit, so="nothing was stored")
         wanted = copy.series_of.keys() - before.keys()
         source = metered(cast(Pacs, copy), desk.spent)
         receipts, look = Receipts.of(desk.run), lambda _: desk.run.check_ours()
@@ -138,12 +141,14 @@ def _check_taken(transfer: Transfer) -> None:
         raise PacsRejected(sentence, server_name=name, server_type=server_type)
 
 
-def _check_unchanged(pacs: Pacs, study_uid: str, copy: _Copy, on_server: Mapping[str, str], limit: int) -> None:
-    """What the server has of the copy, since before or by an attempt that died, has to be what was kept."""
+def _check_unchanged(
+    pacs: Pacs, study_uid: str, copy: _Copy, on_server: Mapping[str, str], limit: int, *, so: str
+) -> None:
+    """What the server has of the copy now has to be what was kept; ``so`` ends the sentence."""
     found = _compare(pacs, study_uid, copy, on_server, copy.series_of.keys() & on_server.keys(), limit)
     if found.different:
         name, uid = pacs.server.name, found.different[0]
-        sentence = f"{name} gives back another image under {uid} than was kept ({found.why[uid]}); nothing was stored."
+        sentence = f"{name} gives back another image under {uid} than was kept ({found.why[uid]}); {so}."
         raise _conflict(pacs, sentence)
 
 
