@@ -51,17 +51,24 @@ _MOMENT = re.compile(
 #: The latest moment, which completes what is written less exactly; a year's and a month's last day may be none.
 _LATEST_TIME, _LATEST_MOMENT = "235960.999999", "00001231235960.999999"
 _GROUPS, _COMPONENTS = 3, 5
+#: Characters of the longest Patient ID (LO, PS3.5 6.2).
+_LONGEST_ID = 64
 #: A filter of nothing but these says nothing of a study.
 _SAYS_NOTHING = "*?-^= "
 
 
 @dataclass(frozen=True)
 class Filter:
-    """One filter, checked. ``members`` are its values, of which any may match."""
+    """One filter, checked. ``members`` are its values, of which any may match.
+
+    ``is_single``: the attribute has one value by the standard. If a study has several, each of them has to match: which
+    one counts differs from toolkit to toolkit.
+    """
 
     keyword: str
     vr: str
     members: tuple[str, ...]
+    is_single: bool = False
 
     @property
     def is_universal(self) -> bool:
@@ -74,16 +81,20 @@ class Filter:
         return _select(self.members)
 
     def matches(self, element: object) -> bool:
-        """Whether one of the values of ``element`` (DICOM JSON, PS3.18 F) matches; one without a value never does."""
+        """Whether the values of ``element`` (DICOM JSON, PS3.18 F) match; an element without a value never does."""
         if self.is_universal:
             return True
-        found = _values(element)
+        found = [self._matches_value(value) for values in _values(element) for value in self._split(values)]
+        return bool(found) and (all(found) if self.is_single else any(found))
+
+    def _split(self, values: object) -> list[Any]:
         if self.vr == "PN":
-            names = [name for value in found for name in _names(value)]
-            return any(_name_matches(member, name) for member in self.members for name in names if any(name))
-        texts = [text for value in found for text in _texts(value, self.vr)]
-        match = _MATCHES.get(self.vr, _text_matches)
-        return any(match(member, text) for member in self.members for text in texts if text)
+            return [name for name in _names(values) if any(name)]
+        return [text for text in _texts(values, self.vr) if text]
+
+    def _matches_value(self, value: Any) -> bool:
+        match = _name_matches if self.vr == "PN" else _MATCHES.get(self.vr, _text_matches)
+        return any(match(member, value) for member in self.members)
 
 
 def read(keyword: str, vr: str, value: str) -> Filter:
@@ -94,6 +105,8 @@ def read(keyword: str, vr: str, value: str) -> Filter:
     InvalidRequest
         It cannot match anything, or is written in another way than DICOM writes it; the sentence says what to write.
     """
+    if not _is_unicode(value):
+        raise refusal(f"The filter {keyword} has characters that are no Unicode text; write it in UTF-8.")
     members = _members(keyword, vr, value)
     if not all(members):
         what = "an empty value in its list" if len(members) > 1 else "no value"
@@ -137,6 +150,22 @@ def check_selecting(filters: Mapping[str, str]) -> None:
         )
 
 
+def check_unambiguous(filters: Mapping[str, str]) -> None:
+    """Refuse a comma in a Patient ID, by which an order could reach other patients than are meant.
+
+    Raises
+    ------
+    InvalidRequest
+        It says how to write several IDs, and one that has a comma.
+    """
+    if "," in filters.get("PatientID", ""):
+        raise refusal(
+            "A comma in PatientID may separate two IDs or be part of one, so nothing is ordered by it. Separate IDs by "
+            "a backslash, in quotes: 'PatientID=A\\B'. For an ID that has a comma write ? instead of the comma, which "
+            "stands for any one character, or order its studies by their UIDs."
+        )
+
+
 def unknown(keyword: str, keywords: Iterable[str]) -> InvalidRequest:
     """The refusal of a filter that is no DICOM keyword, with the nearest of ``keywords``."""
     by_lower = {one.lower(): one for one in keywords}
@@ -149,20 +178,18 @@ def refusal(sentence: str) -> InvalidRequest:
     return InvalidRequest(sentence, details={"field": "filters"})
 
 
-def separators(keyword: str, vr: str) -> str:
-    """The characters that separate the values of a filter: a backslash, and a comma where no value can hold one.
-
-    A comma can be part of a Patient ID, but hardly is, and separates there too; ``?`` stands for one that is.
-    """
-    if vr in _ONE_VALUE:
-        return ""
-    return "\\," if vr == "UI" or keyword == "PatientID" else "\\"
-
-
 def _members(keyword: str, vr: str, value: str) -> tuple[str, ...]:
-    signs = separators(keyword, vr)
-    parts = re.split(f"[{re.escape(signs)}]", value) if signs else [value]
+    """The values of a filter, which a backslash separates, and between UIDs a comma too."""
+    parts = [value] if vr in _ONE_VALUE else re.split(r"[\\,]" if vr == "UI" else r"\\", value)
+    if keyword == "PatientID":
+        parts = [one for part in parts for one in _readings(part)]
     return tuple(unicodedata.normalize("NFC", part.strip(" \0")) for part in parts)
+
+
+def _readings(part: str) -> list[str]:
+    """A Patient ID may have a comma, and many write lists of them with commas: both are looked for."""
+    several = part.split(",")
+    return several if len(several) == 1 or len(part) > _LONGEST_ID else [*several, part]
 
 
 def _select(members: Sequence[str]) -> bool:
@@ -174,6 +201,16 @@ def _says_something(keyword: str, value: str) -> bool:
 
 
 # --- what a value may look like ---------------------------------------------------------------------------------
+
+
+def _is_unicode(value: str) -> bool:
+    """Whether it has no lone surrogates, which stand for bytes that were not UTF-8."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _check_code(keyword: str, member: str) -> None:
+    if "," in member:
+        raise refusal(f"{keyword} has no comma in its values; separate several by a backslash, in quotes: 'CT\\MR'.")
 
 
 def _check_uid(keyword: str, member: str) -> None:
@@ -231,6 +268,7 @@ def _check_name(keyword: str, member: str) -> None:
 
 
 _CHECKS: Mapping[str, Callable[[str, str], None]] = {
+    "CS": _check_code,
     "UI": _check_uid,
     "DA": _check_date,
     "TM": _check_time,

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.errors import InvalidRequest, InvalidUid
-from worker.filters import check_filters, check_selecting
+from worker.filters import check_filters, check_selecting, check_unambiguous
 from worker.logs import REASON_LENGTH, REQUESTED_BY_LENGTH, is_one_line, shown_text, shown_url
 from worker.windows import check_window
 
@@ -222,6 +222,7 @@ class BatchStudiesJob(BatchOrderJob):
         if self.filters is not None:
             check_selecting(self.filters)
             check_filters(self.filters)
+            check_unambiguous(self.filters)
         _exactly_one(self, "items", "filters", "everything")
         return self
 

@@ -63,7 +63,7 @@ from producer.repairs import check_new
 from producer.show import console, errors_console
 from producer.show_batches import PlanSummary, failures_table, of_how_many, servers_table
 from worker.batches import Batch, Pass
-from worker.filters import check_filters, check_selecting
+from worker.filters import check_filters, check_selecting, check_unambiguous
 
 CONFIRMATION = "delete all studies"
 
@@ -282,6 +282,7 @@ def _chosen(words: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
     if filters:
         check_selecting(filters)
         check_filters(filters)
+        check_unambiguous(filters)
     return {"filters": filters or None, "everything": True if options["everything"] else None}
 
 

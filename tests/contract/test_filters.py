@@ -262,7 +262,12 @@ def test_each_finds_patients_by_a_list_of_their_ids(all_of_them: Site, server: s
         assert set(listed(all_of_them, server, PatientID=f"A{n}{sign}C{n}")) == set(wanted)
     page = ask(all_of_them, list_studies, mode=server, filters={"PatientID": f"A{n},C{n}"})
     assert {entry["study_uid"] for entry in page["studies"]} == set(wanted)
-    payload(all_of_them.delete(**by_filters(PatientID=f"C{n},B{n}"), servers=[server]))
+    both = f"A{n},C{n}"
+    all_of_them.put_file(server, image(literal := new_uid(), PatientID=both))
+    assert set(listed(all_of_them, server, PatientID=both)) == {*wanted, literal}, "a comma may be part of an ID"
+    refusal(all_of_them.delete(**by_filters(PatientID=both), servers=[server]))
+    all_of_them.batch = new_uid()
+    payload(all_of_them.delete(**by_filters(PatientID=f"C{n}\\B{n}"), servers=[server]))
     assert [bool(all_of_them.on(server, study)) for study in studies.values()] == [True, False, False]
 
 

@@ -198,15 +198,46 @@ def test_any_of_several_values_may_match_and_a_value_without_a_list_is_one() -> 
     assert read("ModalitiesInStudy", "CS", "CT").matches({"vr": "CS", "Value": "CT"})
 
 
-def test_a_comma_separates_patient_ids_and_uids_and_nothing_else() -> None:
-    for value in ("A,B", "A\\B", "A, B"):
-        assert [matches("LO", value, one, keyword="PatientID") for one in ("A", "B", "A,B", "C")] == [
-            True,
-            True,
-            False,
-            False,
-        ]
+def test_a_comma_in_a_patient_id_is_looked_for_both_as_a_separator_and_as_part_of_the_id() -> None:
+    for value in ("A,B", "A, B", "B,A"):
+        assert [matches("LO", value, one, keyword="PatientID") for one in ("A", "B", "C")] == [True, True, False]
+    assert matches("LO", "A,B", "A,B", keyword="PatientID")
+    assert not matches("LO", "A\\B", "A,B", keyword="PatientID")
     assert matches("LO", "A?B", "A,B", keyword="PatientID")
+    assert not matches("LO", "A,B", "A"), "in other texts a comma is a letter"
+
+
+def test_a_long_list_of_patient_ids_is_no_id() -> None:
+    ids = [f"{number:04}" for number in range(1_000)]
+    assert read("PatientID", "LO", ",".join(ids)).members == tuple(ids)
+
+
+@pytest.mark.parametrize("form", [BatchDeleteJob, BatchDownloadJob, BatchMigrateJob])
+@pytest.mark.parametrize("value", ["A,B", "DOE, 1", "A\\B,C", "A*,B"])
+def test_an_order_by_a_patient_id_with_a_comma_is_refused_and_says_what_to_write(form: Any, value: str) -> None:
+    more = {"destination": "s3://kept/"} if form is BatchDownloadJob else {}
+    more |= {"from_server": "a", "to_server": "b"} if form is BatchMigrateJob else {}
+    with pytest.raises(InvalidRequest, match=r"in quotes: 'PatientID=A\\B'") as refused:
+        read_job(form, {"filters": {"PatientID": value, "StudyDate": "20040119"}, **more})
+    assert value not in str(refused.value), "an ID may be a patient's"
+    read_job(form, {"filters": {"PatientID": "A\\B"}, **more})
+
+
+def test_lists_take_a_patient_id_with_a_comma() -> None:
+    for form in (StudiesJob, AuditJob):
+        assert read_job(form, {"filters": {"PatientID": "A,B"}}).filters == {"PatientID": "A,B"}
+
+
+@pytest.mark.parametrize("value", ["CT,MR", "CT, MR", "C*,MR"])
+def test_a_comma_between_codes_is_refused(value: str) -> None:
+    with pytest.raises(InvalidRequest, match="separate several by a backslash"):
+        read("ModalitiesInStudy", "CS", value)
+
+
+@pytest.mark.parametrize("value", ["M\udcfcller", "\ud83d", "*\udfff*"])
+def test_bytes_that_are_no_unicode_are_refused_as_a_filter(value: str) -> None:
+    with pytest.raises(InvalidRequest, match="no Unicode text"):
+        check_filters({"PatientName": value})
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="*?\\\0"), min_size=1))

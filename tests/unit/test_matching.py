@@ -60,10 +60,16 @@ def test_what_the_server_does_not_match_or_matches_every_study_is_not_sent(serve
 
 @pytest.mark.parametrize("server_type", MATCHING)
 def test_a_list_of_patient_ids_is_one_query_for_each(server_type: ServerType) -> None:
-    for value in ("7,8", "7\\8", "7,8,7"):
+    date = ("StudyDate", "20260101")
+    for value in ("7\\8", "7\\8\\7"):
         filters = {"PatientID": value, "StudyDate": "20260101"}
-        date = ("StudyDate", "20260101")
         assert asked(server_type, filters) == [[("PatientID", "7"), date], [("PatientID", "8"), date]]
+
+
+@pytest.mark.parametrize("server_type", MATCHING)
+def test_a_patient_id_with_a_comma_is_asked_for_as_it_is_too(server_type: ServerType) -> None:
+    literal = "7*8" if server_type == "orthanc" else "7,8"
+    assert asked(server_type, {"PatientID": "7,8"}) == [[("PatientID", value)] for value in ("7", "8", literal)]
 
 
 def test_each_takes_uids_in_its_own_way() -> None:
@@ -75,7 +81,7 @@ def test_each_takes_uids_in_its_own_way() -> None:
 
 
 def test_lists_are_multiplied_and_too_many_are_refused() -> None:
-    filters = {"PatientID": "7,8", "ModalitiesInStudy": "CT\\MR"}
+    filters = {"PatientID": "7\\8", "ModalitiesInStudy": "CT\\MR"}
     values = [[value for _, value in one] for one in asked("dicomweb", filters)]
     assert values == [["7", "CT"], ["7", "MR"], ["8", "CT"], ["8", "MR"]]
     many = ",".join(map(str, range(1001)))
@@ -151,7 +157,7 @@ def test_what_dcm4chee_matches_without_showing_it_is_listed_as_it_says() -> None
 
 
 def test_pages_of_one_query_follow_those_of_another_with_offsets_of_their_own() -> None:
-    one, offset, rows = query("dcm4chee", {"PatientID": "7,8"}), 0, [study("1.1", PatientID="7")]
+    one, offset, rows = query("dcm4chee", {"PatientID": "7\\8"}), 0, [study("1.1", PatientID="7")]
     page = one.page(rows, offset=offset, limit=1, step=1)
     assert one.parameters(page.next_offset or 0)[1] == 1
     page = one.page([], offset=page.next_offset or 0, limit=1, step=1)
@@ -227,3 +233,27 @@ def test_a_misspelt_keyword_is_refused_with_the_nearest(keyword: str, nearest: s
 def test_what_studies_cannot_be_filtered_by_is_refused(keyword: str) -> None:
     with pytest.raises(InvalidRequest):
         read_filter(keyword, "1")
+
+
+# --- several values where the standard has one --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "stored", "does"),
+    [
+        ("StudyDate", "-20041231", ["20040119", "20060101"], False),
+        ("StudyDate", "-20061231", ["20040119", "20060101"], True),
+        ("StudyDate", "20040119", ["20040119\\20060101"], False),
+        ("PatientID", "A", ["A", "B"], False),
+        ("PatientID", "A", ["A", "A"], True),
+        ("PatientID", "A\\B", ["A\\B"], True),
+        ("PatientName", "Hall*", [{"Alphabetic": "Hall^P"}, {"Alphabetic": "Wood^P"}], False),
+        ("StudyTime", "1011", ["101112", ""], True),
+        ("ModalitiesInStudy", "CT", ["CT", "SR"], True),
+        ("OtherPatientNames", "Hall*", [{"Alphabetic": "Hall^P"}, {"Alphabetic": "Wood^P"}], True),
+    ],
+)
+def test_each_value_has_to_match_where_the_standard_has_one(
+    keyword: str, value: str, stored: list[Any], does: bool
+) -> None:
+    assert read_filter(keyword, value).matches({"vr": vr_of(keyword), "Value": stored}) is does

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
 from typing import Literal
 
-from pydicom.datadict import dictionary_VR, keyword_dict, tag_for_keyword
+from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_dict, tag_for_keyword
 
 from worker.errors import InvalidRequest
 from worker.filters import Filter, read, refusal, unknown
@@ -232,9 +232,10 @@ class StudyQuery:
 
 def read_filter(keyword: str, value: str) -> Filter:
     """The filter, checked with the DICOM dictionary (PS3.6); raises `InvalidRequest`."""
-    if tag_for_keyword(keyword) is None:
+    tag = tag_for_keyword(keyword)
+    if tag is None:
         raise unknown(keyword, filter(None, keyword_dict))
-    return read(keyword, vr_of(keyword), value)
+    return replace(read(keyword, vr_of(keyword), value), is_single=dictionary_VM(tag) == "1")
 
 
 def tag_of(keyword: str) -> str:
