@@ -363,6 +363,49 @@ def test_where_a_probe_is_not_taken_nothing_counts_as_prevented(
     assert keeping.keys() == {"a.zip", "b.zip"}
 
 
+@pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
+def test_a_bucket_whose_policy_requires_the_condition_of_every_write_is_probed_and_written_to(
+    keeping: Store, monkeypatch: pytest.MonkeyPatch, chunks: list[bytes]
+) -> None:
+    worker = keeping.worker()
+    client = keeping.client_of(worker)
+    for name in ("put_object", "complete_multipart_upload"):
+        inner, fail = getattr(client, name), failing(403, "AccessDenied")
+
+        def write(inner: Any = inner, fail: Any = fail, **request: Any) -> Any:
+            return inner(**request) if "IfNoneMatch" in request else fail()
+
+        monkeypatch.setattr(client, name, write)
+    archive = worker.archive(keeping.url("a.zip"))
+    archive.write(iter(chunks), MARK)
+    assert archive.overwrites_prevented
+    assert keeping.keys() == {"a.zip"}
+
+
+@pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
+def test_a_store_that_could_not_be_probed_is_asked_for_the_condition_all_the_same(
+    keeping: Store, monkeypatch: pytest.MonkeyPatch, chunks: list[bytes]
+) -> None:
+    worker = keeping.worker()
+    client = keeping.client_of(worker)
+    inner, fail = client.put_object, failing(403, "AccessDenied")
+    monkeypatch.setattr(client, "put_object", lambda **asked: (fail if PROBE in asked["Key"] else inner)(**asked))
+    head = client.head_object
+
+    def looked_at(**asked: Any) -> Any:
+        """Another program writes just after the object was looked for."""
+        try:
+            return head(**asked)
+        finally:
+            keeping.put(asked["Key"])
+
+    monkeypatch.setattr(client, "head_object", looked_at)
+    archive = worker.archive(keeping.url("a.zip"))
+    assert reason(lambda: archive.write(iter(chunks), MARK)) == "exists"
+    assert keeping.read("a.zip") == b"theirs"
+    assert keeping.uploads() == set()
+
+
 @pytest.mark.parametrize(
     ("status", "code", "kind"),
     [

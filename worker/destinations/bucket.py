@@ -175,21 +175,24 @@ class Bucket:
         return prevented
 
     def _probe(self, way: Way) -> bool:
-        """Write an object of our own and try to write over it under the condition that nothing is there."""
+        """Write an object of our own and try to write over it under the condition that nothing is there.
+
+        The first write has the condition too: a bucket's policy may require it of all.
+        """
         folder, slash, _ = self._beside.rpartition("/")
         key = f"{folder}{slash}{PROBE}{uuid4().hex}"
         versions: set[str | None] = set()
 
-        def again(appear: _Appear) -> Mapping[str, Any]:
+        def anew(appear: _Appear) -> Mapping[str, Any]:
             return appear(IfNoneMatch="*")
 
         with translated(self.shown(key)):
-            versions.add(self._put(key, {}, b"a probe, removed at once")().get("VersionId"))
             try:
+                versions.add(anew(self._put(key, {}, b"a probe, removed at once")).get("VersionId"))
                 answer = (
-                    self._in_parts(key, {}, [b"overwritten"], again)
+                    self._in_parts(key, {}, [b"overwritten"], anew)
                     if way == "parts"
-                    else again(self._put(key, {}, b"overwritten"))
+                    else anew(self._put(key, {}, b"overwritten"))
                 )
                 versions.add(answer.get("VersionId"))
                 return False
@@ -244,14 +247,24 @@ class Bucket:
         return answer
 
     def _guarded(self, write: _Write, appear: _Appear) -> Mapping[str, Any]:
-        """Let the object appear, unless another one is there."""
+        """Let the object appear, unless another one is there.
+
+        Where it is not known that the store keeps the condition it is sent all the same: it may be kept, and a bucket's
+        policy may require it. A store that refuses it does without.
+        """
+        condition = {"IfMatch": f'"{write.replaces}"'} if write.replaces else {"IfNoneMatch": "*"}
         if write.replaces or not write.prevented:
             before = self.head(write.key)
             if (before.etag if before else "") != write.replaces:
                 raise something_else(self.shown(write.key))
         if write.prevented:
-            return appear(**({"IfMatch": f'"{write.replaces}"'} if write.replaces else {"IfNoneMatch": "*"}))
-        answer = appear()
+            return appear(**condition)
+        try:
+            answer = appear(**condition)
+        except self._client.exceptions.ClientError as error:
+            if not _is_unknown_header(error.response):
+                raise
+            answer = appear()
         after = self.head(write.key)
         if after is None or (after.metadata.get(_WRITTEN_AS) != write.token and after.etag != _etag(answer)):
             raise something_else(self.shown(write.key))
