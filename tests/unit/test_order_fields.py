@@ -29,8 +29,8 @@ from worker.jobs.deletions import delete
 from worker.jobs.migrations import migrate
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
-from worker.jobs.trace import _jobs
-from worker.ledger import PREFIX, Known, Ledger, Note, content_digest
+from worker.jobs.trace import MAX_JOBS, _jobs
+from worker.ledger import PREFIX, Known, Ledger, Note, StudyPush, Voided, content_digest
 from worker.logs import REASON_LENGTH, REQUESTED_BY_LENGTH, shown_job, stated
 from worker.pacs.fleet import Fleet
 from worker.payloads import (
@@ -540,6 +540,22 @@ def test_a_trace_says_of_a_piece_of_a_batch_who_asked_for_the_pass_that_it_belon
         "B.verify.0": (None, None),
         "B.undo.7": (None, "an id that only looks like it"),
     }
+
+
+def test_a_trace_says_who_asked_for_the_batch_that_deleted_an_image_or_its_study(ledger: Ledger) -> None:
+    Batches(ledger).open("B", kind="delete", order={}, width=1)
+    ledger.submit("B", task="pacs.batch.delete", job=WHY)
+    ledger.client.hset(f"{PREFIX}batch:B", "apply:begun_by", "B")
+    ledger.submit("B.apply.0", task=CHUNK_TASK, job={"batch_id": "B"})
+    deleted = Voided("deleted", 2, "B.apply.0")
+    pushes = [StudyPush("upload", "ward", "u1", 1, None, deleted)]
+    trail = [Note(0, "waiting", f"j{number}", {}) for number in range(MAX_JOBS)]
+    for known in (
+        Known(trail, None, [], {}, {"server": "ward", "job_id": "u1"}, voided=deleted),
+        Known(trail, None, [], {}, {}, pushes=pushes),
+    ):
+        (job,) = _jobs({"1.2": known}, ledger)
+        assert (job.job_id, job.requested_by, job.reason) == ("B.apply.0", *WHY.values())
 
 
 def test_an_order_in_words_of_the_message_is_as_strict_as_the_message() -> None:

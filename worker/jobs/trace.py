@@ -283,6 +283,9 @@ def _jobs(known: Mapping[str, Known], ledger: Ledger) -> list[TracedJob]:
         named = [one.claim.get("claimed_by"), one.claim.get("opened_by"), one.receipt.get("job_id"), one.holder]
         ids |= dict.fromkeys(job_id for job_id in (*named, *one.storing) if job_id)
         ids |= dict.fromkeys(note.job_id for note in one.trail)
+        ids |= dict.fromkeys(push.job_id for push in one.pushes)
+        # Last, because the pieces of a batch, which may have deleted it, write into no trail.
+        ids |= dict.fromkeys(voided.job_id for voided in (one.voided, *(push.voided for push in one.pushes)) if voided)
     records = {job_id: ledger.look(job_id) for job_id in list(ids)[-MAX_JOBS:]}
     return [_job(job_id, record, _asked_for(job_id, record, ledger)) for job_id, record in records.items() if record]
 
