@@ -50,12 +50,26 @@ def must_be_told(*, yes: bool, as_json: bool) -> None:
     raise ConfirmationRequired(f"Not started: {why}. Pass --yes.")
 
 
+def ask(question: str) -> bool:
+    return click.confirm(question, err=_is_output_redirected())
+
+
+def ask_to_type(request: str) -> str:
+    """What is typed in answer."""
+    return str(click.prompt(request, default="", show_default=False, err=_is_output_redirected()))
+
+
+def _is_output_redirected() -> bool:
+    """Whether a question is seen on standard error alone."""
+    return sys.stderr.isatty() and not sys.stdout.isatty()
+
+
 def agreed(question: str | None, *, yes: bool, as_json: bool) -> bool:
     """Whether to go on: nothing has to be asked, ``--yes`` was given, or the answer is yes."""
     if question is None or yes:
         return True
     must_be_told(yes=yes, as_json=as_json)
-    if click.confirm(question):
+    if ask(question):
         return True
     click.echo("Nothing was done.")
     return False

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from producer.commands.confirm import may_ask, must_be_told, yes_option
+from producer.commands.confirm import ask, may_ask, must_be_told, yes_option
 from producer.commands.door import DONE, FAILED, Command, as_json_option, plain_failures
 from producer.courier import Courier
 from producer.dead import DeadDesk, at, letter_json
@@ -177,7 +177,7 @@ def _steer(
         asks = may_ask(as_json=as_json) and bool(job_ids) and not (yes or dry_run)
         if asks or (dry_run and not as_json):
             _show(job_ids, first, codes)
-        if asks and not click.confirm(f"{verb.capitalize()} {len(job_ids)} dead letters?"):
+        if asks and not ask(f"{verb.capitalize()} {len(job_ids)} dead letters?"):
             click.echo("Nothing was done.")
             return FAILED
         done = [] if dry_run else [job_id for job_id in job_ids if act(courier.dead, job_id)]

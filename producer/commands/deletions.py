@@ -10,6 +10,7 @@ import click
 
 from producer.commands.batches import seen_through
 from producer.commands.confirm import (
+    ask,
     backup_option,
     hide_option,
     hides,
@@ -109,7 +110,7 @@ def delete(level: Level, uid: str, servers: Sequence[str], backup: str | None, *
     with Session() as courier:
         if may_ask(as_json=wish.as_json) and not (how["yes"] or how["dry_run"]):
             wish.carry_out(courier, dry_run=True, quiet=False)
-            if not click.confirm(f"Delete this {level}?"):
+            if not ask(f"Delete this {level}?"):
                 click.echo("Nothing was deleted.")
                 return FAILED
         if backup is not None and not how["dry_run"]:

@@ -30,6 +30,8 @@ from producer.commands.batches import (
 )
 from producer.commands.confirm import (
     agreed,
+    ask,
+    ask_to_type,
     backup_option,
     backup_place,
     confirm_studies_option,
@@ -289,9 +291,7 @@ def _chosen(words: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
 def _sentence(options: dict[str, Any], *, asks: bool) -> str:
     confirm: str | None = options["confirm"]
     if confirm is None and asks:
-        confirm = click.prompt(
-            f'All studies will be planned for deletion. Type "{CONFIRMATION}" to go on', default="", show_default=False
-        )
+        confirm = ask_to_type(f'All studies will be planned for deletion. Type "{CONFIRMATION}" to go on')
     if confirm != CONFIRMATION and not _How(options).plans_only:
         raise ConfirmationRequired(f'Nothing was deleted: add --confirm "{CONFIRMATION}".')
     return confirm or ""
@@ -331,7 +331,7 @@ def _asked_first(courier: Courier, order: Order, given: Given | None, how: _How,
     handle = how.ordered(courier, Order(order.kind, {**order.wishes, "dry_run": True}), given)
     status = _planned(courier, handle, how)
     try:
-        goes_on = status == DONE and click.confirm(question)
+        goes_on = status == DONE and ask(question)
     except click.Abort:
         courier.batch.cancel(handle.batch_id)
         raise
@@ -363,7 +363,7 @@ def _with_typed_number(courier: Courier, error: ConfirmationRequired, options: M
     if studies is None or options.get("yes") or not may_ask(as_json=options["as_json"]):
         raise error
     question = f"This deletes images of {studies} studies; deletions.max_studies_per_order is {limit}."
-    if click.prompt(f"{question} Type the number to go on", default="", show_default=False) != str(studies):
+    if ask_to_type(f"{question} Type the number to go on") != str(studies):
         click.echo("Nothing was deleted.")
         return None
     go_on = getattr(courier.batch, error.details["command"])
@@ -583,11 +583,7 @@ def delete_all(servers: Sequence[str], confirm: str | None, dry_run: bool, **how
 def _asked_for(courier: Courier, servers: Sequence[str] | None, timeout_s: float | None) -> str:
     """Show what would be deleted, then have the sentence typed."""
     _all_deleted(courier, courier.delete_all(servers=servers, dry_run=True), timeout_s=timeout_s, as_json=False)
-    return str(
-        click.prompt(
-            f'All these studies will be deleted. Type "{CONFIRMATION}" to go on', default="", show_default=False
-        )
-    )
+    return ask_to_type(f'All these studies will be deleted. Type "{CONFIRMATION}" to go on')
 
 
 def _all_deleted(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json: bool) -> int:

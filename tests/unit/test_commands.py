@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from producer.cli import main
+from producer.commands import confirm
 from producer.plans import PlanHeader, PlanLine, write
 
 OLD, NEW = "StudyDate=20250101-", "StudyDate=-20251231"
@@ -108,6 +111,22 @@ def test_what_deletes_is_not_started_without_a_terminal_or_yes_and_asks_no_broke
 @pytest.mark.parametrize("words", [("delete", "study", "1.2.*", "--yes"), ("delete", "study", "1.2.*")])
 def test_wrong_usage_comes_before_the_question(words: tuple[str, ...]) -> None:
     assert "UID" in refused(*words)
+
+
+@pytest.mark.parametrize("ask", [confirm.ask, confirm.ask_to_type])
+@pytest.mark.parametrize(
+    ("terminals", "asked_on"),
+    [({"stdout", "stderr"}, "stdout"), ({"stdout"}, "stdout"), ({"stderr"}, "stderr"), (set(), "stdout")],
+)
+def test_a_question_is_asked_on_standard_error_where_standard_output_is_redirected(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], object], terminals: set[str], asked_on: str
+) -> None:
+    with CliRunner().isolation(input="n\n") as (out, err, _):
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(getattr(sys, name), "isatty", lambda name=name: name in terminals)
+        ask("Delete them?")
+        said = {"stdout": out.getvalue().decode(), "stderr": err.getvalue().decode()}
+    assert {name for name, text in said.items() if "Delete them?" in text} == {asked_on}
 
 
 def test_yes_is_not_the_sentence_that_deletes_everything() -> None:
