@@ -199,6 +199,8 @@ def _batch_stopped(job_id: str, batch_id: str, ledger: Ledger) -> bool:
         state = batches.steer(batch_id, "cancelled", out_of=["planning", "planned"])
         if state:
             batches.rouse(batch_id)
+            if state == "cancelled":
+                ledger.cancel(job_id, unless="taken")  # its message may not have been sent: it ends at the next sweep
             return state == "cancelled"
         if ledger.cancel(job_id, unless="taken") == "queued":
             return True

@@ -46,6 +46,15 @@ class Started:
             text=True,
         )
 
+    def wait_connected(self) -> None:
+        """Until it has asked something of Redis: before that it is still being loaded."""
+        files = Path(f"/proc/{self.process.pid}/fd")
+        deadline = time.monotonic() + WAIT_S
+        while not any("socket:" in os.readlink(one) for one in files.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)
+
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> tuple[int, str, str]:
         assert self.process.poll() is None, self.process.communicate()
         self.process.send_signal(number)
@@ -336,8 +345,8 @@ def test_a_job_of_somebody_else_is_never_cancelled_by_who_looks_at_it(
     study = new_uid()
     stow(sandbox.msdicom, image(study, side=8))
     handle = courier.delete("study", study)
-    command = start("result", handle.id, "--timeout", "30")
-    time.sleep(3)
+    command = start("result", handle.id, "--timeout", "60")
+    command.wait_connected()
     status, out, err = command.interrupt()
     assert (status, out, f"Job {handle.id} goes on" in err) == (INTERRUPTED, "", True)
     deaf()
