@@ -70,7 +70,8 @@ def left_out(server: Entry) -> str:
         return ""
     lacking = " and ".join(server.get("lacking", ()))
     why = f" (no study there came with {lacking})" if lacking else ""
-    return f"; {dropped:,} more that it sent do not match the filters and are left out{why}"
+    rows = "1 more row that it sent does" if dropped == 1 else f"{dropped:,} more rows that it sent do"
+    return f"; {rows} not match the filters; left out{why}"
 
 
 def write_csv(entries: Iterable[Entry], out: TextIO) -> None:

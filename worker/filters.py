@@ -161,8 +161,8 @@ def check_unambiguous(filters: Mapping[str, str]) -> None:
     if "," in filters.get("PatientID", ""):
         raise refusal(
             "A comma in PatientID may separate two IDs or be part of one, so nothing is ordered by it. Separate IDs by "
-            "a backslash, in quotes: 'PatientID=A\\B'. For an ID that has a comma write ? instead of the comma, which "
-            "stands for any one character, or order its studies by their UIDs."
+            "a backslash, in quotes: 'PatientID=A\\B'. For an ID that has a comma, write ? (any one character) in its "
+            "place, or order the patient's studies by their UIDs."
         )
 
 

@@ -87,7 +87,7 @@ def test_a_deletion_reaches_only_what_matches_on_a_server_that_ignores_filters(s
     done = payload(site.delete(**by_filters(PatientID="1")))
     assert done["totals"] == {"deleted": 32}
     assert foreign.uids == [*(f"1.{number}" for number in range(0, 64, 2)), "1.99"]
-    assert done["warnings"] == ["foreign sent 33 studies that do not match the filters; left out."]
+    assert done["warnings"] == ["foreign sent 33 rows that do not match the filters; left out."]
 
 
 @pytest.mark.parametrize("value", ["-18991231", "20260101-", "20260101"])
@@ -112,6 +112,16 @@ def test_a_uid_that_would_name_something_else_in_a_url_is_not_planned(site: Site
     assert verdict.error.payload["code"] == "pacs_misanswered"
     assert foreign.uids == ["1.2", uid]
     assert all(call.startswith("GET ") for call in foreign.asked)
+
+
+def test_a_row_with_two_study_uids_is_no_answer(site: Site, foreign: Heedless) -> None:
+    """Which of the two is deleted would be a guess."""
+    both = {**row("1.2", t00100020=("LO", "1")), "0020000D": {"vr": "UI", "Value": ["1.2", "1.3"]}}
+    foreign.studies = [both]
+    verdict = site.delete(**by_filters(PatientID="1"))
+    assert isinstance(verdict, Failed)
+    assert verdict.error.payload["code"] == "pacs_misanswered"
+    assert foreign.studies == [both]
 
 
 def test_a_key_that_it_need_not_match_is_refused_alone_and_taken_beside_another(site: Site, foreign: Heedless) -> None:
@@ -292,7 +302,7 @@ def test_names_are_found_with_all_their_letters_and_no_others(all_of_them: Site,
 
     assert found(f"Müller^Jörg{n}") == {"umlaut"}
     assert found(f"müller^j*{n}") == {"umlaut"}
-    assert found(f"Möller^Jörg{n}") <= {"decomposed"}
+    assert found(f"Möller^Jörg{n}") == {"decomposed"}
     assert found(f"M?ller^J?rg{n}") == {"umlaut", "decomposed", "plain"}
     assert found(f"Muller^Jorg{n}") == {"plain"}
     assert found(f"*=山田^太郎{n}") == {"groups"}

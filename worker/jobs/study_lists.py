@@ -19,7 +19,10 @@ PAGE_STUDIES = 1000
 
 @dataclass
 class Left:
-    """What a server sent although it does not match the filters, over all pages."""
+    """What a server sent although it does not match the filters, over all pages.
+
+    Rows are counted, not studies: of a filter with several values a study may come with the query for each.
+    """
 
     dropped: int = 0
     #: Filtered attributes that no row had at all; None before the first row.
@@ -34,10 +37,10 @@ class Left:
         """What a person has to know of it; "" if there is nothing."""
         if not self.dropped:
             return ""
-        studies = "1 study that does" if self.dropped == 1 else f"{self.dropped:,} studies that do"
+        rows = "1 row that does" if self.dropped == 1 else f"{self.dropped:,} rows that do"
         lacking = " and ".join(sorted(self.lacking or ()))
         why = f" No study there came with {lacking}." if lacking else ""
-        return f"{name} sent {studies} not match the filters; left out.{why}"
+        return f"{name} sent {rows} not match the filters; left out.{why}"
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from worker.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
-from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, is_too_dense, text
+from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, is_too_dense, text, values
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Found, Part, Passing, Retrieved
 from worker.pacs.stow import Once, PassingBody, StowBody
@@ -73,11 +73,13 @@ class DicomWeb:
         return found
 
     def studies(self, parameters: Iterable[tuple[str, str]]) -> list[Dataset]:
-        """What ``/studies`` answers to ``parameters``, each item with at least its study's UID."""
+        """What ``/studies`` answers to ``parameters``, each item with at least its study's one UID."""
         target = f"{self._base}/studies?{urlencode(list(parameters), safe=_RAW, quote_via=quote)}"
         found = self._search(target, DICOM_JSON_GZIP)
         if not all(text(ds, STUDY_INSTANCE_UID) for ds in found):
             raise self.misanswered("a study without its UID")
+        if any(len(values(ds, STUDY_INSTANCE_UID)) > 1 for ds in found):
+            raise self.misanswered("a study with several UIDs")
         return found
 
     def instances(self, found: Found, *, page: int, order: Sequence[tuple[str, str]] = ()) -> Iterator[Found]:
