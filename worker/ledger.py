@@ -108,11 +108,15 @@ end
 """
 
 # A claim binds as long as a job of those that follow it may still push. Of a job that waits, the memo tells whether it
-# has pushed; it asks for its server again before the next push. The record of a job that ended long ago is gone, and
-# with it the doubt. A claim that is released without any image stored under it leaves no trace in the count of studies.
+# has pushed, or whether its server said that it was storing the image already; it asks for its server again before the
+# next push. The record of a job that ended long ago is gone, and with it the doubt. A claim that is released without
+# any image stored under it leaves no trace in the count of studies.
+# Jobs of version 0.1 follow no claim, and say not when they asked the servers (asked_us). They are known by having
+# made the claim, or by storing into the study; of the latter, a hundred are looked at.
 _FOLLOWERS = f"""
 local function may_have_pushed(memo)
   return string.find(memo, '"uncertain":true', 1, true) or string.find(memo, '"stored":true', 1, true)
+    or string.find(memo, '"pendings":[1-9]')
 end
 local function is_pushing(id)
   local job = redis.call('HMGET', '{PREFIX}job:' .. id, 'state', 'memo')
@@ -120,10 +124,23 @@ local function is_pushing(id)
   if job[1] ~= 'waiting' and job[1] ~= 'queued' then return true end
   return may_have_pushed(job[2] or '')
 end
-local function is_followed(claim)
+local function is_pushing_unsaid(id, study)
+  local job = redis.call('HMGET', '{PREFIX}job:' .. id, 'state', 'memo', 'asked_us')
+  if not job[1] or job[1] == 'done' then return false end
+  if job[1] == 'running' and not job[3] then return true end
+  local memo = job[2] or ''
+  return may_have_pushed(memo) and string.find(memo, '"' .. study .. '"', 1, true)
+end
+local function is_followed(claim, asker)
   for _, field in ipairs(redis.call('HKEYS', claim)) do
     local id = string.match(field, '^follower:(.+)$')
     if id and is_pushing(id) then return true end
+  end
+  local study = string.match(claim, '([%d.]+)$')
+  local unsaid = redis.call('SRANDMEMBER', '{PREFIX}storing:' .. study, 100)
+  unsaid[#unsaid + 1] = redis.call('HGET', claim, 'claimed_by') or nil
+  for _, id in ipairs(unsaid) do
+    if id ~= asker and is_pushing_unsaid(id, study) then return true end
   end
   return false
 end
@@ -141,7 +158,7 @@ local function unfollow(job, id, but)
       left[#left + 1] = claim
     elseif redis.call('HDEL', claim, 'follower:' .. id) == 1 then
       local opened = redis.call('HEXISTS', claim, 'opened_by') == 1
-      if not opened and not is_followed(claim) then drop_claim(claim) end
+      if not opened and not is_followed(claim, id) then drop_claim(claim) end
     end
   end
   redis.call('HDEL', job, 'claims')
@@ -619,7 +636,7 @@ local asked_elsewhere = ARGV[6] == '1' and server ~= ARGV[1]
 if server and binds and asked_elsewhere then
   local stored_us = tonumber(redis.call('HGET', claim, 'stored_us') or 0)
   local seen = stored_us < tonumber(redis.call('HGET', job, 'asked_us') or 1)
-  if is_followed(claim) or not seen then return {server, 0} end
+  if is_followed(claim, ARGV[2]) or not seen then return {server, 0} end
 end
 local first = not (server and binds) or asked_elsewhere
 if first then

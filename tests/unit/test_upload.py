@@ -54,7 +54,7 @@ class Server:
         self.images: dict[str, Found] = {}
         self.files: dict[str, bytes] = {}
         self.fails: dict[str, CourierError] = {}
-        self.loses_the_answer = False
+        self.loses_the_answer = self.says_it_is_storing = False
         self.late: list[Found] | None = None
         self.finds = 0
         self.retrieved = 0
@@ -74,6 +74,8 @@ class Server:
         self.files[uid] = _bytes(part)
         if self.late is not None:
             self.late.append(_received(part))
+            if self.says_it_is_storing:
+                return [Outcome(uid, Fate.PENDING)]
             raise NO_ANSWER
         self.keep(_received(part))
         if self.loses_the_answer:
@@ -457,6 +459,79 @@ def test_a_refused_job_whose_earlier_push_may_still_arrive_leaves_its_claim(desk
     desk.files.there["j"] = SourceDenied("The source answered 403.")
     assert refused(desk.carry("j")).details["may_be_on"] == "a"
     assert desk.ledger.claimed_server(image_of_it.study_instance_uid) == "a"
+
+
+def after_its_server_said_that_it_is_storing_it(desk: Desk) -> Found:
+    desk.servers["a"].says_it_is_storing = True
+    (image_of_it,) = after_a_push_that_may_still_arrive(desk)
+    return image_of_it
+
+
+@pytest.mark.parametrize("until", ["it waits", "it is a dead letter"])
+def test_a_study_whose_server_says_that_it_is_storing_an_image_of_it_stays_there(desk: Desk, until: str) -> None:
+    being_stored = after_its_server_said_that_it_is_storing_it(desk)
+    study = being_stored.study_instance_uid
+    desk.files.there.update(asked=image(study), other=image(study))
+    if until == "it is a dead letter":
+        assert refused(desk.carry("j")).code == "pacs_unavailable"
+    error = refused(desk.carry("asked", server="b"))
+    assert (error.code, error.details["requested"], error.server_name) == ("study_conflict", "b", "a")
+    desk.servers["a"].keep(being_stored)
+    desk.servers["a"].late = None
+    assert stored(desk.carry("other"))["server_name"] == "a"
+    assert not desk.servers["b"].images
+
+
+def test_a_job_that_is_cancelled_while_its_server_is_storing_its_image_says_where_to_look(desk: Desk) -> None:
+    being_stored = after_its_server_said_that_it_is_storing_it(desk)
+    desk.ledger.cancel("j")
+    error = refused(desk.carry("j"))
+    assert (error.code, error.details["may_be_on"]) == ("cancelled", "a")
+    assert desk.ledger.claimed_server(being_stored.study_instance_uid) == "a"
+
+
+def test_an_image_that_has_arrived_as_its_server_said_exists_already(desk: Desk) -> None:
+    being_stored = after_its_server_said_that_it_is_storing_it(desk)
+    desk.servers["a"].keep(being_stored)
+    error = refused(desk.carry("j"))
+    assert (error.code, error.details["same_bytes"]) == ("image_already_exists", True)
+    assert "may_be_on" not in error.details
+
+
+def of_version_0_1(desk: Desk, study: str, *, claimed_by: str, state: str, memo: str = "") -> None:
+    """What its job ``old`` and the claim of its study look like: nobody follows it, and when it asked is not known."""
+    desk.client.hset(f"{PREFIX}study:{study}", mapping={"server": "a", "claimed_by": claimed_by, "claimed_ms": "1"})
+    desk.client.hset(f"{PREFIX}placed", "a", 1)
+    record = {"state": state, "task": "pacs.upload", "fence": "1", "lease_ms": "0", **({"memo": memo} if memo else {})}
+    desk.client.hset(f"{PREFIX}job:old", mapping=record)
+    if state != "dead":
+        desk.client.sadd(f"{PREFIX}storing:{study}", "old")
+
+
+@pytest.mark.parametrize(
+    ("state", "claimed_by"), [("running", "old"), ("running", "gone"), ("waiting", "gone"), ("dead", "old")]
+)
+def test_a_claim_of_version_0_1_binds_while_a_job_of_its_may_still_push(
+    desk: Desk, state: str, claimed_by: str
+) -> None:
+    study, other = new_uid(), new_uid()
+    memo = f'{{"instance":{{"study_instance_uid":"{study}"}},"server":"a","uncertain":true}}'
+    of_version_0_1(desk, study, claimed_by=claimed_by, state=state, memo=memo)
+    desk.files.there.update(bad=image(study), asked=image(study), elsewhere=image(other))
+    refuse_all(desk, "a")
+    assert refused(desk.carry("bad")).code == "pacs_rejected"
+    assert refused(desk.carry("asked", server="b")).code == "study_conflict"
+    assert desk.ledger.claimed_server(study) == "a"
+    assert stored(desk.carry("elsewhere", server="b"))["server_name"] == "b"
+
+
+@pytest.mark.parametrize(("state", "memo"), [("done", ""), ("waiting", '{"uncertain":false}'), ("dead", "")])
+def test_a_claim_of_version_0_1_whose_jobs_push_no_more_gives_way(desk: Desk, state: str, memo: str) -> None:
+    study = new_uid()
+    of_version_0_1(desk, study, claimed_by="old", state=state, memo=memo)
+    desk.files.there.update(asked=image(study))
+    assert stored(desk.carry("asked", server="b"))["server_name"] == "b"
+    assert desk.ledger.placed() == {"a": 0, "b": 1}
 
 
 def test_a_dead_letter_that_pushed_nothing_leaves_no_claim(desk: Desk) -> None:

@@ -11,7 +11,15 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from worker.errors import Cancelled, CourierError, PacsMisanswered, PacsUnavailable, Refused, TryAgain
+from worker.errors import (
+    Cancelled,
+    CourierError,
+    ImageAlreadyExists,
+    PacsMisanswered,
+    PacsUnavailable,
+    Refused,
+    TryAgain,
+)
 from worker.instances import Instance, identify
 from worker.jobs.described import allowed
 from worker.jobs.passing import digest_of
@@ -48,7 +56,8 @@ TURN_S = 0.5
 class Memo:
     """What is being pushed where, and why; written to the ledger before the push, read by the next attempt.
 
-    ``uncertain`` says that a push of ours may have arrived although nobody told us so.
+    ``uncertain`` says that a push of ours may have arrived although nobody told us so; ``pendings`` counts the answers
+    that the server is storing the image already.
     """
 
     server: str
@@ -66,6 +75,11 @@ class Memo:
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "route": self.route.model_dump()}
+
+    @property
+    def may_arrive(self) -> bool:
+        """Whether the server may come to have the image without another push."""
+        return self.uncertain or self.pendings > 0
 
     def is_about(self, instance: Instance, sha256: str) -> bool:
         return (self.instance.sop_instance_uid, self.sha256) == (instance.sop_instance_uid, sha256)
@@ -110,10 +124,10 @@ def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     memo = Memo.from_json(run.memo) if run.memo else None
     if memo is not None:
         about(study_uid=memo.instance.study_instance_uid, server_name=memo.server)
-    if run.cancelled and not (memo and (memo.uncertain or memo.stored)):
+    if run.cancelled and not (memo and (memo.may_arrive or memo.stored)):
         raise Cancelled("The job was cancelled before anything was pushed.")
     if memo is None or not _arrived(memo, trip):
-        memo = _bring_again(trip, memo) if memo and memo.uncertain else _bring(trip, memo)
+        memo = _bring_again(trip, memo) if memo and memo.may_arrive else _bring(trip, memo)
     if not memo.stored:
         memo = _receipt(trip, memo)
     return _describe(trip, memo).as_json()
@@ -163,7 +177,7 @@ def _may_be_cured(error: CourierError, run: Run) -> bool:
 
 
 def _bring_again(trip: _Trip, earlier: Memo) -> Memo:
-    """`_bring`, when a push has not arrived that still may: whoever is refused then looks once more, and is told."""
+    """`_bring`, when an image has not arrived that still may: a job that is refused then looks again, and says so."""
     try:
         if trip.run.cancelled:
             raise Cancelled("The job was cancelled.")
@@ -171,6 +185,8 @@ def _bring_again(trip: _Trip, earlier: Memo) -> Memo:
     except Refused as refused:
         if _arrived(earlier, trip):
             return earlier
+        if isinstance(refused, ImageAlreadyExists) and not earlier.uncertain:
+            raise
         raise _uncertain(refused, earlier) from None
 
 
