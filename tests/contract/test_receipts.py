@@ -270,6 +270,7 @@ def test_a_trace_says_where_an_image_is_by_the_servers_alone(
     stored = uploaded(site, put(image(study, sop=sop, side=SIDE)))
     there = traced(site, sop)
     assert (there["server_name"], there["present"], there["receipt"]["state"]) == ("msdicom", ["msdicom"], "there")
+    assert f"Job {stored['job_id']} was to push it there" in there["why"], "others may have replaced it since"
 
     site.fleet["msdicom"].delete(Found("study", study), permanent=True)  # by another program
     gone = traced(site, sop)
@@ -303,3 +304,6 @@ def test_a_trace_of_a_deleted_study_tells_who_deleted_it_and_when(site: Site, pu
     assert receipt["stored_at"] <= receipt["voided_at"]
     assert f"Job {stored['job_id']} stored it on msdicom" in told["why"]
     assert f"job {ended.payload['job_id']} was to delete it" in told["why"]
+    of_study = traced(site, study)["why"]
+    assert f"Job {stored['job_id']} put images of it there" in of_study
+    assert f"job {ended.payload['job_id']} was to delete it" in of_study

@@ -185,7 +185,8 @@ _REASONS = {
 def _why_there(first: str, known: Mapping[str, Known]) -> str:
     routed = [note for one in known.values() for note in one.trail if note.event == "routed"]
     if routed and routed[-1].details.get("server") == first:
-        return f"It is on {first}, because {_REASONS.get(routed[-1].details.get('reason', ''), 'of a decision')}."
+        reason = _REASONS.get(routed[-1].details.get("reason", ""), "of a decision")
+        return f"It is on {first}. Job {routed[-1].job_id} was to push it there, because {reason}."
     if first in {one.claim.get("server") for one in known.values()}:
         return f"It is on {first}, which its study is claimed for."
     return (
@@ -204,9 +205,10 @@ def _last_word(known: Mapping[str, Known], uid: str) -> str:
     if own.voided:
         return f"{_stored(own)}, and job {own.voided.job_id} {_VOIDED[own.voided.how]} at {_time(own.voided.at_ms)}."
     if own.receipt:
-        return (
-            f"The ledger's last word is {own.receipt['server']}: {_stored(own)}, and no job of ours deleted it since."
-        )
+        since = ", and no job of ours deleted it since" if "stored_us" in own.receipt else ""  # 0.1 voided no receipts
+        return f"The ledger's last word is {own.receipt['server']}: {_stored(own)}{since}."
+    if own.pushes:
+        return f"The ledger's last word is {own.pushes[-1].server}: {_pushed(own.pushes[-1])}."
     claims = [one.claim["server"] for one in known.values() if one.claim.get("server")]
     return (
         f"The ledger's last word is {claims[0]}, which its study is claimed for."
@@ -218,6 +220,13 @@ def _last_word(known: Mapping[str, Known], uid: str) -> str:
 def _stored(known: Known) -> str:
     receipt = known.receipt
     return f"Job {receipt['job_id']} stored it on {receipt['server']} at {_time(receipt.get('stored_ms'))}"
+
+
+def _pushed(push: StudyPush) -> str:
+    said = f"Job {push.job_id} put images of it there at {_time(push.at_ms)}"
+    if push.voided is None:
+        return said
+    return f"{said}, and job {push.voided.job_id} was to delete it at {_time(push.voided.at_ms)}"
 
 
 def _entry(answer: Said) -> TraceEntry:
