@@ -207,6 +207,7 @@ def test_what_is_brought_back_from_a_backup_leaves_a_receipt_of_the_study(
     pushes = {push["kind"]: push for push in traced(site, study)["pushes"]}
     assert (pushes["copy"]["images"], pushes["copy"]["state"]) == (1, "there")
     assert pushes["upload"]["state"] == "deleted"
+    assert f"Job {pushes['copy']['job_id']} put images of the study there" in traced(site, study)["why"]
     assert traced(site, sop)["receipt"]["state"] == "deleted"
 
 
@@ -305,5 +306,5 @@ def test_a_trace_of_a_deleted_study_tells_who_deleted_it_and_when(site: Site, pu
     assert f"Job {stored['job_id']} stored it on msdicom" in told["why"]
     assert f"job {ended.payload['job_id']} was to delete it" in told["why"]
     of_study = traced(site, study)["why"]
-    assert f"Job {stored['job_id']} put images of it there" in of_study
+    assert f"Job {stored['job_id']} put images of the study there" in of_study
     assert f"job {ended.payload['job_id']} was to delete it" in of_study

@@ -543,6 +543,16 @@ def test_a_dead_letter_that_pushed_nothing_leaves_no_claim(desk: Desk) -> None:
     assert desk.ledger.claimed_server(study) is None
 
 
+def test_a_server_that_refuses_the_account_keeps_no_study_from_another_one(desk: Desk) -> None:
+    study = new_uid()
+    desk.files.there.update(first=image(study), asked=image(study))
+    desk.servers["a"].fails["store"] = PacsUnauthorized("a answered 403.", server_name="a", details={"phase": "answer"})
+    assert refused(desk.carry("first")).code == "pacs_unauthorized"
+    assert stored(desk.carry("asked", server="b"))["server_name"] == "b"
+    desk.ledger.replay("first")
+    assert stored(desk.carry("first"))["server_name"] == "b"
+
+
 def test_a_server_that_is_asked_for_is_taken_though_the_study_was_once_stored_on_another(desk: Desk) -> None:
     study = new_uid()
     desk.files.there.update(first=image(study), second=image(study), third=image(study))

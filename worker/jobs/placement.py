@@ -110,8 +110,9 @@ def _claim(study_instance_uid: str, wish: Wish, tools: Tools) -> Placement:
     )
     if wish.server is not None and claim.server != wish.server:
         raise StudyConflict(
-            f"No server has the study yet, but another image of it is on its way to {claim.server}; leave out the"
-            f" server, name {claim.server}, or send the job again when that image has been stored or refused.",
+            f"No server has the study yet, but another image of it is on its way to {claim.server}, or may still arrive"
+            f" there; leave out the server, name {claim.server}, or send the job again when that image's job has ended"
+            " (a dead letter ends when it is purged).",
             server_name=claim.server,
             details={"study_on": [], "requested": wish.server},
         )

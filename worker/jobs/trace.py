@@ -189,6 +189,9 @@ def _why_there(first: str, known: Mapping[str, Known]) -> str:
         return f"It is on {first}. Job {routed[-1].job_id} was to push it there, because {reason}."
     if first in {one.claim.get("server") for one in known.values()}:
         return f"It is on {first}, which its study is claimed for."
+    pushes = [push for one in known.values() for push in one.pushes if push.server == first and push.voided is None]
+    if pushes:
+        return f"It is on {first}. Job {pushes[-1].job_id} put images of the study there at {_time(pushes[-1].at_ms)}."
     return (
         f"It is on {first}; the ledger holds no claim or route of ours for it, so it was opened there by others or"
         " long ago. What we decided about a single image of it: trace that image's UID."
@@ -223,7 +226,7 @@ def _stored(known: Known) -> str:
 
 
 def _pushed(push: StudyPush) -> str:
-    said = f"Job {push.job_id} put images of it there at {_time(push.at_ms)}"
+    said = f"Job {push.job_id} put images of the study there at {_time(push.at_ms)}"
     if push.voided is None:
         return said
     return f"{said}, and job {push.voided.job_id} was to delete it at {_time(push.voided.at_ms)}"

@@ -15,8 +15,8 @@ from worker.errors import (
     Cancelled,
     CourierError,
     ImageAlreadyExists,
+    NeedsPerson,
     PacsMisanswered,
-    PacsUnavailable,
     Refused,
     TryAgain,
 )
@@ -300,8 +300,8 @@ def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
     part = Part(memo.instance, fetched.open, fetched.size_bytes)
     try:
         (outcome,) = pacs.store([part])
-    except PacsUnavailable as error:
-        if error.details.get("phase") in NOT_SENT:
+    except CourierError as error:
+        if isinstance(error, NeedsPerson) or error.details.get("phase") in NOT_SENT:
             trip.run.intend(replace(memo, uncertain=resumed).as_json())
         raise
     if outcome.fate is Fate.PENDING:
