@@ -10,7 +10,7 @@ import hashlib
 import io
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
@@ -29,7 +29,7 @@ from worker.jobs.tools import Tools
 from worker.jobs.upload import upload
 from worker.ledger import PREFIX, Ledger
 from worker.pacs.fleet import Fleet
-from worker.pacs.protocol import Fate, Found, Outcome, Part, Retrieved
+from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Outcome, Part, Retrieved
 from worker.settings import ServerSettings, Settings
 from worker.sources import Fetched
 
@@ -39,8 +39,18 @@ FILES = {identify(io.BytesIO(content)).sop_instance_uid: content for content in 
 NAMES = ("a", "b")
 ENDS = ("image_already_exists", "study_conflict", "pacs_rejected", "cancelled")
 #: What becomes of one call: it works, fails before or after its effect, the worker dies before or after it, or, if it
-#: is a push, the server refuses the image for good.
-FATES = ("works", "works", "works", "fails before", "fails after", "dies before", "dies after", "refused", "refused")
+#: is a push, the server refuses the image for good, or says that it is storing it, which it shows later.
+FATES = (
+    "works",
+    "works",
+    "fails before",
+    "fails after",
+    "dies before",
+    "dies after",
+    "refused",
+    "refused",
+    "is storing",
+)
 
 Answer = TypeVar("Answer")
 
@@ -113,6 +123,7 @@ class Server:
         self.server = ServerSettings(name=name, type="dicomweb", url=f"http://{name}")
         self._breakers = breakers
         self.images: set[tuple[str, str]] = set()
+        self.arriving: set[tuple[str, str]] = set()
         self.down = False
 
     def find(self, level: str, uid: str) -> list[Found]:
@@ -123,15 +134,34 @@ class Server:
         return self._call(look, changes=False)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
+        uids = (parts[0].instance.study_instance_uid, parts[0].instance.sop_instance_uid)
+
         def keep() -> list[Outcome]:
-            instance = parts[0].instance
-            self.images.add((instance.study_instance_uid, instance.sop_instance_uid))
-            return [Outcome(instance.sop_instance_uid, Fate.STORED)]
+            if uids in self.arriving:
+                return begin()
+            self.images.add(uids)
+            return [Outcome(uids[1], Fate.STORED)]
 
         def refuse() -> list[Outcome]:
-            return [Outcome(parts[0].instance.sop_instance_uid, Fate.REJECTED)]
+            return [Outcome(uids[1], Fate.REJECTED)]
 
-        return self._call(keep, changes=True, refuse=refuse)
+        def begin() -> list[Outcome]:
+            self.arriving.add(uids)
+            return [Outcome(uids[1], Fate.PENDING)]
+
+        return self._call(keep, changes=True, instead={"refused": refuse, "is storing": begin})
+
+    def delete(self, found: Found, *, permanent: bool) -> Deletion:
+        def remove() -> Deletion:
+            for kept in (self.images, self.arriving):
+                kept.discard((found.study_instance_uid, str(found.sop_instance_uid)))
+            return Deletion(DeletionFate.DELETED)
+
+        return self._call(remove, changes=True)
+
+    def arrive(self) -> None:
+        self.images |= self.arriving
+        self.arriving.clear()
 
     @contextmanager
     def retrieve(self, found: Found) -> Iterator[Iterator[Retrieved]]:
@@ -141,7 +171,7 @@ class Server:
         return self._call(lambda: [{}], changes=False)
 
     def _call(
-        self, effect: Callable[[], Answer], *, changes: bool, refuse: Callable[[], Answer] | None = None
+        self, effect: Callable[[], Answer], *, changes: bool, instead: Mapping[str, Callable[[], Answer]] | None = None
     ) -> Answer:
         fate = cast(Work, Work.current.work).at_a_call()
         name = self.server.name
@@ -154,8 +184,8 @@ class Server:
             raise Killed
         if fate == "fails before":
             raise self._error("answer")
-        if fate == "refused" and refuse is not None:
-            return refuse()
+        if instead and fate in instead:
+            return instead[fate]()
         answer = effect()
         if fate == "dies after":
             raise Killed
@@ -246,11 +276,16 @@ class JobsOfOneStudy(RuleBasedStateMachine):
             key = BREAKER + name + (CHANGES if trouble == "no changes" else "")
             self.client.hset(key, "until_ms", int(until_s) * 1000)
 
+    @rule(name=st.sampled_from(NAMES))
+    def show_what_was_being_stored(self, name: str) -> None:
+        self.servers[NAMES.index(name)].arrive()
+
     @rule()
     def let_all_end(self) -> None:
         """And long after: a claim is kept for longer than any job lasts."""
         for name in NAMES:
             self.befall(name, "shut")
+            self.show_what_was_being_stored(name)
         self._finish()
         self.claims_are_as_they_were_given()
         self.client.delete(f"{PREFIX}study:{STUDY}")
