@@ -58,7 +58,12 @@ def _history(payload: Mapping[str, Any]) -> Table:
         outcome = f"job {job['state']}, attempts: {job['attempts']}" + (
             f", {job['code']}" if job["code"] not in (None, "done") else ""
         )
-        table.add_row(outcome, "", job["created_at"] or "", job["job_id"], "")
+        why = "".join(
+            f", {said}: {job[name]}"
+            for name, said in (("requested_by", "requested by"), ("reason", "reason"))
+            if job.get(name)
+        )
+        table.add_row(escape(outcome + why), "", job["created_at"] or "", job["job_id"], "")
     return table
 
 

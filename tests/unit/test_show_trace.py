@@ -1,0 +1,27 @@
+"""What a trace shows on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from producer.show import console
+from producer.show_trace import show_trace
+
+JOB = {"task": "pacs.delete", "state": "done", "attempts": 1, "code": "done", "message": None, "created_at": None}
+
+
+def shown(*jobs: dict[str, Any]) -> str:
+    payload: dict[str, Any] = {name: [] for name in ("servers", "storing", "timeline", "pushes")}
+    payload |= {"uid": "1.2", "level": "study", "why": "", "viewer_url": "", "claim": None, "receipt": None}
+    with console.capture() as printed:
+        show_trace({**payload, "held_by": None, "jobs": list(jobs)})
+    return printed.get()
+
+
+def test_who_requested_a_job_and_why_are_shown_as_they_were_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 300)
+    stated = shown({**JOB, "job_id": "j1", "requested_by": "Dr. Who", "reason": "[red]twice[/red]"})
+    assert "job done, attempts: 1, requested by: Dr. Who, reason: [red]twice[/red]" in stated
+    assert "requested by" not in shown({**JOB, "job_id": "j2", "requested_by": None, "reason": None})
