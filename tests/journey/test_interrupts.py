@@ -255,6 +255,7 @@ def test_an_interruption_at_the_question_begins_nothing(start: Callable[..., Sta
         command = start(*words, stdin=terminal)
         shown = ""
         while question not in shown:
+            assert command.process.poll() is None, shown
             shown += command.process.stdout.read(1)  # type: ignore[union-attr]
         time.sleep(1)  # input() drops an interruption that comes while it writes its prompt
         status, _, err = command.interrupt()
