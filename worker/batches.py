@@ -116,7 +116,7 @@ _WRITTEN_ON = _NOW + "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSE
 _FREEZE = """
 local b = redis.call('HMGET', KEYS[1], 'state', 'planner', 'frozen')
 if b[1] ~= 'planning' or b[2] ~= ARGV[1] or b[3] then return 0 end
-redis.call('HSET', KEYS[1], 'frozen', 1, unpack(ARGV, 2))
+redis.call('HSET', KEYS[1], 'frozen', 1, 'filters_applied', 1, unpack(ARGV, 2))
 for i = 2, 3 do
   if redis.call('EXISTS', KEYS[i]) == 1 then redis.call('RENAME', KEYS[i], KEYS[i + 2]) end
 end
@@ -484,6 +484,8 @@ class Batch:
     width: int = 1
     created_ms: int = 0
     frozen: bool = False
+    #: Whether the worker that planned it has matched each study against the filters itself; 0.1 did not.
+    filters_applied: bool = False
     planner: str = ""
     conductor: str = ""
     current: Pass | None = None
@@ -1061,6 +1063,7 @@ def _batch(batch_id: str, fields: Mapping[str, str]) -> Batch:
         width=int(fields["width"]),
         created_ms=int(fields["created_ms"]),
         frozen="frozen" in fields,
+        filters_applied="filters_applied" in fields,
         planner=fields.get("planner", ""),
         conductor=fields.get("conductor", ""),
         current=cast(Pass | None, fields.get("pass")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,10 +17,12 @@ from tests.heedless import Heedless, heedless, row
 from worker.batches import Batches
 from worker.errors import InvalidRequest, PacsUnavailable
 from worker.jobs.audit import audit
+from worker.jobs.batches import Conductor
 from worker.jobs.bulk_downloads import download_all
 from worker.jobs.carry import Failed, Verdict
 from worker.jobs.run import Run
 from worker.jobs.studies import list_studies
+from worker.ledger import PREFIX
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 
 
@@ -88,6 +91,23 @@ def test_a_deletion_reaches_only_what_matches_on_a_server_that_ignores_filters(s
     assert done["totals"] == {"deleted": 32}
     assert foreign.uids == [*(f"1.{number}" for number in range(0, 64, 2)), "1.99"]
     assert done["warnings"] == ["foreign sent 33 rows that do not match the filters; left out."]
+
+
+@pytest.mark.parametrize("command", ["apply", "retry"])
+def test_a_plan_by_filters_that_0_1_made_is_not_carried_out(site: Site, foreign: Heedless, command: str) -> None:
+    foreign.studies = [row("1.1", t00100020=("LO", "1")), row("1.2", t00100020=("LO", "1"))]
+    payload(site.delete(**by_filters(PatientID="1"), dry_run=True))
+    key = f"{PREFIX}batch:{site.batch}"
+    order = json.loads(site.ledger.client.hget(key, "order"))
+    site.ledger.client.hset(key, "order", json.dumps(order | {"dry_run": False}))
+    if command == "retry":
+        site.ledger.client.hset(key, "state", "cancelled")
+    site.ledger.client.hdel(key, "filters_applied")  # as 0.1 leaves it
+    assert "Order it again" in refusal(site.go_on(getattr(Conductor, command), command)).message
+    assert foreign.uids == ["1.1", "1.2"]
+    site.ledger.client.hset(key, "filters_applied", 1)
+    payload(site.go_on(getattr(Conductor, command), command))
+    assert foreign.uids == []
 
 
 @pytest.mark.parametrize("value", ["-18991231", "20260101-", "20260101"])

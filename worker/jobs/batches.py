@@ -368,6 +368,7 @@ class Conductor:
         """Once per command, before its first pass: what has begun is not asked for a confirmation any more."""
         batch = self.batch
         if self._is_new(first) and batch.state in out_of:
+            _refuse_unmatched_plan(command, batch)
             check_may_begin(self.kind, command, batch, self.tools, self.confirm_studies)
 
     def _needs(self, which: Pass) -> None:
@@ -443,6 +444,15 @@ class Conductor:
                 if self.batches.state(self.batch_id) != "planning":
                     break
             planner.freeze(warnings=desk.warnings)
+
+
+def _refuse_unmatched_plan(command: Command, batch: Batch) -> None:
+    """Carry out no plan by filters that version 0.1 made: it listed whatever the server returned."""
+    if command in ("apply", "retry") and batch.order.get("filters") and not batch.filters_applied:
+        raise InvalidRequest(
+            "Version 0.1 planned this batch and did not match its filters itself, so the plan may name studies that do"
+            " not match. Order it again."
+        )
 
 
 def _planned(one: str | BatchItem) -> Planned:
