@@ -304,7 +304,7 @@ class _Dataset:
                 at = yield from self._special(header, last, coding, above + tag.to_bytes(4, "big"))
             else:
                 at = start + length
-                if tag & 0xFFFF:
+                if not _is_group_length(tag, length):
                     yield _Leaf(above + tag.to_bytes(4, "big"), vr, self._digest(start, length, vr))
             if at > last:
                 raise _unreadable("an element goes beyond what it is in")
@@ -330,7 +330,7 @@ class _Dataset:
             raise _unreadable("an element goes beyond what it is in")
         if vr == b"SQ":
             return (yield from self._sequence(start, start + length, inside, path, vr))
-        if tag & 0xFFFF:
+        if not _is_group_length(tag, length):
             items = self._items_in(start, length, inside, path, vr) if vr == b"UN" else None
             yield from items if items is not None else (_Leaf(path, vr, self._digest(start, length, vr)),)
         return start + length
@@ -445,6 +445,11 @@ def _inflated(stream: BinaryIO, start: int) -> IO[bytes]:
         file.close()
         raise
     return cast(IO[bytes], file)
+
+
+def _is_group_length(tag: int, length: int) -> bool:
+    """Whether the element is the length of a group (PS3.5 7.2), which has four bytes, or zeros that fill up."""
+    return tag & 0xFFFF == 0 and length in (0, 4)
 
 
 def _is_vr(letters: bytes) -> bool:

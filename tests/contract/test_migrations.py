@@ -218,6 +218,22 @@ def test_nothing_is_deleted_that_nobody_would_verify(site: Site) -> None:
     assert "delete_source needs verify" in verdict.error.message
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_nothing_is_moved_to_the_same_archive_under_another_name(
+    batch_site: Callable[..., Site], orthanc: str, dry_run: bool
+) -> None:
+    kinds = ("orthanc", "dicomweb")
+    site = batch_site([{"name": kind, "type": kind, "url": orthanc} for kind in kinds])
+    study = new_uid()
+    uids = site.put("orthanc", study, 2)
+    ends = {"from_server": "orthanc", "to_server": "dicomweb"}
+    verdict = site.order(study, delete_source=True, dry_run=dry_run, **ends)
+    assert isinstance(verdict, Failed)
+    assert "orthanc and dicomweb are one archive" in verdict.error.message
+    assert site.on("orthanc", study) == uids
+    assert Batches(site.ledger).get("B") is None
+
+
 def unlike(site: Site, study: str) -> str:
     """An image that dcm4chee had before, with another element; its UID."""
     sop = f"{study}.7"

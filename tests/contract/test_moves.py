@@ -15,7 +15,7 @@ import pytest
 from pydicom.uid import BasicTextSRStorage, EncapsulatedPDFStorage, KeyObjectSelectionDocumentStorage
 
 from sandbox.synthetic import image, new_uid
-from worker.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable, StudyConflict
+from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsRejected, PacsUnavailable, StudyConflict
 from worker.instances import identify
 from worker.jobs import transfers
 from worker.jobs.moves import Receipt, copy_study, delete_source, survey_study, undo_study, verify_moved, verify_study
@@ -377,6 +377,81 @@ def test_a_worker_that_died_while_deleting_the_source_knows_that_it_did(
     assert len(move.on_source) == 2
 
 
+def hide(monkeypatch: pytest.MonkeyPatch, pacs: Pacs, uid: str) -> None:
+    """Let a server leave one of its images out of its lists, as one does whose index lags behind."""
+    instances = pacs.instances
+
+    def listed(found: Found) -> Iterator[Found]:
+        return (image for image in instances(found) if image.sop_instance_uid != uid)
+
+    monkeypatch.setattr(pacs, "instances", listed)
+
+
+def test_a_source_stays_that_sends_an_image_without_listing_it(way: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be deleted with the others, and the target does not have it."""
+    hidden, *others = way.put(way.source, 3)
+    for uid in others:
+        put(way.target, *contents_of(way.source, way.study, uid))
+    with monkeypatch.context() as patched:
+        hide(patched, way.source, hidden)
+        assert way.copy()["added"] == 0
+        with pytest.raises(PacsMisanswered, match="sent an image that it does not list; nothing was deleted"):
+            way.verify(delete=True)
+    assert way.on_source == {hidden, *others}
+
+
+def test_undo_removes_nothing_where_the_target_sends_an_image_without_listing_it(
+    way: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uids = way.put(way.source, 2)
+    way.copy()
+    (hidden,) = way.put(way.target, 1)
+    for deletes_source in (False, True):
+        if deletes_source:
+            way.source.delete(Found("image", way.study, f"{way.study}.1", hidden), permanent=True)
+            way.verify(delete=True)
+        with monkeypatch.context() as patched:
+            hide(patched, way.target, hidden)
+            with pytest.raises(PacsMisanswered, match="does not list"):
+                way.undo()
+        assert way.on_target == {hidden, *uids}
+
+
+def contents_of(pacs: Pacs, study: str, uid: str) -> list[bytes]:
+    with pacs.retrieve(Found("study", study)) as parts:
+        contents = [b"".join(part.chunks) for part in parts]
+    return [one for one in contents if identify(io.BytesIO(one)).sop_instance_uid == uid]
+
+
+def test_no_source_is_deleted_that_is_the_target_under_another_name(request: pytest.FixtureRequest) -> None:
+    """Each image is equal to itself, and all of them would be gone."""
+    url = WHERE["orthanc"](request)
+    move = Move(server("orthanc", url), server("dicomweb", url, "other-name"))
+    uids = move.put(move.source, 2)
+    assert move.copy()["added"] == 0
+    with pytest.raises(InvalidRequest, match="orthanc and other-name are one archive by their URLs"):
+        move.verify(delete=True)
+    assert move.on_source == set(uids)
+
+
+def test_a_study_that_went_from_both_servers_is_not_called_verified(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two servers can be one behind URLs that do not show it."""
+    uids = move.put(move.source, 2)
+    move.copy()
+    delete = move.source.delete
+
+    def from_both(found: Found, *, permanent: bool) -> Any:
+        move.target.delete(found, permanent=permanent)
+        return delete(found, permanent=permanent)
+
+    monkeypatch.setattr(move.source, "delete", from_both)
+    with pytest.raises(StudyConflict, match="dcm4chee lacks 2 images of the study") as caught:
+        move.verify(delete=True)
+    assert caught.value.details["missing"] == sorted(uids)
+
+
 def test_what_the_target_has_lost_of_a_moved_study_is_found(move: Move) -> None:
     uids = move.put(move.source, 2)
     move.copy()
@@ -536,6 +611,18 @@ def test_a_study_without_patient_ids_is_moved_to_where_they_are_made_up(way: Mov
     way.verify(delete=True)
     assert (way.on_source, len(way.on_target)) == (set(), 3)
     assert way.undo()["restored"] == 3
+
+
+def test_a_copy_without_patient_id_is_no_reason_to_delete_the_one_that_has_it(way: Move) -> None:
+    """DCM4CHEE makes up a PatientID where there is none; whether it made up this one cannot be known."""
+    uid = new_uid()
+    put(way.source, image(way.study, sop=uid))
+    put(way.target, image(way.study, sop=uid, PatientID=""))
+    way.copy()
+    with pytest.raises(StudyConflict) as caught:
+        way.verify(delete=True)
+    assert "PatientID (0010,0020)" in caught.value.details["tags"][uid]
+    assert way.on_source == {uid}
 
 
 def test_an_element_that_the_archive_replaces_by_an_earlier_image_s_keeps_the_source(move: Move) -> None:

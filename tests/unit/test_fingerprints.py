@@ -188,6 +188,25 @@ def test_a_value_that_only_looks_like_an_item_is_compared_by_its_bytes() -> None
     assert not same(with_private(looks), with_private(looks[:-1] + b"X"))
 
 
+@pytest.mark.parametrize("vr", [b"OB", b"UN", b"\0\0"])
+def test_what_only_bears_the_number_of_a_group_length_is_compared(vr: bytes) -> None:
+    """With letters that are no VR its length covers elements behind it, up to pixels that read as padding."""
+
+    def with_element(patient_id: str) -> bytes:
+        ds = sample()
+        ds.PatientID, ds.PixelData = patient_id, bytes(400_000)
+        content = encoded(ds)
+        at = content.index(b"\x10\x00\x10\x00PN")
+        value = b"\x04\x00\0\0\0\0" if vr == b"\0\0" else b"\0\0\x06\0\0\0" + patient_id.encode()
+        return content[:at] + b"\x09\x00\x00\x00" + vr + value + content[at:]
+
+    assert same(with_element("ABCDEF"), with_element("ABCDEF"))
+    other = with_element("ABCDEX")
+    if vr != b"\0\0":  # in nothing but this element
+        other = other.replace(b"LO\x06\x00ABCDEX", b"LO\x06\x00ABCDEF")
+    assert not same(with_element("ABCDEF"), other)
+
+
 def encapsulated(*frames: bytes, syntax: str = JPEG2000Lossless, table_of_offsets: bool = True) -> bytes:
     ds = sample()
     ds.NumberOfFrames = len(frames)

@@ -11,7 +11,7 @@ from worker.errors import CourierError, InvalidRequest, PacsUnavailable
 from worker.jobs.batches import Spent
 from worker.jobs.pace import metered_fleet
 from worker.pacs.fleet import Fleet
-from worker.pacs.protection import check_allowed, refusal
+from worker.pacs.protection import check_allowed, check_two_archives, refusal
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
 from worker.pacs.registry import connect
 from worker.payloads import Level
@@ -115,3 +115,44 @@ def test_an_order_that_names_a_protected_server_is_refused_with_the_server_and_i
     assert (caught.value.server_name, caught.value.server_type) == ("b", "dcm4chee")
     check_allowed(servers, permanent=False)
     check_allowed(servers[:1], permanent=True)
+
+
+# Two names of one archive
+
+
+def at(server_type: ServerType, url: str) -> Pacs:
+    return connect(ServerSettings(name=server_type, type=server_type, url=url))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("orthanc", "http://host:8042/dicom-web"), ("dicomweb", "http://host:8042/dicom-web/")),
+        (("orthanc", "http://host/pacs/dicom-web"), ("orthanc", "http://HOST:80/pacs/dicom-web")),
+        (
+            ("dcm4chee", "https://host/dcm4chee-arc/aets/ONE/rs"),
+            ("dcm4chee", "https://host:443/dcm4chee-arc/aets/TWO/rs"),
+        ),
+        (("msdicom", "http://host/v1"), ("dicomweb", "http://host/v2")),
+    ],
+)
+def test_two_names_of_one_archive_are_no_two_ends_of_a_move(
+    one: tuple[ServerType, str], other: tuple[ServerType, str]
+) -> None:
+    with pytest.raises(InvalidRequest, match="are one archive by their URLs"):
+        check_two_archives(at(*one), at(*other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("orthanc", "http://host:8042/dicom-web"), ("orthanc", "http://host:8043/dicom-web")),
+        (("orthanc", "http://host/one/dicom-web"), ("orthanc", "http://host/two/dicom-web")),
+        (("msdicom", "http://host/v2/partitions/one"), ("msdicom", "http://host/v2/partitions/two")),
+        (("dcm4chee", "http://host/dcm4chee-arc/aets/A/rs"), ("dcm4chee", "http://other/dcm4chee-arc/aets/A/rs")),
+    ],
+)
+def test_two_archives_of_one_host_or_one_product_are_two(
+    one: tuple[ServerType, str], other: tuple[ServerType, str]
+) -> None:
+    check_two_archives(at(*one), at(*other))

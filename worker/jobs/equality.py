@@ -8,27 +8,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO, TypeVar
 
 from worker.errors import NotDicom
-from worker.fingerprints import Fingerprint, Table, differing, equal, fingerprint, table
+from worker.fingerprints import Fingerprint, Rewrites, Table, differing, equal, fingerprint, table
 from worker.jobs.transfers import SPOOL_TIMEOUT_S, digests_on, received
 from worker.pacs.protocol import Pacs
 from worker.sources.spool import Limits, spool
 
 #: Of so many images that differ, the elements are named; each of them is read once more for that.
 NAMED = 3
+#: PatientID says whose an image is: where two copies differ in it, the one that has it may not go.
+_WHOSE = frozenset((0x00100020,))
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Side:
-    """One server's copy of a study: its images, each with its series."""
+    """One server's copy of a study: its images, each with its series.
+
+    ``goes``: it is deleted next, so an image that the server sends without listing it is an error. ``is_made``: it was
+    made of the other copy. If that is not known, a PatientID that the other one lacks is its own.
+    """
 
     pacs: Pacs
     series_of: Mapping[str, str]
+    goes: bool = False
+    is_made: bool = True
+
+    @property
+    def rewrites(self) -> Rewrites:
+        rewrites = self.pacs.rewrites
+        return rewrites if self.is_made else replace(rewrites, added=rewrites.added - _WHOSE)
+
+    def digests(self, study_uid: str, wanted: Collection[str]) -> dict[str, str]:
+        return digests_on(self.pacs, study_uid, self.series_of, wanted, only_listed=self.goes)
 
 
 @dataclass
@@ -67,11 +83,15 @@ class _Pair:
     def apart(self) -> frozenset[int]:
         return self.one.pacs.rewrites.tags | self.other.pacs.rewrites.tags
 
+    @property
+    def rewrites(self) -> tuple[Rewrites, Rewrites]:
+        return self.one.rewrites, self.other.rewrites
+
     def read(
         self, side: Side, wanted: Collection[str], reader: Callable[[BinaryIO, str], T]
     ) -> Iterator[tuple[str, str, T | None]]:
         """UID, digest and what ``reader`` makes of each image; None, if its elements cannot be read."""
-        for image in received(side.pacs, self.study_uid, side.series_of, wanted):
+        for image in received(side.pacs, self.study_uid, side.series_of, wanted, only_listed=side.goes):
             uid = image.instance.sop_instance_uid
             if uid not in wanted:
                 continue
@@ -97,8 +117,8 @@ def compare(
     pair = _Pair(study_uid, one, other, max_spool_bytes)
     found, rest, twice = Compared(), set(wanted), set[str]()
     if rest and other.pacs.keeps_bytes:
-        given = digests if digests is not None else digests_on(other.pacs, study_uid, other.series_of, rest)
-        expected = digests_on(one.pacs, study_uid, one.series_of, rest)
+        given = digests if digests is not None else other.digests(study_uid, rest)
+        expected = one.digests(study_uid, rest)
         twice = {uid for uid in rest if "" in (expected.get(uid), given.get(uid))}
         found.by_bytes = {uid for uid in rest - twice if uid in expected and expected[uid] == given.get(uid)}
         rest -= found.by_bytes
@@ -115,7 +135,6 @@ def _by_elements(pair: _Pair, wanted: Collection[str], found: Compared) -> None:
     def reader(stream: BinaryIO, transfer_syntax_uid: str) -> Fingerprint:
         return fingerprint(stream, transfer_syntax_uid, apart=pair.apart)
 
-    rewrites = (pair.one.pacs.rewrites, pair.other.pacs.rewrites)
     expected: dict[str, tuple[str, Fingerprint | None]] = {}
     unlike: set[str] = set()  # of which one server has two under their UID, or the other something else
     for uid, sha256, ours in pair.read(pair.one, wanted, reader):
@@ -125,7 +144,7 @@ def _by_elements(pair: _Pair, wanted: Collection[str], found: Compared) -> None:
         digest, ours = expected.get(uid, ("", None))
         if sha256 == digest:
             found.by_bytes.add(uid)
-        elif ours is not None and theirs is not None and equal(ours, theirs, rewrites=rewrites):
+        elif ours is not None and theirs is not None and equal(ours, theirs, rewrites=pair.rewrites):
             found.by_elements.add(uid)
         else:
             unlike.add(uid)
@@ -147,5 +166,5 @@ def _tags(pair: _Pair, uid: str) -> tuple[list[str], str]:
         if sent[0] is None:
             return [], f"which cannot be read to its end as {side.pacs.server.name} sends it"
         tables.append(sent[0])
-    tags = differing(tables[0], tables[1], rewrites=(pair.one.pacs.rewrites, pair.other.pacs.rewrites))
+    tags = differing(tables[0], tables[1], rewrites=pair.rewrites)
     return tags, f"in {', '.join(tags)}" if tags else "in how its elements are encoded"

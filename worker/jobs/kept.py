@@ -101,8 +101,8 @@ def prove(pacs: Pacs, study_uid: str, kept: Kept, tools: Tools) -> None:
         It cannot be read at present.
     """
     with _opened(tools.destinations.archive(kept.url), pacs, study_uid, kept, so=_NOT_DELETED) as copy:
-        limit = tools.settings.sources.max_bytes
-        _check_unchanged(pacs, study_uid, copy, images_on(pacs, study_uid), limit, so=_NOT_DELETED)
+        now = Side(pacs, images_on(pacs, study_uid), goes=True, is_made=False)
+        _check_unchanged(study_uid, copy, now, tools.settings.sources.max_bytes, so=_NOT_DELETED)
 
 
 def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
     with _opened(archive, pacs, study_uid, kept, so=_NOT_STORED) as copy:
         before = images_on(pacs, study_uid)
         limit = desk.tools.settings.sources.max_bytes
-        _check_unchanged(pacs, study_uid, copy, before, limit, so="nothing was stored")
+        _check_unchanged(study_uid, copy, Side(pacs, before), limit, so="nothing was stored")
         wanted = copy.series_of.keys() - before.keys()
         source = metered(cast(Pacs, copy), desk.spent)
         receipts, look = Receipts.of(desk.run), lambda _: desk.run.check_ours()
@@ -141,15 +141,13 @@ def _check_taken(transfer: Transfer) -> None:
         raise PacsRejected(sentence, server_name=name, server_type=server_type)
 
 
-def _check_unchanged(
-    pacs: Pacs, study_uid: str, copy: _Copy, on_server: Mapping[str, str], limit: int, *, so: str
-) -> None:
-    """What the server has of the copy now has to be what was kept; ``so`` ends the sentence."""
-    found = _compare(pacs, study_uid, copy, on_server, copy.series_of.keys() & on_server.keys(), limit)
+def _check_unchanged(study_uid: str, copy: _Copy, now: Side, limit: int, *, so: str) -> None:
+    """What the server has of the copy ``now`` has to be what was kept; ``so`` ends the sentence."""
+    found = _compare(study_uid, copy, now, copy.series_of.keys() & now.series_of.keys(), limit)
     if found.different:
-        name, uid = pacs.server.name, found.different[0]
+        name, uid = now.pacs.server.name, found.different[0]
         sentence = f"{name} gives back another image under {uid} than was kept ({found.why[uid]}); {so}."
-        raise _conflict(pacs, sentence)
+        raise _conflict(now.pacs, sentence)
 
 
 def _check_restored(pacs: Pacs, study_uid: str, copy: _Copy, sent: Collection[str], limit: int) -> dict[str, Any]:
@@ -161,7 +159,7 @@ def _check_restored(pacs: Pacs, study_uid: str, copy: _Copy, sent: Collection[st
     if missing := copy.series_of.keys() - on_server.keys():
         sentence = f"{name} does not list {len(missing)} of the images that were brought back; it is looked at again."
         raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)
-    found = _compare(pacs, study_uid, copy, on_server, sent, limit)
+    found = _compare(study_uid, copy, Side(pacs, on_server), sent, limit)
     if found.different:
         uid = found.different[0]
         sentence = f"{name} gives back other images than were restored, {uid} for one ({found.why[uid]})."
@@ -169,11 +167,8 @@ def _check_restored(pacs: Pacs, study_uid: str, copy: _Copy, sent: Collection[st
     return {"compared": "bytes" if pacs.keeps_bytes else "elements"}
 
 
-def _compare(
-    pacs: Pacs, study_uid: str, copy: _Copy, on_server: Mapping[str, str], wanted: Collection[str], limit: int
-) -> Compared:
-    kept = Side(cast(Pacs, copy), copy.series_of)
-    return compare(study_uid, kept, Side(pacs, on_server), wanted, max_spool_bytes=limit)
+def _compare(study_uid: str, copy: _Copy, side: Side, wanted: Collection[str], limit: int) -> Compared:
+    return compare(study_uid, Side(cast(Pacs, copy), copy.series_of), side, wanted, max_spool_bytes=limit)
 
 
 @dataclass(frozen=True)

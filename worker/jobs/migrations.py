@@ -32,7 +32,7 @@ from worker.jobs.tools import Tools
 from worker.jobs.transfers import Transfer, images_on
 from worker.ledger import LeaseLost
 from worker.pacs.fleet import Fleet
-from worker.pacs.protection import check_allowed
+from worker.pacs.protection import check_allowed, check_two_archives
 from worker.pacs.protocol import Pacs
 from worker.payloads import BatchMigrateJob, check_uid, read_job
 from worker.planning import Planned
@@ -52,9 +52,10 @@ def migrate(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any
     """
     with unbegun(run, tools):
         job = read_job(BatchMigrateJob, message)
-        source, _ = (tools.fleet[name] for name in (job.from_server, job.to_server))
+        source, target = (tools.fleet[name] for name in (job.from_server, job.to_server))
         if job.delete_source:
             check_allowed([source], permanent=True)
+            check_two_archives(source, target)
         check_order_filters([source], job.filters)
     return order(message, run, tools, kind=StudyMigrations(), name="migrate", form=BatchMigrateJob)
 

@@ -16,7 +16,7 @@ from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswere
 from worker.jobs.downloads import to_ask
 from worker.jobs.equality import Compared, Side, compare
 from worker.jobs.transfers import Transfer, bare_digests_on, bring, digests_on, images_on, pending
-from worker.pacs.protection import refusal
+from worker.pacs.protection import check_two_archives, refusal
 from worker.pacs.protocol import DeletionFate, Fate, Found, Pacs
 
 Digests = Literal["all", "sample", "none"]
@@ -278,7 +278,7 @@ def verify_study(
         "topped_up": brought - len(lost),
         "lost": len(lost),
         "size_bytes": transfer.size_bytes,
-        **_compare(transfer, seen, () if moves else receipt.parcels, "all" if moves else digests),
+        **(_compare_all(transfer, seen) if moves else _compare(transfer, seen, receipt.parcels, digests)),
     }
 
 
@@ -290,8 +290,16 @@ def verify_moved(transfer: Transfer, receipt: Receipt, *, digests: Digests) -> d
     StudyConflict
         The target has lost images.
     """
+    on_target = _on_target(transfer, receipt.moved)
+    moved = Seen({uid: on_target[uid] for uid in receipt.moved}, on_target)
+    told = _compare(transfer, moved, receipt.parcels, digests, source_has=False)
+    return {"images": len(receipt.moved), "images_on_target": len(on_target), "source_deleted": True, **told}
+
+
+def _on_target(transfer: Transfer, moved: Collection[str]) -> dict[str, str]:
+    """What the target lists, now that the source's copy is gone; `StudyConflict` if it lacks some of what was moved."""
     on_target = images_on(transfer.target, transfer.study_uid)
-    if gone := receipt.moved - on_target.keys():
+    if gone := set(moved) - on_target.keys():
         sentence = (
             f"{transfer.target.server.name} lacks {len(gone)} images of the study, {min(gone)} for one, and "
             f"{transfer.source.server.name} no longer has it."
@@ -299,9 +307,7 @@ def verify_moved(transfer: Transfer, receipt: Receipt, *, digests: Digests) -> d
         error = transfer.error(StudyConflict, transfer.target, sentence)
         error.payload["details"] |= {"missing": sorted(gone)[:TOLD]}
         raise error
-    moved = Seen({uid: on_target[uid] for uid in receipt.moved}, on_target)
-    told = _compare(transfer, moved, receipt.parcels, digests, source_has=False)
-    return {"images": len(receipt.moved), "images_on_target": len(on_target), "source_deleted": True, **told}
+    return on_target
 
 
 def _check_complete(transfer: Transfer, seen: Seen) -> None:
@@ -319,12 +325,10 @@ def _compare(
     """Compare what the target gives back with what passed, or with what the source gives now.
 
     What passed has been hashed on its way: where the target keeps bytes, the source is not asked again for what this
-    batch has brought whole. Without ``parcels`` both are read for all. Where a server does not keep bytes, both are
-    read and compared element by element.
+    batch has brought whole. Where a server does not keep bytes, both are read and compared element by element.
     """
-    source, target = transfer.source, transfer.target
-    not_kept_by = [pacs.server.name for pacs in (source, target) if not pacs.keeps_bytes]
-    told = {"digests": digests, "compared": 0, "compared_elements": 0, "not_kept_by": not_kept_by}
+    target = transfer.target
+    told = {"digests": digests, "compared": 0, "compared_elements": 0, "not_kept_by": _not_kept_by(transfer)}
     wanted = _to_compare(seen, digests)
     if not wanted or not (target.keeps_bytes or source_has):
         return told
@@ -337,26 +341,48 @@ def _compare(
         proven = {uid for parcel in parcels if parcel.is_among(given) for uid in parcel.uids}
         if not source_has and (different := _not_as_they_passed(given, parcels, set(given) - proven)):
             raise _differ(transfer, Compared(different=different))
-    found = _prove(transfer, seen, wanted - proven, digests=given) if source_has else Compared()
+    found = Compared()
+    if source_has:
+        sides = (Side(transfer.source, seen.on_source), Side(target, seen.on_target))
+        found = _prove(transfer, *sides, wanted - proven, digests=given)
     return {**told, "compared": len(proven | found.by_bytes), "compared_elements": len(found.by_elements)}
 
 
+def _compare_all(transfer: Transfer, seen: Seen) -> dict[str, Any]:
+    """Read both servers for every image, because the source's copy goes next."""
+    found = _prove_source(transfer, seen, seen.on_source.keys())
+    compared = {"compared": len(found.by_bytes), "compared_elements": len(found.by_elements)}
+    return {"digests": "all", **compared, "not_kept_by": _not_kept_by(transfer)}
+
+
+def _not_kept_by(transfer: Transfer) -> list[str]:
+    return [pacs.server.name for pacs in (transfer.source, transfer.target) if not pacs.keeps_bytes]
+
+
+def _prove_source(transfer: Transfer, seen: Seen, wanted: Collection[str]) -> Compared:
+    """`_prove` that the source's copy may go: the target may have had its own before."""
+    source = Side(transfer.source, seen.on_source, goes=True, is_made=False)
+    return _prove(transfer, source, Side(transfer.target, seen.on_target), wanted)
+
+
 def _prove(
-    transfer: Transfer, seen: Seen, wanted: Collection[str], *, digests: Mapping[str, str] | None = None
+    transfer: Transfer, one: Side, other: Side, wanted: Collection[str], *, digests: Mapping[str, str] | None = None
 ) -> Compared:
-    """Prove that both servers have the same ``wanted`` images now; what is proven is known to ``transfer``.
+    """Prove that both servers have the same ``wanted`` images now.
+
+    Of a copy that goes, ``transfer`` knows what is proven.
 
     Raises
     ------
     StudyConflict
         Some differ, or one server does not send them.
     """
-    one, other = Side(transfer.source, seen.on_source), Side(transfer.target, seen.on_target)
     limit = transfer.max_spool_bytes
     found = compare(transfer.study_uid, one, other, wanted, max_spool_bytes=limit, digests=digests)
     if found.different:
         raise _differ(transfer, found)
-    transfer.proven |= found.same
+    if one.goes or other.goes:
+        transfer.proven |= found.same
     return found
 
 
@@ -411,19 +437,20 @@ def delete_source(transfer: Transfer, receipt: Receipt) -> None:
     Raises
     ------
     StudyConflict
-        Images differ although they bear the same UIDs.
+        Images differ although they bear the same UIDs; or the target lost some as the source did.
     PacsMisanswered
         The source has got images meanwhile, or still lists some: it is verified again.
     InvalidRequest
-        The settings forbid it; nothing was written down.
+        The settings forbid it, or both servers are one; nothing was written down.
     PacsRejected
         The source does not delete.
     """
     source = transfer.source
     _check_allowed(transfer, source)
+    check_two_archives(source, transfer.target)
     seen = Seen.look(transfer)
     if not seen.missing and (unproven := seen.on_source.keys() - transfer.proven):
-        _prove(transfer, seen, unproven)
+        _prove_source(transfer, seen, unproven)
         seen = Seen.look(transfer)
     if seen.missing or seen.on_source.keys() - transfer.proven:
         sentence = f"{source.server.name} got images while the study was verified; it is verified again."
@@ -440,6 +467,7 @@ def delete_source(transfer: Transfer, receipt: Receipt) -> None:
     if images_on(source, transfer.study_uid):
         sentence = f"{source.server.name} still lists images of the study that it has deleted; it is looked at again."
         raise transfer.error(PacsMisanswered, source, sentence)
+    _on_target(transfer, seen.on_source)
 
 
 # --- undo -------------------------------------------------------------------------------------------------------
@@ -470,7 +498,8 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
             f"{transfer.target.server.name}, {min(only_here)} for one. Nothing was removed."
         )
         raise transfer.error(StudyConflict, transfer.source, sentence)
-    _prove(transfer, seen, ours - transfer.proven)
+    goes = Side(transfer.target, seen.on_target, goes=True)
+    _prove(transfer, Side(transfer.source, seen.on_source), goes, ours - transfer.proven)
     if receipt.removing is None:
         receipt.removing = frozenset(ours)
         receipt.save(receipt)
@@ -517,6 +546,6 @@ def _restore(transfer: Transfer, receipt: Receipt) -> None:
     if lacking := receipt.moved - after.on_target.keys():
         sentence = f"{back.target.server.name} does not list {len(lacking)} of the images that were brought back to it."
         raise transfer.error(PacsMisanswered, back.target, sentence)
-    returned = Seen({uid: after.on_source[uid] for uid in receipt.moved & after.on_source.keys()}, after.on_target)
-    _prove(back, returned, set(returned.on_source))
+    goes = Side(back.source, after.on_source, goes=True)
+    _prove(back, goes, Side(back.target, after.on_target), receipt.moved & after.on_source.keys())
     transfer.proven |= back.proven

@@ -71,7 +71,7 @@ class Transfer:
     unanswered: set[str] = field(default_factory=set)
     #: What an answer left open.
     unclear: dict[str, Outcome] = field(default_factory=dict)
-    #: What both servers were read for in this attempt, and have the same of.
+    #: What both servers were read for in this attempt, and have the same of, so that one copy may go.
     proven: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -138,13 +138,15 @@ def _bring(
     _check_all_came(transfer, wanted)
 
 
-def digests_on(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str]) -> dict[str, str]:
+def digests_on(
+    pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str], *, only_listed: bool = False
+) -> dict[str, str]:
     """The SHA-256 of what a server gives back for each of the ``wanted`` images, without its preamble.
 
-    It is empty for a UID under which it gives back two different images.
+    It is empty for a UID under which it gives back two different images. ``only_listed``: see `received`.
     """
     digests: dict[str, str] = {}
-    for image in received(pacs, study_uid, series_of, wanted):
+    for image in received(pacs, study_uid, series_of, wanted, only_listed=only_listed):
         for _ in image.chunks():
             pass
         uid = image.instance.sop_instance_uid
@@ -320,10 +322,13 @@ class _Share:
             size_bytes += image.size_bytes
 
 
-def received(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str]) -> Generator[Incoming]:
+def received(
+    pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str], *, only_listed: bool = False
+) -> Generator[Incoming]:
     """The images that a server sends when it is asked for ``wanted``, others among them.
 
-    What does not belong to the study, cannot be read or ends too early is an error of the server.
+    What does not belong to the study, cannot be read or ends too early is an error of the server. With ``only_listed``
+    so is an image that ``series_of``, the server's list, lacks.
     """
     name, blame = pacs.server.name, partial(_unreadable, pacs, study_uid)
     try:
@@ -333,6 +338,9 @@ def received(pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: C
                     image = Incoming(part.chunks, blame=blame, with_preamble=False)
                     if image.instance.study_instance_uid != study_uid:
                         raise _misanswered(pacs, study_uid, f"{name} sent an image of another study.")
+                    if only_listed and image.instance.sop_instance_uid not in series_of:
+                        sentence = f"{name} sent an image that it does not list; nothing was deleted."
+                        raise _misanswered(pacs, study_uid, sentence)
                     yield image
     except NotFound as error:
         sentence = f"{name} lost a part of the study meanwhile; it is looked at again."

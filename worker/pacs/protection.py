@@ -2,13 +2,15 @@
 
 `Fleet` puts `Protected` in front of each protected server, so every deletion and every rejection passes through here,
 whichever job, batch, undo or cleanup orders it. `check_allowed` is for orders that name their servers: those are
-refused as a whole, before anything begins.
+refused as a whole, before anything begins; `check_two_archives` is for moves.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from worker.errors import InvalidRequest
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
@@ -39,6 +41,27 @@ def check_allowed(servers: Iterable[Pacs], *, permanent: bool) -> None:
     for pacs in servers:
         if why := refusal(pacs, permanent=permanent):
             raise InvalidRequest(f"Refused: {why}", server_name=pacs.server.name, server_type=pacs.server.type)
+
+
+def check_two_archives(source: Pacs, target: Pacs) -> None:
+    """Refuse to move between two entries of the settings that lead to one archive: its only copy would be deleted.
+
+    Raises
+    ------
+    InvalidRequest
+        Both have the same host and port, and the same path but for what stands for a service of the archive.
+    """
+    if _archive_of(source) == _archive_of(target):
+        names = f"{source.server.name} and {target.server.name}"
+        sentence = f"Refused: {names} are one archive by their URLs, and what is deleted on one is gone on the other."
+        raise InvalidRequest(sentence, server_name=source.server.name, server_type=source.server.type)
+
+
+def _archive_of(pacs: Pacs) -> tuple[str | None, int | None, str]:
+    """Host, port and path, without the application entity of DCM4CHEE, Orthanc's plugin or MSDICOM's version."""
+    url = urlsplit(pacs.server.url)
+    port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+    return url.hostname, port, re.sub(r"(/aets/[^/]+/rs|/dicom-web|/v[0-9]+)/?$", "", url.path).rstrip("/")
 
 
 def protected(pacs: Pacs) -> Pacs:
