@@ -623,8 +623,10 @@ return 1
 # ARGV: server, job, lifetime, note, its lifetime, 1 if the job asked for that server, then the servers that there are:
 # a claim on any other binds nobody. A job that asked for its server takes over a claim if no job that follows it may
 # still push, and nothing has been stored under it since the job asked the servers, which all said that they have none.
+# Version 0.1 did not say when something was stored under a claim: it counts as now, once.
 _CLAIM_STUDY = (
     _NOW
+    + _NOW_US
     + _TRAIL
     + _FOLLOWERS
     + """
@@ -634,6 +636,7 @@ local binds = #ARGV == 6
 for i = 7, #ARGV do binds = binds or ARGV[i] == server end
 local asked_elsewhere = ARGV[6] == '1' and server ~= ARGV[1]
 if server and binds and asked_elsewhere then
+  if redis.call('HEXISTS', claim, 'opened_by') == 1 then redis.call('HSETNX', claim, 'stored_us', us) end
   local stored_us = tonumber(redis.call('HGET', claim, 'stored_us') or 0)
   local seen = stored_us < tonumber(redis.call('HGET', job, 'asked_us') or 1)
   if is_followed(claim, ARGV[2]) or not seen then return {server, 0} end

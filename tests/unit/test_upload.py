@@ -534,6 +534,15 @@ def test_a_claim_of_version_0_1_whose_jobs_push_no_more_gives_way(desk: Desk, st
     assert desk.ledger.placed() == {"a": 0, "b": 1}
 
 
+def test_what_version_0_1_may_just_have_stored_keeps_its_claim_from_a_job_that_has_asked_already(desk: Desk) -> None:
+    study = new_uid()
+    of_version_0_1(desk, study, claimed_by="old", state="done")
+    desk.client.hset(f"{PREFIX}study:{study}", "opened_by", "old")
+    desk.files.there.update(asked=image(study), again=image(study))
+    assert refused(desk.carry("asked", server="b")).code == "study_conflict"
+    assert stored(desk.carry("again", server="b"))["server_name"] == "b"
+
+
 def test_a_dead_letter_that_pushed_nothing_leaves_no_claim(desk: Desk) -> None:
     study = new_uid()
     desk.files.there["j"] = image(study)
