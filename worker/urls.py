@@ -32,6 +32,11 @@ def names_object(url: str) -> bool:
     return bool(_OBJECT(url))
 
 
+def without_query_marks(url: str) -> str:
+    """A ``file:`` URL with ``?`` and ``#`` percent-encoded: standard parsers take them for a query and a fragment."""
+    return url.replace("?", "%3F").replace("#", "%23")
+
+
 def bare(url: str) -> str:
     """``url`` up to its query or fragment, if it has one: an object's URL, and an archive's entry, has none."""
     if names_object(url):

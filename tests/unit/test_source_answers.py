@@ -265,8 +265,6 @@ def test_a_file_larger_than_allowed_is_refused(inbox: Path) -> None:
         "file:",
         "file://images.example.org/a.dcm",
         "file://user@localhost/a.dcm",
-        "file:///a.dcm?x=1",
-        "file:///a.dcm#x",
         "file:///a%00.dcm",
         "file://[::1/a.dcm",
     ],
@@ -274,6 +272,16 @@ def test_a_file_larger_than_allowed_is_refused(inbox: Path) -> None:
 def test_a_file_url_that_is_not_absolute_or_not_of_this_machine_is_refused(url: str) -> None:
     with pytest.raises(SourceNotAllowed):
         path_of(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["file://{}/order?2#b.dcm", "file://{}/order%3F2%23b.dcm", "file://localhost{}/order?2%23b.dcm"]
+)
+def test_a_question_mark_and_a_hash_belong_to_the_name_of_a_file(inbox: Path, url: str) -> None:
+    (inbox / "order").write_bytes(b"another one")
+    (inbox / "order?2#b.dcm").write_bytes(b"this one")
+    with Sources(SourceSettings(folders=(inbox,))).fetch(url.format(inbox)) as fetched, fetched.open() as opened:
+        assert opened.read() == b"this one"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -143,10 +144,10 @@ def refusals(url: str) -> list[str]:
     return [source.value.message, destination.value.message]
 
 
-def test_a_file_destination_with_a_raw_question_mark_is_told_how_to_write_it() -> None:
-    for url in ("file:///out/a?b.zip", "file:///out/a#b.zip"):
-        with pytest.raises(InvalidRequest, match="%3F"):
-            Destinations(DownloadSettings()).archive(url)
+@pytest.mark.parametrize("name", ["a?b#c.zip", "a%3Fb%23c.zip", "a?b%23c.zip"])
+def test_a_question_mark_and_a_hash_belong_to_the_name_of_a_file_destination(tmp_path: Path, name: str) -> None:
+    destination = Destinations(DownloadSettings(folders=(tmp_path,))).archive(f"file://{tmp_path}/{name}")
+    assert destination.shown == f"file://{tmp_path}/a%3Fb%23c.zip"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 from worker.destinations.mark import CHUNK_BYTES, MANIFEST, Mark, refusal, something_else
 from worker.errors import CourierError, SourceUnreachable
 from worker.settings import DownloadSettings
+from worker.urls import without_query_marks
 
 _FILE_URL = re.compile(r"file:/", re.IGNORECASE).match
 _TO_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -65,12 +66,10 @@ class FolderDestinations:
 
 
 def path_of(url: str) -> Path:
-    """The absolute path that a file URL names (RFC 8089)."""
-    parts = urlsplit(url)
+    """The absolute path that a file URL names (RFC 8089); ``?`` and ``#`` belong to it, as they are or encoded."""
+    parts = urlsplit(without_query_marks(url))
     path = unquote(parts.path)
     local = bool(_FILE_URL(url)) and parts.netloc.lower() in ("", "localhost")
-    if local and ("?" in url or "#" in url):
-        raise refusal("A file URL has no query; write ? as %3F and # as %23 where a name has them.", "not_allowed")
     if not local or not path.startswith("/") or "\0" in path:
         raise refusal("A file destination has to name an absolute path: file:///folder/study.zip.", "not_allowed")
     return Path(os.path.normpath(path))

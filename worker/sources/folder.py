@@ -26,6 +26,7 @@ from worker.logs import shown_url
 from worker.settings import SourceSettings
 from worker.sources.listing import Listed, listed, paged
 from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
+from worker.urls import without_query_marks
 
 _ABSOLUTE = re.compile(r"file:/", re.IGNORECASE).match
 _TO_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -86,22 +87,20 @@ class FolderSource:
 
 
 def path_of(url: str) -> Path:
-    """The absolute path that a file URL names (RFC 8089).
+    """The absolute path that a file URL names (RFC 8089); ``?`` and ``#`` belong to it, written as they are or encoded.
 
     Raises
     ------
     SourceNotAllowed
-        It is relative, of another host, or has a query.
+        It is relative, or of another host.
     """
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(without_query_marks(url))
     except ValueError:
         raise SourceNotAllowed("The file URL is malformed; write file:///folder/image.dcm.") from None
     path = unquote(parts.path)
     if not _ABSOLUTE(url) or parts.netloc.lower() not in ("", "localhost") or "\0" in path:
         raise SourceNotAllowed("A file URL has to name an absolute path on the worker: file:///folder/image.dcm.")
-    if "?" in url or "#" in url:
-        raise SourceNotAllowed("A file URL has no query; write ? as %3F and # as %23 where a name has them.")
     return Path(path)
 
 
