@@ -255,6 +255,14 @@ class JobsOfOneStudy(RuleBasedStateMachine):
             if job_id in self.works:
                 self._step(job_id, fate if call == calls - 1 else "works")
 
+    @rule(number=st.integers(0, len(IMAGES) - 1), server=st.sampled_from(NAMES), fate=st.sampled_from(FATES))
+    def order_and_push(self, number: int, server: str, fate: str) -> None:
+        """One job up to its push, whose fate it is; where all goes well, that is its fifth call."""
+        self.order(number, server, again=False)
+        for call in range(5):
+            if str(number) in self.works:
+                self._step(str(number), fate if call == 4 else "works")
+
     @precondition(lambda self: self._idle())
     @rule(data=st.data())
     def wake(self, data: st.DataObject) -> None:
