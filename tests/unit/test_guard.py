@@ -9,6 +9,7 @@ from typing import Any
 
 import fakeredis
 import pytest
+import redis
 
 from sandbox.processes import poll
 from worker.breakers import BREAKER, CHANGES, Breakers, BreakerState
@@ -226,6 +227,77 @@ def test_the_probes_own_job_waits_for_the_verdict_and_no_other_does(
     for thread in threads:
         thread.join()
     assert (ends["second"] and resting(ends["second"])) == expected
+
+
+STATES = ("closed", "open", "half-open", "another process tests it", "another job tests it")
+PASSABLE = ("closed", "half-open")
+
+
+def put_into(state: str, breaker: str, *, mine: Process, other: Process, client: fakeredis.FakeRedis) -> None:
+    if state == "closed":
+        return
+    for _ in range(SETTINGS.failures):
+        mine.breakers.failed(breaker)
+    if state != "open":
+        client.hset(BREAKER + breaker, "until_ms", 0)
+    if state == "another process tests it":
+        assert other.breakers.probe(breaker, "other process", for_s=60)[0]
+    if state == "another job tests it":
+        mine.guard.refresh()
+        with job_lines("other job"):
+            assert mine.guard.admit(SERVER, breaker) is not None
+
+
+@pytest.mark.parametrize("changes", STATES)
+@pytest.mark.parametrize("server", STATES)
+def test_of_two_breakers_each_probe_is_released_when_the_other_refuses(
+    one: Process, two: Process, client: fakeredis.FakeRedis, server: str, changes: str
+) -> None:
+    states = {"a": server, "a" + CHANGES: changes}
+    for breaker, state in states.items():
+        put_into(state, breaker, mine=one, other=two, client=client)
+    one.guard.refresh()
+    before = dict(one.guard._probes)
+    with job_lines("j1"):
+        refused = one.call(changes=True)
+    passes = server in PASSABLE and changes in PASSABLE
+    assert one.reached == int(passes)
+    assert (refused is None) == passes
+    assert one.guard._probes == before, "a probe of this call is still registered"
+    for breaker, state in states.items():
+        if state == "half-open" and not passes:
+            assert two.breakers.probe(breaker, "next", for_s=60)[0], f"{breaker} admits no other probe"
+    if passes:
+        assert (one.state("a"), one.state("a" + CHANGES)) == ("closed", "closed")
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_question_does_not_care_whether_the_server_takes_changes(
+    one: Process, two: Process, client: fakeredis.FakeRedis, state: str
+) -> None:
+    put_into(state, "a" + CHANGES, mine=one, other=two, client=client)
+    one.guard.refresh()
+    assert one.call() is None
+
+
+class CutOff(CountingBreakers):
+    """Redis goes away just as the second breaker is asked."""
+
+    def probe(self, breaker: str, *args: Any, **kwargs: Any) -> tuple[bool, BreakerState]:
+        if breaker.endswith(CHANGES):
+            raise redis.ConnectionError
+        return super().probe(breaker, *args, **kwargs)
+
+
+def test_the_first_probe_is_released_when_redis_fails_on_the_second(
+    one: Process, two: Process, client: fakeredis.FakeRedis
+) -> None:
+    for breaker in ("a", "a" + CHANGES):
+        put_into("half-open", breaker, mine=one, other=two, client=client)
+    guard = Guard(CutOff(client, SETTINGS), Slots(client), [SERVER])
+    with pytest.raises(redis.ConnectionError), guard.call(SERVER, changes=True):
+        pass
+    assert two.breakers.probe("a", "next", for_s=60)[0]
 
 
 def test_more_calls_than_there_are_slots_wait_and_then_rest(client: fakeredis.FakeRedis) -> None:

@@ -52,8 +52,22 @@ class _Seen:
 class Call:
     """One call on its way. `answered` says that the server is well, before all of its answer has come."""
 
-    def __init__(self, guard: Guard, breakers: Sequence[str], probes: Sequence[_Probe]) -> None:
-        self._guard, self._breakers, self._probes = guard, breakers, {probe.breaker: probe for probe in probes}
+    def __init__(self, guard: Guard, breakers: Sequence[str]) -> None:
+        self._guard, self._breakers = guard, breakers
+        self._probes: dict[str, _Probe] = {}
+
+    def admit(self, server: ServerSettings) -> None:
+        """Pass all breakers, as the probe of each that is half-open.
+
+        Raises
+        ------
+        PacsUnavailable
+            One of them refuses. `over` releases the probes of those that were passed before it.
+        """
+        for breaker in self._breakers:
+            probe = self._guard.admit(server, breaker)
+            if probe is not None:
+                self._probes[breaker] = probe
 
     def answered(self) -> None:
         for breaker in self._breakers:
@@ -105,8 +119,9 @@ class Guard:
         for name in names:
             self._refuse_if_open(server, name)
         with self._slot(server):
-            call = Call(self, names, [probe for name in names if (probe := self._admit(server, name))])
+            call = Call(self, names)
             try:
+                call.admit(server)
                 yield call
                 call.answered()
             except CourierError as error:
@@ -136,7 +151,7 @@ class Guard:
         if left_s is not None and left_s > 0:
             raise _at_rest(server, name, left_s)
 
-    def _admit(self, server: ServerSettings, name: str) -> _Probe | None:
+    def admit(self, server: ServerSettings, name: str) -> _Probe | None:
         """Let a call through: as the probe, if the breaker is half-open. The probe's own job waits for its verdict."""
         while (left_s := self._pause_left_s(name)) is not None:
             if left_s > 0:
