@@ -14,14 +14,17 @@ from typing import Any, Final, Literal
 
 from pythonjsonlogger.json import JsonFormatter
 
-from worker.logs import about_line, frames_of, without_queries
+from worker.logs import about_line, frames_of, shown_id, shown_text, without_queries
 
 log = logging.getLogger(__name__)
 
 Shape = Literal["auto", "json", "text"]
 _Exception = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
-#: What others say below these levels is of no use here, or quotes a URL with its query.
+#: Loggers whose lines are ours. Every other library is never more talkative than INFO, whatever level is asked for: at
+#: DEBUG Celery and kombu quote whole messages, HTTP libraries URLs and headers.
+OURS: Final = ("worker", "producer", "sandbox")
+#: What these say below their levels is of no use here, or quotes a URL with its query.
 LEVELS: Final = {
     "urllib3": logging.ERROR,
     "botocore": logging.WARNING,
@@ -48,13 +51,18 @@ class TextLines(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         about = dict(record.about)  # type: ignore[attr-defined]  # the filter's
-        record.job_id = about.pop("job_id", "-")
+        record.job_id = shown_id(str(about.pop("job_id", "-")))
         record.more = f" [{' '.join(f'{name}={value}' for name, value in about.items())}]" if about else ""
-        record.message = without_queries(record.message)
+        record.message = _in_one_record(without_queries(record.message))
         return super().formatMessage(record)
 
     def formatException(self, ei: _Exception) -> str:
         return frames_of(ei[1])
+
+
+def _in_one_record(message: str) -> str:
+    """``message`` so that no part of it looks like a record of its own, whatever control characters it quotes."""
+    return "\n    ".join(shown_text(line) for line in message.split("\n"))
 
 
 class JsonLines(JsonFormatter):
@@ -85,7 +93,10 @@ def configure(level: int | str = logging.INFO, *, shape: Shape = "auto") -> None
     handler.setFormatter(TextLines() if shape == "text" else JsonLines(json_ensure_ascii=False))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level)
+    number = logging.getLevelNamesMapping()[level.upper()] if isinstance(level, str) else level
+    root.setLevel(max(number, logging.INFO))
+    for name in OURS:
+        logging.getLogger(name).setLevel(number)
     for name, least in LEVELS.items():
         logging.getLogger(name).setLevel(least)
     threading.excepthook = _say_that_a_thread_ended

@@ -122,16 +122,18 @@ def about_line(record: logging.LogRecord) -> Mapping[str, object]:
     """What is known of the job that ``record`` is about: of the one at work, or that which the record itself names."""
     line = _line.get()
     if line is not None:
-        return line
+        return {**line, "job_id": without_queries(str(line["job_id"]))}
     job_id, task = getattr(record, "job_id", None), getattr(record, "task", "")
     told = getattr(record, "data", None)  # Celery's: name and id of a task, and more that is not for a log
     if isinstance(told, Mapping):
         job_id, task = told.get("id"), told.get("name")
-    if not isinstance(job_id, str) or not _IS_NAME(job_id):
+    if not isinstance(job_id, str):
         return {}
     last = _last.get()
-    if last is not None and last["job_id"] == job_id:
-        return last
+    known = dict(last) if last is not None and last["job_id"] == job_id else {}
+    job_id = without_queries(job_id)
+    if known:
+        return {**known, "job_id": job_id}
     return {"job_id": job_id, "task": task} if isinstance(task, str) and _IS_NAME(task) else {"job_id": job_id}
 
 
@@ -201,7 +203,14 @@ def shown_url(url: str) -> str:
     return f"{start[0]}{host}{slash}{path}"
 
 
-def shown_text(text: str, *, limit: int) -> str:
+def shown_id(job_id: str) -> str:
+    """A job's id as it may stand in a line: in quotation marks where it would not be seen where it ends."""
+    if _IS_NAME(job_id):
+        return job_id
+    return json.dumps(shown_text(without_queries(job_id), limit=300), ensure_ascii=False)
+
+
+def shown_text(text: str, *, limit: int | None = None) -> str:
     """Text of others as it may stand in a line: what cannot be printed or encoded is replaced."""
     return "".join(sign if sign.isprintable() else "\ufffd" for sign in text[:limit])
 

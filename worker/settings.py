@@ -275,12 +275,23 @@ class QueueSettings(_Section):
             raise ValueError("it is no URL; write : / ? # @ [ ] ; in a user name or password percent-encoded")
         return url
 
+    @field_validator("broker_url", "result_backend", "ledger_url")
+    @classmethod
+    def _without_sentinels(cls, url: str) -> str:
+        """Broker, results and ledger would have to follow a fail-over together, and the ledger does not yet."""
+        if any(one.lower().startswith("sentinel:") for one in _NEXT_URL.split(url)):
+            raise ValueError(
+                "Redis Sentinel is not supported: broker, results and ledger would have to follow a fail-over together;"
+                " name one Redis server (redis:// or rediss://) in all three URLs"
+            )
+        return url
+
     @field_validator("broker_url")
     @classmethod
     def _of_a_broker(cls, url: str) -> str:
         scheme = url.partition("://")[0].partition("+")[0]
         if "://" in url and scheme not in BROKERS:
-            raise ValueError("Celery knows no such broker; for Redis write redis://, rediss:// or sentinel://")
+            raise ValueError("Celery knows no such broker; for Redis write redis:// or rediss://")
         return url
 
     @field_validator("ledger_url")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
-from worker.lines import configure
+from worker.lines import OURS, configure
 from worker.logs import HIDDEN_FIELDS, SHOWN_FIELDS, about, about_study, job_lines, shown_job, shown_text, shown_url
 from worker.pacs.fleet import Fleet
 from worker.payloads import Job
@@ -76,22 +76,26 @@ def test_what_cannot_stand_in_a_line_is_replaced(text: str) -> None:
 
 
 @pytest.fixture
-def lines() -> Iterator[Callable[[Any], Callable[[], list[str]]]]:
+def lines() -> Iterator[Callable[..., Callable[[], list[str]]]]:
     """Configures logging afresh onto a stream of its own; what was before comes back."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
+    ours = {name: logging.getLogger(name).level for name in OURS}
     hook = threading.excepthook
     written = io.StringIO()
 
-    def start(shape: Literal["auto", "json", "text"]) -> Callable[[], list[str]]:
-        configure(logging.INFO, shape=shape)
+    def start(shape: Literal["auto", "json", "text"], level: int | str = logging.INFO) -> Callable[[], list[str]]:
+        configure(level, shape=shape)
         handler = root.handlers[0]
         assert isinstance(handler, logging.StreamHandler)
         handler.setStream(written)
         return lambda: written.getvalue().splitlines()
 
     yield start
-    root.handlers[:], root.level = before[0], before[1]
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    for name, level in ours.items():
+        logging.getLogger(name).setLevel(level)
     threading.excepthook = hook
 
 
@@ -182,3 +186,68 @@ def test_what_is_asked_of_servers_at_once_belongs_to_the_job_that_asks(lines: An
         fleet.gather([lambda: logging.getLogger("any").info("asking")] * 2)
     fleet.close()
     assert [json.loads(line)["job_id"] for line in written()] == ["job-1"] * 2
+
+
+#: Libraries that quote messages, URLs, headers or datasets at DEBUG, and what they say there.
+TALKATIVE = ("celery.pool", "celery.app.trace", "celery.worker.strategy", "kombu.pidbox", "kombu.transport.redis")
+TALKATIVE += (
+    "urllib3.connectionpool",
+    "botocore.parsers",
+    "boto3.resources",
+    "azure.core.pipeline",
+    "amqp",
+    "billiard",
+)
+TALKATIVE += ("requests_oauth2client", "pydicom", "opentelemetry", "a library of tomorrow")
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "debug", logging.DEBUG, 1])
+def test_at_no_level_a_library_says_what_is_for_its_own_developers(lines: Any, level: int | str) -> None:
+    written = lines("json", level)
+    for name in TALKATIVE:
+        logger = logging.getLogger(name)
+        assert not logger.isEnabledFor(logging.DEBUG), name
+        logger.debug("TaskPool: Apply (kwargs:%r)", {"filters": {"PatientName": "secret"}})
+    logging.getLogger("worker.jobs.any").debug("ours")
+    assert [json.loads(line)["message"] for line in written()] == ["ours"]
+
+
+def test_a_level_above_info_holds_for_libraries_too(lines: Any) -> None:
+    written = lines("json", "ERROR")
+    logging.getLogger("celery.worker").warning("x")
+    logging.getLogger("worker.any").warning("x")
+    logging.getLogger("worker.any").error("y")
+    assert [json.loads(line)["message"] for line in written()] == ["y"]
+
+
+FORGED = "2026-01-01 00:00:00,000 INFO job-1 worker.jobs.carry: Done after 1 attempt(s)"
+
+
+@pytest.mark.parametrize(
+    "end", ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\x1b[2K\x1b[G"]
+)
+def test_a_control_character_begins_no_line_of_its_own(lines: Any, end: str) -> None:
+    """Whether it stands in what is logged or in the job's id."""
+    written = lines("text")
+    logging.getLogger("celery.worker.strategy").info("Task %s received", f"x{end}{FORGED}")
+    with job_lines(f"x{end}{FORGED}", "pacs.upload"):
+        logging.getLogger("worker.any").info("begun")
+    logging.getLogger("any").info("x", extra={"data": {"id": f"x{end}{FORGED}", "name": "pacs.upload"}})
+    text = "\n".join(written())
+    assert not any(line.startswith("2026-01-01") for line in text.splitlines())
+    assert "\x1b" not in text
+    assert "\r" not in text
+
+
+@pytest.mark.parametrize("shape", ["json", "text"])
+@pytest.mark.parametrize("job_id", ["order/7", "a@b", "Bestellung-ü", "a b", "x" * 255, "https://h/a?sig=secret"])
+def test_a_job_is_named_by_any_id_that_celery_accepts_but_for_the_query_of_a_url(
+    lines: Any, shape: str, job_id: str
+) -> None:
+    written = lines(shape)
+    with job_lines(job_id):
+        logging.getLogger("worker.any").info("begun")
+    logging.getLogger("celery.app.trace").info("ended", extra={"data": {"id": job_id, "name": "pacs.upload"}})
+    for line in written():
+        assert job_id.partition("?")[0] in line
+        assert "secret" not in line

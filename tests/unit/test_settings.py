@@ -110,8 +110,6 @@ def test_a_malformed_url_of_the_queue_is_named_and_none_of_it_is_told(variable: 
         "redis://:a;b@host:6379/0",
         "rediss://:secret@host:6379/0?ssl_cert_reqs=required&ssl_ca_certs=/etc/ca@site.pem",
         "redis+socket:///run/redis@1.sock?virtual_host=3",
-        "sentinel://:secret@a:26379;sentinel://:secret@b:26379/0",
-        "sentinel://a:26379;b:26379",
         "amqp://guest:guest@one:5672//;amqp://two:5672//",
         "amqp://one,two//",
         "pyamqp://guest@localhost//",
@@ -142,11 +140,30 @@ def test_a_ledger_is_in_any_redis(url: str) -> None:
     assert Settings.load({"LEDGER_URL": url}).queue.ledger_url == url
 
 
-@pytest.mark.parametrize("url", ["amqp://user:PLANTED@host//", "sentinel://:PLANTED@host", "PLANTED"])
+@pytest.mark.parametrize("url", ["amqp://user:PLANTED@host//", "PLANTED"])
 def test_a_ledger_is_in_a_redis_only(url: str) -> None:
     with pytest.raises(SettingsError, match=r"setting queue\.ledger_url: it is no URL of a Redis") as caught:
         Settings.load({"LEDGER_URL": url})
     assert "PLANTED" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["BROKER_URL", "RESULT_BACKEND", "LEDGER_URL"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sentinel://:PLANTED@a:26379/0",
+        "sentinel://:PLANTED@a:26379;sentinel://:PLANTED@b:26379/0",
+        "redis://:PLANTED@a/0;sentinel://b:26379",
+        "Sentinel://:PLANTED@a:26379;b:26379",
+    ],
+)
+def test_sentinels_are_refused_in_one_sentence_as_long_as_the_ledger_cannot_follow_them(
+    variable: str, url: str
+) -> None:
+    with pytest.raises(SettingsError, match=r"^setting queue\.\w+: Redis Sentinel is not supported") as caught:
+        Settings.load({variable: url})
+    assert "\n" not in str(caught.value)
+    assert "PLANTED" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_missing_file_is_named() -> None:
