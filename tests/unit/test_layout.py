@@ -18,6 +18,7 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 CELERY_LIVES_IN = (
     "worker/app.py",
     "worker/consumer.py",
+    "worker/envelope.py",
     "worker/pool.py",
     "worker/signing.py",
     "worker/tasks/",
