@@ -157,7 +157,8 @@ class Watchdog:
 
     def _once(self) -> None:
         if self._deadly:  # where a library keeps all of Python from running, this thread too, C ends the process
-            faulthandler.dump_traceback_later(2 * self._limit_s + 60, exit=True, file=2)
+            with contextlib.suppress(RuntimeError):  # that takes a thread, of which the system may have no more
+                faulthandler.dump_traceback_later(2 * self._limit_s + 60, exit=True, file=2)
         complaint = self._progress.look(self._look(), now_s=time.monotonic())
         self._tell(Told(not (complaint and complaint.fatal), str(complaint or ""), self.every_s))
         if complaint and complaint.fatal and self._deadly:

@@ -102,17 +102,21 @@ class Pulse:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
 
+    def start(self) -> None:
+        """Start both threads, as far as they do not run yet."""
+        with self._lock:
+            for name, beat in (("pulse", Pulse._renew), ("stages", Pulse._show_stage))[len(self._threads) :]:
+                args = (weakref.ref(self), beat, self._beat_s)
+                thread = threading.Thread(target=_beat_on, args=args, name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
     @contextlib.contextmanager
     def beating(self, run: Run) -> Iterator[None]:
         """The lease of ``run`` is kept alive inside; after it, nothing more is published for the job."""
+        self.start()
         with self._lock:
             self._runs[_attempt(run)] = (run, time.monotonic())
-            if not self._threads:
-                for name, beat in (("pulse", Pulse._renew), ("stages", Pulse._show_stage)):
-                    args = (weakref.ref(self), beat, self._beat_s)
-                    thread = threading.Thread(target=_beat_on, args=args, name=name, daemon=True)
-                    thread.start()
-                    self._threads.append(thread)
         try:
             yield
         finally:

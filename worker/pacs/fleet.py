@@ -11,6 +11,7 @@ from typing import TypeVar
 from worker.errors import CourierError, InvalidRequest
 from worker.pacs.protection import protected
 from worker.pacs.protocol import Pacs
+from worker.shortage import start_threads
 
 Answer = TypeVar("Answer")
 
@@ -24,6 +25,11 @@ class Fleet:
     def __init__(self, servers: Iterable[Pacs], *, threads: int = 32) -> None:
         self._by_name = {pacs.server.name: protected(pacs) for pacs in servers}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ask")
+        self._threads = threads
+
+    def start(self) -> None:
+        """Start all threads now: one that cannot be started later would leave its question in the line."""
+        start_threads(self._pool, self._threads)
 
     def __iter__(self) -> Iterator[Pacs]:
         return iter(self._by_name.values())

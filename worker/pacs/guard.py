@@ -104,6 +104,7 @@ class Guard:
         self._half_open = threading.Lock()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._looked = False
 
     @contextmanager
     def call(self, server: ServerSettings, *, changes: bool) -> Iterator[Call]:
@@ -225,15 +226,19 @@ class Guard:
 
     # --- twice a second -----------------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        """Start the thread that keeps the slots and looks round, if it does not run yet."""
+        with self._starting:
+            if self._thread is None:
+                thread = threading.Thread(target=_look_round, args=(weakref.ref(self),), name="guard", daemon=True)
+                thread.start()
+                self._thread = thread
+
     def _wake_up(self) -> None:
-        if self._thread is None:
-            with self._starting:
-                if self._thread is None:
-                    self.refresh()
-                    self._thread = threading.Thread(
-                        target=_look_round, args=(weakref.ref(self),), name="guard", daemon=True
-                    )
-                    self._thread.start()
+        if not self._looked:
+            self.refresh()
+            self.start()
+            self._looked = True
 
     def refresh(self) -> None:
         """Read the states of all breakers. What a call learns meanwhile is newer, and stays."""
