@@ -28,6 +28,7 @@ Keys, all below ``courier:`` in a database of their own:
                           server and may still push
     trail:UID     list    what was decided about an image, a series or a study, the latest ones, for `pacs.trace`
     placed        hash    server → number of new studies it was given
+    returned:ID   text    how often a message of this job was given back while others were done
     workers       hash    worker → what its watchdog last said of it
     parked        set     the circuit breakers that jobs wait for, and for each of them
     parked:NAME   zset    the jobs that wait until it closes, by the time since when
@@ -183,6 +184,7 @@ return 1
 """
 )
 
+# A message that wakes a job which is done bears nothing of it any more: it has the outcome told.
 # A worker that dies takes all its jobs along, and nobody knows which of them killed it. Those of one content died one
 # death: it is counted for the first of them, and again only for one that was taken since. And a job that may not have
 # another death is at work beside none that a worker has died on, or it might be buried for what that one does.
@@ -191,6 +193,9 @@ _CLAIM = (
     + """
 local job, due, deaths = KEYS[1], KEYS[2], KEYS[3]
 local state = redis.call('HGET', job, 'state')
+local wish = state and redis.call('HGET', job, 'wish')
+local tells = state == 'done' and ARGV[3] == '{}'
+if wish and wish ~= ARGV[9] and not tells then return {'other'} end
 redis.call('ZREM', KEYS[5], ARGV[1])
 if state == 'done' or state == 'dead' then return {state, redis.call('HGET', job, 'outcome')} end
 if state == 'running' and tonumber(redis.call('HGET', job, 'lease_ms')) > now then return {'held'} end
@@ -752,6 +757,7 @@ class ClaimState(Enum):
     DEAD = "dead"
     HELD = "held"  # a live lease: the holder will finish, or the sweeper will notice
     EARLY = "early"  # parked: it will be woken when it is due
+    OTHER = "other"  # its id is that of another job
 
 
 @dataclass(frozen=True)
@@ -998,6 +1004,8 @@ class Ledger:
         if written < 0:
             raise InvalidRequest(
                 f"This idempotency key belongs to job {job_id}, which is another one; send this one under its own key."
+                if job.get("idempotency_key")
+                else f"The id {job_id} belongs to another job; send this one under its own id."
             )
         return bool(written)
 
@@ -1023,6 +1031,13 @@ class Ledger:
         """Renew the lease; False when it was lost."""
         keys = [_job(job_id), PREFIX + "due"]
         return bool(self._heartbeat(keys=keys, args=[job_id, fence, _ms(self.lease_s)]))
+
+    def count_return(self, job_id: str) -> int:
+        """Count that a message of the job was given back although others were done; returns how often by now."""
+        with self._redis.pipeline() as pipe:
+            pipe.incr(PREFIX + "returned:" + job_id)
+            pipe.pexpire(PREFIX + "returned:" + job_id, _ms(MESSAGES_S))
+            return int(pipe.execute()[0])
 
     def park(
         self,
@@ -1584,13 +1599,11 @@ def _store(place: str) -> str:
 
 
 def _wish(task: str, job: Mapping[str, Any]) -> str:
-    """What has to be the same in all jobs that bear one idempotency key; "" without one.
+    """What has to be the same in all jobs that bear one idempotency key, or one id.
 
     A job that is sent again may have its URL signed anew, name a field that is as it would be without, or be
     requested by another person for another reason.
     """
-    if not job.get("idempotency_key"):
-        return ""
     said = {
         name: _unsigned(value)
         for name, value in job.items()

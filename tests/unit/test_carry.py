@@ -18,13 +18,14 @@ from celery import Celery
 
 from sandbox.processes import poll
 from worker.errors import NotDicom, PacsUnauthorized, PacsUnavailable
-from worker.jobs.carry import Done, Failed, NotTaken, Parked, Verdict, backoff_s, carry
+from worker.jobs.carry import Done, Failed, NotTaken, Parked, Starved, Verdict, backoff_s, carry
 from worker.jobs.follow import follow
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import PREFIX, ClaimState, DueJob, LeaseLost, Ledger, job_id_for
 from worker.payloads import MESSAGE_BYTES
 from worker.settings import JobSettings, Settings
+from worker.shortage import MAX_RETURNS
 
 JOB = {"image_url": "http://host/a.dcm?sig=SECRET"}
 
@@ -182,12 +183,12 @@ def test_a_job_whose_push_may_have_arrived_is_not_called_cancelled(desk: Desk) -
 
 
 def test_a_second_wish_under_one_key_fails_when_the_first_is_a_dead_letter(desk: Desk) -> None:
-    first = job_id_for("order-7")
+    first, wish = job_id_for("order-7"), {**JOB, "idempotency_key": "order-7"}
     for _ in range(3):
-        desk.carry(PacsUnavailable("Later."), first)
+        desk.carry(PacsUnavailable("Later."), first, wish)
         desk.make_due(first)
     tools = cast(Tools, SimpleNamespace(ledger=desk.ledger))
-    verdict = desk.carry(lambda _, run: follow("pacs.upload", {"idempotency_key": "order-7"}, run, tools), "j2")
+    verdict = desk.carry(lambda _, run: follow("pacs.upload", wish, run, tools), "j2")
     assert isinstance(verdict, Failed)
     assert verdict.error.code == "pacs_unavailable"
 
@@ -201,7 +202,7 @@ def test_another_wish_under_one_key_is_refused_and_not_answered_with_the_outcome
 ) -> None:
     first, wish = job_id_for("order-7"), {**JOB, "idempotency_key": "order-7"}
     desk.ledger.submit(first, task="pacs.upload", job=wish)
-    assert desk.carry({"status": "stored"}, first) == Done({"status": "stored"})
+    assert desk.carry({"status": "stored"}, first, wish) == Done({"status": "stored"})
     tools = cast(Tools, SimpleNamespace(ledger=desk.ledger))
 
     def ask(task: str, job_id: str, **other: Any) -> Verdict:
@@ -225,7 +226,7 @@ def test_an_object_is_never_answered_with_the_outcome_of_another_one_whose_url_b
     one, two = ({"image_url": pattern.format(number), "idempotency_key": "order-7"} for number in (1, 2))
     first = job_id_for("order-7")
     desk.ledger.submit(first, task="pacs.upload", job=one)
-    assert desk.carry({"status": "stored"}, first) == Done({"status": "stored"})
+    assert desk.carry({"status": "stored"}, first, one) == Done({"status": "stored"})
     tools = cast(Tools, SimpleNamespace(ledger=desk.ledger))
     verdict = desk.carry(lambda _, run: follow("pacs.upload", two, run, tools), "j2")
     assert isinstance(verdict, Failed)
@@ -316,3 +317,77 @@ def test_a_shutdown_that_cannot_wait_leaves_the_job_to_others_at_once_and_counts
     claim = desk.ledger.claim("j1", task="pacs.upload", job=JOB, max_deaths=2)
     assert (claim.state, claim.attempt, claim.deaths) == (ClaimState.YOURS, 1, 0)
     assert pulse.let_go() == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"image_url": "http://host/b.dcm"},
+        {**JOB, "server": "a"},
+        {**JOB, "idempotency_key": "order-7"},
+    ],
+    ids=["another image", "another server", "a key"],
+)
+@pytest.mark.parametrize("state", ["done", "dead", "waiting", "queued", "held"])
+def test_another_job_under_one_id_is_refused_whatever_became_of_the_first(
+    desk: Desk, state: str, other: dict[str, Any]
+) -> None:
+    if state in ("queued", "held"):
+        desk.ledger.submit("order/7", task="pacs.upload", job=JOB)
+    if state == "held":
+        desk.ledger.claim("order/7", task="pacs.upload", job=JOB)
+    if state in ("done", "dead", "waiting"):
+        ends = {"done": {"status": "stored"}, "dead": PacsUnauthorized("No."), "waiting": PacsUnavailable("Later.")}
+        desk.carry(ends[state], "order/7")
+    before = desk.ledger.look("order/7")
+    verdict = desk.carry(AssertionError("the work must not run"), "order/7", other)
+    assert isinstance(verdict, Failed)
+    assert verdict.error.code == "invalid_request"
+    assert "order/7" in verdict.error.message
+    assert desk.ledger.look("order/7") == before
+
+
+def test_the_message_that_has_an_outcome_told_bears_nothing_of_the_job_and_is_no_other_one(desk: Desk) -> None:
+    desk.carry({"status": "stored"})
+    desk.client.zadd(f"{PREFIX}due", {"j1": 0})
+    (due,) = desk.ledger.sweep()
+    assert due.job == {}
+    assert desk.carry(AssertionError("the work must not run"), "j1", due.job) == Done({"status": "stored"})
+
+
+def test_the_same_job_under_one_id_ends_as_it_ended_also_when_its_url_is_signed_anew(desk: Desk) -> None:
+    assert desk.carry({"status": "stored"}, "order/7") == Done({"status": "stored"})
+    again = {"version": 1, "server": None, "image_url": "http://host/a.dcm?sig=ANEW"}
+    assert desk.carry(AssertionError("the work must not run"), "order/7", again) == Done({"status": "stored"})
+
+
+SHORTAGES = {
+    "no thread": RuntimeError("can't start new thread"),
+    "no memory": MemoryError(),
+    "no file": OSError(24, "Too many open files"),
+}
+
+
+@pytest.mark.parametrize("error", SHORTAGES.values(), ids=SHORTAGES)
+def test_a_worker_without_threads_or_memory_takes_none_of_a_jobs_attempts(desk: Desk, error: Exception) -> None:
+    for _ in range(5):
+        assert isinstance(desk.carry(error), Starved)
+        assert (desk.state(), desk.ledger.look("j1")["attempts"]) == ("waiting", "0")
+        desk.make_due()
+    assert desk.carry({"status": "stored"}) == Done({"status": "stored"})
+
+
+def test_a_job_that_starves_while_others_are_done_is_a_dead_letter(desk: Desk) -> None:
+    for number in range(MAX_RETURNS - 1):
+        desk.carry({"status": "stored"}, f"other-{number}")
+        assert isinstance(desk.carry(MemoryError()), Starved)
+        desk.make_due()
+    desk.carry({"status": "stored"}, "one more")
+    verdict = desk.carry(MemoryError())
+    assert isinstance(verdict, Failed)
+    assert (verdict.error.code, desk.state()) == ("poisoned", "dead")
+
+
+def test_a_fault_that_is_no_shortage_takes_an_attempt_as_before(desk: Desk) -> None:
+    assert not isinstance(desk.carry(RuntimeError("dictionary changed size")), Starved)
+    assert desk.ledger.look("j1")["attempts"] == "1"

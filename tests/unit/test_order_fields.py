@@ -479,8 +479,8 @@ def test_who_and_why_are_kept_with_the_job_whoever_writes_it_down_first(ledger: 
         record = ledger.look(job_id)
         assert (record["requested_by"], record["reason"]) == (WHY["requested_by"], WHY["reason"])
     assert not WHY.keys() & ledger.look("j3").keys()
-    claim = ledger.claim("j1", task="t", job={})
-    ledger.bury("j1", claim.fence, outcome={"error": {}}, code="poisoned", task="t", job={})
+    claim = ledger.claim("j1", task="t", job={"uid": "1.2", **WHY})
+    ledger.bury("j1", claim.fence, outcome={"error": {}}, code="poisoned", task="t", job={"uid": "1.2"})
     letter = ledger.dead_letter("j1")
     assert letter is not None
     assert (letter.requested_by, letter.reason) == (WHY["requested_by"], WHY["reason"])

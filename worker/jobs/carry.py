@@ -30,6 +30,7 @@ from worker.ledger import Claim, ClaimState, LeaseLost, Wait
 from worker.logs import about, about_study, where_it_broke
 from worker.payloads import MESSAGE_BYTES
 from worker.settings import JobSettings
+from worker.shortage import MAX_RETURNS, PAUSE_S, STARVED, Returns, dead_letter, is_shortage, why
 from worker.telemetry import End, JobSeen, count, watching
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ class Parked:
 
 
 @dataclass(frozen=True)
+class Starved(Parked):
+    """Put aside, because this worker gets no thread, memory or file. It takes none of the job's attempts."""
+
+
+@dataclass(frozen=True)
 class NotTaken:
     """The ledger did not say whose job it is. The message may be all there is of it, so it has to come again."""
 
@@ -81,6 +87,11 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
     except redis.RedisError as error:
         log.warning("The ledger did not take the claim (%s); the message is given back", type(error).__name__)
         return NotTaken()
+    if claim.state is ClaimState.OTHER:
+        sentence = f"The id {job_id} belongs to another job; send this one under its own id."
+        other = InvalidRequest(sentence, details={"taken": True})
+        log.warning("Refused: %s", other)
+        return Failed(other)
     if claim.state is not ClaimState.YOURS:
         return _recorded(claim)
     about(stage="claimed", attempt=claim.attempt)
@@ -109,6 +120,29 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
         # Whoever took over writes the outcome; without a ledger the lease runs out and the sweeper wakes the job.
         log.warning("Let go of the job: %s", type(error).__name__)
         return Parked()
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_shortage(error):
+            raise
+        return _starved(error, run, task=task, job=job, tools=tools)
+    _returns.succeeded()
+    return verdict
+
+
+_returns = Returns()
+
+
+def _starved(error: Exception, run: Run, *, task: str, job: Mapping[str, Any], tools: Tools) -> Verdict:
+    """Another worker may have what this one lacks; a job that starves while others are done has to be looked at."""
+    log.error("Put the job aside, because %s", why(error))
+    try:
+        verdict: Verdict = Starved()
+        if _returns.given_back(lambda: tools.ledger.count_return(run.job_id)) >= MAX_RETURNS:
+            verdict = Failed(dead_letter(why(error)))
+            _record(verdict, run, task=task, job=job, tools=tools)
+        else:
+            tools.ledger.park(run.job_id, run.fence, delay_s=PAUSE_S, code="waiting", message=STARVED, wait="steady")
+    except (LeaseLost, redis.RedisError) as lost:
+        log.warning("Let go of the job: %s", type(lost).__name__)
     return verdict
 
 
@@ -169,7 +203,9 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
         return _Park(delay_s=wait.delay_s, code="waiting", message=wait.message, wait=how)
     except (LeaseLost, redis.RedisError):
         raise
-    except Exception as error:  # noqa: BLE001 - the outermost door of a job: a bug must not lose it
+    except Exception as error:
+        if is_shortage(error):
+            raise
         log.error("A fault of the worker itself: %s", where_it_broke(error))
         fault = Poisoned(
             f"The worker itself failed on this job ({type(error).__name__}); report it, then replay the job."
