@@ -13,27 +13,38 @@ import signal
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import billiard
 import kombu.exceptions
 import redis
 from celery import Celery, Task, bootsteps, concurrency, signals
-from celery.exceptions import BackendError
+from celery.concurrency import thread
+from celery.exceptions import (
+    BackendError,
+    Ignore,
+    Reject,
+    Retry,
+    Terminated,
+    TimeLimitExceeded,
+    WorkerLostError,
+    WorkerShutdown,
+)
 from celery.result import denied_join_result
 from celery.worker.request import Request
+from celery.worker.state import task_ready
 
-from worker import consumer, listeners, signing, telemetry, watchdog
+from worker import consumer, listeners, shortage, signing, telemetry, watchdog
 from worker.azure import AzureAccount
 from worker.batches import Batches
 from worker.breakers import Breakers
 from worker.destinations import Destinations
-from worker.errors import CourierError
+from worker.errors import CourierError, InvalidRequest
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
 from worker.jobs.turns import Turns
-from worker.ledger import DueJob, Ledger
+from worker.ledger import ClaimState, DueJob, Ledger
 from worker.lines import configure
 from worker.logs import shown_job
 from worker.pacs.fleet import Fleet
@@ -56,12 +67,18 @@ OVERDUE_S = 30.0
 LAST_SWEEP_S = 5.0
 #: How long an event may wait for others.
 EVENTS_S = 0.1
+#: What a task ignores its message for that has to come again, before anything of the job was begun.
+NOT_BEGUN = "not begun"
+#: What a pool of processes says in the place of a job's own error.
+OF_THE_POOL = (WorkerLostError, TimeLimitExceeded, Terminated, Reject, Ignore, Retry, SystemExit, KeyboardInterrupt)
 #: What Redis, kombu and the result backend raise when they cannot be reached.
 BROKER_ERRORS = (redis.RedisError, kombu.exceptions.OperationalError, BackendError)
 
 
 class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
     """A message whose arguments are redacted for events and logs, also when its sender did not redact them."""
+
+    acknowledged: bool
 
     @property
     def argsrepr(self) -> str:
@@ -76,6 +93,37 @@ class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
         """What `inspect` and Flower's page of a worker say of a message: never its bare arguments."""
         return {**super().info(), "args": self.argsrepr, "kwargs": self.kwargsrepr}
 
+    def acknowledge(self) -> None:
+        """Its job has come to an end in the pool, or is in the ledger's hands."""
+        super().acknowledge()
+        if consumer.PacsConsumer.running is not None:
+            consumer.PacsConsumer.running.returns.succeeded()
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        """What the pool says of a job that has no result. A worker at its limits is no fault of the job's."""
+        error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard wraps one that has a traceback
+        there = consumer.PacsConsumer.running
+        if there is None or self.acknowledged:
+            super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        elif isinstance(error, Ignore) and error.args[:1] == (shortage.STARVED,):  # the ledger has put the job aside
+            task_ready(self)
+            super().acknowledge()
+            there.returns.given_back()
+            there.end_after_a_few(shortage.STARVED)
+        elif (cause := _cause_of_return(error, return_ok=return_ok)) is not None:
+            task_ready(self)
+            self.acknowledged = True
+            there.call_soon(there.give_back, self.message, cause)
+        else:
+            super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+
+def _cause_of_return(error: BaseException, *, return_ok: bool) -> BaseException | None:
+    """Why the message has to come again; ``return_ok`` where Celery's code around the job has not failed."""
+    if isinstance(error, Ignore) and error.args[:1] == (NOT_BEGUN,):
+        return shortage.NotBegun()
+    return error if isinstance(error, shortage.Escaped) or not (return_ok or isinstance(error, OF_THE_POOL)) else None
+
 
 class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
     """What all doors share. A `CourierError` is an answer, not a crash: it is logged in one line."""
@@ -88,6 +136,8 @@ class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
 
     def after_return(self, status: str, retval: object, task_id: str, *_: object) -> None:  # noqa: ARG002 - Celery's
         """The result back-end has it. Should this be lost, a sweep tells the outcome once more."""
+        if isinstance(retval, InvalidRequest) and retval.details.get("taken"):
+            return  # it is not the outcome of the job that bears this id
         with contextlib.suppress(redis.RedisError):
             tools().ledger.told(task_id)
 
@@ -152,13 +202,30 @@ def _ledger() -> Ledger:
 
 
 def _is_written_down(job_id: str) -> bool:
-    try:
-        return bool(tools().ledger.look(job_id))
-    except redis.RedisError:
-        return True  # nobody knows; whoever waits for it is told nothing rather than something wrong
+    return bool(_ledger_beside().look(job_id))
+
+
+def _bury(job_id: str, task: str, job: Mapping[str, Any], error: CourierError) -> bool:
+    ledger = _ledger_beside()
+    ledger.submit(job_id, task=task, job=job)
+    ledger.rouse(job_id, by_sweeper=True)
+    claim = ledger.claim(job_id, task=task, job=job)
+    if claim.state is ClaimState.YOURS:
+        outcome = {"error": error.payload}
+        ledger.bury(job_id, claim.fence, outcome=outcome, code=error.code, task=task, job=job)
+    return claim.state is ClaimState.YOURS
+
+
+@functools.cache
+def _ledger_beside() -> Ledger:
+    """For what this process asks of the ledger outside of jobs; children of the pool have their own `tools`."""
+    return _ledger()
 
 
 consumer.PacsConsumer.is_written_down = staticmethod(_is_written_down)
+consumer.PacsConsumer.count_return = staticmethod(lambda job_id: _ledger_beside().count_return(job_id))
+consumer.PacsConsumer.bury = staticmethod(_bury)
+consumer.PacsConsumer.told = staticmethod(lambda job_id: _ledger_beside().told(job_id))
 
 #: How many jobs this process does at a time, as far as it has been told.
 _pool_size = int(app.conf.worker_concurrency or 8)
@@ -184,6 +251,9 @@ def tools() -> Tools:
         return _tools()
 
 
+_guards: list[Guard] = []
+
+
 @functools.cache
 def _tools() -> Tools:
     listeners.trace(settings.telemetry)
@@ -191,6 +261,7 @@ def _tools() -> Tools:
     breakers = Breakers(ledger.client, settings.breaker, retry_after_cap_s=settings.jobs.retry_after_cap_s)
     guard = Guard(breakers, Slots(ledger.client), settings.servers)
     fleet = Fleet([connect(server, guard) for server in settings.servers])
+    _guards.append(guard)
     return Tools(
         settings=settings,
         ledger=ledger,
@@ -222,6 +293,51 @@ def _pulse() -> Pulse:
     return Pulse(tools().ledger, _publish)
 
 
+def ready() -> tuple[Tools, Pulse]:
+    """This process's tools and its pulse, with all threads that a job needs: before one is claimed.
+
+    Raises
+    ------
+    RuntimeError
+        The system gives no more threads.
+    """
+    with _building:
+        _start_threads()
+        return _tools(), _pulse()
+
+
+@functools.cache
+def _start_threads() -> None:
+    tool = _tools()
+    _pulse().start()
+    for guard in _guards:
+        guard.start()
+    for fleet in (tool.fleet, tool.probes, tool.bulk):
+        if fleet is not None:
+            fleet.start()
+
+
+@contextlib.contextmanager
+def or_no_start() -> Iterator[None]:
+    """A worker that gets no threads ends before it takes a message, and says so in one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not shortage.is_shortage(error):
+            raise
+        log.critical(shortage.NO_START, shortage.EXIT_STATUS)
+        raise WorkerShutdown(shortage.EXIT_STATUS) from None
+
+
+class Threads(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
+    """Starts the threads that jobs need, where they run in this process; a child of a pool starts its own."""
+
+    def start(self, parent: Any) -> None:
+        if issubclass(parent.pool_cls, thread.TaskPool):
+            with or_no_start():
+                ready()
+
+
 _sweeping = threading.Lock()
 
 
@@ -247,7 +363,8 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
         self._stop = threading.Event()
 
     def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-        threading.Thread(target=self._loop, name="sweeper", daemon=True).start()
+        with or_no_start():
+            threading.Thread(target=self._loop, name="sweeper", daemon=True).start()
 
     def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
         self._stop.set()
@@ -310,6 +427,7 @@ def wake(jobs: Sequence[DueJob]) -> None:
         log.warning("Messages could not be sent now: %s", type(error).__name__)
 
 
+app.steps["worker"].add(Threads)
 app.steps["worker"].add(Sweeper)
 
 
@@ -318,13 +436,15 @@ class WatchedOver(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is u
 
     def start(self, parent: Any) -> None:
         ledger = _ledger()
-        watchdog.Watchdog(
+        dog = watchdog.Watchdog(
             functools.partial(consumer.look, parent),
             watchdog_s=settings.worker.watchdog_s,
             hung_s=settings.worker.hung_s,
             tell=functools.partial(_tell, parent.hostname, ledger),
             end=_end_hard,
-        ).start()
+        )
+        with or_no_start():
+            dog.start()
 
 
 def _tell(name: str, ledger: Ledger, told: watchdog.Told) -> None:
@@ -407,7 +527,7 @@ def outlook() -> Outlook:
     """What a scrape asks of the ledger and the broker."""
     from worker.metrics import Outlook  # noqa: PLC0415 (not where nobody measures)
 
-    ledger = _ledger_for_scrapes()
+    ledger = _ledger_beside()
     load = ledger.load(overdue_s=OVERDUE_S)
     server_names = [server.name for server in settings.servers]
     return Outlook(
@@ -419,11 +539,6 @@ def outlook() -> Outlook:
         batches=Counter(batch.state for batch in Batches(ledger).list()),
         breakers={name: state.name for name, state in Breakers(ledger.client).states(server_names).items()},
     )
-
-
-@functools.cache
-def _ledger_for_scrapes() -> Ledger:
-    return _ledger()
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped

@@ -1,7 +1,9 @@
 """What a worker does with messages that are no jobs: it throws them away, says so in one line, and goes on.
 
-Celery's own consumer quotes the body of such a message in its log, and a few of them make it drop its connection, find
-the same message again, and so on for ever. Nothing here knows what a job is about; that begins in ``tasks/``.
+Only what decoding and checking a message raise is the message's fault. After any other error it is given back
+(``shortage.py``). Celery's own consumer quotes the body of such a message in its log, and a few of them make it drop
+its connection, find the same message again, and so on for ever. Nothing here knows what a job is about; that begins in
+``tasks/``.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import redis
@@ -24,8 +27,9 @@ from kombu.transport import TRANSPORT_ALIASES, virtual
 from kombu.transport import redis as redis_transport
 from redis.exceptions import DataError, OutOfMemoryError
 
-from worker import signing
-from worker.errors import InvalidRequest
+from worker import envelope, shortage, signing
+from worker.errors import CourierError, InvalidRequest
+from worker.logs import shown_id, where_it_broke
 from worker.payloads import MESSAGE_BYTES
 from worker.watchdog import Signs, times_woken
 
@@ -34,14 +38,29 @@ log = logging.getLogger(__name__)
 #: How soon to look again whether a Redis without memory has some.
 FULL_S: Final = 1.0
 
-#: Names of tasks and ids that may stand in a log: neither sentences nor URLs.
+#: Names of tasks that may stand in a log: neither sentences nor URLs.
 _NAME: Final = re.compile(r"[\w.:-]{1,200}", re.ASCII)
 #: Put in by `PacsMessage` in place of the header that would have kombu unpack the body.
 _COMPRESSED: Final = "courier-compressed"
+#: Celery's tasks that call another task in a loop, outside of any job.
+LOOPS: Final = frozenset(("celery.map", "celery.starmap", "celery.chunks"))
 
 
 class _Unsigned(Exception):
     """No key that is trusted stands behind a message; the text says why."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a message says that it is; its first protocol says so in its body, which has to be read before."""
+
+    task: object
+    job_id: object
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether a result can be stored under its id: that takes UTF-8."""
+        return isinstance(self.job_id, str) and bool(self.job_id) and not re.search("[\ud800-\udfff]", self.job_id)
 
 
 def unfit(message: Any) -> str | None:
@@ -49,36 +68,83 @@ def unfit(message: Any) -> str | None:
 
     Raises whatever decoding its body raises.
     """
+    return _unfit_to_read(message) or _unfit_to_run(message)
+
+
+def _unfit_to_read(message: Any) -> str | None:
     signed = message.content_type == signing.CONTENT_TYPE  # in base64, and with a signature before it
     if len(message.body or b"") > (MESSAGE_BYTES * 3 // 2 if signed else MESSAGE_BYTES):
         return f"it is larger than {MESSAGE_BYTES} bytes"
     if not isinstance(message.headers, dict) or message.headers.get(_COMPRESSED):
         return "its headers are no object, or say that it is compressed"
+    if any(kind is not None and not isinstance(kind, str) for kind in (message.content_type, message.content_encoding)):
+        return "its content type or encoding is no text"
+    return envelope.wrong_property(message.properties, message.delivery_info)
+
+
+def _unfit_to_run(message: Any) -> str | None:
     body = message.payload
     if "task" in message.headers:  # the second version of Celery's protocol
-        named, shaped = message.headers, isinstance(body, list | tuple) and len(body) == 3
-        arguments = body if shaped else ()
+        headers, arguments = message.headers, body if isinstance(body, list | tuple) else ()
     else:
-        named, shaped = body, isinstance(body, dict)
-        arguments = (body.get("args", []), body.get("kwargs", {}), {}) if shaped else ()
-    if not shaped or not isinstance(named.get("task"), str):
+        headers, arguments = _first_protocol(body, message.headers) if isinstance(body, dict) else ({}, ())
+    if len(arguments) != 3 or not isinstance(headers.get("task"), str):
         return "it is no task"
-    if not isinstance(named.get("id"), str) or not _NAME.fullmatch(named["id"]):
-        return "its id is none"
     kinds = (list | tuple, dict, dict)
     if not all(isinstance(argument, kind) for argument, kind in zip(arguments, kinds, strict=True)):
         return "its arguments are not of the right kinds"
-    return None
+    if headers["task"] in LOOPS:
+        return f"{headers['task']} runs no jobs here; send a group, or a batch"
+    return (
+        envelope.wrong_id(headers.get("id")) or envelope.wrong_header(headers) or envelope.wrong_follow_up(arguments[2])
+    )
+
+
+#: What follow-ups are called in the body of the first version of Celery's protocol, which has no chains.
+_FOLLOW_UPS: Final = ("callbacks", "errbacks", "chord")
+
+
+def _first_protocol(body: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The headers, in which Celery lets those of the message stand before those of the body, and the arguments."""
+    rest = {name: value for name, value in body.items() if name not in ("args", "kwargs", *_FOLLOW_UPS)}
+    embed = {name: body.get(name) for name in _FOLLOW_UPS}
+    return {**rest, **headers}, (body.get("args", []), body.get("kwargs", {}), embed)
+
+
+def named(message: Any) -> Named:
+    """What the headers say, and for the first protocol what the body says, if that has been read."""
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    body = message._decoded_cache  # kombu's; None where it could not be read
+    if "task" not in headers and isinstance(body, dict):
+        return Named(headers.get("task", body.get("task")), headers.get("id", body.get("id")))
+    return Named(headers.get("task"), headers.get("id"))
 
 
 class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
     """Celery's consumer, which survives whatever lies in its queues and quotes none of it."""
 
+    #: The one of this process, if it has one.
+    running: ClassVar[PacsConsumer | None] = None
     #: Whether a job is one that the ledger will bring to its end, whatever becomes of a message; worker/app.py knows.
+    #: Raises a `redis.RedisError` where the ledger does not answer.
     is_written_down: ClassVar[Callable[[str], bool]] = staticmethod(lambda _: False)
+    #: Counts that the message of a job was given back; returns how often it was by now.
+    count_return: ClassVar[Callable[[str], int]] = staticmethod(lambda _: 0)
+    #: Makes a dead letter of a job (its id, task and message) that cannot be done; False if it has ended already.
+    bury: ClassVar[Callable[[str, str, Mapping[str, Any], CourierError], bool]] = staticmethod(lambda *_: True)
+    #: Celery's; how a request is handed to the pool.
+    on_task_request: Any
+    #: Notes that the outcome of a job is where its client looks for it.
+    told: ClassVar[Callable[[str], None]] = staticmethod(lambda _: None)
     #: Messages that came, whatever became of them, and turns of the loop: what a watchdog judges it by.
     taken = 0
     turns = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        PacsConsumer.running = self
+        self.returns = shortage.Returns()
+        self._watch_over_the_pool()
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         take = super().create_task_handler(*args, **kwargs)
@@ -89,16 +155,26 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
                 reason = unfit(message)
                 if reason is None:
                     self._check_signature(message)
-                    take(message)
-                    return
-            except Exception as error:
-                if isinstance(error, self.connection_errors + self.channel_errors):
-                    raise
+            except Exception as error:  # noqa: BLE001 - decoders raise anything
                 self.on_decode_error(message, error)
                 return
-            self.throw_away(message, reason)
+            if reason is not None:
+                self.throw_away(message, reason)
+                return
+            try:
+                take(message)
+            except Exception as error:
+                if self._is_of_the_broker(error):
+                    raise
+                self.give_back(message, error)
 
         return on_message
+
+    def _is_of_the_broker(self, error: Exception) -> bool:
+        """Whether the connection is to be made anew; kombu counts a `KeyError` and all of `OSError` among those."""
+        if isinstance(error, KeyError) or shortage.is_shortage(error):
+            return False
+        return isinstance(error, self.connection_errors + self.channel_errors)
 
     def _check_signature(self, message: Any) -> None:
         """The signature itself is good; is it one for this message?"""
@@ -112,21 +188,16 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
 
     def on_decode_error(self, message: Any, exc: BaseException) -> None:
         signed = self.app.conf.task_serializer == signing.SERIALIZER
-        if isinstance(exc, _Unsigned):
-            reason = str(exc)
+        if shortage.is_shortage(exc):
+            self.give_back(message, exc)
+        elif isinstance(exc, _Unsigned):
+            self.throw_away(message, f"{exc} (queue.signing)")
         elif signed and isinstance(exc, ContentDisallowed):
-            reason = "it is not signed"
+            self.throw_away(message, "it is not signed (queue.signing)")
         elif any(isinstance(one, SecurityError) for one in (exc, *exc.args)):  # kombu wraps it
-            reason = "its signature is none of a trusted key"
+            self.throw_away(message, "its signature is none of a trusted key (queue.signing)")
         else:
             self.throw_away(message, f"it cannot be read ({type(exc).__name__})")
-            return
-        self.throw_away(message, f"{reason} (queue.signing)", tell=not self._goes_on(message))
-
-    def _goes_on(self, message: Any) -> bool:
-        """Whether the id is that of a job whose own message was, or will be, signed: this one must not end it."""
-        _, job_id = _named(message)
-        return job_id is not None and type(self).is_written_down(job_id)
 
     def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ARG002 - Celery's signature
         self.throw_away(message, "it is no task")
@@ -145,24 +216,118 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         _wait_for_room(exc)
         super().on_connection_error_after_connected(exc)
 
-    def throw_away(self, message: Any, reason: str, *, tell: bool = True) -> None:
-        """Reject it for good, in one line; whoever waits for its id is told."""
-        task, job_id = _named(message)
+    def throw_away(self, message: Any, reason: str) -> None:
+        """Reject it for good, in one line, and end its id with `InvalidRequest`.
+
+        A job that the ledger knows is not ended by a message that is none: the ledger sends another one.
+        """
+        name = named(message)
+        try:
+            goes_on = name.can_be_told and type(self).is_written_down(str(name.job_id))
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            away = type(error).__name__
+            log.warning("The ledger does not say whether it knows a job (%s); the message is given back", away)
+            message.reject_log_error(log, self.connection_errors, requeue=True)
+            time.sleep(shortage.PAUSE_S)
+            return
+        except redis.RedisError:  # what it has under this id is no job
+            goes_on = False
         size = len(message.body or b"")
-        log.error("Threw a message away: %s (task %s, id %s, %d bytes)", reason, task or "-", job_id or "-", size)
+        log.error("Threw a message away: %s (%s, %d bytes)", reason, _shown(message), size)
         if not message.acknowledged:
             message.reject_log_error(log, self.connection_errors)
         signals.task_rejected.send(sender=self, message=message, exc=None)
-        if job_id and tell:
-            self._tell(job_id, InvalidRequest(f"The worker threw the message away: {reason}."))
+        if name.can_be_told and not goes_on:
+            self._tell(str(name.job_id), InvalidRequest(f"The worker threw the message away: {reason}."))
 
-    def _tell(self, job_id: str, error: InvalidRequest) -> None:
+    def _tell(self, job_id: str, error: CourierError) -> None:
         try:
             self.app.backend.store_result(job_id, error, "FAILURE")
+            type(self).told(job_id)
         except (BackendError, redis.RedisError) as away:
             log.warning("Nobody could be told: %s", type(away).__name__)
         if self.event_dispatcher:
             self.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(error.message))
+
+    # --- what is not the message's fault ------------------------------------------------------------------------
+
+    def _watch_over_the_pool(self) -> None:
+        """A pool may hand a message over later than it came, when a process is free: outside of `on_message`."""
+        worker = self.controller
+        hand_over = worker._process_task
+
+        def guarded(request: Any) -> None:
+            try:
+                hand_over(request)
+            except Exception as error:
+                if self._is_of_the_broker(error):
+                    raise
+                if self.pool.uses_semaphore and hasattr(worker, "_quick_release"):
+                    worker._quick_release()
+                state.task_ready(request)
+                self.give_back(request.message, error)
+
+        worker._process_task = guarded
+        if self.on_task_request == hand_over:
+            self.on_task_request = guarded
+
+    def give_back(self, message: Any, error: BaseException) -> None:
+        """Put it back into its queue, behind the others, and wait; after a few in a row end the worker.
+
+        One that was given back `shortage.MAX_RETURNS` times while others succeeded becomes a dead letter.
+        """
+        why = shortage.why(error)
+        if not shortage.is_shortage(error):
+            log.error("A fault of the worker itself: %s", where_it_broke(error))
+        log.error("Gave a message back, because %s (%s)", why, _shown(message))
+        times = self.returns.given_back(lambda: self._count(named(message)))
+        self.end_after_a_few(why)
+        if times >= shortage.MAX_RETURNS:
+            self._bury(message, why)
+        elif not message.acknowledged:
+            message.reject_log_error(log, self.connection_errors, requeue=True)
+            time.sleep(shortage.PAUSE_S)
+
+    def end_after_a_few(self, why: str) -> None:
+        """End the worker if it has given a few back in a row."""
+        if self.returns.in_a_row >= shortage.IN_A_ROW and state.should_stop in (None, False):
+            log.critical(
+                "This worker gave %d messages back in a row, the last one because %s. It ends itself with exit status"
+                " %d; raise its limits (ulimit -a; pids and memory of its container), then start it again.",
+                self.returns.in_a_row,
+                why,
+                shortage.EXIT_STATUS,
+            )
+            state.should_stop = shortage.EXIT_STATUS
+
+    def _count(self, name: Named) -> int:
+        try:
+            return type(self).count_return(str(name.job_id)) if name.can_be_told else 0
+        except redis.RedisError:
+            return 0
+
+    def _bury(self, message: Any, why: str) -> None:
+        """A job that the ledger has brought to its end meanwhile stays as it ended."""
+        name, fault = named(message), shortage.dead_letter(why)
+        try:
+            arguments = message.payload[1] if "task" in message.headers else message.payload.get("kwargs", {})
+            job = arguments.get("job")
+            died = type(self).bury(str(name.job_id), str(name.task), job if isinstance(job, Mapping) else {}, fault)
+        except Exception as failed:  # noqa: BLE001 - what made it come back may keep it from being read
+            log.error("A dead letter could not be written into the ledger: %s", type(failed).__name__)
+            died = True
+        message.reject_log_error(log, self.connection_errors)
+        if died:
+            log.error("Dead letter: %s (%s)", fault.message, _shown(message))
+            self._tell(str(name.job_id), fault)
+
+
+def _shown(message: Any) -> str:
+    """Task and id as the headers name them."""
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    task, job_id = headers.get("task"), headers.get("id")
+    task = task if isinstance(task, str) and _NAME.fullmatch(task) else "-"
+    return f"task {task}, id {shown_id(job_id) if isinstance(job_id, str) and job_id else '-'}"
 
 
 class Turns(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
@@ -219,16 +384,6 @@ def _wait_for_room(error: BaseException) -> None:
         time.sleep(FULL_S)
 
 
-def _named(message: Any) -> tuple[str | None, str | None]:
-    """The task and the id that the headers name, if they can be shown."""
-    headers = message.headers if isinstance(message.headers, dict) else {}
-    task, job_id = (
-        name if isinstance(name, str) and _NAME.fullmatch(name) else None
-        for name in (headers.get("task"), headers.get("id"))
-    )
-    return task, job_id
-
-
 class PacsQoS(redis_transport.QoS):
     """What was delivered and not yet acknowledged, also when its Redis has gone: the ledger wakes those jobs.
 
@@ -281,6 +436,16 @@ class PacsChannel(redis_transport.Channel):
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
             log.error("Threw away what is no message: %s", type(error).__name__)
             return True
+
+    def _do_restore_message(self, payload: Any, exchange: Any, routing_key: Any, *args: Any, **options: Any) -> None:
+        """Put back what a worker took and did not end. kombu quotes a message that it cannot put back."""
+        properties = payload["properties"]
+        of_texts = isinstance(exchange, str) and isinstance(routing_key, str)
+        of_objects = isinstance(payload.get("headers"), dict) and isinstance(properties.get("delivery_info"), dict)
+        if of_texts and of_objects:
+            super()._do_restore_message(payload, exchange, routing_key, *args, **options)  # type: ignore[no-untyped-call]
+        else:
+            log.error("Threw away a message that cannot be put back: its headers or its delivery_info are none")
 
 
 class PacsTransport(redis_transport.Transport):

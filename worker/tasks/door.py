@@ -11,18 +11,24 @@ from typing import Any
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from worker.app import pulse, tools
+from worker.app import NOT_BEGUN, ready
 from worker.errors import InvalidRequest
-from worker.jobs.carry import Done, Failed, NotTaken, Parked, Work, carry
+from worker.jobs.carry import Done, Failed, NotTaken, Parked, Starved, Work, carry
 from worker.jobs.follow import follow
-from worker.jobs.run import Run
+from worker.jobs.run import Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import job_id_for
 from worker.logs import job_lines
+from worker.shortage import STARVED, is_shortage
 from worker.telemetry import continued
 
 #: Without a ledger nothing can be done; a message that is given back comes again at once.
 PAUSE_S = 1.0
+#: Tasks whose job's id becomes that of a batch, and part of its keys.
+OPENS_A_BATCH = frozenset(
+    ("pacs.delete_all", "pacs.batch.upload", "pacs.batch.delete", "pacs.batch.download", "pacs.batch.migrate")
+)
+IS_BATCH_ID = re.compile(r"[\w.-]{1,200}", re.ASCII).fullmatch
 _IS_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
 
@@ -38,9 +44,11 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
     key = message.get("idempotency_key") if isinstance(message, dict) else None
     if isinstance(key, str) and key and job_id_for(key) != job_id:
         work = partial(follow, task.name)
+    elif task.name in OPENS_A_BATCH and not IS_BATCH_ID(job_id):
+        raise InvalidRequest("A batch bears its job's id, which may hold letters, digits, . _ and - only.")
     trace = _trace(task)
     with job_lines(job_id, task.name):
-        tool, beat = tools(), pulse()  # the first job lets in who watches
+        tool, beat = _ready()  # the first job lets in who watches
         with continued({"traceparent": trace} if trace else {}):
             verdict = carry(work, task=task.name, job_id=job_id, message=message, tools=tool, pulse=beat, trace=trace)
     match verdict:
@@ -51,6 +59,9 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
         case NotTaken():
             time.sleep(PAUSE_S)
             raise Reject("the ledger cannot be reached", requeue=True)
+        case Starved():
+            time.sleep(PAUSE_S)
+            raise Ignore(STARVED)
         case Parked():
             raise Ignore
 
@@ -59,6 +70,16 @@ def _refuse(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any
     raise InvalidRequest(
         f"The message has {len(message) - 1} arguments beside job; all fields of an order belong into the object job."
     )
+
+
+def _ready() -> tuple[Tools, Pulse]:
+    try:
+        return ready()
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        time.sleep(PAUSE_S)
+        raise Ignore(NOT_BEGUN) from None  # what becomes of the message: worker/app.py
 
 
 def _trace(task: Task) -> str:

@@ -1,0 +1,338 @@
+"""What a worker throws away, what it gives back, and when it ends itself. Celery's own parts are stood in for."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+from billiard.einfo import ExceptionInfo
+from celery.exceptions import Ignore, Reject
+from celery.worker import state
+from celery.worker.consumer import Consumer
+from kombu.exceptions import DecodeError
+from kombu.transport.redis import Transport
+
+from worker import app as product
+from worker import pool, shortage
+from worker.consumer import PacsChannel, PacsConsumer
+from worker.errors import CourierError, NotDicom
+
+OURS = (
+    RuntimeError("can't start new thread"),
+    MemoryError(),
+    DecodeError(MemoryError()),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    OSError(errno.EMFILE, "Too many open files"),
+    shortage.Escaped(MemoryError()),
+)
+NOT_OURS = (
+    RuntimeError("dictionary changed size during iteration"),
+    ValueError("no JSON"),
+    KeyError("task"),
+    DecodeError(ValueError("no JSON")),
+    RecursionError(),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    TimeoutError(),
+)
+
+
+@pytest.mark.parametrize("error", OURS, ids=repr)
+def test_a_lack_of_threads_memory_or_files_is_known(error: Exception) -> None:
+    assert shortage.is_shortage(error)
+    assert shortage.why(error).startswith(shortage.STARVED)
+
+
+@pytest.mark.parametrize("error", NOT_OURS, ids=repr)
+def test_what_is_no_lack_of_anything_is_not_taken_for_one(error: Exception) -> None:
+    assert not shortage.is_shortage(error)
+    assert "dictionary" not in shortage.why(error)
+
+
+def test_a_pool_starts_all_its_threads_at_once() -> None:
+    with ThreadPoolExecutor(7) as executor:
+        shortage.start_threads(executor, 7)
+        assert len(executor._threads) == 7
+
+
+def test_a_pool_that_gets_too_few_threads_says_so_and_keeps_none_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with ThreadPoolExecutor(7) as executor, pytest.raises(RuntimeError, match="can't start new thread"):
+        shortage.start_threads(executor, 7)
+
+
+def test_a_return_is_held_against_a_message_only_when_others_succeeded_before_it() -> None:
+    returns, counted = shortage.Returns(), iter(range(1, 100))
+    assert returns.given_back(lambda: next(counted)) == 0
+    returns.succeeded()
+    assert returns.given_back(lambda: next(counted)) == 1
+    assert returns.given_back(lambda: next(counted)) == 0
+    assert returns.in_a_row == 2
+
+
+@dataclass
+class Message:
+    """What a consumer needs of kombu's."""
+
+    headers: Any = field(default_factory=lambda: {"task": "pacs.upload", "id": "order/7"})
+    content: Any = field(default_factory=lambda: [[], {"job": {"image_url": "http://h/a"}}, {}])
+    raises: Exception | None = None
+    ended: list[str] = field(default_factory=list)
+    body: bytes = b"{}"
+    content_type: str = "application/json"
+    content_encoding: str = "utf-8"
+    properties: dict[str, Any] = field(default_factory=dict)
+    delivery_info: dict[str, Any] = field(default_factory=dict)
+    _decoded_cache: Any = None
+
+    @property
+    def payload(self) -> Any:
+        if self.raises is not None:
+            raise self.raises
+        self._decoded_cache = self.content
+        return self.content
+
+    @property
+    def acknowledged(self) -> bool:
+        return bool(self.ended)
+
+    def reject_log_error(self, *_: Any, requeue: bool = False) -> None:
+        self.ended.append("given back" if requeue else "thrown away")
+
+
+class Worker:
+    """A consumer whose pool does as ``take`` says, with what it told and buried."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: dict[str, CourierError] = {}
+        self.buried: list[tuple[Any, ...]] = []
+        self.returned: dict[str, int] = {}
+        self.known: set[str] = set()
+        self.take: Callable[[Any], None] = lambda _: None
+        monkeypatch.setattr(Consumer, "create_task_handler", lambda *_, **__: self.take)
+        monkeypatch.setattr("worker.consumer.time.sleep", lambda _: None)
+        monkeypatch.setattr(PacsConsumer, "is_written_down", staticmethod(self.is_known))
+        monkeypatch.setattr(PacsConsumer, "count_return", staticmethod(self.count))
+        monkeypatch.setattr(PacsConsumer, "bury", staticmethod(self.bury))
+        monkeypatch.setattr(state, "should_stop", None)
+        self.consumer = PacsConsumer.__new__(PacsConsumer)
+        self.consumer.returns = shortage.Returns()
+        self.consumer.connection_errors, self.consumer.channel_errors = (
+            Transport.connection_errors,
+            Transport.channel_errors,
+        )
+        self.consumer.event_dispatcher = None
+        self.consumer.app = SimpleNamespace(
+            conf=SimpleNamespace(task_serializer="json"), backend=SimpleNamespace(store_result=self.tell)
+        )
+
+    def is_known(self, job_id: str) -> bool:
+        return job_id in self.known
+
+    def count(self, job_id: str) -> int:
+        self.returned[job_id] = self.returned.get(job_id, 0) + 1
+        return self.returned[job_id]
+
+    def bury(self, *letter: Any) -> bool:
+        self.buried.append(letter)
+        return True
+
+    def tell(self, job_id: str, error: CourierError, _: str) -> None:
+        self.told[job_id] = error
+
+    def receive(self, message: Message) -> str:
+        self.consumer.create_task_handler()(message)
+        return message.ended[-1] if message.ended else "taken"
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    return Worker(monkeypatch)
+
+
+def failing(error: Exception) -> Callable[[Any], None]:
+    def take(_: Any) -> None:
+        raise error
+
+    return take
+
+
+@pytest.mark.parametrize(
+    "error", [*OURS, RuntimeError("bug"), KeyError("bug"), TypeError("bug"), AttributeError("bug")], ids=repr
+)
+def test_a_good_message_is_given_back_whatever_becomes_of_it(worker: Worker, error: Exception) -> None:
+    worker.take = failing(error)
+    assert worker.receive(Message()) == "given back"
+    assert worker.told == {}
+
+
+@pytest.mark.parametrize("error", OURS, ids=repr)
+def test_a_message_that_cannot_be_read_for_want_of_memory_is_given_back(worker: Worker, error: Exception) -> None:
+    assert worker.receive(Message(raises=error)) == "given back"
+    assert worker.told == {}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError(), KeyError(), LookupError(), TypeError(), RecursionError(), DecodeError(ValueError())],
+    ids=repr,
+)
+def test_a_message_that_cannot_be_read_is_thrown_away_and_its_sender_told(worker: Worker, error: Exception) -> None:
+    assert worker.receive(Message(raises=error)) == "thrown away"
+    assert worker.told["order/7"].payload["code"] == "invalid_request"
+
+
+@pytest.mark.parametrize("error", [redis.ConnectionError(), redis.TimeoutError(), BrokenPipeError()], ids=repr)
+def test_a_broker_that_has_gone_is_connected_to_anew(worker: Worker, error: Exception) -> None:
+    worker.take = failing(error)
+    message = Message()
+    with pytest.raises(type(error)):
+        worker.receive(message)
+    assert message.ended == []
+
+
+def test_a_message_that_is_no_job_does_not_end_one_that_the_ledger_knows(worker: Worker) -> None:
+    worker.known.add("order/7")
+    assert worker.receive(Message(headers={"task": "pacs.upload", "id": "order/7", "shadow": 5})) == "thrown away"
+    assert worker.told == {}
+
+
+def test_a_message_is_given_back_while_the_ledger_does_not_say_whether_it_ends_a_job(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: str) -> bool:
+        raise redis.ConnectionError
+
+    monkeypatch.setattr(PacsConsumer, "is_written_down", staticmethod(away))
+    assert worker.receive(Message(headers={"task": "pacs.upload", "id": "order/7", "shadow": 5})) == "given back"
+
+
+def test_a_few_returns_in_a_row_end_the_worker_with_a_status_of_its_own(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker.take = failing(RuntimeError("can't start new thread"))
+    for number in range(shortage.IN_A_ROW):
+        assert state.should_stop is None
+        worker.receive(Message(headers={"task": "pacs.upload", "id": f"job-{number}"}))
+    assert state.should_stop == shortage.EXIT_STATUS
+    worker.receive(Message())
+    assert sum(record.levelname == "CRITICAL" for record in caplog.records) == 1
+    assert worker.buried == []
+
+
+def test_a_worker_in_which_others_succeed_goes_on_and_the_message_becomes_a_dead_letter(worker: Worker) -> None:
+    worker.take = failing(RuntimeError("can't start new thread"))
+    for _ in range(shortage.MAX_RETURNS - 1):
+        worker.consumer.returns.succeeded()
+        assert worker.receive(Message()) == "given back"
+    worker.consumer.returns.succeeded()
+    assert worker.receive(Message()) == "thrown away"
+    assert state.should_stop is None
+    ((job_id, task, job, error),) = worker.buried
+    assert (job_id, task, job) == ("order/7", "pacs.upload", {"image_url": "http://h/a"})
+    assert worker.told == {"order/7": error}
+    assert error.payload["code"] == "poisoned"
+
+
+def test_a_job_that_has_ended_meanwhile_is_told_no_other_end(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PacsConsumer, "bury", staticmethod(lambda *_: False))
+    worker.take = failing(RuntimeError("can't start new thread"))
+    for _ in range(shortage.MAX_RETURNS):
+        worker.consumer.returns.succeeded()
+        worker.receive(Message())
+    assert worker.told == {}
+
+
+@pytest.mark.parametrize("job_id", ["\ud800", "", None, 5, ["a"]])
+def test_an_id_under_which_nothing_can_be_stored_does_not_stop_the_worker(worker: Worker, job_id: Any) -> None:
+    assert worker.receive(Message(headers={"task": "pacs.upload", "id": job_id})) == "thrown away"
+    assert worker.told == {}
+
+
+def test_an_id_of_another_program_is_told_although_no_log_would_show_it(worker: Worker) -> None:
+    body = {"task": 5, "id": "order/8"}
+    assert worker.receive(Message(headers={}, content=body)) == "thrown away"
+    assert worker.told.keys() == {"order/8"}
+
+
+# --- what comes out of the pool --------------------------------------------------------------------------------
+
+
+def test_what_comes_out_of_celerys_own_code_around_a_job_is_caught() -> None:
+    def trace(*_: Any) -> None:
+        raise MemoryError
+
+    failed, info, _ = pool._caught(trace)
+    assert failed
+    assert isinstance(info.exception.exc, shortage.Escaped)
+    assert shortage.is_shortage(info.exception.exc)
+    assert pool._caught(lambda *_: (0, "stored", 0.1)) == (0, "stored", 0.1)
+
+
+def info_of(error: BaseException) -> ExceptionInfo:
+    try:
+        raise error
+    except BaseException:  # noqa: BLE001 - whatever it is
+        return ExceptionInfo()
+
+
+@pytest.mark.parametrize(
+    ("error", "return_ok", "comes_again"),
+    [
+        (shortage.Escaped(TypeError()), True, True),
+        (MemoryError(), False, True),
+        (TypeError(), False, True),
+        (Ignore(product.NOT_BEGUN), True, True),
+        (Ignore(), True, False),
+        (Reject("the ledger cannot be reached", requeue=True), True, False),
+        (NotDicom("No."), True, False),
+        (SystemExit(), False, False),
+    ],
+    ids=repr,
+)
+def test_a_message_comes_again_when_the_worker_and_not_its_job_has_failed(
+    error: BaseException, return_ok: bool, comes_again: bool
+) -> None:
+    assert (product._cause_of_return(error, return_ok=return_ok) is not None) == comes_again
+
+
+def test_a_follow_up_that_is_wrong_is_named_in_the_result_without_its_value(worker: Worker) -> None:
+    content = json.loads('[[], {"job": {}}, {"callbacks": [{"task": "PLANTED"}]}]')
+    assert worker.receive(Message(content=content)) == "thrown away"
+    assert "callbacks" in worker.told["order/7"].message
+    assert "PLANTED" not in worker.told["order/7"].message
+
+
+@pytest.mark.parametrize(
+    ("exchange", "routing_key", "delivery_info", "headers"),
+    [
+        (["PLANTED"], "celery", {}, {}),
+        ("", {"PLANTED": 1}, {}, {}),
+        ("", "celery", ["PLANTED"], {}),
+        ("", "celery", {}, ["PLANTED"]),
+    ],
+)
+def test_a_message_that_cannot_be_put_back_is_not_quoted(
+    caplog: pytest.LogCaptureFixture, exchange: Any, routing_key: Any, delivery_info: Any, headers: Any
+) -> None:
+    """A worker that is killed leaves what it took; the next one finds it after the visibility time-out."""
+    channel = PacsChannel.__new__(PacsChannel)
+    raw = {"body": "PLANTED", "headers": headers, "properties": {"delivery_info": delivery_info}}
+    channel._do_restore_message(raw, exchange, routing_key, None)
+    assert "cannot be put back" in caplog.text
+    assert "PLANTED" not in caplog.text
