@@ -19,7 +19,7 @@ import gc
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,13 +184,14 @@ class Workers:
         servers: list[dict[str, Any]] | None = None,
         concurrency: int = 8,
         environ: Mapping[str, str] | None = None,
+        options: Iterable[str] = (),
         may_show_tracebacks: bool = False,
         **sections: Mapping[str, Any],
     ) -> Worker:
         """Start one and wait until it takes jobs.
 
         ``servers`` are the sandbox's two unless given; every further keyword is a section of ``pacs.toml``.
-        Sources may be on loopback.
+        Sources may be on loopback. ``options`` are of Celery's command line.
         """
         if servers is None:
             servers = self._request.getfixturevalue("sandbox").servers()
@@ -202,7 +203,9 @@ class Workers:
             **{section: dict(values) for section, values in sections.items()},
         }
         config = parts.write_settings(self._running.folder / f"{name}.toml", tree)
-        child = parts.worker(self._running, config, name=name, concurrency=concurrency, environ=environ)
+        child = parts.worker(
+            self._running, config, name=name, concurrency=concurrency, options=options, environ=environ
+        )
         if may_show_tracebacks:
             self._may_show_tracebacks.add(child)
         child.wait_ready()

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Crew:
         pool: str = "threads",
         concurrency: int = 8,
         stops: bool = False,
+        options: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         wait: bool = True,
         **sections: Mapping[str, Any],
@@ -72,7 +73,7 @@ class Crew:
         command += ["--concurrency", concurrency, "--loglevel", "INFO", "--hostname", f"{name}@courier"]
         child = self.processes.start(
             name,
-            [*command, "--without-mingle", "--without-gossip"],
+            [*command, "--without-mingle", "--without-gossip", *options],
             ready=lambda child: f"{name}@courier ready." in child.log,
             environ={"PACS_CONFIG": str(config), "CHAOS_URL": self._control, **(environ or {})},
         )

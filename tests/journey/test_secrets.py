@@ -116,8 +116,9 @@ def guarded(worker, sandbox, token_endpoint, tmp_path):
         "WARD_TOKEN": PLANTED["the token of a server"],
     }
 
-    def start(log_format: str):
+    def start(log_format: str, *, options: tuple[str, ...] = ()):
         return worker(
+            options=options,
             servers=[msdicom, dcm4chee, again],
             environ=environ,
             results={"metadata": "none"},
@@ -274,3 +275,36 @@ def test_a_batch_of_signed_urls_shows_no_signature(guarded, redis, image_server,
         }
     assert "denied.dcm" in shown["report"]
     assert found_in(shown) == [], found_in(shown)
+
+
+@pytest.mark.parametrize("pool", ["threads", "processes"])
+def test_a_log_at_the_level_debug_shows_nothing_secret_either(guarded, plain, image_server, redis, pool):
+    """Celery quotes the arguments of plain clients there, HTTP libraries their URLs and headers."""
+    running = guarded("text", options=("--loglevel", "DEBUG", "--pool", pool))
+    study = new_uid()
+    with Courier(running.settings) as courier:
+        handles = list(jobs(courier, image_server, study, plain))
+        filters = {"PatientName": PATIENT, "PatientID": PATIENT_ID}
+        asked = {
+            "pacs.list_studies": {"filters": filters},
+            "pacs.exists": {"level": "study", "uid": study, "note": PATIENT},
+            "pacs.metadata": {"level": "study", "uid": study},
+            "pacs.upload": {
+                "image_url": image_server.put("new.dcm", image(new_uid(), PatientID=PATIENT_ID)) + f"?{S3}"
+            },
+        }
+        for task, job in asked.items():
+            note = plain.signature("reports.note", kwargs=filters)
+            sent = plain.send_task(task, kwargs={"job": job}, link=note, link_error=note, countdown=0.1)
+            handles.append(courier.handle(sent.id))
+        wrong = plain.send_task("pacs.list_studies", kwargs={"job": {"filters": filters}}, shadow=5, link=note)
+        handles.append(courier.handle(wrong.id))
+        # The connections break in the middle: kombu and redis-py speak of it.
+        with redis_client.Redis.from_url(redis.broker_url) as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+        for handle in handles:
+            outcome_of(handle)
+    assert "INFO" in running.log
+    assert "Threw a message away" in running.log
+    assert " DEBUG " not in running.log, "nothing of ours says anything there yet: it would be a library"
+    assert found_in({"the log": running.log}) == []
