@@ -342,22 +342,29 @@ def _events(known: Mapping[str, Known]) -> list[TraceEvent]:
 
 
 def told(note: Note) -> str:
-    """A note as one sentence."""
+    """A note as one sentence, also where another version of the ledger wrote it and left something out."""
     details = note.details
+    server = details.get("server", "a server")
     match note.event:
         case "claimed":
-            return f"The study was new; it now belongs to {details['server']}."
+            return f"The study was new; it now belongs to {server}."
         case "routed":
             on = ", ".join(details.get("study_on") or []) or "no server"
-            return f"To be pushed to {details.get('server')} ({details.get('reason')}; the study was on {on})."
+            return f"To be pushed to {server} ({details.get('reason')}; the study was on {on})."
         case "stored":
-            return f"Stored on {details['server']}."
+            return f"Stored on {server}."
         case "waiting":
-            return f"Put aside for {details['delay_s']} s ({details['code']}): {details['message']}"
+            return _waiting(details)
         case "ended":
             return _ending(details)
         case _:
             return _BY_HAND.get(note.event, note.event)
+
+
+def _waiting(details: Mapping[str, Any]) -> str:
+    """A job that waits for a circuit breaker has no delay: it goes on when the server is well."""
+    how_long = f"for {details['delay_s']} s" if "delay_s" in details else "until its server is well again"
+    return f"Put aside {how_long} ({details.get('code')}): {details.get('message', '')}"
 
 
 def _ending(details: Mapping[str, Any]) -> str:

@@ -1,0 +1,131 @@
+"""Every kind of event that the ledger can write on a trail, as `pacs trace` tells it."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import fakeredis
+import pytest
+
+import worker.ledger
+from worker.jobs.carry import Done, carry
+from worker.jobs.run import Pulse
+from worker.jobs.tools import Tools
+from worker.jobs.trace import trace
+from worker.ledger import ORDER, Ledger, Receipt, Wait
+from worker.pacs.fleet import Fleet
+from worker.settings import Settings
+
+TASK, JOB = "pacs.upload", {"image_url": "http://host/a.dcm"}
+UID, STUDY = "1.2.3", "1.2"
+AWAY = {"error": {"code": "pacs_unavailable", "message": "Away.", "server_name": "a"}}
+
+
+def claimed(ledger: Ledger, fence: int) -> None:
+    ledger.claim_study(STUDY, server="a", job_id="j")
+
+
+def moved(ledger: Ledger, fence: int) -> None:
+    claimed(ledger, fence)
+    time.sleep(0.002)  # or the two are told as one
+    ledger.move_claim(STUDY, server="b", job_id="j")
+
+
+def routed(reason: str) -> Callable[[Ledger, int], None]:
+    def write(ledger: Ledger, fence: int) -> None:
+        decision = {"server": "a", "study_uid": STUDY, "reason": reason, "study_on": [], "candidates": ["a"]}
+        ledger.intend("j", fence, {"server": "a"}, decision=decision)
+
+    return write
+
+
+def stored(ledger: Ledger, fence: int) -> None:
+    ledger.stored(UID, STUDY, Receipt("j", "a", "00", 1), series_instance_uid=f"{STUDY}.1")
+
+
+def parked(wait: Wait) -> Callable[[Ledger, int], None]:
+    return lambda ledger, fence: ledger.park("j", fence, delay_s=2, code="waiting", message="Later.", wait=wait)
+
+
+def parked_for(breaker: str) -> Callable[[Ledger, int], None]:
+    def write(ledger: Ledger, fence: int) -> None:
+        ledger.park_for(breaker, "j", fence, max_wait_s=10, code="pacs_unavailable", message="Away.")
+
+    return write
+
+
+def ended(outcome: dict[str, Any], code: str) -> Callable[[Ledger, int], None]:
+    return lambda ledger, fence: ledger.finish("j", fence, outcome=outcome, code=code, task=TASK, job=JOB)
+
+
+def buried(ledger: Ledger, fence: int) -> None:
+    ledger.bury("j", fence, outcome=AWAY, code="pacs_unavailable", task=TASK, job=JOB)
+
+
+def replayed(ledger: Ledger, fence: int) -> None:
+    buried(ledger, fence)
+    ledger.replay("j")
+
+
+def purged(ledger: Ledger, fence: int) -> None:
+    buried(ledger, fence)
+    ledger.purge("j")
+
+
+#: What is written, which event comes of it last, and what its sentence says.
+EVENTS: dict[str, tuple[Callable[[Ledger, int], None], str, str]] = {
+    "claimed": (claimed, "claimed", "now belongs to a"),
+    "claimed by a move": (moved, "claimed", "now belongs to b"),
+    **{f"routed, {reason}": (routed(reason), "routed", reason) for reason in ("new_study", "claimed", "requested")},
+    "stored": (stored, "stored", "Stored on a."),
+    "waiting for a time": (parked("counts"), "waiting", "Put aside for 2 s"),
+    "waiting for a server": (parked_for("a"), "waiting", "until its server is well again (pacs_unavailable): Away."),
+    "waiting for a server's changes": (parked_for("a:changes"), "waiting", "until its server is well again"),
+    "done": (ended({"payload": {"server_name": "a"}}, "done"), "ended", "pacs.upload is done."),
+    "refused": (ended(AWAY, "study_conflict"), "ended", "was refused (study_conflict): Away."),
+    "refused without a word": (ended({"error": {}}, "cancelled"), "ended", "was refused (cancelled)"),
+    "a dead letter": (buried, "ended", "ended as a dead letter (pacs_unavailable): Away."),
+    "replayed": (replayed, "replayed", "queued again"),
+    "purged": (purged, "purged", "Dropped"),
+}
+
+
+@pytest.fixture
+def ledger() -> Iterator[Ledger]:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield Ledger(client)
+
+
+def traced(ledger: Ledger, uid: str) -> dict[str, Any]:
+    """The answer of `pacs.trace`, which no server has anything to say to."""
+    tools = Tools(settings=Settings(), ledger=ledger, sources=cast(Any, None), fleet=Fleet([]), rng=random.Random(1))
+    pulse = Pulse(ledger, lambda *_: None)
+    verdict = carry(trace, task="pacs.trace", job_id=f"t{uid}", message={"uid": uid}, tools=tools, pulse=pulse)
+    assert isinstance(verdict, Done), verdict
+    return verdict.payload
+
+
+@pytest.mark.parametrize("kind", EVENTS)
+def test_a_trace_tells_every_kind_of_event_in_a_sentence(kind: str, ledger: Ledger) -> None:
+    write, event, said = EVENTS[kind]
+    job = ledger.claim("j", task=TASK, job=JOB)
+    ledger.hold_image(UID, job_id="j", fence=job.fence, into=(STUDY, f"{STUDY}.1"))
+    write(ledger, job.fence)
+    told = [one for uid in (UID, STUDY) if ledger.known(uid).trail for one in traced(ledger, uid)["timeline"]]
+    assert said in next(one for one in reversed(told) if one["event"] == event)["text"]
+
+
+def test_the_events_above_are_all_that_the_ledger_writes() -> None:
+    written = set(re.findall(r'_note\(\s*"(\w+)"', inspect.getsource(worker.ledger)))
+    assert written == set(ORDER) == {event for _, event, _ in EVENTS.values()}
+
+
+def test_a_note_of_another_version_that_says_less_does_not_end_the_trace(ledger: Ledger) -> None:
+    for event in (*ORDER, "of a later version"):
+        ledger.client.rpush(f"{worker.ledger.PREFIX}trail:{UID}", f'1 {{"event":"{event}","job_id":"j"}}')
+    assert [one["event"] for one in traced(ledger, UID)["timeline"]][:2] == ["claimed", "of a later version"]
