@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -39,19 +40,21 @@ def follow(courier: Courier, jobs: Mapping[Handle, str], *, timeout_s: float | N
         TimeElapsedColumn(),
     )
     last = {handle.id: Report("queued", "queued") for handle in jobs}
+    stages, over = Counter(report.stage for report in last.values()), 0  # kept up to date: a sum each time takes hours
     hidden = quiet or not errors_console.is_terminal
     with Progress(*columns, console=errors_console, transient=True, disable=hidden) as progress:
         line = progress.add_task("queued", total=len(jobs))
         for handle, report in courier.watch(jobs, timeout_s=timeout_s):
-            last[handle.id] = report
-            over = sum(report.over for report in last.values())
-            progress.update(line, completed=over, description=_stages(last.values()))
+            before, last[handle.id] = last[handle.id], report
+            over += int(report.over) - int(before.over)
+            stages[before.stage] -= not before.over
+            stages[report.stage] += not report.over
+            progress.update(line, completed=over, description=_stages(stages))
     return last
 
 
-def _stages(reports: Iterable[Report]) -> str:
-    stages = [report.stage for report in reports if not report.over]
-    return ", ".join(f"{stages.count(stage)} {stage}" for stage in dict.fromkeys(stages)) or "done"
+def _stages(open_jobs: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {stage}" for stage, count in open_jobs.items() if count) or "done"
 
 
 def upload_row(url: str, job_id: str, report: Report) -> UploadRow:
