@@ -27,6 +27,7 @@ from pydicom.uid import (
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, VR
 
 from worker.errors import NotDicom
+from worker.scratch import drop, no_room
 
 _UNDEFINED: Final = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -410,7 +411,7 @@ class _Inflated(_Dataset):
     """A deflated dataset, inflated into a file of its own."""
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        drop(self._stream)
 
 
 def _opened(stream: BinaryIO, transfer_syntax_uid: str) -> _Dataset:
@@ -438,11 +439,15 @@ def _inflated(stream: BinaryIO, start: int) -> IO[bytes]:
             if not data or file.tell() > _MAX_INFLATED_BYTES:
                 raise _unreadable("its deflated dataset has no end")
             file.write(inflater.decompress(data, _CHUNK_BYTES))
+        file.flush()  # or a full disk would only be noticed while the file is read or closed
     except zlib.error:
-        file.close()
+        drop(file)
         raise _unreadable("it cannot be inflated") from None
+    except OSError as error:
+        drop(file)
+        raise no_room(error) from error
     except BaseException:
-        file.close()
+        drop(file)
         raise
     return cast(IO[bytes], file)
 

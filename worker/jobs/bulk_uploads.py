@@ -357,10 +357,10 @@ class Uploads:
                 fetched.to_disk()
             return _Image(item, fetched, identify(fetched.stream))
         except CourierError as error:
-            fetched.close()
+            fetched.drop()
             return error
         except BaseException:
-            fetched.close()
+            fetched.drop()
             raise
 
     # --- a load -----------------------------------------------------------------------------------------------
@@ -695,9 +695,9 @@ def _next(ahead: deque[tuple[Item, Future[_Image | CourierError]]]) -> tuple[Ite
 
 def _close(images: Iterable[_Image]) -> None:
     for image in images:
-        image.fetched.close()
+        image.fetched.drop()
 
 
 def _close_unwanted(future: Future[_Image | CourierError]) -> None:
     if not future.cancelled() and future.exception() is None and isinstance(got := future.result(), _Image):
-        got.fetched.close()
+        got.fetched.drop()

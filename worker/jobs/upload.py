@@ -18,6 +18,7 @@ from worker.errors import (
     NeedsPerson,
     PacsMisanswered,
     Refused,
+    SourceUnreachable,
     TryAgain,
 )
 from worker.instances import Instance, identify
@@ -205,25 +206,37 @@ def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
     run, tools = trip.run, trip.tools
     with run.step("fetch"):
         fetched = tools.sources.fetch(trip.job.image_url)
-    with fetched:
-        with run.step("identify"):
-            instance = identify(fetched.stream)
-        about(study_uid=instance.study_instance_uid)
-        with run.step("check"):
-            _wait_for_turn(instance, run)
-            seen = _check(instance, tools)
-        if earlier is not None and not earlier.is_about(instance, fetched.sha256):
-            earlier = None  # the source gives another file now: what an earlier attempt pushed proves nothing for it
-        with run.step("route"):
-            decision = decide(seen.answers)
-            memo = _memo(instance, fetched, earlier, tools)
-            if isinstance(decision, Exists) and earlier is not None and _may_be_ours(earlier, decision.server):
-                _is_no_others(earlier, _arrival(earlier, fetched), trip)
-                return earlier
-            memo = _route(trip, memo, fetched, decision, seen)
-        about(server_name=memo.server)
-        with run.step("push"):
-            return _push(trip, memo, fetched, resumed=_may_be_ours(earlier, memo.server))
+    pushed: Memo | None = None
+    try:
+        with fetched:
+            pushed = _place(trip, fetched, earlier)
+    except SourceUnreachable as error:  # its file could not be closed
+        if pushed is None or _may_be_cured(error, run):
+            raise
+    return pushed
+
+
+def _place(trip: _Trip, fetched: Fetched, earlier: Memo | None) -> Memo:
+    """Identify, check, route and push what was fetched."""
+    run, tools = trip.run, trip.tools
+    with run.step("identify"):
+        instance = identify(fetched.stream)
+    about(study_uid=instance.study_instance_uid)
+    with run.step("check"):
+        _wait_for_turn(instance, run)
+        seen = _check(instance, tools)
+    if earlier is not None and not earlier.is_about(instance, fetched.sha256):
+        earlier = None  # the source gives another file now: what an earlier attempt pushed proves nothing for it
+    with run.step("route"):
+        decision = decide(seen.answers)
+        memo = _memo(instance, fetched, earlier, tools)
+        if isinstance(decision, Exists) and earlier is not None and _may_be_ours(earlier, decision.server):
+            _is_no_others(earlier, _arrival(earlier, fetched), trip)
+            return earlier
+        memo = _route(trip, memo, fetched, decision, seen)
+    about(server_name=memo.server)
+    with run.step("push"):
+        return _push(trip, memo, fetched, resumed=_may_be_ours(earlier, memo.server))
 
 
 def _memo(instance: Instance, fetched: Fetched, earlier: Memo | None, tools: Tools) -> Memo:

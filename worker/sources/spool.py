@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, Self, cast
 
 from worker.errors import SourceTooLarge, SourceTruncated, SourceUnreachable
+from worker.scratch import drop, no_room
 
 MEMORY_BYTES = 8 * 1_048_576
 CHUNK_BYTES = 262_144
@@ -43,16 +44,27 @@ class Fetched:
             try:
                 self.stream.rollover()
             except OSError as error:
-                raise _no_room(error) from error
+                raise no_room(error) from error
 
     def close(self) -> None:
-        self.stream.close()
+        """Free the bytes. Closing writes what is buffered still, for which a full disk has no room."""
+        try:
+            self.stream.close()
+        except OSError as error:
+            raise no_room(error) from error
+
+    def drop(self) -> None:
+        """Free the bytes where it no longer matters whether the disk took all of them."""
+        drop(self.stream)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # what has gone wrong before says more
+            self.drop()
 
 
 @dataclass(frozen=True)
@@ -100,9 +112,9 @@ def spool(chunks: Iterable[bytes], *, source: str, limits: Limits, announced_byt
             raise SourceTruncated(
                 f"{source} ended after {size_bytes} of {announced_bytes} bytes; it is fetched again from the start."
             )
-        stream.seek(0)
+        _rewind(stream)
     except BaseException:
-        stream.close()
+        drop(stream)
         raise
     return Fetched(cast(BinaryIO, stream), size_bytes, sha256, source)
 
@@ -124,13 +136,17 @@ def _fill(stream: IO[bytes], chunks: Iterator[bytes]) -> tuple[int, str]:
         try:
             stream.write(chunk)
         except OSError as error:
-            raise _no_room(error) from error
+            raise no_room(error) from error
         size_bytes += len(chunk)
     return size_bytes, digest.hexdigest()
 
 
-def _no_room(error: OSError) -> SourceUnreachable:
-    return SourceUnreachable(f"The worker has no room to keep the image ({error.strerror}); free its temporary folder.")
+def _rewind(stream: IO[bytes]) -> None:
+    """To the first byte; what is buffered is written now."""
+    try:
+        stream.seek(0)
+    except OSError as error:
+        raise no_room(error) from error
 
 
 class _View(io.RawIOBase):

@@ -1,0 +1,114 @@
+"""A temporary folder without room: the attempt ends as `source_unreachable`, and no fault of the worker is told."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import fakeredis
+import pytest
+
+from sandbox.synthetic import image, new_uid
+from tests.unit.test_upload import Desk, stored
+from worker.errors import NotDicom, SourceTooLarge, SourceUnreachable
+from worker.fingerprints import _inflated
+from worker.jobs.carry import Parked
+from worker.sources import Fetched
+from worker.sources.spool import Limits, spool
+
+
+class FullDisk(io.BytesIO):
+    """A buffered file on a full disk: ``fails`` are the calls that find no room."""
+
+    fails: tuple[str, ...] = ()
+
+    def _perhaps(self, call: str) -> None:
+        if call in self.fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(self, data: Any) -> int:
+        self._perhaps("write")
+        return super().write(data)
+
+    def seek(self, *where: int) -> int:
+        self._perhaps("seek")
+        return super().seek(*where)
+
+    def flush(self) -> None:
+        self._perhaps("flush")
+
+    def close(self) -> None:
+        super().close()
+        self._perhaps("close")
+
+
+def full(*fails: str) -> Callable[..., FullDisk]:
+    kind = type("Full", (FullDisk,), {"fails": fails})
+    return lambda *_, **__: cast(FullDisk, kind())
+
+
+def limits(max_bytes: int = 10**9) -> Limits:
+    return Limits(max_bytes, time.monotonic() + 60, 60)
+
+
+@pytest.mark.parametrize("fails", [("write",), ("write", "close"), ("seek",), ("seek", "close")])
+def test_a_spool_that_finds_no_room_says_so_wherever_it_notices(
+    fails: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", full(*fails))
+    with pytest.raises(SourceUnreachable, match="no room"):
+        spool([b"abc"], source="http://host/a.dcm", limits=limits())
+
+
+def test_what_went_wrong_before_a_file_could_not_be_closed_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", full("close"))
+    with pytest.raises(SourceTooLarge):
+        spool([b"abcd"], source="http://host/a.dcm", limits=limits(3))
+    with pytest.raises(NotDicom, match="No"), spool([b"abc"], source="http://host/a.dcm", limits=limits()):
+        raise NotDicom("No.")
+
+
+def test_a_spooled_file_that_cannot_be_closed_is_unreachable_and_one_that_is_given_up_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", full("close"))
+    fetched = spool([b"abc"], source="http://host/a.dcm", limits=limits())
+    with pytest.raises(SourceUnreachable, match="no room"):
+        fetched.close()
+    spool([b"abc"], source="http://host/a.dcm", limits=limits()).drop()
+
+
+@pytest.mark.parametrize("fails", ["write", "flush"])
+def test_a_deflated_image_that_cannot_be_inflated_for_want_of_room_is_not_called_damaged(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", full(fails, "close"))
+    deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    with pytest.raises(SourceUnreachable, match="no room"):
+        _inflated(io.BytesIO(deflater.compress(b"abc") + deflater.flush()), 0)
+
+
+def test_an_upload_whose_file_cannot_be_closed_is_tried_again_and_what_is_stored_is_never_said_to_have_failed() -> None:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        desk = Desk(client, "a")
+        body = image(new_uid())
+        digest = hashlib.sha256(body).hexdigest()
+
+        def fetch(url: str) -> Fetched:
+            file = full("close")()
+            io.BytesIO.write(file, body)
+            return Fetched(file, len(body), digest, url)
+
+        desk.tools.sources.fetch = fetch  # type: ignore[method-assign]
+        assert isinstance(desk.carry("j"), Parked)
+        assert desk.ledger.look("j")["code"] == "source_unreachable"
+        assert "fault" not in desk.ledger.look("j")["message"]
+        assert stored(desk.carry("j"))["server_name"] == "a"
+        assert len(desk.servers["a"].images) == 1
