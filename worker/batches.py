@@ -40,6 +40,7 @@ from redis.client import NEVER_DECODE
 
 from worker.ledger import PREFIX, DueJob, LeaseLost, Ledger
 from worker.logs import shown_url, stated
+from worker.payloads import check_batch_id
 
 State = Literal["planning", "planned", "running", "verifying", "paused", "cancelled", "done", "undoing", "undone"]
 Pass = Literal["survey", "apply", "verify", "undo"]
@@ -1107,4 +1108,5 @@ def _pass_state(fields: Mapping[str, str], which: str, counts: Mapping[str, Mapp
 
 
 def _key(batch_id: str, part: str = "") -> str:
-    return f"{PREFIX}batch:{batch_id}{part}"
+    """Raises InvalidRequest, or an id such as ``B:outcomes:apply`` would be taken for another key of the batch B."""
+    return f"{PREFIX}batch:{check_batch_id(batch_id)}{part}"

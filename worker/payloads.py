@@ -40,6 +40,23 @@ def check_uid(uid: str) -> str:
 
 
 Uid = Annotated[str, AfterValidator(check_uid)]
+
+
+#: A batch's id is part of names of keys, whose parts stand between colons.
+_BATCH_ID = re.compile(r"[^\s:\x00-\x1f\x7f]{1,200}")
+
+
+def check_batch_id(batch_id: str) -> str:
+    """``batch_id`` as it is; InvalidRequest where no batch can be called so."""
+    if not _BATCH_ID.fullmatch(batch_id) or not batch_id.isprintable():
+        raise InvalidRequest(
+            "The id of a batch is 1 to 200 characters without blanks, colons and control characters; name the id that"
+            " the order was given, or give an order another id."
+        )
+    return batch_id
+
+
+BatchId = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(check_batch_id)]
 #: ``both``, ``either`` or a server's name, which only a worker knows.
 Mode = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -289,7 +306,7 @@ def _exactly_one(job: BatchOrderJob, *names: str) -> None:
 class BatchJob(Job):
     """`pacs.batch.show`, `.pause`, `.resume` and `.cancel`."""
 
-    batch_id: Annotated[str, Field(min_length=1, max_length=200)]
+    batch_id: BatchId
 
 
 class BatchContinueJob(BatchJob):
