@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -207,7 +208,8 @@ if state == 'waiting' and score and tonumber(score) > now and not woken then
 end
 local died = tonumber(redis.call('HGET', deaths, 'count') or 0)
 if state == 'running' then
-  local was = redis.call('HMGET', job, 'worker', 'deaths')
+  local was = redis.call('HMGET', job, 'worker', 'deaths', 'fence')
+  redis.call('HSET', job, 'overtaken', was[3])
   local worker = 'worker:' .. (was[1] or '')
   if tonumber(was[2] or 0) >= tonumber(redis.call('HGET', deaths, worker) or 0) then
     died = redis.call('HINCRBY', deaths, 'count', 1)
@@ -249,6 +251,49 @@ local waited = since and now - tonumber(since) or 0
 return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0, waited}
 """
 )
+
+# An attempt has ended in a worker that lives, and Redis knows nothing of it: Redis was away, or has lost the record.
+# That is neither an attempt nor a death, also if the lease has run out meanwhile and another worker has counted one.
+# ARGV: id, fence, worker, task, job, attempt, memo, wish, trace, who requested it, why.
+_HAND_BACK = (
+    _NOW
+    + """
+local job, due, deaths = KEYS[1], KEYS[2], KEYS[3]
+local was = redis.call('HMGET', job, 'state', 'fence', 'overtaken')
+if not was[1] then
+  redis.call('HSET', job, 'state', 'waiting', 'task', ARGV[4], 'job', ARGV[5], 'attempts', ARGV[6] - 1,
+    'fence', ARGV[2], 'created_ms', now, 'code', 'waiting', 'message', 'Redis had lost the record of the job')
+  for i, name in ipairs({'memo', 'wish', 'trace', 'requested_by', 'reason'}) do
+    if ARGV[6 + i] ~= '' then redis.call('HSET', job, name, ARGV[6 + i]) end
+  end
+  redis.call('ZADD', due, now, ARGV[1])
+  return 'restored'
+end
+if was[3] == ARGV[2] then
+  redis.call('HDEL', job, 'overtaken')
+  if was[1] ~= 'done' and was[1] ~= 'dead' then redis.call('HINCRBY', job, 'attempts', -1) end
+  if redis.call('HDEL', deaths, 'worker:' .. ARGV[3]) == 1 then
+    redis.call('HSET', job, 'deaths', redis.call('HINCRBY', deaths, 'count', -1))
+  end
+  return 'overtaken'
+end
+if was[2] ~= ARGV[2] or was[1] ~= 'running' then return 'settled' end
+redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'code', 'waiting', 'message', 'Redis could not be reached')
+redis.call('HINCRBY', job, 'attempts', -1)
+local waits = math.min(redis.call('HINCRBY', job, 'waits', 1), 6)
+redis.call('ZADD', due, now + math.min(125 * 2 ^ waits, 8000), ARGV[1])
+return 'released'
+"""
+)
+
+# How often Redis has refused this job a command in the same words.
+_REFUSED = """
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] then return 0 end
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
+if redis.call('HGET', KEYS[1], 'refused') ~= ARGV[2] then redis.call('HDEL', KEYS[1], 'refusals') end
+redis.call('HSET', KEYS[1], 'refused', ARGV[2])
+return redis.call('HINCRBY', KEYS[1], 'refusals', 1)
+"""
 
 _HEARTBEAT = (
     _NOW
@@ -748,7 +793,7 @@ Wait = Literal["counts", "growing", "steady"]
 
 
 class LeaseLost(Exception):
-    """Another attempt has taken this job over: whatever the late holder knows is no longer wanted."""
+    """Another attempt has taken this job over, or Redis has lost its record: `Ledger.hand_back` knows which."""
 
 
 class ClaimState(Enum):
@@ -775,6 +820,15 @@ class Claim:
     cancelled: bool = False
     waited_s: float = 0
     outcome: dict[str, Any] | None = None
+
+
+class HandedBack(Enum):
+    """What became of a job whose attempt could not be written down."""
+
+    RESTORED = "restored"  # Redis had lost its record
+    OVERTAKEN = "overtaken"  # the lease had run out, and another attempt has begun
+    SETTLED = "settled"  # it has ended, was put aside, or another attempt has begun otherwise
+    RELEASED = "released"  # it is due again
 
 
 @dataclass(frozen=True)
@@ -924,6 +978,28 @@ class DueJob:
     trace: str = ""
 
 
+#: What Redis answers to any command while it starts, fails over, runs a script, or has no room or no replicas.
+_PASSING: Final = re.compile(
+    r"\b(LOADING|READONLY|OOM|BUSY|MISCONF|(MASTER|CLUSTER)DOWN|NOREPLICAS|TRYAGAIN|NOSCRIPT)\b"
+)
+#: How much of an answer is kept, and shown; behind "with args" Redis quotes what it was sent.
+_WORDS: Final = 160
+
+
+def passes(error: redis.RedisError) -> bool:
+    """Whether time cures it: Redis is away, or cannot serve now. What is left is an answer to this one command."""
+    if not isinstance(error, redis.ResponseError | redis.DataError):
+        return True
+    kinds = (redis.exceptions.ReadOnlyError, redis.exceptions.OutOfMemoryError, redis.exceptions.NoScriptError)
+    return isinstance(error, (*kinds, redis.exceptions.ClusterError)) or bool(_PASSING.search(str(error)))
+
+
+def words_of(error: redis.RedisError) -> str:
+    """An answer of Redis in one line, without what it quotes of the command."""
+    said = " ".join(re.split(r" script: |,? with args", str(error))[0].split())
+    return f"{type(error).__name__}: {said[:_WORDS]}"
+
+
 def job_id_for(idempotency_key: str | None) -> str:
     """A fresh job id, or the one id that belongs to ``idempotency_key``."""
     return str(uuid.uuid5(_NAMESPACE, idempotency_key) if idempotency_key else uuid.uuid4())
@@ -969,6 +1045,7 @@ class Ledger:
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
         self._rouse, self._let_go_hold = script(_ROUSE), script(_LET_GO_HOLD)
         self._void, self._copies = script(_VOID), script(_COPIES)
+        self._hand_back, self._refused = script(_HAND_BACK), script(_REFUSED)
 
     @classmethod
     def connect(cls, url: str, *, worker: str = "", **times: float) -> Ledger:
@@ -1077,6 +1154,31 @@ class Ledger:
         note = _note("waiting", job_id, code=code, message=message)
         args: list[str | int] = [job_id, fence, _ms(max_wait_s), code, message, breaker, note, self.keep_ms]
         self._guard(self._park_for(keys=keys, args=[*args, _ms(CLOSED_MEANWHILE_S), int(counts)]))
+
+    def hand_back(  # noqa: PLR0913 - all that a record is made of
+        self,
+        job_id: str,
+        fence: int,
+        *,
+        task: str,
+        job: Mapping[str, Any],
+        attempt: int,
+        memo: Mapping[str, Any] | None = None,
+        trace: str = "",
+    ) -> HandedBack:
+        """End an attempt that could not be written down, although its worker lives: it counts neither as one nor as a
+        death, and the job is due again soon. Where Redis has lost the record, it is made anew, with ``memo``.
+        """
+        keys = [_job(job_id), PREFIX + "due", _deaths(task, job)]
+        args: list[str | int] = [job_id, fence, self._worker, task, _dump(job), attempt]
+        args += [_dump(memo) if memo else "", _wish(task, job), trace, *stated(job).values()]
+        return HandedBack(self._hand_back(keys=keys, args=args))
+
+    def refused(self, job_id: str, fence: int, error: redis.RedisError) -> int:
+        """Redis has refused the job a command: how often by now, in the same words."""
+        refusals = int(self._refused(keys=[_job(job_id)], args=[fence, words_of(error)]))
+        self._guard(refusals)
+        return refusals
 
     def wake_parked(self) -> int:
         """Make due who waited for a breaker that has closed, and one for each that is half-open; returns how many."""
@@ -1533,11 +1635,12 @@ def _voided(receipt: Mapping[str, str], pushes: Mapping[str, str]) -> Voided | N
 
 
 def _latest(how: Literal["deleted", "replaced"], moments: Iterable[str | None], after_us: int) -> Voided | None:
-    later = [moment.split() for moment in moments if moment and int(moment.split()[0]) > after_us]
+    parted = [moment.partition(" ") for moment in moments if moment]  # a job's id may hold blanks
+    later = [(int(at_us), job_id) for at_us, _, job_id in parted if int(at_us) > after_us]
     if not later:
         return None
-    at_us, job_id = max(later, key=lambda moment: int(moment[0]))
-    return Voided(how, int(at_us) // 1000, job_id)
+    at_us, job_id = max(later)
+    return Voided(how, at_us // 1000, job_id)
 
 
 def _study_pushes(pushes: Mapping[str, str]) -> list[StudyPush]:

@@ -5,6 +5,7 @@ This is the only place that decides whether to try again. What the work is lives
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
@@ -26,7 +27,7 @@ from worker.errors import (
 )
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
-from worker.ledger import Claim, ClaimState, LeaseLost, Wait
+from worker.ledger import Claim, ClaimState, HandedBack, LeaseLost, Wait, passes, words_of
 from worker.logs import about, about_study, where_it_broke
 from worker.payloads import MESSAGE_BYTES
 from worker.settings import JobSettings
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 #: Somebody waits for the answer to these: they do not sit out a server's illness, but end after their attempts.
 SOMEBODY_WAITS: Final = frozenset({"pacs.exists", "pacs.metadata", "pacs.list_studies"})
+
+#: A job to which Redis gives the same error so often is a dead letter.
+MAX_REFUSALS: Final = 3
 
 #: What Celery puts around a job in the body of a message.
 _AROUND_BYTES: Final = 128
@@ -117,8 +121,13 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
             seen.end, seen.code = _ending(verdict)
     except (LeaseLost, redis.RedisError) as error:
         count("lease_lost", int(isinstance(error, LeaseLost)))
-        # Whoever took over writes the outcome; without a ledger the lease runs out and the sweeper wakes the job.
-        log.warning("Let go of the job: %s", type(error).__name__)
+        log.warning("Let go of the job: %s", "its lease is lost" if isinstance(error, LeaseLost) else words_of(error))
+        if isinstance(error, redis.RedisError) and not passes(error):  # the verdict was refused
+            with contextlib.suppress(LeaseLost, redis.RedisError):
+                verdict = _refused_by_redis(error, run, tools)
+                _record(verdict, run, task=task, job=job, tools=tools)
+                return verdict
+        pulse.hand_back(lambda: _hand_back(run, job, trace))
         return Parked()
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_shortage(error):
@@ -144,6 +153,16 @@ def _starved(error: Exception, run: Run, *, task: str, job: Mapping[str, Any], t
     except (LeaseLost, redis.RedisError) as lost:
         log.warning("Let go of the job: %s", type(lost).__name__)
     return verdict
+
+
+def _hand_back(run: Run, job: Mapping[str, Any], trace: str) -> None:
+    """This worker lives: an attempt that the ledger knows nothing of is neither an attempt nor a death."""
+    memo = run.memo if run.noted is None else run.noted
+    became = run.ledger.hand_back(
+        run.job_id, run.fence, task=run.task, job=job, attempt=run.attempt, memo=memo, trace=trace
+    )
+    if became is HandedBack.RESTORED:
+        log.warning("Redis has lost the record of job %s; it is written down again and goes on", run.job_id)
 
 
 def _ending(verdict: Verdict) -> tuple[End, str]:
@@ -192,17 +211,18 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
         _fit_to_try(claim, job, limits)
         return Done(work(job, run, tools))
     except TryAgain as error:
-        breaker = _to_wait_for(error, claim, limits, task)
-        if breaker is not None:
-            return _rest(error, breaker, run)
-        return Failed(error) if run.last else _park(error, run, limits, tools.rng)
+        return _again(error, claim, run, tools, task=task)
     except CourierError as error:
         return Failed(error)
     except NotYet as wait:
         how: Wait = "steady" if wait.steady else "growing"
         return _Park(delay_s=wait.delay_s, code="waiting", message=wait.message, wait=how)
-    except (LeaseLost, redis.RedisError):
+    except LeaseLost:
         raise
+    except redis.RedisError as error:
+        if passes(error):
+            raise
+        return _refused_by_redis(error, run, tools)
     except Exception as error:
         if is_shortage(error):
             raise
@@ -211,6 +231,29 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
             f"The worker itself failed on this job ({type(error).__name__}); report it, then replay the job."
         )
         return Failed(fault) if run.last else _park(fault, run, limits, tools.rng)
+
+
+def _again(error: TryAgain, claim: Claim, run: Run, tools: Tools, *, task: str) -> Verdict:
+    limits = tools.settings.jobs
+    breaker = _to_wait_for(error, claim, limits, task)
+    if breaker is not None:
+        return _rest(error, breaker, run)
+    return Failed(error) if run.last else _park(error, run, limits, tools.rng)
+
+
+def _refused_by_redis(error: redis.RedisError, run: Run, tools: Tools) -> Verdict:
+    """A command of the job was answered with an error that is not of the moment; in the same words again and again, it
+    will always be.
+    """
+    refusals = tools.ledger.refused(run.job_id, run.fence, error)
+    log.error("Redis refused a command of the job (%d): %s; %s", refusals, words_of(error), where_it_broke(error))
+    fault = Poisoned(
+        f"Redis refused a command of this job ({words_of(error)}); report it, then replay the job.",
+        details={"refusals": refusals},
+    )
+    if run.last or refusals >= MAX_REFUSALS:
+        return Failed(fault)
+    return _park(fault, run, tools.settings.jobs, tools.rng)
 
 
 def _fit_to_try(claim: Claim, job: Mapping[str, Any], limits: JobSettings) -> None:

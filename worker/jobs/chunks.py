@@ -189,7 +189,7 @@ class _Attempt:
         self.notes.pace = self.pace.memo
         memo = self.notes.as_json()
         if any(memo.values()) or self.run.memo:
-            self.run.ledger.intend(self.run.job_id, self.run.fence, memo)
+            self.run.note(memo)
 
     def _configured(self, items: list[Item]) -> list[Item]:
         """The items whose servers the settings still know; the others have failed."""

@@ -206,7 +206,7 @@ def _carry_out(job: DeleteJob, progress: _Progress, resumed: set[str], run: Run,
         else:
             progress.errors[name] = answer
     if progress.errors and progress.begun:
-        run.ledger.intend(run.job_id, run.fence, progress.as_json())  # too late to be cancelled: it has begun
+        run.note(progress.as_json())  # too late to be cancelled: it has begun
 
 
 def _intend(progress: _Progress, run: Run) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import redis
 
 from worker.errors import Cancelled
-from worker.ledger import LeaseLost, Ledger
+from worker.ledger import LeaseLost, Ledger, passes, words_of
 from worker.logs import about, job_lines
 from worker.telemetry import StepSeen, watching
 
@@ -60,6 +60,8 @@ class Run:
     lock: threading.Lock = field(default_factory=threading.Lock)
     lost: bool = False
     shown: bool = True
+    #: What this attempt wrote down last, whether or not the ledger took it.
+    noted: Mapping[str, Any] | None = None
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -75,8 +77,13 @@ class Run:
 
     def intend(self, memo: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> None:
         """Write down what is about to happen, as the last moment at which a cancellation counts."""
-        if not self.ledger.intend(self.job_id, self.fence, memo, decision=decision):
+        if not self.note(memo, decision=decision):
             raise Cancelled("The job was cancelled before anything was pushed.")
+
+    def note(self, memo: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> bool:
+        """Write down what the next attempt has to know; False if the job was cancelled, and the memo is not written."""
+        self.noted = memo
+        return self.ledger.intend(self.job_id, self.fence, memo, decision=decision)
 
     def check_ours(self) -> None:
         """`LeaseLost` if another attempt has taken the job over, as far as its heartbeat has noticed."""
@@ -101,6 +108,7 @@ class Pulse:
         self._runs: dict[tuple[str, int], tuple[Run, float]] = {}  # an overtaken attempt may still be here
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._owed: list[Callable[[], object]] = []
 
     def start(self) -> None:
         """Start both threads, as far as they do not run yet."""
@@ -136,6 +144,28 @@ class Pulse:
             log.warning("Job %s is left to another worker: %s", run.job_id, SHUT_DOWN)
         return len(runs)
 
+    def hand_back(self, give: Callable[[], object]) -> None:
+        """Call ``give``, which hands a job back to the ledger: now, or as soon as Redis is there again."""
+        with self._lock:
+            self._owed.append(give)
+        self._pay()
+
+    def _pay(self) -> None:
+        """Do what is owed, until Redis cannot be reached; what Redis refuses for good is left to the lease."""
+        while True:
+            with self._lock:
+                if not self._owed:
+                    return
+                give = self._owed.pop(0)
+            try:
+                give()
+            except redis.RedisError as error:
+                if passes(error):
+                    with self._lock:
+                        self._owed.append(give)
+                    return
+                log.warning("A job cannot be handed back: %s", words_of(error))
+
     def show(self, run: Run, meta: dict[str, Any]) -> None:
         """Show ``meta`` at once, if the job is still ours to speak for: nothing may cover a later attempt's result."""
         with run.lock:
@@ -144,6 +174,8 @@ class Pulse:
 
     def round(self, beat: Beat, done: ByAttempt) -> ByAttempt:
         """One beat for each running job; what was ``done`` for it before goes with it."""
+        if beat is Pulse._renew:
+            self._pay()
         with self._lock:
             runs = list(self._runs.values())
             done = {attempt: what for attempt, what in done.items() if attempt in self._runs}

@@ -357,7 +357,7 @@ def _receipt(trip: _Trip, memo: Memo) -> Memo:
     )
     action: StudyAction = "created" if opened and not memo.route.study_on else "updated"
     stored = replace(memo, stored=True, study_action=action)
-    run.ledger.intend(run.job_id, run.fence, stored.as_json())  # too late to be cancelled: it is stored
+    run.note(stored.as_json())  # too late to be cancelled: it is stored
     return stored
 
 

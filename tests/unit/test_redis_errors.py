@@ -1,0 +1,265 @@
+"""Redis fails in the middle of an attempt, or loses its keys: that is neither an attempt nor a death of the worker."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import fakeredis
+import pytest
+import redis
+from redis import exceptions
+
+from worker.errors import PacsUnavailable
+from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
+from worker.jobs.run import Pulse, Run
+from worker.jobs.tools import Tools
+from worker.ledger import PREFIX, HandedBack, LeaseLost, Ledger, passes, words_of
+from worker.settings import Settings
+
+TASK, JOB = "pacs.upload", {"image_url": "http://host/a.dcm"}
+AWAY: list[redis.RedisError] = [
+    redis.ConnectionError("Connection refused."),
+    redis.TimeoutError("Timeout reading from socket"),
+    exceptions.BusyLoadingError("Redis is loading the dataset in memory"),
+    exceptions.ReadOnlyError("You can't write against a read only replica."),
+    exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
+    exceptions.MasterDownError("Link with MASTER is down and replica-serve-stale-data is set to 'no'."),
+    exceptions.NoScriptError("No matching script."),
+    exceptions.AuthenticationError("WRONGPASS invalid username-password pair"),
+    redis.ResponseError("BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE."),
+    redis.ResponseError("MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist."),
+    redis.ResponseError("NOREPLICAS Not enough good replicas to write."),
+    redis.ResponseError("OOM command not allowed when used memory > 'maxmemory'. script: 0c, on @user_script:3."),
+    redis.ResponseError("READONLY You can't write against a read only replica. script: 0c, on @user_script:3."),
+]
+WRONG = redis.ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
+
+
+@dataclass
+class Desk:
+    client: fakeredis.FakeRedis
+    ledger: Ledger
+    settings: Settings = field(
+        default_factory=lambda: Settings.model_validate({"jobs": {"max_attempts": 4, "max_deaths": 2}})
+    )
+    pulse: Pulse = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pulse = Pulse(self.ledger, lambda *_: None)
+
+    def carry(self, ends: object, job_id: str = "j1", job: Mapping[str, Any] = JOB) -> Verdict:
+        def work(job: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+            if isinstance(ends, BaseException):
+                raise ends
+            return cast(dict[str, Any], ends(run) if callable(ends) else ends)
+
+        tools = Tools(
+            settings=self.settings,
+            ledger=self.ledger,
+            sources=cast(Any, None),
+            fleet=cast(Any, None),
+            rng=random.Random(1),
+        )
+        return carry(work, task=TASK, job_id=job_id, message=job, tools=tools, pulse=self.pulse)
+
+    def due(self, job_id: str = "j1") -> None:
+        self.client.zadd(f"{PREFIX}due", {job_id: 0})
+
+    def lapse(self, job_id: str = "j1") -> None:
+        """Redis was away for longer than the lease."""
+        self.client.hset(f"{PREFIX}job:{job_id}", "lease_ms", 0)
+        self.due(job_id)
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield Desk(client, Ledger(client, worker="w1"))
+
+
+def attempt(run: Run) -> dict[str, Any]:
+    return {"attempt": run.attempt}
+
+
+@pytest.mark.parametrize("error", AWAY, ids=lambda error: f"{type(error).__name__} {str(error)[:9]}")
+def test_a_redis_that_is_away_costs_neither_an_attempt_nor_a_death(desk: Desk, error: redis.RedisError) -> None:
+    for _ in range(6):
+        assert isinstance(desk.carry(error), Parked)
+        desk.due()
+    assert desk.carry(attempt) == Done({"attempt": 1})
+    assert desk.ledger.look("j1")["deaths"] == "0"
+
+
+def test_a_job_that_could_not_be_handed_back_is_as_soon_as_redis_is_there(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(desk.ledger, "_hand_back", raises(redis.ConnectionError("away")))
+        assert isinstance(desk.carry(redis.ConnectionError("away")), Parked)
+        desk.pulse.round(Pulse._renew, {})
+        assert desk.ledger.look("j1")["state"] == "running"
+    desk.pulse.round(Pulse._renew, {})
+    assert desk.ledger.look("j1")["state"] == "waiting"
+    desk.due()
+    assert desk.carry(attempt) == Done({"attempt": 1})
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_lease_that_ran_out_while_redis_was_away_is_no_death_though_another_worker_has_counted_one(
+    desk: Desk,
+) -> None:
+    other = Ledger(desk.client, worker="w2")
+
+    def overtaken(run: Run) -> dict[str, Any]:
+        desk.lapse()
+        claim = other.claim("j1", task=TASK, job=JOB)
+        assert claim.deaths == 1, "so far it looks like one"
+        run.ledger.intend(run.job_id, run.fence, {})
+        raise AssertionError
+
+    for _ in range(3):
+        assert isinstance(desk.carry(overtaken), Parked)
+        record = desk.ledger.look("j1")
+        assert (record["state"], record["deaths"], record["attempts"]) == ("running", "0", "1")
+        desk.ledger.hand_back("j1", int(record["fence"]), task=TASK, job=JOB, attempt=1)
+        desk.due()
+    assert desk.carry(attempt) == Done({"attempt": 1})
+
+
+def test_a_worker_that_died_is_a_death_all_the_same(desk: Desk) -> None:
+    for _ in range(2):
+        desk.ledger.claim("j1", task=TASK, job=JOB)
+        desk.lapse()
+    verdict = desk.carry({})
+    assert isinstance(verdict, Failed)
+    assert "died 2 times" in verdict.error.message
+
+
+def test_a_death_that_was_none_is_taken_back_once_for_all_jobs_of_one_content(desk: Desk) -> None:
+    other = Ledger(desk.client, worker="w2")
+    fences = {name: desk.ledger.claim(name, task=TASK, job=JOB).fence for name in ("j1", "j2")}
+    for name in fences:
+        desk.lapse(name)
+        assert other.claim(name, task=TASK, job=JOB).deaths == 1
+    for name, fence in fences.items():
+        became = desk.ledger.hand_back(name, fence, task=TASK, job=JOB, attempt=1)
+        assert became is HandedBack.OVERTAKEN
+        assert desk.ledger.hand_back(name, fence, task=TASK, job=JOB, attempt=1) is HandedBack.SETTLED
+    assert other.claim("j3", task=TASK, job=JOB).deaths == 0
+
+
+def test_the_same_error_three_times_is_a_dead_letter_that_names_it(desk: Desk) -> None:
+    for _ in range(2):
+        assert isinstance(desk.carry(WRONG), Parked)
+        desk.due()
+    verdict = desk.carry(WRONG)
+    assert isinstance(verdict, Failed)
+    assert verdict.error.code == "poisoned"
+    assert "WRONGTYPE" in verdict.error.message
+    assert "died" not in verdict.error.message
+    assert desk.ledger.look("j1")["state"] == "dead"
+
+
+def test_other_errors_between_and_those_that_pass_do_not_add_up(desk: Desk) -> None:
+    desk.settings = Settings.model_validate({"jobs": {"max_attempts": 50}})
+    other = redis.ResponseError("ERR value is not an integer or out of range")
+    for error in (WRONG, other, WRONG, other, AWAY[0], WRONG, PacsUnavailable("Away.")):
+        assert isinstance(desk.carry(error), Parked), error
+        desk.due()
+    assert isinstance(desk.carry(attempt), Done)
+
+
+def test_an_error_of_redis_is_shown_without_what_it_quotes_of_the_command() -> None:
+    quoting = redis.ResponseError("unknown command 'EVALSHA', with args beginning with: '0c' 'PATIENT'")
+    assert words_of(quoting) == "ResponseError: unknown command 'EVALSHA'"
+    assert (
+        words_of(redis.ResponseError("WRONGTYPE No. script: 0c, on @user_script:3.")) == "ResponseError: WRONGTYPE No."
+    )
+    assert len(words_of(redis.ResponseError("x" * 9999 + "\n"))) < 200
+    assert not passes(redis.DataError("Invalid input of type: 'NoneType'."))
+
+
+def test_a_verdict_that_redis_refuses_to_write_three_times_is_a_dead_letter(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk.ledger, "finish", raises(WRONG))
+    for _ in range(2):
+        assert isinstance(desk.carry({}), Parked)
+        desk.due()
+    verdict = desk.carry({})
+    assert isinstance(verdict, Failed)
+    assert desk.ledger.look("j1")["code"] == "poisoned"
+
+
+@pytest.mark.parametrize("ends", ["done", "refused", "parked"])
+def test_a_record_that_redis_has_lost_is_written_again_whatever_the_attempt_ends_with(desk: Desk, ends: str) -> None:
+    memo = {"server": "a", "uncertain": True}
+    job = {**JOB, "idempotency_key": "k", "requested_by": "me", "reason": "why"}
+
+    def work(run: Run) -> dict[str, Any]:
+        run.intend(memo)
+        desk.client.flushdb()
+        if ends == "refused":
+            raise PacsUnavailable("Away.")
+        if ends == "parked":
+            run.ledger.park(run.job_id, run.fence, delay_s=1, code="waiting", message="Later.")
+        return {}
+
+    assert isinstance(desk.carry(work, job=job), Parked)
+    record = desk.ledger.look("j1")
+    assert (record["state"], json.loads(record["memo"]), record["attempts"]) == ("waiting", memo, "0")
+    assert (record["requested_by"], record["reason"]) == ("me", "why")
+    (due,) = desk.ledger.sweep()
+    assert due.job == job
+    verdict = desk.carry(lambda run: {"memo": run.memo, "attempt": run.attempt}, job=job)
+    assert verdict == Done({"memo": memo, "attempt": 1})
+
+
+def test_what_was_pushed_before_redis_lost_the_record_is_known_to_the_next_attempt_though_no_memo_was_taken(
+    desk: Desk,
+) -> None:
+    def work(run: Run) -> dict[str, Any]:
+        desk.client.flushdb()
+        run.intend({"uncertain": True})
+        raise AssertionError
+
+    assert isinstance(desk.carry(work), Parked)
+    assert json.loads(desk.ledger.look("j1")["memo"]) == {"uncertain": True}
+
+
+def test_a_late_holder_whose_job_was_made_anew_and_ended_changes_nothing(desk: Desk) -> None:
+    def work(run: Run) -> dict[str, Any]:
+        desk.client.flushdb()
+        for _ in range(3):
+            claim = desk.ledger.claim("j1", task=TASK, job=JOB)
+            desk.ledger.park("j1", claim.fence, delay_s=0, code="waiting", message="…")
+        done = desk.ledger.claim("j1", task=TASK, job=JOB)
+        desk.ledger.finish("j1", done.fence, outcome={"payload": {"by": "other"}}, code="done", task=TASK, job=JOB)
+        return {"by": "us"}
+
+    assert isinstance(desk.carry(work), Parked)
+    assert desk.carry({}) == Done({"by": "other"})
+
+
+def test_a_heartbeat_that_finds_no_record_does_not_end_the_job_for_good(desk: Desk) -> None:
+    def work(run: Run) -> dict[str, Any]:
+        desk.client.flushdb()
+        assert not desk.ledger.heartbeat(run.job_id, run.fence)
+        run.lost = True
+        run.check_ours()
+        return {}
+
+    assert isinstance(desk.carry(work), Parked)
+    assert desk.carry(attempt) == Done({"attempt": 1})
+    with pytest.raises(LeaseLost):
+        desk.ledger.finish("j1", 1, outcome={}, code="done", task=TASK, job=JOB)
