@@ -410,6 +410,8 @@ class Courier:
             if self._ledger is None:
                 raise
             log.warning("The message of job %s could not be sent; it is in the ledger and will be woken", due.job_id)
+            with contextlib.suppress(redis.RedisError):
+                self._ledger.unsent([due.job_id])
 
     @property
     def ledger(self) -> Ledger | None:

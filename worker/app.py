@@ -362,18 +362,20 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
         super().__init__(parent, **options)
         self._stop = threading.Event()
 
-    def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
+    def start(self, parent: Any) -> None:
         with or_no_start():
-            threading.Thread(target=self._loop, name="sweeper", daemon=True).start()
+            threading.Thread(target=self._loop, args=(parent,), name="sweeper", daemon=True).start()
 
     def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
         self._stop.set()
 
-    def _loop(self) -> None:
+    def _loop(self, worker: Any) -> None:
         ledger = _ledger()
         while not self._stop.wait(settings.jobs.sweep_s):
             try:
                 with _sweeping:
+                    if held := consumer.in_hand(worker):
+                        ledger.in_hand(held)
                     sweep(ledger)
             except Exception as error:  # noqa: BLE001 - without its sweeper a worker would wake nobody any more
                 telemetry.count("sweep_failed")
@@ -381,28 +383,46 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
 
 
 def sweep(ledger: Ledger) -> int:
-    """Send a message for every job that is due, or whose server is well again; returns how many."""
+    """Send a message for every job that is due, or whose server is well again; returns how many.
+
+    None is sent again that may be in its queue.
+    """
     ledger.wake_parked()
     _hasten(ledger)
-    due = ledger.sweep()
+    # The other workers say what they have in hand as often as this one.
+    due = ledger.sweep(queues=_queues, settle_s=2 * settings.jobs.sweep_s)
     telemetry.count("sweep")
-    for job in due:
-        _send(job)
+    for number, job in enumerate(due):
+        try:
+            _send(job)
+        except BROKER_ERRORS:
+            ledger.unsent(job.job_id for job in due[number:])
+            raise
         log.info("Woke job %s (%s)", job.job_id, job.task, extra={"job_id": job.job_id, "task": job.task})
     telemetry.count("woken", len(due))
     return len(due)
 
 
+def _queues(tasks: set[str]) -> dict[str, tuple[str, int]]:
+    """The queue of each task, and how many messages wait there; {} if the broker does not answer."""
+    queue_of = {task: app.amqp.router.route({}, task)["queue"].name for task in tasks if task}
+    try:
+        depths = consumer.depths(app, set(queue_of.values()))
+    except BROKER_ERRORS as error:
+        log.warning("The broker does not say what is in its queues: %s", type(error).__name__)
+        return {}
+    return {task: (queue, depths[queue]) for task, queue in queue_of.items()}
+
+
 def _hasten(ledger: Ledger) -> None:
-    """Wake again what nobody answered to although its queue is empty: the message died with its worker.
+    """Look again for what nobody answered to although its queue is empty: the message died with its worker.
 
     Where messages wait in line, theirs may be among them, and another one would only make the line longer.
     """
     unanswered = ledger.unanswered()
     if unanswered:
-        queue_of = {task: app.amqp.router.route({}, task)["queue"].name for task in set(unanswered.values()) if task}
-        empty = {queue for queue, depth in consumer.depths(app, set(queue_of.values())).items() if not depth}
-        ledger.hasten(job_id for job_id, task in unanswered.items() if queue_of.get(task) in empty)
+        queues = _queues(set(unanswered.values()))
+        ledger.hasten(job_id for job_id, task in unanswered.items() if queues.get(task, ("", 1))[1] == 0)
 
 
 def _send(job: DueJob) -> None:
@@ -420,11 +440,14 @@ def _send(job: DueJob) -> None:
 
 def wake(jobs: Sequence[DueJob]) -> None:
     """Send the messages of jobs that the ledger knows. It does not matter if that fails: they are due later."""
-    try:
-        for job in jobs:
+    for number, job in enumerate(jobs):
+        try:
             _send(job)
-    except BROKER_ERRORS as error:
-        log.warning("Messages could not be sent now: %s", type(error).__name__)
+        except BROKER_ERRORS as error:
+            log.warning("Messages could not be sent now: %s", type(error).__name__)
+            with contextlib.suppress(redis.RedisError):
+                tools().ledger.unsent(job.job_id for job in jobs[number:])
+            return
 
 
 app.steps["worker"].add(Threads)

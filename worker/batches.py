@@ -125,7 +125,8 @@ return 1
 """
 
 # The jobs are written down in the same step that counts them as under way: none can be lost between the two.
-# KEYS: batch, ended, due. ARGV: batch id, pass, its state, prefix of jobs, task, template, delay, life of records.
+# KEYS: batch, ended, due. ARGV: batch id, pass, its state, prefix of jobs, task, template, delay, life of records, 1 if
+# their messages are to be sent now.
 _FILL = (
     _NOW
     + """
@@ -146,6 +147,7 @@ while next < chunks and open < width do
     local job = ARGV[6] .. next .. tail
     redis.call('HSET', ARGV[4] .. id, 'state', 'queued', 'task', ARGV[5], 'job', job,
       'attempts', 0, 'fence', 0, 'created_ms', now, 'keep_ms', ARGV[8])
+    if ARGV[9] == '1' then redis.call('HSET', ARGV[4] .. id, 'sent', 1) end
     redis.call('ZADD', KEYS[3], now + ARGV[7], id)
     begun[#begun + 1] = {id, job}
     open = open + 1
@@ -839,6 +841,7 @@ class Batches:
             template,
             delay_ms,
             _RECORD_KEEP_MS,
+            int(due_in_s is None),
         ]
         return [DueJob(job_id, CHUNK_TASK, json.loads(job)) for job_id, job in self._fill(keys=keys, args=args)]
 

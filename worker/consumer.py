@@ -356,6 +356,19 @@ def look(worker: Any) -> Signs:
     )
 
 
+def in_hand(worker: Any) -> list[str]:
+    """The ids of the messages that Celery's ``worker`` has taken: in its slots, or waiting for one or for a rate limit.
+
+    Another thread goes on with them meanwhile.
+    """
+    consumer = getattr(worker, "consumer", None)  # it has none before it is ready
+    buckets = [bucket for bucket in consumer.task_buckets.values() if bucket is not None] if consumer else []
+    with contextlib.suppress(RuntimeError):  # it has changed while it was read; the next look will do
+        limited = [request.id for bucket in buckets for request, _ in list(bucket.contents)]
+        return [*limited, *(request.id for request in list(state.reserved_requests))]
+    return []
+
+
 def _waiting(app: Any) -> int | None:
     """How many messages are in the queues that this worker is to consume; None if the broker does not answer."""
     try:

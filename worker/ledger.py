@@ -12,7 +12,8 @@ Keys, all below ``courier:`` in a database of their own:
                           once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
     died:HASH     hash    how often a worker died doing this content; by worker: at which count it did last
-    unanswered    zset    job ids by the time when somebody was woken for them, until a message of theirs is seen
+    unanswered    zset    job ids by the time when a message was sent for them, until one of theirs is seen
+    taken         hash    queue → how many messages of it have reached a job's claim
     suspects:W    set     the jobs at work in worker W that a worker has died on before
     hold:UID      hash    the job that may store (or delete) this SOP instance now; by digest: write to a destination
     gate:UID      hash    the job that is deleting this study or series: nobody begins to store into it
@@ -45,7 +46,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Literal, cast
@@ -81,6 +82,11 @@ WOKEN_APART_MS: Final = 5
 PROBE_AGAIN_S: Final = 5.0
 #: How soon a job comes back whose breaker has closed while it was being parked.
 CLOSED_MEANWHILE_S: Final = 0.5
+#: So many messages more than waited are to be taken from a queue before one that waited is lost: those that workers had
+#: in hand.
+IN_HAND: Final = 200
+#: By task, the queue that its messages are sent to and how many wait there; without those of which nobody knows.
+Queues = Callable[[set[str]], Mapping[str, tuple[str, int]]]
 #: What is told of a job and is no part of it.
 _TOLD_OF_IT: Final = ("requested_by", "reason")
 #: Names made from idempotency keys, so that every producer makes the same one.
@@ -177,7 +183,7 @@ if redis.call('EXISTS', KEYS[1]) == 1 then
 end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'task', ARGV[2], 'job', ARGV[3],
   'attempts', 0, 'fence', 0, 'created_ms', now)
-for i, name in ipairs({'wish', 'trace', 'requested_by', 'reason'}) do
+for i, name in ipairs({'wish', 'trace', 'requested_by', 'reason', 'sent'}) do
   if ARGV[4 + i] ~= '' then redis.call('HSET', KEYS[1], name, ARGV[4 + i]) end
 end
 redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
@@ -198,6 +204,8 @@ local wish = state and redis.call('HGET', job, 'wish')
 local tells = state == 'done' and ARGV[3] == '{}'
 if wish and wish ~= ARGV[9] and not tells then return {'other'} end
 redis.call('ZREM', KEYS[5], ARGV[1])
+redis.call('HDEL', job, 'sent', 'behind', 'empty_ms')
+if ARGV[#ARGV] ~= '' then redis.call('HINCRBY', KEYS[6], ARGV[#ARGV], 1) end
 if state == 'done' or state == 'dead' then return {state, redis.call('HGET', job, 'outcome')} end
 if state == 'running' and tonumber(redis.call('HGET', job, 'lease_ms')) > now then return {'held'} end
 local score = redis.call('ZSCORE', due, ARGV[1])
@@ -244,7 +252,7 @@ local fence = redis.call('HINCRBY', job, 'fence', 1)
 redis.call('HSET', job, 'state', 'running', 'lease_ms', now + ARGV[4], 'worker', ARGV[8], 'deaths', died)
 local at = redis.call('HGET', job, 'parked')
 if at then redis.call('ZREM', ARGV[5] .. at, ARGV[1]) end
-redis.call('HDEL', job, 'sends', 'woken', 'parked')
+redis.call('HDEL', job, 'sends', 'looks', 'woken', 'parked')
 redis.call('ZADD', due, now + ARGV[4], ARGV[1])
 local since = redis.call('HGET', job, 'parked_ms')
 local waited = since and now - tonumber(since) or 0
@@ -437,7 +445,8 @@ note_of_job(job, ARGV[3], ARGV[4], true)
 redis.call('HSET', job, 'state', 'queued', 'attempts', 0, 'replayed_ms', now)
 redis.call('HINCRBY', job, 'replays', 1)
 redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
-  'storing', 'sends', 'waits', 'woken', 'parked', 'parked_ms')
+  'storing', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms')
+redis.call('HSET', job, 'sent', 1)
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('DEL', KEYS[4])
 redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
@@ -463,26 +472,95 @@ return 1
 """
 )
 
+# A job is due whose message is under way, or lost: that is looked into before another one is sent (_LOST).
+_SEND = """
+local function send(due, unanswered, grace_ms, id, job, fields)
+  local sends = math.min(redis.call('HINCRBY', job, 'sends', 1), 7)
+  redis.call('HSET', job, 'sent', 1)
+  redis.call('HDEL', job, 'behind', 'empty_ms', 'looks')
+  if fields[3] == 'waiting' then redis.call('HSET', job, 'woken', 1) end
+  redis.call('ZADD', due, now + grace_ms * 2 ^ (sends - 1), id)
+  redis.call('ZADD', unanswered, now, id)
+  return {id, fields[1], fields[2] or '{}', fields[4] or ''}
+end
+"""
+
 _SWEEP = (
     _NOW
+    + _SEND
     + """
-local ids = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])
-local woken = {}
-for _, id in ipairs(ids) do
+local due, unanswered = KEYS[1], KEYS[2]
+local woken, asked = {}, {}
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, ARGV[1])) do
   local job = ARGV[3] .. id
-  local fields = redis.call('HMGET', job, 'task', 'job', 'state', 'trace')
-  if fields[1] then
-    local sends = math.min(redis.call('HINCRBY', job, 'sends', 1), 7)
-    if fields[3] == 'waiting' then redis.call('HSET', job, 'woken', 1) end
-    redis.call('ZADD', KEYS[1], now + ARGV[2] * 2 ^ (sends - 1), id)
-    redis.call('ZADD', KEYS[2], now, id)
-    woken[#woken + 1] = {id, fields[1], fields[2] or '{}', fields[4] or ''}
+  local fields = redis.call('HMGET', job, 'task', 'job', 'state', 'trace', 'sent')
+  if not fields[1] then
+    redis.call('ZREM', due, id)
+    redis.call('ZREM', unanswered, id)
+  elseif fields[5] then
+    local looks = math.min(redis.call('HINCRBY', job, 'looks', 1), 7)
+    redis.call('ZADD', due, now + ARGV[2] * 2 ^ (looks - 1), id)
+    asked[#asked + 1] = {id, fields[1]}
   else
-    redis.call('ZREM', KEYS[1], id)
-    redis.call('ZREM', KEYS[2], id)
+    woken[#woken + 1] = send(due, unanswered, ARGV[2], id, job, fields)
+  end
+end
+return {woken, asked, #asked > 0 and redis.call('HGETALL', KEYS[3]) or {}}
+"""
+)
+
+# A queue is a line: a message in it is behind no more than those that wait now. It is lost when as many have been
+# taken, and some more that workers may have had in hand; or when the queue is empty and no worker says that it has the
+# message (_IN_HAND). ARGV: grace, how long a queue has to be empty, how many more, prefix of jobs; then id, how many
+# messages are in its queue, and how many had been taken from it before those were counted.
+_LOST = (
+    _NOW
+    + _SEND
+    + """
+local due, unanswered = KEYS[1], KEYS[2]
+local woken = {}
+for i = 5, #ARGV, 3 do
+  local id, depth, taken = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
+  local job = ARGV[4] .. id
+  local fields = redis.call('HMGET', job, 'task', 'job', 'state', 'trace', 'sent', 'behind', 'empty_ms')
+  if fields[1] and fields[5] then
+    local lost = false
+    if depth == 0 then
+      local since = tonumber(fields[7] or now)
+      lost = now - since >= tonumber(ARGV[2])
+      redis.call('HSET', job, 'empty_ms', since)
+      redis.call('ZADD', due, now + ARGV[2], id)
+    elseif fields[6] then
+      lost = taken >= tonumber(fields[6])
+    else
+      redis.call('HSET', job, 'behind', taken + depth + ARGV[3])
+    end
+    if lost then
+      woken[#woken + 1] = send(due, unanswered, ARGV[1], id, job, fields)
+    elseif depth > 0 then
+      redis.call('HDEL', job, 'empty_ms')
+      redis.call('ZADD', unanswered, 'NX', now - ARGV[1], id)
+    end
   end
 end
 return woken
+"""
+)
+
+# Messages that a worker has taken and not begun, for want of a slot or because of a rate limit: they are not lost.
+# ARGV: grace, prefix of jobs, ids.
+_IN_HAND = (
+    _NOW
+    + """
+for i = 3, #ARGV do
+  local job = ARGV[2] .. ARGV[i]
+  local fields = redis.call('HMGET', job, 'sent', 'state', 'lease_ms')
+  if fields[1] and not (fields[2] == 'running' and tonumber(fields[3] or 0) > now) then
+    redis.call('HDEL', job, 'behind', 'empty_ms', 'looks')
+    redis.call('ZREM', KEYS[2], ARGV[i])
+    redis.call('ZADD', KEYS[1], 'XX', now + ARGV[1], ARGV[i])
+  end
+end
 """
 )
 
@@ -494,7 +572,11 @@ local fields = redis.call('HMGET', KEYS[1], 'state', 'task', 'job')
 if fields[1] ~= 'waiting' and fields[1] ~= 'running' then return {} end
 redis.call('HSET', KEYS[1], 'woken', 1)
 if fields[1] == 'running' then return {} end
-if ARGV[2] == '1' then redis.call('ZADD', KEYS[2], now, ARGV[1]) end
+if ARGV[2] == '1' then
+  redis.call('ZADD', KEYS[2], now, ARGV[1])
+else
+  redis.call('HSET', KEYS[1], 'sent', 1)
+end
 return {fields[2], fields[3] or '{}'}
 """
 )
@@ -516,7 +598,10 @@ if not state or state == 'done' or state == 'dead' then return state or '' end
 if ARGV[2] == 'taken' and state ~= 'queued' then return 'taken' end
 if ARGV[2] == 'begun' and redis.call('HEXISTS', KEYS[1], 'memo') == 1 then return 'begun' end
 redis.call('HSET', KEYS[1], 'cancel', 1)
-if state ~= 'running' then redis.call('ZADD', KEYS[2], now, ARGV[1]) end
+if state ~= 'running' then
+  redis.call('HDEL', KEYS[1], 'sent')
+  redis.call('ZADD', KEYS[2], now, ARGV[1])
+end
 return state
 """
 )
@@ -1041,7 +1126,7 @@ class Ledger:
         self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
         self._hold_many, self._let_go_many = script(_HOLD_MANY), script(_LET_GO_MANY)
         self._park_for, self._wake = script(_PARK_FOR), script(_WAKE)
-        self._hasten = script(_HASTEN)
+        self._hasten, self._lost, self._in_hand = script(_HASTEN), script(_LOST), script(_IN_HAND)
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
         self._rouse, self._let_go_hold = script(_ROUSE), script(_LET_GO_HOLD)
         self._void, self._copies = script(_VOID), script(_COPIES)
@@ -1069,7 +1154,8 @@ class Ledger:
     def submit(
         self, job_id: str, *, task: str, job: Mapping[str, Any], due_in_s: float | None = None, trace: str = ""
     ) -> bool:
-        """Write the job down; False if it is known. Should its message get lost, it is due after the grace period.
+        """Write the job down; False if it is known. Its message is to be sent now: should it get lost, another one is.
+        With ``due_in_s`` none is, and the sweeper sends the first one then.
 
         ``trace`` (W3C ``traceparent``) is kept for whoever wakes it. `InvalidRequest`, if the id is known for another
         wish under the same idempotency key.
@@ -1077,6 +1163,7 @@ class Ledger:
         keys = [_job(job_id), PREFIX + "due"]
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)
         args: list[str | int] = [job_id, task, _dump(job), delay_ms, _wish(task, job), trace, *stated(job).values()]
+        args.append("1" if due_in_s is None else "")
         written = int(self._submit(keys=keys, args=args))
         if written < 0:
             raise InvalidRequest(
@@ -1086,16 +1173,26 @@ class Ledger:
             )
         return bool(written)
 
-    def claim(self, job_id: str, *, task: str, job: Mapping[str, Any], max_deaths: int = 0, trace: str = "") -> Claim:
+    def claim(
+        self,
+        job_id: str,
+        *,
+        task: str,
+        job: Mapping[str, Any],
+        max_deaths: int = 0,
+        trace: str = "",
+        queue: str = "",
+    ) -> Claim:
         """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later.
 
         One that has had all its ``max_deaths`` but one waits while another that has had any is at work in the same
-        worker, and that one for it. Of a job that nobody wrote down before, ``trace`` is kept too.
+        worker, and that one for it. Of a job that nobody wrote down before, ``trace`` is kept too. ``queue`` is the one
+        that its message was taken from.
         """
         suspects = f"{PREFIX}suspects:{self._worker}"
-        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), suspects, PREFIX + "unanswered"]
+        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), suspects, PREFIX + "unanswered", PREFIX + "taken"]
         args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED, max_deaths - 1, _job("")]
-        args += [self._worker, _wish(task, job), trace, *stated(job).values()]
+        args += [self._worker, _wish(task, job), trace, *stated(job).values(), queue]
         answer: list[Any] = self._claim(keys=keys, args=args)
         state = ClaimState(answer[0])
         if state is ClaimState.YOURS:
@@ -1260,10 +1357,36 @@ class Ledger:
         found = cast(list[str], self._rouse(keys=[_job(job_id), PREFIX + "due"], args=args))
         return DueJob(job_id, found[0], json.loads(found[1])) if found else None
 
-    def sweep(self, limit: int = 200) -> list[DueJob]:
-        """Jobs that somebody has to be woken for. Each is due again later, and later each time, until claimed."""
-        rows = self._sweep(keys=[PREFIX + "due", PREFIX + "unanswered"], args=[limit, self.grace_ms, _job("")])
+    def sweep(self, limit: int = 200, *, queues: Queues | None = None, settle_s: float = 0) -> list[DueJob]:
+        """Jobs that a message has to be sent for. Each is due again later, and later each time, until claimed.
+
+        Where one was sent before, ``queues`` says what is in the queue of each of the tasks: no further one is sent as
+        long as that may be in it, nor before the queue has been empty for ``settle_s``. What is not known is not lost.
+        """
+        keys = [PREFIX + "due", PREFIX + "unanswered"]
+        rows, asked, taken = self._sweep(keys=[*keys, PREFIX + "taken"], args=[limit, self.grace_ms, _job("")])
+        if asked and queues is not None:
+            counts = dict(zip(taken[::2], taken[1::2], strict=True))
+            known = queues({task for _, task in asked})
+            args: list[str | int] = [self.grace_ms, _ms(settle_s), IN_HAND, _job("")]
+            for job_id, task in asked:
+                if task in known:
+                    queue, depth = known[task]
+                    args += [job_id, depth, counts.get(queue, 0)]
+            rows = [*rows, *self._lost(keys=keys, args=args)]
         return [DueJob(job_id, task, json.loads(job), trace) for job_id, task, job, trace in rows]
+
+    def in_hand(self, job_ids: Sequence[str]) -> None:
+        """A worker that lives has taken messages of these jobs, and will begin them: none of them is lost."""
+        args: list[str | int] = [self.grace_ms, _job(""), *job_ids]
+        self._in_hand(keys=[PREFIX + "due", PREFIX + "unanswered"], args=args)
+
+    def unsent(self, job_ids: Iterable[str]) -> None:
+        """The messages of these jobs could not be sent: the sweeper sends them when they are due."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hdel(_job(job_id), "sent")
+            pipe.execute()
 
     def unanswered(self, limit: int = 200) -> dict[str, str]:
         """Jobs that somebody was woken for more than a grace period ago and nobody took up since, with their tasks."""

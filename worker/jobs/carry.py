@@ -76,18 +76,19 @@ Work = Callable[[Mapping[str, Any], Run, Tools], dict[str, Any]]
 
 
 def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
-    work: Work, *, task: str, job_id: str, message: object, tools: Tools, pulse: Pulse, trace: str = ""
+    work: Work, *, task: str, job_id: str, message: object, tools: Tools, pulse: Pulse, trace: str = "", queue: str = ""
 ) -> Verdict:
     """Do what is left to do of one delivered message, however often it is delivered.
 
-    ``trace`` is the W3C ``traceparent`` it came with, kept for whoever has to wake the job.
+    ``trace`` is the W3C ``traceparent`` it came with, kept for whoever has to wake the job, ``queue`` what it was
+    taken from.
 
     The verdict of a job that is over is the recorded one, whoever did it.
     """
     job: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
     limits = tools.settings.jobs
     try:
-        claim = tools.ledger.claim(job_id, task=task, job=job, max_deaths=limits.max_deaths, trace=trace)
+        claim = tools.ledger.claim(job_id, task=task, job=job, max_deaths=limits.max_deaths, trace=trace, queue=queue)
     except redis.RedisError as error:
         log.warning("The ledger did not take the claim (%s); the message is given back", type(error).__name__)
         return NotTaken()

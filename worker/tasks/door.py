@@ -50,7 +50,16 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
     with job_lines(job_id, task.name):
         tool, beat = _ready()  # the first job lets in who watches
         with continued({"traceparent": trace} if trace else {}):
-            verdict = carry(work, task=task.name, job_id=job_id, message=message, tools=tool, pulse=beat, trace=trace)
+            verdict = carry(
+                work,
+                task=task.name,
+                job_id=job_id,
+                message=message,
+                tools=tool,
+                pulse=beat,
+                trace=trace,
+                queue=_queue(task),
+            )
     match verdict:
         case Done(payload):
             return payload
@@ -86,3 +95,9 @@ def _trace(task: Task) -> str:
     """The W3C ``traceparent`` among the headers of the message, which anybody may have written."""
     header = getattr(task.request, "traceparent", None)
     return header if isinstance(header, str) and _IS_TRACEPARENT(header) else ""
+
+
+def _queue(task: Task) -> str:
+    """The queue that the message was taken from; "" if the broker does not say."""
+    queue = (task.request.delivery_info or {}).get("routing_key")
+    return queue if isinstance(queue, str) else ""
