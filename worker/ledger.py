@@ -262,19 +262,20 @@ return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', c
 
 # An attempt has ended in a worker that lives, and Redis knows nothing of it: Redis was away, or has lost the record.
 # That is neither an attempt nor a death, also if the lease has run out meanwhile and another worker has counted one.
-# ARGV: id, fence, worker, task, job, attempt, memo, wish, trace, who requested it, why.
+# ARGV: id, fence, worker, task, job, attempt, memo, wish, trace, who requested it, why, 1 if its message is given back,
+# and how long it then has.
 _HAND_BACK = (
     _NOW
     + """
 local job, due, deaths = KEYS[1], KEYS[2], KEYS[3]
 local was = redis.call('HMGET', job, 'state', 'fence', 'overtaken')
 if not was[1] then
-  redis.call('HSET', job, 'state', 'waiting', 'task', ARGV[4], 'job', ARGV[5], 'attempts', ARGV[6] - 1,
-    'fence', ARGV[2], 'created_ms', now, 'code', 'waiting', 'message', 'Redis had lost the record of the job')
-  for i, name in ipairs({'memo', 'wish', 'trace', 'requested_by', 'reason'}) do
+  redis.call('HSET', job, 'state', 'queued', 'task', ARGV[4], 'job', ARGV[5], 'attempts', ARGV[6] - 1,
+    'fence', ARGV[2], 'created_ms', now)
+  for i, name in ipairs({'memo', 'wish', 'trace', 'requested_by', 'reason', 'sent'}) do
     if ARGV[6 + i] ~= '' then redis.call('HSET', job, name, ARGV[6 + i]) end
   end
-  redis.call('ZADD', due, now, ARGV[1])
+  redis.call('ZADD', due, now + ARGV[13], ARGV[1])
   return 'restored'
 end
 if was[3] == ARGV[2] then
@@ -1262,13 +1263,16 @@ class Ledger:
         attempt: int,
         memo: Mapping[str, Any] | None = None,
         trace: str = "",
+        returned: bool = False,
     ) -> HandedBack:
         """End an attempt that could not be written down, although its worker lives: it counts neither as one nor as a
-        death, and the job is due again soon. Where Redis has lost the record, it is made anew, with ``memo``.
+        death, and the job is due again soon. Where Redis has lost the record, it is made anew, with ``memo``;
+        its message may then be ``returned`` to the queue.
         """
         keys = [_job(job_id), PREFIX + "due", _deaths(task, job)]
         args: list[str | int] = [job_id, fence, self._worker, task, _dump(job), attempt]
         args += [_dump(memo) if memo else "", _wish(task, job), trace, *stated(job).values()]
+        args += ["1", self.grace_ms] if returned else ["", 0]
         return HandedBack(self._hand_back(keys=keys, args=args))
 
     def refused(self, job_id: str, fence: int, error: redis.RedisError) -> int:

@@ -14,7 +14,7 @@ import redis
 from redis import exceptions
 
 from worker.errors import PacsUnavailable
-from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
+from worker.jobs.carry import Done, Failed, NotTaken, Parked, Verdict, carry
 from worker.jobs.run import Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import PREFIX, HandedBack, LeaseLost, Ledger, passes, words_of
@@ -215,12 +215,13 @@ def test_a_record_that_redis_has_lost_is_written_again_whatever_the_attempt_ends
             run.ledger.park(run.job_id, run.fence, delay_s=1, code="waiting", message="Later.")
         return {}
 
-    assert isinstance(desk.carry(work, job=job), Parked)
+    assert isinstance(desk.carry(work, job=job), NotTaken), "its message is given back"
     record = desk.ledger.look("j1")
-    assert (record["state"], json.loads(record["memo"]), record["attempts"]) == ("waiting", memo, "0")
+    assert (record["state"], json.loads(record["memo"]), record["attempts"]) == ("queued", memo, "0")
     assert (record["requested_by"], record["reason"]) == ("me", "why")
-    (due,) = desk.ledger.sweep()
-    assert due.job == job
+    desk.due()
+    (due,) = desk.ledger.sweep(queues=lambda tasks: dict.fromkeys(tasks, ("q", 0)))
+    assert due.job == job, "should the message be lost as well"
     verdict = desk.carry(lambda run: {"memo": run.memo, "attempt": run.attempt}, job=job)
     assert verdict == Done({"memo": memo, "attempt": 1})
 
@@ -233,7 +234,7 @@ def test_what_was_pushed_before_redis_lost_the_record_is_known_to_the_next_attem
         run.intend({"uncertain": True})
         raise AssertionError
 
-    assert isinstance(desk.carry(work), Parked)
+    assert isinstance(desk.carry(work), NotTaken)
     assert json.loads(desk.ledger.look("j1")["memo"]) == {"uncertain": True}
 
 
@@ -259,7 +260,19 @@ def test_a_heartbeat_that_finds_no_record_does_not_end_the_job_for_good(desk: De
         run.check_ours()
         return {}
 
-    assert isinstance(desk.carry(work), Parked)
+    assert isinstance(desk.carry(work), NotTaken)
     assert desk.carry(attempt) == Done({"attempt": 1})
     with pytest.raises(LeaseLost):
         desk.ledger.finish("j1", 1, outcome={}, code="done", task=TASK, job=JOB)
+
+
+def test_a_record_that_is_written_again_only_later_is_due_at_once_because_its_message_is_gone(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(desk.ledger, "_hand_back", raises(redis.ConnectionError("away")))
+        assert isinstance(desk.carry(redis.ConnectionError("away")), Parked)
+    desk.client.flushdb()
+    desk.pulse.round(Pulse._renew, {})
+    assert [due.job_id for due in desk.ledger.sweep()] == ["j1"]
+    assert desk.carry(attempt) == Done({"attempt": 1})

@@ -68,7 +68,7 @@ class Starved(Parked):
 
 @dataclass(frozen=True)
 class NotTaken:
-    """The ledger did not say whose job it is. The message may be all there is of it, so it has to come again."""
+    """The ledger did not say whose job it is, or has lost it. The message may be all there is: it has to come again."""
 
 
 Verdict = Done | Failed | Parked | NotTaken
@@ -128,8 +128,7 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
                 verdict = _refused_by_redis(error, run, tools)
                 _record(verdict, run, task=task, job=job, tools=tools)
                 return verdict
-        pulse.hand_back(lambda: _hand_back(run, job, trace))
-        return Parked()
+        return _handed_back(run, job, trace, pulse)
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_shortage(error):
             raise
@@ -156,14 +155,25 @@ def _starved(error: Exception, run: Run, *, task: str, job: Mapping[str, Any], t
     return verdict
 
 
-def _hand_back(run: Run, job: Mapping[str, Any], trace: str) -> None:
+def _handed_back(run: Run, job: Mapping[str, Any], trace: str, pulse: Pulse) -> Verdict:
+    """Now, or as soon as Redis is there again. Where the ledger has lost its keys, the message is given back, too."""
+    try:
+        became = _hand_back(run, job, trace, returned=True)
+    except redis.RedisError:
+        pulse.owe(lambda: _hand_back(run, job, trace, returned=False))
+        return Parked()
+    return NotTaken() if became is HandedBack.RESTORED else Parked()
+
+
+def _hand_back(run: Run, job: Mapping[str, Any], trace: str, *, returned: bool) -> HandedBack:
     """This worker lives: an attempt that the ledger knows nothing of is neither an attempt nor a death."""
     memo = run.memo if run.noted is None else run.noted
     became = run.ledger.hand_back(
-        run.job_id, run.fence, task=run.task, job=job, attempt=run.attempt, memo=memo, trace=trace
+        run.job_id, run.fence, task=run.task, job=job, attempt=run.attempt, memo=memo, trace=trace, returned=returned
     )
     if became is HandedBack.RESTORED:
         log.warning("Redis has lost the record of job %s; it is written down again and goes on", run.job_id)
+    return became
 
 
 def _ending(verdict: Verdict) -> tuple[End, str]:

@@ -144,11 +144,10 @@ class Pulse:
             log.warning("Job %s is left to another worker: %s", run.job_id, SHUT_DOWN)
         return len(runs)
 
-    def hand_back(self, give: Callable[[], object]) -> None:
-        """Call ``give``, which hands a job back to the ledger: now, or as soon as Redis is there again."""
+    def owe(self, give: Callable[[], object]) -> None:
+        """Call ``give``, which hands a job back to the ledger, as soon as Redis is there again."""
         with self._lock:
             self._owed.append(give)
-        self._pay()
 
     def _pay(self) -> None:
         """Do what is owed, until Redis cannot be reached; what Redis refuses for good is left to the lease."""

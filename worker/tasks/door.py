@@ -67,7 +67,7 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
             raise error from None
         case NotTaken():
             time.sleep(PAUSE_S)
-            raise Reject("the ledger cannot be reached", requeue=True)
+            raise Reject("the ledger cannot be reached, or has lost the job", requeue=True)
         case Starved():
             time.sleep(PAUSE_S)
             raise Ignore(STARVED)
