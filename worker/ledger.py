@@ -256,7 +256,8 @@ redis.call('HDEL', job, 'sends', 'looks', 'woken', 'parked')
 redis.call('ZADD', due, now + ARGV[4], ARGV[1])
 local since = redis.call('HGET', job, 'parked_ms')
 local waited = since and now - tonumber(since) or 0
-return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0, waited}
+return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0, waited,
+  redis.call('HGET', job, 'wants') or ''}
 """
 )
 
@@ -609,19 +610,24 @@ return state
 
 # KEYS: hold, job, then the gates and after them the sets of the study and the series, if the image is to be stored.
 # A job whose source gives another image than it did before gives up the image it held. Whoever holds asks the servers
-# next: what is stored after asked_us may be missing from their answers.
+# next: what is stored after asked_us may be missing from their answers. Who has to wait is told at the next claim what
+# for (ARGV[3]), before the image is fetched once more.
 _HOLD = (
     _NOW_US
     + """
-local owner = redis.call('HGET', KEYS[1], 'job_id')
-if owner and owner ~= ARGV[1] then return owner end
 if redis.call('HGET', KEYS[2], 'fence') ~= ARGV[2] then return '!lost' end
+local owner = redis.call('HGET', KEYS[1], 'job_id')
+if owner == ARGV[1] then owner = false end
 local half = (#KEYS - 2) / 2
 local registered = redis.call('HGET', KEYS[2], 'hold') == KEYS[1]
 for i = 3, 2 + half do
-  local deleter = redis.call('HGET', KEYS[i], 'job_id')
-  if deleter and not registered then return deleter end
+  if not owner and not registered then owner = redis.call('HGET', KEYS[i], 'job_id') end
 end
+if owner then
+  if half > 0 then redis.call('HSET', KEYS[2], 'wants', ARGV[3]) end
+  return owner
+end
+redis.call('HDEL', KEYS[2], 'wants')
 local before = redis.call('HMGET', KEYS[2], 'hold', 'storing')
 if before[1] and not registered and redis.call('HGET', before[1], 'job_id') == ARGV[1] then
   redis.call('DEL', before[1])
@@ -895,7 +901,8 @@ class ClaimState(Enum):
 class Claim:
     """What became of the wish to do a job now. ``memo`` is what an earlier attempt left behind.
 
-    ``waited_s`` ago it was first parked for a server that was left alone; 0 if it never was.
+    ``waited_s`` ago it was first parked for a server that was left alone; 0 if it never was. ``wants`` are the image,
+    study and series that it waits for, because another job has them.
     """
 
     state: ClaimState
@@ -905,6 +912,7 @@ class Claim:
     memo: dict[str, Any] | None = None
     cancelled: bool = False
     waited_s: float = 0
+    wants: tuple[str, ...] = ()
     outcome: dict[str, Any] | None = None
 
 
@@ -1197,9 +1205,10 @@ class Ledger:
         answer: list[Any] = self._claim(keys=keys, args=args)
         state = ClaimState(answer[0])
         if state is ClaimState.YOURS:
-            fence, attempt, deaths, memo, cancelled, waited_ms = answer[1:]
+            fence, attempt, deaths, memo, cancelled, waited_ms, wants = answer[1:]
             known = json.loads(memo) if memo else None
-            return Claim(state, fence, attempt, deaths, known, bool(cancelled), waited_s=waited_ms / 1000)
+            waited_s = waited_ms / 1000
+            return Claim(state, fence, attempt, deaths, known, bool(cancelled), waited_s, tuple(wants.split()))
         return Claim(state, outcome=json.loads(answer[1]) if len(answer) > 1 else None)
 
     def heartbeat(self, job_id: str, fence: int) -> bool:
@@ -1498,7 +1507,7 @@ class Ledger:
         """
         keys = [PREFIX + "hold:" + sop_instance_uid, _job(job_id)]
         keys += [PREFIX + "gate:" + uid for uid in into] + [PREFIX + "storing:" + uid for uid in into]
-        owner = str(self._hold(keys=keys, args=[job_id, fence]))
+        owner = str(self._hold(keys=keys, args=[job_id, fence, " ".join([sop_instance_uid, *into])]))
         self._guard(owner != "!lost")
         return owner or None
 

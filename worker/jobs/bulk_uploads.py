@@ -41,6 +41,7 @@ from worker.jobs.placement import (
     Wish,
     already_exists,
     image_of,
+    left_alone,
     refusal,
     settle,
 )
@@ -69,6 +70,8 @@ FRAMING_BYTES = 512
 MEMORY_BYTES = 1_048_576
 
 
+#: What an image is known by.
+_UIDS = ("image", "study", "series")
 _IS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,15}:[^\s\x00-\x1f\x7f]{1,8191}").fullmatch
 
 
@@ -227,7 +230,9 @@ class Uploads:
             if number not in self._memo and row.settled.result.get("uncertain"):
                 self._memo[number] = Pushed(server=row.settled.server, **row.settled.result)
         self._others: dict[int, Pushed] = {}  # of items of the chunk that come in another group
-        self._written = dict(self._memo)  # as the ledger has it
+        #: Of items whose images another job had: image, study and series.
+        self._wants = {int(number): tuple(uids) for number, uids in desk.memo.get("wants", {}).items()}
+        self._written = self._known  # as the ledger has it
         self._near: list[_Image] = []  # the load that is asked about while another is pushed
         self._holding = threading.Lock()
         self._on: dict[str, set[str]] = {}  # study → servers that are known to have it
@@ -245,6 +250,9 @@ class Uploads:
         try:
             with self._run.step("check"):
                 self._recover(items)
+                waiting = [item for item in items if item.number not in self.results]
+                self._check_held(waiting)
+                self._check_servers(waiting)
             with self._run.step("carry"):
                 self._pipeline([item for item in items if item.number not in self.results])
             self._write_down()
@@ -346,6 +354,8 @@ class Uploads:
     def _fetch(self, item: Item) -> _Image | CourierError:
         if self._silent:  # and so could be said of no image that it is nowhere
             return next(iter(self._silent.values()))
+        if item.server in self._down:
+            return self._down[item.server]
         self._desk.spent.add(requests=1)
         try:
             fetched = self._tools.sources.fetch(item.text)
@@ -384,8 +394,30 @@ class Uploads:
         with self._holding:  # or the load before would let go of them with its own
             self._near = list(load)
             owners = run.ledger.hold_images([one.uids for one in load], job_id=run.job_id, fence=run.fence)
-        self.results.update({image.item.number: None for image, owner in zip(load, owners, strict=True) if owner})
+        for image, owner in zip(load, owners, strict=True):
+            if owner is None:
+                self._wants.pop(image.item.number, None)
+            else:
+                self._wants[image.item.number] = image.uids
+                self.results[image.item.number] = None
         return [image for image, owner in zip(load, owners, strict=True) if owner is None]
+
+    def _check_held(self, items: Sequence[Item]) -> None:
+        """What another job had at the last attempt, and has still, is not fetched again to find that out."""
+        run = self._run
+        wants = [(item, uids) for item in items if len(uids := self._wants.get(item.number, ())) == len(_UIDS)]
+        images = [(uids[0], uids[1], uids[2]) for _, uids in wants]
+        owners = run.ledger.hold_images(images, job_id=run.job_id, fence=run.fence)
+        self.results.update({item.number: None for (item, _), owner in zip(wants, owners, strict=True) if owner})
+
+    def _check_servers(self, items: Sequence[Item]) -> None:
+        """For a server that is left alone no file is fetched: nothing could be said, or stored, there."""
+        targets = sorted({item.server for item in items} & set(self._tools.fleet.names))
+        for error in left_alone(self._tools, self._tools.fleet.names):
+            self._silent.setdefault(str(error.server_name), error)
+        for target in targets:
+            for error in left_alone(self._tools, [], changed=target):
+                self._down.setdefault(target, error)
 
     def _placed(self, images: Sequence[_Image]) -> list[tuple[_Image, Placement]]:
         """Where each goes. Those that go nowhere are in the results."""
@@ -479,7 +511,7 @@ class Uploads:
         for image, to in placed:
             self._memo[image.item.number] = self._pushed(image, to.server)
         self._desk.remember(self._as_json())
-        self._written = dict(self._memo)
+        self._written = self._known
         by_server: dict[str, list[_Image]] = {}
         for image, to in sorted(placed, key=lambda pair: pair[0].instance.study_instance_uid):
             by_server.setdefault(to.server, []).append(image)
@@ -619,13 +651,19 @@ class Uploads:
 
     def _write_down(self) -> None:
         """What the servers said since: above all, where one made clear that an image there is not ours."""
-        if self._memo != self._written:
+        if self._known != self._written:
             self._desk.remember(self._as_json())
-            self._written = dict(self._memo)
+            self._written = self._known
 
     def _as_json(self) -> dict[str, Any]:
         memo = {**self._others, **self._memo}
-        return {"pushed": {str(number): asdict(pushed) for number, pushed in memo.items()}}
+        told: dict[str, Any] = {"pushed": {str(number): asdict(pushed) for number, pushed in memo.items()}}
+        return {**told, "wants": {str(number): uids for number, uids in self._wants.items()}} if self._wants else told
+
+    @property
+    def _known(self) -> tuple[dict[int, Pushed], dict[int, tuple[str, ...]]]:
+        """What the next attempt has to know."""
+        return dict(self._memo), dict(self._wants)
 
     def _let_go(self, *, but: Iterable[_Image] = ()) -> None:
         """Of all but what may be on its way into a server still: who asks for it next has to find it decided."""

@@ -110,6 +110,7 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
         ledger=tools.ledger,
         cancelled=claim.cancelled,
         memo=claim.memo,
+        wants=claim.wants,
         clock=tools.clock,
     )
     seen = JobSeen(task, job_id, claim.attempt)

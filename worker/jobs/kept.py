@@ -33,11 +33,13 @@ from worker.jobs.downloads import archived
 from worker.jobs.equality import Compared, Side, compare
 from worker.jobs.pace import metered
 from worker.jobs.passing import Incoming
+from worker.jobs.placement import check_not_left_alone
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.jobs.transfers import Transfer, bring, images_on
 from worker.pacs.protocol import Found, Pacs, Retrieved
+from worker.scratch import drop
 from worker.settings import ServerSettings
 
 _NOT_DELETED = "nothing was deleted. Order the deletion of this study again"
@@ -118,7 +120,8 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
     PacsMisanswered
         The server does not show them as they were kept; it is tried again.
     """
-    archive = desk.tools.destinations.archive(kept.url)
+    name, archive = pacs.server.name, desk.tools.destinations.archive(kept.url)
+    check_not_left_alone(desk.tools, [name], changed=name)
     with _opened(archive, pacs, study_uid, kept, so=_NOT_STORED) as copy:
         before = images_on(pacs, study_uid)
         limit = desk.tools.settings.sources.max_bytes
@@ -225,7 +228,9 @@ def _opened(archive: Archive, pacs: Pacs, study_uid: str, kept: Kept, *, so: str
     """The archive on this machine's disk, read through and found to be what was kept; ``so`` ends the sentences."""
     if not _is_there(archive):
         raise _conflict(pacs, f"The backup {archive.shown} is not there any more; {so}.")
-    with tempfile.TemporaryFile() as file:
+    with ExitStack() as files:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - a full disk does not let it be closed as it should
+        files.callback(drop, file)
         sha256 = _spool(archive.read(), file)
         with ExitStack() as stack:
             try:
@@ -260,6 +265,7 @@ def _spool(chunks: Iterable[bytes], file: IO[bytes]) -> str:
         for chunk in chunks:
             digest.update(chunk)
             file.write(chunk)
+        file.flush()  # or a full disk would only be noticed while it is read
     except OSError as error:
         sentence = f"The worker has no room to read the kept archive ({error.strerror}); free its temporary folder."
         raise SourceUnreachable(sentence) from error

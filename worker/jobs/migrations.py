@@ -25,6 +25,7 @@ from worker.jobs.moves import (
     verify_moved,
     verify_study,
 )
+from worker.jobs.placement import check_not_left_alone
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.study_lists import check_order_filters, study_pages
@@ -225,6 +226,8 @@ class _Group:
     def _look(self, _stored: int) -> None:
         if self.desk.run.lost:
             raise LeaseLost
+        target = self.target.server.name
+        check_not_left_alone(self.desk.tools, [target], changed=target)
 
     def _note_silence(self, answers: Sequence[Settled | CourierError]) -> None:
         """A server on which every study of a group came to grief is not asked again in this attempt."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from worker.breakers import BreakerState
+from worker.breakers import CHANGES, BreakerState, server_of
 from worker.errors import (
     CourierError,
     ImageAlreadyExists,
@@ -24,6 +24,7 @@ from worker.instances import Instance
 from worker.jobs.described import place
 from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare
 from worker.jobs.tools import Tools
+from worker.pacs.guard import at_rest
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs
 from worker.payloads import Route, RouteReason
 from worker.routing import Decision, Exists, Follow, New, Open, choose
@@ -56,6 +57,29 @@ class Wish:
     server: str | None = None
     told: bool = True
     compares: bool = True
+
+
+def left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None) -> list[PacsUnavailable]:
+    """Errors of those of the servers ``names`` that may not be asked now, and of ``changed`` if it takes no changes.
+
+    To be asked before a file is fetched that would be of no use then. One that is to be asked whether it is well again,
+    and that no job is asking, may be asked.
+    """
+    if tools.breakers is None:
+        return []
+    changes = [] if changed is None else [changed + CHANGES]
+    states = tools.breakers.read([*names, *changes])
+    return [
+        at_rest(tools.fleet[server_of(breaker)].server, breaker, state.pause_left_s)
+        for breaker, state in states.items()
+        if state.pause_left_s is not None and (state.pause_left_s > 0 or state.probing)
+    ]
+
+
+def check_not_left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None) -> None:
+    """`PacsUnavailable`, if one of those servers is `left_alone`."""
+    if resting := left_alone(tools, names, changed=changed):
+        raise first_to_wait_for(resting)
 
 
 def settle(

@@ -60,6 +60,8 @@ class Run:
     lock: threading.Lock = field(default_factory=threading.Lock)
     lost: bool = False
     shown: bool = True
+    #: Image, study and series that an earlier attempt found in the hands of another job.
+    wants: tuple[str, ...] = ()
     #: What this attempt wrote down last, whether or not the ledger took it.
     noted: Mapping[str, Any] | None = None
 

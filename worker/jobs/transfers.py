@@ -174,6 +174,7 @@ def _pass(transfer: Transfer, wanted: set[str], *, known: set[str], alone: bool)
     if not wanted:
         return
     spooled = transfer.spooled
+    transfer.look(len(transfer.stored))  # also before the source is asked for anything
     with closing(received(transfer.source, transfer.study_uid, transfer.listed, wanted)) as images:
         arriving = _Arriving(images, lambda uid: uid in wanted or uid not in known)
         while transfer.spooled == spooled and arriving.more():

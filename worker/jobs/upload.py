@@ -29,6 +29,7 @@ from worker.jobs.placement import (
     PENDINGS_BEFORE_REMOVAL,
     Wish,
     already_exists,
+    check_not_left_alone,
     image_of,
     refusal,
     settle,
@@ -202,8 +203,15 @@ def _uncertain(refused: Refused, memo: Memo) -> Refused:
 
 
 def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
-    """Fetch, identify, check, route and push; the memo then says where the image is."""
+    """Fetch, identify, check, route and push; the memo then says where the image is.
+
+    What would be fetched in vain is not: while another job has the image, or a server is left alone.
+    """
     run, tools = trip.run, trip.tools
+    if run.wants:
+        with run.step("check"):
+            _take_turn(*run.wants, run=run)
+    _check_servers(trip, earlier)
     with run.step("fetch"):
         fetched = tools.sources.fetch(trip.job.image_url)
     pushed: Memo | None = None
@@ -259,9 +267,19 @@ def _may_be_ours(earlier: Memo | None, server: str) -> bool:
     return earlier is not None and earlier.uncertain and earlier.server == server
 
 
+def _check_servers(trip: _Trip, earlier: Memo | None) -> None:
+    """`PacsUnavailable`, if a server is left alone that has to say whether it has the image, or is to store it."""
+    names = trip.tools.fleet.names
+    target = trip.job.server or (earlier.server if earlier else None) or (names[0] if len(names) == 1 else None)
+    check_not_left_alone(trip.tools, names, changed=target if target in names else None)
+
+
 def _wait_for_turn(instance: Instance, run: Run) -> None:
-    into = (instance.study_instance_uid, instance.series_instance_uid)
-    owner = run.ledger.hold_image(instance.sop_instance_uid, job_id=run.job_id, fence=run.fence, into=into)
+    _take_turn(instance.sop_instance_uid, instance.study_instance_uid, instance.series_instance_uid, run=run)
+
+
+def _take_turn(image: str, study: str, series: str, *, run: Run) -> None:
+    owner = run.ledger.hold_image(image, job_id=run.job_id, fence=run.fence, into=(study, series))
     if owner is not None:
         raise NotYet(f"job {owner} is storing the same image, or deleting what it belongs to", delay_s=TURN_S)
 

@@ -150,13 +150,13 @@ class Guard:
     def _refuse_if_open(self, server: ServerSettings, name: str) -> None:
         left_s = self._pause_left_s(name)
         if left_s is not None and left_s > 0:
-            raise _at_rest(server, name, left_s)
+            raise at_rest(server, name, left_s)
 
     def admit(self, server: ServerSettings, name: str) -> _Probe | None:
         """Let a call through: as the probe, if the breaker is half-open. The probe's own job waits for its verdict."""
         while (left_s := self._pause_left_s(name)) is not None:
             if left_s > 0:
-                raise _at_rest(server, name, left_s)
+                raise at_rest(server, name, left_s)
             with self._half_open:
                 under_way = self._probes.get(name)
                 if under_way is None:
@@ -168,10 +168,10 @@ class Guard:
                         log.info("Asking %s whether it is well again", name)
                         return probe
                     if not state.closed:
-                        raise _at_rest(server, name, state.pause_left_s or 0)
+                        raise at_rest(server, name, state.pause_left_s or 0)
                     continue
             if under_way.job is None or under_way.job != job_in_hand():
-                raise _at_rest(server, name, 0)
+                raise at_rest(server, name, 0)
             under_way.over.wait(server.connect_timeout_s + server.read_timeout_s)
         return None
 
@@ -286,7 +286,7 @@ def _is_down(error: PacsUnavailable) -> bool:
     return error.retry_after_s is not None or not answered
 
 
-def _at_rest(server: ServerSettings, breaker: str, left_s: float) -> PacsUnavailable:
+def at_rest(server: ServerSettings, breaker: str, left_s: float) -> PacsUnavailable:
     what = "took no changes" if breaker.endswith(CHANGES) else "failed"
     when = f"in {math.ceil(left_s)} s" if left_s > 0 else "by another job just now"
     return _resting(server, breaker, f"{server.name} {what} lately and is left alone; it is asked again {when}.")
