@@ -196,7 +196,8 @@ class Courier:
         """Put the image at ``image_url`` (http, https, s3, az, file) into the PACS it belongs to.
 
         ``server`` asks for one server by name. The same ``idempotency_key`` twice is one job; with another wish it is
-        `InvalidRequest`. ``metadata=False`` leaves the DICOM metadata out of the result.
+        `InvalidRequest`. A job that failed for a reason that can pass (``source_not_found``, ``source_denied``, a dead
+        letter) is done again under its id. ``metadata=False`` leaves the DICOM metadata out of the result.
         """
         job = {
             "image_url": image_url,
@@ -385,7 +386,12 @@ class Courier:
         with watching(SendSeen(task, handle.id)):
             trace = carrier().get("traceparent", "")
             with _reachable():
-                known = self._ledger is not None and not self._ledger.submit(handle.id, task=task, job=job, trace=trace)
+                known = self._ledger is not None and not self._ledger.submit(
+                    handle.id, task=task, job=job, trace=trace, again=True
+                )
+            if not known and job.get("idempotency_key"):
+                with contextlib.suppress(BrokerUnavailable):
+                    self._forget(handle.id)  # how the job failed that bore the key before
             if not known:
                 self._send(DueJob(handle.id, task, job, trace))
         return handle

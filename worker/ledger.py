@@ -87,6 +87,8 @@ CLOSED_MEANWHILE_S: Final = 0.5
 IN_HAND: Final = 200
 #: By task, the queue that its messages are sent to and how many wait there; without those of which nobody knows.
 Queues = Callable[[set[str]], Mapping[str, tuple[str, int]]]
+#: With these a job is refused, and yet may be done when it is sent again: the source has changed, or its URL has.
+REUSABLE: Final = frozenset({"source_not_found", "source_denied", "source_unauthorized"})
 #: What is told of a job and is no part of it.
 _TOLD_OF_IT: Final = ("requested_by", "reason")
 #: Names made from idempotency keys, so that every producer makes the same one.
@@ -437,21 +439,51 @@ return redis.call('ZREM', KEYS[2], ARGV[1])
 """
 
 # What the job held it let go of at its end, and what it was told of is outdated; its memo says how far it came.
+_ANEW = """
+local function begin_anew(job, due, dead, deaths, id, delay_ms)
+  redis.call('HSET', job, 'state', 'queued', 'attempts', 0, 'replayed_ms', now)
+  redis.call('HINCRBY', job, 'replays', 1)
+  redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
+    'storing', 'sent', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms', 'refused', 'refusals')
+  redis.call('PERSIST', job)
+  redis.call('ZREM', dead, id)
+  redis.call('DEL', deaths)
+  redis.call('ZADD', due, now + delay_ms, id)
+end
+"""
+
 _REPLAY = (
     _NOW
     + _TRAIL
+    + _ANEW
     + """
 local job = KEYS[1]
 if redis.call('HGET', job, 'state') ~= 'dead' then return 0 end
 note_of_job(job, ARGV[3], ARGV[4], true)
-redis.call('HSET', job, 'state', 'queued', 'attempts', 0, 'replayed_ms', now)
-redis.call('HINCRBY', job, 'replays', 1)
-redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
-  'storing', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms')
+begin_anew(job, KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
 redis.call('HSET', job, 'sent', 1)
-redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('DEL', KEYS[4])
-redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
+return 1
+"""
+)
+
+# The same wish again, under the same idempotency key: with the URL as it is signed now. ARGV: id, delay, note, how long
+# that is kept, wish, 1 if its message is sent now, job, trace, who requested it, why; then the codes that may pass.
+_REUSE = (
+    _NOW
+    + _TRAIL
+    + _ANEW
+    + """
+local job = KEYS[1]
+local was = redis.call('HMGET', job, 'state', 'code', 'wish')
+local passed = was[1] == 'dead'
+for i = 11, #ARGV do passed = passed or (was[1] == 'done' and was[2] == ARGV[i]) end
+if not passed or was[3] ~= ARGV[5] then return 0 end
+note_of_job(job, ARGV[3], ARGV[4], true)
+begin_anew(job, KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
+redis.call('HDEL', job, 'trace', 'requested_by', 'reason')
+for i, name in ipairs({'sent', 'job', 'trace', 'requested_by', 'reason'}) do
+  if ARGV[5 + i] ~= '' then redis.call('HSET', job, name, ARGV[5 + i]) end
+end
 return 1
 """
 )
@@ -1138,6 +1170,7 @@ class Ledger:
         self._hasten, self._lost, self._in_hand = script(_HASTEN), script(_LOST), script(_IN_HAND)
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
         self._rouse, self._let_go_hold = script(_ROUSE), script(_LET_GO_HOLD)
+        self._reuse = script(_REUSE)
         self._void, self._copies = script(_VOID), script(_COPIES)
         self._hand_back, self._refused = script(_HAND_BACK), script(_REFUSED)
 
@@ -1161,13 +1194,21 @@ class Ledger:
     # --- a job's life ---------------------------------------------------------------------------------------
 
     def submit(
-        self, job_id: str, *, task: str, job: Mapping[str, Any], due_in_s: float | None = None, trace: str = ""
+        self,
+        job_id: str,
+        *,
+        task: str,
+        job: Mapping[str, Any],
+        due_in_s: float | None = None,
+        trace: str = "",
+        again: bool = False,
     ) -> bool:
         """Write the job down; False if it is known. Its message is to be sent now: should it get lost, another one is.
         With ``due_in_s`` none is, and the sweeper sends the first one then.
 
-        ``trace`` (W3C ``traceparent``) is kept for whoever wakes it. `InvalidRequest`, if the id is known for another
-        wish under the same idempotency key.
+        ``trace`` (W3C ``traceparent``) is kept for whoever wakes it. ``again``: a job under an idempotency key that is
+        a dead letter, or failed for a reason that can pass (`REUSABLE`), begins anew under its id. `InvalidRequest`, if
+        the id is known for another wish under the same idempotency key.
         """
         keys = [_job(job_id), PREFIX + "due"]
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)
@@ -1180,7 +1221,16 @@ class Ledger:
                 if job.get("idempotency_key")
                 else f"The id {job_id} belongs to another job; send this one under its own id."
             )
-        return bool(written)
+        return bool(written) or (again and self._submit_again(job_id, task, job, delay_ms, trace, due_in_s is None))
+
+    def _submit_again(
+        self, job_id: str, task: str, job: Mapping[str, Any], delay_ms: int, trace: str, sent: bool
+    ) -> bool:
+        wish = _wish(task, job)
+        keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", _deaths(task, job)]
+        args: list[str | int] = [job_id, delay_ms, _note("replayed", job_id, task=task), self.keep_ms, wish]
+        args += ["1" if sent else "", _dump(job), trace, *stated(job).values(), *sorted(REUSABLE)]
+        return bool(wish) and bool(self._reuse(keys=keys, args=args))
 
     def claim(
         self,

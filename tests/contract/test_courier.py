@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 
 from producer import Courier
-from producer.errors import ImageAlreadyExists, NotFound, Poisoned, StillRunning
+from producer.errors import ImageAlreadyExists, NotFound, Poisoned, SourceDenied, StillRunning
 from sandbox import processes as parts
 from sandbox.processes import Processes
 from worker.ledger import Ledger
@@ -160,3 +160,26 @@ def test_the_ledger_is_asked_only_for_jobs_that_the_result_back_end_does_not_kno
     reports = courier.reports(["told", "a", "b", "c"])
     assert reports["told"].status == "done"
     assert asked == [["a", "b", "c"]]
+
+
+def test_a_key_whose_job_failed_for_a_reason_that_can_pass_is_sent_again_and_its_failure_forgotten(
+    courier, ledger, redis
+):
+    job = {"version": 1, "image_url": "http://host/a.dcm", "idempotency_key": "k"}
+    handle = courier.upload("http://host/a.dcm?sig=old", idempotency_key="k")
+    claim = ledger.claim(handle.id, task="pacs.upload", job=job)
+    error = SourceDenied("No.").payload
+    outcome = {"error": error}
+    ledger.finish(handle.id, claim.fence, outcome=outcome, code="source_denied", task="pacs.upload", job=job)
+    told = {"exc_type": "SourceDenied", "exc_module": "worker.errors", "exc_message": [error]}
+    with Redis.from_url(redis.result_backend) as results:
+        key = courier._app.backend.get_key_for_task(handle.id)
+        results.set(key, json.dumps({"status": "FAILURE", "result": told, "task_id": handle.id}))
+    assert handle.status() == "failed"
+    with Redis.from_url(redis.broker_url) as broker:
+        queue = courier._app.conf.task_default_queue
+        broker.delete(queue)
+        again = courier.upload("http://host/a.dcm?sig=new", idempotency_key="k")
+        assert (again.id, again.status(), broker.llen(queue)) == (handle.id, "queued", 1)
+        assert courier.upload("http://host/a.dcm?sig=new", idempotency_key="k").id == handle.id
+        assert broker.llen(queue) == 1, "one message for one job"

@@ -26,7 +26,10 @@ def follow(task: str, message: Mapping[str, Any], run: Run, tools: Tools) -> dic
         What the one job ended with.
     """
     first = job_id_for(str(message["idempotency_key"]))
-    tools.ledger.submit(first, task=task, job=message, due_in_s=0)
+    before, own = tools.ledger.look(first), tools.ledger.look(run.job_id)
+    # It had ended before it was wished for again: if the reason can pass, it is tried again.
+    again = "ended_ms" in before and float(before["ended_ms"]) < float(own.get("created_ms", 0))
+    tools.ledger.submit(first, task=task, job=message, due_in_s=0, again=again)
     with run.step("follow"):
         record = tools.ledger.look(first)
     if "outcome" not in record:
