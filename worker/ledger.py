@@ -1226,11 +1226,13 @@ class Ledger:
     def _submit_again(
         self, job_id: str, task: str, job: Mapping[str, Any], delay_ms: int, trace: str, sent: bool
     ) -> bool:
-        wish = _wish(task, job)
+        if not job.get("idempotency_key"):
+            return False
         keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", _deaths(task, job)]
-        args: list[str | int] = [job_id, delay_ms, _note("replayed", job_id, task=task), self.keep_ms, wish]
+        note = _note("replayed", job_id, task=task)
+        args: list[str | int] = [job_id, delay_ms, note, self.keep_ms, _wish(task, job)]
         args += ["1" if sent else "", _dump(job), trace, *stated(job).values(), *sorted(REUSABLE)]
-        return bool(wish) and bool(self._reuse(keys=keys, args=args))
+        return bool(self._reuse(keys=keys, args=args))
 
     def claim(
         self,

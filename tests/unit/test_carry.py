@@ -184,6 +184,7 @@ def test_a_job_whose_push_may_have_arrived_is_not_called_cancelled(desk: Desk) -
 
 def test_a_second_wish_under_one_key_fails_when_the_first_is_a_dead_letter(desk: Desk) -> None:
     first, wish = job_id_for("order-7"), {**JOB, "idempotency_key": "order-7"}
+    desk.ledger.submit("j2", task="pacs.upload", job=JOB)  # before the first has ended: later, it is tried again
     for _ in range(3):
         desk.carry(PacsUnavailable("Later."), first, wish)
         desk.make_due(first)

@@ -122,14 +122,7 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
             _record(verdict, run, task=task, job=job, tools=tools)
             seen.end, seen.code = _ending(verdict)
     except (LeaseLost, redis.RedisError) as error:
-        count("lease_lost", int(isinstance(error, LeaseLost)))
-        log.warning("Let go of the job: %s", "its lease is lost" if isinstance(error, LeaseLost) else words_of(error))
-        if isinstance(error, redis.RedisError) and not passes(error):  # the verdict was refused
-            with contextlib.suppress(LeaseLost, redis.RedisError):
-                verdict = _refused_by_redis(error, run, tools)
-                _record(verdict, run, task=task, job=job, tools=tools)
-                return verdict
-        return _handed_back(run, job, trace, pulse)
+        return _let_go(error, run, job, trace=trace, tools=tools, pulse=pulse)
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_shortage(error):
             raise
@@ -154,6 +147,20 @@ def _starved(error: Exception, run: Run, *, task: str, job: Mapping[str, Any], t
     except (LeaseLost, redis.RedisError) as lost:
         log.warning("Let go of the job: %s", type(lost).__name__)
     return verdict
+
+
+def _let_go(error: Exception, run: Run, job: Mapping[str, Any], *, trace: str, tools: Tools, pulse: Pulse) -> Verdict:
+    """The ledger did not take the verdict: where Redis refuses it for good the job ends, else it is handed back."""
+    count("lease_lost", int(isinstance(error, LeaseLost)))
+    log.warning(
+        "Let go of the job: %s", words_of(error) if isinstance(error, redis.RedisError) else "its lease is lost"
+    )
+    if isinstance(error, redis.RedisError) and not passes(error):
+        with contextlib.suppress(LeaseLost, redis.RedisError):
+            verdict = _refused_by_redis(error, run, tools)
+            _record(verdict, run, task=run.task, job=job, tools=tools)
+            return verdict
+    return _handed_back(run, job, trace, pulse)
 
 
 def _handed_back(run: Run, job: Mapping[str, Any], trace: str, pulse: Pulse) -> Verdict:
