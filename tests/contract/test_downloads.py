@@ -261,7 +261,6 @@ def test_only_the_folders_of_the_settings_are_written_to(desk: Desk, tmp_path_fa
         desk.folder.as_uri(),
         "file://elsewhere/a.zip",
         "file:a.zip",
-        f"{desk.url('a.zip')}?b",
         "s3://elsewhere/a.zip",
         "s3:/out",
         "az://account/container/a.zip",

@@ -15,6 +15,7 @@ import redis as redis_client
 import requests
 from celery import Celery
 from click.testing import CliRunner
+from kombu import pools
 
 from producer import Courier
 from producer.cli import main
@@ -116,9 +117,10 @@ def guarded(worker, sandbox, token_endpoint, tmp_path):
         "WARD_TOKEN": PLANTED["the token of a server"],
     }
 
-    def start(log_format: str, *, options: tuple[str, ...] = ()):
+    def start(log_format: str, *, options: tuple[str, ...] = (), may_show_tracebacks: bool = False):
         return worker(
             options=options,
+            may_show_tracebacks=may_show_tracebacks,
             servers=[msdicom, dcm4chee, again],
             environ=environ,
             results={"metadata": "none"},
@@ -280,7 +282,7 @@ def test_a_batch_of_signed_urls_shows_no_signature(guarded, redis, image_server,
 @pytest.mark.parametrize("pool", ["threads", "processes"])
 def test_a_log_at_the_level_debug_shows_nothing_secret_either(guarded, plain, image_server, redis, pool):
     """Celery quotes the arguments of plain clients there, HTTP libraries their URLs and headers."""
-    running = guarded("text", options=("--loglevel", "DEBUG", "--pool", pool))
+    running = guarded("text", options=("--loglevel", "DEBUG", "--pool", pool), may_show_tracebacks=True)
     study = new_uid()
     with Courier(running.settings) as courier:
         handles = list(jobs(courier, image_server, study, plain))
@@ -299,9 +301,10 @@ def test_a_log_at_the_level_debug_shows_nothing_secret_either(guarded, plain, im
             handles.append(courier.handle(sent.id))
         wrong = plain.send_task("pacs.list_studies", kwargs={"job": {"filters": filters}}, shadow=5, link=note)
         handles.append(courier.handle(wrong.id))
-        # The connections break in the middle: kombu and redis-py speak of it.
+        # The connections break in the middle: Celery, kombu and redis-py speak of it, with tracebacks.
         with redis_client.Redis.from_url(redis.broker_url) as client:
             client.client_kill_filter(_type="normal", skipme=True)
+        pools.reset()  # this program's pooled ones are broken as well, and later tests would find them
         for handle in handles:
             outcome_of(handle)
     assert "INFO" in running.log
