@@ -371,8 +371,9 @@ def watch(
     with _screen(quiet=quiet) as show:
         while True:
             report = handle.report()
+            ended = over(report)  # asked before the look, so that the last line shows the end
             show(_look(desk, handle, report.stage, meter))
-            if over(report) or (deadline is not None and time.monotonic() >= deadline):
+            if ended or (deadline is not None and time.monotonic() >= deadline):
                 return
             time.sleep(_POLL_S)
 
