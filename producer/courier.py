@@ -165,7 +165,9 @@ class Courier:
         self._ledger = (
             None
             if broker_url and not ledger_url
-            else Ledger.connect(queue.ledger_url, grace_s=jobs.grace_s, keep_s=results.expires_s)
+            else Ledger.connect(
+                queue.ledger_url, prefix=queue.key_prefix, grace_s=jobs.grace_s, keep_s=results.expires_s
+            )
         )
 
     def __enter__(self) -> Self:

@@ -320,13 +320,15 @@ class RedisPart:
             client.flushall()
 
 
-def redis(processes: Processes, *, name: str = "redis", port: int | None = None) -> RedisPart:
+def redis(
+    processes: Processes, *, name: str = "redis", port: int | None = None, options: Iterable[str] = ()
+) -> RedisPart:
     """Start it and wait. A restart with the same ``name`` and ``port`` finds the data again."""
     port = port or free_port()
     data = (processes.folder / f"{name}-data").resolve()
     data.mkdir(parents=True, exist_ok=True)
     command = [get_binary_path(), "--port", port, "--bind", HOST, "--dir", data, "--save", ""]
-    command += ["--appendonly", "yes", "--appendfsync", "everysec"]
+    command += ["--appendonly", "yes", "--appendfsync", "everysec", *options]
 
     def ready(_: Child) -> bool:
         try:

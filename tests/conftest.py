@@ -4,6 +4,7 @@ A server that is not installed fails the test in CI (``CI=true``) and skips it, 
 
 ``redis``         emptied for each test, a real one: ``.broker_url``, ``.result_backend``, ``.ledger_url``
 ``redis_url``     the ledger's database on it
+``cluster_url``   the one database of a Redis in cluster mode, emptied for each test
 ``plain``         a Celery client on it that knows nothing of us
 ``sandbox``       emptied and calm for each test: ``.msdicom``, ``.dcm4chee``, ``.control``, ``.set_mood(…)``
 ``orthanc``       base URL of a real Orthanc's DICOMweb; never emptied, so bring UIDs of your own
@@ -19,6 +20,7 @@ import gc
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from redis import Redis
 
 from sandbox import processes as parts
 from sandbox.images import ImageServer
@@ -93,6 +96,24 @@ def redis(redis_server: RedisPart) -> RedisPart:
 @pytest.fixture
 def redis_url(redis: RedisPart) -> str:
     return redis.ledger_url
+
+
+@pytest.fixture(scope="session")
+def cluster_server(processes: Processes) -> RedisPart:
+    server = parts.redis(processes, name="cluster", options=["--cluster-enabled", "yes"])
+    with Redis(host=parts.HOST, port=server.port, decode_responses=True) as client:
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        until = time.monotonic() + 10
+        while "cluster_state:ok" not in str(client.execute_command("CLUSTER", "INFO")):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    return server
+
+
+@pytest.fixture
+def cluster_url(cluster_server: RedisPart) -> str:
+    cluster_server.flush()
+    return cluster_server.url()
 
 
 @pytest.fixture

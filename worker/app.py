@@ -194,6 +194,7 @@ def _ledger() -> Ledger:
     return Ledger.connect(
         settings.queue.ledger_url,
         worker=_WORKER,
+        prefix=settings.queue.key_prefix,
         lease_s=settings.jobs.lease_s,
         grace_s=settings.jobs.grace_s,
         keep_s=settings.results.expires_s,
@@ -258,8 +259,9 @@ _guards: list[Guard] = []
 def _tools() -> Tools:
     listeners.trace(settings.telemetry)
     ledger = _ledger()
-    breakers = Breakers(ledger.client, settings.breaker, retry_after_cap_s=settings.jobs.retry_after_cap_s)
-    guard = Guard(breakers, Slots(ledger.client), settings.servers)
+    prefix, cap_s = settings.queue.key_prefix, settings.jobs.retry_after_cap_s
+    breakers = Breakers(ledger.client, settings.breaker, retry_after_cap_s=cap_s, prefix=prefix)
+    guard = Guard(breakers, Slots(ledger.client, prefix=prefix), settings.servers)
     fleet = Fleet([connect(server, guard) for server in settings.servers])
     _guards.append(guard)
     return Tools(
@@ -553,6 +555,7 @@ def outlook() -> Outlook:
     ledger = _ledger_beside()
     load = ledger.load(overdue_s=OVERDUE_S)
     server_names = [server.name for server in settings.servers]
+    breakers = Breakers(ledger.client, prefix=settings.queue.key_prefix)
     return Outlook(
         queues=consumer.depths(app, app.conf.task_queues),
         open=load.open,
@@ -560,7 +563,7 @@ def outlook() -> Outlook:
         dead=load.dead,
         parked=ledger.parked(),
         batches=Counter(batch.state for batch in Batches(ledger).list()),
-        breakers={name: state.name for name, state in Breakers(ledger.client).states(server_names).items()},
+        breakers={name: state.name for name, state in breakers.states(server_names).items()},
     )
 
 

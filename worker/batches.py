@@ -7,7 +7,7 @@ A batch is a sequence of passes over the same frozen chunks: ``survey`` (what wo
 ``verify`` (see whether it is so) and ``undo`` (take it back). A chunk in a pass is a job of the ledger,
 ``BATCH.PASS.NUMBER``, so lease, fence and retry are a job's; at most ``width`` chunks are open at a time.
 
-Keys, all below ``courier:batch:ID``:
+Keys, all below ``batch:ID`` behind the prefix of the ledger's:
 
     (itself)        hash    state, kind, order, servers, items, chunks …; for each pass ``PASS:next`` (chunks begun),
                             ``PASS:open`` (under way), ``PASS:finished``, ``PASS:round``, ``PASS:begun_ms``,
@@ -38,7 +38,7 @@ from typing import Any, Final, Literal, cast, get_args
 
 from redis.client import NEVER_DECODE
 
-from worker.ledger import PREFIX, DueJob, LeaseLost, Ledger
+from worker.ledger import DueJob, LeaseLost, Ledger
 from worker.logs import shown_url, stated
 from worker.payloads import check_batch_id
 
@@ -586,29 +586,29 @@ class Batches:
 
         What no conductor begins is forgotten after as long as results are kept.
         """
-        keys = [_key(batch_id), PREFIX + "batches"]
+        keys = [self._key(batch_id), self._ledger.key("batches")]
         args: list[str | int] = [batch_id, kind, json.dumps(dict(servers or {})), _dumped(order), width, name]
         return bool(self._open(keys=keys, args=[*args, self._keep_ms]))
 
     def begin_plan(self, batch_id: str) -> str:
         """Begin the plan, once more if another planner has not come to its end; gives the new planner's token."""
         token = uuid.uuid4().hex[:12]
-        before = cast(str | None, self._redis.hget(_key(batch_id), "planner"))
+        before = cast(str | None, self._redis.hget(self._key(batch_id), "planner"))
         with self._redis.pipeline() as pipe:
-            pipe.hset(_key(batch_id), "planner", token)
+            pipe.hset(self._key(batch_id), "planner", token)
             if before:
-                pipe.delete(*(_key(batch_id, f":{part}:{before}") for part in ("plan", "outcomes", "results")))
+                pipe.delete(*(self._key(batch_id, f":{part}:{before}") for part in ("plan", "outcomes", "results")))
             pipe.execute()
         return token
 
     def plan_chunks(self, batch_id: str, token: str, chunks: Mapping[int, str]) -> None:
         """Write down chunks by their number: lines as the top of this module says, without the last line's end."""
-        key = _key(batch_id, f":plan:{token}")
+        key = self._key(batch_id, f":plan:{token}")
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.hset(key, mapping={str(number): cast(Any, deflated(lines)) for number, lines in chunks.items()})
             pipe.pexpire(key, self._keep_ms)
-            pipe.pexpire(_key(batch_id), self._keep_ms)
-            self._written_on(keys=[_key(batch_id)], client=pipe)
+            pipe.pexpire(self._key(batch_id), self._keep_ms)
+            self._written_on(keys=[self._key(batch_id)], client=pipe)
             pipe.execute()
 
     def skip_planned(self, batch_id: str, token: str, skipped: Mapping[int, str]) -> None:
@@ -619,11 +619,11 @@ class Batches:
             by_chunk.setdefault(chunk, []).append([at, "", "", why, {}])
         with self._redis.pipeline(transaction=False) as pipe:
             for number in skipped:
-                pipe.setrange(_key(batch_id, f":outcomes:{token}"), number, LETTERS["skipped"])
+                pipe.setrange(self._key(batch_id, f":outcomes:{token}"), number, LETTERS["skipped"])
             for chunk, rows in by_chunk.items():
-                pipe.hset(_key(batch_id, f":results:{token}"), str(chunk), cast(Any, _packed(rows)))
+                pipe.hset(self._key(batch_id, f":results:{token}"), str(chunk), cast(Any, _packed(rows)))
             for part in ("outcomes", "results"):
-                pipe.pexpire(_key(batch_id, f":{part}:{token}"), self._keep_ms)
+                pipe.pexpire(self._key(batch_id, f":{part}:{token}"), self._keep_ms)
             pipe.execute()
 
     def freeze(  # noqa: PLR0913 - what a plan comes to
@@ -647,13 +647,13 @@ class Batches:
         fields.update(items=items, chunks=-(-items // CHUNK_ITEMS), bytes=size_bytes)
         fields.update(servers=json.dumps(dict(servers)), warnings=json.dumps(list(warnings)))
         parts = (f":outcomes:{token}", f":results:{token}", ":outcomes:apply", ":results:apply")
-        keys = [_key(batch_id), *(_key(batch_id, part) for part in parts)]
+        keys = [self._key(batch_id), *(self._key(batch_id, part) for part in parts)]
         args: Sequence[Any] = [token, *(part for pair in fields.items() for part in pair)]
         return bool(self._freeze(keys=keys, args=args))
 
     def set_fleet(self, batch_id: str, types: Mapping[str, str]) -> None:
         """Say of all configured servers what type they are: a producer does not know, and an upload may go to any."""
-        self._redis.hset(_key(batch_id), "fleet", json.dumps(dict(types)))
+        self._redis.hset(self._key(batch_id), "fleet", json.dumps(dict(types)))
 
     # --- its items ------------------------------------------------------------------------------------------
 
@@ -708,7 +708,7 @@ class Batches:
             if one.status != "open":
                 args += _counted(which, _as_stored(one, rows))
         parts = (f":outcomes:{which}", f":results:{which}")
-        keys = [_key(batch.id), *(_key(batch.id, part) for part in parts), f"{PREFIX}job:{job_id}"]
+        keys = [self._key(batch.id), *(self._key(batch.id, part) for part in parts), self._ledger.key("job", job_id)]
         if int(self._record(keys=keys, args=args)) < 0:
             raise LeaseLost
 
@@ -721,7 +721,7 @@ class Batches:
             row: list[Any] = [one.item.number % CHUNK_ITEMS, one.server, one.code, one.message[:300], dict(one.result)]
             if any(row[1:]):
                 new[row[0]] = row
-        blob = _ask_raw(self._redis, "HGET", _key(batch.id, f":results:{which}"), chunk)
+        blob = _ask_raw(self._redis, "HGET", self._key(batch.id, f":results:{which}"), chunk)
         rows: dict[int, list[Any]] = {row[0]: row for row in _rows(cast(bytes | None, blob))}
         for place, row in new.items():  # whoever says nothing of it does not take back what an attempt has written
             row[4] = row[4] or rows.get(place, row)[4]
@@ -734,10 +734,10 @@ class Batches:
             return
         first, last = int(wanted[0]) * CHUNK_ITEMS, (int(wanted[-1]) + 1) * CHUNK_ITEMS - 1
         with self._redis.pipeline(transaction=False) as pipe:
-            _ask_raw(pipe, "HMGET", _key(batch.id, f":plan:{batch.planner}"), *wanted)
+            _ask_raw(pipe, "HMGET", self._key(batch.id, f":plan:{batch.planner}"), *wanted)
             for which in passes:
-                pipe.getrange(_key(batch.id, f":outcomes:{which}"), first, last)
-                _ask_raw(pipe, "HMGET", _key(batch.id, f":results:{which}"), *wanted)
+                pipe.getrange(self._key(batch.id, f":outcomes:{which}"), first, last)
+                _ask_raw(pipe, "HMGET", self._key(batch.id, f":results:{which}"), *wanted)
             plans, *found = pipe.execute()
         for place, (chunk, plan) in enumerate(zip(wanted, plans, strict=True)):
             items = _items(batch, int(chunk), plan)
@@ -751,7 +751,7 @@ class Batches:
         """The chunks that have an item with one of ``letters``."""
         for some in _some(batch.chunks, 100):
             first, last = some[0] * CHUNK_ITEMS, min((some[-1] + 1) * CHUNK_ITEMS, batch.items) - 1
-            found = str(self._redis.getrange(_key(batch.id, f":outcomes:{which}"), first, last))
+            found = str(self._redis.getrange(self._key(batch.id, f":outcomes:{which}"), first, last))
             found = found.ljust(last - first + 1, "\0")
             for chunk in some:
                 start = chunk * CHUNK_ITEMS - first
@@ -762,14 +762,14 @@ class Batches:
 
     def take(self, batch_id: str, job_id: str) -> str | None:
         """Become the batch's conductor; the id of the job that is, if there is another under way."""
-        return str(self._take(keys=[_key(batch_id)], args=[job_id, f"{PREFIX}job:"])) or None
+        return str(self._take(keys=[self._key(batch_id)], args=[job_id, self._ledger.key("job", "")])) or None
 
     def begin(self, batch_id: str, which: Pass, *, job_id: str, out_of: Sequence[State]) -> bool:
         """Begin a pass as the batch's conductor, if the batch is in one of the states ``out_of``.
 
         True also if this conductor has begun it before.
         """
-        keys = [_key(batch_id), *self._all_keys(batch_id)]
+        keys = [self._key(batch_id), *self._all_keys(batch_id)]
         return bool(self._begin(keys=keys, args=[job_id, which, STATE_OF[which], *out_of]))
 
     def reopen(self, batch: Batch, which: Pass, statuses: Iterable[ItemStatus]) -> int:
@@ -783,7 +783,7 @@ class Batches:
                 if one.status in opened:
                     args += _counted(which, one)
             parts = (f":outcomes:{which}", f":ended:{which}")
-            self._reopen(keys=[_key(batch.id), *(_key(batch.id, part) for part in parts)], args=args)
+            self._reopen(keys=[self._key(batch.id), *(self._key(batch.id, part) for part in parts)], args=args)
             chunks += 1
         return chunks
 
@@ -796,12 +796,14 @@ class Batches:
             for row in lost:
                 args += _counted("apply", row.settled)
             places = {row.item.number % CHUNK_ITEMS for row in lost}
-            results, parts = _key(batch.id, ":results:apply"), (":outcomes:apply", ":ended:apply")
+            results, parts = self._key(batch.id, ":results:apply"), (":outcomes:apply", ":ended:apply")
             blob = _ask_raw(self._redis, "HGET", results, chunk)
             kept = _packed(row for row in _rows(cast(bytes | None, blob)) if row[0] not in places)
             with self._redis.pipeline() as pipe:  # both, or a server's count would be looked for in vain
                 _ask_raw(pipe, "HSET", results, chunk, kept)
-                self._reopen(keys=[_key(batch.id), *(_key(batch.id, part) for part in parts)], args=args, client=pipe)
+                self._reopen(
+                    keys=[self._key(batch.id), *(self._key(batch.id, part) for part in parts)], args=args, client=pipe
+                )
                 pipe.execute()
             chunks += 1
         return chunks
@@ -816,13 +818,13 @@ class Batches:
             for status in counts
         ]
         with self._redis.pipeline() as pipe:
-            pipe.hdel(_key(batch.id), *fields)
-            pipe.delete(*(_key(batch.id, part) for part in _parts(which)))
+            pipe.hdel(self._key(batch.id), *fields)
+            pipe.delete(*(self._key(batch.id, part) for part in _parts(which)))
             pipe.execute()
 
     def end_pass(self, batch_id: str, which: Pass, to: State) -> bool:
         """The pass is over; the batch goes on to ``to``, unless somebody has steered it elsewhere."""
-        return bool(self._end_pass(keys=[_key(batch_id)], args=[which, STATE_OF[which], to]))
+        return bool(self._end_pass(keys=[self._key(batch_id)], args=[which, STATE_OF[which], to]))
 
     def fill(self, batch: Batch, which: Pass, *, due_in_s: float | None = None) -> list[DueJob]:
         """Write down jobs for the next chunks, as many as may be open at a time, and give them back to be sent.
@@ -831,12 +833,12 @@ class Batches:
         """
         template = json.dumps(_message(batch, which))[:-1] + ', "chunk": '
         delay_ms = self._grace_ms if due_in_s is None else int(due_in_s * 1000)
-        keys = [_key(batch.id), _key(batch.id, f":ended:{which}"), PREFIX + "due"]
+        keys = [self._key(batch.id), self._key(batch.id, f":ended:{which}"), self._ledger.key("due")]
         args: Sequence[Any] = [
             batch.id,
             which,
             STATE_OF[which],
-            f"{PREFIX}job:",
+            self._ledger.key("job", ""),
             CHUNK_TASK,
             template,
             delay_ms,
@@ -847,12 +849,12 @@ class Batches:
 
     def end_chunk(self, batch_id: str, which: Pass, chunk: int) -> bool:
         """The chunk is over; True if with it the whole pass is."""
-        keys = [_key(batch_id), _key(batch_id, f":ended:{which}")]
+        keys = [self._key(batch_id), self._key(batch_id, f":ended:{which}")]
         return bool(self._end_chunk(keys=keys, args=[which, chunk]))
 
     def open_chunks(self, batch: Batch, which: Pass) -> list[int]:
         """The chunks that were begun and are not over."""
-        bits = cast(bytes | None, _ask_raw(self._redis, "GET", _key(batch.id, f":ended:{which}"))) or b""
+        bits = cast(bytes | None, _ask_raw(self._redis, "GET", self._key(batch.id, f":ended:{which}"))) or b""
         begun = batch.of(which).begun
         bits = bits.ljust(-(-begun // 8), b"\0")
         full = {place for place, byte in enumerate(bits) if byte == 0xFF}
@@ -862,23 +864,23 @@ class Batches:
 
     def state(self, batch_id: str) -> str:
         """The state, seen to be over when the conductor's job is, or the planner gone; "" if there is no such batch."""
-        args: list[str | int] = [f"{PREFIX}job:", batch_id, _PLANNER_GONE_MS, json.dumps([_PLANNER_GONE])]
-        state, ended = self._state(keys=[_key(batch_id)], args=args)
+        args: list[str | int] = [self._ledger.key("job", ""), batch_id, _PLANNER_GONE_MS, json.dumps([_PLANNER_GONE])]
+        state, ended = self._state(keys=[self._key(batch_id)], args=args)
         if ended:
             self.expire(batch_id)
         return str(state)
 
     def steer(self, batch_id: str, to: State, *, out_of: Sequence[State]) -> str:
         """Move the batch on to ``to`` if it is in one of the states ``out_of``; its state then."""
-        return str(self._steer(keys=[_key(batch_id)], args=[to, *out_of]))
+        return str(self._steer(keys=[self._key(batch_id)], args=[to, *out_of]))
 
     def pause(self, batch_id: str) -> str:
         """Begin nothing new until it is resumed; the state then."""
-        return str(self._pause(keys=[_key(batch_id)]))
+        return str(self._pause(keys=[self._key(batch_id)]))
 
     def resume(self, batch_id: str) -> str:
         """Go on where it was paused; the state then."""
-        state = str(self._resume(keys=[_key(batch_id)]))
+        state = str(self._resume(keys=[self._key(batch_id)]))
         self.rouse(batch_id)
         return state
 
@@ -904,14 +906,14 @@ class Batches:
     def expire(self, batch_id: str) -> None:
         """It is over: kept as long as results are."""
         with self._redis.pipeline(transaction=False) as pipe:
-            for key in (_key(batch_id), *self._all_keys(batch_id)):
+            for key in (self._key(batch_id), *self._all_keys(batch_id)):
                 pipe.pexpire(key, self._keep_ms)
             pipe.execute()
 
     def get(self, batch_id: str) -> Batch | None:
         """The batch as it stands; None if there is none of that id."""
         self.state(batch_id)
-        fields = cast(dict[str, str], self._redis.hgetall(_key(batch_id)))
+        fields = cast(dict[str, str], self._redis.hgetall(self._key(batch_id)))
         return _batch(batch_id, fields) if "kind" in fields else None
 
     def told(self, batch: Batch) -> dict[str, Any]:
@@ -929,21 +931,25 @@ class Batches:
         """Add what has to be known of its order to the warnings of a batch, once. For its conductor and its planner."""
         new = [sentence for sentence in sentences if sentence not in batch.warnings]
         if new:
-            self._redis.hset(_key(batch.id), "warnings", json.dumps([*batch.warnings, *new]))
+            self._redis.hset(self._key(batch.id), "warnings", json.dumps([*batch.warnings, *new]))
 
     def list(self) -> list[Batch]:
         """All that are known, the latest first."""
-        ids = cast(list[str], self._redis.zrevrange(PREFIX + "batches", 0, -1))
+        ids = cast(list[str], self._redis.zrevrange(self._ledger.key("batches"), 0, -1))
         found = {batch_id: self.get(batch_id) for batch_id in ids}
         gone = [batch_id for batch_id, batch in found.items() if batch is None]
         if gone:
-            self._redis.zrem(PREFIX + "batches", *gone)
+            self._redis.zrem(self._ledger.key("batches"), *gone)
         return [batch for batch in found.values() if batch is not None]
 
+    def _key(self, batch_id: str, part: str = "") -> str:
+        """Raises InvalidRequest, or an id such as ``B:outcomes:apply`` would be taken for another key of batch B."""
+        return self._ledger.key("batch", check_batch_id(batch_id) + part)
+
     def _all_keys(self, batch_id: str) -> Sequence[str]:
-        token = cast(str | None, self._redis.hget(_key(batch_id), "planner"))
+        token = cast(str | None, self._redis.hget(self._key(batch_id), "planner"))
         parts = [f":plan:{token}", *(part for which in PASSES for part in _parts(which))]
-        return [_key(batch_id, part) for part in parts]
+        return [self._key(batch_id, part) for part in parts]
 
 
 def _ask_raw(client: Any, *command: Any) -> Any:
@@ -1108,8 +1114,3 @@ def _pass_state(fields: Mapping[str, str], which: str, counts: Mapping[str, Mapp
         ended_ms=number("ended_ms") or None,
         counts=counts,
     )
-
-
-def _key(batch_id: str, part: str = "") -> str:
-    """Raises InvalidRequest, or an id such as ``B:outcomes:apply`` would be taken for another key of the batch B."""
-    return f"{PREFIX}batch:{check_batch_id(batch_id)}{part}"

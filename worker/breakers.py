@@ -24,10 +24,10 @@ from typing import Any, Final, Literal
 
 import redis
 
-from worker.settings import BreakerSettings
+from worker.settings import PREFIX, BreakerSettings
 
-BREAKER: Final = "courier:breaker:"
-FAILURES: Final = "courier:failures:"
+BREAKER: Final = "breaker:"
+FAILURES: Final = "failures:"
 CHANGES: Final = ":changes"
 #: A server that failed so lately, and did nothing well since, gets no new studies while there are others.
 SICK_S: Final = 30.0
@@ -161,7 +161,9 @@ class Breakers:
         *,
         retry_after_cap_s: float = 600,
         rng: random.Random | None = None,
+        prefix: str = PREFIX,
     ) -> None:
+        self._prefix = prefix
         self._settings = settings or BreakerSettings()
         self._retry_after_cap_s = retry_after_cap_s
         self._rng = rng or random.SystemRandom()
@@ -171,7 +173,7 @@ class Breakers:
 
     def read(self, breakers: Sequence[str]) -> dict[str, BreakerState]:
         """The states of ``breakers``, read in one go."""
-        keys = [key for name in breakers for key in _keys(name)]
+        keys = [key for name in breakers for key in self._keys(name)]
         rows = self._states(keys=keys) if keys else []
         return {name: _state(name, row) for name, row in zip(breakers, rows, strict=True)}
 
@@ -190,29 +192,28 @@ class Breakers:
         asked_s = min(retry_after_s or 0.0, self._retry_after_cap_s)
         times = [_ms(limits.window_s), _ms(limits.pause_s), _ms(limits.pause_cap_s), _ms(asked_s)]
         args: list[str | int | float] = [probe, limits.failures, *times, self._rng.uniform(0.75, 1.0)]
-        return _state(breaker, self._failed(keys=_keys(breaker), args=args))
+        return _state(breaker, self._failed(keys=self._keys(breaker), args=args))
 
     def succeeded(self, breaker: str, *, probe: str = "") -> BreakerState:
         """A call succeeded: forget what failed before; the probe closes the breaker."""
-        return _state(breaker, self._succeeded(keys=_keys(breaker), args=[probe]))
+        return _state(breaker, self._succeeded(keys=self._keys(breaker), args=[probe]))
 
     def probe(self, breaker: str, token: str, *, for_s: float) -> tuple[bool, BreakerState]:
         """Be the one call that is let through a half-open breaker, for ``for_s`` unless renewed."""
-        mine, row = self._probe(keys=_keys(breaker), args=[token, _ms(for_s)])
+        mine, row = self._probe(keys=self._keys(breaker), args=[token, _ms(for_s)])
         return bool(mine), _state(breaker, row)
 
     def renew(self, breaker: str, token: str, *, for_s: float) -> bool:
         """The probe is still under way (0: give its place up)."""
-        return bool(self._renew(keys=_keys(breaker), args=[token, _ms(for_s)]))
+        return bool(self._renew(keys=self._keys(breaker), args=[token, _ms(for_s)]))
+
+    def _keys(self, breaker: str) -> list[str]:
+        return [self._prefix + BREAKER + breaker, self._prefix + FAILURES + breaker]
 
 
 def server_of(breaker: str) -> str:
     """The server that a breaker belongs to."""
     return breaker.removesuffix(CHANGES)
-
-
-def _keys(breaker: str) -> list[str]:
-    return [BREAKER + breaker, FAILURES + breaker]
 
 
 def _graver(server: BreakerState, changes: BreakerState) -> BreakerState:

@@ -4,7 +4,7 @@ A Celery message only wakes a job; whether there is anything to do is decided he
 script and uses the Redis server's clock, so that it is atomic and needs no agreement between workers' clocks.
 No Celery and no HTTP live here.
 
-Keys, all below ``courier:`` in a database of their own:
+Keys, all below the prefix in the settings (``courier:``), in a database of their own:
 
     job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …; what it holds;
                           requested_by and reason, as they were given with it first
@@ -52,13 +52,14 @@ from enum import Enum
 from typing import Any, Final, Literal, cast
 
 import redis
+from redis.commands.core import Script
 
-from worker.breakers import BREAKER, by_server
+from worker.breakers import by_server
 from worker.errors import InvalidRequest
 from worker.logs import shown_job, stated, without_queries
+from worker.settings import PREFIX
 from worker.urls import is_url, unsigned
 
-PREFIX: Final = "courier:"
 #: No record of an ended job goes before the last message that may begin it anew: one that a killed worker held comes
 #: back after Celery's visibility time-out (celeryconfig.py), and once more if that worker is killed too.
 MESSAGES_S: Final = 5 * 3600
@@ -73,8 +74,6 @@ ORDER: Final = {
 STORES_KNOWN_S: Final = 7 * 86_400
 #: So many records are read at a time.
 PAGE: Final = 200
-#: Jobs that wait for a breaker, by its name.
-PARKED: Final = PREFIX + "parked:"
 #: So many of them are woken at a time when it closes, so far apart; the next ones with the next sweep.
 WOKEN_AT_ONCE: Final = 1000
 WOKEN_APART_MS: Final = 5
@@ -111,8 +110,8 @@ local function note_of_job(job, entry, keep_ms, above)
   local fields = redis.call('HMGET', job, 'hold', 'gates', 'storing')
   local keys = (fields[1] or '') .. ' ' .. (fields[2] or '') .. ' ' .. (above and fields[3] or '')
   for key in string.gmatch(keys, '%S+') do
-    local uid = string.match(key, '^{PREFIX}%a+:([%d.]+)$')
-    if uid then note('{PREFIX}trail:' .. uid, entry, keep_ms) end
+    local uid = string.match(key, ':([%d.]+)$')
+    if uid then note(prefix .. 'trail:' .. uid, entry, keep_ms) end
   end
 end
 """
@@ -123,19 +122,19 @@ end
 # any image stored under it leaves no trace in the count of studies.
 # Jobs of version 0.1 follow no claim, and say not when they asked the servers (asked_us). They are known by having
 # made the claim, or by storing into the study; of the latter, a hundred are looked at.
-_FOLLOWERS = f"""
+_FOLLOWERS = """
 local function may_have_pushed(memo)
   return string.find(memo, '"uncertain":true', 1, true) or string.find(memo, '"stored":true', 1, true)
     or string.find(memo, '"pendings":[1-9]')
 end
 local function is_pushing(id)
-  local job = redis.call('HMGET', '{PREFIX}job:' .. id, 'state', 'memo')
+  local job = redis.call('HMGET', prefix .. 'job:' .. id, 'state', 'memo')
   if not job[1] then return false end
   if job[1] ~= 'waiting' and job[1] ~= 'queued' then return true end
   return may_have_pushed(job[2] or '')
 end
 local function is_pushing_unsaid(id, study)
-  local job = redis.call('HMGET', '{PREFIX}job:' .. id, 'state', 'memo', 'asked_us')
+  local job = redis.call('HMGET', prefix .. 'job:' .. id, 'state', 'memo', 'asked_us')
   if not job[1] or job[1] == 'done' then return false end
   if job[1] == 'running' and not job[3] then return true end
   local memo = job[2] or ''
@@ -147,7 +146,7 @@ local function is_followed(claim, asker)
     if id and is_pushing(id) then return true end
   end
   local study = string.match(claim, '([%d.]+)$')
-  local unsaid = redis.call('SRANDMEMBER', '{PREFIX}storing:' .. study, 100)
+  local unsaid = redis.call('SRANDMEMBER', prefix .. 'storing:' .. study, 100)
   unsaid[#unsaid + 1] = redis.call('HGET', claim, 'claimed_by') or nil
   for _, id in ipairs(unsaid) do
     if id ~= asker and is_pushing_unsaid(id, study) then return true end
@@ -157,12 +156,12 @@ end
 local function drop_claim(claim)
   local server = redis.call('HGET', claim, 'server')
   if server and redis.call('HEXISTS', claim, 'opened_by') == 0 then
-    redis.call('HINCRBY', '{PREFIX}placed', server, -1)
+    redis.call('HINCRBY', prefix .. 'placed', server, -1)
   end
   redis.call('DEL', claim)
 end
 local function unfollow(job, id, but)
-  local left = {{}}
+  local left = {}
   for claim in string.gmatch(redis.call('HGET', job, 'claims') or '', '%S+') do
     if but[claim] then
       left[#left + 1] = claim
@@ -680,18 +679,18 @@ return ''
 # then image, study and series of each. What is another's is left out, and nobody waits for it while holding the rest.
 _HOLD_MANY = (
     _NOW_US
-    + f"""
-if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return {{'!lost'}} end
+    + """
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return {'!lost'} end
 local before = redis.call('HMGET', KEYS[1], 'holds', 'storing')
-local holds, storing, mine, into, owners = {{}}, {{}}, {{}}, {{}}, {{}}
+local holds, storing, mine, into, owners = {}, {}, {}, {}, {}
 for key in string.gmatch(before[1] or '', '%S+') do holds[#holds + 1] = key; mine[key] = true end
 for key in string.gmatch(before[2] or '', '%S+') do storing[#storing + 1] = key; into[key] = true end
 for i = 3, #ARGV, 3 do
-  local hold = '{PREFIX}hold:' .. ARGV[i]
+  local hold = prefix .. 'hold:' .. ARGV[i]
   local owner = redis.call('HGET', hold, 'job_id') or ''
   if owner == ARGV[1] then owner = '' end
   for above = i + 1, i + 2 do
-    local gate = '{PREFIX}gate:' .. ARGV[above]
+    local gate = prefix .. 'gate:' .. ARGV[above]
     if owner == '' and not mine[hold] then owner = redis.call('HGET', gate, 'job_id') or '' end
   end
   owners[#owners + 1] = owner
@@ -699,7 +698,7 @@ for i = 3, #ARGV, 3 do
     redis.call('HSET', hold, 'job_id', ARGV[1])
     if not mine[hold] then holds[#holds + 1] = hold; mine[hold] = true end
     for above = i + 1, i + 2 do
-      local key = '{PREFIX}storing:' .. ARGV[above]
+      local key = prefix .. 'storing:' .. ARGV[above]
       if not into[key] then
         redis.call('SADD', key, ARGV[1])
         redis.call('PEXPIRE', key, 86400000)
@@ -720,12 +719,12 @@ return owners
 # as an image is held, so is what it is stored into.
 _LET_GO_MANY = (
     _FOLLOWERS
-    + f"""
+    + """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
 local images = 3 + tonumber(ARGV[3])
-local keep, kept, followed = {{}}, {{}}, {{}}
-for i = 4, images do keep['{PREFIX}hold:' .. ARGV[i]] = true end
-for i = images + 1, #ARGV do followed['{PREFIX}study:' .. ARGV[i]] = true end
+local keep, kept, followed = {}, {}, {}
+for i = 4, images do keep[prefix .. 'hold:' .. ARGV[i]] = true end
+for i = images + 1, #ARGV do followed[prefix .. 'study:' .. ARGV[i]] = true end
 unfollow(KEYS[1], ARGV[1], followed)
 for key in string.gmatch(redis.call('HGET', KEYS[1], 'holds') or '', '%S+') do
   if keep[key] then
@@ -847,9 +846,9 @@ return 1
 """
 )
 
-_RECEIPT = f"""
+_RECEIPT = """
 local function write_receipt(row, keep_ms, only_anew)
-  local receipt, pushes = '{PREFIX}receipt:' .. row.image, '{PREFIX}pushes:' .. row.study
+  local receipt, pushes = prefix .. 'receipt:' .. row.image, prefix .. 'pushes:' .. row.study
   if redis.call('DEL', receipt) == 1 or not only_anew then
     redis.call('HSET', receipt, 'job_id', row.job, 'server', row.server, 'sha256', row.sha256,
       'size_bytes', row.size_bytes, 'study_uid', row.study, 'series_uid', row.series, 'stored_ms', now, 'stored_us', us)
@@ -857,7 +856,7 @@ local function write_receipt(row, keep_ms, only_anew)
   end
   redis.call('HSET', pushes, 'at:' .. row.server, us .. ' ' .. row.job)
   redis.call('PEXPIRE', pushes, keep_ms)
-  local claim = '{PREFIX}study:' .. row.study
+  local claim = prefix .. 'study:' .. row.study
   if redis.call('HGET', claim, 'server') ~= row.server then return false end
   redis.call('HSETNX', claim, 'opened_by', row.job)
   redis.call('HSET', claim, 'stored_us', us)
@@ -873,41 +872,40 @@ _STORED = (
     + _NOW_US
     + _TRAIL
     + _RECEIPT
-    + f"""
+    + """
 local opened = false
 for i = 5, #ARGV, 5 do
-  local row = {{job = ARGV[1], server = ARGV[2], image = ARGV[i], study = ARGV[i + 1], series = ARGV[i + 2],
-    sha256 = ARGV[i + 3], size_bytes = ARGV[i + 4]}}
+  local row = {job = ARGV[1], server = ARGV[2], image = ARGV[i], study = ARGV[i + 1], series = ARGV[i + 2],
+    sha256 = ARGV[i + 3], size_bytes = ARGV[i + 4]}
   opened = write_receipt(row, ARGV[3], ARGV[4] == '') or opened
-  if ARGV[4] ~= '' then note('{PREFIX}trail:' .. row.image, ARGV[4], ARGV[3]) end
+  if ARGV[4] ~= '' then note(prefix .. 'trail:' .. row.image, ARGV[4], ARGV[3]) end
 end
 return opened and 1 or 0
 """
 )
 
-# ARGV: study, server, job, lifetime, field, what to add. Written before images are copied, and after.
+# ARGV: server, job, lifetime, field, what to add. Written before images are copied, and after.
 _COPIES = (
     _NOW_US
-    + f"""
-local pushes = '{PREFIX}pushes:' .. ARGV[1]
-redis.call('HSET', pushes, ARGV[5] .. ARGV[2], us .. ' ' .. ARGV[3] .. ARGV[6])
-redis.call('PEXPIRE', pushes, ARGV[4])
+    + """
+redis.call('HSET', KEYS[1], ARGV[4] .. ARGV[1], us .. ' ' .. ARGV[2] .. ARGV[5])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
 """
 )
 
-# ARGV: job, server, lifetime, study, series, image, the last two '' above their level. Where no job of ours has pushed
+# ARGV: job, server, lifetime, series, image, the last two '' above their level. Where no job of ours has pushed
 # anything, there is nothing to void.
 _VOID = (
     _NOW_US
-    + f"""
-if ARGV[6] ~= '' then
-  local receipt = '{PREFIX}receipt:' .. ARGV[6]
+    + """
+if ARGV[5] ~= '' then
+  local receipt = prefix .. 'receipt:' .. ARGV[5]
   if redis.call('HGET', receipt, 'server') == ARGV[2] then redis.call('HSET', receipt, 'gone', us .. ' ' .. ARGV[1]) end
   return
 end
-local pushes = '{PREFIX}pushes:' .. ARGV[4]
+local pushes = KEYS[1]
 if redis.call('EXISTS', pushes) == 0 then return end
-redis.call('HSET', pushes, 'gone:' .. ARGV[2] .. (ARGV[5] ~= '' and ' ' .. ARGV[5] or ''), us .. ' ' .. ARGV[1])
+redis.call('HSET', pushes, 'gone:' .. ARGV[2] .. (ARGV[4] ~= '' and ' ' .. ARGV[4] or ''), us .. ' ' .. ARGV[1])
 redis.call('PEXPIRE', pushes, ARGV[3])
 """
 )
@@ -1140,7 +1138,7 @@ def content_digest(task: str, job: Mapping[str, Any]) -> str:
 class Ledger:
     """The ledger in the Redis database at ``url``. Safe for threads; make one per process, after a fork."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what the settings say of it
         self,
         client: redis.Redis,
         *,
@@ -1149,16 +1147,21 @@ class Ledger:
         keep_s: float = 86_400,
         claim_s: float = 7 * 86_400,
         worker: str = "",
+        prefix: str = PREFIX,
     ) -> None:
-        """``worker`` names what dies together: a process, or a pool of them."""
+        """``worker`` names what dies together: a process, or a pool of them. All keys begin with ``prefix``."""
         self._redis = client
+        self._prefix = prefix
         self._worker = worker
         self.lease_s = lease_s
         self.client = client
         self.grace_ms = _ms(grace_s)
         self.keep_ms = _ms(max(keep_s, MESSAGES_S))
         self._claim_ms = _ms(claim_s)
-        script = client.register_script
+
+        def script(text: str) -> Script:
+            return client.register_script(f"local prefix = '{prefix}'\n{text}")
+
         self._submit, self._claim, self._heartbeat = script(_SUBMIT), script(_CLAIM), script(_HEARTBEAT)
         self._park, self._finish, self._sweep = script(_PARK), script(_FINISH), script(_SWEEP)
         self._cancel, self._hold, self._intend = script(_CANCEL), script(_HOLD), script(_INTEND)
@@ -1175,7 +1178,7 @@ class Ledger:
         self._hand_back, self._refused = script(_HAND_BACK), script(_REFUSED)
 
     @classmethod
-    def connect(cls, url: str, *, worker: str = "", **times: float) -> Ledger:
+    def connect(cls, url: str, *, worker: str = "", prefix: str = PREFIX, **times: float) -> Ledger:
         """A ledger at ``url`` whose sockets cannot hang for ever and survive a restart of Redis."""
         client = redis.Redis.from_url(
             url,
@@ -1185,7 +1188,7 @@ class Ledger:
             socket_keepalive=True,
             health_check_interval=30,
         )
-        return cls(client, worker=worker, **times)
+        return cls(client, worker=worker, prefix=prefix, **times)
 
     def close(self) -> None:
         """End the connections of `connect`; whoever asks again opens new ones."""
@@ -1210,7 +1213,7 @@ class Ledger:
         a dead letter, or failed for a reason that can pass (`REUSABLE`), begins anew under its id. `InvalidRequest`, if
         the id is known for another wish under the same idempotency key.
         """
-        keys = [_job(job_id), PREFIX + "due"]
+        keys = [self.key("job", job_id), self.key("due")]
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)
         args: list[str | int] = [job_id, task, _dump(job), delay_ms, _wish(task, job), trace, *stated(job).values()]
         args.append("1" if due_in_s is None else "")
@@ -1228,7 +1231,7 @@ class Ledger:
     ) -> bool:
         if not job.get("idempotency_key"):
             return False
-        keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", _deaths(task, job)]
+        keys = [self.key("job", job_id), self.key("due"), self.key("dead"), self._deaths(task, job)]
         note = _note("replayed", job_id, task=task)
         args: list[str | int] = [job_id, delay_ms, note, self.keep_ms, _wish(task, job)]
         args += ["1" if sent else "", _dump(job), trace, *stated(job).values(), *sorted(REUSABLE)]
@@ -1250,10 +1253,11 @@ class Ledger:
         worker, and that one for it. Of a job that nobody wrote down before, ``trace`` is kept too. ``queue`` is the one
         that its message was taken from.
         """
-        suspects = f"{PREFIX}suspects:{self._worker}"
-        keys = [_job(job_id), PREFIX + "due", _deaths(task, job), suspects, PREFIX + "unanswered", PREFIX + "taken"]
-        args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), PARKED, max_deaths - 1, _job("")]
-        args += [self._worker, _wish(task, job), trace, *stated(job).values(), queue]
+        suspects = self.key("suspects", self._worker)
+        keys = [self.key("job", job_id), self.key("due"), self._deaths(task, job), suspects]
+        keys += [self.key("unanswered"), self.key("taken")]
+        args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), self.key("parked", ""), max_deaths - 1]
+        args += [self.key("job", ""), self._worker, _wish(task, job), trace, *stated(job).values(), queue]
         answer: list[Any] = self._claim(keys=keys, args=args)
         state = ClaimState(answer[0])
         if state is ClaimState.YOURS:
@@ -1265,14 +1269,14 @@ class Ledger:
 
     def heartbeat(self, job_id: str, fence: int) -> bool:
         """Renew the lease; False when it was lost."""
-        keys = [_job(job_id), PREFIX + "due"]
+        keys = [self.key("job", job_id), self.key("due")]
         return bool(self._heartbeat(keys=keys, args=[job_id, fence, _ms(self.lease_s)]))
 
     def count_return(self, job_id: str) -> int:
         """Count that a message of the job was given back although others were done; returns how often by now."""
         with self._redis.pipeline() as pipe:
-            pipe.incr(PREFIX + "returned:" + job_id)
-            pipe.pexpire(PREFIX + "returned:" + job_id, _ms(MESSAGES_S))
+            pipe.incr(self.key("returned", job_id))
+            pipe.pexpire(self.key("returned", job_id), _ms(MESSAGES_S))
             return int(pipe.execute()[0])
 
     def park(
@@ -1289,7 +1293,7 @@ class Ledger:
 
         Unless the attempt ``counts``, it is given back; ``growing`` waits in a row get longer, up to 8 s.
         """
-        keys = [_job(job_id), PREFIX + "due"]
+        keys = [self.key("job", job_id), self.key("due")]
         args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, wait]
         note = _note("waiting", job_id, code=code, message=message, delay_s=round(delay_s, 1))
         self._guard(self._park(keys=keys, args=[*args, note, self.keep_ms]))
@@ -1309,7 +1313,8 @@ class Ledger:
 
         An attempt that ``counts`` not is given back.
         """
-        keys = [_job(job_id), PREFIX + "due", PARKED + breaker, PREFIX + "parked", BREAKER + breaker]
+        keys = [self.key("job", job_id), self.key("due"), self.key("parked", breaker), self.key("parked")]
+        keys.append(self.key("breaker", breaker))
         note = _note("waiting", job_id, code=code, message=message)
         args: list[str | int] = [job_id, fence, _ms(max_wait_s), code, message, breaker, note, self.keep_ms]
         self._guard(self._park_for(keys=keys, args=[*args, _ms(CLOSED_MEANWHILE_S), int(counts)]))
@@ -1330,7 +1335,7 @@ class Ledger:
         death, and the job is due again soon. Where Redis has lost the record, it is made anew, with ``memo``;
         its message may then be ``returned`` to the queue.
         """
-        keys = [_job(job_id), PREFIX + "due", _deaths(task, job)]
+        keys = [self.key("job", job_id), self.key("due"), self._deaths(task, job)]
         args: list[str | int] = [job_id, fence, self._worker, task, _dump(job), attempt]
         args += [_dump(memo) if memo else "", _wish(task, job), trace, *stated(job).values()]
         args += ["1", self.grace_ms] if returned else ["", 0]
@@ -1338,27 +1343,28 @@ class Ledger:
 
     def refused(self, job_id: str, fence: int, error: redis.RedisError) -> int:
         """Redis has refused the job a command: how often by now, in the same words."""
-        refusals = int(self._refused(keys=[_job(job_id)], args=[fence, words_of(error)]))
+        refusals = int(self._refused(keys=[self.key("job", job_id)], args=[fence, words_of(error)]))
         self._guard(refusals)
         return refusals
 
     def wake_parked(self) -> int:
         """Make due who waited for a breaker that has closed, and one for each that is half-open; returns how many."""
-        args: list[str | int] = [BREAKER, PARKED, WOKEN_AT_ONCE, _ms(PROBE_AGAIN_S), WOKEN_APART_MS]
-        return int(self._wake(keys=[PREFIX + "parked", PREFIX + "due"], args=args))
+        args: list[str | int] = [self.key("breaker", ""), self.key("parked", "")]
+        args += [WOKEN_AT_ONCE, _ms(PROBE_AGAIN_S), WOKEN_APART_MS]
+        return int(self._wake(keys=[self.key("parked"), self.key("due")], args=args))
 
     def parked(self) -> dict[str, int]:
         """How many jobs wait for each server that is left alone."""
-        breakers = sorted(cast(set[str], self._redis.smembers(PREFIX + "parked")))
+        breakers = sorted(cast(set[str], self._redis.smembers(self.key("parked"))))
         with self._redis.pipeline(transaction=False) as pipe:
             for breaker in breakers:
-                pipe.zcard(PARKED + breaker)
+                pipe.zcard(self.key("parked", breaker))
             counts = dict(zip(breakers, pipe.execute(), strict=True))
         return by_server({breaker: count for breaker, count in counts.items() if count})
 
     def told(self, job_id: str) -> None:
         """The outcome of an ended job is where its client looks for it: nobody has to be woken to bring it there."""
-        self._told(keys=[_job(job_id), PREFIX + "due"], args=[job_id])
+        self._told(keys=[self.key("job", job_id), self.key("due")], args=[job_id])
 
     def finish(
         self,
@@ -1375,7 +1381,7 @@ class Ledger:
         A claim under which no image has been stored is released, unless the error says that an image may still arrive.
         """
         ending = {"code": code, "task": task}
-        self._end(job_id, fence, "done", outcome=outcome, ending=ending, deaths=_deaths(task, job))
+        self._end(job_id, fence, "done", outcome=outcome, ending=ending, deaths=self._deaths(task, job))
 
     def bury(
         self,
@@ -1389,7 +1395,7 @@ class Ledger:
     ) -> None:
         """End the job as a dead letter, which is kept, with its message, until somebody deals with it."""
         ending = {"code": code, "task": task, "dead": True}
-        self._end(job_id, fence, "dead", outcome=outcome, ending=ending, deaths=_deaths(task, job))
+        self._end(job_id, fence, "dead", outcome=outcome, ending=ending, deaths=self._deaths(task, job))
 
     def _end(
         self,
@@ -1401,7 +1407,7 @@ class Ledger:
         ending: Mapping[str, Any],
         deaths: str,
     ) -> None:
-        keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", deaths]
+        keys = [self.key("job", job_id), self.key("due"), self.key("dead"), deaths]
         note = _note("ended", job_id, **ending, **_gist(outcome))
         args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, note]
         untold_ms = min(self.grace_ms, _ms(self.lease_s))
@@ -1414,12 +1420,12 @@ class Ledger:
         ``unless`` a worker has "taken" it, or it has "begun", that is written down what it is about to do: then that
         word is given, and nothing is asked. Any other job that was cancelled so does nothing any more.
         """
-        return str(self._cancel(keys=[_job(job_id), PREFIX + "due"], args=[job_id, unless or ""]))
+        return str(self._cancel(keys=[self.key("job", job_id), self.key("due")], args=[job_id, unless or ""]))
 
     def rouse(self, job_id: str, *, by_sweeper: bool = False) -> DueJob | None:
         """Have a waiting job look again before its time; the message to send for it, unless the sweeper shall."""
         args: list[str | int] = [job_id, int(by_sweeper)]
-        found = cast(list[str], self._rouse(keys=[_job(job_id), PREFIX + "due"], args=args))
+        found = cast(list[str], self._rouse(keys=[self.key("job", job_id), self.key("due")], args=args))
         return DueJob(job_id, found[0], json.loads(found[1])) if found else None
 
     def sweep(self, limit: int = 200, *, queues: Queues | None = None, settle_s: float = 0) -> list[DueJob]:
@@ -1428,12 +1434,14 @@ class Ledger:
         Where one was sent before, ``queues`` says what is in the queue of each of the tasks: no further one is sent as
         long as that may be in it, nor before the queue has been empty for ``settle_s``. What is not known is not lost.
         """
-        keys = [PREFIX + "due", PREFIX + "unanswered"]
-        rows, asked, taken = self._sweep(keys=[*keys, PREFIX + "taken"], args=[limit, self.grace_ms, _job("")])
+        keys = [self.key("due"), self.key("unanswered")]
+        rows, asked, taken = self._sweep(
+            keys=[*keys, self.key("taken")], args=[limit, self.grace_ms, self.key("job", "")]
+        )
         if asked and queues is not None:
             counts = dict(zip(taken[::2], taken[1::2], strict=True))
             known = queues({task for _, task in asked})
-            args: list[str | int] = [self.grace_ms, _ms(settle_s), IN_HAND, _job("")]
+            args: list[str | int] = [self.grace_ms, _ms(settle_s), IN_HAND, self.key("job", "")]
             for job_id, task in asked:
                 if task in known:
                     queue, depth = known[task]
@@ -1443,34 +1451,34 @@ class Ledger:
 
     def in_hand(self, job_ids: Sequence[str]) -> None:
         """A worker that lives has taken messages of these jobs, and will begin them: none of them is lost."""
-        args: list[str | int] = [self.grace_ms, _job(""), *job_ids]
-        self._in_hand(keys=[PREFIX + "due", PREFIX + "unanswered"], args=args)
+        args: list[str | int] = [self.grace_ms, self.key("job", ""), *job_ids]
+        self._in_hand(keys=[self.key("due"), self.key("unanswered")], args=args)
 
     def unsent(self, job_ids: Iterable[str]) -> None:
         """The messages of these jobs could not be sent: the sweeper sends them when they are due."""
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
-                pipe.hdel(_job(job_id), "sent")
+                pipe.hdel(self.key("job", job_id), "sent")
             pipe.execute()
 
     def unanswered(self, limit: int = 200) -> dict[str, str]:
         """Jobs that somebody was woken for more than a grace period ago and nobody took up since, with their tasks."""
         latest_ms = _ms(self.clock_s()) - self.grace_ms
         ids = cast(
-            list[str], self._redis.zrange(PREFIX + "unanswered", "-inf", latest_ms, byscore=True, offset=0, num=limit)
+            list[str], self._redis.zrange(self.key("unanswered"), "-inf", latest_ms, byscore=True, offset=0, num=limit)
         )
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
-                pipe.hget(_job(job_id), "task")
+                pipe.hget(self.key("job", job_id), "task")
             return {job_id: task or "" for job_id, task in zip(ids, pipe.execute(), strict=True)}
 
     def hasten(self, job_ids: Iterable[str]) -> None:
         """The messages of these jobs are lost: they are due now, however often somebody was woken for them."""
-        self._hasten(keys=[PREFIX + "due", PREFIX + "unanswered"], args=list(job_ids))
+        self._hasten(keys=[self.key("due"), self.key("unanswered")], args=list(job_ids))
 
     def look(self, job_id: str) -> dict[str, str]:
         """The record as it stands, without the message (which may bear a credential); {} if there is none."""
-        record = self._hash(_job(job_id))
+        record = self._hash(self.key("job", job_id))
         record.pop("job", None)
         return record
 
@@ -1479,7 +1487,7 @@ class Ledger:
         ids = list(job_ids)
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
-                pipe.hmget(_job(job_id), "state", "outcome", "attempts", "code", "message")
+                pipe.hmget(self.key("job", job_id), "state", "outcome", "attempts", "code", "message")
             rows = dict(zip(ids, pipe.execute(), strict=True)) if ids else {}
         return {job_id: _standing(*row) for job_id, row in rows.items() if row[0]}
 
@@ -1501,7 +1509,7 @@ class Ledger:
         seen: set[str] = set()  # of those that died in the very millisecond at which the next page begins
         while True:
             rows = self._redis.zrevrangebyscore(
-                PREFIX + "dead", most, least, start=0, num=PAGE + len(seen), withscores=True
+                self.key("dead"), most, least, start=0, num=PAGE + len(seen), withscores=True
             )
             page = [(job_id, at) for job_id, at in cast(list[tuple[str, float]], rows) if job_id not in seen]
             if not page:
@@ -1517,7 +1525,7 @@ class Ledger:
     def _letters(self, job_ids: Sequence[str]) -> list[DeadLetter]:
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
-                pipe.hgetall(_job(job_id))
+                pipe.hgetall(self.key("job", job_id))
             rows = zip(job_ids, pipe.execute(), strict=True)
         return [_letter(job_id, row) for job_id, row in rows if row.get("state") == "dead"]
 
@@ -1525,7 +1533,7 @@ class Ledger:
         """What the trails of all that the job got hold of say of it, each note once, in order."""
         with self._redis.pipeline(transaction=False) as pipe:
             for uid in letter.uids:
-                pipe.lrange(_trail(uid), 0, -1)
+                pipe.lrange(self.key("trail", uid), 0, -1)
             rows = dict.fromkeys(row for trail in pipe.execute() for row in trail)
         notes = [note for note in map(_read_note, rows) if note.job_id == letter.job_id]
         return sorted(notes, key=lambda note: (note.at_ms, ORDER.get(note.event, 0)))
@@ -1535,9 +1543,9 @@ class Ledger:
 
         Like a submitted one it is due after the grace period, should its message get lost.
         """
-        record = self._hash(_job(job_id))
+        record = self._hash(self.key("job", job_id))
         task, job = record.get("task", ""), json.loads(record.get("job") or "{}")
-        keys = [_job(job_id), PREFIX + "due", PREFIX + "dead", _deaths(task, job)]
+        keys = [self.key("job", job_id), self.key("due"), self.key("dead"), self._deaths(task, job)]
         args: list[str | int] = [job_id, self.grace_ms, _note("replayed", job_id, task=task), self.keep_ms]
         replayed = self._replay(keys=keys, args=args)
         return DueJob(job_id, task, job, record.get("trace", "")) if replayed else None
@@ -1547,7 +1555,7 @@ class Ledger:
 
         Its outcome and its trail are kept as long as those of any ended job.
         """
-        keys = [_job(job_id), PREFIX + "dead"]
+        keys = [self.key("job", job_id), self.key("dead")]
         return bool(self._purge(keys=keys, args=[job_id, _note("purged", job_id), self.keep_ms]))
 
     # --- images and studies ---------------------------------------------------------------------------------
@@ -1557,8 +1565,8 @@ class Ledger:
 
         ``into`` are the study and the series that it is stored into: a job that is deleting one of them comes first.
         """
-        keys = [PREFIX + "hold:" + sop_instance_uid, _job(job_id)]
-        keys += [PREFIX + "gate:" + uid for uid in into] + [PREFIX + "storing:" + uid for uid in into]
+        keys = [self.key("hold", sop_instance_uid), self.key("job", job_id)]
+        keys += [self.key("gate", uid) for uid in into] + [self.key("storing", uid) for uid in into]
         owner = str(self._hold(keys=keys, args=[job_id, fence, " ".join([sop_instance_uid, *into])]))
         self._guard(owner != "!lost")
         return owner or None
@@ -1569,7 +1577,7 @@ class Ledger:
         Each is named by its image, study and series UIDs. They are ours until they are let go or the job ends.
         """
         args: list[str | int] = [job_id, fence, *(uid for uids in images for uid in uids)]
-        owners = cast(list[str], self._hold_many(keys=[_job(job_id)], args=args) if images else [])
+        owners = cast(list[str], self._hold_many(keys=[self.key("job", job_id)], args=args) if images else [])
         self._guard(owners != ["!lost"])
         return [owner or None for owner in owners]
 
@@ -1580,58 +1588,58 @@ class Ledger:
         stored under them.
         """
         held = list(but)
-        self._let_go_many(keys=[_job(job_id)], args=[job_id, fence, len(held), *held, *following])
+        self._let_go_many(keys=[self.key("job", job_id)], args=[job_id, fence, len(held), *held, *following])
 
     def hold_destination(self, url_sha256: str, *, job_id: str, fence: int) -> str | None:
         """Be the one job that may write to a destination, known by a digest; otherwise the id of the job that is."""
-        owner = str(self._hold(keys=[PREFIX + "hold:" + url_sha256, _job(job_id)], args=[job_id, fence]))
+        owner = str(self._hold(keys=[self.key("hold", url_sha256), self.key("job", job_id)], args=[job_id, fence]))
         self._guard(owner != "!lost")
         return owner or None
 
     def let_go_destination(self, *, job_id: str, fence: int) -> None:
         """Let others write to the destination that `hold_destination` gave us, before the job ends."""
-        self._let_go_hold(keys=[_job(job_id)], args=[job_id, fence])
+        self._let_go_hold(keys=[self.key("job", job_id)], args=[job_id, fence])
 
     def upload_begun(self, url: str, upload_id: str) -> None:
         """A multipart upload to ``url`` is one of ours, until `upload_ended`: a later job may abort it."""
-        key = _uploads(url)
+        key = self._uploads(url)
         with self._redis.pipeline() as pipe:
             pipe.sadd(key, upload_id)
             pipe.expire(key, STORES_KNOWN_S)
             pipe.execute()
 
     def upload_ended(self, url: str, upload_id: str) -> None:
-        self._redis.srem(_uploads(url), upload_id)
+        self._redis.srem(self._uploads(url), upload_id)
 
     def uploads_begun(self, url: str) -> set[str]:
         """The uploads to ``url`` that our jobs began and did not end."""
-        return {str(one) for one in cast(set[str], self._redis.smembers(_uploads(url)))}
+        return {str(one) for one in cast(set[str], self._redis.smembers(self._uploads(url)))}
 
     def overwrites_prevented(self, place: str) -> bool | None:
         """Whether the store of ``place`` refuses to overwrite, as the last probe of a worker found; None if unknown."""
-        noted = self._redis.get(_store(place))
+        noted = self._redis.get(self._store(place))
         return None if noted is None else noted == "1"
 
     def note_overwrites(self, place: str, *, prevented: bool) -> None:
-        self._redis.set(_store(place), int(prevented), ex=STORES_KNOWN_S)
+        self._redis.set(self._store(place), int(prevented), ex=STORES_KNOWN_S)
 
     def shut(self, uid: str, *, job_id: str, fence: int) -> str | None:
         """Keep new jobs from storing into a study or series until this job ends or lets go.
 
         Returns a job that has to end before anything may be deleted, if there is one; ask again until there is none.
         """
-        keys = [PREFIX + "gate:" + uid, _job(job_id), PREFIX + "storing:" + uid]
+        keys = [self.key("gate", uid), self.key("job", job_id), self.key("storing", uid)]
         owner = str(self._shut(keys=keys, args=[job_id, fence]))
         self._guard(owner != "!lost")
         return owner or None
 
     def let_go(self, job_id: str, *, fence: int) -> None:
         """Let others store again into what the job has shut, before its end; a late holder opens nothing."""
-        self._let_go(keys=[_job(job_id)], args=[job_id, fence])
+        self._let_go(keys=[self.key("job", job_id)], args=[job_id, fence])
 
     def receipt(self, sop_instance_uid: str) -> Receipt | None:
         """What a job of ours stored last as this image; None if nothing, or if the receipt is void."""
-        row = self._hash(PREFIX + "receipt:" + sop_instance_uid)
+        row = self._hash(self.key("receipt", sop_instance_uid))
         if not row or _voided(row, self._pushes(row)):
             return None
         return Receipt(row["job_id"], row["server"], row["sha256"], int(row["size_bytes"]))
@@ -1643,20 +1651,21 @@ class Ledger:
 
         To be called before the deletion: of a receipt that is void although the deletion has failed, nothing is lost.
         """
-        args: list[str | int] = [job_id, server, self.keep_ms, study_instance_uid, series_uid or "", sop_uid or ""]
-        self._void(args=args)
+        args: list[str | int] = [job_id, server, self.keep_ms, series_uid or "", sop_uid or ""]
+        self._void(keys=[self.key("pushes", study_instance_uid)], args=args)
 
     def copying(self, server: str, study_instance_uid: str, *, job_id: str) -> None:
         """Images of the study are about to be copied to ``server``: older receipts may be of other files."""
-        self._copies(args=[study_instance_uid, server, job_id, self.keep_ms, "copying:", ""])
+        self._copies(keys=[self.key("pushes", study_instance_uid)], args=[server, job_id, self.keep_ms, "copying:", ""])
 
     def copied(self, server: str, study_instance_uid: str, *, job_id: str, images: int) -> None:
         """The receipt of a study: so many images of it have been copied to ``server``."""
-        self._copies(args=[study_instance_uid, server, job_id, self.keep_ms, "copied:", f" {images}"])
+        args: list[str | int] = [server, job_id, self.keep_ms, "copied:", f" {images}"]
+        self._copies(keys=[self.key("pushes", study_instance_uid)], args=args)
 
     def _pushes(self, receipt: Mapping[str, str]) -> dict[str, str]:
         study = receipt.get("study_uid")
-        return self._hash(PREFIX + "pushes:" + study) if study else {}
+        return self._hash(self.key("pushes", study)) if study else {}
 
     def claim_study(
         self,
@@ -1674,7 +1683,12 @@ class Ledger:
         was ``asked_for`` and no job that follows the claim may still push. From now on the job follows the claim, until
         it ends or lets go of its images. ``told`` leaves a line on the study's trail.
         """
-        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed", _trail(study_instance_uid), _job(job_id)]
+        keys = [
+            self.key("study", study_instance_uid),
+            self.key("placed"),
+            self.key("trail", study_instance_uid),
+            self.key("job", job_id),
+        ]
         note = _note("claimed", job_id, server=server) if told else ""
         args: list[str | int] = [server, job_id, self._claim_ms, note, self.keep_ms, int(asked_for), *among]
         chosen, first = self._claim_study(keys=keys, args=args)
@@ -1682,12 +1696,12 @@ class Ledger:
 
     def move_claim(self, study_instance_uid: str, *, server: str, job_id: str) -> bool:
         """The study is on ``server`` now and nowhere else: so is its claim, if it has one."""
-        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "placed", _trail(study_instance_uid)]
+        keys = [self.key("study", study_instance_uid), self.key("placed"), self.key("trail", study_instance_uid)]
         note = _note("claimed", job_id, server=server)
         return bool(self._move_claim(keys=keys, args=[server, note, self.keep_ms]))
 
     def claimed_server(self, study_instance_uid: str) -> str | None:
-        return self._hash(PREFIX + "study:" + study_instance_uid).get("server")
+        return self._hash(self.key("study", study_instance_uid)).get("server")
 
     def intend(
         self, job_id: str, fence: int, memo: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None
@@ -1697,8 +1711,8 @@ class Ledger:
         ``decision``, to push an image that is on no server, is what a trace will say of it.
         """
         note = "" if decision is None else _note("routed", job_id, **decision)
-        args: list[str | int] = [fence, _dump(memo), note, self.keep_ms, PREFIX + "receipt:"]
-        answer = int(self._intend(keys=[_job(job_id)], args=args))
+        args: list[str | int] = [fence, _dump(memo), note, self.keep_ms, self.key("receipt", "")]
+        answer = int(self._intend(keys=[self.key("job", job_id)], args=args))
         self._guard(answer >= 0)
         return bool(answer)
 
@@ -1709,7 +1723,7 @@ class Ledger:
         note = _note("stored", receipt.job_id, server=receipt.server, study_uid=study_instance_uid)
         args: list[str | int] = [receipt.job_id, receipt.server, self.keep_ms, note, sop_instance_uid]
         args += [study_instance_uid, series_instance_uid, receipt.sha256, receipt.size_bytes]
-        return bool(self._stored(args=args))
+        return bool(self._stored(keys=[self.key("job", receipt.job_id)], args=args))
 
     def stored_many(self, server: str, images: Iterable[StoredImage], *, job_id: str) -> None:
         """Write down that a batch has stored images on ``server``: for their studies, and where an image has a receipt.
@@ -1719,18 +1733,18 @@ class Ledger:
         args: list[str | int] = [job_id, server, self.keep_ms, ""]
         for one in images:
             args += [one.sop_instance_uid, one.study_instance_uid, one.series_instance_uid, one.sha256, one.size_bytes]
-        self._stored(args=args)
+        self._stored(keys=[self.key("job", job_id)], args=args)
 
     def known(self, uid: str) -> Known:
         """All that is known of an image, a series or a study."""
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.lrange(_trail(uid), 0, -1)
-            pipe.hget(PREFIX + "hold:" + uid, "job_id")
-            pipe.hget(PREFIX + "gate:" + uid, "job_id")
-            pipe.smembers(PREFIX + "storing:" + uid)
-            pipe.hgetall(PREFIX + "study:" + uid)
-            pipe.hgetall(PREFIX + "receipt:" + uid)
-            pipe.hgetall(PREFIX + "pushes:" + uid)
+            pipe.lrange(self.key("trail", uid), 0, -1)
+            pipe.hget(self.key("hold", uid), "job_id")
+            pipe.hget(self.key("gate", uid), "job_id")
+            pipe.smembers(self.key("storing", uid))
+            pipe.hgetall(self.key("study", uid))
+            pipe.hgetall(self.key("receipt", uid))
+            pipe.hgetall(self.key("pushes", uid))
             trail, holder, deleter, storing, claim, receipt, pushes = pipe.execute()
         notes = [_read_note(row) for row in trail]
         voided = _voided(receipt, self._pushes(receipt)) if receipt else None
@@ -1738,27 +1752,27 @@ class Ledger:
 
     def forget_study(self, study_instance_uid: str) -> bool:
         """Every server has said that it does not have the study: so its claim goes, unless a job is storing into it."""
-        keys = [PREFIX + "study:" + study_instance_uid, PREFIX + "storing:" + study_instance_uid]
+        keys = [self.key("study", study_instance_uid), self.key("storing", study_instance_uid)]
         return bool(self._forget_study(keys=keys))
 
     # --- servers --------------------------------------------------------------------------------------------
 
     def placed(self) -> dict[str, int]:
         """How many new studies each server was given."""
-        return {server: int(count) for server, count in self._hash(PREFIX + "placed").items()}
+        return {server: int(count) for server, count in self._hash(self.key("placed")).items()}
 
     # --- workers --------------------------------------------------------------------------------------------
 
     def say_how(self, worker: str, told: str) -> None:
         """Keep what the watchdog of ``worker`` says (JSON)."""
-        self._redis.hset(PREFIX + "workers", worker, told)
+        self._redis.hset(self.key("workers"), worker, told)
 
     def workers(self, *, now_s: float) -> dict[str, dict[str, Any]]:
         """What the watchdog of each worker said last: ``ok``, ``complaint``, ``every_s``, ``at``; a day old at most."""
-        told = {name: json.loads(row) for name, row in self._hash(PREFIX + "workers").items()}
+        told = {name: json.loads(row) for name, row in self._hash(self.key("workers")).items()}
         gone = [name for name, said in told.items() if now_s - said["at"] > 86_400]
         if gone:
-            self._redis.hdel(PREFIX + "workers", *gone)
+            self._redis.hdel(self.key("workers"), *gone)
         return {name: said for name, said in told.items() if name not in gone}
 
     # --- the ledger itself ----------------------------------------------------------------------------------
@@ -1772,9 +1786,9 @@ class Ledger:
         """How much there is to do; overdue is what has been due for more than ``overdue_s``."""
         latest_ms = _ms(self.clock_s() - overdue_s)
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.zcard(PREFIX + "due")
-            pipe.zcount(PREFIX + "due", "-inf", latest_ms)
-            pipe.zcard(PREFIX + "dead")
+            pipe.zcard(self.key("due"))
+            pipe.zcount(self.key("due"), "-inf", latest_ms)
+            pipe.zcard(self.key("dead"))
             return Load(*pipe.execute())
 
     def safekeeping(self) -> dict[str, str]:
@@ -1787,6 +1801,19 @@ class Ledger:
         except redis.ResponseError:
             return {}
 
+    def key(self, *parts: str) -> str:
+        """The key in Redis that is named by ``parts``, such as ``job`` and an id."""
+        return self._prefix + ":".join(parts)
+
+    def _deaths(self, task: str, job: Mapping[str, Any]) -> str:
+        return self.key("died", content_digest(task, job))
+
+    def _uploads(self, url: str) -> str:
+        return self.key("uploads", hashlib.sha256(url.encode()).hexdigest())
+
+    def _store(self, place: str) -> str:
+        return self.key("store", hashlib.sha256(place.encode()).hexdigest())
+
     def _hash(self, key: str) -> dict[str, str]:
         return cast(dict[str, str], self._redis.hgetall(key))  # decode_responses makes both text
 
@@ -1794,14 +1821,6 @@ class Ledger:
     def _guard(held: object) -> None:
         if not held:
             raise LeaseLost
-
-
-def _job(job_id: str) -> str:
-    return f"{PREFIX}job:{job_id}"
-
-
-def _trail(uid: str) -> str:
-    return f"{PREFIX}trail:{uid}"
 
 
 def _note(event: str, job_id: str, **details: Any) -> str:
@@ -1875,18 +1894,6 @@ def _letter(job_id: str, row: Mapping[str, str]) -> DeadLetter:
         reason=row.get("reason", ""),
         uids=list(dict.fromkeys(key.rpartition(":")[2] for key in held)),
     )
-
-
-def _deaths(task: str, job: Mapping[str, Any]) -> str:
-    return f"{PREFIX}died:{content_digest(task, job)}"
-
-
-def _uploads(url: str) -> str:
-    return f"{PREFIX}uploads:{hashlib.sha256(url.encode()).hexdigest()}"
-
-
-def _store(place: str) -> str:
-    return f"{PREFIX}store:{hashlib.sha256(place.encode()).hexdigest()}"
 
 
 def _wish(task: str, job: Mapping[str, Any]) -> str:

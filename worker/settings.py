@@ -12,13 +12,15 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ServerType = Literal["msdicom", "dcm4chee", "orthanc", "dicomweb"]
 MODES = ("both", "either")
+#: What the keys of the ledger begin with, unless `QueueSettings.key_prefix` says otherwise.
+PREFIX: Final = "courier:"
 #: Variables of the environment that stand for a key; a later one lies over an earlier one.
 SHORT_NAMES = {
     "BROKER_URL": ("queue", "broker_url"),
@@ -265,6 +267,7 @@ class QueueSettings(_Section):
     broker_url: str = "redis://localhost:6379/0"
     result_backend: str = "redis://localhost:6379/1"
     ledger_url: str = "redis://localhost:6379/2"
+    key_prefix: str = PREFIX
     signing: SigningSettings = SigningSettings()
 
     @field_validator("broker_url", "result_backend", "ledger_url")
@@ -294,6 +297,17 @@ class QueueSettings(_Section):
             raise ValueError("Celery knows no such broker; for Redis write redis:// or rediss://")
         return url
 
+    @field_validator("key_prefix")
+    @classmethod
+    def _of_keys(cls, prefix: str) -> str:
+        """Lua scripts hold it as it stands. A hash tag without a name is none to Redis."""
+        if len(prefix) > 64 or not _KEY_PREFIX(prefix):
+            raise ValueError(
+                "a prefix of keys has at most 64 characters: letters, digits, '_', '-', '.', ':', perhaps one name in"
+                " braces, and ':' at the end, such as courier: or {courier-a}:"
+            )
+        return prefix
+
     @field_validator("ledger_url")
     @classmethod
     def _of_redis(cls, url: str) -> str:
@@ -316,6 +330,7 @@ class QueueSettings(_Section):
             raise SettingsError(_one_sentence(error)) from None
 
 
+_KEY_PREFIX = re.compile(r"(?=[^:])[\w:.-]*(\{[\w:.-]+\}[\w:.-]*)?:", re.ASCII).fullmatch
 #: Several may stand behind one another: those of sentinels, or of brokers that take each other's place.
 _NEXT_URL = re.compile(r";(?=[\w+.-]+://)")
 #: What is read as RFC 3986 says. Celery knows more kinds of URL, some of which have a grammar of their own.
@@ -451,7 +466,12 @@ def _lay_over(tree: Any, keys: list[str], value: Any) -> None:
 
 def _literal(text: str) -> Any:
     """Lists and tables arrive as JSON; everything else stays text, which pydantic converts."""
-    return json.loads(text) if text[:1] in "[{" and text else text
+    if text[:1] not in ("[", "{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:  # such as a prefix of keys with a hash tag
+        return text
 
 
 def _one_sentence(error: ValidationError) -> str:

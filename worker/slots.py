@@ -22,10 +22,12 @@ from typing import Final
 
 import redis
 
+from worker.settings import PREFIX
+
 log = logging.getLogger(__name__)
 
-SLOTS: Final = "courier:slots:"
-QUEUE: Final = "courier:slotqueue:"
+SLOTS: Final = "slots:"
+QUEUE: Final = "slotqueue:"
 #: A process that is silent so long is taken for dead. Where workers die often, the dead must not hold all the slots.
 LEASE_S: Final = 4.0
 #: How soon a process that waits for a slot asks for it again.
@@ -89,8 +91,14 @@ class Slots:
     """
 
     def __init__(
-        self, client: redis.Redis, *, lease_s: float = LEASE_S, clock: Callable[[], float] = time.monotonic
+        self,
+        client: redis.Redis,
+        *,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = time.monotonic,
+        prefix: str = PREFIX,
     ) -> None:
+        self._prefix = prefix
         self._turn = client.register_script(_TURN)
         self._me = uuid.uuid4().hex
         self._lease_s = lease_s
@@ -130,7 +138,7 @@ class Slots:
     def turn(self, name: str, limit: int, *, want: int, used: int, back: int) -> tuple[int, int, int]:
         """One exchange with Redis: how many slots are ours now, how many others wait, how many processes there are."""
         args: list[str | int] = [self._me, want, limit, int(self._lease_s * 1000), used, back]
-        held, waiting, members = self._turn(keys=[SLOTS + name, QUEUE + name], args=args)
+        held, waiting, members = self._turn(keys=[self._prefix + SLOTS + name, self._prefix + QUEUE + name], args=args)
         return int(held), int(waiting), int(members)
 
     def fresh_until(self, asked_at: float) -> float:

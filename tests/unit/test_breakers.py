@@ -9,6 +9,7 @@ import fakeredis
 import pytest
 
 from worker.breakers import BREAKER, CHANGES, FAILURES, Breakers, BreakerState, by_server
+from worker.ledger import PREFIX
 from worker.settings import BreakerSettings
 
 SETTINGS = BreakerSettings(failures=3, window_s=60, pause_s=4, pause_cap_s=10)
@@ -34,7 +35,7 @@ def open_it(breakers: Breakers) -> BreakerState:
 
 
 def end_pause(client: fakeredis.FakeRedis) -> None:
-    client.hset(f"{BREAKER}a", "until_ms", 0)
+    client.hset(f"{PREFIX}{BREAKER}a", "until_ms", 0)
 
 
 def test_it_opens_when_enough_calls_failed_in_a_row(breakers: Breakers) -> None:
@@ -51,7 +52,7 @@ def test_a_success_between_begins_the_count_anew(breakers: Breakers) -> None:
 
 def test_failures_that_lie_too_far_apart_do_not_open_it(breakers: Breakers, client: fakeredis.FakeRedis) -> None:
     breakers.failed("a")
-    client.lset(f"{FAILURES}a", 0, cast(str, int(client.time()[0]) * 1000 - 61_000))
+    client.lset(f"{PREFIX}{FAILURES}a", 0, cast(str, int(client.time()[0]) * 1000 - 61_000))
     breakers.failed("a")
     assert breakers.failed("a").name == "closed"
     assert breakers.failed("a").name == "open"

@@ -19,7 +19,7 @@ from worker.jobs.batches import Notes
 from worker.jobs.bulk_uploads import Uploads
 from worker.jobs.carry import Parked
 from worker.jobs.run import Run
-from worker.ledger import Ledger
+from worker.ledger import PREFIX, Ledger
 from worker.sources import Fetched
 
 
@@ -49,10 +49,10 @@ class Counting(Desk):
     def open(self, breaker: str, *, for_ms: int = 60_000, probing: bool = False) -> None:
         now_ms = int(self.ledger.clock_s() * 1000)
         fields = {"until_ms": now_ms + for_ms, **({"probe": "p", "probe_until_ms": now_ms + 9000} if probing else {})}
-        self.client.hset(f"{BREAKER}{breaker}", mapping=cast(Any, fields))
+        self.client.hset(f"{PREFIX}{BREAKER}{breaker}", mapping=cast(Any, fields))
 
     def close(self, breaker: str) -> None:
-        self.client.delete(f"{BREAKER}{breaker}")
+        self.client.delete(f"{PREFIX}{BREAKER}{breaker}")
 
     def chunk(self, *urls: str, server: str = "", job_id: str = "B.apply.0") -> list[Any]:
         """One attempt at a chunk of a batch, with the memo of the one before."""

@@ -14,6 +14,7 @@ import redis
 from sandbox.processes import poll
 from worker.breakers import BREAKER, CHANGES, Breakers, BreakerState
 from worker.errors import CourierError, PacsMisanswered, PacsRejected, PacsUnauthorized, PacsUnavailable
+from worker.ledger import PREFIX
 from worker.logs import job_lines
 from worker.pacs.guard import Guard
 from worker.settings import BreakerSettings, ServerSettings
@@ -99,7 +100,7 @@ def open_it(process: Process, client: fakeredis.FakeRedis, *, half: bool = False
     for _ in range(SETTINGS.failures):
         process.call(failure())
     if half:
-        client.hset(f"{BREAKER}a", "until_ms", 0)
+        client.hset(f"{PREFIX}{BREAKER}a", "until_ms", 0)
 
 
 def test_calls_to_a_server_that_is_well_ask_redis_for_nothing(one: Process) -> None:
@@ -239,7 +240,7 @@ def put_into(state: str, breaker: str, *, mine: Process, other: Process, client:
     for _ in range(SETTINGS.failures):
         mine.breakers.failed(breaker)
     if state != "open":
-        client.hset(BREAKER + breaker, "until_ms", 0)
+        client.hset(PREFIX + BREAKER + breaker, "until_ms", 0)
     if state == "another process tests it":
         assert other.breakers.probe(breaker, "other process", for_s=60)[0]
     if state == "another job tests it":

@@ -278,10 +278,10 @@ class JobsOfOneStudy(RuleBasedStateMachine):
         server = self.servers[NAMES.index(name)]
         server.down = trouble == "down"
         for breaker in (name, name + CHANGES):
-            self.client.delete(BREAKER + breaker)
+            self.client.delete(PREFIX + BREAKER + breaker)
         if trouble in ("half-open", "open", "no changes"):
             until_s = self.client.time()[0] + (-1 if trouble == "half-open" else 1000)
-            key = BREAKER + name + (CHANGES if trouble == "no changes" else "")
+            key = PREFIX + BREAKER + name + (CHANGES if trouble == "no changes" else "")
             self.client.hset(key, "until_ms", int(until_s) * 1000)
 
     @rule(name=st.sampled_from(NAMES))

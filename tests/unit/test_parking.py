@@ -45,10 +45,10 @@ class Desk:
 
     def breaker(self, *, until_in_ms: int, name: str = "a") -> None:
         """Open, or half-open if its pause is over."""
-        self.client.hset(f"{BREAKER}{name}", "until_ms", self.now_ms() + until_in_ms)
+        self.client.hset(f"{PREFIX}{BREAKER}{name}", "until_ms", self.now_ms() + until_in_ms)
 
     def close(self, name: str = "a") -> None:
-        self.client.delete(f"{BREAKER}{name}")
+        self.client.delete(f"{PREFIX}{BREAKER}{name}")
 
     def now_ms(self) -> int:
         return int(self.client.time()[0]) * 1000
@@ -126,7 +126,7 @@ def test_one_is_woken_to_be_the_probe_and_another_one_each_time(desk: Desk) -> N
     assert desk.woken() == []
     desk.carry(resting(), "j0")  # its probe failed
     desk.breaker(until_in_ms=-1)
-    desk.client.hdel(f"{BREAKER}a", "woken_ms")
+    desk.client.hdel(f"{PREFIX}{BREAKER}a", "woken_ms")
     assert desk.woken() == ["j1"]
 
 
@@ -136,7 +136,7 @@ def test_another_is_woken_if_nothing_comes_of_the_first(desk: Desk) -> None:
     desk.carry(resting(), "j1")
     desk.breaker(until_in_ms=-1)
     first = desk.woken()
-    desk.client.hincrby(f"{BREAKER}a", "woken_ms", -6000)
+    desk.client.hincrby(f"{PREFIX}{BREAKER}a", "woken_ms", -6000)
     assert sorted(first + desk.woken()) == ["j0", "j1"]
 
 

@@ -24,6 +24,21 @@ def load(tmp_path: Path, text: str, **environ: str) -> Settings:
     return Settings.load({"PACS_CONFIG": str(file), **environ})
 
 
+BAD_PREFIXES = ["", " ", ":", "courier", "cou rier:", "courier:\n", "courier:*:", "c?:", "[c]:", "ü:", "c':", "c\\:"]
+
+
+@pytest.mark.parametrize("prefix", [*BAD_PREFIXES, "{}:", "{a}{b}:", "{a:", "a}:", "x" * 64 + ":"])
+def test_a_bad_prefix_of_keys_is_one_sentence_that_names_the_key(tmp_path: Path, prefix: str) -> None:
+    with pytest.raises(SettingsError, match=r"^setting queue\.key_prefix: a prefix of keys has .*[^.]$"):
+        Settings.load({"PACS__QUEUE__KEY_PREFIX": prefix})
+
+
+@pytest.mark.parametrize("prefix", ["courier:", "{courier-a}:", "a:b.c_d:", "x:{y:z}:w:", "x" * 63 + ":"])
+def test_a_prefix_of_keys_may_hold_a_hash_tag(prefix: str) -> None:
+    assert Settings.load({"PACS__QUEUE__KEY_PREFIX": prefix}).queue.key_prefix == prefix
+    assert Settings.load({}).queue.model_copy(update={"key_prefix": prefix}).at().key_prefix == prefix
+
+
 def test_nothing_set_gives_the_defaults() -> None:
     assert Settings.load({}) == Settings()
 

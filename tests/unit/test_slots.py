@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sandbox.processes import poll
+from worker.ledger import PREFIX
 from worker.slots import SLOTS, NoSlot, Slots
 
 
@@ -73,7 +74,7 @@ def test_what_is_idle_is_given_back(process: Callable[[], CountingSlots], client
         stack.close()
     one.tend()
     one.tend()
-    assert client.hgetall(f"{SLOTS}a") == {}
+    assert client.hgetall(f"{PREFIX}{SLOTS}a") == {}
     assert can_use(two, limit=4)
 
 
@@ -137,7 +138,7 @@ def test_a_dead_processs_slots_expire(client: fakeredis.FakeRedis) -> None:
 def test_a_process_that_was_taken_for_dead_comes_back_with_what_it_uses(client: fakeredis.FakeRedis) -> None:
     one, two = Slots(client), Slots(client)
     with use(one, limit=2):
-        client.delete(f"{SLOTS}a")
+        client.delete(f"{PREFIX}{SLOTS}a")
         one.tend()
         with use(two, limit=2):
             assert not can_use(two, limit=2)
@@ -196,7 +197,7 @@ class ManyProcesses(RuleBasedStateMachine):
     @invariant()
     def the_limit_holds(self) -> None:
         assert len(self.held) <= self.LIMIT
-        leased = [int(str(value).split(":")[0]) for value in self.client.hvals(f"{SLOTS}a")]
+        leased = [int(str(value).split(":")[0]) for value in self.client.hvals(f"{PREFIX}{SLOTS}a")]
         assert len(self.held) <= sum(leased) <= self.LIMIT
 
 

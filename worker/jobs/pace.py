@@ -20,7 +20,6 @@ from worker.batches import Batch, Item, Settled
 from worker.jobs.batches import Spent
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
-from worker.ledger import PREFIX
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Pacs, Retrieved
 from worker.windows import Window
@@ -203,4 +202,4 @@ class Pace:
 def _limiter(tools: Tools) -> MovingWindowRateLimiter:
     """One that counts in the ledger's database, over its connections."""
     pool = tools.ledger.client.connection_pool
-    return MovingWindowRateLimiter(RedisStorage("redis://", connection_pool=pool, key_prefix=f"{PREFIX}rate"))
+    return MovingWindowRateLimiter(RedisStorage("redis://", connection_pool=pool, key_prefix=tools.ledger.key("rate")))

@@ -1,0 +1,224 @@
+"""The prefix of all keys: every script on a Redis in cluster mode, and two deployments on one database."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from limits import RateLimitItemPerSecond
+from redis import Redis, ResponseError
+from redis.commands.core import Script
+
+from worker.batches import Batches, Settled
+from worker.breakers import Breakers
+from worker.jobs.pace import _limiter
+from worker.ledger import ClaimState, Ledger, Receipt, StoredImage
+from worker.planning import Planned, Planner
+from worker.settings import BreakerSettings
+from worker.slots import Slots
+
+TAGGED = "{courier-a}:"
+
+
+@pytest.fixture
+def unused(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The scripts that were registered and did not run. Each runs as one that Redis holds to its slots (``#!lua``)."""
+    waiting: set[str] = set()
+    register, call = Redis.register_script, Script.__call__
+
+    def registered(self: Redis, script: str) -> Script:
+        waiting.add(script)
+        return register(self, f"#!lua\n{script}")
+
+    def called(self: Script, keys: Any = None, args: Any = None, client: Any = None) -> Any:
+        assert keys, "a client of a cluster would not know where to send it"
+        waiting.discard(str(self.script).removeprefix("#!lua\n"))
+        return call(self, keys, args, client)
+
+    monkeypatch.setattr(Redis, "register_script", registered)
+    monkeypatch.setattr(Script, "__call__", called)
+    return waiting
+
+
+JOB = {"image_url": "https://a/b"}
+
+
+def take(ledger: Ledger, job_id: str, **more: Any) -> int:
+    ledger.rouse(job_id, by_sweeper=True)
+    claim = ledger.claim(job_id, task="t", job={**JOB, **more})
+    assert claim.state is ClaimState.YOURS, claim
+    return claim.fence
+
+
+def end(ledger: Ledger, job_id: str, fence: int, **more: Any) -> None:
+    ledger.finish(job_id, fence, outcome={"payload": {}}, code="done", task="t", job={**JOB, **more})
+    ledger.told(job_id)
+
+
+def live_jobs(ledger: Ledger) -> None:
+    ledger.submit("u", task="t", job=JOB)
+    fence = take(ledger, "u")
+    assert ledger.heartbeat("u", fence)
+    assert ledger.hold_image("1.2.1.1", job_id="u", fence=fence, into=["1.2", "1.2.1"]) is None
+    assert ledger.claim_study("1.2", server="a", job_id="u").first
+    assert ledger.claim_study("1.2", server="a", job_id="u", among=["a"], asked_for=True).server == "a"
+    assert ledger.intend("u", fence, {"pending": "a"}, decision={"server": "a"})
+    assert ledger.stored("1.2.1.1", "1.2", Receipt("u", "a", "00", 1), series_instance_uid="1.2.1")
+    ledger.park("u", fence, delay_s=0, code="c", message="m")
+    fence = take(ledger, "u")
+    assert ledger.refused("u", fence, ResponseError("ERR no")) == 1
+    end(ledger, "u", fence)
+    assert [note.event for note in ledger.known("1.2.1.1").trail] == ["routed", "stored", "waiting", "ended"]
+    assert ledger.move_claim("1.2", server="b", job_id="u")
+    ledger.forget_study("1.2")
+    ledger.copying("b", "1.2", job_id="u")
+    ledger.copied("b", "1.2", job_id="u", images=2)
+    ledger.void("a", "1.2", None, None, job_id="u")
+    ledger.void("a", "1.2", "1.2.1", "1.2.1.1", job_id="u")
+    assert ledger.receipt("1.2.1.1") is None
+
+
+def jobs_over_many_images(ledger: Ledger) -> None:
+    fence = take(ledger, "many")
+    images = [("1.3.1.1", "1.3", "1.3.1"), ("1.4.1.1", "1.4", "1.4.1")]
+    assert ledger.hold_images(images, job_id="many", fence=fence) == [None, None]
+    ledger.claim_study("1.3", server="a", job_id="many")
+    ledger.stored_many("a", [StoredImage(image, study, series, "00", 1) for image, study, series in images], job_id="m")
+    assert ledger.shut("1.3", job_id="other", fence=take(ledger, "other")) == "many"
+    ledger.let_go("other", fence=1)
+    ledger.let_go_images(job_id="many", fence=fence, but=["1.4.1.1"], following=["1.4"])
+    ledger.let_go_images(job_id="many", fence=fence)
+    assert ledger.hold_destination("ab", job_id="many", fence=fence) is None
+    ledger.let_go_destination(job_id="many", fence=fence)
+    end(ledger, "many", fence)
+    end(ledger, "other", 1)
+
+
+def lost_and_dead_jobs(ledger: Ledger) -> None:
+    keyed = {"idempotency_key": "k"}
+    fence = take(ledger, "d", **keyed)
+    ledger.hand_back("d", fence, task="t", job={**JOB, **keyed}, attempt=1)
+    fence = take(ledger, "d", **keyed)
+    ledger.bury("d", fence, outcome={"error": {"code": "c"}}, code="c", task="t", job={**JOB, **keyed})
+    (letter,) = ledger.dead_letters()
+    assert letter.job_id == "d"
+    assert ledger.submit("d", task="t", job={**JOB, **keyed}, again=True)
+    fence = take(ledger, "d", **keyed)
+    ledger.bury("d", fence, outcome={"error": {"code": "c"}}, code="c", task="t", job={**JOB, **keyed})
+    assert ledger.replay("d")
+    fence = take(ledger, "d", **keyed)
+    ledger.bury("d", fence, outcome={"error": {"code": "c"}}, code="c", task="t", job={**JOB, **keyed})
+    assert ledger.purge("d")
+    ledger.submit("w", task="t", job=JOB)
+    ledger.in_hand(["w"])
+    ledger.rouse("w")
+    ledger.client.zadd(ledger.key("due"), {"w": 0})
+    ledger.sweep(queues=lambda _: {"t": ("q", 0)})
+    ledger.hasten(ledger.unanswered())
+    assert ledger.cancel("w") == "queued"
+    assert ledger.count_return("w") == 1
+    assert set(ledger.standing(["u", "w"])) == {"u", "w"}
+    assert ledger.load(overdue_s=60).open == 2, "the outcome of d is not told"
+
+
+def breakers_and_slots(ledger: Ledger, prefix: str) -> None:
+    breakers = Breakers(ledger.client, BreakerSettings(pause_s=0.05), prefix=prefix)
+    slots = Slots(ledger.client, prefix=prefix)
+    assert breakers.failed("a", retry_after_s=0.05).name == "open"
+    fence = take(ledger, "p")
+    ledger.park_for("a", "p", fence, max_wait_s=10, code="c", message="m")
+    assert ledger.parked() == {"a": 1}
+    time.sleep(0.06)
+    assert ledger.wake_parked() == 1
+    assert breakers.probe("a", "token", for_s=5)[0]
+    assert breakers.renew("a", "token", for_s=5)
+    assert breakers.succeeded("a", probe="token").closed
+    assert breakers.states(["a", "b"])["a"].closed
+    with slots.slot("a", limit=1, wait_s=1):
+        slots.tend()
+
+
+def batches(ledger: Ledger) -> None:
+    store = Batches(ledger)
+    store.open("B", kind="noop", order={}, servers={"a": "msdicom"}, width=4)
+    assert store.take("B", "B") is None
+    with Planner(store, "B") as planner:
+        planner.add_all([Planned("1.2", "a"), Planned("1.3", "a", skip="not ours")])
+        planner.freeze()
+    fence = take(ledger, "B")
+    assert store.begin("B", "apply", job_id="B", out_of=["planning"])
+    assert (store.pause("B"), store.resume("B")) == ("paused", "running")
+    batch = store.get("B")
+    assert batch is not None
+    (job,) = store.fill(batch, "apply")
+    chunk_fence = ledger.claim(job.job_id, task=job.task, job=job.job).fence
+    (row, _) = store.chunk_rows(batch, 0, ["apply"])
+    failed = Settled(row.item, "failed", "c", "m", {"size_bytes": 1})
+    store.settle(batch, "apply", 0, [failed], job_id=job.job_id, fence=chunk_fence)
+    assert store.end_chunk("B", "apply", 0)
+    assert store.open_chunks(batch, "apply") == []
+    assert store.end_pass("B", "apply", "done")
+    store.expire("B")
+    assert store.reopen(batch, "apply", ["failed"]) == 1
+    assert store.reopen_missing(batch) == 0
+    store.forget_pass(batch, "apply")
+    assert store.steer("B", "cancelled", out_of=["done"]) == "cancelled"
+    assert [one.id for one in store.list()] == ["B"]
+    end(ledger, "B", fence)
+
+
+def whole_life(ledger: Ledger, prefix: str) -> None:
+    live_jobs(ledger)
+    jobs_over_many_images(ledger)
+    lost_and_dead_jobs(ledger)
+    breakers_and_slots(ledger, prefix)
+    batches(ledger)
+    ledger.say_how("w", '{"at": 1e12}')
+    ledger.upload_begun("s3://b/k", "1")
+    ledger.note_overwrites("s3://b", prevented=True)
+
+
+@pytest.mark.parametrize("prefix", [TAGGED, "a-b.c:{d:e}:"])
+def test_with_a_hash_tag_every_script_and_pipeline_runs_on_a_redis_in_cluster_mode(
+    cluster_url: str, unused: set[str], prefix: str
+) -> None:
+    ledger = Ledger.connect(cluster_url, prefix=prefix)
+    whole_life(ledger, prefix)
+    keys = [str(key) for key in ledger.client.scan_iter("*")]
+    assert [key for key in keys if not key.startswith(prefix)] == []
+    assert len({ledger.client.execute_command("CLUSTER", "KEYSLOT", key) for key in keys}) == 1
+    assert not unused, "these scripts did not run"
+    ledger.close()
+
+
+def test_without_a_hash_tag_a_redis_in_cluster_mode_refuses(cluster_url: str) -> None:
+    ledger = Ledger.connect(cluster_url)
+    with pytest.raises(ResponseError, match="same slot"):
+        ledger.submit("j", task="t", job=JOB)
+    ledger.close()
+
+
+def test_two_deployments_on_one_database_do_not_see_each_other(redis_url: str, unused: set[str]) -> None:
+    prefixes = ("courier:", "courier:b:", "{c}:")  # one of them begins with another
+    ledgers = [Ledger.connect(redis_url, prefix=prefix) for prefix in prefixes]
+    for ledger, prefix in zip(ledgers, prefixes, strict=True):
+        whole_life(ledger, prefix)  # the same ids, images, batches and servers, each time anew
+        assert [batch.id for batch in Batches(ledger).list()] == ["B"]
+        assert list(ledger.workers(now_s=1e12)) == ["w"]
+    Breakers(ledgers[0].client, prefix=prefixes[0]).failed("a", retry_after_s=60)
+    states = [
+        Breakers(one.client, prefix=prefix).states(["a"])["a"] for one, prefix in zip(ledgers, prefixes, strict=True)
+    ]
+    assert [state.closed for state in states] == [False, True, True]
+    for ledger in ledgers:
+        ledger.close()
+
+
+def test_rates_are_counted_below_the_prefix(redis_url: str) -> None:
+    ledger = Ledger.connect(redis_url, prefix=TAGGED)
+    tools: Any = SimpleNamespace(ledger=ledger)
+    assert _limiter(tools).hit(RateLimitItemPerSecond(5), "B", "items")
+    assert all(str(key).startswith(TAGGED) for key in ledger.client.scan_iter("*"))
+    ledger.close()
