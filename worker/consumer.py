@@ -12,7 +12,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -42,8 +42,12 @@ FULL_S: Final = 1.0
 _NAME: Final = re.compile(r"[\w.:-]{1,200}", re.ASCII)
 #: Put in by `PacsMessage` in place of the header that would have kombu unpack the body.
 _COMPRESSED: Final = "courier-compressed"
-#: Celery's tasks that call another task in a loop, outside of any job.
-LOOPS: Final = frozenset(("celery.map", "celery.starmap", "celery.chunks"))
+#: Celery's tasks that call another task in a loop, outside of any job, or send themselves again without an end; and
+#: what to send in their place.
+LOOPS: Final = {
+    **dict.fromkeys(("celery.map", "celery.starmap", "celery.chunks"), "send a group, or a batch"),
+    "celery.chord_unlock": "a chord needs a client whose result backend is the worker's own",
+}
 
 
 class _Unsigned(Exception):
@@ -79,7 +83,7 @@ def _unfit_to_read(message: Any) -> str | None:
         return "its headers are no object, or say that it is compressed"
     if any(kind is not None and not isinstance(kind, str) for kind in (message.content_type, message.content_encoding)):
         return "its content type or encoding is no text"
-    return envelope.wrong_property(message.properties, message.delivery_info)
+    return None
 
 
 def _unfit_to_run(message: Any) -> str | None:
@@ -94,10 +98,24 @@ def _unfit_to_run(message: Any) -> str | None:
     if not all(isinstance(argument, kind) for argument, kind in zip(arguments, kinds, strict=True)):
         return "its arguments are not of the right kinds"
     if headers["task"] in LOOPS:
-        return f"{headers['task']} runs no jobs here; send a group, or a batch"
+        return f"{headers['task']} runs no jobs here; {LOOPS[headers['task']]}"
     return (
-        envelope.wrong_id(headers.get("id")) or envelope.wrong_header(headers) or envelope.wrong_follow_up(arguments[2])
+        envelope.wrong_id(headers.get("id"))
+        or envelope.wrong_depth([headers, *arguments, message.properties, message.delivery_info])
+        or envelope.wrong_property(message.properties, message.delivery_info)
+        or envelope.wrong_header(headers)
+        or envelope.wrong_follow_up(arguments[2])
+        or _wrong_arguments(headers["task"], *arguments[:2])
     )
+
+
+def _wrong_arguments(task: str, positional: Sequence[Any], by_name: Mapping[str, Any]) -> str | None:
+    """Why one of our tasks cannot be called with these; None if it can. Each has one parameter, the job."""
+    if not task.startswith("pacs."):
+        return None
+    if len(positional) > 1 or "self" in by_name or (positional and "job" in by_name):
+        return "its arguments are others than one object job"
+    return None
 
 
 #: What follow-ups are called in the body of the first version of Celery's protocol, which has no chains.
@@ -293,10 +311,11 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         if self.returns.in_a_row >= shortage.IN_A_ROW and state.should_stop in (None, False):
             log.critical(
                 "This worker gave %d messages back in a row, the last one because %s. It ends itself with exit status"
-                " %d; raise its limits (ulimit -a; pids and memory of its container), then start it again.",
+                " %d; %s, then start it again.",
                 self.returns.in_a_row,
                 why,
                 shortage.EXIT_STATUS,
+                shortage.what_to_do(why),
             )
             state.should_stop = shortage.EXIT_STATUS
 
@@ -323,11 +342,10 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
 
 
 def _shown(message: Any) -> str:
-    """Task and id as the headers name them."""
-    headers = message.headers if isinstance(message.headers, dict) else {}
-    task, job_id = headers.get("task"), headers.get("id")
-    task = task if isinstance(task, str) and _NAME.fullmatch(task) else "-"
-    return f"task {task}, id {shown_id(job_id) if isinstance(job_id, str) and job_id else '-'}"
+    """Task and id as the message names them."""
+    name = named(message)
+    task = name.task if isinstance(name.task, str) and _NAME.fullmatch(name.task) else "-"
+    return f"task {task}, id {shown_id(name.job_id) if isinstance(name.job_id, str) and name.job_id else '-'}"
 
 
 class Turns(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped

@@ -19,7 +19,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 #: The longest id that every broker and result back-end takes.
 ID_LENGTH: Final = 255
-#: How deep follow-ups may be nested, in levels of JSON; Celery copies them by recursion.
+#: How deep a message may be nested, in levels of JSON; Celery copies follow-ups by recursion, and a pool of processes
+#: pickles all of it.
 DEPTH: Final = 100
 #: Some limit has to be: numbers become times and scores in Redis.
 _MOST: Final = 2**53
@@ -275,10 +276,15 @@ def wrong_id(job_id: object) -> str | None:
     if len(job_id) > ID_LENGTH:
         return f"its id is longer than {ID_LENGTH} characters"
     if not job_id.isprintable():
-        return "its id holds a control character"
+        return "its id holds a character that cannot be printed"
     if job_id.startswith("!"):  # the ledger's own marks do
         return "its id begins with an exclamation mark"
     return None
+
+
+def wrong_depth(parts: object) -> str | None:
+    """Whether the parts of a message are nested too deep for the worker to handle them; None if they are not."""
+    return "it is nested too deep" if _deeper(parts, DEPTH) else None
 
 
 def wrong_property(properties: object, delivery_info: object) -> str | None:
@@ -293,8 +299,6 @@ def wrong_header(headers: Mapping[str, Any]) -> str | None:
 
 def wrong_follow_up(embed: Mapping[str, Any]) -> str | None:
     """What is wrong with the embed part of a body; None if nothing is."""
-    if _deeper(embed, DEPTH):
-        return "its follow-ups are nested too deep"
     of_the_headers = sorted((_HEADERS - _EMBED) & embed.keys())
     if of_the_headers:  # Celery would let them stand before those
         return f"its embed field {of_the_headers[0]} belongs into the headers"
@@ -323,5 +327,5 @@ def _stray(names: frozenset[str], value: Mapping[str, Any], what: str) -> str | 
 def _deeper(value: object, levels: int) -> bool:
     if levels < 0:
         return True
-    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return any(_deeper(one, levels - 1) for one in inside)

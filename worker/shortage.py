@@ -70,11 +70,18 @@ def why(error: BaseException) -> str:
     return f"the worker itself failed ({type(error.args[0] if isinstance(error, Escaped) else error).__name__})"
 
 
+def what_to_do(why: str) -> str:
+    """What an operator does about it, as the middle of a sentence."""
+    if why.startswith(STARVED):
+        return "raise the worker's limits (ulimit -a; pids and memory of its container)"
+    return "report the fault, which the worker's log names"
+
+
 def dead_letter(why: str) -> Poisoned:
     """The end of a job that was given back too often while others succeeded."""
     return Poisoned(
-        f"It was given back {MAX_RETURNS} times while other jobs were done, because {why}; give the worker more of what"
-        " it lacks, or report the fault, then replay the job."
+        f"It was given back {MAX_RETURNS} times while other jobs were done, because {why}; {what_to_do(why)}, then"
+        " replay the job."
     )
 
 

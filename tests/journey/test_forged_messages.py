@@ -83,6 +83,8 @@ HEADERS: list[tuple[str, Any]] = [
     ("chord", FOLLOW_UP),
     ("is_eager", "x"),
     ("compression", "application/x-gzip"),
+    ("x-other", json.loads("[" * 400 + "]" * 400)),
+    ("stamps", json.loads('{"a":' * 400 + "1" + "}" * 400)),
 ]
 #: What is wrong with the third part of a body.
 EMBEDS: list[dict[str, Any]] = [
@@ -110,7 +112,19 @@ EMBEDS: list[dict[str, Any]] = [
     {"delivery_info": 5},
     {"kwargs": {"job": {}}},
 ]
-PROPERTIES: list[dict[str, Any]] = [{"correlation_id": 5}, {"reply_to": ["x"]}, {"priority": "x"}]
+PROPERTIES: list[dict[str, Any]] = [
+    {"correlation_id": 5},
+    {"reply_to": ["x"]},
+    {"priority": "x"},
+    {"other": json.loads("[" * 400 + "]" * 400)},
+]
+#: What is wrong with the first part of a body, or with what stands beside the job in the second.
+ARGUMENTS: list[tuple[list[Any], dict[str, Any]]] = [
+    ([{}, 5], {}),
+    ([{}], {}),
+    ([], {"self": 5}),
+    ([], {"beside": json.loads("[" * 400 + "]" * 400)}),
+]
 
 Encode = Callable[[str, list[Any]], tuple[str, str]]
 
@@ -123,9 +137,19 @@ class Door:
     broker: Redis
     encode: Encode
 
-    def push(self, url: str, job_id: str, *, embed: Any = None, properties: Any = None, **headers: Any) -> str:
+    def push(
+        self,
+        url: str,
+        job_id: str,
+        *,
+        args: Any = (),
+        beside: Any = None,
+        embed: Any = None,
+        properties: Any = None,
+        **headers: Any,
+    ) -> str:
         embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None, **(embed or {})}
-        content_type, body = self.encode(job_id, [[], {"job": {"image_url": url}}, embed])
+        content_type, body = self.encode(job_id, [list(args), {"job": {"image_url": url}, **(beside or {})}, embed])
         message = {
             "body": body,
             "content-type": content_type,
@@ -219,9 +243,11 @@ def test_forged_messages_end_under_their_ids_and_disturb_no_job(door: tuple[Any,
         forged.append(queue.push(never, f"embed/{uuid.uuid4()}", embed=embed))
     for properties in PROPERTIES:
         forged.append(queue.push(never, f"properties/{uuid.uuid4()}", properties=properties))
+    for args, beside in ARGUMENTS:
+        forged.append(queue.push(never, f"arguments/{uuid.uuid4()}", args=args, beside=beside))
     for job_id in ("a\nb", f"x\n{FORGED}", "\u202ea", "x" * 256, "!lost"):
         forged.append(queue.push(never, job_id))
-    for loop in ("celery.map", "celery.starmap", "celery.chunks"):
+    for loop in ("celery.map", "celery.starmap", "celery.chunks", "celery.chord_unlock"):
         forged.append(queue.push(never, f"loop/{uuid.uuid4()}", task=loop))
     put_a_good_one()
     ends = queue.ends([*forged, *good])

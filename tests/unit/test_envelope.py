@@ -239,7 +239,58 @@ def nested(levels: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("levels", "is_right"), [(20, True), (60, False), (300, False)])
 def test_follow_ups_of_follow_ups_end_somewhere(levels: int, is_right: bool) -> None:
-    assert (envelope.wrong_follow_up({"callbacks": [nested(levels)]}) is None) == is_right
+    embed = {"callbacks": [nested(levels)]}
+    assert (unfit(arrived(HEADERS, [[], {"job": {}}, embed])) is None) == is_right
+
+
+def levels_of(kind: type, levels: int) -> Any:
+    found: Any = 1
+    for _ in range(levels):
+        found = {"a": found} if kind is dict else [found]
+    return found
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+@pytest.mark.parametrize(("levels", "is_right"), [(50, True), (500, False)])
+@pytest.mark.parametrize("where", ["job", "beside", "args", "header", "stamps", "property", "delivery_info"])
+def test_no_part_of_a_message_is_nested_deeper_than_a_pool_of_processes_can_bear(
+    where: str, kind: type, levels: int, is_right: bool
+) -> None:
+    deep = levels_of(kind, levels)
+    kwargs = {"job": {"job": {"server": deep}}, "beside": {"job": {}, "x": deep}, "args": {}}.get(where, {"job": {}})
+    headers = {"header": {"x-other": deep}, "stamps": {"stamps": {"x": deep}}}.get(where, {})
+    message = arrived({**HEADERS, **headers}, [[deep] if where == "args" else [], kwargs, {}])
+    message.properties = {"x": deep} if where == "property" else {}
+    message.delivery_info = {"x": deep} if where == "delivery_info" else {}
+    reason = unfit(message)
+    assert (reason is None) if is_right else ("nested too deep" in str(reason))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ([{}, 5], {}),
+        ([{}], {"job": {}}),
+        ([], {"self": 1, "job": {}}),
+        ([{}], {"self": 1}),
+        ([None, None], {}),
+    ],
+)
+def test_arguments_with_which_none_of_our_tasks_can_be_called_are_no_job(args: list[Any], kwargs: Any) -> None:
+    for headers in (HEADERS, {**HEADERS, "task": "pacs.delete"}, {**HEADERS, "task": "pacs.batch.upload"}):
+        assert "object job" in str(unfit(arrived(headers, [args, kwargs, {}])))
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [([{}], {}), ([], {"job": {}}), ([], {}), ([{}], {"x": 1})])
+def test_a_job_may_stand_in_either_kind_of_arguments(args: list[Any], kwargs: Any) -> None:
+    assert unfit(arrived(HEADERS, [args, kwargs, {}])) is None
+
+
+@pytest.mark.parametrize("job_id", ["a\nb", "two\u00a0words", "\u202eb", "a\0"])
+def test_an_id_that_is_wrong_is_named_before_what_repeats_it(job_id: str) -> None:
+    message = arrived({**HEADERS, "id": job_id}, [[], {"job": {}}, {}])
+    message.properties = {"correlation_id": job_id}
+    assert unfit(message) == "its id holds a character that cannot be printed"
 
 
 @pytest.mark.parametrize(
@@ -352,7 +403,7 @@ def arrived(headers: dict[str, Any], body: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("loop", ["celery.map", "celery.starmap", "celery.chunks"])
+@pytest.mark.parametrize("loop", ["celery.map", "celery.starmap", "celery.chunks", "celery.chord_unlock"])
 def test_celerys_loops_over_tasks_are_no_jobs(loop: str) -> None:
     assert "runs no jobs here" in str(unfit(arrived({**HEADERS, "task": loop}, [[], {}, {}])))
 

@@ -270,6 +270,28 @@ def test_an_id_of_another_program_is_told_although_no_log_would_show_it(worker: 
     assert worker.told.keys() == {"order/8"}
 
 
+def test_the_log_names_the_id_of_a_refused_message_of_celerys_first_protocol(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"task": "pacs.upload", "id": "order/8", "args": [], "kwargs": {}, "retries": -1}
+    assert worker.receive(Message(headers={}, content=body)) == "thrown away"
+    assert "task pacs.upload, id " in caplog.text
+    assert "order/8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"), [(MemoryError(), "raise the worker's limits"), (KeyError("bug"), "report the fault")]
+)
+def test_a_worker_that_ends_itself_says_what_to_do_about_the_cause(
+    worker: Worker, caplog: pytest.LogCaptureFixture, error: Exception, advice: str
+) -> None:
+    worker.take = failing(error)
+    for number in range(shortage.IN_A_ROW):
+        worker.receive(Message(headers={"task": "pacs.upload", "id": f"job-{number}"}))
+    (end,) = [record.getMessage() for record in caplog.records if record.levelname == "CRITICAL"]
+    assert f"exit status {shortage.EXIT_STATUS}; {advice}" in end
+
+
 # --- what comes out of the pool --------------------------------------------------------------------------------
 
 
