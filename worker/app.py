@@ -136,7 +136,9 @@ class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
 
     def after_return(self, status: str, retval: object, task_id: str, *_: object) -> None:  # noqa: ARG002 - Celery's
         """The result back-end has it. Should this be lost, a sweep tells the outcome once more."""
-        if isinstance(retval, InvalidRequest) and retval.details.get("taken"):
+        if isinstance(retval, TimeLimitExceeded) or (
+            isinstance(retval, InvalidRequest) and retval.details.get("taken")
+        ):
             return  # it is not the outcome of the job that bears this id
         with contextlib.suppress(redis.RedisError):
             tools().ledger.told(task_id)
@@ -164,7 +166,12 @@ class PacsCelery(Celery):  # type: ignore[misc]  # celery is untyped
 def _tell_of_failure(
     tell: Callable[..., None], job_id: str, error: BaseException, *args: Any, store_result: bool = True, **kwargs: Any
 ) -> None:
-    """Nothing is told where only telling has failed: the outcome is in the ledger, and a sweep tells it."""
+    """Nothing is told where only telling has failed: the outcome is in the ledger, and a sweep tells it.
+
+    Nor is it where a process of the pool was ended in the middle of a job that the ledger goes on with.
+    """
+    if isinstance(error, TimeLimitExceeded) and _goes_on(job_id):
+        return
     telling = isinstance(error, BackendError)
     tell(job_id, error, *args, store_result=store_result and not telling, **kwargs)
 
@@ -204,6 +211,13 @@ def _ledger() -> Ledger:
 
 def _is_written_down(job_id: str) -> bool:
     return bool(_ledger_beside().look(job_id))
+
+
+def _goes_on(job_id: str) -> bool:
+    try:
+        return _is_written_down(job_id)
+    except redis.RedisError:  # a job whose process was ended has most likely been begun
+        return True
 
 
 def _bury(job_id: str, task: str, job: Mapping[str, Any], error: CourierError) -> bool:

@@ -8,7 +8,7 @@ import requests
 from producer import Courier
 from producer.errors import ImageAlreadyExists
 from sandbox import processes as parts
-from sandbox.processes import Processes
+from sandbox.processes import Processes, poll
 from sandbox.synthetic import image, new_uid
 from worker.ledger import Ledger
 
@@ -163,3 +163,22 @@ def test_what_was_pushed_of_one_file_says_nothing_of_another_that_the_source_giv
         sandbox.calm()
         late = courier.upload(image_server.put("first.dcm", first), server="msdicom")
         assert late.result(timeout_s=WAIT_S)["status"] == "stored"
+
+
+@pytest.mark.parametrize("ended", ["in the middle of the push", "after it"])
+def test_a_job_whose_process_a_time_limit_ends_has_not_failed_and_is_done_by_another(
+    worker, image_server, sandbox, plain, ended
+):
+    operation = "store" if ended == "in the middle of the push" else "metadata"
+    study = new_uid()
+    url = image_server.put("a.dcm", image(study))
+    # Celery itself shows a traceback of one line for a time limit.
+    running = worker(concurrency=2, options=("--pool", "processes"), jobs=QUICK, may_show_tracebacks=True)
+    sandbox.set_mood("msdicom", operation, latency_ms=4000, times=1)
+    result = plain.send_task("pacs.upload", kwargs={"job": {"image_url": url}}, time_limit=1.5)
+    seen = set()
+    assert poll(lambda: seen.add(result.status) or result.status == "SUCCESS", timeout_s=WAIT_S)
+    assert f"Hard time limit (1.5s) exceeded for pacs.upload[{result.id}]" in running.log
+    assert "FAILURE" not in seen
+    assert result.get(timeout=WAIT_S)["status"] == "stored"
+    assert stored_once(sandbox, study)
