@@ -37,7 +37,8 @@ class Mood:
 
     The content (done by the dialects)
         ``disk_full`` "A700" or "272": every instance of a store fails with that reason; ``transient_272``: the same
-        with 272 (bound it with ``times``); ``failure_reason``: the same with that number; ``pending_45071``: an
+        with 272 (bound it with ``times``); ``fail_image``: the same for the image with that SOP Instance UID alone;
+        ``failure_reason``: every instance fails with that number; ``pending_45071``: an
         instance not seen before is answered 45071 and stays pending for so many seconds, or "never" clears;
         ``lose_last_part``: the last part of a store is not read; ``database_down``, ``storage_down``: as the reference
         says, which is not what one would expect.
@@ -58,6 +59,7 @@ class Mood:
     commit_then_drop: bool = False
     disk_full: str | None = None
     transient_272: bool = False
+    fail_image: str | None = None
     failure_reason: int | None = None
     pending_45071: float | str | None = None
     lose_last_part: bool = False
@@ -128,6 +130,7 @@ _KINDS: dict[str, Any] = {
     "reset_after_bytes": _number,
     "truncate": lambda value: value == "cleanly" or _flag(value) or _number(value),
     "failure_reason": lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536,
+    "fail_image": lambda value: isinstance(value, str),
     "disk_full": lambda value: value in ("A700", "272"),
     "pending_45071": lambda value: value == "never" or _number(value),
     "token_lifetime_s": _number,

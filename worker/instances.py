@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.datadict import keyword_for_tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPIPHTJ2KReferencedDeflate, MediaStorageDirectoryStorage
 
 from worker.errors import InvalidUid, MissingUid, NotDicom
@@ -20,6 +22,12 @@ _MEDIA_STORAGE_SOP_CLASS_UID, _TRANSFER_SYNTAX_UID = 0x00020002, 0x00020010
 _SOP_CLASS_UID, _SOP_INSTANCE_UID = 0x00080016, 0x00080018
 _STUDY_INSTANCE_UID, _SERIES_INSTANCE_UID = 0x0020000D, 0x0020000E
 _DATASET_UIDS = (_STUDY_INSTANCE_UID, _SERIES_INSTANCE_UID, _SOP_INSTANCE_UID, _SOP_CLASS_UID)
+_PATIENT_ID, _SPECIFIC_CHARACTER_SET = 0x00100020, 0x00080005
+#: What an archive files an image by: AccessionNumber, Modality, StudyDescription, PatientName, PatientID, StudyID.
+_TEXTS = (0x00080050, 0x00080060, 0x00081030, 0x00100010, _PATIENT_ID, 0x00200010)
+_WANTED = frozenset((*_DATASET_UIDS, *_TEXTS, _SPECIFIC_CHARACTER_SET))
+#: What columns of databases for such texts take.
+_TEXT_LENGTH = 255
 _META_UIDS = (_MEDIA_STORAGE_SOP_CLASS_UID, _TRANSFER_SYNTAX_UID)
 _NAMES = {
     _MEDIA_STORAGE_SOP_CLASS_UID: "Media Storage SOP Class UID (0002,0002)",
@@ -55,7 +63,11 @@ _NOT_DICOM_BUT = (
 
 @dataclass(frozen=True)
 class Instance:
-    """The identity of one SOP instance. ``has_preamble`` is False for a file that starts at its meta group."""
+    """The identity of one SOP instance. ``has_preamble`` is False for a file that starts at its meta group.
+
+    ``odd_texts`` names those of the texts that an archive files an image by which are longer than 255 characters or
+    have a NUL in them; of an image that arrives in pieces, those that came before its last UID.
+    """
 
     study_instance_uid: str
     series_instance_uid: str
@@ -63,6 +75,8 @@ class Instance:
     sop_class_uid: str
     transfer_syntax_uid: str
     has_preamble: bool = True
+    has_patient_id: bool = field(default=True, compare=False)
+    odd_texts: str = field(default="", compare=False)
 
 
 def identify(stream: BinaryIO) -> Instance:
@@ -153,7 +167,7 @@ class _File:
         if syntax in _DEFLATED:
             yield from self._inflate(window, dataset_start, syntax)
         else:
-            dataset = Walk(window, frozenset(_DATASET_UIDS))
+            dataset = Walk(window, _WANTED)
             self._dataset = dataset.values
             yield from dataset.dataset(dataset_start, syntax)
 
@@ -184,7 +198,23 @@ class _File:
             sop_class_uid=found[_SOP_CLASS_UID],
             transfer_syntax_uid=self._transfer_syntax_uid(),
             has_preamble=self._has_preamble,
+            has_patient_id=any(value.strip(b"\0 ") for value in self._dataset.get(_PATIENT_ID, ())),
+            odd_texts=", ".join(keyword_for_tag(tag) for tag in _TEXTS if self._is_odd(tag)),
         )
+
+    def _is_odd(self, tag: int) -> bool:
+        """Whether a text has a NUL before its padding, or is longer than a database's column for it."""
+        texts = [value.rstrip(b"\0 ") for value in self._dataset.get(tag, ())]
+        return any(b"\0" in text or (len(text) > _TEXT_LENGTH and self._length(text) > _TEXT_LENGTH) for text in texts)
+
+    def _length(self, text: bytes) -> int:
+        """In characters; in bytes where the file does not say how to read them."""
+        named = self._dataset.get(_SPECIFIC_CHARACTER_SET, [b""])[0]
+        try:
+            encodings = convert_encodings(named.decode("latin-1").rstrip("\0 ").split("\\"))
+            return len(decode_bytes(text, encodings, set()))
+        except (LookupError, ValueError):
+            return len(text)
 
     def _transfer_syntax_uid(self) -> str:
         if MediaStorageDirectoryStorage in map(_text, self._meta.get(_MEDIA_STORAGE_SOP_CLASS_UID, ())):
@@ -202,7 +232,7 @@ class _Inflated:
         self._feed = Feed(lambda window: self._dataset(window, syntax))
 
     def _dataset(self, window: Window, syntax: str) -> Steps[None]:
-        self._walk = Walk(window, frozenset(_DATASET_UIDS), max_steps=_INFLATED_STEPS)
+        self._walk = Walk(window, _WANTED, max_steps=_INFLATED_STEPS)
         try:
             yield from self._walk.dataset(0, syntax)
         except CannotTell:

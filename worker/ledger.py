@@ -29,6 +29,7 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
                           server and may still push
     trail:UID     list    what was decided about an image, a series or a study, the latest ones, for `pacs.trace`
     placed        hash    server → number of new studies it was given
+    stored        hash    server → when (µs) a job of ours last stored an image there
     returned:ID   text    how often a message of this job was given back while others were done
     workers       hash    worker → what its watchdog last said of it
     parked        set     the circuit breakers that jobs wait for, and for each of them
@@ -874,6 +875,7 @@ _STORED = (
     + _RECEIPT
     + """
 local opened = false
+redis.call('HSET', prefix .. 'stored', ARGV[2], us)
 for i = 5, #ARGV, 5 do
   local row = {job = ARGV[1], server = ARGV[2], image = ARGV[i], study = ARGV[i + 1], series = ARGV[i + 2],
     sha256 = ARGV[i + 3], size_bytes = ARGV[i + 4]}
@@ -890,6 +892,7 @@ _COPIES = (
     + """
 redis.call('HSET', KEYS[1], ARGV[4] .. ARGV[1], us .. ' ' .. ARGV[2] .. ARGV[5])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
+if ARGV[4] == 'copied:' then redis.call('HSET', prefix .. 'stored', ARGV[1], us) end
 """
 )
 
@@ -1699,6 +1702,10 @@ class Ledger:
         keys = [self.key("study", study_instance_uid), self.key("placed"), self.key("trail", study_instance_uid)]
         note = _note("claimed", job_id, server=server)
         return bool(self._move_claim(keys=keys, args=[server, note, self.keep_ms]))
+
+    def stored_last_s(self, server: str) -> float:
+        """When a job of ours last stored an image on ``server``, by the clock of `clock_s`; 0 if none has."""
+        return int(self._redis.hget(self.key("stored"), server) or 0) / 1_000_000
 
     def claimed_server(self, study_instance_uid: str) -> str | None:
         return self._hash(self.key("study", study_instance_uid)).get("server")

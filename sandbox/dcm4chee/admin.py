@@ -82,7 +82,7 @@ async def storage(archive: Archive, request: web.Request) -> web.StreamResponse:
     if request[MOOD].storage_down or not (ours and usage) or "dcmStorageClusterID" in wanted:
         return plain_json([])
     used = archive.store.tally().size_bytes + archive.store.waiting_bytes()
-    usable = 0 if request[MOOD].disk_full else max(TOTAL_BYTES - used, 0)
+    usable = 0 if request[MOOD].disk_full == "A700" else max(TOTAL_BYTES - used, 0)
     if usable >= _bytes(wanted.get("usableSpaceBelow")):
         return plain_json([])
     entry = {
@@ -95,6 +95,8 @@ async def storage(archive: Archive, request: web.Request) -> web.StreamResponse:
         "usableSpace": usable,
         "totalSpace": TOTAL_BYTES,
     }
+    if request[MOOD].disk_full == "272":
+        entry |= {"storageThreshold": ["90GB"], "dcmStorageThresholdExceeded": True}
     return plain_json([entry])
 
 

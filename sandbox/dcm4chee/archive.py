@@ -76,6 +76,8 @@ class Archive:
     site: Site
     #: Studies that a DELETE is just removing.
     deleting: set[str] = field(default_factory=set)
+    #: When the Patient ID of a study was made up, by the clock of this process.
+    made_up_s: dict[str, float] = field(default_factory=dict)
     #: POST /ctrl/stop: REST goes on, DIMSE and schedulers stop.
     stopped: bool = False
     looked_for_expired_at_s: float = 0.0

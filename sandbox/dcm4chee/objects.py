@@ -69,6 +69,17 @@ def read_header(source: Path | bytes) -> Header:
         raise Unreadable(is_dicom, str(error)) from error
 
 
+def names(source: Path | bytes) -> tuple[str, str] | None:
+    """SOP class and instance of an object that may be cut behind them; None if it does not come so far."""
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        try:
+            ds = dcmread(file, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+        except Exception:  # noqa: BLE001 - pydicom raises whatever its parsing runs into
+            return None
+    found = ds.get("SOPClassUID"), ds.get("SOPInstanceUID")
+    return (str(found[0]), str(found[1])) if all(found) else None
+
+
 def java_hash(text: str) -> int:
     """``String.hashCode`` as an unsigned number."""
     number = 0

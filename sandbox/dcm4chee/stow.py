@@ -5,6 +5,7 @@ There is no all-or-nothing: a 500 in mid body leaves the earlier parts stored.
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from sandbox.dcm4chee.archive import (
 )
 from sandbox.dcm4chee.forms import native_xml
 from sandbox.dcm4chee.media import ANY, accepted, media
-from sandbox.dcm4chee.objects import INDEXED, PATIENT_TAGS, STYLE, Unreadable, read_header, supplemented_issuer
+from sandbox.dcm4chee.objects import INDEXED, PATIENT_TAGS, STYLE, Unreadable, names, read_header, supplemented_issuer
 from sandbox.store import Condition, NewInstance, Row, Spool, first_value
 from sandbox.web import DICOM_JSON, MOOD, BrokenMultipart, Part, TooLarge, dicom_json, operation, read_parts
 
@@ -64,9 +65,12 @@ class _Transaction:
     url: str
     study_instance_uid: str | None
     coerced: dict[str, Any]
+    began_s: float = field(default_factory=time.monotonic)
     stored: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     last_failure: str = ""
+    #: Studies of which this request has made up the Patient ID; its own images do not collide.
+    made_up: set[str] = field(default_factory=set)
 
 
 @operation("store")
@@ -157,6 +161,7 @@ def _judge(transaction: _Transaction, spool: Spool) -> None:
     """Store one part, or say why not."""
     sop_class_uid, sop_instance_uid = NOT_A_DICOM_FILE, f"2.25.{uuid.uuid4().int}"
     try:
+        sop_class_uid, sop_instance_uid = names(spool.source) or (sop_class_uid, sop_instance_uid)
         header = _read(spool)
         new = _as_new(transaction, header)
         sop_class_uid, sop_instance_uid = new.sop_class_uid, new.sop_instance_uid
@@ -205,13 +210,14 @@ def _as_new(transaction: _Transaction, header: Header) -> NewInstance:
     if any(uid is None for uid in uids):
         raise Failed(0x0110, "java.lang.NullPointerException: missing Study, Series or SOP Instance UID")
     study_uid, series_uid, sop_uid, class_uid = [uid or "" for uid in uids]
+    _check_texts(header)
     return NewInstance(
         study_instance_uid=study_uid,
         series_instance_uid=series_uid,
         sop_instance_uid=sop_uid,
         sop_class_uid=class_uid,
         transfer_syntax_uid=header.transfer_syntax_uid,
-        study=_identified(transaction.archive, study_uid, study),
+        study=_identified(transaction, study_uid, study),
         series=series,
         instance=instance,
         received_at_s=transaction.archive.now_s(),
@@ -219,11 +225,34 @@ def _as_new(transaction: _Transaction, header: Header) -> NewInstance:
     )
 
 
-def _identified(archive: Archive, study_instance_uid: str, study: dict[str, Any]) -> dict[str, Any]:
-    """The study's attributes with a patient id and an issuer, made up where the object has none."""
-    study = dict(study)
+#: What the database keeps in columns of 255 characters.
+_COLUMNS = (0x00080050, 0x00080060, 0x00081030, 0x00100010, 0x00100020, 0x00200010)
+
+
+def _check_texts(header: Header) -> None:
+    """What the database does not take fails when it is written."""
+    for tag in _COLUMNS:
+        text = (header.text(tag) or "").rstrip("\0 ")
+        if "\0" in text:
+            raise Failed(0x0110, "ARJUNA016053: Could not commit transaction.")
+        if len(text) > 255:
+            raise Failed(0x0110, "ERROR: value too long for type character varying(255)")
+
+
+def _identified(transaction: _Transaction, study_instance_uid: str, study: dict[str, Any]) -> dict[str, Any]:
+    """The study's attributes with a patient id and an issuer, made up where the object has none.
+
+    Requests that overlap do not see what the others have made up.
+    """
+    archive, study = transaction.archive, dict(study)
     if first_value(study.get("00100020")) is None:
         known = _known_patient(archive, study_instance_uid)
+        ours = study_instance_uid in transaction.made_up
+        if not ours and archive.made_up_s.get(study_instance_uid, 0) > transaction.began_s:
+            known = {}
+        elif not known:
+            transaction.made_up.add(study_instance_uid)
+            archive.made_up_s[study_instance_uid] = time.monotonic()
         made = f"P-{uuid.uuid4().int % 10**8:08d}"
         study["00100020"] = known.get("00100020") or {"vr": "LO", "Value": [made]}
         study["00100021"] = known.get("00100021") or {"vr": "LO", "Value": ["DCM4CHEE"]}
@@ -255,6 +284,8 @@ def _may_store(transaction: _Transaction, new: NewInstance) -> None:
         raise Failed(0x0110, "java.io.IOException: No space left on configured storage systems")
     if mood.database_down:
         raise Failed(0x0110, "jakarta.ejb.EJBException: Unable to acquire JDBC Connection")
+    if mood.fail_image == new.sop_instance_uid:
+        raise Failed(0x0110, "java.lang.NullPointerException")
     if mood.transient_272:
         raise Failed(0x0110, "jakarta.persistence.PersistenceException: duplicate key value violates unique constraint")
     if new.study_instance_uid in transaction.archive.deleting:

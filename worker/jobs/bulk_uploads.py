@@ -41,6 +41,7 @@ from worker.jobs.placement import (
     Wish,
     already_exists,
     image_of,
+    judged_again,
     left_alone,
     refusal,
     settle,
@@ -80,7 +81,8 @@ class Pushed:
     """What the memo holds of one image that was to be pushed, or was.
 
     ``uncertain`` says that it may have arrived although nobody told us so; ``alone`` that the next request has to
-    bear it alone, because nobody knows which image of the last one was bad.
+    bear it alone, because nobody knows which image of the last one was bad. ``faults`` counts the answers that the
+    server failed at it, since ``faulty_since_s``.
     """
 
     server: str
@@ -93,6 +95,8 @@ class Pushed:
     uncertain: bool = True
     alone: bool = False
     pendings: int = 0
+    faults: int = 0
+    faulty_since_s: float = 0
 
     def is_about(self, image: _Image) -> bool:
         return (self.image_uid, self.sha256) == (image.instance.sop_instance_uid, image.fetched.sha256)
@@ -561,6 +565,8 @@ class Uploads:
             preamble_added=not image.instance.has_preamble,
             alone=earlier.alone if earlier and same else False,
             pendings=earlier.pendings if earlier and same else 0,
+            faults=earlier.faults if earlier and same else 0,
+            faulty_since_s=earlier.faulty_since_s if earlier and same else 0,
         )
 
     def _requests(self, images: Sequence[_Image], pacs: Pacs) -> Iterator[list[_Image]]:
@@ -608,6 +614,8 @@ class Uploads:
             there = already_exists(name, image.arrival, self._tools, compares=False)
             self.results[item.number] = _judged(item, there, name)
             return
+        if outcome.is_doubtful:
+            outcome = self._doubtful(image, outcome, pacs)
         wait_s = self._tools.settings.jobs.pending_wait_s
         error = refusal(outcome, image.instance, pacs, pending_wait_s=wait_s)
         if outcome.fate is Fate.PENDING:
@@ -617,6 +625,13 @@ class Uploads:
         elif isinstance(error, Refused):
             del self._memo[item.number]
         self.results[item.number] = _judged(item, error, name)
+
+    def _doubtful(self, image: _Image, outcome: Outcome, pacs: Pacs) -> Outcome:
+        """Count the failures at the image, which is sent alone then: an answer for several explains but one."""
+        pushed, ledger = self._memo[image.item.number], self._run.ledger
+        since_s = pushed.faulty_since_s or ledger.clock_s()
+        self._note(image.item.number, alone=True, faults=pushed.faults + 1, faulty_since_s=since_s)
+        return judged_again(outcome, pushed.faults + 1, since_s, pacs, ledger)
 
     def _pending(self, image: _Image, pacs: Pacs, error: CourierError, *, resumed: bool) -> CourierError:
         """Count the answers "being stored"; when they do not end, clear what a broken store left behind."""

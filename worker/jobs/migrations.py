@@ -231,6 +231,8 @@ class _Group:
 
     def _note_silence(self, answers: Sequence[Settled | CourierError]) -> None:
         """A server on which every study of a group came to grief is not asked again in this attempt."""
+        if len(answers) == 1 and isinstance(answers[0], PacsUnavailable) and "failure_reason" in answers[0].details:
+            return  # it failed at images of this one study
         silent = {one.server_name if isinstance(one, PacsUnavailable) else None for one in answers}
         if len(silent) == 1 and (name := silent.pop()) is not None and isinstance(answers[0], CourierError):
             self.desk.down[name] = answers[0]

@@ -69,18 +69,20 @@ class Receipt:
     """What a batch knows of a study that it brings over; verification and undo go by it.
 
     ``before``: what the target had when the pass under way first touched the study; None when none is. ``shared``: what
-    both servers had anyway, known once the source's copy goes. ``removing``: what an undo is about to remove. ``save``
-    is called before anything is done that could not be told from what others do.
+    both servers had anyway, known once the source's copy goes. ``removing``: what an undo is about to remove.
+    ``faults``: how often the target failed at images that it has not got yet, and since when. ``save`` is called before
+    anything is done that could not be told from what others do.
     """
 
     #: What it is made of as JSON.
-    FIELDS: ClassVar = ("parcels", "before", "shared", "source_deleted", "removing")
+    FIELDS: ClassVar = ("parcels", "before", "shared", "source_deleted", "removing", "faults")
 
     parcels: list[Parcel] = field(default_factory=list)
     before: frozenset[str] | None = None
     shared: frozenset[str] = frozenset()
     source_deleted: bool = False
     removing: frozenset[str] | None = None
+    faults: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     save: Callable[[Receipt], None] = lambda _: None
 
     @property
@@ -99,6 +101,7 @@ class Receipt:
             "shared": sorted(self.shared),
             "source_deleted": self.source_deleted,
             "removing": None if self.removing is None else sorted(self.removing),
+            "faults": {uid: list(told) for uid, told in sorted(self.faults.items())},
         }
         return {name: value for name, value in told.items() if value or value == []}
 
@@ -110,6 +113,7 @@ class Receipt:
             shared=frozenset(told.get("shared", ())),
             source_deleted=bool(told.get("source_deleted")),
             removing=frozenset(told["removing"]) if "removing" in told else None,
+            faults={uid: (faults, since_s) for uid, (faults, since_s) in told.get("faults", {}).items()},
             save=save,
         )
 
@@ -157,7 +161,7 @@ def copy_study(transfer: Transfer, receipt: Receipt, *, attempt: int = 1) -> dic
     _begin(transfer, receipt, seen)
     before = receipt.before or frozenset()
     if seen.missing:
-        _bring_missing(transfer, seen, attempt=attempt)
+        _bring_missing(transfer, receipt, seen, attempt=attempt)
     added = _note_parcel(transfer, receipt, seen)
     _check_accepted(transfer)
     return {
@@ -177,10 +181,15 @@ def _begin(transfer: Transfer, receipt: Receipt, seen: Seen) -> None:
         receipt.save(receipt)
 
 
-def _bring_missing(transfer: Transfer, seen: Seen, *, attempt: int) -> None:
+def _bring_missing(transfer: Transfer, receipt: Receipt, seen: Seen, *, attempt: int) -> None:
+    transfer.faults = dict(receipt.faults)
     try:
         bring(transfer, seen.missing, on_source=seen.on_source, on_target=seen.on_target)
+        receipt.faults = {}
     except CourierError:
+        if transfer.faults:
+            receipt.faults = {uid: told for uid, told in transfer.faults.items() if uid not in transfer.settled}
+            receipt.save(receipt)
         if attempt >= ATTEMPTS_BEFORE_REMOVAL:
             _clear_pending(transfer)
         raise
@@ -263,7 +272,7 @@ def verify_study(
     for _ in range(TOP_UPS):
         if not seen.missing - transfer.refused.keys():
             break
-        _bring_missing(transfer, seen, attempt=attempt)
+        _bring_missing(transfer, receipt, seen, attempt=attempt)
         seen = Seen.look(transfer)
     touched = receipt.before is not None
     receipt.parcels = [replace(parcel, digest=None) if parcel.uids & lost else parcel for parcel in receipt.parcels]

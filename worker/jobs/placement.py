@@ -7,7 +7,7 @@ asked for one thing only: whether an image that it has is the file that came (`s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from worker.breakers import CHANGES, BreakerState, server_of
@@ -24,6 +24,7 @@ from worker.instances import Instance
 from worker.jobs.described import place
 from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare
 from worker.jobs.tools import Tools
+from worker.ledger import Ledger
 from worker.pacs.guard import at_rest
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs
 from worker.payloads import Route, RouteReason
@@ -34,6 +35,8 @@ from worker.settings import ServerSettings
 NOT_SENT = ("resting", "connect")
 #: After so many answers "being stored", what is left of a broken store is removed (docs/pacs-oddities.md).
 PENDINGS_BEFORE_REMOVAL = 3
+#: After so many failures at one image, while the server stores others, the fault is taken for the image's.
+FAULTS_OF_AN_IMAGE = 5
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,7 @@ def refusal(outcome: Outcome, instance: Instance, pacs: Pacs, *, pending_wait_s:
     context: dict[str, Any] = {
         "server_name": name,
         "server_type": pacs.server.type,
-        "details": {"failure_reason": outcome.failure_reason, **uids_of(instance)},
+        "details": {"failure_reason": outcome.failure_reason, **uids_of(instance), **outcome.details},
     }
     said = f" ({outcome.message})" if outcome.message else ""
     match outcome.fate:
@@ -240,6 +243,31 @@ def refusal(outcome: Outcome, instance: Instance, pacs: Pacs, *, pending_wait_s:
             return PacsUnavailable(sentence, retry_after_s=pending_wait_s, **context)
         case _:
             return PacsUnavailable(f"{name} had trouble while storing the image{said}.", **context)
+
+
+def judged_again(outcome: Outcome, faults: int, since_s: float, pacs: Pacs, ledger: Ledger | None) -> Outcome:
+    """``outcome``, a doubtful failure, after ``faults`` of them at the image since ``since_s``: perhaps a refusal.
+
+    It is one if the server has stored other images meanwhile, and does not say that its storage or database is in
+    trouble.
+    """
+    name = pacs.server.name
+    if (
+        faults < FAULTS_OF_AN_IMAGE
+        or ledger is None
+        or ledger.stored_last_s(name) <= since_s
+        or not _says_it_is_well(pacs)
+    ):
+        return outcome
+    sentence = f"It has failed {faults} times at this image, and stored others meanwhile. {outcome.message}"
+    return replace(outcome, fate=Fate.REJECTED, message=sentence.strip(), is_doubtful=False)
+
+
+def _says_it_is_well(pacs: Pacs) -> bool:
+    try:
+        return pacs.storage().is_well and pacs.database().ok is not False
+    except CourierError:
+        return False
 
 
 def image_of(instance: Instance) -> Found:

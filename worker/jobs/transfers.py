@@ -25,6 +25,7 @@ from worker.errors import (
 )
 from worker.jobs.downloads import to_ask
 from worker.jobs.passing import Incoming, digest_of
+from worker.jobs.placement import judged_again
 from worker.jobs.receipts import Receipts
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
 from worker.sources.spool import Limits, spool
@@ -69,6 +70,8 @@ class Transfer:
     listed: dict[str, str] = field(default_factory=dict)
     #: What was sent once and not answered for, and so may be ours where it is there already.
     unanswered: set[str] = field(default_factory=set)
+    #: How often the target failed at an image, and since when; earlier attempts included.
+    faults: dict[str, tuple[int, float]] = field(default_factory=dict)
     #: What an answer left open.
     unclear: dict[str, Outcome] = field(default_factory=dict)
     #: What both servers were read for in this attempt, and have the same of, so that one copy may go.
@@ -130,12 +133,17 @@ def _bring(
     transfer.listed = dict(on_source)
     transfer.unclear.clear()
     _pass(transfer, set(wanted), known=on_source.keys() | set(on_target), alone=False)
-    again = {uid for uid, outcome in transfer.unclear.items() if outcome.fate is Fate.UNMENTIONED}
+    again = {uid for uid, outcome in transfer.unclear.items() if _is_to_go_alone(outcome, transfer)}
     transfer.unanswered |= again
     for uid in again:
         del transfer.unclear[uid]
     _pass(transfer, again, known=transfer.listed.keys() | set(on_target), alone=True)
     _check_all_came(transfer, wanted)
+
+
+def _is_to_go_alone(outcome: Outcome, transfer: Transfer) -> bool:
+    """An answer for several images may say nothing of one, and explains the failure of one alone."""
+    return outcome.fate is Fate.UNMENTIONED or (outcome.is_doubtful and bool(transfer.stored))
 
 
 def digests_on(
@@ -224,6 +232,8 @@ def _refused_as_a_whole(transfer: Transfer, sent: list[Incoming], error: PacsRej
 def _judge(transfer: Transfer, image: Incoming, outcome: Outcome) -> None:
     uid = image.instance.sop_instance_uid
     transfer.listed.setdefault(uid, image.instance.series_instance_uid)
+    if outcome.is_doubtful:
+        outcome = _doubtful(transfer, uid, outcome)
     may_be_ours = transfer.resumed or uid in transfer.unanswered
     if outcome.fate is Fate.STORED or (outcome.fate is Fate.ALREADY_THERE and may_be_ours):
         transfer.stored[uid] = image.sha256
@@ -237,6 +247,16 @@ def _judge(transfer: Transfer, image: Incoming, outcome: Outcome) -> None:
         transfer.unclear[uid] = outcome
 
 
+def _doubtful(transfer: Transfer, uid: str, outcome: Outcome) -> Outcome:
+    """Count the failures at the image; when others are stored and it never is, the fault is its own."""
+    ledger = transfer.receipts.ledger
+    if ledger is None:
+        return outcome
+    faults, since_s = transfer.faults.get(uid, (0, ledger.clock_s()))
+    transfer.faults[uid] = (faults + 1, since_s)
+    return judged_again(outcome, faults + 1, since_s, transfer.target, ledger)
+
+
 def _check_all_came(transfer: Transfer, wanted: Collection[str]) -> None:
     """An error for what is neither stored nor refused: the next attempt asks for that alone."""
     source, target = transfer.source, transfer.target
@@ -248,7 +268,10 @@ def _check_all_came(transfer: Transfer, wanted: Collection[str]) -> None:
             raise transfer.error(PacsMisanswered, target, sentence)
         sentence = f"{target.server.name} had trouble while storing {count} images ({outcome.message})."
         wait_s = transfer.pending_wait_s if outcome.fate is Fate.PENDING else None
-        raise transfer.error(PacsUnavailable, target, sentence, retry_after_s=wait_s)
+        error = transfer.error(PacsUnavailable, target, sentence, retry_after_s=wait_s)
+        if outcome.failure_reason is not None:
+            error.payload["details"] |= {"failure_reason": outcome.failure_reason}
+        raise error
     if missing := set(wanted) - transfer.settled:
         sentence = f"{source.server.name} did not send {len(missing)} of the images that it lists; it is asked again."
         raise transfer.error(PacsMisanswered, source, sentence)

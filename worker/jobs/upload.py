@@ -31,6 +31,7 @@ from worker.jobs.placement import (
     already_exists,
     check_not_left_alone,
     image_of,
+    judged_again,
     refusal,
     settle,
     told_to_exist,
@@ -59,7 +60,7 @@ class Memo:
     """What is being pushed where, and why; written to the ledger before the push, read by the next attempt.
 
     ``uncertain`` says that a push of ours may have arrived although nobody told us so; ``pendings`` counts the answers
-    that the server is storing the image already.
+    that the server is storing the image already, ``faults`` those that it failed at it, since ``faulty_since_s``.
     """
 
     server: str
@@ -70,6 +71,8 @@ class Memo:
     route: Route
     warnings: tuple[str, ...] = ()
     pendings: int = 0
+    faults: int = 0
+    faulty_since_s: float = 0
     uncertain: bool = False
     stored: bool = False
     study_action: StudyAction = "updated"
@@ -258,6 +261,8 @@ def _memo(instance: Instance, fetched: Fetched, earlier: Memo | None, tools: Too
         route=Route(reason="study_exists", study_on=[], candidates=names),
         warnings=() if instance.has_preamble else ("preamble_added",),
         pendings=earlier.pendings if earlier else 0,
+        faults=earlier.faults if earlier else 0,
+        faulty_since_s=earlier.faulty_since_s if earlier else 0,
         zero_preamble=fetched.starts_with(PREAMBLE),
     )
 
@@ -337,6 +342,8 @@ def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
         raise
     if outcome.fate is Fate.PENDING:
         _pending(replace(memo, uncertain=resumed), pacs, trip.run)
+    if outcome.is_doubtful:
+        outcome = _doubtful(outcome, memo, pacs, trip.run)
     return _judge(outcome, memo, _arrival(memo, fetched), resumed=resumed, tools=tools)
 
 
@@ -361,6 +368,14 @@ def _pending(memo: Memo, pacs: Pacs, run: Run) -> None:
         Receipts.of(run).delete(pacs, image_of(memo.instance), permanent=True)
         counted = replace(counted, pendings=0)
     run.intend(counted.as_json())
+
+
+def _doubtful(outcome: Outcome, memo: Memo, pacs: Pacs, run: Run) -> Outcome:
+    """Count the failures at the image; when others are stored and it never is, the fault is its own."""
+    since_s = memo.faulty_since_s or run.ledger.clock_s()
+    counted = replace(memo, uncertain=True, faults=memo.faults + 1, faulty_since_s=since_s)
+    run.note(counted.as_json())
+    return judged_again(outcome, counted.faults, since_s, pacs, run.ledger)
 
 
 def _receipt(trip: _Trip, memo: Memo) -> Memo:

@@ -9,12 +9,15 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from worker.errors import InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable
 from worker.filters import Filter
 from worker.fingerprints import Rewrites
+from worker.instances import Instance
 from worker.logs import shown_text
+from worker.pacs.dicomjson import FAILED_SOP_SEQUENCE, REFERENCED_SOP_CLASS_UID, items, text
 from worker.pacs.dicomweb import DicomWeb, path_of
 from worker.pacs.matching import REQUIRED, Matching, StudyQuery, widened
 from worker.pacs.protocol import (
@@ -31,8 +34,9 @@ from worker.pacs.protocol import (
     StorageState,
     StudyPage,
 )
-from worker.pacs.stow import Codes, Sent, judge
+from worker.pacs.stow import Codes, Sent, failed_by_code, judge
 from worker.pacs.transport import Answer, Request, Transport
+from worker.pacs.warning_text import warning_text
 from worker.payloads import Dataset, Level
 
 STORE_STATUSES = (200, 202, 409)
@@ -118,7 +122,9 @@ class Dcm4chee:
         return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
 
     def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
-        return judge(sent, self._web.dataset(answer), codes=CODES, warnings_of=lambda _: ())
+        document = self._web.dataset(answer)
+        failure_of = _Failures(document, answer.headers.get("Warning", "")).outcome
+        return judge(sent, document, codes=CODES, warnings_of=lambda _: (), failure_of=failure_of)
 
     def metadata(self, found: Found) -> list[Dataset]:
         return self._web.metadata(found)
@@ -233,6 +239,53 @@ class Dcm4chee:
         return found
 
 
+class _Failures:
+    """What an answer says of the images that it has not stored.
+
+    Its header Warning speaks of the last of them alone. Oddity: "A file that cannot be stored is a 272 too".
+    """
+
+    def __init__(self, document: Dataset, warning: str) -> None:
+        failed = items(document, FAILED_SOP_SEQUENCE)
+        self._last = failed[-1] if failed else None
+        self._warning = warning
+
+    def outcome(self, sent: Sent, item: Dataset) -> Outcome:
+        instance, warning = sent.instance, self._warning if item is self._last else ""
+        found = failed_by_code(sent, item, codes=CODES)
+        if found.failure_reason == _CONFLICTING_PATIENT_ID and not instance.has_patient_id:
+            return replace(found, fate=Fate.TRY_AGAIN, message=_OTHER_MADE_UP_ID)
+        if found.failure_reason not in (_FAILED, _NO_DICOM_STREAM):
+            return found
+        text = warning_text(warning)
+        said = f" It says: {text}." if text else ""
+        if found.fate is Fate.TRY_AGAIN and (why := _proof(instance, item, warning)):
+            return replace(found, fate=Fate.REJECTED, message=f"{why}{said}")
+        return replace(found, message=found.message + said, is_doubtful=found.fate is Fate.TRY_AGAIN)
+
+
+def _proof(instance: Instance, item: Dataset, warning: str) -> str:
+    """Why a 272 is the file's own fault; "" if it may be the archive's."""
+    if instance.odd_texts:
+        return f"The archive cannot store {instance.odd_texts}: longer than 255 characters, or with a NUL in it."
+    if _IS_TROUBLE(warning):
+        return ""
+    if text(item, REFERENCED_SOP_CLASS_UID) == NOT_A_DICOM_FILE or _IS_UNREADABLE(warning):
+        return "The archive cannot read the file."
+    return ""
+
+
+_FAILED, _CONFLICTING_PATIENT_ID, _NO_DICOM_STREAM = 0x0110, 0xA778, 0xC499
+_OTHER_MADE_UP_ID = (
+    "The image has no Patient ID, and the archive made up another one for an image of the study that arrived with it."
+)
+#: The SOP class that the archive gives to what it could not read. Oddity: "An unreadable file gets a random name".
+NOT_A_DICOM_FILE = "1.2.40.0.13.1.15.110.3.165.2"
+_IS_UNREADABLE = re.compile(
+    r"EOFException|DicomStreamException|value too long|too long for|invalid byte sequence|\b0x00\b", re.IGNORECASE
+).search
+#: Of the archive, and so no proof against the file.
+_IS_TROUBLE = re.compile(r"space|storage|accessa|JDBC|FileSystem|NoSuchFile|Connection|Timeout", re.IGNORECASE).search
 _JSON = {"Accept": "application/json"}
 _MAX_MESSAGE_BYTES = 8_192
 _MESSAGE = re.compile(r'"errorMessage"\s*:\s*"(.*)"\s*\}?\s*$', re.DOTALL)
@@ -258,16 +311,43 @@ def error_message(answer: Answer) -> str:
 
 
 def storage_state(systems: Sequence[Mapping[str, Any]]) -> StorageState:
-    """The sum over the storage systems; those with the same figures share a file system and count once."""
+    """The sum over the storage systems; those with the same figures share a file system and count once.
+
+    One whose threshold is exceeded takes nothing, and has no room, whatever its disk has.
+    """
     if not systems:
-        return StorageState(note="The archive lists no storage, which means that none can be opened.")
-    names = ", ".join(str(system.get("dcmStorageID"))[:64] for system in systems[:20])
+        sentence = "The archive lists no storage, which means that none can be opened."
+        return StorageState(note=sentence, is_well=False)
+    names = _named(systems)
+    full = [system for system in systems if _is_exceeded(system)]
+    is_well = len(full) < len(systems)
+    note = f"storage: {names}"
+    if full:
+        told = sum(usable for _, usable in _figures(full)) / 1e9
+        note += f"; full: {_named(full)} takes nothing more, because its threshold is exceeded ({told:.0f} GB free)"
     if not all(isinstance(system.get(space), int) for system in systems for space in ("totalSpace", "usableSpace")):
-        return StorageState(note=f"The archive tells no space for {names}.")
-    figures = {(system.get("totalSpace"), system.get("usableSpace")) for system in systems}
-    total_bytes = sum(int(total or 0) for total, _ in figures)
-    free_bytes = sum(int(usable or 0) for _, usable in figures)
-    return StorageState(total_bytes, free_bytes, total_bytes - free_bytes, note=f"storage: {names}")
+        return StorageState(note=f"The archive tells no space for {names}." if not full else note, is_well=is_well)
+    total_bytes, usable_bytes = (sum(figures) for figures in zip(*_figures(systems), strict=True))
+    with_room = _figures([system for system in systems if not _is_exceeded(system)])
+    free_bytes = sum(usable for _, usable in with_room)
+    is_well = is_well and free_bytes > 0
+    return StorageState(total_bytes, free_bytes, total_bytes - usable_bytes, note, is_well)
+
+
+def _figures(systems: Iterable[Mapping[str, Any]]) -> set[tuple[int, int]]:
+    """Total and usable bytes of the file systems below."""
+    spaces = {(system.get("totalSpace"), system.get("usableSpace")) for system in systems}
+    return {(total, usable) for total, usable in spaces if isinstance(total, int) and isinstance(usable, int)}
+
+
+def _named(systems: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(str(system.get("dcmStorageID"))[:64] for system in systems[:20])
+
+
+def _is_exceeded(system: Mapping[str, Any]) -> bool:
+    """A flag, or the time since when."""
+    told = system.get("dcmStorageThresholdExceeded")
+    return bool(told) and str(told).lower() != "false"
 
 
 def _in_capitals(one: Filter, member: str) -> str | None:

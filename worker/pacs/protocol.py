@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from worker.fingerprints import Rewrites
 from worker.instances import Instance
@@ -63,7 +63,8 @@ class Outcome:
     """A PACS's answer for one instance.
 
     ``failure_reason`` is FailureReason (0008,1197) as the server gave it; ``message`` is a sentence without
-    patient data; ``warnings`` are what the server stored in spite of.
+    patient data; ``warnings`` are what the server stored in spite of. ``is_doubtful``: the failure may lie in the
+    server or in the image itself. ``details`` belong into the details of the error that comes of it.
     """
 
     sop_instance_uid: str
@@ -71,6 +72,8 @@ class Outcome:
     failure_reason: int | None = None
     message: str = ""
     warnings: tuple[str, ...] = ()
+    is_doubtful: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,13 @@ class ServerState:
 
 @dataclass(frozen=True)
 class StorageState:
+    """``is_well`` is False where the server says that it cannot store: its storage is full, or cannot be opened."""
+
     total_bytes: int | None = None
     free_bytes: int | None = None
     used_bytes: int | None = None
     note: str = ""
+    is_well: bool = True
 
 
 @dataclass(frozen=True)

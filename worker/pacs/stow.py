@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from worker.errors import CourierError, SourceTruncated
@@ -119,14 +120,18 @@ def judge(
     *,
     codes: Codes,
     warnings_of: Callable[[Dataset], tuple[str, ...]],
+    failure_of: Callable[[Sent, Dataset], Outcome] | None = None,
 ) -> list[Outcome]:
     """One outcome per part, in order, from the items of a STOW answer.
+
+    ``failure_of`` reads an item of the failed ones, where there is more to it than its code.
 
     Items are matched by SOP Instance UID. Oddity: "A file that cannot be parsed comes back without a name".
     A failed item that bears no UID, or one that was never sent,
     belongs to a file the server could not read: those are matched to the parts left over, in order, if they
     are as many. A part that no item speaks of is `UNMENTIONED`.
     """
+    failure_of = failure_of or partial(failed_by_code, codes=codes)
     stored = _by_uid(items(answer, REFERENCED_SOP_SEQUENCE))
     failed = _by_uid(items(answer, FAILED_SOP_SEQUENCE))
     outcomes: list[Outcome | None] = []
@@ -135,11 +140,11 @@ def judge(
         if stored.get(uid):
             outcomes.append(_stored(part, warnings_of(stored[uid].pop(0))))
         elif failed.get(uid):
-            outcomes.append(_failed(part, failed[uid].pop(0), codes))
+            outcomes.append(failure_of(part, failed[uid].pop(0)))
         else:
             outcomes.append(None)
     nameless = [item for left in failed.values() for item in left]
-    return _eliminate(parts, outcomes, nameless, codes)
+    return _eliminate(parts, outcomes, nameless, failure_of)
 
 
 def fate_of(code: int | None, codes: Codes) -> tuple[Fate, str]:
@@ -178,14 +183,18 @@ def _stored(part: Sent, warnings: tuple[str, ...]) -> Outcome:
     return Outcome(part.instance.sop_instance_uid, Fate.STORED, warnings=warnings)
 
 
-def _failed(part: Sent, item: Dataset, codes: Codes) -> Outcome:
+def failed_by_code(part: Sent, item: Dataset, *, codes: Codes) -> Outcome:
+    """What a failed item says by its FailureReason alone."""
     code = number(item, FAILURE_REASON)
     fate, sentence = fate_of(code, codes)
     return Outcome(part.instance.sop_instance_uid, fate, failure_reason=code, message=sentence)
 
 
 def _eliminate(
-    parts: Sequence[Sent], outcomes: Sequence[Outcome | None], nameless: Sequence[Dataset], codes: Codes
+    parts: Sequence[Sent],
+    outcomes: Sequence[Outcome | None],
+    nameless: Sequence[Dataset],
+    failure_of: Callable[[Sent, Dataset], Outcome],
 ) -> list[Outcome]:
     left = sum(outcome is None for outcome in outcomes)
     matched = iter(nameless if len(nameless) == left else ())
@@ -194,7 +203,7 @@ def _eliminate(
         if outcome is not None:
             judged.append(outcome)
         elif (item := next(matched, None)) is not None:
-            judged.append(_failed(part, item, codes))
+            judged.append(failure_of(part, item))
         else:
             judged.append(_unmentioned(part, left=left))
     return judged
