@@ -3,6 +3,10 @@
 Shared by the worker and by every program that enqueues through ``producer``.
 """
 
+from kombu.entity import Exchange, Queue
+
+from worker.queues import CELERYS_OWN, JOBS, QUEUE_OF, QUEUES
+
 # A message is acknowledged when its job has ended, not when it arrives: a killed worker loses nothing.
 task_acks_late = True
 task_reject_on_worker_lost = True
@@ -15,6 +19,10 @@ broker_transport_options = {
     "socket_connect_timeout": 5,
     "socket_keepalive": True,
     "health_check_interval": 25,
+    # What workers have taken and not acknowledged: another application has a visibility_timeout of its own.
+    "unacked_key": "pacs.unacked",
+    "unacked_index_key": "pacs.unacked_index",
+    "unacked_mutex_key": "pacs.unacked_mutex",
 }
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None
@@ -50,15 +58,12 @@ worker_cancel_long_running_tasks_on_connection_loss = False
 worker_hijack_root_logger = False
 worker_redirect_stdouts = False
 
-# Plain `send_task("pacs.upload", …)` from any Celery client lands in Celery's default queue, so single jobs live there.
-task_default_queue = "celery"
+# Names of our own (worker/queues.py): what else uses this Redis most likely has a queue `celery`, and each would throw
+# the other's messages away. As objects, because Flower lists no others while no worker answers.
+task_default_queue = JOBS
 task_create_missing_queues = True
-task_queues: dict[str, dict[str, str]] = {"celery": {}, "batches": {}, "admin": {}}
-task_routes = {
-    "pacs.batch.*": {"queue": "batches"},
-    "pacs.audit": {"queue": "batches"},
-    "pacs.status": {"queue": "admin"},
-    "pacs.storage": {"queue": "admin"},
-    "pacs.database": {"queue": "admin"},
-}
+_exchange = Exchange(JOBS)  # type: ignore[no-untyped-call]  # kombu is untyped
+task_queues = [Queue(name, _exchange, routing_key=name) for name in QUEUES]  # type: ignore[no-untyped-call]
+# A follow-up of another application (`link`, `chain`) that names no queue goes where its own application would send it.
+task_routes = {**{task: {"queue": queue} for task, queue in QUEUE_OF.items()}, "*": {"queue": CELERYS_OWN}}
 timezone = "UTC"

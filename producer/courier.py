@@ -45,6 +45,7 @@ from worker.payloads import (
     UploadJob,
     read_job,
 )
+from worker.queues import OLD_QUEUES, QUEUES, Found, count, left_by_killed_workers
 from worker.settings import Settings
 from worker.telemetry import SendSeen, carrier, watching
 
@@ -427,16 +428,35 @@ class Courier:
         return self._ledger
 
     def workers(self, timeout_s: float = 2.0) -> dict[str, list[str]]:
-        """The workers that answer within ``timeout_s``, each with the queues it consumes."""
+        """The workers that answer within ``timeout_s``, each with the queues it consumes.
+
+        Workers of other applications answer too, and may bear the same name: those that consume none of our queues
+        and are not in the ledger are left out, as are workers of version 0.1.
+        """
         with _reachable():
-            found = self._app.control.inspect(timeout=timeout_s).active_queues() or {}
-        return {name: [queue["name"] for queue in queues] for name, queues in found.items()}
+            answers = self._app.control.broadcast("active_queues", reply=True, timeout=timeout_s) or []
+            known = self._ledger.workers(now_s=time.time()) if self._ledger else {}
+        found: dict[str, list[str]] = {}
+        for name, queues in (item for answer in answers for item in answer.items()):
+            names = [queue["name"] for queue in queues] if isinstance(queues, list) else []
+            ours = any(queue in QUEUES for queue in names)
+            if ours or (name in known and name not in found and not any(queue in OLD_QUEUES for queue in names)):
+                found[name] = names
+        return found
 
     def queue_depths(self) -> dict[str, int]:
         """How many messages wait in each of the product's queues."""
         with _reachable(), self._app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=5)
-            return {name: _depth(connection, name) for name in self._app.conf.task_queues}
+            return {name: _depth(connection, name) for name in QUEUES}
+
+    def old_queues(self) -> tuple[list[Found], int]:
+        """What of ours lies in queues of version 0.1, and how many messages its workers had taken; Redis alone says."""
+        with _reachable(), self._app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, timeout=5)
+            if connection.transport.driver_type != "redis":
+                return [], 0
+            return count(connection.default_channel), left_by_killed_workers(connection.default_channel)
 
     def check_backend(self) -> None:
         """Ask the result back-end anything; `BrokerUnavailable` if it does not answer."""

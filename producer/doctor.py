@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from producer.errors import BrokerUnavailable, CourierError, StillRunning
 from worker import listeners
 from worker.ledger import Ledger
 from worker.payloads import StatusJob
+from worker.queues import OLD_QUEUES
 from worker.settings import Settings, SettingsError, TelemetrySettings
 
 #: How long a worker has to carry a question to all servers.
@@ -73,6 +74,8 @@ def examine(load: Callable[[], Settings] = Settings.load) -> Iterator[Finding]:
         backend = _answers("result back-end", courier.check_backend, "RESULT_BACKEND")
         ledger = list(_ledger(courier.ledger)) if courier.ledger else []
         yield from (*queues, backend, *ledger)
+        if queues[0].state == "ok":
+            yield from _old_queues(courier)
         if all(finding.state != "unavailable" for finding in (*queues, backend, *ledger)):
             yield from _workers(courier)
 
@@ -131,6 +134,17 @@ def _queues(courier: Courier) -> list[Finding]:
         return [Finding("broker", "unavailable", str(error), "Start the broker, or correct BROKER_URL.")]
     waiting = ", ".join(f"{name}: {depth}" for name, depth in depths.items())
     return [Finding("broker", "ok", "answers"), Finding("queues", "ok", f"messages waiting: {waiting}")]
+
+
+def _old_queues(courier: Courier) -> Iterator[Finding]:
+    """What of ours lies where version 0.1 read; what other applications have there is no business of ours."""
+    reads = courier.settings.queue.read_old_queues
+    found, left = courier.old_queues()
+    for one in found:
+        yield Finding(f"old queue {one.queue}", "warning", str(one), one.advice(reads=reads))
+    if left:
+        advice = "If no such worker runs any more, set queue.read_old_queues and restart a worker (docs/upgrade.md)."
+        yield Finding("old queues", "warning", f"workers of version 0.1 had taken {left} messages", advice)
 
 
 def _ledger(ledger: Ledger) -> Iterator[Finding]:
@@ -241,17 +255,27 @@ def _progress(ledger: Ledger, answering: set[str]) -> Iterator[Finding]:
     """What the workers' own watchdogs say: a worker that answers may still do nothing."""
     now_s = time.time()
     told = ledger.workers(now_s=now_s)
-    advice = "Restart it; its log says where it is stuck (docs/observability.md)."
     for name in sorted(answering | {name for name, said in told.items() if now_s - said["at"] < SILENT_S}):
-        said = told.get(name)
-        if said is None or now_s - said["at"] > SILENT_S + said["every_s"]:
-            yield Finding(f"worker {name}", "failed", "answers, but its watchdog has said nothing lately", advice)
-        elif not said["ok"]:
-            yield Finding(f"worker {name}", "failed", f"is stuck: {said['complaint']}", advice)
-        elif said["complaint"]:
-            yield Finding(f"worker {name}", "warning", said["complaint"], "Look again in a minute.")
-        else:
-            yield Finding(f"worker {name}", "ok", "gets on")
+        yield _worker(name, told.get(name), now_s)
+
+
+def _worker(name: str, said: Mapping[str, Any] | None, now_s: float) -> Finding:
+    check, advice = f"worker {name}", "Restart it; its log says where it is stuck (docs/observability.md)."
+    if said is None or now_s - said["at"] > SILENT_S + said["every_s"]:
+        return Finding(check, "failed", "answers, but its watchdog has said nothing lately", advice)
+    if not said["ok"]:
+        return Finding(check, "failed", f"is stuck: {said['complaint']}", advice)
+    if "stopped_queues" not in said:
+        found = f"is of version 0.1: it reads {', '.join(OLD_QUEUES)}, and throws away what is not its own there"
+        return Finding(check, "warning", found, "Stop it with SIGTERM, and start the new version (docs/upgrade.md).")
+    if said["stopped_queues"]:
+        found = f"reads {', '.join(said['stopped_queues'])} no more: another application's message was the first there"
+        return Finding(
+            check, "warning", found, "If no old queue holds messages of ours, set queue.read_old_queues = false."
+        )
+    if said["complaint"]:
+        return Finding(check, "warning", said["complaint"], "Look again in a minute.")
+    return Finding(check, "ok", "gets on")
 
 
 def _server(entry: dict[str, Any]) -> Finding:

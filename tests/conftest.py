@@ -119,6 +119,7 @@ def cluster_url(cluster_server: RedisPart) -> str:
 @pytest.fixture
 def plain(redis: RedisPart) -> Iterator[Celery]:
     app = Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False)
+    app.conf.task_default_queue = "pacs"
     yield app
     app.backend.result_consumer.subscribed_to.clear()  # or a result that is collected later connects to unsubscribe
     app.backend.result_consumer.stop()

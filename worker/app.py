@@ -6,6 +6,7 @@ Started with ``celery -A worker.app worker``. No job's work lives here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -35,7 +36,7 @@ from celery.result import denied_join_result
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
-from worker import consumer, listeners, shortage, signing, telemetry, watchdog
+from worker import consumer, listeners, queues, shortage, signing, telemetry, watchdog
 from worker.azure import AzureAccount
 from worker.batches import Batches
 from worker.breakers import Breakers
@@ -393,9 +394,24 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
                     if held := consumer.in_hand(worker):
                         ledger.in_hand(held)
                     sweep(ledger)
+                _look_into_old_queues()
             except Exception as error:  # noqa: BLE001 - without its sweeper a worker would wake nobody any more
                 telemetry.count("sweep_failed")
                 log.warning("Could not sweep: %s; trying again", type(error).__name__)
+
+
+_old_queues = queues.OldQueues(reads=settings.queue.read_old_queues)
+
+
+def _look_into_old_queues() -> None:
+    if _old_queues.idle:
+        return
+    try:
+        with app.connection_for_write() as connection:
+            if connection.transport.driver_type == "redis":  # of others no list can be looked at
+                _old_queues.look(connection.default_channel)
+    except BROKER_ERRORS as error:
+        log.warning("Could not look into the queues of version 0.1: %s; trying again", type(error).__name__)
 
 
 def sweep(ledger: Ledger) -> int:
@@ -490,7 +506,7 @@ def _tell(name: str, ledger: Ledger, told: watchdog.Told) -> None:
     if settings.worker.health_file is not None:
         watchdog.write(settings.worker.health_file, told)
     with contextlib.suppress(redis.RedisError):
-        ledger.say_how(name, told.as_json())
+        ledger.say_how(name, dataclasses.replace(told, stopped_queues=tuple(_old_queues.stopped)).as_json())
 
 
 def _end_hard() -> None:
@@ -539,6 +555,12 @@ app.steps["consumer"].add(EventsTogether)
 @signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _needs_servers(**_: Any) -> None:
     """Stop the start for want of a server or of its secret, not the first job."""
+    if foreign := queues.not_ours(app.amqp.queues.consume_from):
+        raise SystemExit(
+            f"pacs-courier: -Q {','.join(foreign)}: the queues are called {', '.join(queues.QUEUES)} since version 0.2,"
+            " and in the old ones may be messages of other applications, which would be lost; set"
+            " queue.read_old_queues = true to have messages of PACS Courier moved out of them (docs/upgrade.md)"
+        )
     if not settings.servers:
         raise SystemExit("pacs-courier: no [[servers]] are set; name a pacs.toml in PACS_CONFIG (docs/settings.md)")
     try:
@@ -571,7 +593,7 @@ def outlook() -> Outlook:
     server_names = [server.name for server in settings.servers]
     breakers = Breakers(ledger.client, prefix=settings.queue.key_prefix)
     return Outlook(
-        queues=consumer.depths(app, app.conf.task_queues),
+        queues=consumer.depths(app, queues.QUEUES),
         open=load.open,
         overdue=load.overdue,
         dead=load.dead,

@@ -31,6 +31,7 @@ from worker import envelope, shortage, signing
 from worker.errors import CourierError, InvalidRequest
 from worker.logs import shown_id, where_it_broke
 from worker.payloads import MESSAGE_BYTES
+from worker.queues import QUEUES
 from worker.watchdog import Signs, times_woken
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         super().__init__(*args, **kwargs)
         PacsConsumer.running = self
         self.returns = shortage.Returns()
+        self._to_consume = frozenset(self.app.amqp.queues.consume_from)
         self._watch_over_the_pool()
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
@@ -187,6 +189,13 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
                 self.give_back(message, error)
 
         return on_message
+
+    def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
+        """`celery control add_consumer` without a destination reaches every worker of every application."""
+        if queue in self._to_consume or queue in QUEUES:
+            super().add_task_queue(queue, *args, **options)
+        else:
+            log.error("Did not begin to read the queue %s: name it with -Q if it is one of ours", shown_id(queue))
 
     def _is_of_the_broker(self, error: Exception) -> bool:
         """Whether the connection is to be made anew; kombu counts a `KeyError` and all of `OSError` among those."""

@@ -54,6 +54,9 @@ class Metrics:
             "lease_lost": Counter("pacs_leases_lost", "Attempts that were overtaken", registry=mine),
             "sweep": Counter("pacs_sweeps", "Looks for jobs that are due", registry=mine),
             "sweep_failed": Counter("pacs_sweeps_failed", "Looks that the ledger did not answer", registry=mine),
+            "old_queue_stopped": Counter(
+                "pacs_old_queues_stopped", "Old queues given up because of another application's message", registry=mine
+            ),
             "woken": Counter("pacs_jobs_woken", "Messages sent for jobs that were due", registry=mine),
         }
 

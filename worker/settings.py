@@ -268,6 +268,7 @@ class QueueSettings(_Section):
     result_backend: str = "redis://localhost:6379/1"
     ledger_url: str = "redis://localhost:6379/2"
     key_prefix: str = PREFIX
+    read_old_queues: bool = False
     signing: SigningSettings = SigningSettings()
 
     @field_validator("broker_url", "result_backend", "ledger_url")
@@ -307,6 +308,15 @@ class QueueSettings(_Section):
                 " braces, and ':' at the end, such as courier: or {courier-a}:"
             )
         return prefix
+
+    @model_validator(mode="after")
+    def _old_queues_of_redis(self) -> QueueSettings:
+        if self.read_old_queues and not self.broker_url.lower().startswith(("redis:", "rediss:", "redis+")):
+            raise ValueError(
+                "read_old_queues needs a broker that is Redis; on another one let workers of version 0.1 empty their"
+                " queues before you stop them (docs/upgrade.md)"
+            )
+        return self
 
     @field_validator("ledger_url")
     @classmethod

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
-Count = Literal["lease_lost", "sweep", "sweep_failed", "woken"]
+Count = Literal["lease_lost", "old_queue_stopped", "sweep", "sweep_failed", "woken"]
 End = Literal["done", "refused", "dead", "parked", "lost"]
 
 

@@ -120,9 +120,12 @@ class Told:
     ok: bool
     complaint: str
     every_s: float
+    #: Old queues that the worker does not read any more (``queues.py``).
+    stopped_queues: tuple[str, ...] = ()
 
     def as_json(self) -> str:
-        return json.dumps({"ok": self.ok, "complaint": self.complaint, "every_s": self.every_s, "at": time.time()})
+        told = {"ok": self.ok, "complaint": self.complaint, "every_s": self.every_s, "at": time.time()}
+        return json.dumps({**told, "stopped_queues": self.stopped_queues})
 
 
 class Watchdog:

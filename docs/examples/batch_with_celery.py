@@ -17,7 +17,7 @@ app = Celery(broker=os.environ["BROKER_URL"], backend=os.environ["RESULT_BACKEND
 
 def ask(task: str, job: dict, timeout_s: float) -> dict:
     """The result of one job of the queue of batches; SystemExit says why there is none."""
-    sent = app.send_task(task, kwargs={"job": job}, queue="batches")
+    sent = app.send_task(task, kwargs={"job": job}, queue="pacs.batches")
     try:
         result = sent.get(timeout=timeout_s, propagate=False)
     except NotOverYet:

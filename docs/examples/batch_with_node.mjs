@@ -4,7 +4,7 @@
 // A message takes 5,000 items; a longer list is better a source that workers list: { source: "s3://bucket/prefix/" }.
 import celery from "celery-node";
 
-const client = celery.createClient(process.env.BROKER_URL, process.env.RESULT_BACKEND, "batches");
+const client = celery.createClient(process.env.BROKER_URL, process.env.RESULT_BACKEND, "pacs.batches");
 
 // The result of one job of the queue of batches.
 async function ask(task, job, timeoutMs) {

@@ -13,7 +13,7 @@ app = Celery(broker=os.environ["BROKER_URL"], backend=os.environ["RESULT_BACKEND
 
 
 def main(image_url: str) -> int:
-    job = app.send_task("pacs.upload", kwargs={"job": {"image_url": image_url}})
+    job = app.send_task("pacs.upload", kwargs={"job": {"image_url": image_url}}, queue="pacs")
     try:
         result = job.get(timeout=60, propagate=False)
     except NotOverYet:

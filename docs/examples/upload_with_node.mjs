@@ -3,7 +3,7 @@
 // BROKER_URL and RESULT_BACKEND say where the workers' Redis is. `npm install` in this folder brings the client.
 import celery from "celery-node";
 
-const client = celery.createClient(process.env.BROKER_URL, process.env.RESULT_BACKEND);
+const client = celery.createClient(process.env.BROKER_URL, process.env.RESULT_BACKEND, "pacs");
 const job = client.sendTask("pacs.upload", [], { job: { image_url: process.argv[2] } });
 
 try {

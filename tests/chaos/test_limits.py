@@ -54,7 +54,7 @@ def has_ended(handle: Any) -> bool:
 
 def is_empty(redis: Any) -> bool:
     with Redis.from_url(redis.broker_url) as broker:
-        return broker.llen("celery") + broker.hlen("unacked") == 0
+        return broker.llen("pacs") + broker.hlen("pacs.unacked") == 0
 
 
 def test_a_worker_that_cannot_start_its_threads_takes_no_message(crew, plain, redis, sandbox, image_server, guarantee):
@@ -66,7 +66,7 @@ def test_a_worker_that_cannot_start_its_threads_takes_no_message(crew, plain, re
         assert poor.stop() == EXIT_STATUS
         assert poor.log.count("This worker gets no more threads, although it has taken no message yet") == 1
         with Redis.from_url(redis.broker_url) as broker:
-            assert broker.llen("celery") == len(wishes)
+            assert broker.llen("pacs") == len(wishes)
         crew.start()
         judge_all(wishes, courier, sandbox)
     guarantee.row(area=AREA, fault="no threads at the start", outcome="the worker ends, status 71; all jobs stored")
@@ -122,7 +122,7 @@ def test_a_worker_that_can_begin_nothing_gives_all_back_and_ends_itself(
         assert poor.stop() == EXIT_STATUS
         assert "Threw" not in poor.log
         with Redis.from_url(redis.broker_url) as broker:
-            assert broker.llen("celery") == len(wishes)
+            assert broker.llen("pacs") == len(wishes)
         crew.start()
         judge_all(wishes, courier, sandbox)
 

@@ -111,11 +111,11 @@ def test_a_healthy_worker_is_never_ended_idle_or_busy_or_told_to_pause_or_while_
         slow = [courier.upload(image_server.put(f"{number}.dcm", image(new_uid()))) for number in range(4)]
         assert [handle.result(timeout_s=WAIT_S)["status"] for handle in slow] == ["stored"] * 4
         sandbox.calm()
-        courier._app.control.cancel_consumer("celery", reply=True)
+        courier._app.control.cancel_consumer("pacs", reply=True)
         waiting = courier.upload(image_server.put("paused.dcm", image(new_uid())))
         time.sleep(PHASE_S)  # it was told not to take what waits
         assert worker.alive
-        courier._app.control.add_consumer("celery", reply=True)
+        courier._app.control.add_consumer("pacs", reply=True)
         assert waiting.result(timeout_s=WAIT_S)["status"] == "stored"
         children.stop_one(redis.child)
         time.sleep(2 * PHASE_S)  # each look takes its time now

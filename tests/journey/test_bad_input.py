@@ -200,7 +200,7 @@ NO_MESSAGES = [
     b'{"body": "W10=", "headers": [1], "properties": {"delivery_tag": {}, "delivery_info": {}}}',
     *(
         b'{"body": "W10=", "headers": {}, "properties": {"delivery_tag": %b, "delivery_info": '
-        b'{"exchange": "", "routing_key": "celery"}}}' % tag
+        b'{"exchange": "", "routing_key": "pacs"}}}' % tag
         for tag in (b"true", b"null", b"[]", b"{}")
     ),
 ]
@@ -209,14 +209,14 @@ NO_MESSAGES = [
 def test_what_is_no_job_is_thrown_away_and_neither_stops_the_worker_nor_is_quoted(worker, redis, image_server):
     running = worker()
     with Courier(running.settings) as courier, courier._app.connection_for_write() as connection:
-        queue = connection.SimpleQueue("celery")
+        queue = connection.SimpleQueue("pacs")
         for body, content_type, headers in NO_TASKS.values():
             queue.put(body, serializer=None, content_type=content_type, content_encoding="utf-8", headers=dict(headers))
         queue.close()
         with Redis.from_url(redis.broker_url) as client:
-            client.lpush("celery", *NO_MESSAGES)
+            client.lpush("pacs", *NO_MESSAGES)
         send = courier._app.send_task
-        unknown = send("pacs.nonsense", kwargs={"job": {"patient": PLANTED}})
+        unknown = send("pacs.nonsense", kwargs={"job": {"patient": PLANTED}}, queue="pacs")
         large = send("pacs.upload", kwargs={"job": {"image_url": image_server.url("a.dcm"), "note": PLANTED * 20_000}})
         for refused in (unknown, large):
             with pytest.raises(InvalidRequest, match="threw the message away"):
@@ -224,7 +224,7 @@ def test_what_is_no_job_is_thrown_away_and_neither_stops_the_worker_nor_is_quote
         handle = courier.upload(image_server.put("good.dcm", image(new_uid())))
         assert handle.result(timeout_s=WAIT_S)["status"] == "stored"
         with Redis.from_url(redis.broker_url) as client:
-            assert poll(lambda: client.hlen("unacked") == 0, timeout_s=5), "they would come again"
+            assert poll(lambda: client.hlen("pacs.unacked") == 0, timeout_s=5), "they would come again"
     assert running.log.count("Threw a message away") == len(NO_TASKS) + 2
     assert running.log.count("Threw away what is no message") == len(NO_MESSAGES)
     assert PLANTED not in running.log
@@ -242,7 +242,7 @@ def test_a_compressed_message_is_thrown_away_without_being_unpacked(worker, redi
     with Courier(running.settings) as courier, courier._app.connection_for_write() as connection:
         bomb = zlib.compress(bytes(200 * 1024**2), 9)
         assert len(bomb) < MESSAGE_BYTES
-        queue = connection.SimpleQueue("celery")
+        queue = connection.SimpleQueue("pacs")
         headers = {"task": "pacs.upload", "id": "bomb", "compression": "application/x-gzip"}
         queue.put(bomb, serializer=None, content_type="application/json", content_encoding="binary", headers=headers)
         queue.close()

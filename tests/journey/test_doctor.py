@@ -81,7 +81,7 @@ def test_without_a_worker_nothing_is_carried_and_what_is_due_stays_due(redis_ser
         courier.exists("study", "1.2")
     findings = examined(away)
     assert (findings["workers"].state, findings["due jobs"].state) == ("failed", "failed")
-    assert "celery: 1" in findings["queues"].found
+    assert "pacs: 1" in findings["queues"].found
     assert findings["due jobs"].advice
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import requests
+from redis import Redis
 
 from sandbox import processes as parts
 from sandbox.processes import HOST, Processes
@@ -58,6 +59,12 @@ def test_a_start_off_loopback_without_a_password_ends_with_one_sentence(redis):
     assert ended.returncode == 1
     assert ended.stderr.startswith("pacs-courier: 0.0.0.0 is not loopback")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def redis_client(redis):
+    with Redis.from_url(redis.broker_url) as client:
+        yield client
 
 
 @pytest.fixture
@@ -113,6 +120,19 @@ def test_without_one_it_listens_on_loopback_alone_and_its_api_sends_nothing(star
     assert sent.status_code == 401
     assert requests.post(f"{url}/api/worker/shutdown/worker@courier", timeout=20).status_code == 401
     assert listening_on(port) == {"0100007F"}
+
+
+def test_its_broker_page_and_its_api_show_our_queues_while_no_worker_answers(start, redis, redis_client):
+    url, child = start(FLOWER_BASIC_AUTH=":".join(LOGIN))
+    redis_client.lpush("pacs.batches", "a", "b")
+    redis_client.lpush("pacs\x06\x163", "c")
+    told = requests.get(f"{url}/api/queues/length", auth=LOGIN, timeout=20).json()
+    lengths = {queue["name"]: queue["messages"] for queue in told["active_queues"]}
+    assert lengths == {"pacs": 1, "pacs.admin": 0, "pacs.batches": 2}
+    page = requests.get(f"{url}/broker", auth=LOGIN, timeout=20)
+    assert (page.status_code, "pacs.batches" in page.text) == (200, True)
+    assert "Traceback" not in child.log
+    assert "Unable to get queues" not in child.log
 
 
 def listening_on(port):

@@ -107,7 +107,7 @@ def jobs(steady: Steady) -> Callable[..., list[str]]:
 @pytest.fixture
 def deaf(steady: Steady, plain: Celery, sandbox: SandboxPart) -> Iterator[Callable[[], None]]:
     """The worker takes no messages until this is called."""
-    queues = ("celery", "batches", "admin")
+    queues = ("pacs", "pacs.batches", "pacs.admin")
 
     def change(act: Callable[..., Any]) -> None:
         for queue in queues:

@@ -27,6 +27,7 @@ def test_every_line_is_json_and_a_jobs_lines_bear_all_that_is_known_of_it(worker
         for _ in courier.as_completed([refused], timeout_s=WAIT_S):
             pass
     plain = Celery(broker=redis.broker_url, set_as_current=False)
+    plain.conf.task_default_queue = "pacs"
     plain.send_task("no.such.task", kwargs={"job": SIGNATURE})
     running.stop()
     lines = [json.loads(line) for line in running.log.splitlines() if line.startswith("{")]

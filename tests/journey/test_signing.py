@@ -131,7 +131,7 @@ def test_what_no_trusted_key_signed_is_thrown_away_and_its_sender_told(
         return {"task": task, "id": job_id, "lang": "py"}
 
     with signing_courier._app.connection_for_write() as connection:
-        queue = connection.SimpleQueue("celery")
+        queue = connection.SimpleQueue("pacs")
         head = headers("not signed")
         put(queue, json.dumps(envelope(head["id"], url)), head, "application/json")
         head = headers("stranger")

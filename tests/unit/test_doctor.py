@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from producer.courier import Courier
-from producer.doctor import Finding, _places
+from producer.doctor import Finding, _places, _worker
 from producer.errors import CourierError, PacsUnavailable, StillRunning
 
 
@@ -60,3 +60,20 @@ def test_buckets_that_no_worker_could_probe_are_a_finding(end: CourierError) -> 
 
 def test_without_buckets_or_with_an_older_worker_there_is_no_finding() -> None:
     assert findings({"servers": [], "places": []}) == findings({"servers": []}) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "state", "words"),
+    [
+        ({}, "warning", "is of version 0.1: it reads celery, batches, admin"),
+        ({"stopped_queues": []}, "ok", "gets on"),
+        ({"stopped_queues": ["celery", "admin"]}, "warning", "reads celery, admin no more"),
+        ({"stopped_queues": [], "complaint": "is late"}, "warning", "is late"),
+        ({"ok": False, "complaint": "hangs"}, "failed", "is stuck: hangs"),
+    ],
+)
+def test_a_worker_of_0_1_and_one_that_stopped_reading_an_old_queue_are_named(
+    said: dict[str, Any], state: str, words: str
+) -> None:
+    finding = _worker("w@h", {"ok": True, "complaint": "", "every_s": 10.0, "at": 100.0, **said}, 110.0)
+    assert (finding.state, words in finding.found, finding.state == "ok" or finding.advice != "") == (state, True, True)
