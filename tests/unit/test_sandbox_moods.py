@@ -55,6 +55,7 @@ def test_every_field_of_a_mood_can_be_wished_for_and_is_shown_again() -> None:
         "commit_then_drop": True,
         "disk_full": "A700",
         "transient_272": True,
+        "fail_image": "1.2.3",
         "failure_reason": 43264,
         "reset_answer": True,
         "pending_45071": "never",
