@@ -26,6 +26,8 @@ broker_transport_options = {
 }
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None
+# A Redis that fails over (READONLY) or cannot serve now (BUSY, MISCONF, NOREPLICAS) is one that is away for a while.
+broker_channel_error_retry = True
 redis_socket_timeout = 30.0
 redis_socket_connect_timeout = 5.0
 redis_socket_keepalive = True

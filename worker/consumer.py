@@ -29,6 +29,7 @@ from redis.exceptions import DataError, OutOfMemoryError
 
 from worker import envelope, shortage, signing
 from worker.errors import CourierError, InvalidRequest
+from worker.ledger import words_of
 from worker.logs import shown_id, where_it_broke
 from worker.payloads import MESSAGE_BYTES
 from worker.queues import QUEUES
@@ -36,8 +37,8 @@ from worker.watchdog import Signs, times_woken
 
 log = logging.getLogger(__name__)
 
-#: How soon to look again whether a Redis without memory has some.
-FULL_S: Final = 1.0
+#: How soon to look again whether a Redis that refused a command takes it.
+REFUSED_S: Final = 1.0
 
 #: Names of tasks that may stand in a log: neither sentences nor URLs.
 _NAME: Final = re.compile(r"[\w.:-]{1,200}", re.ASCII)
@@ -236,11 +237,11 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         self.throw_away(message, f"it is no task that can be run ({type(exc).__name__})")
 
     def on_connection_error_before_connected(self, exc: BaseException) -> None:
-        _wait_for_room(exc)
+        _wait_for_redis(exc)
         super().on_connection_error_before_connected(exc)
 
     def on_connection_error_after_connected(self, exc: BaseException) -> None:
-        _wait_for_room(exc)
+        _wait_for_redis(exc)
         super().on_connection_error_after_connected(exc)
 
     def throw_away(self, message: Any, reason: str) -> None:
@@ -417,23 +418,43 @@ def depths(app: Any, queues: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def _wait_for_room(error: BaseException) -> None:
-    """A Redis without memory answers at once: nothing else would keep the worker from asking without a pause."""
+def _wait_for_redis(error: BaseException) -> None:
+    """A Redis that refuses commands does so at once: nothing else would keep the worker from asking without a pause."""
     if isinstance(error, OutOfMemoryError):
         log.error("Redis has no memory left and takes nothing; give it more (maxmemory). The worker waits for it.")
-        time.sleep(FULL_S)
+    elif isinstance(error, redis.ResponseError):
+        log.error("Redis refuses a command of the broker (%s). The worker waits and connects anew.", words_of(error))
+    else:
+        return
+    time.sleep(REFUSED_S)
 
 
 class PacsQoS(redis_transport.QoS):
-    """What was delivered and not yet acknowledged, also when its Redis has gone: the ledger wakes those jobs.
+    """What was delivered and not yet acknowledged, also when its Redis has gone or refuses to note it.
 
     kombu closes a connection and then looks for it, once for each message that was delivered over it. Its
     `AttributeError` would end the worker.
     """
 
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Note that a message was taken. It has left its queue, so one that Redis does not note is kept here."""
+        try:
+            super().append(message, delivery_tag)  # type: ignore[no-untyped-call]  # kombu is untyped
+        except (redis.RedisError, OSError) as error:
+            log.warning(
+                "Redis did not note that a message was taken (%s); it is put back as soon as Redis takes it",
+                type(error).__name__,
+            )
+            info = message.delivery_info
+            PacsChannel.adrift.append((message._raw, info["exchange"], info["routing_key"]))
+            raise
+
     def restore_unacked(self, client: Any = None) -> None:
+        unreturned = set(self._delivered)
+        PacsChannel.unreturned |= unreturned
         with self._perhaps_gone():
             super().restore_unacked(client)  # type: ignore[no-untyped-call]  # kombu is untyped
+            PacsChannel.unreturned -= unreturned
         self._delivered.clear()
 
     def ack(self, delivery_tag: str) -> None:
@@ -451,7 +472,9 @@ class PacsQoS(redis_transport.QoS):
         except AttributeError:
             if self.channel.connection is not None and self.channel.connection.client is not None:
                 raise
-            log.warning("A message cannot be given back to a Redis that has gone; the ledger knows its job")
+            log.warning(
+                "A message cannot be given back to a Redis that has gone; it is as soon as Redis is there again"
+            )
 
 
 class PacsMessage(virtual.Message):
@@ -469,6 +492,27 @@ class PacsChannel(redis_transport.Channel):
 
     QoS = PacsQoS
     Message = PacsMessage
+    #: What this process has taken from its queue and Redis has not noted: message, exchange and routing key.
+    adrift: ClassVar[list[tuple[Any, str, str]]] = []
+
+    #: Tags of messages that this process has taken, and could not give back when it lost its connection.
+    unreturned: ClassVar[set[str]] = set()
+
+    def _brpop_start(self, *args: Any, **options: Any) -> None:
+        if self.adrift or self.unreturned:
+            self._give_back()
+        super()._brpop_start(*args, **options)  # type: ignore[no-untyped-call]  # kombu is untyped
+
+    def _give_back(self) -> None:
+        """Redis is there again: what it did not take meanwhile comes before new messages are asked for."""
+        while self.adrift:
+            with self.conn_or_acquire() as client, client.pipeline() as pipe:
+                self._do_restore_message(*self.adrift[0], pipe)
+                pipe.execute()
+            del self.adrift[0]
+        for tag in list(self.unreturned):
+            self.qos.restore_by_tag(tag)
+            self.unreturned.discard(tag)
 
     def _brpop_read(self, **options: Any) -> Any:
         try:

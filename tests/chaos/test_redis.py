@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
+from celery import Celery
 from redis import Redis
 
 from producer import Courier
@@ -172,6 +173,52 @@ def test_a_redis_without_room_refuses_new_jobs_and_does_the_old_ones_when_there_
         fault="no memory left for 5 s (`noeviction`)",
         point=f"{len(wishes)} uploads, since there is room",
         outcome="all stored once; meanwhile programs are told `broker_unavailable` and nothing of theirs is half done",
+        recovery_s=took_s,
+    )
+
+
+REFUSALS = {
+    "no memory": (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+    "read-only, as in a fail-over": (("REPLICAOF", parts.HOST, "1"), ("REPLICAOF", "NO", "ONE")),
+    "no replicas": (("CONFIG", "SET", "min-replicas-to-write", "1"), ("CONFIG", "SET", "min-replicas-to-write", "0")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["threads", pytest.param("processes", marks=pytest.mark.full)])
+@pytest.mark.parametrize("refusal", [*REFUSALS])
+def test_a_redis_that_refuses_to_write_for_a_while_ends_no_worker_and_costs_a_plain_client_no_job(
+    house, tmp_path, sandbox, image_server, guarantee, refusal, pool
+):
+    redis = parts.redis(house.processes, name="refusing")
+    crew = crew_on(house, tmp_path, redis, sandbox)
+    crew.forgiven += ["OutOfMemoryError", "ReadOnlyError", "NOREPLICAS", "ResponseError", "ExecAbortError"]
+    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
+    plain = house.enter_context(Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False))
+    refuse, allow = REFUSALS[refusal]
+    wishes = {}
+    with Courier(crew.loaded()) as courier, Redis(host=parts.HOST, port=redis.port) as client:
+        worker = crew.start(pool=pool, concurrency=4)
+        for _ in range(JOBS):
+            picture = Picture.new()
+            job = {"image_url": image_server.put(f"{picture.sop}.dcm", picture.body)}
+            wishes[courier.handle(plain.send_task("pacs.upload", kwargs={"job": job}).id)] = picture
+        assert some_ended(courier, wishes)
+        client.execute_command(*refuse)
+        time.sleep(5)
+        client.execute_command(*allow)
+        allowed_s = time.monotonic()
+        assert poll(lambda: all(handle.status() == "done" for handle in wishes), timeout_s=WAIT_S, every_s=0.2)
+        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        took_s = time.monotonic() - allowed_s
+        assert poll(lambda: client.hlen("unacked") == 0, timeout_s=WAIT_S), "a message is kept back for hours"
+    assert worker.alive
+    assert crew.faults() == []
+    guarantee.row(
+        area=AREA,
+        fault=f"refuses to write for 5 s ({refusal})",
+        point=f"{JOBS} uploads of a plain client ({pool}), since it writes again",
+        outcome="all stored once, and no worker ended",
         recovery_s=took_s,
     )
 

@@ -7,9 +7,11 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import redis
@@ -18,11 +20,12 @@ from celery.exceptions import Ignore, Reject
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu.exceptions import DecodeError
+from kombu.transport import redis as redis_transport
 from kombu.transport.redis import Transport
 
 from worker import app as product
 from worker import pool, shortage
-from worker.consumer import PacsChannel, PacsConsumer
+from worker.consumer import PacsChannel, PacsConsumer, PacsQoS
 from worker.errors import CourierError, NotDicom
 
 OURS = (
@@ -358,3 +361,69 @@ def test_a_message_that_cannot_be_put_back_is_not_quoted(
     channel._do_restore_message(raw, exchange, routing_key, None)
     assert "cannot be put back" in caplog.text
     assert "PLANTED" not in caplog.text
+
+
+def test_a_message_that_redis_did_not_note_as_taken_is_put_back_before_another_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[Any] = []
+
+    def refuse(*_: Any) -> None:
+        raise redis.exceptions.OutOfMemoryError
+
+    monkeypatch.setattr(redis_transport.QoS, "append", refuse)
+    monkeypatch.setattr(redis_transport.Channel, "_do_restore_message", lambda *given: calls.append(given[1:4]))
+    monkeypatch.setattr(redis_transport.Channel, "_brpop_start", lambda *_: calls.append("next"))
+    monkeypatch.setattr(PacsChannel, "adrift", [])
+    channel, client = PacsChannel.__new__(PacsChannel), MagicMock()
+    monkeypatch.setattr(PacsChannel, "conn_or_acquire", lambda _: nullcontext(client))
+    payload = {"headers": {}, "properties": {"delivery_info": {}}}
+    message = SimpleNamespace(_raw=payload, delivery_info={"exchange": "", "routing_key": "celery"})
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        PacsQoS.__new__(PacsQoS).append(message, "tag")
+    client.pipeline().__enter__().execute.side_effect = refuse
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        channel._brpop_start()
+    assert "next" not in calls
+    client.pipeline().__enter__().execute.side_effect = None
+    calls.clear()
+    channel._brpop_start()
+    channel._brpop_start()
+    assert calls == [(payload, "", "celery"), "next", "next"]
+
+
+def test_messages_that_could_not_be_given_back_are_when_redis_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[str] = []
+
+    def refuse(*_: Any) -> None:
+        raise redis.exceptions.ReadOnlyError
+
+    monkeypatch.setattr(PacsChannel, "unreturned", set())
+    monkeypatch.setattr(redis_transport.Channel, "_brpop_start", lambda *_: None)
+    qos = PacsQoS.__new__(PacsQoS)
+    qos._delivered = {"tag": object()}
+    monkeypatch.setattr(redis_transport.QoS, "restore_unacked", refuse)
+    with pytest.raises(redis.exceptions.ReadOnlyError):
+        qos.restore_unacked()
+    channel = PacsChannel.__new__(PacsChannel)
+    monkeypatch.setattr(PacsChannel, "qos", SimpleNamespace(restore_by_tag=restored.append))
+    channel._brpop_start()
+    channel._brpop_start()
+    assert restored == ["tag"]
+
+
+@pytest.mark.parametrize("given_back", [True, False])
+def test_messages_that_were_given_back_are_not_looked_for_again(
+    monkeypatch: pytest.MonkeyPatch, given_back: bool
+) -> None:
+    def restore(*_: Any) -> None:
+        if not given_back:  # the connection of a Redis that has gone
+            raise AttributeError
+
+    monkeypatch.setattr(PacsChannel, "unreturned", set())
+    monkeypatch.setattr(redis_transport.QoS, "restore_unacked", restore)
+    qos = PacsQoS.__new__(PacsQoS)
+    qos._delivered, qos.channel = {"tag": object()}, SimpleNamespace(connection=None)
+    qos.restore_unacked()
+    assert PacsChannel.unreturned == (set() if given_back else {"tag"})
+    assert not qos._delivered
