@@ -48,6 +48,7 @@ from worker.payloads import (
 from worker.queues import OLD_QUEUES, QUEUES, Found, count, left_by_killed_workers
 from worker.settings import Settings
 from worker.telemetry import SendSeen, carrier, watching
+from worker.waits import SERVER_BUSY, waiting_in
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,19 @@ class Report:
     result: dict[str, Any] | None = None
     error: CourierError | None = None
     meta: Mapping[str, Any] | None = None
+    #: Why the job waits (`Handle.waiting`).
+    waiting: Mapping[str, Any] | None = None
 
     @property
     def over(self) -> bool:
         return self.status in ("done", "failed", "unknown")
+
+    @property
+    def waits_for(self) -> str:
+        """Code and server of what the job waits for, in short; "" where it does not wait, or only for a worker."""
+        if self.waiting is None or self.status == "queued":
+            return ""
+        return ", ".join(str(self.waiting[name]) for name in ("code", "server_name") if self.waiting.get(name))
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,15 @@ class Handle:
     def stage(self) -> str:
         """The step the job is at: ``fetch`` … ``describe`` while it runs, otherwise its status."""
         return self.report().stage
+
+    def waiting(self) -> dict[str, Any] | None:
+        """Why the job waits: ``code``, ``message``, ``server_name``, ``since``, ``next_try``; None if it does not wait.
+
+        ``since`` and ``next_try`` are RFC 3339, UTC; ``server_name`` is None where it waits for no server, ``next_try``
+        where no time is known. A job in its queue waits for a worker (``queued``).
+        """
+        waiting = self.report().waiting
+        return None if waiting is None else dict(waiting)
 
     def result(self, timeout_s: float | None = None) -> dict[str, Any]:
         """The payload, waited for.
@@ -476,8 +495,18 @@ class Courier:
     def reports(self, job_ids: Iterable[str]) -> dict[str, Report]:
         """What is known of several jobs, read in one go: by the result back-end, and by the ledger of the others."""
         ids = list(job_ids)
-        reports = self._stored_reports(ids)
-        return reports | self._ledger_reports(job_id for job_id in ids if job_id not in reports)
+        return self._refined(ids, self._stored_reports(ids))
+
+    def _refined(self, ids: Iterable[str], stored: Mapping[str, Report]) -> dict[str, Report]:
+        """What the result back-end says, and the ledger of those jobs that have not ended there.
+
+        An entry of a job that waits is as old as its last attempt; the ledger knows whether it is woken by now.
+        """
+        ended = {job_id: report for job_id, report in stored.items() if report.over}
+        if self._ledger is None:
+            return self._ledger_reports(job_id for job_id in ids if job_id not in stored) | dict(stored)
+        asked = self._ledger_reports(job_id for job_id in ids if job_id not in ended)
+        return ended | {job_id: _newer(stored.get(job_id), report) for job_id, report in asked.items()}
 
     def _stored_reports(self, ids: Sequence[str]) -> dict[str, Report]:
         """What the result back-end says of those jobs that it has an entry of."""
@@ -529,14 +558,14 @@ class Courier:
         A job that is ``unknown`` is waited for as long as a message may need to reach a worker (``jobs.grace_s``).
         """
         open_handles = {handle.id: handle for handle in handles}
-        shown: dict[str, tuple[str, str]] = {}
+        shown: dict[str, tuple[object, ...]] = {}
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for reports, at_the_end in self._polled(open_handles, deadline):
             for job_id, report in reports.items():
                 if report.status == "unknown" and not at_the_end:
                     continue
-                if shown.get(job_id) != (report.status, report.stage):
-                    shown[job_id] = (report.status, report.stage)
+                if shown.get(job_id) != (seen := (report.status, report.stage, report.waits_for)):
+                    shown[job_id] = seen
                     yield open_handles[job_id], report
                 if report.over:
                     del open_handles[job_id]
@@ -550,7 +579,8 @@ class Courier:
             last = deadline is not None and now >= deadline
             reports = self._stored_reports(list(job_ids))
             if last or now >= ask_ledger_at:
-                reports |= self._ledger_reports(job_id for job_id in job_ids if job_id not in reports)
+                new = [job_id for job_id in job_ids if job_id not in reports]
+                reports = self._refined(job_ids, reports) if last else reports | self._ledger_reports(new)
                 ask_ledger_at = now + _LEDGER_POLL_S
             yield reports, last or now >= patience
             if last:
@@ -600,7 +630,8 @@ def _report(meta: Mapping[str, Any]) -> Report:
         return Report("failed", "failed", error=_error(result))
     if state == "PROGRESS":
         stage = str(result["stage"])
-        return Report("waiting" if stage == "waiting" else "running", stage, meta=result)
+        waiting = waiting_in(result)
+        return Report("waiting" if waiting else "running", stage, meta=result, waiting=waiting)
     if state == "STARTED":
         return Report("running", "started")
     return Report("queued", "queued")
@@ -613,9 +644,24 @@ def _standing(known: JobStanding) -> Report:
             return Report("failed", "failed", error=from_payload(known.outcome["error"]))
         return Report("done", "done", result=known.outcome["payload"])
     if known.state == "waiting":
-        meta = {"stage": "waiting", "attempt": known.attempts, "code": known.code, "message": known.message}
-        return Report("waiting", "waiting", meta=meta)
-    return Report("running", "started") if known.state == "running" else Report("queued", "queued")
+        meta = {"stage": "waiting", "attempt": known.attempts, **(known.waiting or {})}
+        return Report("waiting", "waiting", meta=meta, waiting=known.waiting)
+    if known.state == "running":
+        return Report("running", "started", waiting=known.waiting)
+    return Report("queued", "queued", waiting=known.waiting)
+
+
+def _newer(stored: Report | None, known: Report) -> Report:
+    """Of a job that has not ended in the result back-end: what the ledger says, unless only the back-end knows it.
+
+    A running job shows its stage there; but one that it put there before it was put aside is over.
+    """
+    if stored is None or known.status == "unknown":
+        return stored or known
+    if known.status != "running" or known.waiting is not None:
+        return known
+    is_over = stored.waiting is not None and stored.waiting["code"] != SERVER_BUSY
+    return known if is_over else stored
 
 
 def _error(result: Any) -> CourierError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from producer.courier import Courier, Handle, Report
 from worker.logs import shown_url
+from worker.waits import sentence
 
 console = Console()
 errors_console = Console(stderr=True)
@@ -28,6 +30,8 @@ class UploadRow:
     link: str
     elapsed_ms: float | None
     stored: bool
+    #: Of a job that waits: why, on a line of its own, so that ids in it stay whole.
+    waits: str = ""
 
 
 def follow(courier: Courier, jobs: Mapping[Handle, str], *, timeout_s: float | None, quiet: bool) -> dict[str, Report]:
@@ -40,17 +44,24 @@ def follow(courier: Courier, jobs: Mapping[Handle, str], *, timeout_s: float | N
         TimeElapsedColumn(),
     )
     last = {handle.id: Report("queued", "queued") for handle in jobs}
-    stages, over = Counter(report.stage for report in last.values()), 0  # kept up to date: a sum each time takes hours
+    stages, over = (
+        Counter(_label(report) for report in last.values()),
+        0,
+    )  # kept up to date: a sum each time takes hours
     hidden = quiet or not errors_console.is_terminal
     with Progress(*columns, console=errors_console, transient=True, disable=hidden) as progress:
         line = progress.add_task("queued", total=len(jobs))
         for handle, report in courier.watch(jobs, timeout_s=timeout_s):
             before, last[handle.id] = last[handle.id], report
             over += int(report.over) - int(before.over)
-            stages[before.stage] -= not before.over
-            stages[report.stage] += not report.over
+            stages[_label(before)] -= not before.over
+            stages[_label(report)] += not report.over
             progress.update(line, completed=over, description=_stages(stages))
     return last
+
+
+def _label(report: Report) -> str:
+    return f"{report.stage} ({report.waits_for})" if report.waits_for else report.stage
 
 
 def _stages(open_jobs: Mapping[str, int]) -> str:
@@ -75,7 +86,9 @@ def upload_row(url: str, job_id: str, report: Report) -> UploadRow:
         why = f"{report.error.payload['code']}: {report.error.message}"
         server = report.error.server_name or ""
         return UploadRow(file, details.get("study_uid", ""), server, why, details.get("viewer_url", ""), None, False)
-    return UploadRow(file, "", "", f"{report.status} ({report.stage}); pacs result {job_id}", "", None, False)
+    stage = report.status if report.status == report.stage else f"{report.status} ({report.stage})"
+    waits = sentence(report.waiting, now_s=time.time()) if report.waiting is not None else ""
+    return UploadRow(file, "", "", f"{stage}; pacs result {job_id}", "", None, False, waits)
 
 
 def upload_table(rows: list[UploadRow]) -> None:
@@ -91,3 +104,5 @@ def upload_table(rows: list[UploadRow]) -> None:
     for row in rows:
         if row.stored and row.link:
             console.print(f"{row.file}: {row.link}", style="dim", highlight=False, soft_wrap=True)
+        if row.waits:
+            console.print(f"{row.file}: {row.waits}", highlight=False, soft_wrap=True, markup=False)

@@ -70,6 +70,8 @@ LAST_SWEEP_S = 5.0
 EVENTS_S = 0.1
 #: What a task ignores its message for that has to come again, before anything of the job was begun.
 NOT_BEGUN = "not begun"
+#: What a task ignores its message for that waits; why, comes next.
+WAITS = "waits"
 #: What a pool of processes says in the place of a job's own error.
 OF_THE_POOL = (WorkerLostError, TimeLimitExceeded, Terminated, Reject, Ignore, Retry, SystemExit, KeyboardInterrupt)
 #: What Redis, kombu and the result backend raise when they cannot be reached.
@@ -100,6 +102,12 @@ class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
         if consumer.PacsConsumer.running is not None:
             consumer.PacsConsumer.running.returns.succeeded()
 
+    def send_event(self, type: str, **fields: Any) -> None:
+        """Flower shows as the result of a job in the state RETRY why it waits: no longer once it begins or fails."""
+        if type in ("task-started", "task-failed"):
+            fields.setdefault("result", "")
+        super().send_event(type, **fields)
+
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """What the pool says of a job that has no result. A worker at its limits is no fault of the job's."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard wraps one that has a traceback
@@ -111,6 +119,10 @@ class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
             super().acknowledge()
             there.returns.given_back()
             there.end_after_a_few(shortage.STARVED)
+        elif isinstance(error, Ignore) and error.args[:1] == (WAITS,):
+            super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+            if error.args[1]:
+                self.send_event("task-retried", result=error.args[1])
         elif (cause := _cause_of_return(error, return_ok=return_ok)) is not None:
             task_ready(self)
             self.acknowledged = True

@@ -216,6 +216,12 @@ def server_of(breaker: str) -> str:
     return breaker.removesuffix(CHANGES)
 
 
+def circuit_open(breaker: str) -> str:
+    """That a circuit breaker is open, as a part of a sentence."""
+    what, which = ("changes", " for changes") if breaker.endswith(CHANGES) else ("requests", "")
+    return f"{server_of(breaker)} failed on its last {what} (circuit breaker{which} open)"
+
+
 def _graver(server: BreakerState, changes: BreakerState) -> BreakerState:
     if not server.closed or (changes.closed and not changes.lately):
         return server

@@ -7,7 +7,8 @@ No Celery and no HTTP live here.
 Keys, all below the prefix in the settings (``courier:``), in a database of their own:
 
     job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …; what it holds;
-                          requested_by and reason, as they were given with it first
+                          requested_by and reason, as they were given with it first; while it waits, code, message and
+                          server say why, since_ms since when, and cause tells whether that is still the same
     due           zset    job ids by the time (ms) at which somebody has to look at them again: to begin, to go on, or,
                           once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
@@ -60,6 +61,7 @@ from worker.errors import InvalidRequest
 from worker.logs import shown_job, stated, without_queries
 from worker.settings import PREFIX
 from worker.urls import is_url, unsigned
+from worker.waits import CRASH_SUSPECT, IN_QUEUE, LOST, REDIS_UNAVAILABLE, WaitReason
 
 #: No record of an ended job goes before the last message that may begin it anew: one that a killed worker held comes
 #: back after Celery's visibility time-out (celeryconfig.py), and once more if that worker is killed too.
@@ -89,6 +91,9 @@ IN_HAND: Final = 200
 Queues = Callable[[set[str]], Mapping[str, tuple[str, int]]]
 #: With these a job is refused, and yet may be done when it is sent again: the source has changed, or its URL has.
 REUSABLE: Final = frozenset({"source_not_found", "source_denied", "source_unauthorized"})
+#: Why a job waits that no attempt has put aside.
+SUSPECT_MESSAGE: Final = "a worker has crashed on this job; another such job runs in this worker: job "
+AWAY_MESSAGE: Final = "Redis could not be reached in the middle of an attempt"
 #: What is told of a job and is no part of it.
 _TOLD_OF_IT: Final = ("requested_by", "reason")
 #: Names made from idempotency keys, so that every producer makes the same one.
@@ -98,6 +103,20 @@ _NAMESPACE: Final = uuid.UUID("6f1c35f2-6a0d-4d55-9d3b-8a3f1f0a7c11")
 _NOW = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
 # What may happen twice within a millisecond and is compared, in microseconds.
 _NOW_US = "local t = redis.call('TIME'); local us = string.format('%.0f', t[1] * 1000000 + t[2])\n"
+
+# A job that is put aside says why. ``cause`` is the same as long as it waits for the same thing (worker/waits.py).
+_WAITS = """
+local function since(job, cause)
+  if redis.call('HGET', job, 'cause') ~= cause then
+    redis.call('HSET', job, 'cause', cause, 'since_ms', string.format('%.0f', now))
+  end
+  return redis.call('HGET', job, 'since_ms')
+end
+local function wait_for(job, code, message, server, cause)
+  since(job, cause)
+  redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'code', code, 'message', message, 'server', server)
+end
+"""
 
 # Notes ride on the scripts that decide, so a trail costs no round trip. A job's own object is what it holds; the study
 # and the series it stores into are told only of trouble, or the images of a study would fill its trail.
@@ -199,6 +218,10 @@ return 1
 # another death is at work beside none that a worker has died on, or it might be buried for what that one does.
 _CLAIM = (
     _NOW
+    + _WAITS
+    + f"""
+local crash_suspect, crash_message = '{CRASH_SUSPECT}', '{SUSPECT_MESSAGE}'
+"""
     + """
 local job, due, deaths = KEYS[1], KEYS[2], KEYS[3]
 local state = redis.call('HGET', job, 'state')
@@ -240,7 +263,8 @@ if died > 0 and died <= last then
     if its[1] ~= 'running' or tonumber(its[2]) <= now or its[3] ~= ARGV[8] then
       redis.call('SREM', KEYS[4], other)
     elseif died == last or tonumber(its[4]) == last then
-      redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'deaths', died)
+      wait_for(job, crash_suspect, crash_message .. other, '', crash_suspect .. other)
+      redis.call('HSET', job, 'deaths', died)
       redis.call('HDEL', job, 'woken')
       redis.call('ZADD', due, now + math.min(250 * 2 ^ redis.call('HINCRBY', job, 'waits', 1), 2000), ARGV[1])
       return {'early'}
@@ -269,6 +293,10 @@ return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', c
 # and how long it then has.
 _HAND_BACK = (
     _NOW
+    + _WAITS
+    + f"""
+local redis_away, away_message = '{REDIS_UNAVAILABLE}', '{AWAY_MESSAGE}'
+"""
     + """
 local job, due, deaths = KEYS[1], KEYS[2], KEYS[3]
 local was = redis.call('HMGET', job, 'state', 'fence', 'overtaken')
@@ -290,7 +318,7 @@ if was[3] == ARGV[2] then
   return 'overtaken'
 end
 if was[2] ~= ARGV[2] or was[1] ~= 'running' then return 'settled' end
-redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'code', 'waiting', 'message', 'Redis could not be reached')
+wait_for(job, redis_away, away_message, '', redis_away)
 redis.call('HINCRBY', job, 'attempts', -1)
 local waits = math.min(redis.call('HINCRBY', job, 'waits', 1), 6)
 redis.call('ZADD', due, now + math.min(125 * 2 ^ waits, 8000), ARGV[1])
@@ -318,13 +346,27 @@ return 1
 """
 )
 
+# What is told of a job before it is put aside: now, since when it waits, after how many waits in a row, and when the
+# breaker's pause is over.
+_FORESEE = (
+    _NOW
+    + _WAITS
+    + """
+if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] then return {} end
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return {} end
+local waits = redis.call('HGET', KEYS[1], 'waits')
+return {now, since(KEYS[1], ARGV[2]), waits or 0, redis.call('HGET', KEYS[2], 'until_ms') or 0}
+"""
+)
+
 _PARK = (
     _NOW
     + _TRAIL
+    + _WAITS
     + """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'waiting', 'lease_ms', 0, 'code', ARGV[4], 'message', ARGV[5])
+wait_for(KEYS[1], ARGV[4], ARGV[5], ARGV[9], ARGV[10])
 local delay_ms = tonumber(ARGV[3])
 if ARGV[6] == 'steady' then
   redis.call('HINCRBY', KEYS[1], 'attempts', -1)
@@ -346,11 +388,12 @@ return 1
 _PARK_FOR = (
     _NOW
     + _TRAIL
+    + _WAITS
     + """
 local job, due, parked, index, breaker = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 if redis.call('HGET', job, 'fence') ~= ARGV[2] then return 0 end
 if redis.call('HGET', job, 'state') ~= 'running' then return 0 end
-redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'code', ARGV[4], 'message', ARGV[5])
+wait_for(job, ARGV[4], ARGV[5], ARGV[11], ARGV[12])
 if ARGV[10] == '0' then redis.call('HINCRBY', job, 'attempts', -1) end
 if redis.call('HSETNX', job, 'parked_ms', string.format('%.0f', now)) == 1 then
   note_of_job(job, ARGV[7], ARGV[8], true)
@@ -407,7 +450,7 @@ local job, due, dead, deaths = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local state = redis.call('HGET', job, 'state')
 if redis.call('HGET', job, 'fence') ~= ARGV[2] or state ~= 'running' then return 0 end
 redis.call('HSET', job, 'state', ARGV[3], 'outcome', ARGV[4], 'code', ARGV[5], 'ended_ms', now)
-redis.call('HDEL', job, 'lease_ms', 'sends', 'waits', 'message')
+redis.call('HDEL', job, 'lease_ms', 'sends', 'waits', 'message', 'server', 'cause', 'since_ms')
 redis.call('ZADD', due, now + ARGV[8], ARGV[1])
 note_of_job(job, ARGV[7], ARGV[6], ARGV[5] ~= 'done')
 local held = redis.call('HMGET', job, 'hold', 'holds', 'memo')
@@ -444,7 +487,8 @@ local function begin_anew(job, due, dead, deaths, id, delay_ms)
   redis.call('HSET', job, 'state', 'queued', 'attempts', 0, 'replayed_ms', now)
   redis.call('HINCRBY', job, 'replays', 1)
   redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
-    'storing', 'sent', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms', 'refused', 'refusals')
+    'storing', 'sent', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms', 'refused', 'refusals', 'server',
+    'cause', 'since_ms')
   redis.call('PERSIST', job)
   redis.call('ZREM', dead, id)
   redis.call('DEL', deaths)
@@ -1085,14 +1129,14 @@ class DeadLetter:
 class JobStanding:
     """The ledger's answer to "what became of this job": ``outcome`` is set once the job has ended.
 
-    ``state`` is one of queued, running, waiting, done, dead; ``code`` and ``message`` say why a waiting job waits.
+    ``state`` is one of queued, running, waiting, done, dead; ``waiting`` says why a job waits (`Waiting`), also one
+    that is in its queue.
     """
 
     state: str
     outcome: dict[str, Any] | None
     attempts: int
-    code: str
-    message: str
+    waiting: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -1172,6 +1216,7 @@ class Ledger:
         self._move_claim = script(_MOVE_CLAIM)
         self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
         self._hold_many, self._let_go_many = script(_HOLD_MANY), script(_LET_GO_MANY)
+        self._foresee = script(_FORESEE)
         self._park_for, self._wake = script(_PARK_FOR), script(_WAKE)
         self._hasten, self._lost, self._in_hand = script(_HASTEN), script(_LOST), script(_IN_HAND)
         self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
@@ -1282,7 +1327,7 @@ class Ledger:
             pipe.pexpire(self.key("returned", job_id), _ms(MESSAGES_S))
             return int(pipe.execute()[0])
 
-    def park(
+    def park(  # noqa: PLR0913 - how long, and why
         self,
         job_id: str,
         fence: int,
@@ -1291,15 +1336,18 @@ class Ledger:
         code: str,
         message: str,
         wait: Wait = "counts",
+        server_name: str = "",
+        subject: str = "",
     ) -> None:
-        """Put the job aside until ``delay_s`` from now.
+        """Put the job aside until ``delay_s`` from now; for the rest see `WaitReason`.
 
         Unless the attempt ``counts``, it is given back; ``growing`` waits in a row get longer, up to 8 s.
         """
         keys = [self.key("job", job_id), self.key("due")]
         args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, wait]
         note = _note("waiting", job_id, code=code, message=message, delay_s=round(delay_s, 1))
-        self._guard(self._park(keys=keys, args=[*args, note, self.keep_ms]))
+        reason = WaitReason(code, message, server_name, subject)
+        self._guard(self._park(keys=keys, args=[*args, note, self.keep_ms, server_name, reason.cause]))
 
     def park_for(  # noqa: PLR0913 - as `park`, and for whom
         self,
@@ -1311,6 +1359,7 @@ class Ledger:
         code: str,
         message: str,
         counts: bool = False,
+        server_name: str = "",
     ) -> None:
         """Put the job aside until ``breaker`` closes, or until ``max_wait_s`` after it was first put aside so.
 
@@ -1320,7 +1369,19 @@ class Ledger:
         keys.append(self.key("breaker", breaker))
         note = _note("waiting", job_id, code=code, message=message)
         args: list[str | int] = [job_id, fence, _ms(max_wait_s), code, message, breaker, note, self.keep_ms]
-        self._guard(self._park_for(keys=keys, args=[*args, _ms(CLOSED_MEANWHILE_S), int(counts)]))
+        reason = WaitReason(code, message, server_name, breaker)
+        args += [_ms(CLOSED_MEANWHILE_S), int(counts), server_name, reason.cause]
+        self._guard(self._park_for(keys=keys, args=args))
+
+    def foresee(
+        self, job_id: str, fence: int, reason: WaitReason, *, delay_s: float, growing: bool = False, breaker: str = ""
+    ) -> dict[str, Any]:
+        """What is to be told of a running job that is about to be put aside: since when it waits, and until when."""
+        answer = self._foresee(keys=[self.key("job", job_id), self.key("breaker", breaker)], args=[fence, reason.cause])
+        self._guard(answer)
+        now_ms, since_ms, waits, until_ms = (float(one) for one in answer)
+        delay_ms = _grown_ms(_ms(delay_s), int(waits)) if growing else _ms(delay_s)
+        return reason.as_json(since_ms=since_ms, next_ms=until_ms or now_ms + delay_ms)
 
     def hand_back(  # noqa: PLR0913 - all that a record is made of
         self,
@@ -1490,9 +1551,30 @@ class Ledger:
         ids = list(job_ids)
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
-                pipe.hmget(self.key("job", job_id), "state", "outcome", "attempts", "code", "message")
-            rows = dict(zip(ids, pipe.execute(), strict=True)) if ids else {}
-        return {job_id: _standing(*row) for job_id, row in rows.items() if row[0]}
+                pipe.hmget(self.key("job", job_id), *_STANDING)
+            rows = [dict(zip(_STANDING, row, strict=True)) for row in (pipe.execute() if ids else [])]
+        known = {job_id: row for job_id, row in zip(ids, rows, strict=True) if row["state"]}
+        waits = self._waits({job_id: row for job_id, row in known.items() if row["state"] not in ("done", "dead")})
+        return {job_id: _standing(row, waits.get(job_id)) for job_id, row in known.items()}
+
+    def _waits(self, rows: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
+        """Why those of the jobs wait that do."""
+        if not rows:
+            return {}
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for job_id, row in rows.items():
+                pipe.zscore(self.key("due"), job_id)
+                pipe.zscore(self.key("unanswered"), job_id)
+                pipe.hget(self.key("breaker", row["parked"] or ""), "until_ms")
+            clock, *answers = pipe.execute()
+        found = {}
+        for number, (job_id, row) in enumerate(rows.items()):
+            due, woken, until = (float(one) if one else None for one in answers[3 * number : 3 * number + 3])
+            wait = _wait(row, now_ms=_clock_ms(clock), due_ms=due, woken_ms=woken, until_ms=until)
+            if wait is not None:
+                found[job_id] = wait
+        return found
 
     # --- dead letters ---------------------------------------------------------------------------------------
 
@@ -1877,11 +1959,46 @@ def _gist(outcome: Mapping[str, Any]) -> dict[str, Any]:
     return {name: told[name] for name in ("message", "server_name") if told.get(name)}
 
 
-def _standing(
-    state: str, outcome: str | None, attempts: str | None, code: str | None, message: str | None
-) -> JobStanding:
+#: What is read of a job to say where it stands.
+_STANDING: Final = (
+    *("state", "outcome", "attempts", "code", "message", "server", "since_ms", "parked", "sent", "lease_ms"),
+    *("created_ms", "replayed_ms"),
+)
+
+
+def _standing(row: Mapping[str, str | None], wait: dict[str, Any] | None) -> JobStanding:
+    state, outcome = row["state"] or "", row["outcome"]
     ended = json.loads(outcome) if outcome and state in ("done", "dead") else None
-    return JobStanding(state, ended, int(attempts or 0), code or "", message or "")
+    return JobStanding(state, ended, int(row["attempts"] or 0), wait)
+
+
+def _wait(
+    row: Mapping[str, Any], *, now_ms: float, due_ms: float | None, woken_ms: float | None, until_ms: float | None
+) -> dict[str, Any] | None:
+    """Why a job that has not ended waits; None if it runs.
+
+    ``due_ms`` is when the sweeper looks at it next, ``woken_ms`` when a message was sent for it that no worker has
+    taken, ``until_ms`` the end of the pause of the circuit breaker that it waits for.
+    """
+    since_ms = float(row["since_ms"] or row["replayed_ms"] or row["created_ms"] or now_ms)
+    if row["state"] == "running":
+        lease_ms = float(row["lease_ms"] or 0)
+        return LOST.as_json(since_ms=lease_ms, next_ms=due_ms) if lease_ms < now_ms else None
+    if row["state"] == "queued" or row["sent"]:
+        return IN_QUEUE.as_json(since_ms=woken_ms or since_ms, next_ms=None if row["sent"] else due_ms)
+    reason = WaitReason(row["code"] or "", row["message"] or "", row["server"] or "")
+    next_ms = (until_ms or now_ms) if row["parked"] else due_ms
+    return reason.as_json(since_ms=since_ms, next_ms=next_ms)
+
+
+def _clock_ms(clock: tuple[int, int]) -> float:
+    """What `TIME` answers, in milliseconds."""
+    return clock[0] * 1000 + clock[1] // 1000
+
+
+def _grown_ms(delay_ms: int, waits: int) -> float:
+    """How long a wait is that gets longer each time, after so many in a row (`_PARK`)."""
+    return max(delay_ms, min(delay_ms * 2.0 ** min(waits, 19), 8000))
 
 
 def _letter(job_id: str, row: Mapping[str, str]) -> DeadLetter:

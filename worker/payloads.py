@@ -371,6 +371,21 @@ class Payload(BaseModel):
         return self.model_dump(mode="json", by_alias=True)
 
 
+class Waiting(BaseModel):
+    """Why a job waits. ``since`` and ``next_try`` are RFC 3339, UTC; ``next_try`` is null where no time is known.
+
+    ``server_name`` is the server that the job waits for, if it waits for one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    code: str
+    message: str
+    server_name: str | None
+    since: str
+    next_try: str | None
+
+
 class Route(BaseModel):
     model_config = ConfigDict(frozen=True)
 

@@ -1,4 +1,4 @@
-"""A JSON Schema for every message, every result and the error, made from the classes in ``payloads.py``.
+"""A JSON Schema for every message and result, the error, and why a job waits, made from the classes in ``payloads.py``.
 
 ``python -m worker.schema`` writes them to ``docs/schema``; a test compares. Nothing else belongs here.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from worker.errors import CourierError
-from worker.payloads import Job, Payload
+from worker.payloads import Job, Payload, Waiting
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FOLDER = Path(__file__).parents[1] / "docs" / "schema"
@@ -23,7 +23,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     """The documents by file name."""
     messages = {f"{kind.__name__}.json": _schema(kind, result=False) for kind in _below(Job)}
     results = {f"{kind.__name__}.json": _schema(kind, result=True) for kind in _below(Payload)}
-    return {**messages, **results, "Error.json": _error()}
+    return {**messages, **results, "Error.json": _error(), "Waiting.json": _schema(Waiting, result=True)}
 
 
 def _below(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 import redis
@@ -107,8 +107,10 @@ class Slots:
         self._lock = threading.Lock()
 
     @contextmanager
-    def slot(self, name: str, *, limit: int, wait_s: float) -> Iterator[None]:
-        """Hold one of ``limit`` slots inside.
+    def slot(
+        self, name: str, *, limit: int, wait_s: float, meanwhile: AbstractContextManager[None] | None = None
+    ) -> Iterator[None]:
+        """Hold one of ``limit`` slots inside. ``meanwhile`` is entered for as long as it has to be waited for.
 
         Raises
         ------
@@ -116,7 +118,7 @@ class Slots:
             None came free within ``wait_s``.
         """
         share = self._share(name, limit)
-        share.take(wait_s)
+        share.take(wait_s, meanwhile or nullcontext())
         try:
             yield
         finally:
@@ -161,24 +163,28 @@ class _Share:
         self._most = limit  # to be held here: fewer where others wait
         self._fresh_until = self._ask_again_at = 0.0
 
-    def take(self, wait_s: float) -> None:
+    def take(self, wait_s: float, meanwhile: AbstractContextManager[None]) -> None:
         until = self._slots.now() + wait_s
         with self._changed:
             if self._take_held():
                 return
             self._waiting += 1
         try:
-            while True:
-                self._ask()
-                with self._changed:
-                    if self._take_held():
-                        return
-                    if self._slots.now() >= until:
-                        raise NoSlot
-                    self._changed.wait(ASK_AGAIN_S)
+            with meanwhile:
+                self._take_freed(until)
         finally:
             with self._changed:
                 self._waiting -= 1
+
+    def _take_freed(self, until: float) -> None:
+        while True:
+            self._ask()
+            with self._changed:
+                if self._take_held():
+                    return
+                if self._slots.now() >= until:
+                    raise NoSlot
+                self._changed.wait(ASK_AGAIN_S)
 
     def give(self) -> None:
         with self._changed:

@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -25,6 +26,7 @@ from producer.errors import (
 )
 from producer.show import errors_console, follow
 from worker.settings import SettingsError
+from worker.waits import sentence
 
 DONE, FAILED, WRONG_USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -138,6 +140,8 @@ def entry(handle: Handle, report: Report) -> dict[str, Any]:
     entry: dict[str, Any] = {"job_id": handle.id, "status": report.status, "stage": report.stage}
     if report.error is not None:
         entry["error"] = report.error.payload
+    elif report.waiting is not None:
+        entry["waiting"] = dict(report.waiting)
     return entry
 
 
@@ -155,7 +159,10 @@ def ended(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json:
     if report.error is not None:
         raise report.error
     if report.result is None:
-        raise StillRunning(f"Job {handle.id} has not ended within {timeout_s} s; it goes on: pacs result {handle.id}")
+        waits = f" It is {sentence(report.waiting, now_s=time.time())}." if report.waiting is not None else ""
+        raise StillRunning(
+            f"Job {handle.id} has not ended within {timeout_s} s; it goes on: pacs result {handle.id}.{waits}"
+        )
     return report.result
 
 

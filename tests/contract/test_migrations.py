@@ -65,7 +65,7 @@ def test_a_study_that_another_job_stores_into_waits_for_it(site: Site) -> None:
     uids = site.put("msdicom", study)
     claim = site.ledger.claim("U", task="pacs.upload", job={})
     site.ledger.hold_image("1.2.3", job_id="U", fence=claim.fence, into=[study, f"{study}.1"])
-    waited = site.order(study, until=lambda: "other jobs" in site.ledger.look("B.apply.0").get("message", ""))
+    waited = site.order(study, until=lambda: "job U is" in site.ledger.look("B.apply.0").get("message", ""))
     assert isinstance(waited, Parked)
     assert site.told() == ["open"]
     assert site.on("dcm4chee", study) == set()

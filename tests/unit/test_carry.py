@@ -93,7 +93,14 @@ def test_a_refusal_ends_the_job_and_is_given_again(desk: Desk) -> None:
 def test_what_may_be_cured_by_time_is_parked_then_buried(desk: Desk) -> None:
     assert isinstance(desk.carry(PacsUnavailable("Later.")), Parked)
     assert desk.state() == "waiting"
-    assert desk.shown == [{"stage": "waiting", "attempt": 1, "code": "pacs_unavailable", "message": "Later."}]
+    (shown,) = desk.shown
+    assert {name: shown[name] for name in ("stage", "attempt", "code", "message", "server_name")} == {
+        "stage": "waiting",
+        "attempt": 1,
+        "code": "pacs_unavailable",
+        "message": "Later.",
+        "server_name": None,
+    }
     desk.make_due()
     assert isinstance(desk.carry(PacsUnavailable("Later.")), Parked)
     desk.make_due()

@@ -47,6 +47,7 @@ from worker.payloads import (
     read_job,
 )
 from worker.planning import Planned, Planner
+from worker.waits import BATCH_PAUSED, BATCH_RUNNING, BATCH_SLOTS
 
 #: How many chunks of a batch are open at a time, over all workers, unless its order says so.
 WIDTH = 4
@@ -222,7 +223,8 @@ def slot(run: Run, tools: Tools) -> Iterator[None]:
     It is woken before the one that gives its slot back sends for its next piece, so that no batch starves another.
     """
     if not tools.turns.take(run.job_id):
-        raise NotYet("batches have as much of this worker as they may have", delay_s=IN_LINE_S, steady=True)
+        sentence = "batches have all the slots of this worker that batches may have"
+        raise NotYet(sentence, delay_s=IN_LINE_S, steady=True, code=BATCH_SLOTS)
     try:
         with tools.turns.taken():
             yield
@@ -353,7 +355,8 @@ class Conductor:
             raise InvalidRequest(f"Job {other} is at this batch; wait for it, or cancel it.")
         batch = self.batch
         if batch.state in states and self._is_left_at_work(batch):
-            raise NotYet("what an ended conductor of the batch had begun is under way", delay_s=LOOK_AGAIN_S)
+            sentence = "chunks that an ended job of this batch had begun are under way"
+            raise NotYet(sentence, delay_s=LOOK_AGAIN_S, code=BATCH_RUNNING)
         return batch
 
     def _is_left_at_work(self, batch: Batch) -> bool:
@@ -410,15 +413,15 @@ class Conductor:
         if batch.of(which).finished == batch.chunks and batches.end_pass(self.batch_id, which, to):
             return
         told = f"{which}: {batch.of(which).settled} of {batch.items} items are settled"
-        raise NotYet(told, delay_s=LOOK_AGAIN_S)
+        raise NotYet(told, delay_s=LOOK_AGAIN_S, code=BATCH_RUNNING)
 
     def _stand_aside(self, which: Pass) -> None:
         """The batch has been steered elsewhere: wait, or end with it when what is under way has ended."""
         batch = self.batch
         if batch.state == "paused":
-            raise NotYet("the batch is paused", delay_s=LOOK_AGAIN_S)
+            raise NotYet("the batch is paused", delay_s=LOOK_AGAIN_S, code=BATCH_PAUSED)
         if batch.state in ACTIVE or self.batches.open_chunks(batch, which):
-            raise NotYet(f"the batch is {batch.state}", delay_s=LOOK_AGAIN_S)
+            raise NotYet(f"the batch is {batch.state}", delay_s=LOOK_AGAIN_S, code=BATCH_RUNNING)
         self.batches.expire(self.batch_id)
         done = batch.of(which).settled
         sentence = f"The batch was cancelled in its {which} after {done} of {batch.items} items."

@@ -87,7 +87,7 @@ def undo(done: Sequence[Settled], desk: Desk, *, resumed: set[int]) -> list[Answ
     stored = [one for one in done if one.status == "stored"]
     begun = resumed & set(desk.memo.get("undoing", ()))
     owners = ledger.hold_images([_uids(one) for one in stored], job_id=run.job_id, fence=run.fence)
-    ours = [one for one, owner in zip(stored, owners, strict=True) if owner is None]
+    ours = [one for one, owner in zip(stored, owners, strict=True) if run.is_free(owner)]
     unclear = [one for one in done if one.result.get("uncertain")]
     results: dict[int, Answer] = {one.item.number: None for one in stored}
     results |= {one.item.number: _not_ours(one) for one in done if one.status != "stored"}

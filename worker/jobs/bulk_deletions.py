@@ -90,7 +90,7 @@ class StudyDeletions:
     def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:
         ledger, run = desk.tools.ledger, desk.run
         try:
-            ready = [item for item in items if ledger.shut(item.text, job_id=run.job_id, fence=run.fence) is None]
+            ready = _shut(items, desk)
             begun: dict[Item, Any] = {}
             done = _together(ready, partial(_applied, resumed=resumed, begun=begun), desk)
             _note_begun(begun, desk)
@@ -110,11 +110,17 @@ class StudyDeletions:
         """Bring back what was kept; what was not is refused."""
         ledger, run = desk.tools.ledger, desk.run
         try:
-            ready = [item for item in items if ledger.shut(item.text, job_id=run.job_id, fence=run.fence) is None]
+            ready = _shut(items, desk)
             done = _together(ready, _undone, desk)
         finally:
             ledger.let_go(run.job_id, fence=run.fence)
         return [done.get(item) for item in items]
+
+
+def _shut(items: Sequence[Item], desk: Desk) -> list[Item]:
+    """Those of the studies that no other job is storing into or deleting; new jobs are kept out of all of them."""
+    run, ledger = desk.run, desk.tools.ledger
+    return [item for item in items if run.is_free(ledger.shut(item.text, job_id=run.job_id, fence=run.fence))]
 
 
 def delete_many(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:

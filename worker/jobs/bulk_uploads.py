@@ -399,7 +399,7 @@ class Uploads:
             self._near = list(load)
             owners = run.ledger.hold_images([one.uids for one in load], job_id=run.job_id, fence=run.fence)
         for image, owner in zip(load, owners, strict=True):
-            if owner is None:
+            if run.is_free(owner):
                 self._wants.pop(image.item.number, None)
             else:
                 self._wants[image.item.number] = image.uids
@@ -412,7 +412,8 @@ class Uploads:
         wants = [(item, uids) for item in items if len(uids := self._wants.get(item.number, ())) == len(_UIDS)]
         images = [(uids[0], uids[1], uids[2]) for _, uids in wants]
         owners = run.ledger.hold_images(images, job_id=run.job_id, fence=run.fence)
-        self.results.update({item.number: None for (item, _), owner in zip(wants, owners, strict=True) if owner})
+        waiting = [item for (item, _), owner in zip(wants, owners, strict=True) if not run.is_free(owner)]
+        self.results.update({item.number: None for item in waiting})
 
     def _check_servers(self, items: Sequence[Item]) -> None:
         """For a server that is left alone no file is fetched: nothing could be said, or stored, there."""

@@ -10,11 +10,12 @@ import json
 import logging
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import redis
 
+from worker.breakers import circuit_open
 from worker.errors import (
     Cancelled,
     CourierError,
@@ -27,12 +28,13 @@ from worker.errors import (
 )
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
-from worker.ledger import Claim, ClaimState, HandedBack, LeaseLost, Wait, passes, words_of
+from worker.ledger import CLOSED_MEANWHILE_S, Claim, ClaimState, HandedBack, LeaseLost, Wait, passes, words_of
 from worker.logs import about, about_study, where_it_broke
 from worker.payloads import MESSAGE_BYTES
 from worker.settings import JobSettings
 from worker.shortage import MAX_RETURNS, PAUSE_S, STARVED, Returns, dead_letter, is_shortage, why
 from worker.telemetry import End, JobSeen, count, watching
+from worker.waits import WORKER_SHORTAGE, WaitReason, noted_in, sentence
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Parked:
-    """Not over: somebody will be woken for it, or is at it already."""
+    """Not over: a worker will be woken for it, or is at it already. ``waits`` says why this attempt put it aside."""
+
+    @property
+    def waits(self) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -115,10 +121,10 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
     )
     seen = JobSeen(task, job_id, claim.attempt)
     try:
-        with watching(seen), pulse.beating(run):
+        with watching(seen), noted_in(run.meanwhile), pulse.beating(run):
             verdict = _attempt(work, claim, job, run, tools, task=task)
-            if isinstance(verdict, _Park | _Rest) and verdict.meta and run.shown:
-                pulse.show(run, verdict.meta)
+            if isinstance(verdict, _Park | _Rest):
+                verdict = _foreseen(verdict, run, pulse)
             _record(verdict, run, task=task, job=job, tools=tools)
             seen.end, seen.code = _ending(verdict)
     except (LeaseLost, redis.RedisError) as error:
@@ -143,7 +149,9 @@ def _starved(error: Exception, run: Run, *, task: str, job: Mapping[str, Any], t
             verdict = Failed(dead_letter(why(error)))
             _record(verdict, run, task=task, job=job, tools=tools)
         else:
-            tools.ledger.park(run.job_id, run.fence, delay_s=PAUSE_S, code="waiting", message=STARVED, wait="steady")
+            tools.ledger.park(
+                run.job_id, run.fence, delay_s=PAUSE_S, code=WORKER_SHORTAGE, message=STARVED, wait="steady"
+            )
     except (LeaseLost, redis.RedisError) as lost:
         log.warning("Let go of the job: %s", type(lost).__name__)
     return verdict
@@ -191,7 +199,7 @@ def _ending(verdict: Verdict) -> tuple[End, str]:
         case Failed(error):
             return "refused" if isinstance(error, Refused) else "dead", str(error.payload["code"])
         case _Park() | _Rest():
-            return "parked", verdict.code
+            return "parked", verdict.reason.code
         case _:
             return "lost", ""
 
@@ -205,23 +213,44 @@ def _recorded(claim: Claim) -> Verdict:
 
 
 @dataclass(frozen=True)
-class _Park(Parked):
-    delay_s: float
-    code: str
-    message: str
-    wait: Wait = "counts"
-    meta: dict[str, Any] | None = None  # what watchers of the job may see meanwhile
+class _Aside(Parked):
+    """Put aside by this attempt. ``waiting`` is what watchers of the job are told meanwhile (`Waiting`)."""
+
+    reason: WaitReason
+    waiting: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def waits(self) -> str:
+        return sentence(self.waiting) if self.waiting else ""
 
 
 @dataclass(frozen=True)
-class _Rest(Parked):
+class _Park(_Aside):
+    delay_s: float
+    wait: Wait = "counts"
+
+
+@dataclass(frozen=True)
+class _Rest(_Aside):
     """Until a server that is left alone is well again."""
 
     breaker: str
     counts: bool
-    code: str
-    message: str
-    meta: dict[str, Any]
+
+
+def _foreseen(verdict: _Park | _Rest, run: Run, pulse: Pulse) -> _Park | _Rest:
+    """Tell watchers why the job is put aside, before it is: after that another attempt may speak for it."""
+    if not run.shown:
+        return verdict
+    if isinstance(verdict, _Park):
+        growing = verdict.wait == "growing"
+        waiting = run.ledger.foresee(run.job_id, run.fence, verdict.reason, delay_s=verdict.delay_s, growing=growing)
+    else:
+        waiting = run.ledger.foresee(
+            run.job_id, run.fence, verdict.reason, delay_s=CLOSED_MEANWHILE_S, breaker=verdict.breaker
+        )
+    pulse.show(run, {"stage": "waiting", "attempt": run.attempt, **waiting})
+    return replace(verdict, waiting=waiting)
 
 
 def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: Tools, *, task: str) -> Verdict:
@@ -235,7 +264,7 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
         return Failed(error)
     except NotYet as wait:
         how: Wait = "steady" if wait.steady else "growing"
-        return _Park(delay_s=wait.delay_s, code="waiting", message=wait.message, wait=how)
+        return _Park(wait.reason, wait.delay_s, how)
     except LeaseLost:
         raise
     except redis.RedisError as error:
@@ -256,7 +285,7 @@ def _again(error: TryAgain, claim: Claim, run: Run, tools: Tools, *, task: str) 
     limits = tools.settings.jobs
     breaker = _to_wait_for(error, claim, limits, task)
     if breaker is not None:
-        return _rest(error, breaker, run)
+        return _rest(error, breaker)
     return Failed(error) if run.last else _park(error, run, limits, tools.rng)
 
 
@@ -301,18 +330,19 @@ def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random
     """Back off; what the other side asked for comes first, so that not everybody is back at the same moment."""
     asked_s = (error.retry_after_s or 0) if isinstance(error, TryAgain) else 0
     delay_s = min(asked_s, limits.retry_after_cap_s) + backoff_s(run.attempt, limits, rng)
-    return _Park(meta=_shown(error, run), delay_s=delay_s, code=error.payload["code"], message=error.message)
+    return _Park(_reason(error), delay_s)
 
 
-def _rest(error: TryAgain, breaker: str, run: Run) -> _Rest:
-    counts = not isinstance(error, PacsUnavailable) or error.is_attempt
-    code = error.payload["code"]
-    return _Rest(meta=_shown(error, run), breaker=breaker, counts=counts, code=code, message=error.message)
+def _rest(error: TryAgain, breaker: str) -> _Rest:
+    asked = not isinstance(error, PacsUnavailable) or error.is_attempt
+    reason = _reason(error, breaker)
+    if asked:
+        reason = replace(reason, message=f"{error.message.rstrip('.')}; {circuit_open(breaker)}")
+    return _Rest(reason, breaker, counts=asked)
 
 
-def _shown(error: CourierError, run: Run) -> dict[str, Any]:
-    shown = {"stage": "waiting", "attempt": run.attempt, "code": error.payload["code"], "message": error.message}
-    return shown if error.server_name is None else {**shown, "server_name": error.server_name}
+def _reason(error: CourierError, subject: str = "") -> WaitReason:
+    return WaitReason(error.payload["code"], error.message, error.server_name or "", subject)
 
 
 def backoff_s(attempt: int, limits: JobSettings, rng: random.Random) -> float:
@@ -332,24 +362,27 @@ def _record(verdict: Verdict, run: Run, *, task: str, job: Mapping[str, Any], to
             code = error.payload["code"]
             end(run.job_id, run.fence, outcome={"error": error.payload}, code=code, task=task, job=job)
             log.info("%s: %s", "Refused" if isinstance(error, Refused) else "Dead letter", error)
-        case _Park():
+        case _Park(reason):
             ledger.park(
                 run.job_id,
                 run.fence,
                 delay_s=verdict.delay_s,
-                code=verdict.code,
-                message=verdict.message,
+                code=reason.code,
+                message=reason.message,
                 wait=verdict.wait,
+                server_name=reason.server_name,
+                subject=reason.subject,
             )
-            log.info("Parked for at least %.1f s: %s", verdict.delay_s, verdict.message)
-        case _Rest():
+            log.info("Parked for at least %.1f s: %s", verdict.delay_s, reason.message)
+        case _Rest(reason):
             ledger.park_for(
                 verdict.breaker,
                 run.job_id,
                 run.fence,
                 max_wait_s=tools.settings.jobs.max_wait_s,
-                code=verdict.code,
-                message=verdict.message,
+                code=reason.code,
+                message=reason.message,
                 counts=verdict.counts,
+                server_name=reason.server_name,
             )
-            log.info("Parked until %s is well again: %s", verdict.breaker, verdict.message)
+            log.info("Parked until %s is well again: %s", verdict.breaker, reason.message)

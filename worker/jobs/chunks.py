@@ -29,6 +29,7 @@ from worker.jobs.pace import Pace, metered_fleet
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.payloads import BatchChunkJob, BatchChunkPayload, read_job
+from worker.waits import BATCH_PAUSED
 
 
 @dataclass
@@ -63,7 +64,7 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
             if errors and (not run.last or any(map(is_resting, errors))):
                 raise first_to_wait_for(errors)
             if left.busy:
-                raise NotYet("other jobs are at the same studies", delay_s=TURN_S)
+                raise _busy(run)
             _give_up(batch, job, still_open, left, run)
         if not left.stopped:
             attempt.pay_up()
@@ -77,6 +78,13 @@ def chunk(message: Mapping[str, Any], run: Run, tools: Tools, *, kinds: Mapping[
     else:
         tools.wake(batches.fill(batch, job.which))
     return told
+
+
+def _busy(run: Run) -> NotYet:
+    """Another job holds what the open items need; the first of them is named."""
+    owner = next(iter(run.owners), "")
+    who = f"job {owner} is" if owner else "other jobs are"
+    return NotYet(f"{who} at the same studies", delay_s=TURN_S, owner=owner)
 
 
 def _open_rows(batches: Batches, batch: Batch, job: BatchChunkJob) -> list[Row]:
@@ -146,7 +154,7 @@ class _Attempt:
         if batch.of(self.job.which).round != self.job.round:
             return False
         if batch.state == "paused":
-            raise NotYet("the batch is paused", delay_s=TURN_S)
+            raise NotYet("the batch is paused", delay_s=TURN_S, code=BATCH_PAUSED)
         return batch.state == STATE_OF[self.job.which]
 
     def _do(self, group: Sequence[Item]) -> None:

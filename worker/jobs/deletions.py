@@ -141,7 +141,7 @@ def _take_turn(job: DeleteJob, run: Run) -> None:
     else:
         owner = run.ledger.shut(job.uid, job_id=run.job_id, fence=run.fence)
     if owner is not None:
-        raise NotYet(f"job {owner} is storing or deleting the same {job.level}", delay_s=TURN_S)
+        raise NotYet(f"job {owner} is storing or deleting the same {job.level}", delay_s=TURN_S, owner=owner)
 
 
 def _look(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, fleet: Fleet) -> None:

@@ -148,7 +148,7 @@ def _take_turn(shown: str, run: Run) -> None:
     digest = hashlib.sha256(shown.encode()).hexdigest()
     owner = run.ledger.hold_destination(digest, job_id=run.job_id, fence=run.fence)
     if owner is not None:
-        raise NotYet(f"job {owner} is writing to the same destination", delay_s=TURN_S)
+        raise NotYet(f"job {owner} is writing to the same destination", delay_s=TURN_S, owner=owner)
 
 
 def _study(pacs: Pacs, found: Found, run: Run, still_wanted: Callable[[int], None]) -> _Study:

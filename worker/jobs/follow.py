@@ -33,7 +33,7 @@ def follow(task: str, message: Mapping[str, Any], run: Run, tools: Tools) -> dic
     with run.step("follow"):
         record = tools.ledger.look(first)
     if "outcome" not in record:
-        raise NotYet(f"job {first} bears the same idempotency key", delay_s=LOOK_AGAIN_S)
+        raise NotYet(f"job {first} bears the same idempotency key", delay_s=LOOK_AGAIN_S, owner=first)
     outcome: dict[str, Any] = json.loads(record["outcome"])
     if "error" in outcome:
         run.last = True  # the first wish was tried as often as it may be

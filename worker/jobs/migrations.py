@@ -190,7 +190,7 @@ class _Group:
         ready: dict[str, Item] = {}
         try:
             for item in items:
-                if item.text not in ready and ledger.shut(item.text, job_id=run.job_id, fence=run.fence) is None:
+                if item.text not in ready and run.is_free(ledger.shut(item.text, job_id=run.job_id, fence=run.fence)):
                     ready[item.text] = item
             ours = list(ready.values())
             answers = {item.number: one for item, one in zip(ours, self.each(ours, do), strict=True)}

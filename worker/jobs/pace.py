@@ -22,6 +22,7 @@ from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Pacs, Retrieved
+from worker.waits import BATCH_RATE, BATCH_WINDOW
 from worker.windows import Window
 
 #: A chunk waits so long where it is; then it makes room for others.
@@ -141,7 +142,7 @@ class Pace:
             That is too long to wait for it here.
         """
         if self._window and (closed_s := self._window.opens_in_s(self._tools.now())):
-            raise NotYet("the batch's window is closed", delay_s=min(closed_s, _LOOK_S), steady=True)
+            raise NotYet("the batch's window is closed", delay_s=min(closed_s, _LOOK_S), steady=True, code=BATCH_WINDOW)
         self._paid = {"requests": float(len(group)), "bytes": float(sum(item.size_bytes or 0 for item in group))}
         for unit in self._owed:
             self._owed[unit] += self._paid[unit]
@@ -163,7 +164,7 @@ class Pace:
         waited_s = 0.0
         while not self._pay():
             if waited_s >= _STAY_S:
-                raise NotYet("the batch goes as fast as it may", delay_s=self._refilled_s(), steady=True)
+                raise NotYet("the batch is at its rate limit", delay_s=self._refilled_s(), steady=True, code=BATCH_RATE)
             pause_s = min(rate.window_s for rate in self._rates.values()) / _PIECES
             self._tools.sleep(pause_s)
             waited_s += pause_s

@@ -20,6 +20,7 @@ from worker.errors import Cancelled
 from worker.ledger import LeaseLost, Ledger, passes, words_of
 from worker.logs import about, job_lines
 from worker.telemetry import StepSeen, watching
+from worker.waits import OTHER_JOB, WORKER_SHUTDOWN, Meanwhile, WaitReason
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +28,19 @@ SHUT_DOWN = "the worker was shut down before the job had ended"
 
 
 class NotYet(Exception):
-    """Another job has to end first. Waiting for it is no failed attempt.
+    """Another job has to end first, ``owner`` unless there is another ``code``. Waiting for it is no failed attempt.
 
     Waits in a row get longer, unless they are ``steady``: then it is known when to look again.
     """
 
-    def __init__(self, message: str, *, delay_s: float, steady: bool = False) -> None:
+    def __init__(
+        self, message: str, *, delay_s: float, steady: bool = False, code: str = OTHER_JOB, owner: str = ""
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.delay_s = delay_s
         self.steady = steady
+        self.reason = WaitReason(code, message, subject=owner)
 
 
 @dataclass
@@ -62,6 +66,10 @@ class Run:
     shown: bool = True
     #: Image, study and series that an earlier attempt found in the hands of another job.
     wants: tuple[str, ...] = ()
+    #: What it waits for without giving up its slot.
+    meanwhile: Meanwhile = field(default_factory=Meanwhile)
+    #: Other jobs that hold what this one needs, as it found them.
+    owners: dict[str, None] = field(default_factory=dict)
     #: What this attempt wrote down last, whether or not the ledger took it.
     noted: Mapping[str, Any] | None = None
 
@@ -86,6 +94,12 @@ class Run:
         """Write down what the next attempt has to know; False if the job was cancelled, and the memo is not written."""
         self.noted = memo
         return self.ledger.intend(self.job_id, self.fence, memo, decision=decision)
+
+    def is_free(self, owner: str | None) -> bool:
+        """Whether no other job holds something; ``owner``, if one does, is what this job waits for."""
+        if owner is not None:
+            self.owners[owner] = None
+        return owner is None
 
     def check_ours(self) -> None:
         """`LeaseLost` if another attempt has taken the job over, as far as its heartbeat has noticed."""
@@ -142,7 +156,9 @@ class Pulse:
         for run in runs:
             run.lost = True
             with contextlib.suppress(LeaseLost, redis.RedisError):  # else whoever waits for the lease takes it over
-                self._ledger.park(run.job_id, run.fence, delay_s=0, code="waiting", message=SHUT_DOWN, wait="steady")
+                self._ledger.park(
+                    run.job_id, run.fence, delay_s=0, code=WORKER_SHUTDOWN, message=SHUT_DOWN, wait="steady"
+                )
             log.warning("Job %s is left to another worker: %s", run.job_id, SHUT_DOWN)
         return len(runs)
 
@@ -196,10 +212,12 @@ class Pulse:
             renewed[_attempt(run)] = now
 
     def _show_stage(self, run: Run, begun: float, shown: dict[tuple[str, int], Any]) -> None:
-        stage = run.stage
-        if run.shown and time.monotonic() - begun >= self._beat_s and shown.get(_attempt(run)) != stage:
-            shown[_attempt(run)] = stage
-            self.show(run, {"stage": stage, "attempt": run.attempt})
+        waits = run.meanwhile.now()
+        what = run.stage if waits is None else waits
+        if run.shown and time.monotonic() - begun >= self._beat_s and shown.get(_attempt(run)) != what:
+            shown[_attempt(run)] = what
+            why = waits[0].as_json(since_ms=waits[1], next_ms=None) if waits else {}
+            self.show(run, {"stage": "waiting" if waits else run.stage, "attempt": run.attempt, **why})
 
 
 #: By attempt: when it was renewed, or which stage was shown.

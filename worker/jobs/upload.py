@@ -286,7 +286,8 @@ def _wait_for_turn(instance: Instance, run: Run) -> None:
 def _take_turn(image: str, study: str, series: str, *, run: Run) -> None:
     owner = run.ledger.hold_image(image, job_id=run.job_id, fence=run.fence, into=(study, series))
     if owner is not None:
-        raise NotYet(f"job {owner} is storing the same image, or deleting what it belongs to", delay_s=TURN_S)
+        sentence = f"job {owner} is storing the same image, or deleting what it belongs to"
+        raise NotYet(sentence, delay_s=TURN_S, owner=owner)
 
 
 def _check(instance: Instance, tools: Tools) -> _Seen:

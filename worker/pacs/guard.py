@@ -7,7 +7,6 @@ a server that is well asks Redis for nothing. What is sent over the wire is none
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import uuid
@@ -18,11 +17,12 @@ from dataclasses import dataclass, field
 
 import redis
 
-from worker.breakers import CHANGES, Breakers, BreakerState
+from worker.breakers import CHANGES, Breakers, BreakerState, circuit_open
 from worker.errors import CourierError, PacsUnavailable, TryAgain
 from worker.logs import job_in_hand
 from worker.settings import ServerSettings
 from worker.slots import NoSlot, Slots
+from worker.waits import SERVER_BUSY, WaitReason, waiting_for
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,10 @@ class Guard:
         limit, wait_s = server.max_concurrency, server.read_timeout_s
         taken = False
         try:
-            with self._slots.slot(server.name, limit=limit, wait_s=wait_s):
+            busy = WaitReason(
+                SERVER_BUSY, f"{server.name} has {limit} requests in flight (max_concurrency)", server.name
+            )
+            with self._slots.slot(server.name, limit=limit, wait_s=wait_s, meanwhile=waiting_for(busy)):
                 taken = True
                 yield
         except NoSlot:
@@ -287,9 +290,8 @@ def _is_down(error: PacsUnavailable) -> bool:
 
 
 def at_rest(server: ServerSettings, breaker: str, left_s: float) -> PacsUnavailable:
-    what = "took no changes" if breaker.endswith(CHANGES) else "failed"
-    when = f"in {math.ceil(left_s)} s" if left_s > 0 else "by another job just now"
-    return _resting(server, breaker, f"{server.name} {what} lately and is left alone; it is asked again {when}.")
+    then = "the server is tested again when its pause is over" if left_s > 0 else "another job is testing the server"
+    return _resting(server, breaker, f"{circuit_open(breaker)}; {then}.")
 
 
 def _resting(server: ServerSettings, breaker: str, sentence: str) -> PacsUnavailable:

@@ -11,7 +11,7 @@ from typing import Any
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from worker.app import NOT_BEGUN, ready
+from worker.app import NOT_BEGUN, WAITS, ready
 from worker.errors import InvalidRequest
 from worker.jobs.carry import Done, Failed, NotTaken, Parked, Starved, Work, carry
 from worker.jobs.follow import follow
@@ -72,7 +72,7 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
             time.sleep(PAUSE_S)
             raise Ignore(STARVED)
         case Parked():
-            raise Ignore
+            raise Ignore(WAITS, verdict.waits)
 
 
 def _refuse(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:  # noqa: ARG001 - a `Work`

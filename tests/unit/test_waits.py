@@ -1,0 +1,297 @@
+"""A job that waits says why, since when and until when: every cause of waiting, to each of those who ask."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import fakeredis
+import pytest
+
+from producer.courier import Report, _newer, _report
+from producer.show import upload_row
+from sandbox.processes import poll
+from worker import waits
+from worker.breakers import BREAKER, CHANGES, Breakers
+from worker.errors import PacsUnavailable, SourceUnreachable
+from worker.jobs.carry import Parked, Verdict, carry
+from worker.jobs.run import NotYet, Pulse, Run
+from worker.jobs.tools import Tools
+from worker.ledger import Ledger
+from worker.pacs.guard import Guard, at_rest
+from worker.payloads import Waiting
+from worker.settings import PREFIX, ServerSettings, Settings
+from worker.slots import Slots
+from worker.waits import Meanwhile, WaitReason, noted_in, sentence, utc, waiting_in
+
+JOBS = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
+JOB = {"image_url": "http://host/a.dcm"}
+SERVER = ServerSettings(name="a", type="dicomweb", url="http://127.0.0.1:1", max_concurrency=1)
+NAMES = ["code", "message", "server_name", "since", "next_try"]
+
+
+@dataclass
+class Desk:
+    client: fakeredis.FakeRedis
+    ledger: Ledger
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    settings: Settings = field(default_factory=lambda: Settings.model_validate({"jobs": {"max_deaths": 2}}))
+
+    def carry(self, ends: BaseException | Callable[[Run], Any], job_id: str = "j1") -> Verdict:
+        def work(job: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+            if isinstance(ends, BaseException):
+                raise ends
+            return cast(dict[str, Any], ends(run))
+
+        fleet = cast(Any, None)
+        tools = Tools(self.settings, self.ledger, cast(Any, None), fleet, rng=random.Random(1))
+        pulse = Pulse(self.ledger, lambda _, meta: self.shown.append(meta), beat_s=0.01)
+        return carry(work, task="pacs.upload", job_id=job_id, message=JOB, tools=tools, pulse=pulse)
+
+    def waits(self, job_id: str = "j1") -> dict[str, Any] | None:
+        return self.ledger.standing([job_id])[job_id].waiting
+
+    def at_s(self, moment: str) -> float:
+        return datetime.fromisoformat(moment).timestamp() - self.ledger.clock_s()
+
+    def wake(self, job_id: str = "j1") -> None:
+        self.client.zadd(f"{PREFIX}due", {job_id: 0})
+        assert [due.job_id for due in self.ledger.sweep()] == [job_id]
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        yield Desk(client, Ledger(client))
+
+
+CAUSES: dict[str, tuple[BaseException, str, str | None]] = {
+    "another job": (NotYet("job j2 is storing the same image", delay_s=1, owner="j2"), "other_job", None),
+    "a silent server": (PacsUnavailable("a did not answer.", server_name="a"), "pacs_unavailable", "a"),
+    "its source": (SourceUnreachable("The source does not answer."), "source_unreachable", None),
+    "a full spool": (SourceUnreachable("The spool is full."), "source_unreachable", None),
+    "a paused batch": (NotYet("the batch is paused", delay_s=1, code="batch_paused"), "batch_paused", None),
+    "a breaker": (at_rest(SERVER, "a", 8), "pacs_unavailable", "a"),
+    "a breaker for changes": (at_rest(SERVER, f"a{CHANGES}", 8), "pacs_unavailable", "a"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_each_cause_is_told_to_watchers_and_kept_in_the_ledger(desk: Desk, cause: str) -> None:
+    error, code, server = CAUSES[cause]
+    verdict = desk.carry(error)
+    shown, kept = desk.shown[-1], desk.waits()
+    assert shown["stage"] == "waiting"
+    assert (shown["code"], shown["server_name"], shown["message"]) == (code, server, cast(Any, error).message)
+    assert list(Waiting.model_validate(kept).model_dump()) == NAMES
+    assert kept is not None
+    assert [kept[name] for name in NAMES[:3]] == [shown[name] for name in NAMES[:3]]
+    assert abs(desk.at_s(kept["since"])) < 5
+    assert isinstance(verdict, Parked)
+    assert verdict.waits == sentence(waiting_in(shown) or {})
+    assert shown["message"].rstrip(".") in verdict.waits
+
+
+def test_the_next_try_of_a_job_that_waits_for_a_server_is_the_end_of_its_pause(desk: Desk) -> None:
+    desk.client.hset(f"{PREFIX}{BREAKER}a", "until_ms", int((desk.ledger.clock_s() + 8) * 1000))
+    desk.carry(at_rest(SERVER, "a", 8))
+    for told in (desk.shown[-1], desk.waits()):
+        assert told is not None
+        assert 6 < desk.at_s(told["next_try"]) < 9
+    desk.client.hset(
+        f"{PREFIX}{BREAKER}a", "until_ms", int((desk.ledger.clock_s() + 30) * 1000)
+    )  # another job has tested it
+    assert 28 < desk.at_s((desk.waits() or {})["next_try"]) < 31
+    desk.client.delete(f"{PREFIX}{BREAKER}a")
+    assert abs(desk.at_s((desk.waits() or {})["next_try"])) < 5, "its server is well: it goes on now"
+
+
+def test_it_waits_since_the_first_time_as_long_as_the_cause_is_the_same(desk: Desk) -> None:
+    def since() -> str:
+        return str((desk.waits() or {})["since"])
+
+    desk.carry(NotYet("job j2 is at it", delay_s=0, owner="j2"))
+    desk.client.hset(f"{PREFIX}job:j1", "since_ms", 1_000_000)
+    first = since()
+    for _ in range(2):
+        desk.wake()
+        desk.carry(NotYet("job j2 is at it still", delay_s=0, owner="j2"))
+    assert since() == desk.shown[-1]["since"] == first == utc(1_000_000)
+    desk.wake()
+    desk.carry(NotYet("job j3 is at it", delay_s=0, owner="j3"))
+    assert since() != first
+    assert abs(desk.at_s(desk.shown[-1]["since"])) < 5
+
+
+def test_waits_that_get_longer_are_foretold(desk: Desk) -> None:
+    for _ in range(3):
+        desk.carry(NotYet("job j2 is at it", delay_s=1, owner="j2"))
+        desk.wake()
+    desk.carry(NotYet("job j2 is at it", delay_s=1, owner="j2"))
+    foretold, kept = desk.shown[-1], desk.waits()
+    assert kept is not None
+    assert 6 < desk.at_s(foretold["next_try"]) < 9
+    assert abs(desk.at_s(foretold["next_try"]) - desk.at_s(kept["next_try"])) < 1
+
+
+def test_a_job_in_its_queue_waits_for_a_worker(desk: Desk) -> None:
+    desk.ledger.submit("j1", task="pacs.upload", job=JOB)
+    assert [(desk.waits() or {})[name] for name in ("code", "next_try")] == ["queued", None]
+    desk.carry(PacsUnavailable("Later."))
+    assert (desk.waits() or {})["code"] == "pacs_unavailable"
+    desk.wake()
+    assert (desk.waits() or {})["code"] == "queued"
+
+
+def test_a_job_whose_worker_is_silent_waits_for_another_one(desk: Desk) -> None:
+    desk.ledger.claim("j1", task="pacs.upload", job=JOB)
+    assert desk.waits() is None
+    desk.client.hset(f"{PREFIX}job:j1", "lease_ms", 1000)
+    assert (desk.waits() or {})["code"] == "worker_lost"
+
+
+def test_a_job_beside_one_that_crashed_a_worker_says_which(desk: Desk) -> None:
+    for job_id in ("j1", "j2"):
+        desk.ledger.claim(job_id, task="pacs.upload", job={**JOB, "server": job_id})
+        desk.client.hset(f"{PREFIX}job:{job_id}", "lease_ms", 0)
+    desk.ledger.claim("j1", task="pacs.upload", job={**JOB, "server": "j1"}, max_deaths=2)
+    desk.ledger.claim("j2", task="pacs.upload", job={**JOB, "server": "j2"}, max_deaths=2)
+    waits = desk.waits("j2") or {}
+    assert waits["code"] == "crash_suspect"
+    assert waits["message"].endswith("job j1")
+
+
+def test_a_job_that_has_ended_or_runs_does_not_wait(desk: Desk) -> None:
+    assert desk.carry(lambda run: {"waits": desk.waits()}) is not None
+    assert desk.waits() is None
+    desk.carry(PacsUnavailable("Later."), "j2")
+    desk.wake("j2")
+    desk.carry(lambda run: {"done": True}, "j2")
+    assert desk.waits("j2") is None
+    assert not {"cause", "since_ms", "server", "message"} & desk.ledger.look("j2").keys()
+
+
+def test_a_full_server_is_named_while_a_running_job_waits_for_a_slot(desk: Desk) -> None:
+    guard = Guard(Breakers(desk.client), Slots(desk.client), [SERVER])
+    holds, lets_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with guard.call(SERVER, changes=False):
+            holds.set()
+            lets_go.wait(10)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert holds.wait(10)
+
+    def work(run: Run) -> dict[str, Any]:
+        with run.step("check"), guard.call(SERVER, changes=False):
+            poll(lambda: desk.shown[-1]["stage"] == "check", timeout_s=10, every_s=0.01)
+        return {}
+
+    job = threading.Thread(target=desk.carry, args=(work,))
+    job.start()
+    assert poll(lambda: bool(desk.shown), timeout_s=10, every_s=0.01)
+    first = desk.shown[-1]
+    lets_go.set()
+    holder.join()
+    job.join()
+    assert (first["stage"], first["code"], first["server_name"]) == ("waiting", "server_busy", "a")
+    assert "1 requests in flight" in first["message"]
+    assert desk.shown[-1]["stage"] == "check", "it waits no longer"
+
+
+def test_what_waits_on_several_threads_is_told_as_the_first_of_them() -> None:
+    meanwhile = Meanwhile()
+    with noted_in(meanwhile):
+        assert meanwhile.now() is None
+    with meanwhile.waits(WaitReason("a", "A")), meanwhile.waits(WaitReason("b", "B")):
+        now = meanwhile.now()
+        assert now is not None
+        assert now[0] == WaitReason("a", "A")
+    assert meanwhile.now() is None
+
+
+# --- what a program and a person read -------------------------------------------------------------------------------
+
+OLD = {"status": "PROGRESS", "result": {"stage": "waiting", "attempt": 1, "code": "pacs_unavailable", "message": "No."}}
+
+
+def test_the_entry_of_a_worker_of_version_0_1_can_be_read() -> None:
+    report = _report(OLD)
+    assert (report.status, report.stage) == ("waiting", "waiting")
+    waits = {"code": "pacs_unavailable", "message": "No.", "server_name": None, "since": None, "next_try": None}
+    assert report.waiting == waits
+    assert upload_row("", "j1", report).waits == "waiting: No"
+
+
+def test_an_entry_is_what_version_0_1_reads_too(desk: Desk) -> None:
+    desk.carry(NotYet("job j2 is at it", delay_s=1, owner="j2"))
+    shown = desk.shown[-1]
+    assert (str(shown["stage"]), shown["attempt"]) == ("waiting", 1)
+    assert {"code", "message"} <= shown.keys()
+
+
+@pytest.mark.parametrize(
+    ("left_s", "then"),
+    [(8, "; next try in 8 s"), (0.2, "; next try in 1 s"), (-3, "; next try is due"), (None, "")],
+)
+def test_a_person_reads_for_whom_since_when_why_and_until_when(left_s: float | None, then: str) -> None:
+    now_s = time.mktime((2026, 1, 2, 12, 30, 0, 0, 0, -1))
+    reason = WaitReason("pacs_unavailable", "dcm4chee failed on its last requests (circuit breaker open).", "dcm4chee")
+    next_ms = None if left_s is None else (now_s + left_s) * 1000
+    waiting = reason.as_json(since_ms=(now_s - 27 * 60) * 1000, next_ms=next_ms)
+    why = "dcm4chee failed on its last requests (circuit breaker open)"
+    assert sentence(waiting, now_s=now_s) == f"waiting for dcm4chee since 12:03: {why}{then}"
+
+
+def test_a_long_wait_is_told_with_its_date() -> None:
+    now_s = time.mktime((2026, 1, 2, 12, 30, 0, 0, 0, -1))
+    waiting = WaitReason("batch_window", "closed").as_json(
+        since_ms=(now_s - 86_400) * 1000, next_ms=(now_s + 7200) * 1000
+    )
+    assert sentence(waiting, now_s=now_s) == "waiting since 2026-01-01 12:30: closed; next try at 14:30"
+
+
+def test_without_a_clock_times_stay_as_they_are() -> None:
+    waiting = WaitReason("other_job", "job j2 is at it").as_json(since_ms=0, next_ms=1000)
+    assert sentence(waiting) == (
+        "waiting since 1970-01-01T00:00:00.000Z: job j2 is at it; next try at 1970-01-01T00:00:01.000Z"
+    )
+    assert utc(datetime(2026, 1, 1, tzinfo=UTC).timestamp() * 1000) == "2026-01-01T00:00:00.000Z"
+
+
+QUEUED = Report("queued", "queued", waiting={"code": "queued"})
+RUNNING = Report("running", "started")
+FETCHES = Report("running", "fetch")
+WAITED = Report("waiting", "waiting", waiting={"code": "other_job"})
+BUSY = Report("waiting", "waiting", waiting={"code": "server_busy"})
+UNKNOWN = Report("unknown", "unknown")
+
+
+@pytest.mark.parametrize(
+    ("stored", "known", "told"),
+    [
+        (None, QUEUED, QUEUED),
+        (None, UNKNOWN, UNKNOWN),
+        (WAITED, UNKNOWN, WAITED),
+        (WAITED, QUEUED, QUEUED),
+        (WAITED, RUNNING, RUNNING),
+        (FETCHES, RUNNING, FETCHES),
+        (BUSY, RUNNING, BUSY),
+        (FETCHES, WAITED, WAITED),
+    ],
+)
+def test_the_ledger_tells_whether_an_entry_is_outdated(stored: Report | None, known: Report, told: Report) -> None:
+    assert _newer(stored, known) is told
+
+
+def test_every_code_is_told_in_the_docs() -> None:
+    codes = {value for name, value in vars(waits).items() if name.isupper() and isinstance(value, str)}
+    assert {code for code in codes if f"`{code}`" not in JOBS} == set()
