@@ -26,7 +26,7 @@ from kombu.connection import Connection
 from producer.batches import BatchDesk
 from producer.dead import DeadDesk
 from producer.errors import BrokerUnavailable, CourierError, InvalidRequest, NotFound, StillRunning, from_payload
-from worker import listeners
+from worker import listeners, peers
 from worker.ledger import DueJob, JobStanding, Ledger, job_id_for
 from worker.logs import shown_job
 from worker.payloads import (
@@ -58,6 +58,8 @@ _UNREACHABLE = (redis.ConnectionError, redis.TimeoutError, kombu.exceptions.Oper
 _POLL_S = 0.1
 #: While a program waits, the ledger is asked this often for the jobs that the result back-end has no entry of.
 _LEDGER_POLL_S = 1.0
+#: How often a program looks whether it can still read the ledger.
+_SCHEMA_S = 10.0
 #: What Celery puts around a job.
 _ENVELOPE_BYTES = 4096
 
@@ -189,6 +191,8 @@ class Courier:
                 queue.ledger_url, prefix=queue.key_prefix, grace_s=jobs.grace_s, keep_s=results.expires_s
             )
         )
+
+        self._schema_read_until = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -384,6 +388,7 @@ class Courier:
         """Batches: ordering them, how far they are, pausing, resuming, cancelling, undoing, and their reports."""
         if self._ledger is None:
             raise BrokerUnavailable("Batches are in the ledger; give ledger_url.")
+        self._check_schema()
         return BatchDesk(self._ledger, self.enqueue)
 
     @property
@@ -391,6 +396,7 @@ class Courier:
         """Dead letters: listing, showing, replaying and purging them."""
         if self._ledger is None:
             raise BrokerUnavailable("Dead letters are in the ledger; give ledger_url.")
+        self._check_schema()
         return DeadDesk(self._ledger, forget=self._forget, send=self._send)
 
     def enqueue(
@@ -407,6 +413,7 @@ class Courier:
         handle = Handle(job_id or job_id_for(job.get("idempotency_key")), self, batch_id)
         with watching(SendSeen(task, handle.id)):
             trace = carrier().get("traceparent", "")
+            self._check_schema()
             with _reachable():
                 known = self._ledger is not None and not self._ledger.submit(
                     handle.id, task=task, job=job, trace=trace, again=True
@@ -417,6 +424,16 @@ class Courier:
             if not known:
                 self._send(DueJob(handle.id, task, job, trace))
         return handle
+
+    def _check_schema(self) -> None:
+        """Raise `BrokerUnavailable` where the ledger was written by a release that this one cannot read."""
+        if self._ledger is None or time.monotonic() < self._schema_read_until:
+            return
+        with _reachable():
+            reason = peers.too_new_to_read(self._ledger.schema())
+        if reason:
+            raise BrokerUnavailable(reason)
+        self._schema_read_until = time.monotonic() + _SCHEMA_S
 
     def _forget(self, job_id: str) -> None:
         backend = self._app.backend
@@ -489,6 +506,7 @@ class Courier:
         """Ask for a job to end before its push; False if it is over or unknown."""
         if self._ledger is None:
             raise BrokerUnavailable("Cancelling needs the ledger; give ledger_url.")
+        self._check_schema()
         with _reachable():
             return self._ledger.cancel(job_id) in ("queued", "running", "waiting")
 
@@ -520,6 +538,7 @@ class Courier:
         ids = list(job_ids)
         if self._ledger is None:
             return {job_id: Report("queued", "queued") for job_id in ids}
+        self._check_schema()
         with _reachable():
             known = self._ledger.standing(ids)
         unknown = {

@@ -19,8 +19,9 @@ import redis
 from producer.courier import Courier
 from producer.errors import BrokerUnavailable, CourierError, StillRunning
 from worker import listeners
-from worker.ledger import Ledger
+from worker.ledger import SCHEMA, Ledger
 from worker.payloads import StatusJob
+from worker.peers import SILENT_S, release_of, schema_of, too_new_to_read
 from worker.queues import OLD_QUEUES
 from worker.settings import Settings, SettingsError, TelemetrySettings
 
@@ -30,8 +31,6 @@ CARRY_S = 20.0
 OVERDUE_S = 30.0
 #: How long a collector or a worker's port for metrics may take to be connected to.
 LISTEN_S = 2.0
-#: A worker whose watchdog said nothing for so long does not run any more, or its process is stuck.
-SILENT_S = 60.0
 #: Clocks further apart than this make log lines and deadlines hard to compare.
 CLOCK_S = 2.0
 
@@ -152,10 +151,13 @@ def _ledger(ledger: Ledger) -> Iterator[Finding]:
         before_s = time.time()
         away_s = ledger.clock_s() - (before_s + time.time()) / 2
         load = ledger.load(overdue_s=OVERDUE_S)
-        kept = ledger.safekeeping()
+        kept, schema = ledger.safekeeping(), ledger.schema()
     except redis.RedisError as error:
         sentence = f"The ledger cannot be reached ({type(error).__name__})."
         yield Finding("ledger", "unavailable", sentence, "Start Redis, or correct LEDGER_URL.")
+        return
+    if too_new := too_new_to_read(schema):
+        yield Finding("ledger", "unavailable", too_new, "Upgrade this installation: docs/upgrade.md.")
         return
     yield Finding("ledger", "ok", f"answers; {load.open} jobs are open")
     yield _persistence(kept)
@@ -253,7 +255,7 @@ def _place(entry: dict[str, Any]) -> Finding:
 
 def _progress(ledger: Ledger, answering: set[str]) -> Iterator[Finding]:
     """What the workers' own watchdogs say: a worker that answers may still do nothing."""
-    now_s = time.time()
+    now_s = ledger.clock_s()
     told = ledger.workers(now_s=now_s)
     for name in sorted(answering | {name for name, said in told.items() if now_s - said["at"] < SILENT_S}):
         yield _worker(name, told.get(name), now_s)
@@ -265,17 +267,19 @@ def _worker(name: str, said: Mapping[str, Any] | None, now_s: float) -> Finding:
         return Finding(check, "failed", "answers, but its watchdog has said nothing lately", advice)
     if not said["ok"]:
         return Finding(check, "failed", f"is stuck: {said['complaint']}", advice)
-    if "stopped_queues" not in said:
-        found = f"is of version 0.1: it reads {', '.join(OLD_QUEUES)}, and throws away what is not its own there"
-        return Finding(check, "warning", found, "Stop it with SIGTERM, and start the new version (docs/upgrade.md).")
-    if said["stopped_queues"]:
+    if schema_of(said) < SCHEMA:
+        found = f"is of version {release_of(said)}: it cannot read what newer workers write"
+        if "schema" not in said:
+            found += f", reads {', '.join(OLD_QUEUES)}, and throws away what is not its own there"
+        return Finding(check, "failed", found, "Stop it with SIGTERM, and start the new version (docs/upgrade.md).")
+    if said.get("stopped_queues"):
         found = f"reads {', '.join(said['stopped_queues'])} no more: another application's message was the first there"
         return Finding(
             check, "warning", found, "If no old queue holds messages of ours, set queue.read_old_queues = false."
         )
     if said["complaint"]:
         return Finding(check, "warning", said["complaint"], "Look again in a minute.")
-    return Finding(check, "ok", "gets on")
+    return Finding(check, "ok", f"gets on; version {release_of(said)}")
 
 
 def _server(entry: dict[str, Any]) -> Finding:

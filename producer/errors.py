@@ -30,7 +30,9 @@ from worker.errors import (
 
 
 class BrokerUnavailable(ConnectionError):
-    """Redis (broker, result back-end or ledger) cannot be reached: nothing was enqueued, or nothing can be read."""
+    """Redis (broker, result back-end or ledger) cannot be reached, or a newer release wrote the ledger: nothing was
+    enqueued, or nothing can be read.
+    """
 
 
 class StillRunning(TimeoutError):

@@ -1,0 +1,3 @@
+"""What a worker process runs."""
+
+__version__ = "0.2.0.dev0"

@@ -33,10 +33,10 @@ from celery.exceptions import (
     WorkerShutdown,
 )
 from celery.result import denied_join_result
+from celery.worker import state
 from celery.worker.request import Request
-from celery.worker.state import task_ready
 
-from worker import consumer, listeners, queues, shortage, signing, telemetry, watchdog
+from worker import consumer, listeners, peers, queues, shortage, signing, telemetry, watchdog
 from worker.azure import AzureAccount
 from worker.batches import Batches
 from worker.breakers import Breakers
@@ -66,6 +66,8 @@ PROBE_TIMEOUT_S = 10.0
 OVERDUE_S = 30.0
 #: How long a process that is about to end waits for its own sweep.
 LAST_SWEEP_S = 5.0
+#: How soon the watchdog of a worker that begins says something.
+SOON_S = 10.0
 #: How long an event may wait for others.
 EVENTS_S = 0.1
 #: What a task ignores its message for that has to come again, before anything of the job was begun.
@@ -115,7 +117,7 @@ class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
         if there is None or self.acknowledged:
             super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
         elif isinstance(error, Ignore) and error.args[:1] == (shortage.STARVED,):  # the ledger has put the job aside
-            task_ready(self)
+            state.task_ready(self)
             super().acknowledge()
             there.returns.given_back()
             there.end_after_a_few(shortage.STARVED)
@@ -124,7 +126,7 @@ class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
             if error.args[1]:
                 self.send_event("task-retried", result=error.args[1])
         elif (cause := _cause_of_return(error, return_ok=return_ok)) is not None:
-            task_ready(self)
+            state.task_ready(self)
             self.acknowledged = True
             there.call_soon(there.give_back, self.message, cause)
         else:
@@ -518,7 +520,30 @@ def _tell(name: str, ledger: Ledger, told: watchdog.Told) -> None:
     if settings.worker.health_file is not None:
         watchdog.write(settings.worker.health_file, told)
     with contextlib.suppress(redis.RedisError):
-        ledger.say_how(name, dataclasses.replace(told, stopped_queues=tuple(_old_queues.stopped)).as_json())
+        told = dataclasses.replace(told, stopped_queues=tuple(_old_queues.stopped))
+        if reason := _say_how(name, ledger, told):
+            _stop(reason)
+
+
+_begun = threading.Event()
+
+
+def _say_how(name: str, ledger: Ledger, told: watchdog.Told) -> str:
+    """Say it to the others; why this worker cannot begin or go on beside them, "" if it can."""
+    if _begun.is_set():
+        return peers.say(ledger, name, dataclasses.asdict(told))
+    reason = peers.begin(ledger, name, dataclasses.asdict(told))
+    _begun.set()
+    return reason
+
+
+def _stop(reason: str) -> None:
+    """Take no further message, let the jobs under way end, and end."""
+    if state.should_stop in (None, False):
+        log.critical(
+            "%s This worker takes no more jobs and ends itself with exit status %d.", reason, peers.EXIT_STATUS
+        )
+        state.should_stop = peers.EXIT_STATUS
 
 
 def _end_hard() -> None:
@@ -581,6 +606,24 @@ def _needs_servers(**_: Any) -> None:
         _needs_stores()
     except SettingsError as error:
         raise SystemExit(f"pacs-courier: {error}") from None
+
+
+@signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped
+def _joins_the_others(sender: Any = None, **_: Any) -> None:
+    """Begin beside no worker, and on no ledger, of a release that does not go with this one.
+
+    Where Redis is away, the first look of the watchdog that reaches it makes up for this.
+    """
+    ledger = _ledger()
+    try:
+        reason = _say_how(sender.hostname, ledger, watchdog.Told(True, "", SOON_S))
+    except redis.RedisError as error:
+        log.warning("The ledger does not answer (%s); its version is looked at later", type(error).__name__)
+        return
+    finally:
+        ledger.close()
+    if reason:
+        raise SystemExit(f"pacs-courier: {reason}")
 
 
 def _needs_stores() -> None:

@@ -32,7 +32,8 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
     placed        hash    server → number of new studies it was given
     stored        hash    server → when (µs) a job of ours last stored an image there
     returned:ID   text    how often a message of this job was given back while others were done
-    workers       hash    worker → what its watchdog last said of it
+    workers       hash    worker → what its watchdog last said of it (JSON)
+    schema        text    the shape of all this, as a number; none is 1, that of version 0.1
     parked        set     the circuit breakers that jobs wait for, and for each of them
     parked:NAME   zset    the jobs that wait until it closes, by the time since when
 
@@ -63,6 +64,8 @@ from worker.settings import PREFIX
 from worker.urls import is_url, unsigned
 from worker.waits import CRASH_SUSPECT, IN_QUEUE, LOST, REDIS_UNAVAILABLE, WaitReason
 
+#: The newest shape of records that this release reads, and the one that it writes. Version 0.1 noted none: that is 1.
+SCHEMA: Final = 2
 #: No record of an ended job goes before the last message that may begin it anew: one that a killed worker held comes
 #: back after Celery's visibility time-out (celeryconfig.py), and once more if that worker is killed too.
 MESSAGES_S: Final = 5 * 3600
@@ -957,6 +960,16 @@ redis.call('PEXPIRE', pushes, ARGV[3])
 """
 )
 
+# KEYS: schema, workers. ARGV: schema of this release, worker, what it says. What is older becomes ours; a newer one is
+# not ours to write into.
+_SAY_HOW = """
+local schema = tonumber(redis.call('GET', KEYS[1]) or 1)
+if schema > tonumber(ARGV[1]) then return schema end
+if schema < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1]) end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+return tonumber(ARGV[1])
+"""
+
 
 Wait = Literal["counts", "growing", "steady"]
 
@@ -1224,6 +1237,7 @@ class Ledger:
         self._reuse = script(_REUSE)
         self._void, self._copies = script(_VOID), script(_COPIES)
         self._hand_back, self._refused = script(_HAND_BACK), script(_REFUSED)
+        self._say_how = script(_SAY_HOW)
 
     @classmethod
     def connect(cls, url: str, *, worker: str = "", prefix: str = PREFIX, **times: float) -> Ledger:
@@ -1852,17 +1866,32 @@ class Ledger:
 
     # --- workers --------------------------------------------------------------------------------------------
 
-    def say_how(self, worker: str, told: str) -> None:
-        """Keep what the watchdog of ``worker`` says (JSON)."""
-        self._redis.hset(self.key("workers"), worker, told)
+    def say_how(self, worker: str, told: str) -> int:
+        """Keep what the watchdog of ``worker`` says (JSON); returns the ledger's schema.
 
-    def workers(self, *, now_s: float) -> dict[str, dict[str, Any]]:
-        """What the watchdog of each worker said last: ``ok``, ``complaint``, ``every_s``, ``at``; a day old at most."""
+        An older schema becomes ours; where it is newer, nothing is kept.
+        """
+        return int(self._say_how(keys=[self.key("schema"), self.key("workers")], args=[SCHEMA, worker, told]))
+
+    def workers(self, *, now_s: float | None = None) -> dict[str, dict[str, Any]]:
+        """What the watchdog of each worker said last: ``ok``, ``complaint``, ``every_s``, ``at``; a day old at most.
+
+        Since version 0.2 also ``version`` and ``schema``.
+        """
+        now_s = self.clock_s() if now_s is None else now_s
         told = {name: json.loads(row) for name, row in self._hash(self.key("workers")).items()}
         gone = [name for name, said in told.items() if now_s - said["at"] > 86_400]
-        if gone:
-            self._redis.hdel(self.key("workers"), *gone)
+        self.forget_workers(gone)
         return {name: said for name, said in told.items() if name not in gone}
+
+    def forget_workers(self, workers: Iterable[str]) -> None:
+        """These have ended."""
+        if gone := list(workers):
+            self._redis.hdel(self.key("workers"), *gone)
+
+    def schema(self) -> int:
+        """The shape of what is written here, as the first worker has noted it."""
+        return int(cast(str | None, self._redis.get(self.key("schema"))) or 1)
 
     # --- the ledger itself ----------------------------------------------------------------------------------
 

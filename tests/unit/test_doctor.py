@@ -9,6 +9,7 @@ import pytest
 from producer.courier import Courier
 from producer.doctor import Finding, _places, _worker
 from producer.errors import CourierError, PacsUnavailable, StillRunning
+from worker.ledger import SCHEMA
 
 
 class Asked:
@@ -62,13 +63,16 @@ def test_without_buckets_or_with_an_older_worker_there_is_no_finding() -> None:
     assert findings({"servers": [], "places": []}) == findings({"servers": []}) == []
 
 
+NEW = {"version": "0.2.0", "schema": SCHEMA}
+
+
 @pytest.mark.parametrize(
     ("said", "state", "words"),
     [
-        ({}, "warning", "is of version 0.1: it reads celery, batches, admin"),
-        ({"stopped_queues": []}, "ok", "gets on"),
-        ({"stopped_queues": ["celery", "admin"]}, "warning", "reads celery, admin no more"),
-        ({"stopped_queues": [], "complaint": "is late"}, "warning", "is late"),
+        ({}, "failed", "is of version 0.1: it cannot read what newer workers write, reads celery, batches, admin"),
+        ({**NEW, "stopped_queues": []}, "ok", "gets on; version 0.2.0"),
+        ({**NEW, "stopped_queues": ["celery", "admin"]}, "warning", "reads celery, admin no more"),
+        ({**NEW, "stopped_queues": [], "complaint": "is late"}, "warning", "is late"),
         ({"ok": False, "complaint": "hangs"}, "failed", "is stuck: hangs"),
     ],
 )

@@ -1,0 +1,101 @@
+"""The workers on one ledger: of which release each is, as each says with every look of its watchdog.
+
+A release may begin beside another only if each can read what the other writes. Which shapes the ledger holds is its
+schema: a number in the ledger, written by the first worker. docs/upgrade.md says in which order to upgrade.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import redis
+
+from worker import __version__
+from worker.ledger import SCHEMA, Ledger
+
+log = logging.getLogger(__name__)
+
+#: What a supervisor sees of a worker that ended itself because it cannot read its ledger (EX_CONFIG).
+EXIT_STATUS: Final = 78
+#: A worker whose watchdog said nothing for so long does not run any more, or its process is stuck.
+SILENT_S: Final = 60.0
+#: A worker that says nothing for two of its intervals and this has ended.
+_MARGIN_S: Final = 5.0
+_LOOK_AGAIN_S: Final = 0.5
+
+
+def schema_of(said: Mapping[str, Any]) -> int:
+    """The newest schema that a worker reads, as it says; version 0.1 says none."""
+    return int(said.get("schema", 1))
+
+
+def release_of(said: Mapping[str, Any]) -> str:
+    return str(said.get("version", "0.1"))
+
+
+def entry_of(told: Mapping[str, Any], *, at_s: float) -> str:
+    """What a worker of this release has in the ledger (JSON): what its watchdog told ``at_s`` by the clock of Redis."""
+    return json.dumps({**told, "at": at_s, "version": __version__, "schema": SCHEMA})
+
+
+def begin(ledger: Ledger, worker: str, told: Mapping[str, Any]) -> str:
+    """Say for the first time what there is to say of ``worker``; why it must not begin, "" if it may."""
+    try:
+        return objection(ledger) or say(ledger, worker, told)
+    except redis.exceptions.ClusterCrossSlotError:
+        return "The ledger's Redis is in cluster mode; give queue.key_prefix a hash tag, such as {courier-a}:"
+    except redis.exceptions.MovedError:
+        return "The ledger's Redis is in cluster mode; name in ledger_url the node that serves queue.key_prefix."
+
+
+def say(ledger: Ledger, worker: str, told: Mapping[str, Any]) -> str:
+    """Say what there is to say of ``worker``; why it cannot go on, in one sentence, "" if it can."""
+    return too_new_to_read(ledger.say_how(worker, entry_of(told, at_s=ledger.clock_s())))
+
+
+def objection(ledger: Ledger, *, sleep: Callable[[float], None] = time.sleep) -> str:
+    """Why a worker of this release must not begin on ``ledger``, in one sentence; "" if it may.
+
+    A worker that said something within the last day may have ended since, and clocks differ: it is watched until it
+    says something, or has said nothing for more than two of its intervals. Then its entry is removed.
+    """
+    if too_new := too_new_to_read(ledger.schema()):
+        return too_new
+    before = {name: said for name, said in ledger.workers().items() if schema_of(said) < SCHEMA}
+    if running := _first_to_speak(ledger, before, sleep):
+        return (
+            f"Worker {running} of version {release_of(before[running])} still runs on this ledger and cannot read what"
+            f" version {__version__} writes; stop all workers of that version, then start this one (docs/upgrade.md)."
+        )
+    ledger.forget_workers(before)
+    return ""
+
+
+def _first_to_speak(ledger: Ledger, before: Mapping[str, Mapping[str, Any]], sleep: Callable[[float], None]) -> str:
+    """The first of the workers that says something anew; "" if none does."""
+    if not before:
+        return ""
+    wait_s = 2 * max(float(said["every_s"]) for said in before.values()) + _MARGIN_S
+    log.warning("Waiting up to %.0f s to see whether these older workers still run: %s", wait_s, ", ".join(before))
+    until = time.monotonic() + wait_s
+    while time.monotonic() < until:
+        sleep(_LOOK_AGAIN_S)
+        now = ledger.workers()
+        for name, said in before.items():
+            if name in now and now[name]["at"] != said["at"] and schema_of(now[name]) < SCHEMA:
+                return name
+    return ""
+
+
+def too_new_to_read(schema: int) -> str:
+    """Why a ledger of ``schema`` cannot be read; "" if it can."""
+    if schema <= SCHEMA:
+        return ""
+    return (
+        f"The ledger has schema {schema}, and version {__version__} reads up to {SCHEMA}; install the release that the"
+        " ledger's workers are of (docs/upgrade.md)."
+    )
