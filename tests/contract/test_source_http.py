@@ -200,6 +200,9 @@ def test_an_address_of_ip_version_6_is_fetched_from() -> None:
         ("/é.dcm?x=é", "/%C3%A9.dcm?x=%C3%A9"),
         ("/a%20b%2Fc.dcm?sig=a%2Bb%3D", "/a%20b%2Fc.dcm?sig=a%2Bb%3D"),
         ("/a//b/../c.dcm", "/a//b/../c.dcm"),
+        ("/a%2fb%7Ec%c3%A9?sig=a%2bb%3d&x=%7e", "/a%2fb%7Ec%c3%A9?sig=a%2bb%3d&x=%7e"),
+        ("/100%/a%zz.dcm", "/100%/a%zz.dcm"),
+        ('/a|"b".dcm', "/a%7C%22b%22.dcm"),
         ("//c.dcm", "//c.dcm"),
         ("", "/"),
         ("?a=b", "/?a=b"),
@@ -227,6 +230,65 @@ def test_a_redirect_in_raw_utf_8_is_followed(talker: Callable[..., Talker]) -> N
 
     sources().fetch(talker(script).url()).close()
     assert requests[1].startswith(b"GET /%C3%A9.dcm ")
+
+
+def test_the_location_of_a_redirect_is_asked_for_as_it_was_written(talker: Callable[..., Talker]) -> None:
+    requests: list[bytes] = []
+
+    def script(connection: socket.socket) -> None:
+        requests.append(read_request(connection))
+        first = b"HTTP/1.1 302 Found\r\nLocation: /a%2fb?sig=%2b%3D\r\nConnection: close\r\n\r\n"
+        last = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        connection.sendall(first if len(requests) == 1 else last)
+
+    sources().fetch(talker(script).url()).close()
+    assert requests[1].startswith(b"GET /a%2fb?sig=%2b%3D ")
+
+
+@pytest.mark.parametrize("interim", [b"103 Early Hints\r\nLink: </a>", b"102 Processing", b"100 Continue\r\nX-A: b"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_interim_answers_are_passed_over(talker: Callable[..., Talker], interim: bytes, times: int) -> None:
+    before = (b"HTTP/1.1 " + interim + b"\r\n\r\n") * times
+    server = talker(say(before + b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"))
+    with sources().fetch(server.url()) as fetched:
+        assert fetched.stream.read() == b"abc"
+
+
+def test_interim_answers_without_end_are_ended_by_the_total_time(talker: Callable[..., Talker]) -> None:
+    def script(connection: socket.socket) -> None:
+        read_request(connection)
+        while True:
+            connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+
+    refused(talker(script).url(), SourceUnreachable, total_timeout_s=0.5)
+
+
+@pytest.mark.parametrize(
+    ("content_range", "is_whole"),
+    [
+        (b"bytes 0-2/3", True),
+        (b"bytes 0-2/4", False),
+        (b"bytes 1-2/3", False),
+        (b"bytes 0-2/*", False),
+        (b"items 0-2/3", False),
+        (b"", False),
+    ],
+)
+def test_a_part_is_an_image_where_it_is_the_whole(
+    talker: Callable[..., Talker], content_range: bytes, is_whole: bool
+) -> None:
+    head = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 3\r\nContent-Range: " + content_range
+    server = talker(say(head + b"\r\n\r\nabc"))
+    if is_whole:
+        with sources().fetch(server.url()) as fetched:
+            assert fetched.stream.read() == b"abc"
+    else:
+        refused(server.url(), SourceTruncated)
+
+
+def test_a_whole_part_that_is_shorter_than_its_range_is_truncated(talker: Callable[..., Talker]) -> None:
+    head = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-9/10\r\nConnection: close\r\n\r\n"
+    refused(talker(say_and_hang_up(head + b"abc")).url(), SourceTruncated)
 
 
 def test_a_body_stored_as_gzip_is_unpacked(image_server: ImageServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gzip
 import hashlib
 import os
@@ -24,7 +25,7 @@ from worker.errors import (
 )
 from worker.settings import SettingsError, SourceSettings
 from worker.sources import Sources
-from worker.sources.encoding import decoded
+from worker.sources.encoding import decoded, is_plain
 from worker.sources.folder import path_of
 from worker.sources.http import judge_status
 from worker.sources.s3 import bucket_and_key
@@ -141,7 +142,42 @@ def test_a_gzip_bomb_stops_at_the_size_limit_without_filling_memory() -> None:
     assert peak_bytes < 3 * MEMORY_BYTES
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b"abc" * 100, mtime=0)[:-4], b"not gzip at all", b""])
+@pytest.mark.parametrize(
+    "encoding", ["gzip", "x-gzip", "aws-chunked,gzip", "gzip, aws-chunked", "identity, GZIP", "gzip,"]
+)
+@pytest.mark.parametrize("padding", [b"", bytes(16), bytes(700_000)])
+def test_gzip_is_found_among_words_that_are_no_compression_and_zeros_may_follow(encoding: str, padding: bytes) -> None:
+    data = gzip.compress(b"image" * 1000) + padding
+    assert b"".join(decoded([data[:1], data[1:30], data[30:]], encoding, source="x")) == b"image" * 1000
+    assert not is_plain(encoding)
+
+
+@pytest.mark.parametrize(
+    "encoding", ["", "identity", "aws-chunked,", "aws-chunked, aws-chunked", "UTF-8", "binary", "none", "base64"]
+)
+def test_a_word_that_is_no_compression_leaves_the_bytes_as_they_are(encoding: str) -> None:
+    assert b"".join(decoded([b"ab", b"c"], encoding, source="x")) == b"abc"
+    assert is_plain(encoding)
+
+
+@pytest.mark.parametrize("data", [bytes(128) + b"DICM", b"\x1e\x8b", b"\x1f\x8a and more", b"<html>"])
+def test_what_is_called_gzip_and_is_none_is_taken_as_it_is(data: bytes) -> None:
+    assert b"".join(decoded([data[:1], data[1:]], "gzip", source="x")) == data
+
+
+def test_compressed_content_that_grows_beyond_all_images_is_cut_off_though_the_size_limit_would_let_it_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.sources.encoding.GROWTH_COUNTS_FROM_BYTES", 1_048_576)
+    bomb = gzip.compress(bytes(2 * 1_048_576))
+    content = decoded([bomb], "gzip", source="x")
+    with pytest.raises(SourceTooLarge, match="200 times"):
+        collections.deque(content, maxlen=0)
+
+
+@pytest.mark.parametrize(
+    "data", [gzip.compress(b"abc" * 100, mtime=0)[:-4], gzip.compress(b"abc") + b"rest", b"\x1f", b""]
+)
 def test_damaged_gzip_is_truncated(data: bytes) -> None:
     with pytest.raises(SourceTruncated):
         list(decoded([data], "gzip", source="x"))

@@ -15,6 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -52,8 +53,12 @@ Resolve = Callable[[str, int], list[tuple[Any, ...]]]
 Dial = Callable[[str, int, float | None], socket.socket]
 
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pacs-courier"}
+#: A 101 would change the protocol and is none of them.
+_INTERIM = frozenset((HTTPStatus.PROCESSING, HTTPStatus.EARLY_HINTS))
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _IS_LENGTH = re.compile(r"[0-9]{1,18}").fullmatch
+#: Of a range that begins with the first byte, its last one and how many there are.
+_IS_RANGE = re.compile(r"bytes 0-([0-9]{1,18})/([0-9]{1,18})").fullmatch
 _NO = (SourceDenied, "refused the request; correct the URL or ask for a new one")
 _LATER = (SourceUnreachable, "cannot be had at present; it is tried again")
 _MEANINGS: dict[int, tuple[type[CourierError], str]] = {
@@ -68,7 +73,8 @@ _MEANINGS: dict[int, tuple[type[CourierError], str]] = {
 logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
 logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
 
-#: Until when the calling thread's fetch may take, and what answers it; http.client offers no other way in.
+#: Until when the calling thread's fetch may take, what answers it, and its path and query as they were given: urllib3
+#: would write percent-encodings anew, which a signature may cover. http.client offers no other way in.
 _fetch = threading.local()
 
 
@@ -105,7 +111,7 @@ class HttpSource:
         """The answer's head; its body is still on the wire."""
         limits.check_time(source)
         _fetch.deadline_s, _fetch.idle_timeout_s = limits.deadline_s, self._settings.idle_timeout_s
-        _fetch.answer = None
+        _fetch.answer, _fetch.request = None, target.request
         pool = self._pools.connection_from_host(target.host, target.port, target.scheme)
         try:
             return pool.urlopen(
@@ -173,11 +179,12 @@ def _tls(ca_file: Path | None) -> ssl.SSLContext:
 
 
 def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str) -> Fetched:
+    range_bytes = _bytes_of_whole(response)
     refusal = judge_status(response.status, response.headers.get("Retry-After"), source)
-    if refusal:
+    if refusal and range_bytes is None:
         raise refusal
     encoding = response.headers.get("Content-Encoding", "")
-    announced_bytes = _announced_bytes(response, source)
+    announced_bytes = _announced_bytes(response, source) or range_bytes
     limits.check_size(announced_bytes or 0, source)
     return spool(
         decoded(_chunks(response, limits, source), encoding, source=source),
@@ -185,6 +192,15 @@ def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str) ->
         limits=limits,
         announced_bytes=announced_bytes if is_plain(encoding) else None,
     )
+
+
+def _bytes_of_whole(response: urllib3.BaseHTTPResponse) -> int | None:
+    """How many bytes a 206 announces that holds all there are of the image (Content-Range, RFC 9110, 14.4)."""
+    found = _IS_RANGE(response.headers.get("Content-Range", ""))
+    if response.status != HTTPStatus.PARTIAL_CONTENT or found is None:
+        return None
+    last, size_bytes = int(found[1]), int(found[2])
+    return size_bytes if last + 1 == size_bytes else None
 
 
 def judge_status(status: int, retry_after: str | None, source: str) -> CourierError | None:
@@ -261,6 +277,14 @@ class _TimedResponse(http.client.HTTPResponse):
         _fetch.answer = self
         timed(self, sock, deadline_s=_fetch.deadline_s, idle_timeout_s=_fetch.idle_timeout_s)
 
+    def _read_status(self) -> tuple[str, int, str]:
+        """The final status: http.client skips a 100, and takes other interim answers (RFC 9110, 15.2) for final."""
+        version, status, reason = super()._read_status()  # type: ignore[misc]
+        while status in _INTERIM:
+            http.client.parse_headers(self.fp)
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+        return version, status, reason
+
 
 def _dialled(connection: HTTPConnection, dial: Dial) -> socket.socket:
     """A new connection's socket; its failure is told as urllib3 tells it, which takes a bare reset for an answer's."""
@@ -280,6 +304,9 @@ class _Connection(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         return _dialled(self, self._dial)
 
+    def putrequest(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        super().putrequest(method, _fetch.request, *args, **kwargs)
+
 
 class _TlsConnection(HTTPSConnection):
     """As above; the name that TLS sends and verifies stays the URL's host."""
@@ -292,6 +319,9 @@ class _TlsConnection(HTTPSConnection):
 
     def _new_conn(self) -> socket.socket:
         return _dialled(self, self._dial)
+
+    def putrequest(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        super().putrequest(method, _fetch.request, *args, **kwargs)
 
 
 class _Pool(HTTPConnectionPool):

@@ -12,7 +12,7 @@ import ipaddress
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import idna
 
@@ -25,6 +25,8 @@ _MAX_URL = 8192  # as in a job; a redirect's has no other bound than that of a h
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _IS_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?").fullmatch
 _IS_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*").fullmatch
+#: What may stand in a path or a query (RFC 3986, 3.3 and 3.4), percent-encodings as their writer wrote them.
+_AS_GIVEN = "%/?:@!$&'()*+,;=-._~"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NOT_IN_AUTHORITY = re.compile(r"[\s\\%@]")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
@@ -189,7 +191,7 @@ def _take_apart(url: str) -> Target:
         raise SourceNotAllowed("The URL names port 0; correct the URL.")
     query = f"?{parts.query}" if parts.query else ""
     path = parts.path if parts.path.startswith("/") else f"/{parts.path}"
-    return Target(scheme, host, port, path + query)
+    return Target(scheme, host, port, quote(path + query, safe=_AS_GIVEN, errors="surrogatepass"))
 
 
 def _ipv6(text: str) -> str:
