@@ -6,13 +6,17 @@ Nothing here opens a socket; pixels are never looked at. How elements follow eac
 from __future__ import annotations
 
 import re
+import struct
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from pydicom import dcmread
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import keyword_for_tag
+from pydicom.errors import InvalidDicomError
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPIPHTJ2KReferencedDeflate, MediaStorageDirectoryStorage
 
 from worker.errors import InvalidUid, MissingUid, NotDicom
@@ -40,6 +44,18 @@ _NAMES = {
 _JPIP_REFERENCED_DEFLATE = "1.2.840.10008.1.2.4.95"
 _DEFLATED = frozenset((DeflatedExplicitVRLittleEndian, _JPIP_REFERENCED_DEFLATE, JPIPHTJ2KReferencedDeflate))
 _IS_UID = re.compile(r"[0-9]+(\.[0-9]+)*").fullmatch
+#: What pydicom's reader raises for files that it cannot read; an OSError without a number is its own.
+_ERRORS_OF_PYDICOM = (
+    AttributeError,
+    EOFError,
+    InvalidDicomError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 #: The preamble and the mark behind it, and so much of the rest as it takes to say what a file is that is not DICOM.
 _HEAD_BYTES = 256
 #: Each piece of a deflated dataset costs or gives this many bytes at most.
@@ -48,6 +64,8 @@ _DEFLATED_BYTES = 65_536
 _MAX_INFLATED_BYTES = 1_073_741_824
 #: And so many of its elements, and more for each byte that is inflated: a few of these may become millions.
 _INFLATED_STEPS, _STEPS_PER_BYTE = 200_000, 4
+#: The element numbers in group 0008 that a dataset begins with: group length, length to end, character set, image type.
+_BEGIN_DATASET = (b"\x00\x00", b"\x01\x00", b"\x05\x00", b"\x08\x00", b"\x16\x00", b"\x18\x00")
 _NOT_DICOM_BUT = (
     (b"<!doctype html", "an HTML page, perhaps a login or error page"),
     (b"<html", "an HTML page, perhaps a login or error page"),
@@ -94,6 +112,8 @@ def identify(stream: BinaryIO) -> Instance:
     file = _File()
     try:
         read_through(file.walk, stream)
+        if not (file.is_understood or file.has_all):
+            file.take_over(_found_by_pydicom(stream))
         return file.identified()
     except CutShort as cut:
         raise _cut_short(cut) from None
@@ -134,6 +154,19 @@ class Reading:
         if is_named:
             self.instance = self._file.identified()
         return self._file.is_understood
+
+
+def _found_by_pydicom(stream: BinaryIO) -> dict[int, list[bytes]]:
+    """The UIDs that pydicom's reader finds before the pixels, none where it gives up too."""
+    stream.seek(0)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dataset = dcmread(stream, stop_before_pixels=True, specific_tags=list(_DATASET_UIDS), force=True)
+            return {tag: [str(dataset[tag].value).encode()] for tag in _DATASET_UIDS if tag in dataset}
+    except _ERRORS_OF_PYDICOM as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        return {}
 
 
 def _cut_short(cut: CutShort) -> NotDicom:
@@ -184,12 +217,22 @@ class _File:
         inner.end()
         self.is_understood = inner.is_understood
 
+    def take_over(self, dataset: dict[int, list[bytes]]) -> None:
+        """What another reader has found of what is missing."""
+        self._dataset = {**dataset, **self._dataset}
+
     @property
     def has_all(self) -> bool:
         return all(self._dataset.get(tag) for tag in _DATASET_UIDS)
 
     def identified(self) -> Instance:
         """What the walk has found so far, or what is wrong with it."""
+        if not (self.is_understood or self.has_all):
+            missing = " and no ".join(_NAMES[tag] for tag in _DATASET_UIDS if not self._dataset.get(tag))
+            raise NotDicom(
+                f"The elements of the file cannot be followed to their end, and up to there stands no {missing}. "
+                "Have it exported again by its system."
+            )
         found = _checked(self._dataset, _DATASET_UIDS)
         return Instance(
             study_instance_uid=found[_STUDY_INSTANCE_UID],
@@ -275,6 +318,11 @@ def _start_of_meta(head: bytes) -> int:
     kind = next((kind for magic, kind in _NOT_DICOM_BUT if lowered.startswith(magic)), None)
     if kind:
         raise NotDicom(f"The file is not DICOM; it looks like {kind}.")
+    if head[:2] == b"\x08\x00" and head[2:4] in _BEGIN_DATASET:
+        raise NotDicom(
+            "The file is a DICOM dataset without file meta information (PS3.10, 7.1), which alone says how it is "
+            "encoded. Write it as a DICOM file first, for example with dcmconv."
+        )
     raise NotDicom("The file is not DICOM: it has neither the DICM mark at byte 128 nor file meta information.")
 
 

@@ -43,6 +43,8 @@ _HEADER_BYTES = 12
 _WINDOW_BYTES = 4_096
 #: What stands for the length of an element where there is none is larger than this, as a rule.
 _CREDIBLE_BYTES = 64 * 1_048_576
+#: So far it is looked behind a value for the next element where the value's length can be read in two ways.
+_LOOKED_AHEAD_BYTES = 1_048_576
 _NOTHING: frozenset[int] = frozenset()
 
 #: Longer values of wanted elements are noted up to here.
@@ -399,6 +401,8 @@ class Walk:
             if there < _HEADER_BYTES:
                 raise CutShort("it ends within the header of an element")
             length, value = _LONG_LENGTH[coding.little_endian].unpack(self._window.read(value, 4))[0], value + 4
+        elif (yield from self._has_odd_long_length(at, vr, length, coding, tag)):
+            length, value = _LONG_LENGTH[coding.little_endian].unpack(self._window.read(value, 4))[0], value + 4
         elif not self._has_short_length(vr, coding):
             is_odd = coding.explicit or vr in _SHORT_VRS
             if not (is_odd and (yield from self._leads_on(at, 8 + length, coding, tag))):
@@ -424,6 +428,13 @@ class Walk:
     def _has_short_length(self, vr: bytes, coding: _Coding) -> bool:
         """Whether the length is in 16 bits. Among implicit elements, a VR such as UI would be an odd length too."""
         return vr in _SHORT_VRS and (coding.explicit or vr[0] % 2 == 1)
+
+    def _has_odd_long_length(self, at: int, vr: bytes, reserved: int, coding: _Coding, tag: int) -> Steps[bool]:
+        """Whether a VR that is no pair of letters (blanks, NULs) has a length of 32 bits behind two zero bytes."""
+        if not coding.explicit or vr.isalpha() or reserved or len(self._window.read(at, _HEADER_BYTES)) < _HEADER_BYTES:
+            return False
+        length = _LONG_LENGTH[coding.little_endian].unpack(self._window.read(at + 8, 4))[0]
+        return length <= _LOOKED_AHEAD_BYTES and (yield from self._leads_on(at, _HEADER_BYTES + length, coding, tag))
 
     def _leads_on(self, at: int, distance: int, coding: _Coding, tag: int) -> Steps[bool]:
         """Whether an explicit element, or the end, is ``distance`` behind ``at``: for what can be read in two ways.

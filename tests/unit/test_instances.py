@@ -10,6 +10,7 @@ import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pydicom
 import pytest
@@ -110,6 +111,57 @@ def test_identify_says_of_a_sample_what_pydicom_says_and_refuses_what_pydicom_ca
 
 def test_most_samples_have_an_identity_by_pydicom() -> None:
     assert sum(identity_by_pydicom(name) is not None for name in SAMPLES) >= 50
+
+
+def in_explicit(*more: bytes) -> bytes:
+    """A file with the SOP UIDs, then ``more``, then the UIDs of study and series."""
+    image, study = with_raw(0x00080018, b"1.2.3\0"), struct.pack("<HH", 0x20, 0xD)
+    at = image.index(study)
+    return image[:at] + b"".join(more) + image[at:]
+
+
+LEADS_NOWHERE = struct.pack("<HH2sHL", 9, 0x1001, b"  ", 7, 99)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        in_explicit(LEADS_NOWHERE),
+        in_explicit(b"\xff" * 40),
+        in_explicit(bytes(128) + b"DICM"),
+        in_explicit(struct.pack("<HH2sH", 9, 0x1001, b"??", 3), b"abcdefg"),
+    ],
+)
+def test_what_cannot_be_followed_up_to_its_uids_is_not_said_to_have_none(data: bytes) -> None:
+    with pytest.raises(NotDicom, match="cannot be followed to their end") as caught:
+        identified(data)
+    assert "has no" not in caught.value.message
+    assert "cut short" not in caught.value.message
+
+
+def test_pydicom_s_reader_is_asked_where_ours_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = sample("CT_small.dcm")
+    expected, files = identified(content), []
+
+    def read(*args: Any, **options: Any) -> Dataset:
+        files.append(args[0])
+        return pydicom.dcmread(*args, **options)
+
+    monkeypatch.setattr("worker.instances.dcmread", read)
+    monkeypatch.setattr("worker.structure.Walk.__init__.__kwdefaults__", {"max_steps": 15})
+    assert identified(content) == expected
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("keep", [0, 128])
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+def test_a_dataset_without_file_meta_information_is_called_so(keep: int, syntax: UID) -> None:
+    stream = io.BytesIO()
+    ds = synthetic(syntax, SpecificCharacterSet="ISO_IR 100")
+    del ds.file_meta
+    ds.save_as(stream, implicit_vr=syntax == ImplicitVRLittleEndian, little_endian=True)
+    with pytest.raises((NotDicom, MissingUid), match=r"without file meta information|Transfer Syntax UID"):
+        identified((bytes(128) + b"DICM" if keep else b"") + stream.getvalue())
 
 
 @pytest.mark.parametrize(

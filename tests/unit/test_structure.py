@@ -176,6 +176,14 @@ WHOLE = {
         )
         for vr in (b"??", b"  ", b"\0\0", b"--", b"ZZ", b"\0?")
     },
+    **{
+        f"private VR {vr!r} with a length of 32 bits": file(
+            dataset((0x00091001, struct.pack("<HH", 9, 0x1001) + vr + b"\0\0" + struct.pack("<L", size) + bytes(size)))
+        )
+        for vr in (b"??", b"  ", b"\0\0", b"--")
+        for size in (4, 70_000)
+    },
+    "file meta information twice": file(element(0x00020010, b"UI", uid(EXPLICIT)) + dataset()),
     "a long sequence": file(
         dataset(
             (
