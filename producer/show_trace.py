@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from producer.show import console
 
@@ -36,7 +36,7 @@ def _now(payload: Mapping[str, Any]) -> Table:
     table = _table("server", "has it?")
     for entry in payload["servers"]:
         said = entry["error"]["message"] if entry["error"] else _ANSWERS[entry["status"]]
-        table.add_row(entry["server_name"], escape(said))
+        _row(table, entry["server_name"], said)
     return table
 
 
@@ -44,16 +44,14 @@ def _history(payload: Mapping[str, Any]) -> Table:
     table = _table("what", "where", "when (UTC)", "job", "since")
     claim, receipt = payload["claim"], payload["receipt"]
     if receipt:
-        table.add_row("stored", receipt["server_name"], receipt["stored_at"] or "", receipt["job_id"], _since(receipt))
+        _row(table, "stored", receipt["server_name"], receipt["stored_at"] or "", receipt["job_id"], _since(receipt))
     for push in payload["pushes"]:
         what = "images of its study uploaded" if push["kind"] == "upload" else f"{_count(push)} copied"
-        table.add_row(what, push["server_name"], push["at"] or "", push["job_id"], _since(push))
+        _row(table, what, push["server_name"], push["at"] or "", push["job_id"], _since(push))
     if claim:
-        table.add_row(
-            "study claimed for", claim["server_name"], claim["claimed_at"] or "", claim["claimed_by"] or "", ""
-        )
+        _row(table, "study claimed for", claim["server_name"], claim["claimed_at"] or "", claim["claimed_by"] or "", "")
     if payload["held_by"]:
-        table.add_row("held now", "", "", payload["held_by"], "")
+        _row(table, "held now", "", "", payload["held_by"], "")
     for job in payload["jobs"]:
         outcome = f"job {job['state']}, attempts: {job['attempts']}" + (
             f", {job['code']}" if job["code"] not in (None, "done") else ""
@@ -63,7 +61,7 @@ def _history(payload: Mapping[str, Any]) -> Table:
             for name, said in (("requested_by", "requested by"), ("reason", "reason"))
             if job.get(name)
         )
-        table.add_row(escape(outcome + why), "", job["created_at"] or "", job["job_id"], "")
+        _row(table, outcome + why, "", job["created_at"] or "", job["job_id"], "")
     return table
 
 
@@ -88,8 +86,13 @@ def _timeline(payload: Mapping[str, Any]) -> Table:
     table = _table("when (UTC)", "decision", "what", "job")
     for event in payload["timeline"]:
         style = _STYLES.get(event["event"], "" if event["details"].get("code") == "done" else "red")
-        table.add_row(event["at"], event["event"], escape(event["text"]), event["job_id"], style=style)
+        _row(table, event["at"], event["event"], event["text"], event["job_id"], style=style)
     return table
+
+
+def _row(table: Table, *cells: str, style: str = "") -> None:
+    """A row whose cells are shown as they are written: ids of jobs and reasons may hold what looks like markup."""
+    table.add_row(*map(Text, cells), style=style)
 
 
 def _table(*headings: str) -> Table:

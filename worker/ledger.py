@@ -1973,11 +1973,12 @@ def _study_pushes(pushes: Mapping[str, str]) -> list[StudyPush]:
     for field, moment in pushes.items():
         name, _, server = field.partition(":")
         if name in ("at", "copying"):
-            last = moment if name == "at" else pushes.get(f"copied:{server}", moment)
-            at_us, job_id, *images = last.split()
-            voided = _latest("deleted", [pushes.get(f"gone:{server}")], int(at_us))
             kind: Literal["upload", "copy"] = "upload" if name == "at" else "copy"
-            count = int(images[0]) if images else None
+            copied = pushes.get(f"copied:{server}") if kind == "copy" else None
+            last, _, images = copied.rpartition(" ") if copied else (moment, "", "")
+            at_us, _, job_id = last.partition(" ")  # a job's id may hold blanks
+            voided = _latest("deleted", [pushes.get(f"gone:{server}")], int(at_us))
+            count = int(images) if images else None
             found.append(StudyPush(kind, server, job_id, int(at_us) // 1000, count, voided))
     return sorted(found, key=lambda push: push.at_ms)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import random
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -32,7 +31,6 @@ def claimed(ledger: Ledger, fence: int) -> None:
 
 def moved(ledger: Ledger, fence: int) -> None:
     claimed(ledger, fence)
-    time.sleep(0.002)  # or the two are told as one
     ledger.move_claim(STUDY, server="b", job_id="j")
 
 
@@ -129,3 +127,27 @@ def test_a_note_of_another_version_that_says_less_does_not_end_the_trace(ledger:
     for event in (*ORDER, "of a later version"):
         ledger.client.rpush(f"{worker.ledger.PREFIX}trail:{UID}", f'1 {{"event":"{event}","job_id":"j"}}')
     assert [one["event"] for one in traced(ledger, UID)["timeline"]][:2] == ["claimed", "of a later version"]
+
+
+@pytest.mark.parametrize("job_id", ["order 7", "my order", "order 7 b", " ", "a\nb", "a:b|c", "ä" * 255, "[/b]"])
+def test_a_trace_names_jobs_as_they_are_called_whatever_their_ids_hold(job_id: str, ledger: Ledger) -> None:
+    job = ledger.claim(job_id, task=TASK, job=JOB)
+    ledger.hold_image(UID, job_id=job_id, fence=job.fence, into=(STUDY, f"{STUDY}.1"))
+    ledger.claim_study(STUDY, server="a", job_id=job_id)
+    ledger.stored(UID, STUDY, Receipt(job_id, "a", "00", 1), series_instance_uid=f"{STUDY}.1")
+    ledger.copying("b", STUDY, job_id=job_id)
+    ledger.copying("c", STUDY, job_id=job_id)
+    ledger.copied("c", STUDY, job_id=job_id, images=3)
+    ledger.void("a", STUDY, None, None, job_id=job_id)
+    for uid in (UID, STUDY):
+        told = traced(ledger, uid)
+        pushes = {(one["kind"], one["server_name"]): (one["job_id"], one["images"]) for one in told["pushes"]}
+        assert pushes == {("upload", "a"): (job_id, None), ("copy", "b"): (job_id, None), ("copy", "c"): (job_id, 3)}
+        assert {one["job_id"] for one in told["jobs"]} == {job_id}
+
+
+def test_two_decisions_of_one_job_in_the_same_millisecond_are_both_told(ledger: Ledger) -> None:
+    for server in "aab":
+        note = f'1 {{"event":"claimed","job_id":"j","server":"{server}"}}'
+        ledger.client.rpush(f"{worker.ledger.PREFIX}trail:{STUDY}", note)
+    assert [one["details"]["server"] for one in traced(ledger, STUDY)["timeline"]] == ["a", "b"]

@@ -326,7 +326,7 @@ def _job(job_id: str, record: Mapping[str, str], asked_for: Mapping[str, str]) -
 
 def _events(known: Mapping[str, Known]) -> list[TraceEvent]:
     """All notes in order of time; one that stands on several trails is told once."""
-    notes: dict[tuple[int, str, str], TraceEvent] = {}
+    notes: dict[tuple[int, str, str, str], TraceEvent] = {}
     for uid, one in known.items():
         for note in one.trail:
             event = TraceEvent(
@@ -337,7 +337,7 @@ def _events(known: Mapping[str, Known]) -> list[TraceEvent]:
                 text=told(note),
                 details=note.details,
             )
-            notes.setdefault((note.at_ms, note.job_id, note.event), event)
+            notes.setdefault((note.at_ms, note.job_id, note.event, event.text), event)
     return [notes[key] for key in sorted(notes, key=lambda key: (key[0], ORDER.get(key[2], 0)))]
 
 
