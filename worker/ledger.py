@@ -491,7 +491,7 @@ local function begin_anew(job, due, dead, deaths, id, delay_ms)
   redis.call('HINCRBY', job, 'replays', 1)
   redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
     'storing', 'sent', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms', 'refused', 'refusals', 'server',
-    'cause', 'since_ms')
+    'cause', 'since_ms', 'purged')
   redis.call('PERSIST', job)
   redis.call('ZREM', dead, id)
   redis.call('DEL', deaths)
@@ -521,8 +521,8 @@ _REUSE = (
     + _ANEW
     + """
 local job = KEYS[1]
-local was = redis.call('HMGET', job, 'state', 'code', 'wish')
-local passed = was[1] == 'dead'
+local was = redis.call('HMGET', job, 'state', 'code', 'wish', 'purged')
+local passed = was[1] == 'dead' or was[4]
 for i = 11, #ARGV do passed = passed or (was[1] == 'done' and was[2] == ARGV[i]) end
 if not passed or was[3] ~= ARGV[5] then return 0 end
 note_of_job(job, ARGV[3], ARGV[4], true)
@@ -544,7 +544,7 @@ _PURGE = (
 local job = KEYS[1]
 if redis.call('HGET', job, 'state') ~= 'dead' then return 0 end
 note_of_job(job, ARGV[2], ARGV[3], true)
-redis.call('HSET', job, 'state', 'done')
+redis.call('HSET', job, 'state', 'done', 'purged', 1)
 unfollow(job, ARGV[1], {})
 redis.call('HDEL', job, 'job', 'memo')
 redis.call('PEXPIRE', job, ARGV[3])
@@ -1272,8 +1272,8 @@ class Ledger:
         With ``due_in_s`` none is, and the sweeper sends the first one then.
 
         ``trace`` (W3C ``traceparent``) is kept for whoever wakes it. ``again``: a job under an idempotency key that is
-        a dead letter, or failed for a reason that can pass (`REUSABLE`), begins anew under its id. `InvalidRequest`, if
-        the id is known for another wish under the same idempotency key.
+        a dead letter, purged or not, or failed for a reason that can pass (`REUSABLE`), begins anew under its id.
+        `InvalidRequest`, if the id is known for another wish under the same idempotency key.
         """
         keys = [self.key("job", job_id), self.key("due")]
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)

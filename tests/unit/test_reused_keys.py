@@ -89,6 +89,18 @@ def test_a_job_that_killed_its_workers_is_tried_again_too(desk: Desk) -> None:
     assert desk.carry({"ok": 1}) == Done({"ok": 1})
 
 
+def test_a_dead_letter_that_was_purged_is_tried_again_when_its_key_is_used_again(desk: Desk) -> None:
+    desk.carry(PacsUnauthorized("Log in."))
+    assert desk.ledger.purge(ID)
+    assert not desk.submit(again=False)
+    with pytest.raises(InvalidRequest):
+        desk.submit(metadata=False)
+    assert desk.submit(signature="new")
+    assert desk.client.ttl(f"{PREFIX}job:{ID}") == -1, "it must not expire before it has ended"
+    assert isinstance(desk.carry(from_payload({"code": "not_dicom", "message": "No."})), Failed)
+    assert not desk.submit(), "it has ended otherwise since"
+
+
 @pytest.mark.parametrize(
     "code", ["not_dicom", "image_already_exists", "study_conflict", "cancelled", "source_too_large"]
 )
