@@ -112,11 +112,16 @@ return {over and free and 1 or 0, state(KEYS[1], KEYS[2])}
 """
 )
 
+# A probe that was given up is not renewed by a beat that had begun before.
 _RENEW = (
     _NOW
     + """
 if redis.call('HGET', KEYS[1], 'probe') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'probe_until_ms', string.format('%.0f', now + ARGV[2]))
+if tonumber(ARGV[2]) == 0 then
+  redis.call('HDEL', KEYS[1], 'probe', 'probe_until_ms')
+else
+  redis.call('HSET', KEYS[1], 'probe_until_ms', string.format('%.0f', now + ARGV[2]))
+end
 return 1
 """
 )

@@ -109,6 +109,18 @@ def test_a_probe_that_dies_makes_room_for_another(breakers: Breakers, client: fa
     assert not breakers.renew("a", "one", for_s=10)
 
 
+def test_a_beat_that_comes_late_does_not_renew_a_probe_that_was_given_up(
+    breakers: Breakers, client: fakeredis.FakeRedis
+) -> None:
+    open_it(breakers)
+    end_pause(client)
+    breakers.probe("a", "one", for_s=10)
+    breakers.renew("a", "one", for_s=0)
+    assert not breakers.renew("a", "one", for_s=10)
+    assert not breakers.read(["a"])["a"].probing
+    assert breakers.probe("a", "two", for_s=10)[0]
+
+
 @pytest.mark.parametrize(("asked_s", "most"), [(50, 50), (86_400, 100)])
 def test_slow_down_opens_it_at_once_for_as_long_as_asked_up_to_the_cap(
     breakers: Breakers, asked_s: float, most: float
