@@ -11,7 +11,6 @@ import fcntl
 import os
 import re
 import stat
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from worker.destinations.mark import CHUNK_BYTES, MANIFEST, Mark, refusal, something_else
+from worker.destinations.mark import CHUNK_BYTES, MANIFEST, UNREADABLE, Mark, refusal, something_else, unpacked
 from worker.errors import CourierError, SourceUnreachable
 from worker.settings import DownloadSettings
 from worker.urls import without_query_marks
@@ -201,9 +200,9 @@ class FolderFiles:
 
 def _mark_of_archive(file: BinaryIO, shown: str) -> Mark:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with unpacked(file) as archive:
             mark = Mark.of_manifest(archive.read(MANIFEST))
-    except (zipfile.BadZipFile, KeyError):
+    except UNREADABLE:
         mark = None
     if mark is None:
         raise something_else(shown)

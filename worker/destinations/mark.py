@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from worker.errors import InvalidRequest, SourceUnreachable
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1_048_576
+#: What reading an archive, its manifest and its entries raises where they are damaged.
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,20 @@ class Files(Protocol):
     def finish(self, manifest: bytes) -> None:
         """Add the manifest, which makes the download whole."""
         ...
+
+
+def unpacked(file: IO[bytes]) -> zipfile.ZipFile:
+    """The archive in ``file``; what it raises is `UNREADABLE`.
+
+    Our archives store their entries, or deflate them. A directory that says otherwise, or names a position before the
+    beginning, is damaged; reading such an entry would raise errors of other kinds.
+    """
+    archive = zipfile.ZipFile(file)
+    for info in archive.infolist():
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.header_offset < 0:
+            archive.close()
+            raise zipfile.BadZipFile("its directory is damaged")
+    return archive
 
 
 def refusal(sentence: str, reason: str, more: Mapping[str, Any] | None = None) -> InvalidRequest:

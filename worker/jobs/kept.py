@@ -9,14 +9,13 @@ import hashlib
 import json
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar, cast
 
 from worker.destinations import Archive, Destinations, Mark
-from worker.destinations.mark import CHUNK_BYTES, MANIFEST
+from worker.destinations.mark import CHUNK_BYTES, MANIFEST, UNREADABLE, unpacked
 from worker.errors import (
     InvalidRequest,
     InvalidUid,
@@ -44,8 +43,6 @@ from worker.settings import ServerSettings
 
 _NOT_DELETED = "nothing was deleted. Order the deletion of this study again"
 _NOT_STORED = "nothing was stored. Put an undamaged copy of it there, then undo the batch again"
-#: What reading an archive, its manifest and its entries raises where they are damaged.
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -229,20 +226,21 @@ def _opened(archive: Archive, pacs: Pacs, study_uid: str, kept: Kept, *, so: str
     if not _is_there(archive):
         raise _conflict(pacs, f"The backup {archive.shown} is not there any more; {so}.")
     with ExitStack() as files:
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - a full disk does not let it be closed as it should
-        files.callback(drop, file)
-        sha256 = _spool(archive.read(), file)
+        with _room():
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - a full disk does not let it be closed as it should
+            files.callback(drop, file)
+            sha256 = _spool(archive.read(), file)
         with ExitStack() as stack:
             try:
                 if kept.archive_sha256 not in (None, sha256):
                     raise _Damaged("its bytes are not those that were written")
-                opened = stack.enter_context(zipfile.ZipFile(file))
+                opened = stack.enter_context(unpacked(file))
                 manifest = json.loads(opened.read(MANIFEST))
                 copy = _Copy(pacs.server, opened, {str(entry["image_uid"]): entry for entry in manifest["instances"]})
                 if Mark.of(study_uid, copy.series_of) != kept.mark(study_uid):
                     raise _Damaged("it does not hold the images that were kept")
                 copy.check(study_uid)
-            except (_Damaged, *_UNREADABLE) as error:
+            except (_Damaged, *UNREADABLE) as error:
                 what = str(error) if isinstance(error, _Damaged) else f"it cannot be read ({type(error).__name__})"
                 raise _conflict(pacs, f"The backup {archive.shown} is damaged: {what}; {so}.") from error
             yield copy
@@ -261,15 +259,20 @@ def _is_there(archive: Archive) -> bool:
 def _spool(chunks: Iterable[bytes], file: IO[bytes]) -> str:
     """The SHA-256 of what has come."""
     digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        file.write(chunk)
+    file.flush()  # or a full disk would only be noticed while it is read
+    return digest.hexdigest()
+
+
+@contextmanager
+def _room() -> Iterator[None]:
     try:
-        for chunk in chunks:
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()  # or a full disk would only be noticed while it is read
+        yield
     except OSError as error:
         sentence = f"The worker has no room to read the kept archive ({error.strerror}); free its temporary folder."
         raise SourceUnreachable(sentence) from error
-    return digest.hexdigest()
 
 
 def _conflict(pacs: Pacs, sentence: str) -> StudyConflict:
