@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import tempfile
 import time
+import zipfile
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import fakeredis
@@ -17,10 +21,13 @@ import pytest
 
 from sandbox.synthetic import image, new_uid
 from tests.unit.test_upload import Desk, stored
+from worker.destinations import Destinations, Mark
 from worker.errors import NotDicom, SourceTooLarge, SourceUnreachable
 from worker.fingerprints import _inflated
 from worker.jobs.carry import Parked
-from worker.sources import Fetched
+from worker.jobs.kept import Kept, prove
+from worker.settings import DownloadSettings, ServerSettings, SourceSettings
+from worker.sources import Fetched, Sources
 from worker.sources.spool import Limits, spool
 
 
@@ -43,6 +50,10 @@ class FullDisk(io.BytesIO):
 
     def flush(self) -> None:
         self._perhaps("flush")
+
+    def fileno(self) -> int:
+        self._perhaps("fileno")
+        return super().fileno()
 
     def close(self) -> None:
         super().close()
@@ -93,6 +104,53 @@ def test_a_deflated_image_that_cannot_be_inflated_for_want_of_room_is_not_called
     deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     with pytest.raises(SourceUnreachable, match="no room"):
         _inflated(io.BytesIO(deflater.compress(b"abc") + deflater.flush()), 0)
+
+
+@pytest.fixture
+def no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary folder in which no file can be made."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "unmounted"))
+
+
+def sources(folder: Path) -> Sources:
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        archive.writestr("a.dcm", image(new_uid()))
+    return Sources(SourceSettings(folders=[folder]))
+
+
+@pytest.mark.usefixtures("no_folder")
+def test_an_archive_of_images_that_cannot_be_laid_down_is_no_fault_of_the_worker(tmp_path: Path) -> None:
+    files = sources(tmp_path)
+    with pytest.raises(SourceUnreachable, match="no room"):
+        files.fetch(f"zip+file://{tmp_path}/images.zip!/a.dcm")
+    with pytest.raises(SourceUnreachable, match="no room"):
+        list(files.pages(f"file://{tmp_path}/images.zip"))
+
+
+def test_an_archive_of_images_that_finds_no_room_is_fetched_again_by_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sources(tmp_path)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(tempfile, "SpooledTemporaryFile", full("fileno"))
+        with pytest.raises(SourceUnreachable, match="no room"):
+            files.fetch(f"zip+file://{tmp_path}/images.zip!/a.dcm")
+    with files.fetch(f"zip+file://{tmp_path}/images.zip!/a.dcm") as fetched:
+        assert fetched.size_bytes
+    files.close()
+
+
+@pytest.mark.usefixtures("no_folder")
+def test_a_backup_that_cannot_be_laid_down_is_unreachable_and_not_damaged(tmp_path: Path) -> None:
+    destinations = Destinations(DownloadSettings(folders=[tmp_path]))
+    place = destinations.archive(f"file://{tmp_path}/backup.zip")
+    mark = Mark.of("1.2", ["1.2.3"])
+    with zipfile.ZipFile(tmp_path / "backup.zip", "w") as archive:
+        archive.writestr("manifest.json", json.dumps({"study_uid": "1.2", "instances": [{"image_uid": "1.2.3"}]}))
+    pacs = cast(Any, SimpleNamespace(server=ServerSettings(name="a", type="dicomweb", url="http://a")))
+    kept = Kept(place.shown, mark.images, mark.images_sha256)
+    with pytest.raises(SourceUnreachable, match="no room"):
+        prove(pacs, "1.2", kept, cast(Any, SimpleNamespace(destinations=destinations)))
 
 
 def test_an_upload_whose_file_cannot_be_closed_is_tried_again_and_what_is_stored_is_never_said_to_have_failed() -> None:

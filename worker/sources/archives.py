@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote
 
 from worker.errors import NotDicom, SourceNotAllowed, SourceNotFound, SourceTooLarge
 from worker.logs import shown_url
+from worker.scratch import no_room
 from worker.sources.listing import Listed, listed, paged
 from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
 from worker.urls import ENTRY, ZIP, bare, entry_of
@@ -162,14 +163,14 @@ class _Archive:
                 self._zip = zipfile.ZipFile(cast(BinaryIO, _Bytes(fetched, self._shown)))
                 _check(self._zip.infolist(), fetched.size_bytes, self._shown)
         except BaseException:
-            fetched.close()
+            fetched.drop()
             raise
         names = Counter(info.filename for info in self._zip.infolist())
         self._twice = {name for name, count in names.items() if count > 1}
 
     def close(self) -> None:
         self._zip.close()
-        self._fetched.close()
+        self._fetched.drop()
 
     def entries(self) -> Iterator[Listed]:
         for info in self._zip.infolist():
@@ -254,8 +255,11 @@ class _Bytes(io.RawIOBase):
     """The archive's bytes with a position of its own; a read moves nobody else's."""
 
     def __init__(self, fetched: Fetched, shown: str) -> None:
-        self._descriptor = fetched.stream.fileno()  # on disk from here on, however small
-        fetched.stream.flush()
+        try:
+            self._descriptor = fetched.stream.fileno()  # on disk from here on, however small
+            fetched.stream.flush()
+        except OSError as error:
+            raise no_room(error) from error
         self._size_bytes = fetched.size_bytes
         self._shown = shown
         self._position = 0
