@@ -283,7 +283,7 @@ class QueueSettings(_Section):
     @classmethod
     def _without_sentinels(cls, url: str) -> str:
         """Broker, results and ledger would have to follow a fail-over together, and the ledger does not yet."""
-        if any(one.lower().startswith("sentinel:") for one in _NEXT_URL.split(url)):
+        if any("sentinel" in one.lower().partition(":")[0].split("+") for one in _NEXT_URL.split(url)):
             raise ValueError(
                 "Redis Sentinel is not supported: broker, results and ledger would have to follow a fail-over together;"
                 " name one Redis server (redis:// or rediss://) in all three URLs"

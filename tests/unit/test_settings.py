@@ -170,6 +170,9 @@ def test_a_ledger_is_in_a_redis_only(url: str) -> None:
         "sentinel://:PLANTED@a:26379;sentinel://:PLANTED@b:26379/0",
         "redis://:PLANTED@a/0;sentinel://b:26379",
         "Sentinel://:PLANTED@a:26379;b:26379",
+        "sentinel+rediss://:PLANTED@a:26379/0",
+        "redis+sentinel://:PLANTED@a:26379/mymaster/0",
+        "redis://a/0;redis+SENTINEL://:PLANTED/x@b:26379",
     ],
 )
 def test_sentinels_are_refused_in_one_sentence_as_long_as_the_ledger_cannot_follow_them(
