@@ -46,7 +46,7 @@ from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
 from worker.jobs.turns import Turns
 from worker.ledger import ClaimState, DueJob, Ledger
-from worker.lines import configure
+from worker.lines import configure, quiet
 from worker.logs import shown_job
 from worker.pacs.fleet import Fleet
 from worker.pacs.guard import Guard
@@ -191,6 +191,7 @@ def _tell_of_failure(
     tell(job_id, error, *args, store_result=store_result and not telling, **kwargs)
 
 
+quiet()
 app = PacsCelery("pacs", task_cls=PacsTask, include=["worker.tasks"])
 app.config_from_object("celeryconfig")
 app.conf.update(

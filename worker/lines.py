@@ -32,6 +32,7 @@ LEVELS: Final = {
     "s3transfer": logging.WARNING,
     "requests_oauth2client": logging.WARNING,
     "azure": logging.WARNING,
+    "flower": logging.INFO,  # at DEBUG its API quotes jobs
 }
 
 
@@ -97,9 +98,14 @@ def configure(level: int | str = logging.INFO, *, shape: Shape = "auto") -> None
     root.setLevel(max(number, logging.INFO))
     for name in OURS:
         logging.getLogger(name).setLevel(number)
+    quiet()
+    threading.excepthook = _say_that_a_thread_ended
+
+
+def quiet() -> None:
+    """Hold the libraries at their `LEVELS`, also in a program that sets up its log itself, as Flower does."""
     for name, least in LEVELS.items():
         logging.getLogger(name).setLevel(least)
-    threading.excepthook = _say_that_a_thread_ended
 
 
 def _say_that_a_thread_ended(ended: threading.ExceptHookArgs) -> None:

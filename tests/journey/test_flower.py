@@ -135,6 +135,14 @@ def test_its_broker_page_and_its_api_show_our_queues_while_no_worker_answers(sta
     assert "Unable to get queues" not in child.log
 
 
+def test_at_the_level_debug_its_log_quotes_no_job_that_is_sent_by_its_api(start):
+    url, child = start(FLOWER_DEBUG="true", FLOWER_UNAUTHENTICATED_API="true")
+    for way in ("async-apply", "send-task"):
+        job = {"kwargs": {"job": {"filters": {"PatientName": "Planted^Name"}}}}
+        assert requests.post(f"{url}/api/task/{way}/pacs.list_studies", json=job, timeout=20).status_code == 200
+    assert "Planted^Name" not in child.log
+
+
 def listening_on(port):
     """The addresses of this port that are listened on, as /proc/net/tcp writes them."""
     found = set()
