@@ -176,7 +176,7 @@ def test_compressed_content_that_grows_beyond_all_images_is_cut_off_though_the_s
 
 
 @pytest.mark.parametrize(
-    "data", [gzip.compress(b"abc" * 100, mtime=0)[:-4], gzip.compress(b"abc") + b"rest", b"\x1f", b""]
+    "data", [gzip.compress(b"abc" * 100, mtime=0)[:-4], gzip.compress(b"abc", mtime=0) + b"rest", b"\x1f", b""]
 )
 def test_damaged_gzip_is_truncated(data: bytes) -> None:
     with pytest.raises(SourceTruncated):
