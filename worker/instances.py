@@ -16,7 +16,7 @@ from typing import BinaryIO
 from pydicom import dcmread
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import keyword_for_tag
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPIPHTJ2KReferencedDeflate, MediaStorageDirectoryStorage
 
 from worker.errors import InvalidUid, MissingUid, NotDicom
@@ -46,12 +46,15 @@ _DEFLATED = frozenset((DeflatedExplicitVRLittleEndian, _JPIP_REFERENCED_DEFLATE,
 _IS_UID = re.compile(r"[0-9]+(\.[0-9]+)*").fullmatch
 #: What pydicom's reader raises for files that it cannot read; an OSError without a number is its own.
 _ERRORS_OF_PYDICOM = (
+    ArithmeticError,
     AttributeError,
+    BytesLengthException,
     EOFError,
     InvalidDicomError,
-    KeyError,
+    LookupError,
     NotImplementedError,
     OSError,
+    RecursionError,
     TypeError,
     ValueError,
     struct.error,
