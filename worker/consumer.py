@@ -440,7 +440,7 @@ class PacsQoS(redis_transport.QoS):
         """Note that a message was taken. It has left its queue, so one that Redis does not note is kept here."""
         try:
             super().append(message, delivery_tag)  # type: ignore[no-untyped-call]  # kombu is untyped
-        except (redis.RedisError, OSError) as error:
+        except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError, OSError) as error:
             log.warning(
                 "Redis did not note that a message was taken (%s); it is put back as soon as Redis takes it",
                 type(error).__name__,

@@ -202,7 +202,7 @@ def test_a_redis_that_refuses_to_write_for_a_while_ends_no_worker_and_costs_a_pl
         for _ in range(JOBS):
             picture = Picture.new()
             job = {"image_url": image_server.put(f"{picture.sop}.dcm", picture.body)}
-            wishes[courier.handle(plain.send_task("pacs.upload", kwargs={"job": job}).id)] = picture
+            wishes[courier.handle(plain.send_task("pacs.upload", kwargs={"job": job}, queue="pacs").id)] = picture
         assert some_ended(courier, wishes)
         client.execute_command(*refuse)
         time.sleep(5)
@@ -211,7 +211,7 @@ def test_a_redis_that_refuses_to_write_for_a_while_ends_no_worker_and_costs_a_pl
         assert poll(lambda: all(handle.status() == "done" for handle in wishes), timeout_s=WAIT_S, every_s=0.2)
         judge(wishes, courier, sandbox, timeout_s=WAIT_S)
         took_s = time.monotonic() - allowed_s
-        assert poll(lambda: client.hlen("unacked") == 0, timeout_s=WAIT_S), "a message is kept back for hours"
+        assert poll(lambda: client.hlen("pacs.unacked") == 0, timeout_s=WAIT_S), "a message is kept back for hours"
     assert worker.alive
     assert crew.faults() == []
     guarantee.row(

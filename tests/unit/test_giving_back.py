@@ -392,6 +392,19 @@ def test_a_message_that_redis_did_not_note_as_taken_is_put_back_before_another_i
     assert calls == [(payload, "", "celery"), "next", "next"]
 
 
+@pytest.mark.parametrize("error", [redis.DataError(), TypeError(), KeyError("exchange"), AttributeError()], ids=repr)
+def test_a_message_that_no_redis_could_note_is_not_kept(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(redis_transport.QoS, "append", refuse)
+    monkeypatch.setattr(PacsChannel, "adrift", [])
+    message = SimpleNamespace(_raw={}, delivery_info={"exchange": "", "routing_key": "pacs"})
+    with pytest.raises(type(error)):
+        PacsQoS.__new__(PacsQoS).append(message, ["tag"])
+    assert PacsChannel.adrift == []
+
+
 def test_messages_that_could_not_be_given_back_are_when_redis_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
     restored: list[str] = []
 
