@@ -352,10 +352,11 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
 
 
 def _shown(message: Any) -> str:
-    """Task and id as the message names them."""
-    name = named(message)
-    task = name.task if isinstance(name.task, str) and _NAME.fullmatch(name.task) else "-"
-    return f"task {task}, id {shown_id(name.job_id) if isinstance(name.job_id, str) and name.job_id else '-'}"
+    """Task and id as the headers name them; nothing of a body is quoted."""
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    task, job_id = headers.get("task"), headers.get("id")
+    task = task if isinstance(task, str) and _NAME.fullmatch(task) else "-"
+    return f"task {task}, id {shown_id(job_id) if isinstance(job_id, str) and job_id else '-'}"
 
 
 class Turns(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped

@@ -273,15 +273,6 @@ def test_an_id_of_another_program_is_told_although_no_log_would_show_it(worker: 
     assert worker.told.keys() == {"order/8"}
 
 
-def test_the_log_names_the_id_of_a_refused_message_of_celerys_first_protocol(
-    worker: Worker, caplog: pytest.LogCaptureFixture
-) -> None:
-    body = {"task": "pacs.upload", "id": "order/8", "args": [], "kwargs": {}, "retries": -1}
-    assert worker.receive(Message(headers={}, content=body)) == "thrown away"
-    assert "task pacs.upload, id " in caplog.text
-    assert "order/8" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("error", "advice"), [(MemoryError(), "raise the worker's limits"), (KeyError("bug"), "report the fault")]
 )
