@@ -449,7 +449,7 @@ class Courier:
                     task_id=due.job_id,
                     argsrepr="()",
                     kwargsrepr=shown_job(due.job),
-                    headers={"traceparent": due.trace} if due.trace else None,
+                    headers={**due.headers, **({"traceparent": due.trace} if due.trace else {})},
                 )
         except BrokerUnavailable:
             if self._ledger is None:

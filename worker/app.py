@@ -45,7 +45,7 @@ from worker.errors import CourierError, InvalidRequest
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
 from worker.jobs.turns import Turns
-from worker.ledger import ClaimState, DueJob, Ledger
+from worker.ledger import Attachment, ClaimState, DueJob, Ledger
 from worker.lines import configure, quiet
 from worker.logs import shown_job
 from worker.pacs.fleet import Fleet
@@ -76,6 +76,8 @@ NOT_BEGUN = "not begun"
 WAITS = "waits"
 #: What a pool of processes says in the place of a job's own error.
 OF_THE_POOL = (WorkerLostError, TimeLimitExceeded, Terminated, Reject, Ignore, Retry, SystemExit, KeyboardInterrupt)
+#: After these another worker does the job.
+GOES_ON = (WorkerLostError, Terminated)
 #: What Redis, kombu and the result backend raise when they cannot be reached.
 BROKER_ERRORS = (redis.RedisError, kombu.exceptions.OperationalError, BackendError)
 
@@ -183,11 +185,14 @@ def _tell_of_failure(
 ) -> None:
     """Nothing is told where only telling has failed: the outcome is in the ledger, and a sweep tells it.
 
-    Nor is it where a process of the pool was ended in the middle of a job that the ledger goes on with.
+    Nor is it where a process of the pool was ended in the middle of a job that the ledger goes on with. Nothing follows
+    on such a job either, yet.
     """
     if isinstance(error, TimeLimitExceeded) and _goes_on(job_id):
         return
     telling = isinstance(error, BackendError)
+    if telling or isinstance(error, GOES_ON):
+        kwargs["request"] = None
     tell(job_id, error, *args, store_result=store_result and not telling, **kwargs)
 
 
@@ -236,11 +241,11 @@ def _goes_on(job_id: str) -> bool:
         return True
 
 
-def _bury(job_id: str, task: str, job: Mapping[str, Any], error: CourierError) -> bool:
+def _bury(job_id: str, task: str, job: Mapping[str, Any], attached: Attachment, error: CourierError) -> bool:
     ledger = _ledger_beside()
     ledger.submit(job_id, task=task, job=job)
     ledger.rouse(job_id, by_sweeper=True)
-    claim = ledger.claim(job_id, task=task, job=job)
+    claim = ledger.claim(job_id, task=task, job=job, attached=attached)
     if claim.state is ClaimState.YOURS:
         outcome = {"error": error.payload}
         ledger.bury(job_id, claim.fence, outcome=outcome, code=error.code, task=task, job=job)
@@ -265,6 +270,13 @@ _pool_size = int(app.conf.worker_concurrency or 8)
 def batch_slots(pool_size: int) -> int:
     """How many of them may be chunks of batches: a quarter of the slots, one at least, is for single jobs alone."""
     return max(1, pool_size - max(1, pool_size // 4))
+
+
+@signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]  # celery is untyped
+def _take_from_no_other_queue(**_: Any) -> None:
+    """Celery would consume each queue that it has once sent a follow-up to, after the next lost connection."""
+    if app.amqp.queues._consume_from is None:
+        app.amqp.queues.select(list(app.amqp.queues))
 
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]  # celery is untyped
@@ -481,7 +493,7 @@ def _send(job: DueJob) -> None:
             task_id=job.job_id,
             argsrepr="()",
             kwargsrepr=shown_job(job.job),
-            headers={"traceparent": trace} if trace else None,
+            headers={**job.headers, **({"traceparent": trace} if trace else {})},
         )
 
 

@@ -27,9 +27,10 @@ from kombu.transport import TRANSPORT_ALIASES, virtual
 from kombu.transport import redis as redis_transport
 from redis.exceptions import DataError, OutOfMemoryError
 
-from worker import envelope, shortage, signing
+from worker import envelope, follow_ups, shortage, signing
 from worker.errors import CourierError, InvalidRequest
-from worker.ledger import words_of
+from worker.follow_ups import End
+from worker.ledger import NOTHING_ATTACHED, Attachment, PendingFollowUps, words_of
 from worker.logs import shown_id, where_it_broke
 from worker.payloads import MESSAGE_BYTES
 from worker.queues import QUEUES
@@ -74,7 +75,11 @@ def unfit(message: Any) -> str | None:
 
     Raises whatever decoding its body raises.
     """
-    return _unfit_to_read(message) or _unfit_to_run(message)
+    return (
+        _unfit_to_read(message)
+        or _unfit_to_run(message)
+        or envelope.wrong_property(message.properties, message.delivery_info)
+    )
 
 
 def _unfit_to_read(message: Any) -> str | None:
@@ -89,11 +94,7 @@ def _unfit_to_read(message: Any) -> str | None:
 
 
 def _unfit_to_run(message: Any) -> str | None:
-    body = message.payload
-    if "task" in message.headers:  # the second version of Celery's protocol
-        headers, arguments = message.headers, body if isinstance(body, list | tuple) else ()
-    else:
-        headers, arguments = _first_protocol(body, message.headers) if isinstance(body, dict) else ({}, ())
+    headers, arguments = _parts(message.payload, message.headers)
     if len(arguments) != 3 or not isinstance(headers.get("task"), str):
         return "it is no task"
     kinds = (list | tuple, dict, dict)
@@ -118,6 +119,13 @@ def _wrong_arguments(task: str, positional: Sequence[Any], by_name: Mapping[str,
     if len(positional) > 1 or "self" in by_name or (positional and "job" in by_name):
         return "its arguments are others than one object job"
     return None
+
+
+def _parts(body: object, headers: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Any]]:
+    """The headers and the arguments of a message; neither has been checked."""
+    if "task" in headers:  # the second version of Celery's protocol
+        return headers, body if isinstance(body, list | tuple) else ()
+    return _first_protocol(body, headers) if isinstance(body, dict) else ({}, ())
 
 
 #: What follow-ups are called in the body of the first version of Celery's protocol, which has no chains.
@@ -150,8 +158,11 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
     is_written_down: ClassVar[Callable[[str], bool]] = staticmethod(lambda _: False)
     #: Counts that the message of a job was given back; returns how often it was by now.
     count_return: ClassVar[Callable[[str], int]] = staticmethod(lambda _: 0)
-    #: Makes a dead letter of a job (its id, task and message) that cannot be done; False if it has ended already.
-    bury: ClassVar[Callable[[str, str, Mapping[str, Any], CourierError], bool]] = staticmethod(lambda *_: True)
+    #: Makes a dead letter of a job (its id, task, message, and what is attached) that cannot be done; False if it has
+    #: ended already.
+    bury: ClassVar[Callable[[str, str, Mapping[str, Any], Attachment, CourierError], bool]] = staticmethod(
+        lambda *_: True
+    )
     #: Celery's; how a request is handed to the pool.
     on_task_request: Any
     #: Notes that the outcome of a job is where its client looks for it.
@@ -262,11 +273,41 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
             goes_on = False
         size = len(message.body or b"")
         log.error("Threw a message away: %s (%s, %d bytes)", reason, _shown(message), size)
+        refusal = InvalidRequest(f"The worker threw the message away: {reason}.")
+        if name.can_be_told and not goes_on and not self._follow_up(message, name, refusal):
+            message.reject_log_error(log, self.connection_errors, requeue=True)
+            time.sleep(shortage.PAUSE_S)
+            return
         if not message.acknowledged:
             message.reject_log_error(log, self.connection_errors)
         signals.task_rejected.send(sender=self, message=message, exc=None)
         if name.can_be_told and not goes_on:
-            self._tell(str(name.job_id), InvalidRequest(f"The worker threw the message away: {reason}."))
+            self._tell(str(name.job_id), refusal)
+
+    def _follow_up(self, message: Any, name: Named, refusal: CourierError) -> bool:
+        """Send what follows on the failure of a job that the ledger does not know; False: do it again later."""
+        pending = PendingFollowUps(self._attached(message).follow_ups)
+        if not pending.follow_ups:
+            return True
+        try:
+            end = End(str(name.job_id), str(name.task), refusal)
+            return follow_ups.send(self.app, end, pending, lambda _: None) is not None
+        except (BackendError, OperationalError, redis.RedisError) as away:
+            log.warning("The follow-ups of a refused message cannot be sent now: %s", type(away).__name__)
+            return False
+
+    def _attached(self, message: Any) -> Attachment:
+        """What a message bears besides its job, as far as it can be used; nothing without the signature it needs."""
+        body = message._decoded_cache  # kombu's; None where it could not be read
+        if body is None or not isinstance(message.headers, dict):
+            return NOTHING_ATTACHED
+        try:
+            self._check_signature(message)
+        except (_Unsigned, LookupError, TypeError):
+            return NOTHING_ATTACHED
+        headers, arguments = _parts(body, message.headers)
+        embedded = envelope.sound_follow_ups(arguments[2]) if len(arguments) == 3 else {}
+        return follow_ups.attachment(embedded, envelope.sound_place(headers))
 
     def _tell(self, job_id: str, error: CourierError) -> None:
         try:
@@ -341,7 +382,8 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         try:
             arguments = message.payload[1] if "task" in message.headers else message.payload.get("kwargs", {})
             job = arguments.get("job")
-            died = type(self).bury(str(name.job_id), str(name.task), job if isinstance(job, Mapping) else {}, fault)
+            job = job if isinstance(job, Mapping) else {}
+            died = type(self).bury(str(name.job_id), str(name.task), job, self._attached(message), fault)
         except Exception as failed:  # noqa: BLE001 - what made it come back may keep it from being read
             log.error("A dead letter could not be written into the ledger: %s", type(failed).__name__)
             died = True

@@ -7,6 +7,7 @@ by the job itself (``payloads.py``). A test compares the names here with those t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -22,6 +23,10 @@ ID_LENGTH: Final = 255
 #: How deep a message may be nested, in levels of JSON; Celery copies follow-ups by recursion, and a pool of processes
 #: pickles all of it.
 DEPTH: Final = 100
+#: Follow-ups of one message take no more than this together, as JSON in ASCII, and its stamps no more than that: the
+#: ledger keeps both with the job.
+FOLLOW_UP_BYTES: Final = 128 * 1024
+STAMP_BYTES: Final = 16 * 1024
 #: Some limit has to be: numbers become times and scores in Redis.
 _MOST: Final = 2**53
 
@@ -73,7 +78,17 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", arbitrary_types_allowed=True)
 
 
-class Headers(_Strict):  # type: ignore[no-redef]  # pydantic's plugin has a parameter `kwargs` of its own
+class Place(_Strict):
+    """Where a job stands in a canvas."""
+
+    root_id: Text | None = None
+    parent_id: Text | None = None
+    group: Text | None = None
+    group_index: Count | None = None
+    ignore_result: bool | None = None
+
+
+class Headers(Place):  # type: ignore[no-redef]  # pydantic's plugin has a parameter `kwargs` of its own
     """What Celery reads of a message's headers; in its first protocol, of the body. Others may stand beside these."""
 
     task: Annotated[Text, Field(min_length=1)]
@@ -87,16 +102,11 @@ class Headers(_Strict):  # type: ignore[no-redef]  # pydantic's plugin has a par
     timelimit: Annotated[list[Seconds | None], Field(min_length=2, max_length=2)] | None = None
     time_limit: Seconds | None = None
     soft_time_limit: Seconds | None = None
-    root_id: Text | None = None
-    parent_id: Text | None = None
-    group: Text | None = None
-    group_index: Count | None = None
     taskset: Text | None = None
     groups: list[Text] | None = None
     argsrepr: str | None = None
     kwargsrepr: str | None = None
     origin: Text | None = None
-    ignore_result: bool | None = None
     replaced_task_nesting: Count | None = None
     stamped_headers: list[Text] | None = None
     stamps: dict[Text, Any] | None = None
@@ -294,15 +304,39 @@ def wrong_property(properties: object, delivery_info: object) -> str | None:
 
 def wrong_header(headers: Mapping[str, Any]) -> str | None:
     """What is wrong with ``headers``, as the end of a sentence that quotes no value; None if nothing is."""
+    if _size([headers.get("stamps"), headers.get("stamped_headers")]) > STAMP_BYTES:
+        return f"its stamps take more than {STAMP_BYTES} bytes"
     return _wrong(Headers, headers, "header") or _stray(_HEADERS, headers, "header")
 
 
 def wrong_follow_up(embed: Mapping[str, Any]) -> str | None:
     """What is wrong with the embed part of a body; None if nothing is."""
+    if _size(embed) > FOLLOW_UP_BYTES:
+        return f"its follow-ups (link, link_error, chain, chord) take more than {FOLLOW_UP_BYTES} bytes"
     of_the_headers = sorted((_HEADERS - _EMBED) & embed.keys())
     if of_the_headers:  # Celery would let them stand before those
         return f"its embed field {of_the_headers[0]} belongs into the headers"
     return _wrong(Embed, embed, "embed field") or _stray(_EMBED, embed, "embed field")
+
+
+def sound_follow_ups(embed: object) -> dict[str, Any]:
+    """Those follow-ups of a refused message that can be sent."""
+    return {} if _deeper(embed, DEPTH) else _sound(Embed, embed)
+
+
+def sound_place(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a refused message says that its job stands in a canvas."""
+    return _sound(Place, headers)
+
+
+def _sound(kind: type[_Kind], values: object) -> dict[str, Any]:
+    found = values if isinstance(values, Mapping) else {}
+    names = [name for name in kind.model_fields if found.get(name) is not None]
+    return {name: found[name] for name in names if _wrong(kind, {name: found[name]}, "") is None}
+
+
+def _size(value: object) -> int:
+    return len(json.dumps(value, default=str))
 
 
 def _wrong(kind: type[_Kind], value: object, what: str) -> str | None:

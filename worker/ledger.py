@@ -8,7 +8,10 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
 
     job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …; what it holds;
                           requested_by and reason, as they were given with it first; while it waits, code, message and
-                          server say why, since_ms since when, and cause tells whether that is still the same
+                          server say why, since_ms since when, and cause tells whether that is still the same; headers
+                          of its first message that go with each one that wakes it; follow_ups, until they are sent
+                          after its end, attached: which ones are known, telling_ms: until when a worker has time to
+                          send them, followed: how many it has sent
     due           zset    job ids by the time (ms) at which somebody has to look at them again: to begin, to go on, or,
                           once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
@@ -50,7 +53,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Literal, cast
 
@@ -92,6 +95,8 @@ CLOSED_MEANWHILE_S: Final = 0.5
 IN_HAND: Final = 200
 #: By task, the queue that its messages are sent to and how many wait there; without those of which nobody knows.
 Queues = Callable[[set[str]], Mapping[str, tuple[str, int]]]
+#: The follow-ups of a job, of all messages that came for it, take no more than this together, as JSON.
+FOLLOW_UP_BYTES: Final = 512 * 1024
 #: With these a job is refused, and yet may be done when it is sent again: the source has changed, or its URL has.
 REUSABLE: Final = frozenset({"source_not_found", "source_denied", "source_unauthorized"})
 #: Why a job waits that no attempt has put aside.
@@ -219,22 +224,45 @@ return 1
 # A worker that dies takes all its jobs along, and nobody knows which of them killed it. Those of one content died one
 # death: it is counted for the first of them, and again only for one that was taken since. And a job that may not have
 # another death is at work beside none that a worker has died on, or it might be buried for what that one does.
+# Follow-ups that the job does not have yet are added to those it has; once it has ended, they are sent all the same.
+# Whoever is given those of a job that has ended has as long as its lease to send them; nobody else is, meanwhile.
 _CLAIM = (
     _NOW
     + _WAITS
     + f"""
 local crash_suspect, crash_message = '{CRASH_SUSPECT}', '{SUSPECT_MESSAGE}'
+local function attach(job, ended)
+  if ARGV[15] ~= '' then redis.call('HSETNX', job, 'headers', ARGV[15]) end
+  if ARGV[13] == '' then return true end
+  local known = redis.call('HMGET', job, 'attached', 'follow_ups')
+  local digests, texts = known[1] or '', known[2] or ''
+  if string.find(digests, ARGV[13], 1, true) then return true end
+  if #digests + #texts + #ARGV[14] > {FOLLOW_UP_BYTES} then return false end
+  redis.call('HSET', job, 'attached', digests .. ARGV[13] .. ' ', 'follow_ups', texts .. ARGV[14] .. '\\n')
+  if ended then redis.call('HSETNX', job, 'telling_ms', 0) end
+  return true
+end
 """
     + """
 local job, due, deaths = KEYS[1], KEYS[2], KEYS[3]
 local state = redis.call('HGET', job, 'state')
 local wish = state and redis.call('HGET', job, 'wish')
 local tells = state == 'done' and ARGV[3] == '{}'
-if wish and wish ~= ARGV[9] and not tells then return {'other'} end
+if wish and wish ~= ARGV[9] and not tells then return {'other', redis.call('HGET', job, 'headers') or ''} end
+if not attach(job, state == 'done' or state == 'dead') then
+  return {'full', redis.call('HGET', job, 'headers') or ''}
+end
 redis.call('ZREM', KEYS[5], ARGV[1])
 redis.call('HDEL', job, 'sent', 'behind', 'empty_ms')
 if ARGV[#ARGV] ~= '' then redis.call('HINCRBY', KEYS[6], ARGV[#ARGV], 1) end
-if state == 'done' or state == 'dead' then return {state, redis.call('HGET', job, 'outcome')} end
+if state == 'done' or state == 'dead' then
+  local ended = redis.call('HMGET', job, 'outcome', 'telling_ms', 'follow_ups', 'followed')
+  if not ended[2] then return {state, ended[1]} end
+  if tonumber(ended[2]) > now then return {'held'} end
+  redis.call('HSET', job, 'telling_ms', now + ARGV[4])
+  redis.call('ZADD', due, now + ARGV[4], ARGV[1])
+  return {state, ended[1], redis.call('HINCRBY', job, 'fence', 1), ended[3] or '', ended[4] or 0}
+end
 if state == 'running' and tonumber(redis.call('HGET', job, 'lease_ms')) > now then return {'held'} end
 local score = redis.call('ZSCORE', due, ARGV[1])
 local cancelled = redis.call('HEXISTS', job, 'cancel') == 1
@@ -286,14 +314,15 @@ redis.call('ZADD', due, now + ARGV[4], ARGV[1])
 local since = redis.call('HGET', job, 'parked_ms')
 local waited = since and now - tonumber(since) or 0
 return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0, waited,
-  redis.call('HGET', job, 'wants') or ''}
+  redis.call('HGET', job, 'wants') or '', redis.call('HGET', job, 'follow_ups') or '',
+  redis.call('HGET', job, 'attached') or '', redis.call('HGET', job, 'headers') or ''}
 """
 )
 
 # An attempt has ended in a worker that lives, and Redis knows nothing of it: Redis was away, or has lost the record.
 # That is neither an attempt nor a death, also if the lease has run out meanwhile and another worker has counted one.
 # ARGV: id, fence, worker, task, job, attempt, memo, wish, trace, who requested it, why, 1 if its message is given back,
-# and how long it then has.
+# and how long it then has; its follow-ups, which ones those are, and its headers.
 _HAND_BACK = (
     _NOW
     + _WAITS
@@ -308,6 +337,9 @@ if not was[1] then
     'fence', ARGV[2], 'created_ms', now)
   for i, name in ipairs({'memo', 'wish', 'trace', 'requested_by', 'reason', 'sent'}) do
     if ARGV[6 + i] ~= '' then redis.call('HSET', job, name, ARGV[6 + i]) end
+  end
+  for i, name in ipairs({'follow_ups', 'attached', 'headers'}) do
+    if ARGV[13 + i] ~= '' then redis.call('HSET', job, name, ARGV[13 + i]) end
   end
   redis.call('ZADD', due, now + ARGV[13], ARGV[1])
   return 'restored'
@@ -341,9 +373,15 @@ return redis.call('HINCRBY', KEYS[1], 'refusals', 1)
 _HEARTBEAT = (
     _NOW
     + """
-if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
-if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
-redis.call('HSET', KEYS[1], 'lease_ms', now + ARGV[3])
+local fields = redis.call('HMGET', KEYS[1], 'fence', 'state', 'telling_ms')
+if fields[1] ~= ARGV[2] then return 0 end
+if fields[2] == 'running' then
+  redis.call('HSET', KEYS[1], 'lease_ms', now + ARGV[3])
+elseif fields[3] then
+  redis.call('HSET', KEYS[1], 'telling_ms', now + ARGV[3])
+else
+  return 0
+end
 redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
 return 1
 """
@@ -359,6 +397,27 @@ if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] then return {} end
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return {} end
 local waits = redis.call('HGET', KEYS[1], 'waits')
 return {now, since(KEYS[1], ARGV[2]), waits or 0, redis.call('HGET', KEYS[2], 'until_ms') or 0}
+"""
+)
+
+# A worker has sent some of the follow-ups of a job that has ended. ARGV: id, fence, how many by now, and how long the
+# list is that it was given, if it has sent all of that. What was added meanwhile is sent next. A dead letter keeps its
+# follow-ups, to be replayed with them.
+_FOLLOWED = (
+    _NOW
+    + """
+local fields = redis.call('HMGET', KEYS[1], 'fence', 'state', 'telling_ms', 'follow_ups')
+if fields[1] ~= ARGV[2] or not fields[3] then return 0 end
+redis.call('HSET', KEYS[1], 'followed', ARGV[3])
+if ARGV[4] == '' then return 1 end
+if #(fields[4] or '') > tonumber(ARGV[4]) then
+  redis.call('HSET', KEYS[1], 'telling_ms', 0)
+  redis.call('ZADD', KEYS[2], now, ARGV[1])
+else
+  redis.call('HDEL', KEYS[1], 'telling_ms')
+  if fields[2] == 'done' then redis.call('HDEL', KEYS[1], 'follow_ups', 'followed') end
+end
+return 1
 """
 )
 
@@ -451,7 +510,7 @@ _FINISH = (
     + """
 local job, due, dead, deaths = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local state = redis.call('HGET', job, 'state')
-if redis.call('HGET', job, 'fence') ~= ARGV[2] or state ~= 'running' then return 0 end
+if redis.call('HGET', job, 'fence') ~= ARGV[2] or state ~= 'running' then return {} end
 redis.call('HSET', job, 'state', ARGV[3], 'outcome', ARGV[4], 'code', ARGV[5], 'ended_ms', now)
 redis.call('HDEL', job, 'lease_ms', 'sends', 'waits', 'message', 'server', 'cause', 'since_ms')
 redis.call('ZADD', due, now + ARGV[8], ARGV[1])
@@ -474,13 +533,15 @@ else
   redis.call('HDEL', job, 'job', 'memo')
   redis.call('PEXPIRE', job, redis.call('HGET', job, 'keep_ms') or ARGV[6])
 end
-return 1
+local follow_ups = redis.call('HGET', job, 'follow_ups') or ''
+if follow_ups ~= '' then redis.call('HSET', job, 'telling_ms', now + ARGV[8]) end
+return {follow_ups}
 """
 )
 
 _TOLD = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if state ~= 'done' and state ~= 'dead' then return 0 end
+local fields = redis.call('HMGET', KEYS[1], 'state', 'telling_ms')
+if (fields[1] ~= 'done' and fields[1] ~= 'dead') or fields[2] then return 0 end
 return redis.call('ZREM', KEYS[2], ARGV[1])
 """
 
@@ -491,7 +552,7 @@ local function begin_anew(job, due, dead, deaths, id, delay_ms)
   redis.call('HINCRBY', job, 'replays', 1)
   redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
     'storing', 'sent', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms', 'refused', 'refusals', 'server',
-    'cause', 'since_ms', 'purged')
+    'cause', 'since_ms', 'purged', 'telling_ms', 'followed')
   redis.call('PERSIST', job)
   redis.call('ZREM', dead, id)
   redis.call('DEL', deaths)
@@ -547,6 +608,7 @@ note_of_job(job, ARGV[2], ARGV[3], true)
 redis.call('HSET', job, 'state', 'done', 'purged', 1)
 unfollow(job, ARGV[1], {})
 redis.call('HDEL', job, 'job', 'memo')
+if redis.call('HEXISTS', job, 'telling_ms') == 0 then redis.call('HDEL', job, 'follow_ups', 'followed') end
 redis.call('PEXPIRE', job, ARGV[3])
 redis.call('ZREM', KEYS[2], ARGV[1])
 return 1
@@ -562,7 +624,7 @@ local function send(due, unanswered, grace_ms, id, job, fields)
   if fields[3] == 'waiting' then redis.call('HSET', job, 'woken', 1) end
   redis.call('ZADD', due, now + grace_ms * 2 ^ (sends - 1), id)
   redis.call('ZADD', unanswered, now, id)
-  return {id, fields[1], fields[2] or '{}', fields[4] or ''}
+  return {id, fields[1], fields[2] or '{}', fields[4] or '', redis.call('HGET', job, 'headers') or ''}
 end
 """
 
@@ -649,7 +711,7 @@ end
 _ROUSE = (
     _NOW
     + """
-local fields = redis.call('HMGET', KEYS[1], 'state', 'task', 'job')
+local fields = redis.call('HMGET', KEYS[1], 'state', 'task', 'job', 'headers')
 if fields[1] ~= 'waiting' and fields[1] ~= 'running' then return {} end
 redis.call('HSET', KEYS[1], 'woken', 1)
 if fields[1] == 'running' then return {} end
@@ -658,7 +720,7 @@ if ARGV[2] == '1' then
 else
   redis.call('HSET', KEYS[1], 'sent', 1)
 end
-return {fields[2], fields[3] or '{}'}
+return {fields[2], fields[3] or '{}', fields[4] or ''}
 """
 )
 
@@ -985,6 +1047,42 @@ class ClaimState(Enum):
     HELD = "held"  # a live lease: the holder will finish, or the sweeper will notice
     EARLY = "early"  # parked: it will be woken when it is due
     OTHER = "other"  # its id is that of another job
+    FULL = "full"  # its follow-ups are too many, together with those that came before
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What a message bears besides its job. ``follow_ups`` (JSON) are sent when the job has ended, the same ones (by
+    ``digest``) once; ``headers`` (JSON) belong to each message that wakes it.
+    """
+
+    follow_ups: str = ""
+    digest: str = ""
+    headers: str = ""
+
+
+@dataclass(frozen=True)
+class Attachments:
+    """What the ledger has of what the messages of a job bore: as `Attachment`, of all of them."""
+
+    follow_ups: str = ""
+    digests: str = ""
+    headers: str = ""
+
+
+NOTHING_ATTACHED: Final = Attachment()
+NO_ATTACHMENTS: Final = Attachments()
+
+
+@dataclass(frozen=True)
+class PendingFollowUps:
+    """Follow-ups of an ended job (JSON, one message's per line) that the holder of ``fence`` has to send now, but for
+    the first ``sent`` ones. Fence 0: those of a message that was refused; the ledger has none of it.
+    """
+
+    follow_ups: str
+    fence: int = 0
+    sent: int = 0
 
 
 @dataclass(frozen=True)
@@ -992,7 +1090,8 @@ class Claim:
     """What became of the wish to do a job now. ``memo`` is what an earlier attempt left behind.
 
     ``waited_s`` ago it was first parked for a server that was left alone; 0 if it never was. ``wants`` are the image,
-    study and series that it waits for, because another job has them.
+    study and series that it waits for, because another job has them. ``attachments`` are what its record has of its
+    messages, ``pending`` is what is still to be sent of a job that has ended.
     """
 
     state: ClaimState
@@ -1004,6 +1103,8 @@ class Claim:
     waited_s: float = 0
     wants: tuple[str, ...] = ()
     outcome: dict[str, Any] | None = None
+    attachments: Attachments = NO_ATTACHMENTS
+    pending: PendingFollowUps | None = None
 
 
 class HandedBack(Enum):
@@ -1154,12 +1255,15 @@ class JobStanding:
 
 @dataclass(frozen=True)
 class DueJob:
-    """A job to be woken. ``trace`` is the W3C ``traceparent`` of whoever enqueued it, if that was traced."""
+    """A job to be woken. ``trace`` is the W3C ``traceparent`` of its sender, if that was traced; ``headers`` are those
+    of its first message that belong to each one (its place in a canvas, its stamps).
+    """
 
     job_id: str
     task: str
     job: dict[str, Any]
     trace: str = ""
+    headers: dict[str, Any] = field(default_factory=dict)
 
 
 #: What Redis answers to any command while it starts, fails over, runs a script, or has no room or no replicas.
@@ -1236,6 +1340,7 @@ class Ledger:
         self._rouse, self._let_go_hold = script(_ROUSE), script(_LET_GO_HOLD)
         self._reuse = script(_REUSE)
         self._void, self._copies = script(_VOID), script(_COPIES)
+        self._followed = script(_FOLLOWED)
         self._hand_back, self._refused = script(_HAND_BACK), script(_REFUSED)
         self._say_how = script(_SAY_HOW)
 
@@ -1299,7 +1404,7 @@ class Ledger:
         args += ["1" if sent else "", _dump(job), trace, *stated(job).values(), *sorted(REUSABLE)]
         return bool(self._reuse(keys=keys, args=args))
 
-    def claim(
+    def claim(  # noqa: PLR0913 - all that a message is
         self,
         job_id: str,
         *,
@@ -1308,29 +1413,38 @@ class Ledger:
         max_deaths: int = 0,
         trace: str = "",
         queue: str = "",
+        attached: Attachment = NOTHING_ATTACHED,
     ) -> Claim:
         """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later.
 
         One that has had all its ``max_deaths`` but one waits while another that has had any is at work in the same
         worker, and that one for it. Of a job that nobody wrote down before, ``trace`` is kept too. ``queue`` is the one
-        that its message was taken from.
+        that its message was taken from. What is ``attached`` to that is kept with the job.
         """
         suspects = self.key("suspects", self._worker)
-        keys = [self.key("job", job_id), self.key("due"), self._deaths(task, job), suspects]
-        keys += [self.key("unanswered"), self.key("taken")]
-        args: list[str | int] = [job_id, task, _dump(job), _ms(self.lease_s), self.key("parked", ""), max_deaths - 1]
-        args += [self.key("job", ""), self._worker, _wish(task, job), trace, *stated(job).values(), queue]
-        answer: list[Any] = self._claim(keys=keys, args=args)
-        state = ClaimState(answer[0])
-        if state is ClaimState.YOURS:
-            fence, attempt, deaths, memo, cancelled, waited_ms, wants = answer[1:]
-            known = json.loads(memo) if memo else None
-            waited_s = waited_ms / 1000
-            return Claim(state, fence, attempt, deaths, known, bool(cancelled), waited_s, tuple(wants.split()))
-        return Claim(state, outcome=json.loads(answer[1]) if len(answer) > 1 else None)
+        keys = [
+            self.key("job", job_id),
+            self.key("due"),
+            self._deaths(task, job),
+            suspects,
+            self.key("unanswered"),
+            self.key("taken"),
+        ]
+        args: list[str | int] = [
+            job_id,
+            task,
+            _dump(job),
+            _ms(self.lease_s),
+            self.key("parked", ""),
+            max_deaths - 1,
+            self.key("job", ""),
+        ]
+        args += [self._worker, _wish(task, job), trace, *stated(job).values()]
+        args += [attached.digest, attached.follow_ups, attached.headers, queue]
+        return _claimed(self._claim(keys=keys, args=args))
 
     def heartbeat(self, job_id: str, fence: int) -> bool:
-        """Renew the lease; False when it was lost."""
+        """Renew the lease, or the time to send follow-ups in; False when it was lost."""
         keys = [self.key("job", job_id), self.key("due")]
         return bool(self._heartbeat(keys=keys, args=[job_id, fence, _ms(self.lease_s)]))
 
@@ -1407,16 +1521,18 @@ class Ledger:
         attempt: int,
         memo: Mapping[str, Any] | None = None,
         trace: str = "",
+        attachments: Attachments = NO_ATTACHMENTS,
         returned: bool = False,
     ) -> HandedBack:
         """End an attempt that could not be written down, although its worker lives: it counts neither as one nor as a
-        death, and the job is due again soon. Where Redis has lost the record, it is made anew, with ``memo``;
-        its message may then be ``returned`` to the queue.
+        death, and the job is due again soon. Where Redis has lost the record, it is made anew, with ``memo`` and
+        ``attachments``; its message may then be ``returned`` to the queue.
         """
         keys = [self.key("job", job_id), self.key("due"), self._deaths(task, job)]
         args: list[str | int] = [job_id, fence, self._worker, task, _dump(job), attempt]
         args += [_dump(memo) if memo else "", _wish(task, job), trace, *stated(job).values()]
         args += ["1", self.grace_ms] if returned else ["", 0]
+        args += [attachments.follow_ups, attachments.digests, attachments.headers]
         return HandedBack(self._hand_back(keys=keys, args=args))
 
     def refused(self, job_id: str, fence: int, error: redis.RedisError) -> int:
@@ -1453,13 +1569,14 @@ class Ledger:
         code: str,
         task: str,
         job: Mapping[str, Any],
-    ) -> None:
+    ) -> PendingFollowUps | None:
         """Write the outcome, once, and let go of whatever the job held. Until it is `told`, the job stays due.
+        Returns its follow-ups, which are to be sent before.
 
         A claim under which no image has been stored is released, unless the error says that an image may still arrive.
         """
         ending = {"code": code, "task": task}
-        self._end(job_id, fence, "done", outcome=outcome, ending=ending, deaths=self._deaths(task, job))
+        return self._end(job_id, fence, "done", outcome=outcome, ending=ending, deaths=self._deaths(task, job))
 
     def bury(
         self,
@@ -1470,10 +1587,10 @@ class Ledger:
         code: str,
         task: str,
         job: Mapping[str, Any],
-    ) -> None:
+    ) -> PendingFollowUps | None:
         """End the job as a dead letter, which is kept, with its message, until somebody deals with it."""
         ending = {"code": code, "task": task, "dead": True}
-        self._end(job_id, fence, "dead", outcome=outcome, ending=ending, deaths=self._deaths(task, job))
+        return self._end(job_id, fence, "dead", outcome=outcome, ending=ending, deaths=self._deaths(task, job))
 
     def _end(
         self,
@@ -1484,13 +1601,24 @@ class Ledger:
         outcome: Mapping[str, Any],
         ending: Mapping[str, Any],
         deaths: str,
-    ) -> None:
+    ) -> PendingFollowUps | None:
         keys = [self.key("job", job_id), self.key("due"), self.key("dead"), deaths]
         note = _note("ended", job_id, **ending, **_gist(outcome))
         args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, note]
         untold_ms = min(self.grace_ms, _ms(self.lease_s))
         doubtful = "may_be_on" in outcome.get("error", {}).get("details", {})
-        self._guard(self._finish(keys=keys, args=[*args, untold_ms, int(doubtful)]))
+        answer = cast(list[str], self._finish(keys=keys, args=[*args, untold_ms, int(doubtful)]))
+        self._guard(answer)
+        return PendingFollowUps(answer[0], fence) if answer[0] else None
+
+    def followed(self, job_id: str, pending: PendingFollowUps, *, sent: int, all_of_them: bool = False) -> None:
+        """Note how many of its follow-ups a worker has sent for a job that has ended; `LeaseLost` if another one does.
+
+        Until ``all_of_them`` are sent, the job is not `told`.
+        """
+        length: str | int = len(pending.follow_ups) if all_of_them else ""
+        args: list[str | int] = [job_id, pending.fence, sent, length]
+        self._guard(self._followed(keys=[self.key("job", job_id), self.key("due")], args=args))
 
     def cancel(self, job_id: str, *, unless: Literal["taken", "begun"] | None = None) -> str:
         """Ask for the job to end before its push; gives the state it was in, "" if it is unknown.
@@ -1504,7 +1632,7 @@ class Ledger:
         """Have a waiting job look again before its time; the message to send for it, unless the sweeper shall."""
         args: list[str | int] = [job_id, int(by_sweeper)]
         found = cast(list[str], self._rouse(keys=[self.key("job", job_id), self.key("due")], args=args))
-        return DueJob(job_id, found[0], json.loads(found[1])) if found else None
+        return DueJob(job_id, found[0], json.loads(found[1]), headers=_headers(found[2])) if found else None
 
     def sweep(self, limit: int = 200, *, queues: Queues | None = None, settle_s: float = 0) -> list[DueJob]:
         """Jobs that a message has to be sent for. Each is due again later, and later each time, until claimed.
@@ -1525,7 +1653,7 @@ class Ledger:
                     queue, depth = known[task]
                     args += [job_id, depth, counts.get(queue, 0)]
             rows = [*rows, *self._lost(keys=keys, args=args)]
-        return [DueJob(job_id, task, json.loads(job), trace) for job_id, task, job, trace in rows]
+        return [DueJob(row[0], row[1], json.loads(row[2]), row[3], _headers(row[4])) for row in rows]
 
     def in_hand(self, job_ids: Sequence[str]) -> None:
         """A worker that lives has taken messages of these jobs, and will begin them: none of them is lost."""
@@ -1555,9 +1683,10 @@ class Ledger:
         self._hasten(keys=[self.key("due"), self.key("unanswered")], args=list(job_ids))
 
     def look(self, job_id: str) -> dict[str, str]:
-        """The record as it stands, without the message (which may bear a credential); {} if there is none."""
+        """The record as it stands, without its messages (which may bear credentials); {} if there is none."""
         record = self._hash(self.key("job", job_id))
-        record.pop("job", None)
+        for name in ("job", "follow_ups", "headers"):
+            record.pop(name, None)
         return record
 
     def standing(self, job_ids: Iterable[str]) -> dict[str, JobStanding]:
@@ -1647,7 +1776,8 @@ class Ledger:
         keys = [self.key("job", job_id), self.key("due"), self.key("dead"), self._deaths(task, job)]
         args: list[str | int] = [job_id, self.grace_ms, _note("replayed", job_id, task=task), self.keep_ms]
         replayed = self._replay(keys=keys, args=args)
-        return DueJob(job_id, task, job, record.get("trace", "")) if replayed else None
+        headers = _headers(record.get("headers", ""))
+        return DueJob(job_id, task, job, record.get("trace", ""), headers) if replayed else None
 
     def purge(self, job_id: str) -> bool:
         """Drop a dead letter and its message, so that it cannot be replayed; False if it is none.
@@ -1970,8 +2100,8 @@ def _latest(how: Literal["deleted", "replaced"], moments: Iterable[str | None], 
 
 def _study_pushes(pushes: Mapping[str, str]) -> list[StudyPush]:
     found = []
-    for field, moment in pushes.items():
-        name, _, server = field.partition(":")
+    for what, moment in pushes.items():
+        name, _, server = what.partition(":")
         if name in ("at", "copying"):
             kind: Literal["upload", "copy"] = "upload" if name == "at" else "copy"
             copied = pushes.get(f"copied:{server}") if kind == "copy" else None
@@ -1981,6 +2111,34 @@ def _study_pushes(pushes: Mapping[str, str]) -> list[StudyPush]:
             count = int(images) if images else None
             found.append(StudyPush(kind, server, job_id, int(at_us) // 1000, count, voided))
     return sorted(found, key=lambda push: push.at_ms)
+
+
+def _claimed(answer: Sequence[Any]) -> Claim:
+    state = ClaimState(answer[0])
+    if state is ClaimState.YOURS:
+        fence, attempt, deaths, memo, cancelled, waited_ms, wants, *attachments = answer[1:]
+        known = json.loads(memo) if memo else None
+        return Claim(
+            state,
+            fence,
+            attempt,
+            deaths,
+            known,
+            bool(cancelled),
+            waited_ms / 1000,
+            tuple(wants.split()),
+            attachments=Attachments(*attachments),
+        )
+    if state in (ClaimState.OTHER, ClaimState.FULL):
+        return Claim(state, attachments=Attachments(headers=answer[1]))
+    outcome = json.loads(answer[1]) if len(answer) > 1 else None
+    if len(answer) > 2:
+        return Claim(state, outcome=outcome, pending=PendingFollowUps(answer[3], int(answer[2]), int(answer[4])))
+    return Claim(state, outcome=outcome)
+
+
+def _headers(text: str) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(text)) if text else {}
 
 
 def _gist(outcome: Mapping[str, Any]) -> dict[str, Any]:

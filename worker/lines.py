@@ -44,6 +44,16 @@ class _JobFilter(logging.Filter):
         return True
 
 
+class _ChordFilter(logging.Filter):
+    """A chord fails when a member of it does, also another application's: no fault of ours, and not ours to quote."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.args, tuple) and str(record.msg).startswith("Chord "):
+            record.exc_info = None
+            record.args = tuple(type(one).__name__ if isinstance(one, Exception) else one for one in record.args)
+        return True
+
+
 class TextLines(logging.Formatter):
     """``time LEVEL job logger: sentence [what is known of the job]``"""
 
@@ -106,6 +116,7 @@ def quiet() -> None:
     """Hold the libraries at their `LEVELS`, also in a program that sets up its log itself, as Flower does."""
     for name, least in LEVELS.items():
         logging.getLogger(name).setLevel(least)
+    logging.getLogger("celery.backends.redis").filters[:] = [_ChordFilter()]
 
 
 def _say_that_a_thread_ended(ended: threading.ExceptHookArgs) -> None:

@@ -246,7 +246,7 @@ def test_a_worker_in_which_others_succeed_goes_on_and_the_message_becomes_a_dead
     worker.consumer.returns.succeeded()
     assert worker.receive(Message()) == "thrown away"
     assert state.should_stop is None
-    ((job_id, task, job, error),) = worker.buried
+    ((job_id, task, job, _, error),) = worker.buried
     assert (job_id, task, job) == ("order/7", "pacs.upload", {"image_url": "http://h/a"})
     assert worker.told == {"order/7": error}
     assert error.payload["code"] == "poisoned"

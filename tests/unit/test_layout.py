@@ -19,6 +19,7 @@ CELERY_LIVES_IN = (
     "worker/app.py",
     "worker/consumer.py",
     "worker/envelope.py",
+    "worker/follow_ups.py",
     "worker/pool.py",
     "worker/signing.py",
     "worker/tasks/",

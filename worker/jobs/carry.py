@@ -28,7 +28,19 @@ from worker.errors import (
 )
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
-from worker.ledger import CLOSED_MEANWHILE_S, Claim, ClaimState, HandedBack, LeaseLost, Wait, passes, words_of
+from worker.ledger import (
+    CLOSED_MEANWHILE_S,
+    NOTHING_ATTACHED,
+    Attachment,
+    Claim,
+    ClaimState,
+    HandedBack,
+    LeaseLost,
+    PendingFollowUps,
+    Wait,
+    passes,
+    words_of,
+)
 from worker.logs import about, about_study, where_it_broke
 from worker.payloads import MESSAGE_BYTES
 from worker.settings import JobSettings
@@ -50,12 +62,16 @@ _AROUND_BYTES: Final = 128
 
 @dataclass(frozen=True)
 class Done:
+    """``follow_ups`` are to be sent before anybody is told, as far as the ledger has any that are not sent yet."""
+
     payload: dict[str, Any]
+    follow_ups: PendingFollowUps | None = None
 
 
 @dataclass(frozen=True)
 class Failed:
     error: CourierError
+    follow_ups: PendingFollowUps | None = None
 
 
 @dataclass(frozen=True)
@@ -82,27 +98,35 @@ Work = Callable[[Mapping[str, Any], Run, Tools], dict[str, Any]]
 
 
 def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
-    work: Work, *, task: str, job_id: str, message: object, tools: Tools, pulse: Pulse, trace: str = "", queue: str = ""
+    work: Work,
+    *,
+    task: str,
+    job_id: str,
+    message: object,
+    tools: Tools,
+    pulse: Pulse,
+    trace: str = "",
+    queue: str = "",
+    attached: Attachment = NOTHING_ATTACHED,
 ) -> Verdict:
     """Do what is left to do of one delivered message, however often it is delivered.
 
     ``trace`` is the W3C ``traceparent`` it came with, kept for whoever has to wake the job, ``queue`` what it was
-    taken from.
+    taken from, ``attached`` what it bears besides.
 
     The verdict of a job that is over is the recorded one, whoever did it.
     """
     job: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
     limits = tools.settings.jobs
     try:
-        claim = tools.ledger.claim(job_id, task=task, job=job, max_deaths=limits.max_deaths, trace=trace, queue=queue)
+        claim = tools.ledger.claim(
+            job_id, task=task, job=job, max_deaths=limits.max_deaths, trace=trace, queue=queue, attached=attached
+        )
     except redis.RedisError as error:
         log.warning("The ledger did not take the claim (%s); the message is given back", type(error).__name__)
         return NotTaken()
-    if claim.state is ClaimState.OTHER:
-        sentence = f"The id {job_id} belongs to another job; send this one under its own id."
-        other = InvalidRequest(sentence, details={"taken": True})
-        log.warning("Refused: %s", other)
-        return Failed(other)
+    if claim.state in _TAKEN:
+        return _refused(job_id, claim, attached)
     if claim.state is not ClaimState.YOURS:
         return _recorded(claim)
     about(stage="claimed", attempt=claim.attempt)
@@ -117,6 +141,7 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
         cancelled=claim.cancelled,
         memo=claim.memo,
         wants=claim.wants,
+        attachments=claim.attachments,
         clock=tools.clock,
     )
     seen = JobSeen(task, job_id, claim.attempt)
@@ -125,7 +150,7 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
             verdict = _attempt(work, claim, job, run, tools, task=task)
             if isinstance(verdict, _Park | _Rest):
                 verdict = _foreseen(verdict, run, pulse)
-            _record(verdict, run, task=task, job=job, tools=tools)
+            verdict = _record(verdict, run, task=task, job=job, tools=tools)
             seen.end, seen.code = _ending(verdict)
     except (LeaseLost, redis.RedisError) as error:
         return _let_go(error, run, job, trace=trace, tools=tools, pulse=pulse)
@@ -139,6 +164,24 @@ def carry(  # noqa: PLR0913 - what a message is, and what there is to work with
 
 _returns = Returns()
 
+#: Why a message is refused whose id the ledger knows.
+_TAKEN: Final = {
+    ClaimState.OTHER: "The id {} belongs to another job; send this one under its own id.",
+    ClaimState.FULL: "The id {} has too many follow-ups already; send this job, with its own, under its own id.",
+}
+
+
+def _refused(job_id: str, claim: Claim, attached: Attachment) -> Failed:
+    """What a refused message bears hears of the refusal; but a chord that waits for the job of this id goes on."""
+    refusal = InvalidRequest(_TAKEN[claim.state].format(job_id), details={"taken": True})
+    log.warning("Refused: %s", refusal)
+    if not attached.follow_ups:
+        return Failed(refusal)
+    follow_ups = json.loads(attached.follow_ups)
+    if follow_ups.get("group") == json.loads(claim.attachments.headers or "{}").get("group"):
+        follow_ups.pop("chord", None)
+    return Failed(refusal, PendingFollowUps(json.dumps(follow_ups)))
+
 
 def _starved(error: Exception, run: Run, *, task: str, job: Mapping[str, Any], tools: Tools) -> Verdict:
     """Another worker may have what this one lacks; a job that starves while others are done has to be looked at."""
@@ -146,8 +189,7 @@ def _starved(error: Exception, run: Run, *, task: str, job: Mapping[str, Any], t
     try:
         verdict: Verdict = Starved()
         if _returns.given_back(lambda: tools.ledger.count_return(run.job_id)) >= MAX_RETURNS:
-            verdict = Failed(dead_letter(why(error)))
-            _record(verdict, run, task=task, job=job, tools=tools)
+            verdict = _record(Failed(dead_letter(why(error))), run, task=task, job=job, tools=tools)
         else:
             tools.ledger.park(
                 run.job_id, run.fence, delay_s=PAUSE_S, code=WORKER_SHORTAGE, message=STARVED, wait="steady"
@@ -165,9 +207,7 @@ def _let_go(error: Exception, run: Run, job: Mapping[str, Any], *, trace: str, t
     )
     if isinstance(error, redis.RedisError) and not passes(error):
         with contextlib.suppress(LeaseLost, redis.RedisError):
-            verdict = _refused_by_redis(error, run, tools)
-            _record(verdict, run, task=run.task, job=job, tools=tools)
-            return verdict
+            return _record(_refused_by_redis(error, run, tools), run, task=run.task, job=job, tools=tools)
     return _handed_back(run, job, trace, pulse)
 
 
@@ -185,7 +225,15 @@ def _hand_back(run: Run, job: Mapping[str, Any], trace: str, *, returned: bool) 
     """This worker lives: an attempt that the ledger knows nothing of is neither an attempt nor a death."""
     memo = run.memo if run.noted is None else run.noted
     became = run.ledger.hand_back(
-        run.job_id, run.fence, task=run.task, job=job, attempt=run.attempt, memo=memo, trace=trace, returned=returned
+        run.job_id,
+        run.fence,
+        task=run.task,
+        job=job,
+        attempt=run.attempt,
+        memo=memo,
+        trace=trace,
+        attachments=run.attachments,
+        returned=returned,
     )
     if became is HandedBack.RESTORED:
         log.warning("Redis has lost the record of job %s; it is written down again and goes on", run.job_id)
@@ -208,8 +256,8 @@ def _recorded(claim: Claim) -> Verdict:
     if claim.outcome is None:
         return Parked()
     if "error" in claim.outcome:
-        return Failed(from_payload(claim.outcome["error"]))
-    return Done(claim.outcome["payload"])
+        return Failed(from_payload(claim.outcome["error"]), claim.pending)
+    return Done(claim.outcome["payload"], claim.pending)
 
 
 @dataclass(frozen=True)
@@ -350,18 +398,21 @@ def backoff_s(attempt: int, limits: JobSettings, rng: random.Random) -> float:
     return rng.uniform(0, min(limits.backoff_cap_s, limits.backoff_base_s * 2.0 ** (attempt - 1)))
 
 
-def _record(verdict: Verdict, run: Run, *, task: str, job: Mapping[str, Any], tools: Tools) -> None:
+def _record(verdict: Verdict, run: Run, *, task: str, job: Mapping[str, Any], tools: Tools) -> Verdict:
     """Write the verdict into the ledger, which refuses it if another attempt has taken over."""
     ledger = tools.ledger
     match verdict:
         case Done(payload):
-            ledger.finish(run.job_id, run.fence, outcome={"payload": payload}, code="done", task=task, job=job)
+            ended = {"payload": payload}
+            pending = ledger.finish(run.job_id, run.fence, outcome=ended, code="done", task=task, job=job)
             log.info("Done after %s attempt(s)", run.attempt)
+            return Done(payload, pending)
         case Failed(error):
             end = ledger.finish if isinstance(error, Refused) else ledger.bury
-            code = error.payload["code"]
-            end(run.job_id, run.fence, outcome={"error": error.payload}, code=code, task=task, job=job)
+            ended, code = {"error": error.payload}, error.payload["code"]
+            pending = end(run.job_id, run.fence, outcome=ended, code=code, task=task, job=job)
             log.info("%s: %s", "Refused" if isinstance(error, Refused) else "Dead letter", error)
+            return Failed(error, pending)
         case _Park(reason):
             ledger.park(
                 run.job_id,
@@ -386,3 +437,4 @@ def _record(verdict: Verdict, run: Run, *, task: str, job: Mapping[str, Any], to
                 server_name=reason.server_name,
             )
             log.info("Parked until %s is well again: %s", verdict.breaker, reason.message)
+    return verdict

@@ -17,7 +17,7 @@ from typing import Any
 import redis
 
 from worker.errors import Cancelled
-from worker.ledger import LeaseLost, Ledger, passes, words_of
+from worker.ledger import NO_ATTACHMENTS, Attachments, LeaseLost, Ledger, passes, words_of
 from worker.logs import about, job_lines
 from worker.telemetry import StepSeen, watching
 from worker.waits import OTHER_JOB, WORKER_SHUTDOWN, Meanwhile, WaitReason
@@ -72,6 +72,8 @@ class Run:
     owners: dict[str, None] = field(default_factory=dict)
     #: What this attempt wrote down last, whether or not the ledger took it.
     noted: Mapping[str, Any] | None = None
+    #: What the ledger keeps of the job's messages.
+    attachments: Attachments = NO_ATTACHMENTS
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:

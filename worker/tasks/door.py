@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Mapping
@@ -11,16 +12,20 @@ from typing import Any
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from worker.app import NOT_BEGUN, WAITS, ready
-from worker.errors import InvalidRequest
-from worker.jobs.carry import Done, Failed, NotTaken, Parked, Starved, Work, carry
+from worker import follow_ups
+from worker.app import BROKER_ERRORS, NOT_BEGUN, WAITS, app, ready
+from worker.errors import CourierError, InvalidRequest
+from worker.follow_ups import End, detach
+from worker.jobs.carry import Done, Failed, NotTaken, Parked, Starved, Verdict, Work, carry
 from worker.jobs.follow import follow
 from worker.jobs.run import Pulse, Run
 from worker.jobs.tools import Tools
-from worker.ledger import job_id_for
+from worker.ledger import LeaseLost, PendingFollowUps, job_id_for
 from worker.logs import job_lines
 from worker.shortage import STARVED, is_shortage
 from worker.telemetry import continued
+
+log = logging.getLogger(__name__)
 
 #: Without a ledger nothing can be done; a message that is given back comes again at once.
 PAUSE_S = 1.0
@@ -38,6 +43,7 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
     ``beside`` are further arguments of the message. With any, an order that deletes, moves, hides or overwrites is
     refused: a ``dry_run`` beside the job instead of in it must not delete.
     """
+    attached = detach(task.request)
     job_id = task.request.id
     if beside:
         work, message = _refuse, {**beside, "job": message}  # as it came, so that it is refused when it is woken, too
@@ -45,7 +51,8 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
     if isinstance(key, str) and key and job_id_for(key) != job_id:
         work = partial(follow, task.name)
     elif task.name in OPENS_A_BATCH and not IS_BATCH_ID(job_id):
-        raise InvalidRequest("A batch bears its job's id, which may hold letters, digits, . _ and - only.")
+        wrong = InvalidRequest("A batch bears its job's id, which may hold letters, digits, . _ and - only.")
+        return _said(task, Failed(wrong, PendingFollowUps(attached.follow_ups)))
     trace = _trace(task)
     with job_lines(job_id, task.name):
         tool, beat = _ready()  # the first job lets in who watches
@@ -59,11 +66,18 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
                 pulse=beat,
                 trace=trace,
                 queue=_queue(task),
+                attached=attached,
             )
+        return _said(task, verdict)
+
+
+def _said(task: Task, verdict: Verdict) -> dict[str, Any]:
     match verdict:
-        case Done(payload):
+        case Done(payload, pending):
+            _send(task, payload, pending)
             return payload
-        case Failed(error):
+        case Failed(error, pending):
+            _send(task, error, pending)
             raise error from None
         case NotTaken():
             time.sleep(PAUSE_S)
@@ -73,6 +87,38 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
             raise Ignore(STARVED)
         case Parked():
             raise Ignore(WAITS, verdict.waits)
+
+
+def _send(task: Task, outcome: dict[str, Any] | CourierError, pending: PendingFollowUps | None) -> None:
+    """Send what follows on the end of a job, before Celery hears of it. What cannot be sent now is sent by another
+    worker: the job stays due.
+    """
+    if pending is None or not pending.follow_ups:
+        return
+    end = End(task.request.id, task.name, outcome, task.request)
+    try:
+        if not pending.fence:
+            if follow_ups.send(app, end, pending, lambda _: None) is not None:
+                return
+            raise Reject("a chord is being ended", requeue=True)
+        if _sent(end, pending):
+            return
+    except (LeaseLost, *BROKER_ERRORS) as error:
+        log.warning("The follow-ups of the job are not all sent (%s); they are sent later", type(error).__name__)
+        if not pending.fence:
+            time.sleep(PAUSE_S)
+            raise Reject("its follow-ups cannot be sent", requeue=True) from None
+    raise Ignore
+
+
+def _sent(end: End, pending: PendingFollowUps) -> bool:
+    tool, beat = _ready()
+    run = Run(end.job_id, pending.fence, attempt=0, last=False, ledger=tool.ledger, task=end.task, shown=False)
+    with beat.beating(run):
+        sent = follow_ups.send(app, end, pending, lambda count: tool.ledger.followed(end.job_id, pending, sent=count))
+        if sent is not None:
+            tool.ledger.followed(end.job_id, pending, sent=sent, all_of_them=True)
+    return sent is not None
 
 
 def _refuse(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:  # noqa: ARG001 - a `Work`

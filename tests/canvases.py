@@ -1,0 +1,226 @@
+"""One job of each kind that something follows on, and what another application's worker saw of that.
+
+A test sends them all (`Canvases.send`), has something happen to them, and compares what followed (`Canvases.calls`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from collections import defaultdict
+from typing import Any
+
+import redis
+from celery import Celery, chain, chord, group, signature
+from celery.canvas import Signature
+from celery.result import AsyncResult
+
+import celeryconfig
+from sandbox.images import ImageServer
+from sandbox.processes import Child, Processes, RedisPart, poll
+from sandbox.synthetic import image, new_uid
+from tests.stow import stow
+from worker.ledger import Ledger
+
+WAIT_S = 60
+#: What the tests ask of it, by the primitive that is tested.
+PRIMITIVES = ("link", "link_error", "chain", "chord", "failed chord", "group", "stamps")
+
+
+def foreign_worker(processes: Processes, redis_part: RedisPart) -> Child:
+    """The other application's worker, on the same broker and result back-end."""
+    command = [sys.executable, "-m", "celery", "-A", "tests.foreign", "worker", "--pool", "threads", "-Q", "mine"]
+    command += ["--concurrency", "4", "--without-mingle", "--without-gossip", "--hostname", "foreign@mine"]
+    environ = {
+        "FOREIGN_BROKER": redis_part.broker_url,
+        "FOREIGN_BACKEND": redis_part.result_backend,
+        "FOREIGN_CALLS": redis_part.url(7),
+    }
+    child = processes.start(
+        "foreign", [*command, "--loglevel", "INFO"], ready=lambda it: "foreign@mine ready." in it.log, environ=environ
+    )
+    child.wait_ready()
+    return child
+
+
+class Canvases:
+    """``jobs`` are the ids of those that are sent first, ``results`` what a client waits for, by name."""
+
+    def __init__(self, plain: Celery, redis_part: RedisPart, image_server: ImageServer, stored_at: str) -> None:
+        self.plain, self._images, self._stored_at = plain, image_server, stored_at
+        self._calls = redis.Redis.from_url(redis_part.url(7), decode_responses=True)
+        self._broker = redis.Redis.from_url(redis_part.broker_url)
+        self.ledger = Ledger.connect(redis_part.ledger_url)
+        self.jobs: dict[str, str] = {}
+        self.results: dict[str, AsyncResult] = {}
+        self.ids: dict[str, str] = {}
+
+    def close(self) -> None:
+        self._calls.close()
+        self._broker.close()
+        self.ledger.close()
+
+    def upload(self, name: str = "", *, fails: bool = False) -> Signature:
+        """Of a new image; one that ``fails`` is there already. With a ``name`` it is one of `jobs`."""
+        body = image(new_uid())
+        if fails:
+            stow(self._stored_at, body)
+        url = self._images.put(f"{uuid.uuid4()}.dcm", body)
+        job = {"image_url": f"{url}?sig=SECRET", "metadata": False}
+        found = signature("pacs.upload", kwargs={"job": job}, app=self.plain, immutable=True)
+        found.set(queue=celeryconfig.task_default_queue, task_id=str(uuid.uuid4()))
+        if name:
+            self.jobs[name] = found.options["task_id"]
+        return found
+
+    def after(self, tag: str, *, named: bool = True) -> Signature:
+        found = signature("mine.after", kwargs={"tag": tag}, app=self.plain, queue="mine")
+        if named:
+            self.ids[tag] = str(uuid.uuid4())
+            found.set(task_id=self.ids[tag])
+        return found
+
+    def send(self) -> None:
+        """One canvas for each primitive."""
+        ours = self.upload()
+        ours.link(self.after("ours"))
+        both = group([self.after("one of a group", named=False), self.after("other of a group", named=False)])
+        first = self.upload("link")
+        self.results["ours"] = self.plain.AsyncResult(ours.options["task_id"])
+        self.results["link"] = first.apply_async(link=[self.after("link"), ours, both])
+        failing = self.upload("link_error", fails=True)
+        self.results["link_error"] = failing.apply_async(link=self.after("never"), link_error=self.after("link_error"))
+        self.results["chain"] = chain(self.upload("chain"), self.upload(), self.after("chain")).apply_async()
+        header = [self.upload("chord a"), self.upload("chord b")]
+        self.results["chord"] = chord(header)(self.after("chord"))
+        header = [self.upload("bad chord a"), self.upload("bad chord b", fails=True)]
+        body = self.after("never either")
+        body.link_error(self.after("failed chord"))
+        self.results["failed chord"] = chord(header)(body)
+        members = group([self.upload("group a"), self.upload("group b")])
+        self.results["group"] = members.apply_async()
+        stamped, after = self.upload("stamps"), self.after("stamps")
+        for one in (stamped, after):
+            one.stamp(order="7")
+        stamped.link(after)
+        self.results["stamps"] = stamped.apply_async()
+
+    def headers(self) -> dict[str, dict[str, Any]]:
+        """Those of each message that waits, by the job's name."""
+        rows = self._broker.lrange(celeryconfig.task_default_queue, 0, -1)
+        by_id = {headers["id"]: headers for headers in (json.loads(row)["headers"] for row in rows)}
+        return {name: by_id[job_id] for name, job_id in self.jobs.items() if job_id in by_id}
+
+    def copies(self) -> list[bytes]:
+        """Each message that waits, as a broker would deliver it a second time."""
+        found = []
+        for raw in self._broker.lrange(celeryconfig.task_default_queue, 0, -1):
+            message = json.loads(raw)
+            message["properties"]["delivery_tag"] = str(uuid.uuid4())
+            found.append(json.dumps(message).encode())
+        return found
+
+    def deliver(self, messages: list[bytes]) -> None:
+        self._broker.lpush(celeryconfig.task_default_queue, *messages)
+
+    def is_quiet(self) -> bool:
+        """No message waits or is at work."""
+        names = (celeryconfig.task_default_queue, "mine")
+        return not any(self._broker.llen(name) for name in names) and not self._broker.hlen("unacked")
+
+    def states(self) -> dict[str, str]:
+        return {name: self.ledger.look(job_id).get("state", "") for name, job_id in self.jobs.items()}
+
+    def wait_until_all_are(self, *states: str) -> None:
+        found = poll(lambda: set(self.states().values()) <= set(states), timeout_s=WAIT_S)
+        assert found, self.states()
+
+    def wait_for_all(self, *tags: str) -> None:
+        """Until these were called, and until there is nothing more to come."""
+        assert poll(lambda: set(tags) <= set(self.calls()), timeout_s=WAIT_S), sorted(self.calls())
+        assert poll(self.is_quiet, timeout_s=WAIT_S)
+        time.sleep(1)
+        assert poll(self.is_quiet, timeout_s=WAIT_S)
+
+    def calls(self) -> dict[str, list[dict[str, Any]]]:
+        """By tag, each call of the other application's task."""
+        found = defaultdict(list)
+        for row in self._calls.lrange("calls", 0, -1):
+            call = json.loads(row)
+            found[call["tag"]].append(call)
+        return dict(found)
+
+    def kept(self) -> dict[str, dict[str, str]]:
+        """What the ledger still has of follow-ups, by job."""
+        names = ("follow_ups", "telling_ms", "followed")
+        rows = {
+            name: self.ledger.client.hmget(self.ledger.key("job", job_id), names) for name, job_id in self.jobs.items()
+        }
+        return {name: dict(zip(names, row, strict=True)) for name, row in rows.items() if any(row)}
+
+
+#: The tags of all calls that follow where every job ends as it should.
+ALL = (
+    *("link", "ours", "one of a group", "other of a group", "link_error", "chain", "chord", "failed chord", "stamps"),
+)
+
+
+class Checks:
+    """What followed on the job of each primitive; each follow-up was called once, or ``most`` times under one id."""
+
+    def __init__(self, canvases: Canvases, *, most: int = 1) -> None:
+        self._canvases, self._most = canvases, most
+        self._calls = canvases.calls()
+        assert not {"never", "never either"} & set(self._calls)
+
+    def check(self, primitive: str) -> None:
+        getattr(self, primitive.replace(" ", "_"))()
+
+    def called(self, tag: str) -> dict[str, Any]:
+        calls = self._calls[tag]
+        assert 1 <= len(calls) <= self._most, calls
+        assert {call["id"] for call in calls} == {self._canvases.ids.get(tag, calls[0]["id"])}
+        assert all("SECRET" not in json.dumps([call["argsrepr"], call["kwargsrepr"]]) for call in calls)
+        return calls[0]
+
+    def result(self, job_id: str) -> Any:
+        return self._canvases.plain.AsyncResult(job_id).get(timeout=WAIT_S)
+
+    def payload(self, name: str) -> Any:
+        return self.result(self._canvases.jobs[name])
+
+    def link(self) -> None:
+        call, job_id = self.called("link"), self._canvases.jobs["link"]
+        assert (call["args"], call["parent_id"], call["root_id"]) == ([self.payload("link")], job_id, job_id)
+        for tag in ("one of a group", "other of a group"):
+            assert self.called(tag)["args"] == [self.payload("link")]
+        ours = self.result(self._canvases.results["ours"].id)
+        assert (ours["status"], ours["attempts"]) == ("stored", 1)
+        assert self.called("ours")["args"] == [ours]
+
+    def link_error(self) -> None:
+        assert self.called("link_error")["args"] == [self._canvases.jobs["link_error"]]
+
+    def chain(self) -> None:
+        (stored,) = self.called("chain")["args"]
+        result = self._canvases.results["chain"]
+        assert (stored["job_id"], self.result(result.id)) == (result.parent.id, "chain")
+
+    def chord(self) -> None:
+        assert self.called("chord")["args"] == [[self.payload("chord a"), self.payload("chord b")]]
+        assert self.result(self._canvases.results["chord"].id) == "chord"
+
+    def failed_chord(self) -> None:
+        self.called("failed chord")
+        assert self._canvases.results["failed chord"].state == "FAILURE"
+
+    def group(self) -> None:
+        results = self._canvases.results["group"]
+        metas = [self._canvases.plain.backend.get_task_meta(one.id, cache=False) for one in results]
+        assert [meta["result"]["status"] for meta in metas] == ["stored", "stored"]
+        assert [meta["group_id"] for meta in metas] == [results.id, results.id]
+
+    def stamps(self) -> None:
+        assert self.called("stamps")["stamps"] == {"order": "7"}
