@@ -1,15 +1,20 @@
 """One job of each kind that something follows on, and what another application's worker saw of that.
 
-A test sends them all (`Canvases.send`), has something happen to them, and compares what followed (`Canvases.calls`).
+A test sets up a `stage`, sends them all (`Canvases.send`), has something happen to them, and checks what followed
+(`Canvases.check`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -18,18 +23,21 @@ from celery.canvas import Signature
 from celery.result import AsyncResult
 
 import celeryconfig
+from sandbox import processes as parts
 from sandbox.images import ImageServer
-from sandbox.processes import Child, Processes, RedisPart, poll
+from sandbox.processes import Child, Processes, RedisPart, SandboxPart, poll
 from sandbox.synthetic import image, new_uid
 from tests.stow import stow
 from worker.ledger import Ledger
+from worker.settings import Settings
 
 WAIT_S = 60
+QUICK = {"lease_s": 2, "grace_s": 2, "sweep_s": 0.2, "backoff_base_s": 0.1, "backoff_cap_s": 0.5}
 #: What the tests ask of it, by the primitive that is tested.
 PRIMITIVES = ("link", "link_error", "chain", "chord", "failed chord", "group", "stamps")
 
 
-def foreign_worker(processes: Processes, redis_part: RedisPart) -> Child:
+def _foreign_worker(processes: Processes, redis_part: RedisPart) -> Child:
     """The other application's worker, on the same broker and result back-end."""
     command = [sys.executable, "-m", "celery", "-A", "tests.foreign", "worker", "--pool", "threads", "-Q", "mine"]
     command += ["--concurrency", "4", "--without-mingle", "--without-gossip", "--hostname", "foreign@mine"]
@@ -45,12 +53,68 @@ def foreign_worker(processes: Processes, redis_part: RedisPart) -> Child:
     return child
 
 
+@dataclass
+class Stage:
+    """A client, another application's worker, and workers of ours as a test starts them."""
+
+    redis: RedisPart
+    sandbox: SandboxPart
+    processes: Processes
+    canvases: Canvases
+    queue: Mapping[str, Any]
+    settings: Settings = field(init=False)
+
+    def config(self, **jobs: Any) -> Path:
+        tree = {
+            "servers": self.sandbox.servers(),
+            "queue": {**parts.queue_settings(self.redis), **self.queue},
+            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "jobs": {**QUICK, **jobs},
+            "breaker": {"failures": 1000},
+        }
+        path = parts.write_settings(self.processes.folder / f"pacs{len(self.processes.children)}.toml", tree)
+        self.settings = Settings.load({"PACS_CONFIG": str(path)})
+        return path
+
+    def worker(self, *, jobs: Mapping[str, Any] | None = None) -> Child:
+        name = f"ours{len(self.processes.children)}"
+        child = parts.worker(self.processes, self.config(**(jobs or {})), name=name, concurrency=12)
+        child.wait_ready()
+        return child
+
+    def sicken(self) -> None:
+        for dialect in ("msdicom", "dcm4chee"):
+            self.sandbox.set_mood(dialect, "query", status=503)
+
+
+@contextlib.contextmanager
+def stage(redis_part: RedisPart, sandbox: SandboxPart, folder: Path, **queue: Any) -> Iterator[Stage]:
+    """All emptied and calm; at the end no worker may have logged a fault. ``queue``: more settings of that section."""
+    redis_part.flush()
+    sandbox.calm()
+    sandbox.empty()
+    plain = Celery(broker=redis_part.broker_url, backend=redis_part.result_backend, set_as_current=False)
+    with ImageServer() as images, Processes(folder) as processes:
+        _foreign_worker(processes, redis_part)
+        canvases = Canvases(plain, redis_part, images, sandbox.dcm4chee)
+        yield Stage(redis_part, sandbox, processes, canvases, queue)
+        for child in processes.children:
+            assert "Traceback (most recent call last)" not in child.log, child.log_tail(60)
+            assert "SECRET" not in child.log
+    canvases.close()
+    plain.backend.result_consumer.subscribed_to.clear()  # or a result collected later connects to unsubscribe
+    plain.backend.result_consumer.stop()
+    plain.backend.client.connection_pool.disconnect()
+    plain.close()
+
+
 class Canvases:
     """``jobs`` are the ids of those that are sent first, ``results`` what a client waits for, by name."""
 
     def __init__(self, plain: Celery, redis_part: RedisPart, image_server: ImageServer, stored_at: str) -> None:
         self.plain, self._images, self._stored_at = plain, image_server, stored_at
         self._calls = redis.Redis.from_url(redis_part.url(7), decode_responses=True)
+        self.broker_url = redis_part.broker_url
         self._broker = redis.Redis.from_url(redis_part.broker_url)
         self.ledger = Ledger.connect(redis_part.ledger_url)
         self.jobs: dict[str, str] = {}
@@ -152,6 +216,10 @@ class Canvases:
             found[call["tag"]].append(call)
         return dict(found)
 
+    def check(self, primitive: str, *, most: int = 1) -> None:
+        """What followed on the job of this ``primitive``; each was called once, or ``most`` times under one id."""
+        getattr(Checks(self, most=most), primitive.replace(" ", "_"))()
+
     def kept(self) -> dict[str, dict[str, str]]:
         """What the ledger still has of follow-ups, by job."""
         names = ("follow_ups", "telling_ms", "followed")
@@ -174,9 +242,6 @@ class Checks:
         self._canvases, self._most = canvases, most
         self._calls = canvases.calls()
         assert not {"never", "never either"} & set(self._calls)
-
-    def check(self, primitive: str) -> None:
-        getattr(self, primitive.replace(" ", "_"))()
 
     def called(self, tag: str) -> dict[str, Any]:
         calls = self._calls[tag]

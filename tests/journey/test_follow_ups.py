@@ -1,93 +1,82 @@
-"""What follows on a job: once, under its id, whatever message ends the job; as Celery would have it."""
+"""What follows on a job is sent once, under its id, whichever message ends the job; as Celery would send it."""
 
 from __future__ import annotations
 
 import pytest
 
 from producer import Courier
-from sandbox.processes import Processes
-from tests.canvases import ALL, PRIMITIVES, Canvases, Checks, foreign_worker
+from tests.canvases import ALL, PRIMITIVES, Stage, stage
 
-QUICK = {"lease_s": 2, "grace_s": 2, "sweep_s": 0.2, "backoff_base_s": 0.1, "backoff_cap_s": 0.5}
-BREAKER = {"failures": 1000}
-
-
-@pytest.fixture
-def canvases(plain, redis, image_server, sandbox, tmp_path):
-    made = Canvases(plain, redis, image_server, sandbox.dcm4chee)
-    with Processes(tmp_path / "foreign") as running:
-        child = foreign_worker(running, redis)
-        yield made
-        assert "Traceback" not in child.log
-    made.close()
+MANY = {"max_attempts": 100}
+ONE = {"max_attempts": 1}
 
 
-def sick(sandbox):
-    for dialect in ("msdicom", "dcm4chee"):
-        sandbox.set_mood(dialect, "query", status=503)
+def direct(stage: Stage) -> None:
+    stage.canvases.send()
+    stage.worker()
 
 
-def direct(canvases, worker, sandbox):
-    canvases.send()
-    worker(jobs=QUICK)
+def parked(stage: Stage) -> None:
+    stage.canvases.send()
+    stage.sicken()
+    stage.worker(jobs=MANY)
+    stage.canvases.wait_until_all_are("waiting", "running")
+    stage.sandbox.calm()
 
 
-def parked(canvases, worker, sandbox):
-    canvases.send()
-    sick(sandbox)
-    worker(jobs={**QUICK, "max_attempts": 100}, breaker=BREAKER)
-    canvases.wait_until_all_are("waiting", "running")
-    sandbox.calm()
-
-
-def delivered_twice(canvases, worker, sandbox):
+def delivered_twice(stage: Stage) -> None:
+    canvases = stage.canvases
     canvases.send()
     copies = canvases.copies()
     assert len(copies) == len(canvases.jobs)
     canvases.deliver(copies)
-    worker(jobs=QUICK)
+    stage.worker()
     canvases.wait_for_all(*ALL)
     canvases.deliver(copies)
 
 
-def dead_letter(canvases, worker, sandbox):
+def dead_letter(stage: Stage) -> None:
+    """And replayed when the servers are well again. Of a chord Celery says that it has failed, for good."""
+    canvases = stage.canvases
     canvases.send()
-    sick(sandbox)
-    running = worker(jobs={**QUICK, "max_attempts": 1}, breaker=BREAKER)
+    stage.sicken()
+    running = stage.worker(jobs=ONE)
     canvases.wait_until_all_are("dead")
     canvases.wait_for_all("link_error", "failed chord")
     assert set(canvases.calls()) == {"link_error", "failed chord"}
-    assert canvases.results["chain"].state == "FAILURE", "what is chained never comes"
-    assert canvases.results["chord"].state == "FAILURE"
-    sandbox.calm()
-    running.stop()
-    with Courier(running.settings) as courier:
+    assert [canvases.results[name].state for name in ("chain", "chord")] == ["FAILURE", "FAILURE"]
+    stage.sandbox.calm()
+    running.stop(grace_s=15)
+    with Courier(stage.settings) as courier:
         assert all(courier.dead.replay(job_id) for job_id in canvases.jobs.values())
     woken = canvases.headers()
     assert (woken["stamps"]["stamps"], woken["stamps"]["stamped_headers"]) == ({"order": "7"}, ["order"])
     group = canvases.results["group"]
     assert (woken["group b"]["group"], woken["group b"]["group_index"]) == (group.id, 1)
-    worker(jobs=QUICK)
+    stage.worker()
 
 
-@pytest.mark.parametrize("happens", [direct, parked, delivered_twice], ids=lambda one: one.__name__)
-def test_each_follow_up_is_sent_once_under_its_id(happens, canvases, worker, sandbox):
-    happens(canvases, worker, sandbox)
-    canvases.wait_for_all(*ALL)
-    for primitive in PRIMITIVES:
-        Checks(canvases).check(primitive)
-    assert canvases.kept() == {}
+HAPPENS = {"direct": direct, "parked": parked, "delivered twice": delivered_twice, "dead letter": dead_letter}
 
 
-def test_what_follows_on_a_dead_letter_is_its_errback_and_after_a_replay_the_rest(canvases, worker, sandbox):
-    dead_letter(canvases, worker, sandbox)
-    replayed = [tag for tag in ALL if tag not in ("chord", "failed chord")]
-    canvases.wait_for_all(*replayed)
-    for primitive in ("link", "chain", "group", "stamps"):
-        Checks(canvases).check(primitive)
-    Checks(canvases, most=2).link_error()
-    calls = canvases.calls()
-    assert len(calls["failed chord"]) == 1
-    assert "chord" not in calls, "it has failed, and a replay of its members does not begin it anew"
-    kept = canvases.kept()
-    assert kept == {}
+@pytest.fixture(scope="module", params=HAPPENS)
+def ended(request, redis_server, sandbox_server, tmp_path_factory):
+    """What happens, and the canvases after it has happened to them all."""
+    with stage(redis_server, sandbox_server, tmp_path_factory.mktemp("stage")) as made:
+        HAPPENS[request.param](made)
+        made.canvases.wait_for_all(*(tag for tag in ALL if (request.param, tag) != ("dead letter", "chord")))
+        yield request.param, made.canvases
+
+
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_each_follow_up_is_sent_once_under_its_id(ended, primitive):
+    happens, canvases = ended
+    if (happens, primitive) == ("dead letter", "chord"):
+        assert "chord" not in canvases.calls()
+        assert canvases.results["chord"].state == "FAILURE"
+    else:
+        canvases.check(primitive, most=2 if (happens, primitive) == ("dead letter", "link_error") else 1)
+
+
+def test_nothing_of_the_follow_ups_is_kept_once_they_are_sent(ended):
+    assert ended[1].kept() == {}
