@@ -20,6 +20,19 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,sandbox,dev]'
 	@touch $@
 
+# The last release, as its users have it: its code and its dependencies, for tests of both versions on one Redis.
+LAST := .venv-last
+LAST_COMMIT := $(shell cat tests/chaos/last_version.txt)
+$(LAST)/$(LAST_COMMIT):
+	@git cat-file -e "$(LAST_COMMIT)^{commit}" 2>/dev/null || { echo "The commit of the last version ($(LAST_COMMIT), tests/chaos/last_version.txt) is not in this clone. Fetch its history: git fetch --unshallow"; exit 2; }
+	@echo "Building the last version in $(LAST) (once, less than a minute)"
+	@rm -rf $(LAST) && $(PYTHON) -m venv $(LAST) && mkdir $(LAST)/source
+	@git archive $(LAST_COMMIT) | tar x -C $(LAST)/source
+	@$(LAST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LAST)/source/constraints.txt -e '$(LAST)/source[worker]'
+	@touch $@
+
+last-version: $(LAST)/$(LAST_COMMIT) ## the last release, for the test of an upgrade
+
 run: $(VENV)/.ready ## everything on this laptop, with sample images; ONCE=1 ends after the table
 	@$(BIN)/python -m sandbox.demo $(if $(ONCE),--once)
 
@@ -49,14 +62,14 @@ check: $(VENV)/.ready-dev ## style, types, import floors, compose file
 
 # What is killed and starved is not to be starved by neighbours too: chaos runs alone. It waits for the rest, so that what
 # failed stands at the end of the output, where people and CI look.
-test: check ## the gate: check and the whole suite
+test: check last-version ## the gate: check and the whole suite
 	@$(BIN)/pytest -n 2 --dist loadfile --ignore tests/chaos
 	@$(BIN)/pytest tests/chaos
 
 fuzz: $(VENV)/.ready-dev ## broken files, answers, messages and URLs by the thousand
 	@$(BIN)/python -m tests.fuzz
 
-chaos: $(VENV)/.ready-dev ## workers, Redis and servers killed, cut and starved; writes docs/guarantees.md
+chaos: $(VENV)/.ready-dev last-version ## workers, Redis and servers killed, cut and starved; writes docs/guarantees.md
 	@$(BIN)/python -m tests.chaos
 
 bench: $(VENV)/.ready-dev ## figures, as ratios within one run
@@ -64,4 +77,4 @@ bench: $(VENV)/.ready-dev ## figures, as ratios within one run
 	@$(BIN)/python -m benchmarks.bulk
 	@$(BIN)/python -m benchmarks.migration
 
-.PHONY: help run viewer worker flower check test fuzz chaos bench
+.PHONY: help last-version run viewer worker flower check test fuzz chaos bench

@@ -202,6 +202,8 @@ def _workers(courier: Courier) -> Iterator[Finding]:
     if not workers:
         advice = "Start one: celery -A worker.app worker"
         yield Finding("workers", "failed", "no worker answers", advice)
+        if courier.ledger is not None:  # one of version 0.1 is no answer, and has to be stopped all the same
+            yield from (finding for finding in _progress(courier.ledger, set()) if finding.state != "ok")
         return
     yield Finding("workers", "ok", f"{len(workers)} answer: {', '.join(sorted(workers))}")
     if courier.ledger is not None:

@@ -127,6 +127,22 @@ def test_a_job_that_was_sent_to_celerys_default_queue_stays_there_and_the_doctor
     assert "old queue celery" not in findings(running)
 
 
+def test_a_job_of_a_program_of_0_1_is_done_though_no_worker_reads_its_message(
+    worker: Any, theirs: Any, redis: Any, broker: Any, sandbox: Any, image_server: Any
+) -> None:
+    running = worker(jobs={"sweep_s": 0.2, "grace_s": 1})
+    with Courier(running.settings) as courier:
+        job = upload(image_server)
+        courier.ledger.submit("order-7", task="pacs.upload", job=job)
+        theirs.send_task("pacs.upload", kwargs={"job": job}, task_id="order-7")
+        stored = courier.handle("order-7").result(timeout_s=WAIT_S)
+        assert (stored["status"], broker.llen("celery"), len(image_server.requests)) == ("stored", 1, 1)
+        worker(jobs={"sweep_s": 0.2}, queue={**running_queue(running), "read_old_queues": True})
+        assert poll(lambda: broker.llen("celery") + broker.hlen("pacs.unacked") == 0, timeout_s=WAIT_S)
+        assert courier.handle("order-7").result(timeout_s=WAIT_S) == stored
+    assert len(image_server.requests) == 1
+
+
 def running_queue(running: Any) -> dict[str, Any]:
     return dict(running.settings.model_dump(mode="json", exclude_unset=True)["queue"])
 
