@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from worker.errors import (
 from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
-from worker.jobs.upload import upload
+from worker.jobs.upload import MAX_METADATA_BYTES, upload
 from worker.ledger import PREFIX, Ledger
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Fate, Found, Outcome, Part, Retrieved
@@ -54,6 +55,7 @@ class Server:
         self.images: dict[str, Found] = {}
         self.files: dict[str, bytes] = {}
         self.fails: dict[str, CourierError] = {}
+        self.more_metadata: dict[str, Any] = {}
         self.loses_the_answer = self.says_it_is_storing = False
         self.late: list[Found] | None = None
         self.finds = 0
@@ -93,7 +95,7 @@ class Server:
 
     def metadata(self, found: Found) -> list[dict[str, Any]]:
         self._perhaps("metadata")
-        return [{"00080018": {"vr": "UI", "Value": [found.sop_instance_uid]}}]
+        return [{"00080018": {"vr": "UI", "Value": [found.sop_instance_uid]}, **self.more_metadata}]
 
     def _perhaps(self, call: str) -> None:
         if call in self.fails:
@@ -193,6 +195,19 @@ def test_what_is_known_to_be_stored_ends_as_stored_though_its_server_is_silent_e
     assert isinstance(desk.carry("j"), Parked)
     desk.servers["a"].fails["find"] = error
     assert stored(desk.carry("j"))["warnings"] == ["metadata_unavailable"]
+
+
+@pytest.mark.parametrize("frames", [1, 40_000, 100_000])
+def test_the_metadata_in_a_result_are_cut_down_to_uids_above_a_bound(desk: Desk, frames: int) -> None:
+    positions = {"vr": "SQ", "Value": [{"00209157": {"vr": "UL", "Value": [1, frame]}} for frame in range(frames)]}
+    desk.servers["a"].more_metadata = {"52009230": positions}
+    desk.files.there["j"] = image(new_uid())
+    payload = stored(desk.carry("j"))
+    is_small = frames == 1
+    assert ("52009230" in payload["metadata"]) == is_small
+    assert payload["metadata"]["00080018"]["Value"] == [payload["image_uid"]]
+    assert payload["warnings"] == ([] if is_small else ["metadata_reduced_to_uids"])
+    assert len(json.dumps(payload)) < MAX_METADATA_BYTES
 
 
 def with_other_bytes(body: bytes) -> bytes:

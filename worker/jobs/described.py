@@ -5,6 +5,9 @@ Nothing is asked of a server here.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from worker.pacs.protocol import Found
 from worker.payloads import Dataset, Place
 from worker.settings import ResultSettings, ServerSettings
@@ -17,11 +20,18 @@ def uids_only(ds: Dataset) -> Dataset:
     return {tag: ds[tag] for tag in _UID_TAGS if tag in ds}
 
 
-def allowed(ds: Dataset, results: ResultSettings) -> Dataset:
-    """As much of ``ds`` as `results.metadata` lets into results."""
+def allowed(datasets: Sequence[Dataset], results: ResultSettings, *, max_bytes: int) -> tuple[list[Dataset], list[str]]:
+    """As much of ``datasets`` as `results.metadata` lets into results, and the warnings about what is missing.
+
+    Above ``max_bytes`` of JSON they are cut down to their UIDs: a result stays in Redis for a day.
+    """
     if results.metadata == "none":
-        return {}
-    return ds if results.metadata == "full" else uids_only(ds)
+        return [{} for _ in datasets], []
+    if results.metadata == "uids":
+        return [uids_only(ds) for ds in datasets], []
+    if len(json.dumps(datasets)) > max_bytes:
+        return [uids_only(ds) for ds in datasets], ["metadata_reduced_to_uids"]
+    return list(datasets), []
 
 
 def place(found: Found, server: ServerSettings) -> Place:

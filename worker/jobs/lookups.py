@@ -6,14 +6,13 @@ silence means the same everywhere: never "not there". Nothing here changes anyth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered
-from worker.jobs.described import allowed, place, uids_only
+from worker.jobs.described import allowed, place
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.pacs.fleet import Fleet
@@ -21,7 +20,7 @@ from worker.pacs.protocol import Found, Pacs
 from worker.payloads import Dataset, ExistsJob, Fault, FoundEntry, FoundPayload, Level, LookupJob, read_job
 from worker.settings import MODES, ResultSettings
 
-#: Above so much JSON per server, metadata in a result are cut down to their UIDs: a result passes through Redis.
+#: So much JSON per server may the metadata in a result be.
 MAX_METADATA_BYTES = 8 * 1_048_576
 
 
@@ -30,7 +29,7 @@ class Description:
     """One server's metadata of what it has, as far as results may hold them."""
 
     datasets: list[Dataset]
-    reduced: bool = False
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -155,10 +154,7 @@ def _read(reply: Reply, results: ResultSettings) -> Description:
             server_name=server.name,
             server_type=server.type,
         )
-    datasets = [allowed(ds, results) for ds in datasets]
-    if len(json.dumps(datasets)) > MAX_METADATA_BYTES:
-        return Description([uids_only(ds) for ds in datasets], reduced=True)
-    return Description(datasets)
+    return Description(*allowed(datasets, results, max_bytes=MAX_METADATA_BYTES))
 
 
 def _entry(reply: Reply, description: Description | CourierError | None) -> FoundEntry:
@@ -188,6 +184,5 @@ def _warnings(
         warnings.append("study_split")
     if any(len(reply.found) > 1 for reply in replies):
         warnings.append("uid_not_unique")
-    if any(isinstance(one, Description) and one.reduced for one in descriptions.values()):
-        warnings.append("metadata_reduced_to_uids")
-    return warnings
+    told = (one.warnings for one in descriptions.values() if isinstance(one, Description))
+    return warnings + sorted({warning for some in told for warning in some})

@@ -51,6 +51,8 @@ from worker.routing import Answer, Decision, Exists, decide
 from worker.sources import Fetched
 from worker.sources.spool import CHUNK_BYTES
 
+#: So much JSON may the metadata in a result be: those of an image with 100,000 frames are 32 MB.
+MAX_METADATA_BYTES = 1_048_576
 #: How soon to look again whether the other job with the same image has ended.
 TURN_S = 0.5
 
@@ -407,6 +409,7 @@ def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
             if _may_be_cured(error, run):
                 raise
             metadata, warnings = {}, (*warnings, "metadata_unavailable")
+    shown, reduced = _allowed(metadata, trip.job, tools)
     instance = memo.instance
     return UploadPayload(
         job_id=run.job_id,
@@ -421,8 +424,8 @@ def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
         transfer_syntax_uid=instance.transfer_syntax_uid,
         size_bytes=memo.size_bytes,
         sha256=memo.sha256,
-        warnings=list(warnings),
-        metadata=_allowed(metadata, trip.job, tools),
+        warnings=[*warnings, *reduced],
+        metadata=shown,
         viewer_url=viewer_of(pacs.server, instance),
         source=memo.source,
         timings_ms=run.timings_ms,
@@ -442,6 +445,9 @@ def _metadata(pacs: Pacs, instance: Instance) -> Dataset:
     return datasets[0]
 
 
-def _allowed(metadata: Dataset, job: UploadJob, tools: Tools) -> Dataset:
-    """As much metadata as the site allows in results; a job may ask for less, never for more."""
-    return {} if job.metadata is False else allowed(metadata, tools.settings.results)
+def _allowed(metadata: Dataset, job: UploadJob, tools: Tools) -> tuple[Dataset, list[str]]:
+    """As much metadata as the site allows in results, and warnings; a job may ask for less, never for more."""
+    if job.metadata is False:
+        return {}, []
+    (shown,), warnings = allowed([metadata], tools.settings.results, max_bytes=MAX_METADATA_BYTES)
+    return shown, warnings
