@@ -25,8 +25,17 @@ from kombu.connection import Connection
 
 from producer.batches import BatchDesk
 from producer.dead import DeadDesk
-from producer.errors import BrokerUnavailable, CourierError, InvalidRequest, NotFound, StillRunning, from_payload
+from producer.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    CourierError,
+    InvalidRequest,
+    NotFound,
+    StillRunning,
+    from_payload,
+)
 from worker import listeners, peers
+from worker.batches import Batches
 from worker.ledger import DueJob, JobStanding, Ledger, job_id_for
 from worker.logs import shown_job
 from worker.payloads import (
@@ -75,6 +84,8 @@ class Report:
     meta: Mapping[str, Any] | None = None
     #: Why the job waits (`Handle.waiting`).
     waiting: Mapping[str, Any] | None = None
+    #: Another Celery worker has dropped a message of the job; what becomes of the job, the ledger says.
+    revoked: bool = False
 
     @property
     def over(self) -> bool:
@@ -503,12 +514,12 @@ class Courier:
         return Handle(job_id, self, batch_id)
 
     def cancel(self, job_id: str) -> bool:
-        """Ask for a job to end before its push; False if it is over or unknown."""
+        """Ask for a job to end before its push; False if it is over or unknown. A batch ends with its job."""
         if self._ledger is None:
             raise BrokerUnavailable("Cancelling needs the ledger; give ledger_url.")
         self._check_schema()
         with _reachable():
-            return self._ledger.cancel(job_id) in ("queued", "running", "waiting")
+            return Batches(self._ledger).cancel_job(job_id) in ("queued", "running", "waiting")
 
     def reports(self, job_ids: Iterable[str]) -> dict[str, Report]:
         """What is known of several jobs, read in one go: by the result back-end, and by the ledger of the others."""
@@ -520,7 +531,7 @@ class Courier:
 
         An entry of a job that waits is as old as its last attempt; the ledger knows whether it is woken by now.
         """
-        ended = {job_id: report for job_id, report in stored.items() if report.over}
+        ended = {job_id: report for job_id, report in stored.items() if report.over and not report.revoked}
         if self._ledger is None:
             return self._ledger_reports(job_id for job_id in ids if job_id not in stored) | dict(stored)
         asked = self._ledger_reports(job_id for job_id in ids if job_id not in ended)
@@ -598,9 +609,11 @@ class Courier:
             last = deadline is not None and now >= deadline
             reports = self._stored_reports(list(job_ids))
             if last or now >= ask_ledger_at:
-                new = [job_id for job_id in job_ids if job_id not in reports]
-                reports = self._refined(job_ids, reports) if last else reports | self._ledger_reports(new)
+                new = [job_id for job_id in job_ids if job_id not in reports or reports[job_id].revoked]
+                reports |= self._refined(job_ids if last else new, reports)
                 ask_ledger_at = now + _LEDGER_POLL_S
+            elif self._ledger is not None:
+                reports = {job_id: report for job_id, report in reports.items() if not report.revoked}
             yield reports, last or now >= patience
             if last:
                 return
@@ -645,7 +658,9 @@ def _report(meta: Mapping[str, Any]) -> Report:
     state, result = meta["status"], meta["result"]
     if state == "SUCCESS":
         return Report("done", "done", result=result)
-    if state in ("FAILURE", "REVOKED"):
+    if state == "REVOKED":
+        return Report("failed", "failed", error=Cancelled("A Celery worker revoked the job."), revoked=True)
+    if state == "FAILURE":
         return Report("failed", "failed", error=_error(result))
     if state == "PROGRESS":
         stage = str(result["stage"])

@@ -36,7 +36,7 @@ from celery.result import denied_join_result
 from celery.worker import state
 from celery.worker.request import Request
 
-from worker import consumer, listeners, peers, queues, shortage, signing, telemetry, watchdog
+from worker import consumer, listeners, peers, queues, revokes, shortage, signing, telemetry, watchdog
 from worker.azure import AzureAccount
 from worker.batches import Batches
 from worker.breakers import Breakers
@@ -105,6 +105,10 @@ class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
         super().acknowledge()
         if consumer.PacsConsumer.running is not None:
             consumer.PacsConsumer.running.returns.succeeded()
+
+    def revoked(self) -> bool:
+        """Whether the message is not to be begun now; see `revokes.heed`."""
+        return revokes.heed(self)
 
     def send_event(self, type: str, **fields: Any) -> None:
         """Flower shows as the result of a job in the state RETRY why it waits: no longer once it begins or fails."""
@@ -258,6 +262,18 @@ def _ledger_beside() -> Ledger:
     return _ledger()
 
 
+class _Canceller:
+    def job(self, job_id: str, *, unless_taken: bool = False) -> str:
+        ledger = _ledger_beside()
+        if unless_taken:
+            return ledger.cancel(job_id, unless="taken", mark=True)
+        return Batches(ledger).cancel_job(job_id, mark=True)
+
+    def stamps(self, header: str, values: Sequence[str]) -> None:
+        _ledger_beside().cancel_stamped(header, values)
+
+
+revokes.install(_Canceller())
 consumer.PacsConsumer.is_written_down = staticmethod(_is_written_down)
 consumer.PacsConsumer.count_return = staticmethod(lambda job_id: _ledger_beside().count_return(job_id))
 consumer.PacsConsumer.bury = staticmethod(_bury)

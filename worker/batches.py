@@ -38,6 +38,7 @@ from typing import Any, Final, Literal, cast, get_args
 
 from redis.client import NEVER_DECODE
 
+from worker.errors import InvalidRequest
 from worker.ledger import DueJob, LeaseLost, Ledger
 from worker.logs import shown_url, stated
 from worker.payloads import check_batch_id
@@ -889,6 +890,33 @@ class Batches:
         state = self.steer(batch_id, "cancelled", out_of=[*ACTIVE, "planned", "paused"])
         self.rouse(batch_id)
         return state
+
+    def cancel_job(self, job_id: str, *, mark: bool = False) -> str:
+        """Cancel a job, as `Ledger.cancel`; of one that a batch has under way, or any piece of a batch, the batch.
+
+        A batch is never cancelled by halves: its pieces would lose what they know of items that they have begun.
+        """
+        task, job = self._ledger.kind_of(job_id)
+        batch_id = self._batch_of(job_id, task, str(job.get("batch_id") or ""))
+        if not batch_id:
+            return self._ledger.cancel(job_id, mark=mark)
+        self.cancel(batch_id)
+        if task != CHUNK_TASK:
+            self._ledger.cancel(job_id, unless="taken")
+        return self._ledger.look(job_id).get("state", "")
+
+    def _batch_of(self, job_id: str, task: str, named: str) -> str:
+        """The batch that a job has under way, or is a piece of, or is called like; "" if there is none.
+
+        ``named`` is the batch that the job's message names.
+        """
+        if named and (task == CHUNK_TASK or self._redis.hget(self._key(named), "conductor") == job_id):
+            return named
+        try:
+            check_batch_id(job_id)
+        except InvalidRequest:
+            return ""
+        return job_id if self.state(job_id) else ""
 
     def rouse(self, batch_id: str) -> None:
         """Have all who wait at the batch look again now: it has been steered elsewhere."""

@@ -34,6 +34,8 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
     trail:UID     list    what was decided about an image, a series or a study, the latest ones, for `pacs.trace`
     placed        hash    server → number of new studies it was given
     stored        hash    server → when (µs) a job of ours last stored an image there
+    cancelled:ID  text    a job of which no record exists was cancelled: it ends as soon as a message of it comes
+    cancelled_stamps zset digests of stamps whose jobs are cancelled, by the time when that was asked
     returned:ID   text    how often a message of this job was given back while others were done
     workers       hash    worker → what its watchdog last said of it (JSON)
     schema        text    the shape of all this, as a number; none is 1, that of version 0.1
@@ -119,6 +121,9 @@ local function since(job, cause)
     redis.call('HSET', job, 'cause', cause, 'since_ms', string.format('%.0f', now))
   end
   return redis.call('HGET', job, 'since_ms')
+end
+local function ends_at_once(job)  -- cancelled in the middle of an attempt that has begun nothing
+  return redis.call('HEXISTS', job, 'cancel') == 1 and redis.call('HEXISTS', job, 'memo') == 0
 end
 local function wait_for(job, code, message, server, cause)
   since(job, cause)
@@ -265,6 +270,7 @@ if state == 'done' or state == 'dead' then
 end
 if state == 'running' and tonumber(redis.call('HGET', job, 'lease_ms')) > now then return {'held'} end
 local score = redis.call('ZSCORE', due, ARGV[1])
+if redis.call('DEL', prefix .. 'cancelled:' .. ARGV[1]) == 1 then redis.call('HSET', job, 'cancel', 1) end
 local cancelled = redis.call('HEXISTS', job, 'cancel') == 1
 local woken = cancelled or redis.call('HEXISTS', job, 'woken') == 1
 if state == 'waiting' and score and tonumber(score) > now and not woken then
@@ -441,6 +447,7 @@ else
   note_of_job(KEYS[1], ARGV[7], ARGV[8], true)
 end
 if ARGV[6] ~= 'counts' and redis.call('HEXISTS', KEYS[1], 'woken') == 1 then delay_ms = 0 end
+if ends_at_once(KEYS[1]) then delay_ms = 0 end
 redis.call('ZADD', KEYS[2], now + delay_ms, ARGV[1])
 return 1
 """
@@ -459,6 +466,10 @@ wait_for(job, ARGV[4], ARGV[5], ARGV[11], ARGV[12])
 if ARGV[10] == '0' then redis.call('HINCRBY', job, 'attempts', -1) end
 if redis.call('HSETNX', job, 'parked_ms', string.format('%.0f', now)) == 1 then
   note_of_job(job, ARGV[7], ARGV[8], true)
+end
+if ends_at_once(job) then
+  redis.call('ZADD', due, now, ARGV[1])
+  return 1
 end
 if redis.call('EXISTS', breaker) == 0 then
   redis.call('ZADD', due, now + ARGV[9], ARGV[1])
@@ -737,10 +748,11 @@ _CANCEL = (
     _NOW
     + """
 local state = redis.call('HGET', KEYS[1], 'state')
+if not state and ARGV[3] ~= '0' then redis.call('SET', prefix .. 'cancelled:' .. ARGV[1], 1, 'PX', ARGV[3]) end
 if not state or state == 'done' or state == 'dead' then return state or '' end
 if ARGV[2] == 'taken' and state ~= 'queued' then return 'taken' end
 if ARGV[2] == 'begun' and redis.call('HEXISTS', KEYS[1], 'memo') == 1 then return 'begun' end
-redis.call('HSET', KEYS[1], 'cancel', 1)
+if redis.call('HSETNX', KEYS[1], 'cancel', 1) == 0 then return state end  -- each of many workers heard it
 if state ~= 'running' then
   redis.call('HDEL', KEYS[1], 'sent')
   redis.call('ZADD', KEYS[2], now, ARGV[1])
@@ -1620,13 +1632,38 @@ class Ledger:
         args: list[str | int] = [job_id, pending.fence, sent, length]
         self._guard(self._followed(keys=[self.key("job", job_id), self.key("due")], args=args))
 
-    def cancel(self, job_id: str, *, unless: Literal["taken", "begun"] | None = None) -> str:
+    def cancel(self, job_id: str, *, unless: Literal["taken", "begun"] | None = None, mark: bool = False) -> str:
         """Ask for the job to end before its push; gives the state it was in, "" if it is unknown.
+
+        ``mark``: an id without a record is marked as cancelled, for as long as an ended job's record is kept, and a
+        message that comes for it meanwhile ends so.
 
         ``unless`` a worker has "taken" it, or it has "begun", that is written down what it is about to do: then that
         word is given, and nothing is asked. Any other job that was cancelled so does nothing any more.
         """
-        return str(self._cancel(keys=[self.key("job", job_id), self.key("due")], args=[job_id, unless or ""]))
+        args: list[str | int] = [job_id, unless or "", self.keep_ms if mark else 0]
+        return str(self._cancel(keys=[self.key("job", job_id), self.key("due")], args=args))
+
+    def cancel_stamped(self, header: str, values: Iterable[str]) -> None:
+        """Whatever comes with one of these stamps is cancelled, for as long as an ended job's record is kept."""
+        now_ms, key = _ms(self.clock_s()), self.key("cancelled_stamps")
+        with self._redis.pipeline() as pipe:
+            pipe.zremrangebyscore(key, "-inf", now_ms - self.keep_ms)
+            pipe.zadd(key, {_stamp(header, value): now_ms for value in values})
+            pipe.pexpire(key, self.keep_ms)
+            pipe.execute()
+
+    def is_cancelled_by_stamp(self, stamps: Iterable[tuple[str, str]]) -> bool:
+        """Whether one of these stamps, pairs of header and value, is cancelled."""
+        members = [_stamp(header, value) for header, value in stamps]
+        since_ms = _ms(self.clock_s()) - self.keep_ms
+        found = cast(list[float | None], self._redis.zmscore(self.key("cancelled_stamps"), members) if members else [])
+        return any(at_ms is not None and at_ms > since_ms for at_ms in found)
+
+    def kind_of(self, job_id: str) -> tuple[str, dict[str, Any]]:
+        """The task of a job and what it was given; "" and {} where the ledger does not know or no longer keeps it."""
+        row = cast(list[str | None], self._redis.hmget(self.key("job", job_id), "task", "job"))
+        return row[0] or "", json.loads(row[1] or "{}")
 
     def rouse(self, job_id: str, *, by_sweeper: bool = False) -> DueJob | None:
         """Have a waiting job look again before its time; the message to send for it, unless the sweeper shall."""
@@ -2231,6 +2268,10 @@ def _unsigned(value: Any, *, depth: int = 3) -> Any:
     if isinstance(value, dict):
         return {name: _unsigned(one, depth=depth - 1) for name, one in value.items()}
     return [_unsigned(one, depth=depth - 1) for one in value]
+
+
+def _stamp(header: str, value: str) -> str:
+    return hashlib.sha256(f"{header}\n{value}".encode()).hexdigest()
 
 
 def _ms(seconds: float) -> int:

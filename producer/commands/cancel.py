@@ -22,9 +22,9 @@ _POLL_S: Final = 0.1
 @as_json_option
 @plain_failures
 def cancel(job_id: str, as_json: bool) -> int:
-    """Cancel a job that has not begun to store or to delete. What has begun goes on, and is said to.
+    """Cancel a job that has not begun to store or to delete. What has begun ends after the request under way.
 
-    A batch is cancelled by `pacs batch cancel ID`. Exit status 1: the job has begun, or is over.
+    The id of a batch cancels the batch. Exit status 1: the job has begun, or is over.
     """
     with Courier() as courier:
         handle = courier.must_know(job_id)
@@ -58,5 +58,5 @@ def _told(job_id: str, report: Report, *, begun: bool) -> tuple[str, bool]:
     if report.over:
         return f"Job {job_id} is over: pacs result {job_id}", False
     if begun:
-        return f"Job {job_id} has begun and goes on: pacs result {job_id}", False
+        return f"Job {job_id} has begun and goes on until the request under way has ended: pacs result {job_id}", False
     return f"Job {job_id} is cancelled; it ends as soon as a worker sees it, and does nothing before.", True

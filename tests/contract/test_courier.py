@@ -180,3 +180,19 @@ def test_a_key_whose_job_failed_for_a_reason_that_can_pass_is_sent_again_and_its
         assert (again.id, again.status(), broker.llen(queue)) == (handle.id, "queued", 1)
         assert courier.upload("http://host/a.dcm?sig=new", idempotency_key="k").id == handle.id
         assert broker.llen(queue) == 1, "one message for one job"
+
+
+def test_a_result_that_another_celery_worker_revoked_is_what_the_ledger_says(courier, ledger):
+    backend = courier._app.backend
+    for job_id in ("waits", "gone"):
+        error = {"exc_type": "TaskRevokedError", "exc_message": ["revoked"], "exc_module": "celery.exceptions"}
+        row = {"status": "REVOKED", "result": error, "traceback": None, "children": [], "task_id": job_id}
+        backend.client.set(backend.get_key_for_task(job_id), json.dumps(row))
+    claim = begun(ledger, "waits")
+    ledger.park("waits", claim.fence, delay_s=60, code="pacs_unavailable", message="It is down.")
+    reports = courier.reports(["waits", "gone"])
+    assert (reports["waits"].status, reports["waits"].waiting["code"]) == ("waiting", "pacs_unavailable")
+    assert reports["gone"].error.code == "cancelled"
+    ended = {handle.id: report for handle, report in courier.as_completed(map(courier.handle, reports), timeout_s=3)}
+    assert list(ended) == ["gone"]
+    assert ended["gone"].error.code == "cancelled"

@@ -89,7 +89,15 @@ class Bench:
 
     def run(self, job_id: str = "j1") -> Run:
         claim = self.ledger.claim(job_id, task="pacs.delete", job={})
-        return Run(job_id, claim.fence, claim.attempt, last=False, ledger=self.ledger, memo=claim.memo)
+        return Run(
+            job_id,
+            claim.fence,
+            claim.attempt,
+            last=False,
+            ledger=self.ledger,
+            memo=claim.memo,
+            cancelled=claim.cancelled,
+        )
 
     def delete(self, job_id: str = "j1", **fields: Any) -> dict[str, str] | CourierError:
         """Statuses by server, or the error, after one attempt at the job."""
@@ -331,3 +339,37 @@ def test_a_job_is_cancelled_unless_it_has_come_too_far(
     assert bool(client.hexists("courier:job:j", "cancel")) is is_cancelled
     if state == "running" and is_cancelled:
         assert not ledger.intend("j", fence, {"begun": {}}), "it can begin nothing any more"
+
+
+@pytest.mark.parametrize(
+    ("finds", "said", "left"),
+    [
+        (HERE, "An earlier attempt on a was not completed", ["a"]),
+        (NOWHERE, "Done already on a (deleted)", None),
+        (PacsRejected("Bad question.", server_name="a"), "An earlier attempt on a was not completed", ["a"]),
+    ],
+)
+def test_a_deletion_that_is_cancelled_after_a_try_that_failed_deletes_nothing_more(
+    client: fakeredis.FakeRedis, finds: Any, said: str, left: list[str] | None
+) -> None:
+    a = Stub("a", deletes=SILENT)
+    bench = Bench(client, [a])
+    assert isinstance(bench.delete(), PacsUnavailable)
+    bench.ledger.cancel("j1")
+    a.asked.clear()
+    a.finds = finds
+    ended = bench.delete()
+    assert isinstance(ended, Cancelled)
+    assert said in ended.message
+    assert ended.details.get("may_be_deleted_on") == left
+    assert "delete" not in a.asked
+
+
+def test_a_cancelled_deletion_waits_for_a_server_that_does_not_say_what_it_did(client: fakeredis.FakeRedis) -> None:
+    a = Stub("a", deletes=SILENT)
+    bench = Bench(client, [a])
+    bench.delete()
+    bench.ledger.cancel("j1")
+    a.finds = SILENT
+    assert isinstance(bench.delete(), PacsUnavailable)
+    assert bench.ledger.look("j1")["state"] in ("running", "waiting")

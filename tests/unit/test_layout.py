@@ -21,6 +21,7 @@ CELERY_LIVES_IN = (
     "worker/envelope.py",
     "worker/follow_ups.py",
     "worker/pool.py",
+    "worker/revokes.py",
     "worker/signing.py",
     "worker/tasks/",
     "producer/",

@@ -20,6 +20,7 @@ from worker.errors import (
     NotFound,
     PacsRejected,
     Refused,
+    TryAgain,
     first_to_wait_for,
 )
 from worker.jobs.receipts import Receipts
@@ -87,6 +88,8 @@ def delete(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     progress = _Progress.from_json(run.memo, job.level)
     if job.servers is not None and not progress.begun:
         check_allowed(servers, permanent=job.permanent)
+    if run.cancelled:
+        raise _cancelled(job, progress, run, tools.fleet)
     if job.dry_run:
         with run.step("check"):
             _look(job, servers, progress, tools.fleet)
@@ -218,6 +221,37 @@ def _intend(progress: _Progress, run: Run) -> None:
         sentence = f"The job was cancelled.{gone} Nothing else was deleted." if gone else error.message
         servers = [entry.model_dump() for entry in progress.entries.values()]
         raise Cancelled(sentence, details={"servers": servers} if gone else None) from None
+
+
+def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> Cancelled:
+    """The end of a job that was cancelled after an attempt that had begun: nothing more is deleted.
+
+    What became of that attempt, its servers have to say. One that is silent is waited for as long as any job waits.
+
+    Raises
+    ------
+    TryAgain
+        A server does not say whether it still has it.
+    """
+    open_ones = [name for name in progress.begun if name not in progress.entries]
+    answers = fleet.gather([partial(fleet[name].find, job.level, job.uid) for name in open_ones])
+    left = []
+    for name, answer in zip(open_ones, answers, strict=True):
+        if isinstance(answer, TryAgain) and not run.last:
+            raise answer
+        if isinstance(answer, CourierError) or answer:
+            left.append(name)
+        else:
+            fate = fleet[name].deletion(job.level, permanent=job.permanent).fate
+            status = "not_there" if fate is DeletionFate.REFUSED else _STATUS[fate]
+            progress.entries[name] = _entry(fleet[name], status, found=progress.begun[name][0])
+    gone = _done_already(progress.entries.values())
+    servers = [entry.model_dump() for entry in progress.entries.values()]
+    rest = " Nothing else was deleted." if gone else ""
+    if left:
+        rest = f" An earlier attempt on {', '.join(left)} was not completed; look there for what is left."
+    details = {"servers": servers, **({"may_be_deleted_on": left} if left else {})}
+    return Cancelled(f"The job was cancelled.{gone}{rest}", details=details)
 
 
 def _done_already(entries: Iterable[DeletedEntry]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import redis
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
@@ -22,6 +23,7 @@ from worker.jobs.run import Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import LeaseLost, PendingFollowUps, job_id_for
 from worker.logs import job_lines
+from worker.revokes import stamps_of
 from worker.shortage import STARVED, is_shortage
 from worker.telemetry import continued
 
@@ -56,6 +58,9 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
     trace = _trace(task)
     with job_lines(job_id, task.name):
         tool, beat = _ready()  # the first job lets in who watches
+        if not _heeded(task, tool):
+            time.sleep(PAUSE_S)
+            raise Reject("the ledger cannot be reached", requeue=True)
         with continued({"traceparent": trace} if trace else {}):
             verdict = carry(
                 work,
@@ -135,6 +140,18 @@ def _ready() -> tuple[Tools, Pulse]:
             raise
         time.sleep(PAUSE_S)
         raise Ignore(NOT_BEGUN) from None  # what becomes of the message: worker/app.py
+
+
+def _heeded(task: Task, tools: Tools) -> bool:
+    """Cancel a job that bears a stamp whose jobs were revoked; False if the ledger does not say whether it does."""
+    stamps = stamps_of(task.request)
+    try:
+        if stamps and tools.ledger.is_cancelled_by_stamp(stamps):
+            tools.ledger.cancel(task.request.id, mark=True)
+    except redis.RedisError as error:
+        log.warning("The ledger does not say whether the job was revoked (%s)", type(error).__name__)
+        return False
+    return True
 
 
 def _trace(task: Task) -> str:
