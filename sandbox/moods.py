@@ -40,6 +40,7 @@ class Mood:
         with 272 (bound it with ``times``); ``fail_image``: the same for the image with that SOP Instance UID alone;
         ``failure_reason``: every instance fails with that number; ``pending_45071``: an
         instance not seen before is answered 45071 and stays pending for so many seconds, or "never" clears;
+        ``crash_in_delete``: DCM4CHEE dies in the middle of a DELETE, and the study is being deleted for ever;
         ``lose_last_part``: the last part of a store is not read; ``database_down``, ``storage_down``: as the reference
         says, which is not what one would expect.
 
@@ -62,6 +63,7 @@ class Mood:
     fail_image: str | None = None
     failure_reason: int | None = None
     pending_45071: float | str | None = None
+    crash_in_delete: bool = False
     lose_last_part: bool = False
     unauthorized: bool = False
     database_down: bool = False

@@ -27,10 +27,27 @@ _SOP_CLASS_UID, _SOP_INSTANCE_UID = 0x00080016, 0x00080018
 _STUDY_INSTANCE_UID, _SERIES_INSTANCE_UID = 0x0020000D, 0x0020000E
 _DATASET_UIDS = (_STUDY_INSTANCE_UID, _SERIES_INSTANCE_UID, _SOP_INSTANCE_UID, _SOP_CLASS_UID)
 _PATIENT_ID, _SPECIFIC_CHARACTER_SET = 0x00100020, 0x00080005
-#: What an archive files an image by: AccessionNumber, Modality, StudyDescription, PatientName, PatientID, StudyID.
-_TEXTS = (0x00080050, 0x00080060, 0x00081030, 0x00100010, _PATIENT_ID, 0x00200010)
+#: What an archive files an image by, and keeps in columns of its database.
+_TEXTS = (
+    0x00080050,  # AccessionNumber
+    0x00080060,  # Modality
+    0x00080080,  # InstitutionName
+    0x00080090,  # ReferringPhysicianName
+    0x00081010,  # StationName
+    0x00081030,  # StudyDescription
+    0x0008103E,  # SeriesDescription
+    0x00081040,  # InstitutionalDepartmentName
+    0x00081050,  # PerformingPhysicianName
+    0x00100010,  # PatientName
+    _PATIENT_ID,
+    0x00100021,  # IssuerOfPatientID
+    0x00180015,  # BodyPartExamined
+    0x00200010,  # StudyID
+    0x00200060,  # Laterality
+    0x00380010,  # AdmissionID
+)
 _WANTED = frozenset((*_DATASET_UIDS, *_TEXTS, _SPECIFIC_CHARACTER_SET))
-#: What columns of databases for such texts take.
+#: What such a column takes.
 _TEXT_LENGTH = 255
 _META_UIDS = (_MEDIA_STORAGE_SOP_CLASS_UID, _TRANSFER_SYNTAX_UID)
 _NAMES = {

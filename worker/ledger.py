@@ -33,6 +33,7 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
                           server and may still push
     trail:UID     list    what was decided about an image, a series or a study, the latest ones, for `pacs.trace`
     placed        hash    server → number of new studies it was given
+    deleting:ID   hash    server and study → since when (ms) this job is told that the study is being deleted there
     stored        hash    server → when (µs) a job of ours last stored an image there
     cancelled:ID  text    a job of which no record exists was cancelled: it ends as soon as a message of it comes
     cancelled_stamps zset digests of stamps whose jobs are cancelled, by the time when that was asked
@@ -1965,6 +1966,20 @@ class Ledger:
         keys = [self.key("study", study_instance_uid), self.key("placed"), self.key("trail", study_instance_uid)]
         note = _note("claimed", job_id, server=server)
         return bool(self._move_claim(keys=keys, args=[server, note, self.keep_ms]))
+
+    def deleting_for_s(self, job_id: str, server: str, study_instance_uid: str) -> float:
+        """How long it is now that a job was told first that a server is deleting a study."""
+        key, field, now_s = self.key("deleting", job_id), f"{server} {study_instance_uid}", self.clock_s()
+        with self._redis.pipeline() as pipe:
+            pipe.hsetnx(key, field, _ms(now_s))
+            pipe.hget(key, field)
+            pipe.pexpire(key, self.keep_ms)
+            _, since_ms, _ = pipe.execute()
+        return max(0.0, now_s - int(since_ms) / 1000)
+
+    def forget_deleting(self, job_id: str) -> None:
+        """The job waits no longer; done again, it begins anew."""
+        self._redis.delete(self.key("deleting", job_id))
 
     def stored_last_s(self, server: str) -> float:
         """When a job of ours last stored an image on ``server``, by the clock of `clock_s`; 0 if none has."""

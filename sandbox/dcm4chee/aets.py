@@ -8,6 +8,7 @@ a rejection leaves in the study.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 NOTE = "note:"
 
@@ -27,6 +28,14 @@ class RejectionCode:
     @property
     def code(self) -> str:
         return f"{self.code_value}^{self.coding_scheme_designator}"
+
+    def as_item(self) -> dict[str, Any]:
+        """As an item of a code sequence in DICOM JSON."""
+        return {
+            "00080100": {"vr": "SH", "Value": [self.code_value]},
+            "00080102": {"vr": "SH", "Value": [self.coding_scheme_designator]},
+            "00080104": {"vr": "LO", "Value": [self.code_meaning]},
+        }
 
     def as_json(self) -> dict[str, str]:
         return {

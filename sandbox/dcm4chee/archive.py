@@ -76,6 +76,8 @@ class Archive:
     site: Site
     #: Studies that a DELETE is just removing.
     deleting: set[str] = field(default_factory=set)
+    #: Those of them whose DELETE a crash has cut off: it never ends.
+    cut_off: set[str] = field(default_factory=set)
     #: When the Patient ID of a study was made up, by the clock of this process.
     made_up_s: dict[str, float] = field(default_factory=dict)
     #: POST /ctrl/stop: REST goes on, DIMSE and schedulers stop.
@@ -183,6 +185,7 @@ PRIVATE: dict[str, tuple[str, str]] = {
     "StudySizeBytes": ("7777102A", "US"),
     "SeriesReceiveDateTime": ("77771030", "DT"),
     "InstanceReceiveDateTime": ("77771040", "DT"),
+    "RejectionCodeSequence": ("77771042", "SQ"),
     "StorageID": ("77771050", "LO"),
     "StorageTransferSyntaxUID": ("77771052", "UI"),
     "StorageObjectSize": ("77771053", "UL"),

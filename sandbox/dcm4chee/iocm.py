@@ -23,6 +23,7 @@ from sandbox.dcm4chee.archive import (
     RESERVED,
     Archive,
     Refusal,
+    crash,
     entity,
     invalid,
     need_database,
@@ -204,9 +205,13 @@ async def delete_study(archive: Archive, request: web.Request) -> web.StreamResp
             await asyncio.sleep(request[MOOD].latency_s())
             retained_for_ever = asked.get("retainObj") == "true"
             free_at_s = float("inf") if retained_for_ever else archive.now_s() + PURGE_INTERVAL_S
+            if request[MOOD].crash_in_delete:
+                archive.cut_off.add(study)
+                raise crash("java.net.SocketException", "Connection reset")
             archive.store.delete(rows[start : start + _CHUNK], free_at_s=free_at_s)
     finally:
-        archive.deleting.discard(study)
+        if study not in archive.cut_off:
+            archive.deleting.discard(study)
     return web.Response(status=204)
 
 

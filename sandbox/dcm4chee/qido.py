@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import web
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
-from sandbox.dcm4chee.aets import NOTE, ApplicationEntity
+from sandbox.dcm4chee.aets import NOTE, REJECTION_CODES, ApplicationEntity
 from sandbox.dcm4chee.archive import (
     CREATOR,
     PRIVATE,
@@ -298,6 +298,8 @@ def _private(archive: Archive, level: Level, found: Found) -> Attributes:
             "StorageTransferSyntaxUID": [rows[0].transfer_syntax_uid],
             "StorageObjectSize": [rows[0].size_bytes],
         }
+        if code := REJECTION_CODES.get(rows[0].rejection or ""):
+            values["RejectionCodeSequence"] = [code.as_item()]
     shown: Attributes = {"77770010": {"vr": "LO", "Value": [CREATOR]}}
     return shown | {PRIVATE[name][0]: {"vr": PRIVATE[name][1], "Value": value} for name, value in values.items()}
 

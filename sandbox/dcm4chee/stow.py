@@ -226,17 +226,22 @@ def _as_new(transaction: _Transaction, header: Header) -> NewInstance:
 
 
 #: What the database keeps in columns of 255 characters.
-_COLUMNS = (0x00080050, 0x00080060, 0x00081030, 0x00100010, 0x00100020, 0x00200010)
+_COLUMNS = (
+    *(0x00080050, 0x00080060, 0x00080080, 0x00080090, 0x00081010, 0x00081030, 0x0008103E, 0x00081040, 0x00081050),
+    *(0x00100010, 0x00100020, 0x00100021, 0x00180015, 0x00200010, 0x00200060, 0x00380010),
+)
+_NOT_COMMITTED = (
+    "jakarta.ejb.EJBTransactionRolledbackException: jakarta.transaction.RollbackException: ARJUNA016053: Could not "
+    "commit transaction."
+)
 
 
 def _check_texts(header: Header) -> None:
     """What the database does not take fails when it is written."""
     for tag in _COLUMNS:
         text = (header.text(tag) or "").rstrip("\0 ")
-        if "\0" in text:
-            raise Failed(0x0110, "ARJUNA016053: Could not commit transaction.")
-        if len(text) > 255:
-            raise Failed(0x0110, "ERROR: value too long for type character varying(255)")
+        if "\0" in text or len(text) > 255:
+            raise Failed(0x0110, _NOT_COMMITTED)
 
 
 def _identified(transaction: _Transaction, study_instance_uid: str, study: dict[str, Any]) -> dict[str, Any]:

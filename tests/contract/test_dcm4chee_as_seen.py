@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pydicom
 import pytest
+import requests
 
 from sandbox.images import ImageServer
 from sandbox.processes import HOST, RedisPart, SandboxPart
@@ -16,12 +18,17 @@ from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from worker.breakers import CHANGES, Breakers
 from worker.errors import CourierError, PacsRejected, PacsUnavailable
+from worker.instances import identify
+from worker.jobs import deleting
 from worker.jobs.carry import Done, Failed, Verdict
+from worker.jobs.deletions import delete
 from worker.jobs.placement import FAULTS_OF_AN_IMAGE
 from worker.jobs.upload import upload
 from worker.pacs.fleet import Fleet
 from worker.pacs.guard import Guard
+from worker.pacs.protocol import Found
 from worker.pacs.registry import connect
+from worker.pacs.transport import kind_of_status
 from worker.slots import Slots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -31,13 +38,14 @@ ATTEMPTS = 8
 class Ward(Site):
     """Both sandbox servers behind breakers that a second failure in a row would open, and a server of files."""
 
-    def __init__(self, redis: RedisPart, sandbox: SandboxPart, images: ImageServer) -> None:
+    def __init__(self, redis: RedisPart, sandbox: SandboxPart, images: ImageServer, folder: Path) -> None:
         super().__init__(
             redis.ledger_url,
             sandbox.servers(),
             jobs={"max_attempts": ATTEMPTS, "backoff_base_s": 0.01, "backoff_cap_s": 0.02, "grace_s": 1},
             breaker={"failures": 2, "window_s": 600},
             sources={"allow_hosts": [HOST], "allow_private_networks": True},
+            downloads={"folders": [str(folder)]},
         )
         self.sandbox, self.images = sandbox, images
         self.breakers = Breakers(self.ledger.client, self.settings.breaker)
@@ -66,8 +74,8 @@ class Ward(Site):
 
 
 @pytest.fixture
-def ward(redis: RedisPart, sandbox: SandboxPart, image_server: ImageServer) -> Iterator[Ward]:
-    opened = Ward(redis, sandbox, image_server)
+def ward(redis: RedisPart, sandbox: SandboxPart, image_server: ImageServer, tmp_path: Path) -> Iterator[Ward]:
+    opened = Ward(redis, sandbox, image_server, tmp_path)
     yield opened
     opened.close()
 
@@ -83,6 +91,7 @@ def without_patient_id(study: str, sop: str | None = None) -> bytes:
 BAD: dict[str, Callable[[str], bytes]] = {
     "too long": lambda study: image(study, side=8, StudyDescription="x" * 300),
     "NUL": lambda study: image(study, side=8, AccessionNumber="a\0b"),
+    "of the series": lambda study: image(study, side=8, SeriesDescription="x" * 300),
     "late text": lambda study: image(study, side=8, StudyID="y" * 256),
 }
 
@@ -203,3 +212,259 @@ def test_one_bad_image_of_a_batch_is_given_up_after_five_times(ward: Ward) -> No
     payload(ward.upload(*urls, server="dcm4chee", verify=False))
     assert ward.told() == ["stored", "stored", "pacs_rejected"]
     assert ward.failures == 0
+
+
+# 1.3: a deletion that a crash has cut off
+
+
+@pytest.fixture
+def residue(ward: Ward) -> str:
+    """A study of two images of which the archive says for ever that it is deleting it."""
+    study = new_uid()
+    ward.put("dcm4chee", study)
+    ward.sandbox.set_mood("dcm4chee", "delete", crash_in_delete=True, times=1)
+    with pytest.raises(PacsUnavailable):
+        ward.fleet["dcm4chee"].delete(Found("study", study), permanent=True)
+    ward.breakers.succeeded("dcm4chee" + CHANGES)
+    return study
+
+
+@pytest.fixture
+def minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five minutes pass in a moment."""
+    monkeypatch.setattr(deleting, "DELETING_S", 0.2)
+    monkeypatch.setattr("worker.jobs.carry.ASK_AGAIN_S", 0.1)
+
+
+def is_residue(error: CourierError) -> bool:
+    says = "an administrator of the archive has to clear the study there" in error.message
+    return isinstance(error, PacsUnavailable) and error.details["study_deleting"] is True and says
+
+
+@pytest.mark.usefixtures("minutes")
+def test_an_upload_into_a_study_that_is_deleted_for_ever_is_a_dead_letter(ward: Ward, residue: str) -> None:
+    error = ward.refusal(ward.send(image(residue, side=8)))
+    assert is_residue(error)
+    assert error.details["study_uid"] == residue
+    (letter,) = ward.ledger.dead_letters()
+    assert letter.code == "pacs_unavailable"
+    assert 2 < int(ward.ledger.look(letter.job_id)["attempts"]) < ATTEMPTS
+    assert ward.failures == 0
+
+
+@pytest.mark.usefixtures("minutes")
+def test_a_deletion_that_was_cut_off_is_a_dead_letter_when_it_is_ordered_again(ward: Ward, residue: str) -> None:
+    message = {"level": "study", "uid": residue}
+    error = ward.refusal(ward.see_to_its_end("pacs.delete", delete, new_uid(), message))
+    assert is_residue(error)
+    assert {one["status"] for one in error.details["servers"]} == {"not_there", "unavailable"}
+
+
+@pytest.mark.usefixtures("minutes")
+def test_items_of_batches_fail_with_what_an_administrator_has_to_do(ward: Ward, residue: str) -> None:
+    good = image(new_uid(), side=8)
+    payload(ward.upload(ward.file(image(residue, side=8)), ward.file(good), server="dcm4chee", verify=False))
+    assert ward.told() == ["pacs_unavailable", "stored"]
+    assert "an administrator of the archive" in ward.rows[0].settled.message
+    ward.batch = "C"
+    ward.put("msdicom", residue)
+    payload(ward.order(residue))
+    assert ward.told() == ["pacs_unavailable"]
+    assert "an administrator of the archive" in ward.rows[0].settled.message
+
+
+def test_a_deletion_that_ends_is_waited_for(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.jobs.carry.ASK_AGAIN_S", 0.1)
+    ward.sandbox.set_mood("dcm4chee", "store", failure_reason=0xA77A, times=3)
+    study = new_uid()
+    assert isinstance(ward.send(image(study, side=8)), Done)
+    assert len(ward.on("dcm4chee", study)) == 1
+
+
+def test_a_job_waits_five_minutes_by_the_clock_of_redis(ward: Ward) -> None:
+    for job_id, minutes_ago, over in (("A", 4.9, False), ("B", 5.1, True), ("C", 0, False)):
+        since_ms = int((ward.ledger.clock_s() - minutes_ago * 60) * 1000)
+        ward.ledger.client.hset(ward.ledger.key("deleting", job_id), "ward 1.2", since_ms)
+        error = PacsUnavailable("x", server_name="ward", details={"study_deleting": True, "study_uid": "1.2"})
+        assert deleting.is_given_up(error, job_id=job_id, ledger=ward.ledger) is over
+        assert ("for 5 minutes" in error.message) is over
+    other = PacsUnavailable("x", server_name="ward", details={"study_uid": "1.2"})
+    assert not deleting.is_given_up(other, job_id="B", ledger=ward.ledger, last=True)
+
+
+# 1.4: what is hidden, and what is elsewhere
+
+QUALITY = "113001%5EDCM"
+
+
+def hide(ward: Ward, study: str, code: str = QUALITY) -> None:
+    """As somebody does in the archive's own user interface."""
+    url = ward.sandbox.dcm4chee
+    assert requests.post(f"{url}/studies/{study}/reject/{code}", timeout=10).status_code == 200
+
+
+@pytest.fixture
+def hidden(ward: Ward) -> tuple[str, str, bytes]:
+    """A study, its image, and the file of it; the archive hides it for reasons of quality."""
+    study, sop = new_uid(), new_uid()
+    content = image(study, sop=sop, side=8)
+    ward.put_file("dcm4chee", content)
+    hide(ward, study)
+    return study, sop, content
+
+
+def test_an_upload_of_what_was_rejected_for_quality_is_refused_at_once(
+    ward: Ward, hidden: tuple[str, str, bytes]
+) -> None:
+    _, sop, content = hidden
+    error = ward.refusal(ward.send(content))
+    assert isinstance(error, PacsRejected)
+    assert error.details["hidden_by"] == "113001^DCM"
+    assert "correct the file" not in error.message
+    known = ward.ledger.known(sop)
+    assert known.voided is not None
+    assert [note.event for note in known.trail if note.event == "waiting"] == []
+
+
+def test_a_batch_names_what_is_hidden_and_stores_the_rest(ward: Ward, hidden: tuple[str, str, bytes]) -> None:
+    study, _, content = hidden
+    payload(ward.upload(ward.file(content), ward.file(image(study, side=8)), server="dcm4chee"))
+    assert ward.told() == ["pacs_rejected", "stored"]
+    assert "113001^DCM" in ward.rows[0].settled.message
+
+
+def test_a_migration_does_not_count_what_is_hidden_as_added(ward: Ward, hidden: tuple[str, str, bytes]) -> None:
+    study, sop, content = hidden
+    ward.put_file("msdicom", content)
+    ward.put_file("msdicom", image(study, side=8))
+    payload(ward.order(study))
+    (row,) = ward.rows
+    assert row.settled.code == "pacs_rejected"
+    assert sop in row.settled.message
+    assert "113001^DCM" in row.settled.message
+    assert [sop in parcel["uids"] for parcel in row.settled.result["parcels"]] == [False]
+
+
+def test_what_a_hide_of_ours_has_hidden_comes_back(ward: Ward) -> None:
+    study, sop = new_uid(), new_uid()
+    content = image(study, sop=sop, side=8)
+    ward.put_file("dcm4chee", content)
+    hide(ward, study, "113039%5EDCM")
+    assert isinstance(ward.send(content), Done)
+    assert ward.on("dcm4chee", study) == {sop}
+
+
+@pytest.mark.parametrize("by", ["no such entity", "no account for it", "it fails"])
+def test_where_nobody_can_say_it_stays_open(ward: Ward, hidden: tuple[str, str, bytes], by: str) -> None:
+    _, _, content = hidden
+    statuses = {"no such entity": 404, "no account for it": 403, "it fails": 500}
+    hiding = cast(Any, ward.fleet["dcm4chee"]).hiding
+    real = hiding._transport.exchange
+
+    def exchange(request: Any) -> Any:
+        if "/aets/AS_RECEIVED/" in request.target:
+            kind = kind_of_status(statuses[by])
+            raise hiding._transport.error(kind, "no", details={"status": statuses[by]})
+        return real(request)
+
+    hiding._transport.exchange = exchange
+    error = ward.refusal(ward.send(content))
+    assert error.payload["code"] == ("pacs_unavailable" if by == "it fails" else "pacs_misanswered")
+
+
+@pytest.fixture
+def elsewhere(ward: Ward) -> tuple[str, str]:
+    """An image, and another study that the archive has it in."""
+    sop, other = new_uid(), new_uid()
+    ward.put_file("dcm4chee", image(other, sop=sop, side=8))
+    return sop, other
+
+
+def test_an_upload_of_what_is_in_another_study_says_so(ward: Ward, elsewhere: tuple[str, str]) -> None:
+    sop, other = elsewhere
+    error = ward.refusal(ward.send(image(new_uid(), sop=sop, side=8)))
+    assert error.payload["code"] == "image_already_exists"
+    assert f"already on dcm4chee, in another study ({other})" in error.message
+    assert error.details["in_study_uid"] == other
+    assert error.details["viewer_url"].endswith(other)
+
+
+def test_a_batch_does_not_call_stored_what_is_in_another_study(ward: Ward, elsewhere: tuple[str, str]) -> None:
+    sop, other = elsewhere
+    study = new_uid()
+    urls = [ward.file(image(study, side=8)), ward.file(image(study, sop=sop, side=8)), ward.file(image(study, side=8))]
+    payload(ward.upload(*urls, server="dcm4chee"))
+    assert ward.told() == ["stored", "study_conflict", "stored"]
+    assert f"in another study: {other}" in ward.rows[1].settled.message
+
+
+def test_a_migration_does_not_count_what_is_in_another_study_as_added(ward: Ward, elsewhere: tuple[str, str]) -> None:
+    sop, other = elsewhere
+    study = new_uid()
+    ward.put_file("msdicom", image(study, sop=sop, side=8))
+    (mine,) = ward.put("msdicom", study, 1)
+    payload(ward.order(study))
+    (row,) = ward.rows
+    assert row.settled.code == "study_conflict"
+    assert f"in another study: {other}" in row.settled.message
+    assert [parcel["uids"] for parcel in row.settled.result["parcels"]] == [[mine]]
+    assert "grows" not in row.settled.message
+
+
+def test_an_image_that_the_archive_keeps_in_another_series_is_told_too(ward: Ward) -> None:
+    study, sop = new_uid(), new_uid()
+    ward.put_file("dcm4chee", image(study, sop=sop, side=8, series=f"{study}.1"))
+    there = identify(io.BytesIO(image(study, sop=sop, side=8, series=f"{study}.2")))
+    hiding = ward.fleet["dcm4chee"].hiding
+    assert hiding is not None
+    outcome = hiding.why_unseen(there)
+    assert outcome is not None
+    assert outcome.details == {"in_series_uid": f"{study}.1"}
+
+
+# 1.6: studies that are hidden
+
+
+def test_a_study_of_which_all_images_are_hidden_is_deleted(ward: Ward) -> None:
+    study = new_uid()
+    ward.put("dcm4chee", study)
+    hide(ward, study, "113039%5EDCM")
+    assert ward.on("dcm4chee", study) == set()
+    done = payload(
+        ward.see_to_its_end("pacs.delete", delete, new_uid(), {"level": "study", "uid": study, "dry_run": True})
+    )
+    assert [one["status"] for one in done["servers"]] == ["not_there", "would_delete"]
+    done = payload(ward.see_to_its_end("pacs.delete", delete, new_uid(), {"level": "study", "uid": study}))
+    assert [one["status"] for one in done["servers"]] == ["not_there", "deleted"]
+    hiding = ward.fleet["dcm4chee"].hiding
+    assert hiding is not None
+    assert hiding.find_study(study) == []
+
+
+def test_what_is_hidden_is_not_there_for_who_hides(ward: Ward) -> None:
+    study = new_uid()
+    ward.put("dcm4chee", study)
+    hide(ward, study, "113039%5EDCM")
+    message = {"level": "study", "uid": study, "permanent": False}
+    error = ward.refusal(ward.see_to_its_end("pacs.delete", delete, new_uid(), message))
+    assert error.payload["code"] == "not_found"
+
+
+def test_a_batch_deletes_what_is_hidden_and_keeps_no_copy_of_it(ward: Ward) -> None:
+    study = new_uid()
+    ward.put("dcm4chee", study)
+    hide(ward, study, "113039%5EDCM")
+    payload(ward.delete(study))
+    assert (ward.told(), ward.told("verify")) == (["deleted"], ["verified"])
+
+
+def test_no_backup_is_made_of_what_is_hidden_and_nothing_is_deleted(ward: Ward, tmp_path: Path) -> None:
+    study = new_uid()
+    ward.put("dcm4chee", study)
+    hide(ward, study, "113039%5EDCM")
+    payload(ward.delete(study, backup=tmp_path.as_uri()))
+    assert ward.told() == ["invalid_request"]
+    assert "hides all images of the study" in ward.rows[0].settled.message
+    hiding = ward.fleet["dcm4chee"].hiding
+    assert hiding is not None
+    assert hiding.find_study(study) != []

@@ -150,7 +150,17 @@ def test_the_text_explains_the_last_failure_alone() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    "keyword", ["PatientID", "PatientName", "AccessionNumber", "StudyDescription", "StudyID", "Modality"]
+    "keyword",
+    [
+        "PatientID",
+        "PatientName",
+        "AccessionNumber",
+        "StudyDescription",
+        "StudyID",
+        "Modality",
+        "Laterality",
+        "AdmissionID",
+    ],
 )
 def test_texts_that_are_too_long_or_have_a_nul_are_known(keyword: str) -> None:
     contents = [image(new_uid(), **{keyword: value}) for value in ("x" * 255, "x" * 256, "a\0b", "ab\0")]

@@ -49,6 +49,7 @@ class Stub:
     deletes: Deletion | CourierError = DELETED
     promise: Deletion = DELETED
     asked: list[str] = field(default_factory=list)
+    hiding: None = None
 
     @property
     def server(self) -> ServerSettings:

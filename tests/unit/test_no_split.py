@@ -118,6 +118,7 @@ class Server:
     """A PACS as far as an upload asks it."""
 
     keeps_bytes = True
+    hiding = None
 
     def __init__(self, name: str, breakers: Breakers) -> None:
         self.server = ServerSettings(name=name, type="dicomweb", url=f"http://{name}")

@@ -49,6 +49,7 @@ class Server:
     """
 
     keeps_bytes = True
+    hiding = None
 
     def __init__(self, name: str) -> None:
         self.server = ServerSettings(name=name, type="dicomweb", url=f"http://{name}")

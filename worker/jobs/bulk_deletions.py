@@ -20,7 +20,7 @@ from worker.errors import (
     first_to_wait_for,
 )
 from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
-from worker.jobs.deletions import asked, forget_what_is_gone, remove
+from worker.jobs.deletions import asked, forget_what_is_gone, reachable, remove
 from worker.jobs.downloads import OVERWRITE_NOT_PREVENTED
 from worker.jobs.kept import Kept, is_all_kept, keep, prove, restore
 from worker.jobs.receipts import Receipts
@@ -172,7 +172,9 @@ def _servers(item: Item, desk: Desk) -> list[Pacs]:
 
 def _seen(item: Item, desk: Desk) -> Settled:
     """Which servers have the study; one that is silent raises, because nobody knows what would be deleted."""
-    names = [pacs.server.name for pacs in _servers(item, desk) if pacs.find("study", item.text)]
+    permanent = _is_permanent(desk.batch)
+    servers = _servers(item, desk)
+    names = [pacs.server.name for pacs in servers if reachable(pacs, "study", item.text, permanent=permanent)]
     if not names:
         return Settled(item, "not_there", "not_found", "No server that was asked has the study.")
     return _forbidden(item, names, desk) or Settled(item, "planned", server=names[0], result={"on": names})
@@ -234,10 +236,20 @@ def _keep(item: Item, folder: str, desk: Desk) -> Settled:
             if not told.pop("overwrites_prevented"):
                 warnings = [OVERWRITE_NOT_PREVENTED]
     if not copies:
+        _check_not_hidden(item, desk)
         return Settled(item, "not_there", server=item.server)
     elsewhere = _with_study(item, desk, but=copies, silent=True)
     result = {"kept": copies, "elsewhere": elsewhere, **({"warnings": warnings} if warnings else {})}
     return Settled(item, "open", server=next(iter(copies)), result=result)
+
+
+def _check_not_hidden(item: Item, desk: Desk) -> None:
+    """Of what is hidden no copy can be read."""
+    for pacs in _servers(item, desk):
+        if reachable(pacs, "study", item.text, permanent=_is_permanent(desk.batch)):
+            name = pacs.server.name
+            sentence = f"{name} hides all images of the study, so no backup of them can be made; nothing was deleted."
+            raise InvalidRequest(sentence, server_name=name, server_type=pacs.server.type)
 
 
 def _with_study(item: Item, desk: Desk, *, but: Collection[str], silent: bool) -> list[str]:
@@ -317,8 +329,10 @@ def _verified(item: Item, desk: Desk) -> Settled:
     names = list(known.result.get("servers", {})) or [known.server_name]
     if names == [""]:  # it was nowhere
         names = [pacs.server.name for pacs in _servers(item, desk)]
+    permanent = _is_permanent(desk.batch) and known.status != "hidden"
     there: dict[str, ItemStatus] = {
-        name: "differs" if desk.tools.fleet[name].find("study", item.text) else "verified" for name in names
+        name: "differs" if reachable(desk.tools.fleet[name], "study", item.text, permanent=permanent) else "verified"
+        for name in names
     }
     result = {"servers": there} if len(there) > 1 else {}
     again = [name for name, status in there.items() if status == "differs"]

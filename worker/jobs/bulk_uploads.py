@@ -50,6 +50,7 @@ from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.same_bytes import Arrival
 from worker.jobs.tools import Tools
+from worker.jobs.unseen import as_shown
 from worker.ledger import StoredImage
 from worker.logs import shown_url
 from worker.pacs.fleet import Fleet
@@ -525,9 +526,7 @@ class Uploads:
             for server, images in by_server.items()
             for request in self._requests(images, self._tools.fleet[server])
         ]
-        answers = self._tools.fleet.gather(
-            [partial(pacs.store, [_part(image) for image in request]) for pacs, request in requests]
-        )
+        answers = self._tools.fleet.gather([partial(_store, pacs, request) for pacs, request in requests])
         for (pacs, request), answer in zip(requests, answers, strict=True):
             if isinstance(answer, CourierError):
                 self._not_answered(request, pacs, answer, resumed)
@@ -735,6 +734,11 @@ def _is_full(load: Sequence[_Image], at_most: int) -> bool:
 
 def _part(image: _Image) -> Part:
     return Part(image.instance, image.fetched.open, image.fetched.size_bytes)
+
+
+def _store(pacs: Pacs, images: Sequence[_Image]) -> list[Outcome]:
+    outcomes = pacs.store([_part(image) for image in images])
+    return as_shown(pacs, [image.instance for image in images], outcomes)
 
 
 def _wait(pushed: Future[None] | None) -> None:

@@ -26,6 +26,7 @@ from worker.errors import (
     TryAgain,
     from_payload,
 )
+from worker.jobs.deleting import ASK_AGAIN_S, is_deleting, is_given_up
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import (
@@ -331,6 +332,8 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
 
 def _again(error: TryAgain, claim: Claim, run: Run, tools: Tools, *, task: str) -> Verdict:
     limits = tools.settings.jobs
+    if is_given_up(error, job_id=run.job_id, ledger=tools.ledger, last=run.last):
+        return Failed(error)
     breaker = _to_wait_for(error, claim, limits, task)
     if breaker is not None:
         return _rest(error, breaker)
@@ -377,6 +380,7 @@ def _to_wait_for(error: TryAgain, claim: Claim, limits: JobSettings, task: str) 
 def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random) -> _Park:
     """Back off; what the other side asked for comes first, so that not everybody is back at the same moment."""
     asked_s = (error.retry_after_s or 0) if isinstance(error, TryAgain) else 0
+    asked_s = ASK_AGAIN_S if is_deleting(error) else asked_s
     delay_s = min(asked_s, limits.retry_after_cap_s) + backoff_s(run.attempt, limits, rng)
     return _Park(_reason(error), delay_s)
 

@@ -25,6 +25,7 @@ from worker.jobs.batches import (
     to_do,
     unplaced_at,
 )
+from worker.jobs.deleting import is_given_up
 from worker.jobs.pace import Pace, metered_fleet
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
@@ -166,7 +167,10 @@ class _Attempt:
         spent = Spent()
         tools = replace(self.tools, fleet=metered_fleet(self.tools.fleet, spent))
         desk = Desk(self.batch, self.run, tools, rows=self.rows, down=self.left.down, spent=spent, notes=self.notes)
-        answers = _answers(self.kind, self.job.which, group, desk, resumed)
+        answers = [
+            self._or_given_up(*pair)
+            for pair in zip(group, _answers(self.kind, self.job.which, group, desk, resumed), strict=True)
+        ]
         unplaced = unplaced_at(self.batch, self.job.which)
         settled = [one for one in (_settled(*pair, unplaced) for pair in zip(group, answers, strict=True)) if one]
         settle(self.batch, self.job.which, self.job.chunk, settled, run=self.run)
@@ -174,6 +178,15 @@ class _Attempt:
         self.notes.begun -= {one.item.number for one in settled if one.status != "open"}
         self.notes.begun -= {item.number for item, answer in zip(group, answers, strict=True) if answer is None}
         _note_what_is_left(group, answers, self.left)
+
+    def _or_given_up(self, item: Item, answer: Answer) -> Answer:
+        """``answer``, or that it waits no longer for an archive to end the deletion of a study."""
+        if not isinstance(answer, CourierError):
+            return answer
+        if not is_given_up(answer, job_id=self.run.job_id, ledger=self.tools.ledger, last=self.run.last):
+            return answer
+        server = answer.server_name or unplaced_at(self.batch, self.job.which)
+        return Settled(item, "failed", answer.payload["code"], answer.message, server=server)
 
     def pay_up(self) -> None:
         """The chunk ends when it has paid for what it took, or each would begin with nothing owed."""

@@ -113,6 +113,14 @@ def asked(names: Sequence[str] | None, fleet: Fleet) -> list[Pacs]:
     return [pacs for pacs in fleet if pacs.server.name in wanted]
 
 
+def reachable(pacs: Pacs, level: Level, uid: str, *, permanent: bool) -> list[Found]:
+    """What a deletion can reach: one for good also a study of which all images are hidden."""
+    found = pacs.find(level, uid)
+    if found or level != "study" or not permanent or pacs.hiding is None:
+        return found
+    return pacs.hiding.find_study(uid)
+
+
 def remove(pacs: Pacs, founds: Iterable[Found], receipts: Receipts, *, permanent: bool, resumed: bool) -> Deletion:
     """Delete ``founds``, all with one UID, on one server.
 
@@ -151,7 +159,9 @@ def _look(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, fleet: F
     """Ask every server of which nothing is known yet."""
     names = [pacs.server.name for pacs in servers]
     open_ones = [name for name in names if name not in progress.begun and name not in progress.entries]
-    answers = fleet.gather([partial(fleet[name].find, job.level, job.uid) for name in open_ones])
+    answers = fleet.gather(
+        [partial(reachable, fleet[name], job.level, job.uid, permanent=job.permanent) for name in open_ones]
+    )
     for name, answer in zip(open_ones, answers, strict=True):
         if isinstance(answer, CourierError):
             progress.errors[name] = answer
@@ -171,7 +181,7 @@ def _foretell(job: DeleteJob, progress: _Progress, fleet: Fleet) -> None:
             DeletionFate.HIDDEN: "would_hide",
         }
         entry = _entry(fleet[name], would.get(deletion.fate, "refused"), note=deletion.note, found=founds[0])
-        images = None if isinstance(count, CourierError) else count
+        images = None if isinstance(count, CourierError) else count or None  # of what is hidden no image is listed
         progress.entries[name] = entry.model_copy(update={"images": images})
 
 

@@ -243,7 +243,7 @@ def _check_accepted(transfer: Transfer) -> None:
     name, count = transfer.target.server.name, len(transfer.refused)
     said = outcome.message or "It names no reason."
     error = transfer.error(kind, transfer.target, f"{name} will not take {count} of the images, {uid} for one. {said}")
-    error.payload["details"] |= {"refused": sorted(transfer.refused)[:TOLD]}
+    error.payload["details"] |= {**outcome.details, "refused": sorted(transfer.refused)[:TOLD]}
     raise error
 
 

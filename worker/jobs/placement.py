@@ -30,6 +30,7 @@ from worker.pacs.protocol import Fate, Found, Outcome, Pacs
 from worker.payloads import Route, RouteReason
 from worker.routing import Decision, Exists, Follow, New, Open, choose
 from worker.settings import ServerSettings
+from worker.viewer import viewer_url
 
 #: Phases of a call (worker/pacs/) in which the server cannot have seen anything of it.
 NOT_SENT = ("resting", "connect")
@@ -202,7 +203,10 @@ def already_exists(server: str, arrival: Arrival, tools: Tools, *, compares: boo
 def told_to_exist(server: str, arrival: Arrival, found: Comparison, tools: Tools) -> ImageAlreadyExists:
     settings = tools.fleet[server].server
     receipt = tools.ledger.receipt(arrival.instance.sop_instance_uid)
-    sentence = f"The image is already on {server}" + (", with other bytes." if found.same is False else ".")
+    elsewhere = arrival.elsewhere.get(server)
+    where = f"{server}, in another study ({elsewhere})" if elsewhere else server
+    sentence = f"The image is already on {where}" + (", with other bytes." if found.same is False else ".")
+    link = viewer_of(settings, arrival.instance) if elsewhere is None else viewer_url(settings, study=elsewhere)
     return ImageAlreadyExists(
         sentence,
         server_name=server,
@@ -214,8 +218,9 @@ def told_to_exist(server: str, arrival: Arrival, found: Comparison, tools: Tools
             "same_bytes": found.same,
             "same_bytes_reason": found.reason,
             "receipt_sha256": receipt.sha256 if receipt and receipt.server == server else None,
-            "viewer_url": viewer_of(settings, arrival.instance),
+            "viewer_url": link,
             "source": arrival.source,
+            **({"in_study_uid": elsewhere} if elsewhere else {}),
         },
     )
 
@@ -233,7 +238,8 @@ def refusal(outcome: Outcome, instance: Instance, pacs: Pacs, *, pending_wait_s:
         case Fate.CONFLICT:
             return StudyConflict(f"{name} holds the study with other data{said}; correct the file.", **context)
         case Fate.REJECTED:
-            return PacsRejected(f"{name} will not take this image{said}; correct the file.", **context)
+            advice = "." if "hidden_by" in outcome.details else "; correct the file."
+            return PacsRejected(f"{name} will not take this image{said}{advice}", **context)
         case Fate.UNMENTIONED:
             return PacsMisanswered(f"{name} did not say what became of the image; it is sent again.", **context)
         case Fate.PENDING:

@@ -7,8 +7,8 @@ stored again since, by others. Preambles (PS3.10, 7.1) are not compared: they me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from worker.errors import CourierError, NotFound
@@ -35,7 +35,8 @@ class Arrival:
     """A file as it came: what it says of itself, its size and digest, and where it was fetched.
 
     ``zero_preamble``: its preamble is there and all zeros. ``bare_sha256`` gives the digest of what follows the
-    preamble; None where the bytes are not at hand any more.
+    preamble; None where the bytes are not at hand any more. ``elsewhere``: the servers that have the image in another
+    study alone, each with that study.
     """
 
     instance: Instance
@@ -44,6 +45,7 @@ class Arrival:
     source: str
     zero_preamble: bool = False
     bare_sha256: Callable[[], str] | None = None
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from worker.jobs.downloads import to_ask
 from worker.jobs.passing import Incoming, digest_of
 from worker.jobs.placement import judged_again
 from worker.jobs.receipts import Receipts
+from worker.jobs.unseen import as_shown
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
 from worker.sources.spool import Limits, spool
 
@@ -207,6 +208,7 @@ def _send(transfer: Transfer, arriving: _Arriving, *, alone: bool) -> None:
         else:
             _refused_as_a_whole(transfer, share.sent, error)
         return
+    outcomes = as_shown(transfer.target, [image.instance for image in share.sent], outcomes)
     for image, outcome in zip(share.sent, outcomes, strict=True):
         _judge(transfer, image, outcome)
 
@@ -219,7 +221,7 @@ def _spool_and_send(transfer: Transfer, image: Incoming) -> None:
         except PacsRejected as error:
             _refused_as_a_whole(transfer, [image], error)
         else:
-            _judge(transfer, image, outcome)
+            _judge(transfer, image, *as_shown(transfer.target, [image.instance], [outcome]))
 
 
 def _refused_as_a_whole(transfer: Transfer, sent: list[Incoming], error: PacsRejected) -> None:
@@ -269,6 +271,7 @@ def _check_all_came(transfer: Transfer, wanted: Collection[str]) -> None:
         sentence = f"{target.server.name} had trouble while storing {count} images ({outcome.message})."
         wait_s = transfer.pending_wait_s if outcome.fate is Fate.PENDING else None
         error = transfer.error(PacsUnavailable, target, sentence, retry_after_s=wait_s)
+        error.payload["details"] |= outcome.details
         if outcome.failure_reason is not None:
             error.payload["details"] |= {"failure_reason": outcome.failure_reason}
         raise error

@@ -6,7 +6,7 @@ The six steps are six functions below, called in order by `upload`. What makes a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -102,10 +102,14 @@ class Memo:
 
 @dataclass
 class _Seen:
-    """What the check found: an `Answer` per server, and the error of each server that gave none."""
+    """What the check found: an `Answer` per server, and the error of each server that gave none.
+
+    ``elsewhere``: the servers that have the image in another study alone, each with that study.
+    """
 
     answers: list[Answer]
     errors: dict[str, CourierError] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ def _arrived(memo: Memo, trip: _Trip) -> bool:
     with trip.run.step("check"):
         _wait_for_turn(memo.instance, trip.run)
         try:
-            there = bool(trip.tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid))
+            images = trip.tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid)
+            there = _is_in(images, memo.instance.study_instance_uid)
         except CourierError as error:
             if not memo.stored or _may_be_cured(error, trip.run):
                 raise
@@ -243,7 +248,8 @@ def _place(trip: _Trip, fetched: Fetched, earlier: Memo | None) -> Memo:
     with run.step("route"):
         decision = decide(seen.answers)
         memo = _memo(instance, fetched, earlier, tools)
-        if isinstance(decision, Exists) and earlier is not None and _may_be_ours(earlier, decision.server):
+        there = decision.server if isinstance(decision, Exists) else ""
+        if earlier is not None and there not in seen.elsewhere and _may_be_ours(earlier, there):
             _is_no_others(earlier, _arrival(earlier, fetched), trip)
             return earlier
         memo = _route(trip, memo, fetched, decision, seen)
@@ -305,8 +311,14 @@ def _check(instance: Instance, tools: Tools) -> _Seen:
         for reply in (image, study):
             if isinstance(reply, CourierError):
                 seen.errors.setdefault(name, reply)
+        if not isinstance(image, CourierError) and image and not _is_in(image, instance.study_instance_uid):
+            seen.elsewhere[name] = image[0].study_instance_uid
         seen.answers.append(Answer(name, image=_yes(image), study=_yes(study)))
     return seen
+
+
+def _is_in(founds: Sequence[Found], study_uid: str) -> bool:
+    return any(found.study_instance_uid == study_uid for found in founds)
 
 
 def _yes(reply: list[Found] | CourierError) -> bool | None:
@@ -316,7 +328,8 @@ def _yes(reply: list[Found] | CourierError) -> bool | None:
 def _route(trip: _Trip, memo: Memo, fetched: Fetched, decision: Decision, seen: _Seen) -> Memo:
     """Where the image goes; for a study that is nowhere, by the claim."""
     wish = Wish(trip.run.job_id, trip.job.server)
-    placed = settle(decision, _arrival(memo, fetched), wish, errors=seen.errors, tools=trip.tools)
+    arrival = replace(_arrival(memo, fetched), elsewhere=seen.elsewhere)
+    placed = settle(decision, arrival, wish, errors=seen.errors, tools=trip.tools)
     return replace(memo, server=placed.server, route=placed.route, warnings=(*memo.warnings, *placed.warnings))
 
 
@@ -409,6 +422,9 @@ def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
             if _may_be_cured(error, run):
                 raise
             metadata, warnings = {}, (*warnings, "metadata_unavailable")
+        else:
+            if not metadata:
+                metadata, warnings = {}, (*warnings, _warning_of_unseen(trip, memo))
     shown, reduced = _allowed(metadata, trip.job, tools)
     instance = memo.instance
     return UploadPayload(
@@ -435,14 +451,31 @@ def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
 
 def _metadata(pacs: Pacs, instance: Instance) -> Dataset:
     datasets = pacs.metadata(image_of(instance))
-    if not datasets:
-        raise PacsMisanswered(
-            f"{pacs.server.name} accepted the image but does not show it; it is looked for again.",
-            server_name=pacs.server.name,
-            server_type=pacs.server.type,
-            details=uids_of(instance),
-        )
-    return datasets[0]
+    return datasets[0] if datasets else {}
+
+
+def _warning_of_unseen(trip: _Trip, memo: Memo) -> str:
+    """What a result warns of whose image was answered as stored and is not shown.
+
+    Raises
+    ------
+    Refused
+        It is hidden, or in another study; its receipt is void then.
+    PacsMisanswered
+        Nobody can say why: it is looked for again. Where the server can hide images, it never counts as stored.
+    """
+    pacs, instance, run = trip.tools.fleet[memo.server], memo.instance, trip.run
+    why = None if pacs.hiding is None else pacs.hiding.why_unseen(instance)
+    if why is not None:
+        study, series, image = instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid
+        run.ledger.void(memo.server, study, series, image, job_id=run.job_id)
+        raise refusal(why, instance, pacs, pending_wait_s=trip.tools.settings.jobs.pending_wait_s)
+    sentence = f"{pacs.server.name} accepted the image but does not show it; it is looked for again."
+    details = uids_of(instance)
+    error = PacsMisanswered(sentence, server_name=memo.server, server_type=pacs.server.type, details=details)
+    if pacs.hiding is not None or _may_be_cured(error, run):
+        raise error
+    return "metadata_unavailable"
 
 
 def _allowed(metadata: Dataset, job: UploadJob, tools: Tools) -> tuple[Dataset, list[str]]:

@@ -17,8 +17,10 @@ from worker.filters import Filter
 from worker.fingerprints import Rewrites
 from worker.instances import Instance
 from worker.logs import shown_text
+from worker.pacs.dcm4chee_hidden import Dcm4cheeHidden
 from worker.pacs.dicomjson import FAILED_SOP_SEQUENCE, REFERENCED_SOP_CLASS_UID, items, text
 from worker.pacs.dicomweb import DicomWeb, path_of
+from worker.pacs.hiding import Hiding
 from worker.pacs.matching import REQUIRED, Matching, StudyQuery, widened
 from worker.pacs.protocol import (
     DatabaseState,
@@ -106,6 +108,7 @@ class Dcm4chee:
         self._transport = transport
         self._web = DicomWeb(transport)
         self._archive = archive_path(transport.base_path)
+        self.hiding: Hiding = Dcm4cheeHidden(transport, self._web, self._archive, revoke_timeout_s=REJECT_TIMEOUT_S)
 
     def find(self, level: Level, uid: str) -> list[Found]:
         return self._web.find(level, uid)
@@ -219,7 +222,8 @@ class Dcm4chee:
             return Deletion(DeletionFate.NOT_THERE)
         if answer.status == 409:
             sentence = f"{self.server.name} is deleting the study already."
-            raise self._transport.error(PacsUnavailable, sentence)
+            details = {**_DELETING, "study_uid": found.study_instance_uid}
+            raise self._transport.error(PacsUnavailable, sentence, details=details)
         return Deletion(DeletionFate.REFUSED, f"The archive does not delete it: {error_message(answer)}")
 
     def _check_refusal(self, answer: Answer) -> None:
@@ -255,6 +259,8 @@ class _Failures:
         found = failed_by_code(sent, item, codes=CODES)
         if found.failure_reason == _CONFLICTING_PATIENT_ID and not instance.has_patient_id:
             return replace(found, fate=Fate.TRY_AGAIN, message=_OTHER_MADE_UP_ID)
+        if found.failure_reason == _BEING_DELETED:
+            return replace(found, details=_DELETING)
         if found.failure_reason not in (_FAILED, _NO_DICOM_STREAM):
             return found
         text = warning_text(warning)
@@ -275,7 +281,9 @@ def _proof(instance: Instance, item: Dataset, warning: str) -> str:
     return ""
 
 
-_FAILED, _CONFLICTING_PATIENT_ID, _NO_DICOM_STREAM = 0x0110, 0xA778, 0xC499
+_FAILED, _CONFLICTING_PATIENT_ID, _BEING_DELETED, _NO_DICOM_STREAM = 0x0110, 0xA778, 0xA77A, 0xC499
+#: What the details of an error say where a study is being deleted, perhaps for ever.
+_DELETING: Mapping[str, Any] = {"study_deleting": True}
 _OTHER_MADE_UP_ID = (
     "The image has no Patient ID, and the archive made up another one for an image of the study that arrived with it."
 )

@@ -55,18 +55,21 @@ _QUERIES: Mapping[Level, _Query] = {
 class DicomWeb:
     """The transactions on one server's DICOMweb root. Safe to use from several threads at once."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, *, base_path: str | None = None) -> None:
+        """``base_path``: of another root than the configured one."""
         self.transport = transport
-        self._base = transport.base_path
+        self._base = transport.base_path if base_path is None else base_path
 
-    def find(self, level: Level, uid: str) -> list[Found]:
+    def find(self, level: Level, uid: str, *, fields: Sequence[str] = ()) -> list[Found]:
         """Every object of ``level`` that bears ``uid``, asked on the top-level resource: no parent is needed.
 
-        Each match is compared with the question. Oddity: "Unknown keys match everything".
+        Each match is compared with the question. Oddity: "Unknown keys match everything". ``fields`` are asked for
+        beside what is told anyway.
         """
         query = _QUERIES[level]
         check_uid(uid)
-        target = f"{self._base}{query.resource}?{query.keyword}={uid}"
+        more = "".join(f"&includefield={name}" for name in fields)
+        target = f"{self._base}{query.resource}?{query.keyword}={uid}{more}"
         found = [self._found(level, ds) for ds in self._search(target, DICOM_JSON)]
         if any(text(one.attributes, query.tag) != uid for one in found):
             raise self.misanswered("matches that were not asked for")

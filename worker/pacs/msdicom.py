@@ -74,6 +74,7 @@ class MsDicom:
     rewrites = Rewrites()
     #: Of the server itself; Azure's service takes 4 GB by now.
     request_bytes = 2_147_483_647
+    hiding = None
     takes_passing = True
 
     def __init__(self, transport: Transport) -> None:

@@ -77,6 +77,7 @@ class Orthanc:
     keeps_bytes = True
     rewrites = Rewrites()
     request_bytes = None
+    hiding = None
     takes_passing = True
 
     def __init__(self, transport: Transport) -> None:

@@ -45,6 +45,7 @@ class PlainDicomWeb:
     #: As unknown. Oddity: "What a plain DICOMweb server rewrites".
     rewrites = Rewrites()
     request_bytes = None
+    hiding = None
     #: As unknown: a proxy in front may want to know how much will come.
     takes_passing = False
 

@@ -10,12 +10,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from worker.fingerprints import Rewrites
 from worker.instances import Instance
 from worker.payloads import Dataset, Level
 from worker.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from worker.pacs.hiding import Hiding
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,13 @@ class DeletionFate(Enum):
 class Deletion:
     """What a server made of a delete. ``note``: what frees a hidden object and when, or why it was
     refused. ``code``: that of a refusal: the server's own, or `invalid_request` where the settings forbid it.
+    ``images``: how many it says that were hidden.
     """
 
     fate: DeletionFate
     note: str = ""
     code: str = "pacs_rejected"
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,11 @@ class Pacs(Protocol):
         An element that is not named here SHALL count as the image's own: where it differs, the images differ. Each
         dialect's list stands in docs/pacs-oddities.md as well.
         """
+        ...
+
+    @property
+    def hiding(self) -> Hiding | None:
+        """What it does not show, where it can hide; None where all that it has is shown."""
         ...
 
     @property

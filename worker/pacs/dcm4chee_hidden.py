@@ -1,0 +1,110 @@
+"""What a DCM4CHEE has and hides: asked on its application entities that show what has been rejected.
+
+Their names are those of the default configuration. Oddity: "What is hidden is shown elsewhere".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized
+from worker.instances import Instance
+from worker.pacs.dicomjson import items, text
+from worker.pacs.dicomweb import DicomWeb, path_of
+from worker.pacs.protocol import Fate, Found, Outcome
+from worker.pacs.transport import Request, Transport
+from worker.payloads import Dataset
+
+#: Shows everything, hidden or not.
+AS_RECEIVED = "AS_RECEIVED"
+#: Shows only what was rejected with 113039, as deletions of ours do.
+EXPIRED = "IOCM_EXPIRED"
+#: Rejected with it, an image that is stored again is shown again.
+_RESTORED = "113039^DCM"
+_REVOKE = "REVOKE_REJECTION%5E99DCM4CHEE"
+_REJECTION_CODE_SEQUENCE, _CODE_VALUE, _CODING_SCHEME_DESIGNATOR = "77771042", "00080100", "00080102"
+_PAGE = 1000
+
+
+class Dcm4cheeHidden:
+    """See `worker.pacs.hiding.Hiding`. ``archive_path`` is the path above the application entities."""
+
+    def __init__(self, transport: Transport, web: DicomWeb, archive_path: str, *, revoke_timeout_s: float) -> None:
+        self._transport, self._shown = transport, web
+        self._archive = archive_path
+        self._revoke_timeout_s = revoke_timeout_s
+        self._all = DicomWeb(transport, base_path=self._root(AS_RECEIVED))
+        self._expired = DicomWeb(transport, base_path=self._root(EXPIRED))
+
+    def find_study(self, study_instance_uid: str) -> list[Found]:
+        return self._if_it_may_look(lambda: self._all.find("study", study_instance_uid))
+
+    def why_unseen(self, instance: Instance) -> Outcome | None:
+        uid = instance.sop_instance_uid
+        if shown := self._shown.find("image", uid):
+            return _elsewhere(instance, shown)
+        fields = [_REJECTION_CODE_SEQUENCE]
+        hidden = self._if_it_may_look(lambda: self._all.find("image", uid, fields=fields))
+        if not hidden:
+            return None
+        code = _rejected_with(hidden[0].attributes)
+        if code == _RESTORED:
+            return None
+        sentence = (
+            f"An image with this UID is there and hidden: it was rejected with {code}, and what is stored again stays"
+            " hidden. Revoke the rejection in the archive to see it again"
+        )
+        return Outcome(uid, Fate.REJECTED, message=sentence, details={"hidden_by": code})
+
+    def images(self, study_instance_uid: str) -> set[str]:
+        found = self._expired.instances(
+            Found("study", study_instance_uid), page=_PAGE, order=(("orderby", "SOPInstanceUID"),)
+        )
+        return {str(one.sop_instance_uid) for one in found}
+
+    def revoke(self, found: Found) -> int:
+        target = f"{self._root(EXPIRED)}{path_of(found)}/reject/{_REVOKE}"
+        headers = {"Accept": "application/json", "Content-Length": "0"}
+        request = Request("POST", target, headers, read_timeout_s=self._revoke_timeout_s)
+        told = self._shown.parse(self._transport.exchange(request))
+        count = told.get("count") if isinstance(told, dict) else None
+        if not isinstance(count, int):
+            raise self._shown.misanswered("no number of what it shows again")
+        return count
+
+    def _root(self, title: str) -> str:
+        return f"{self._archive}/aets/{title}/rs"
+
+    def _if_it_may_look(self, question: Callable[[], list[Found]]) -> list[Found]:
+        """[] where an archive has no such application entity, or none for this account."""
+        try:
+            return question()
+        except (PacsUnauthorized, PacsMisanswered) as error:
+            if not _is_out_of_sight(error):
+                raise
+            return []
+
+
+def _is_out_of_sight(error: CourierError) -> bool:
+    return isinstance(error, PacsUnauthorized) or error.details.get("status") == 404
+
+
+def _elsewhere(instance: Instance, shown: list[Found]) -> Outcome | None:
+    there = shown[0]
+    if instance.study_instance_uid not in [one.study_instance_uid for one in shown]:
+        where, uid = "study", there.study_instance_uid
+    elif instance.series_instance_uid not in [one.series_instance_uid for one in shown]:
+        where, uid = "series", str(there.series_instance_uid)
+    else:
+        return None
+    sentence = f"The image is there already, in another {where}: {uid}"
+    return Outcome(instance.sop_instance_uid, Fate.CONFLICT, message=sentence, details={f"in_{where}_uid": uid})
+
+
+def _rejected_with(attributes: Dataset) -> str:
+    """``113001^DCM``, or "unknown"."""
+    codes = [
+        (text(one, _CODE_VALUE), text(one, _CODING_SCHEME_DESIGNATOR))
+        for one in items(attributes, _REJECTION_CODE_SEQUENCE)
+    ]
+    return "^".join(codes[0]) if codes and all(codes[0]) else "unknown"

@@ -1,0 +1,31 @@
+"""What a server has and does not show: asked for where it matters whether an image is hidden, or elsewhere."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from worker.instances import Instance
+from worker.pacs.protocol import Found, Outcome
+
+
+class Hiding(Protocol):
+    """Of a server that can hide images, or keep one in another study than it was sent with, and call that stored."""
+
+    def find_study(self, study_instance_uid: str) -> list[Found]:
+        """The study, although all of its images may be hidden; [] also where the account may not look."""
+        ...
+
+    def why_unseen(self, instance: Instance) -> Outcome | None:
+        """What became of an image that was answered as stored, and is not shown in its study.
+
+        None: it is shown by now, or nobody can say.
+        """
+        ...
+
+    def images(self, study_instance_uid: str) -> set[str]:
+        """The images of the study that a deletion which only hides has hidden; notes of it may be among them."""
+        ...
+
+    def revoke(self, found: Found) -> int:
+        """Show again what such a deletion has hidden of ``found``; how many objects that were, notes included."""
+        ...
