@@ -287,7 +287,9 @@ def _worker(name: str, said: Mapping[str, Any] | None, now_s: float) -> Finding:
 def _server(entry: dict[str, Any]) -> Finding:
     check = f"server {entry['server_name']}"
     if entry["status"] == "up":
-        return Finding(check, "ok", f"up, {entry['latency_ms']:.0f} ms. {entry['note']}".strip())
+        known = " ".join(told for name in ("product", "version") if (told := entry[name]) != "unknown")
+        what = f"{known}. " if known else ""
+        return Finding(check, "ok", f"up, {entry['latency_ms']:.0f} ms. {what}{entry['note']}".strip())
     reason = entry["error"]["message"] if entry["error"] else entry["note"]
     if entry["status"] == "not responding":
         return Finding(check, "unavailable", f"not responding. {reason}", "Start it, or correct its url.")

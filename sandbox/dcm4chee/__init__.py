@@ -72,6 +72,8 @@ _ROUTES: list[tuple[str, str, Service]] = [
     ("GET", _CONTEXT + "/metrics", admin.metrics),
     ("GET", _CONTEXT + "/metrics/{name}", admin.metric),
     ("GET", _CONTEXT + "/aets", admin.application_entities),
+    ("GET", _CONTEXT + "/webapps", admin.web_applications),
+    ("GET", _CONTEXT + "/devices", admin.devices),
     ("GET", _CONTEXT + "/devicename", admin.device_name),
     ("GET", _CONTEXT + "/export", admin.exporters),
     # The management interface has a port of its own (9990) on the real server.

@@ -31,6 +31,7 @@ QUEUES = {
     "StgCmtSCU": "Storage Commitment SCU",
     "StgVerTasks": "Storage Verification Tasks",
 }
+_OTHER_DEVICES = ("keycloak", "storescp", "stowrsd")
 _METRICS = {
     "write-to-fs1": "MB/s",
     "read-from-fs1": "MB/s",
@@ -198,6 +199,38 @@ async def application_entities(_archive: Archive, _request: web.Request) -> web.
         entry |= {"dcmAllowDeletePatient": "WITHOUT_STUDIES", "dcmAllowDeleteStudyPermanently": "REJECTED"}
         entries.append(entry)
     return plain_json(entries)
+
+
+@operation("health")
+async def devices(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+    archive = {
+        "dicomDeviceName": DEVICE,
+        "dicomManufacturer": "dcm4che.org",
+        "dicomManufacturerModelName": DEVICE,
+        "dicomSoftwareVersion": ["5.35.1", "sandbox"],
+        "dicomPrimaryDeviceType": ["ARCHIVE"],
+        "dicomInstalled": True,
+        "hasArcDevExt": True,
+    }
+    others = [{"dicomDeviceName": name, "dicomInstalled": True, "hasArcDevExt": False} for name in _OTHER_DEVICES]
+    return plain_json([*others, archive])
+
+
+@operation("health")
+async def web_applications(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+    return plain_json(
+        [
+            {
+                "dicomDeviceName": DEVICE,
+                "dcmWebAppName": ae.title,
+                "dicomDescription": ae.description,
+                "dcmWebServicePath": f"/dcm4chee-arc/aets/{ae.title}/rs",
+                "dcmWebServiceClass": sorted(ae.services),
+                "dicomAETitle": ae.title,
+            }
+            for ae in APPLICATION_ENTITIES.values()
+        ]
+    )
 
 
 @operation("health")

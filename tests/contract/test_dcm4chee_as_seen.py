@@ -23,12 +23,16 @@ from worker.jobs import deleting
 from worker.jobs.carry import Done, Failed, Verdict
 from worker.jobs.deletions import delete
 from worker.jobs.placement import FAULTS_OF_AN_IMAGE
+from worker.jobs.run import Run
+from worker.jobs.servers import status, storage
 from worker.jobs.upload import upload
+from worker.pacs.dcm4chee import storage_state
 from worker.pacs.fleet import Fleet
 from worker.pacs.guard import Guard
-from worker.pacs.protocol import Found
+from worker.pacs.protocol import Found, Pacs
 from worker.pacs.registry import connect
 from worker.pacs.transport import kind_of_status
+from worker.settings import ServerSettings
 from worker.slots import Slots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -420,6 +424,68 @@ def test_an_image_that_the_archive_keeps_in_another_series_is_told_too(ward: War
     outcome = hiding.why_unseen(there)
     assert outcome is not None
     assert outcome.details == {"in_series_uid": f"{study}.1"}
+
+
+# 1.5: what it says of itself
+
+
+def entity(ward: Ward, title: str) -> Pacs:
+    url = ward.sandbox.dcm4chee.replace("/aets/DCM4CHEE/", f"/aets/{title}/")
+    return connect(ServerSettings(name="ward", type="dcm4chee", url=url))
+
+
+def test_a_status_names_product_and_version_and_has_asked_the_database(ward: Ward) -> None:
+    (entry,) = status({"servers": ["dcm4chee"]}, Run("j", 1, 1, last=False, ledger=ward.ledger), ward.tools)["servers"]
+    assert (entry["status"], entry["ready"]) == ("up", True)
+    assert (entry["product"], entry["version"]) == ("dcm4chee-arc", "5.35.1")
+    ward.sandbox.set_mood("dcm4chee", "health", database_down=True)
+    (entry,) = status({"servers": ["dcm4chee"]}, Run("j", 1, 1, last=False, ledger=ward.ledger), ward.tools)["servers"]
+    assert (entry["status"], entry["ready"]) == ("degraded", False)
+    assert "its database is in trouble" in entry["note"]
+
+
+@pytest.mark.parametrize(
+    ("title", "says"),
+    [
+        ("DCM4CHEE", ""),
+        ("DCM4CHE", "it has no application entity DCM4CHE; there are DCM4CHEE, AS_RECEIVED"),
+        ("AS_RECEIVED", "its application entity AS_RECEIVED takes no images"),
+        ("WORKLIST", "its application entity WORKLIST takes no images"),
+    ],
+)
+def test_a_status_says_whether_the_entity_of_the_url_may_store(ward: Ward, title: str, says: str) -> None:
+    state = entity(ward, title).state()
+    assert state.ready is (not says)
+    assert says in state.note
+
+
+def test_a_storage_beyond_its_threshold_is_full_whatever_its_disk_has(ward: Ward) -> None:
+    ward.sandbox.set_mood("dcm4chee", "storage", disk_full="272")
+    (entry,) = storage({"servers": ["dcm4chee"]}, Run("j", 1, 1, last=False, ledger=ward.ledger), ward.tools)["servers"]
+    assert (entry["free_bytes"], entry["total_bytes"] > 0, entry["used_bytes"] < entry["total_bytes"]) == (
+        0,
+        True,
+        True,
+    )
+    assert "full: fs1 takes nothing more, because its threshold is exceeded (107 GB free)" in entry["note"]
+
+
+@pytest.mark.parametrize(
+    ("told", "is_well", "free"),
+    [
+        ([{}], True, 60),
+        ([{"dcmStorageThresholdExceeded": "false"}], True, 60),
+        ([{"dcmStorageThresholdExceeded": "2026-11-30T12:00:00"}], False, 0),
+        ([{"dcmStorageThresholdExceeded": True}, {"usableSpace": 7}], True, 7),
+        ([{"usableSpace": 0}], False, 0),
+    ],
+)
+def test_a_storage_is_well_while_one_of_its_systems_has_room(
+    told: list[dict[str, Any]], is_well: bool, free: int
+) -> None:
+    systems = [{"dcmStorageID": f"fs{n}", "totalSpace": 100, "usableSpace": 60, **one} for n, one in enumerate(told)]
+    state = storage_state(systems)
+    assert (state.is_well, state.free_bytes) == (is_well, free)
 
 
 # 1.6: studies that are hidden

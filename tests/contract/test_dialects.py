@@ -68,6 +68,7 @@ HABITS: Mapping[str, Habits] = {
         deletes={"study": DELETED, "series": HIDDEN, "image": HIDDEN},
         hides=HIDDEN,
         knows_storage=True,
+        knows_version=True,
     ),
     "orthanc": Habits(
         "orthanc",

@@ -372,20 +372,26 @@ def test_dcm4chee_15_started_is_not_a_database_and_an_empty_storage_list_is_trou
         "dcm4chee",
         Reply(200, {"status": "STARTED"}),
         Reply(500, b"stack trace"),
+        *(Reply(404),) * 3,  # what it does not tell of its configuration says nothing
+        Reply(500, b"stack trace"),
         Reply(200, {"count": 0}),
         Reply(200, []),
         Reply(200, {"count": 2}),
     )
-    assert pacs.state().ready is True
+    assert pacs.state().ready is False
     assert pacs.database().ok is False
     assert pacs.database().ok is True
     assert "none can be opened" in pacs.storage().note
     pacs.delete(IMAGE, permanent=True)
-    assert wire.calls[:4] == [
-        "GET /dcm4chee-arc/ctrl/status",
-        "GET /dcm4chee-arc/queue/Export/count",
-        "GET /dcm4chee-arc/queue/Export/count",
-        "GET /dcm4chee-arc/storage",
+    assert [call.removeprefix("GET /dcm4chee-arc") for call in wire.calls[:8]] == [
+        "/ctrl/status",
+        "/queue/Export/count",
+        "/aets",
+        "/webapps",
+        "/devices",
+        "/queue/Export/count",
+        "/queue/Export/count",
+        "/storage",
     ]
     assert (wire.sent[-1].read_timeout_s or 0) >= 600
 

@@ -271,7 +271,7 @@ def judged_again(outcome: Outcome, faults: int, since_s: float, pacs: Pacs, ledg
 
 def _says_it_is_well(pacs: Pacs) -> bool:
     try:
-        return pacs.storage().is_well and pacs.database().ok is not False
+        return pacs.storage().is_well is not False and pacs.database().ok is not False
     except CourierError:
         return False
 

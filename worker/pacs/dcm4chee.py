@@ -169,9 +169,41 @@ class Dcm4chee:
         return self._web.retrieve(found)
 
     def state(self) -> ServerState:
-        """`/ctrl/status` proves the archive alone. Oddity: "Started is not a database"."""
+        """`/ctrl/status` proves the archive alone, and not for this entity. Oddity: "Started is not a database"."""
         status = self._archive_json("/ctrl/status").get("status")
-        return ServerState(ready=status == "STARTED", note=f"/ctrl/status says {status}")
+        database = self.database()
+        troubles = [] if database.ok else [f"its database is in trouble: {database.note}"]
+        troubles += [why] if (why := self._why_not_to_be_used()) else []
+        archive = next((one for one in self._told("/devices") or () if one.get("hasArcDevExt")), {})
+        version = archive.get("dicomSoftwareVersion")
+        return ServerState(
+            product=shown_text(str(archive.get("dicomManufacturerModelName") or "dcm4chee-arc"), limit=64),
+            version=shown_text(str(version[0]), limit=64) if isinstance(version, list) and version else None,
+            ready=status == "STARTED" and not troubles,
+            note="; ".join([f"/ctrl/status says {status}", *troubles]),
+        )
+
+    def _why_not_to_be_used(self) -> str:
+        """Why images cannot be stored on the application entity of the URL; "" if they can, or nobody says."""
+        title = self._transport.base_path.partition("/aets/")[2].partition("/")[0]
+        entities = self._told("/aets")
+        titles = [str(one.get("dicomAETitle")) for one in entities or ()]
+        if entities is not None and title not in titles:
+            known = shown_text(", ".join(titles[:20]), limit=300)
+            return f"it has no application entity {title}; there are {known}. Check the server's url"
+        services = [one for one in self._told("/webapps") or () if one.get("dicomAETitle") == title]
+        classes = {name for one in services for name in one.get("dcmWebServiceClass") or ()}
+        if services and "STOW_RS" not in classes:
+            return f"its application entity {title} takes no images (it has no STOW_RS); check the server's url"
+        return ""
+
+    def _told(self, path: str) -> list[dict[str, Any]] | None:
+        """A list out of the archive's configuration; None where it does not tell this account."""
+        try:
+            found = self._web.parse(self._transport.exchange(Request("GET", self._archive + path, _JSON)))
+        except (PacsUnauthorized, PacsMisanswered):
+            return None
+        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else None
 
     def storage(self) -> StorageState:
         """A storage that cannot be opened is missing from the list, so an empty list is trouble."""
@@ -334,7 +366,7 @@ def storage_state(systems: Sequence[Mapping[str, Any]]) -> StorageState:
         told = sum(usable for _, usable in _figures(full)) / 1e9
         note += f"; full: {_named(full)} takes nothing more, because its threshold is exceeded ({told:.0f} GB free)"
     if not all(isinstance(system.get(space), int) for system in systems for space in ("totalSpace", "usableSpace")):
-        return StorageState(note=f"The archive tells no space for {names}." if not full else note, is_well=is_well)
+        return StorageState(note=note if full else f"The archive tells no space for {names}.", is_well=is_well)
     total_bytes, usable_bytes = (sum(figures) for figures in zip(*_figures(systems), strict=True))
     with_room = _figures([system for system in systems if not _is_exceeded(system)])
     free_bytes = sum(usable for _, usable in with_room)

@@ -138,13 +138,13 @@ class ServerState:
 
 @dataclass(frozen=True)
 class StorageState:
-    """``is_well`` is False where the server says that it cannot store: its storage is full, or cannot be opened."""
+    """``is_well`` is False where the server says that it can store nothing: its storage is full or cannot be opened."""
 
     total_bytes: int | None = None
     free_bytes: int | None = None
     used_bytes: int | None = None
     note: str = ""
-    is_well: bool = True
+    is_well: bool | None = None
 
 
 @dataclass(frozen=True)
