@@ -1921,6 +1921,11 @@ class Ledger:
         args: list[str | int] = [job_id, server, self.keep_ms, series_uid or "", sop_uid or ""]
         self._void(keys=[self.key("pushes", study_instance_uid)], args=args)
 
+    def voided_study(self, server: str, study_instance_uid: str) -> str:
+        """The job that deleted the study from ``server`` last, or was about to; "" if none of ours has."""
+        told = self._redis.hget(self.key("pushes", study_instance_uid), f"gone:{server}")
+        return str(told).partition(" ")[2] if told else ""
+
     def copying(self, server: str, study_instance_uid: str, *, job_id: str) -> None:
         """Images of the study are about to be copied to ``server``: older receipts may be of other files."""
         self._copies(keys=[self.key("pushes", study_instance_uid)], args=[server, job_id, self.keep_ms, "copying:", ""])

@@ -124,13 +124,13 @@ APPLICATION_ENTITIES = {
         ApplicationEntity(
             "AS_RECEIVED",
             "Retrieve instances as received",
-            f"{_REGULAR} OR rejection NOT LIKE '{NOTE}%'",
+            "TRUE",
             _READS,
         ),
         ApplicationEntity(
             "IOCM_REGULAR_USE",
             "Show instances rejected for Quality Reasons",
-            f"{_REGULAR} OR {_only(QUALITY)}",
+            f"{_REGULAR} OR {_only(QUALITY)} OR {_only(NOTE + EXPIRED)}",
             _READS,
         ),
         ApplicationEntity(

@@ -16,10 +16,12 @@ from sandbox.images import ImageServer
 from sandbox.processes import HOST, RedisPart, SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
+from worker.batches import CHUNK_ITEMS
 from worker.breakers import CHANGES, Breakers
 from worker.errors import CourierError, PacsRejected, PacsUnavailable
 from worker.instances import identify
 from worker.jobs import deleting
+from worker.jobs.batches import Conductor
 from worker.jobs.carry import Done, Failed, Verdict
 from worker.jobs.deletions import delete
 from worker.jobs.placement import FAULTS_OF_AN_IMAGE
@@ -534,3 +536,123 @@ def test_no_backup_is_made_of_what_is_hidden_and_nothing_is_deleted(ward: Ward, 
     hiding = ward.fleet["dcm4chee"].hiding
     assert hiding is not None
     assert hiding.find_study(study) != []
+
+
+# 1.6: what is hidden, and shown again
+
+
+def undo(ward: Ward) -> dict[str, Any]:
+    return payload(ward.go_on(Conductor.undo, "undo"))
+
+
+def reject(ward: Ward, study: str, sop: str, code: str) -> None:
+    url = f"{ward.sandbox.dcm4chee}/studies/{study}/series/{study}.1/instances/{sop}"
+    assert requests.post(f"{url}/reject/{code}", timeout=10).status_code == 200
+
+
+def received(ward: Ward, study: str) -> list[dict[str, Any]]:
+    """All that the archive has of a study, notes included."""
+    url = ward.sandbox.dcm4chee.replace("/aets/DCM4CHEE/", "/aets/AS_RECEIVED/")
+    answer = requests.get(f"{url}/studies/{study}/instances", timeout=10)
+    return list(answer.json()) if answer.status_code == 200 else []
+
+
+def notes(ward: Ward, study: str) -> int:
+    return sum(one["00080016"]["Value"] == ["1.2.840.10008.5.1.4.1.1.88.59"] for one in received(ward, study))
+
+
+def test_an_undo_of_a_hide_shows_the_same_images_again(ward: Ward) -> None:
+    study = new_uid()
+    uids = ward.put("dcm4chee", study, 3)
+    payload(ward.delete(study, permanent=False, servers=["dcm4chee"]))
+    assert (ward.told(), ward.told("verify"), ward.on("dcm4chee", study)) == (["hidden"], ["verified"], set())
+    undo(ward)
+    assert (ward.told("undo"), ward.on("dcm4chee", study)) == (["undone"], uids)
+
+
+@pytest.mark.parametrize("code", ["113037%5EDCM", "113038%5EDCM", "113039%5EDCM"])
+def test_what_others_have_hidden_before_stays_hidden(ward: Ward, code: str) -> None:
+    study = new_uid()
+    uids = ward.put("dcm4chee", study, 3)
+    theirs = min(uids)
+    reject(ward, study, theirs, code)
+    payload(ward.delete(study, permanent=False, servers=["dcm4chee"]))
+    undo(ward)
+    assert ward.told("undo") == ["undone"]
+    assert ward.on("dcm4chee", study) >= uids - {theirs}
+    assert theirs not in ward.on("dcm4chee", study)
+
+
+def test_a_hide_that_died_halfway_is_undone_too(ward: Ward) -> None:
+    study = new_uid()
+    uids = ward.put("dcm4chee", study, 2)
+    ward.sandbox.set_mood("dcm4chee", "reject", commit_then_drop=True, times=1)
+    payload(ward.delete(study, permanent=False, servers=["dcm4chee"]))
+    assert (ward.told(), ward.on("dcm4chee", study)) == (["hidden"], set())
+    undo(ward)
+    assert ward.on("dcm4chee", study) == uids
+
+
+def test_a_hide_is_not_undone_where_the_archive_has_deleted_some_since(ward: Ward) -> None:
+    study = new_uid()
+    ward.put("dcm4chee", study, 2)
+    payload(ward.delete(study, permanent=False, servers=["dcm4chee"]))
+    late = new_uid()
+    ward.put_file("dcm4chee", image(study, sop=late, side=8))
+    reject(ward, study, late, "113039%5EDCM")
+    undo(ward)
+    assert ward.told("undo") == ["study_conflict"]
+    assert "revoke the rejection of its images" in ward.rows[0].passes["undo"].message
+    assert ward.on("dcm4chee", study) == set()
+
+
+def test_a_deletion_for_good_has_no_undo_without_a_backup(ward: Ward) -> None:
+    study = new_uid()
+    ward.put("dcm4chee", study, 1)
+    payload(ward.delete(study, servers=["dcm4chee"]))
+    undo(ward)
+    assert ward.told("undo") == ["invalid_request"]
+
+
+def test_an_undo_of_an_upload_hides_a_study_at_once_also_across_chunks(ward: Ward) -> None:
+    study = new_uid()
+    number = 2 * CHUNK_ITEMS + 3
+    payload(ward.upload(*(ward.file(image(study, side=8)) for _ in range(number)), server="dcm4chee", verify=False))
+    assert len(ward.on("dcm4chee", study)) == number
+    undo(ward)
+    assert set(ward.told("undo")) == {"undone"}
+    assert (ward.on("dcm4chee", study), notes(ward, study)) == (set(), 1)
+
+
+def test_an_undo_of_an_upload_leaves_what_others_have_stored_in_the_study(ward: Ward) -> None:
+    study = new_uid()
+    theirs = ward.put("dcm4chee", study, 1)
+    payload(ward.upload(*(ward.file(image(study, side=8)) for _ in range(3)), server="dcm4chee", verify=False))
+    undo(ward)
+    assert (ward.told("undo"), ward.on("dcm4chee", study)) == (["undone"] * 3, theirs)
+    assert notes(ward, study) == 3
+
+
+def test_what_came_in_between_is_shown_again_and_reported(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, late = new_uid(), new_uid()
+    payload(ward.upload(*(ward.file(image(study, side=8)) for _ in range(3)), server="dcm4chee", verify=False))
+    pacs = cast(Any, ward.fleet["dcm4chee"])
+    delete_it = pacs.delete
+
+    def delete_late(found: Found, *, permanent: bool) -> Any:
+        ward.put_file("dcm4chee", image(study, sop=late, side=8))
+        return delete_it(found, permanent=permanent)
+
+    monkeypatch.setattr(pacs, "delete", delete_late)
+    undo(ward)
+    assert (ward.told("undo"), ward.on("dcm4chee", study)) == (["undone"] * 3, {late})
+    assert f"shown again: {late}" in ward.rows[0].passes["undo"].message
+
+
+def test_what_others_have_hidden_of_the_study_before_stays_hidden_by_an_undo(ward: Ward) -> None:
+    study, theirs = new_uid(), new_uid()
+    ward.put_file("dcm4chee", image(study, sop=theirs, side=8))
+    reject(ward, study, theirs, "113039%5EDCM")
+    payload(ward.upload(*(ward.file(image(study, side=8)) for _ in range(2)), server="dcm4chee", verify=False))
+    undo(ward)
+    assert (ward.told("undo"), ward.on("dcm4chee", study)) == (["undone"] * 2, set())

@@ -6,13 +6,13 @@ Whether something was stored by the batch is said by its receipts, never guessed
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
-from worker.batches import CHUNK_ITEMS, ItemStatus, Settled
+from worker.batches import CHUNK_ITEMS, Batches, ItemStatus, Settled, is_to_undo
 from worker.errors import (
     CourierError,
     InvalidUid,
@@ -27,9 +27,12 @@ from worker.jobs.batches import Answer, Desk
 from worker.jobs.deletions import forget_what_is_gone, remove
 from worker.jobs.passing import whole
 from worker.jobs.receipts import Receipts
+from worker.jobs.transfers import images_on
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs, Retrieved
 from worker.pacs.stow import PREAMBLE
 
+#: In so many chunks to both sides the other images of a study are looked for.
+CHUNKS_AROUND = 50
 #: Where a study has more images than this for each one that is wanted, they are fetched one by one.
 WORTH_ALL = 2
 
@@ -86,31 +89,153 @@ def undo(done: Sequence[Settled], desk: Desk, *, resumed: set[int]) -> list[Answ
     run, ledger = desk.run, desk.run.ledger
     stored = [one for one in done if one.status == "stored"]
     begun = resumed & set(desk.memo.get("undoing", ()))
-    owners = ledger.hold_images([_uids(one) for one in stored], job_id=run.job_id, fence=run.fence)
-    ours = [one for one, owner in zip(stored, owners, strict=True) if run.is_free(owner)]
     unclear = [one for one in done if one.result.get("uncertain")]
     results: dict[int, Answer] = {one.item.number: None for one in stored}
     results |= {one.item.number: _not_ours(one) for one in done if one.status != "stored"}
     try:
+        ours = _held(stored, desk)
         seen = _seen([*ours, *unclear], desk)
         results |= {one.item.number: _unclear(one, seen[_where(one)]) for one in unclear}
         ready = []
         for one in ours:
-            kept = _kept(one, seen[_where(one)], resumed=one.item.number in begun)
+            number = one.item.number
+            kept = _kept(one, seen[_where(one)], resumed=number in begun or _went_with_its_study(one, desk))
             if kept is None:
                 ready.append(one)
             else:
                 results[one.item.number] = kept
         if ready:
             desk.remember({"undoing": sorted(begun | {one.item.number for one in ready})})
-        deletions = desk.tools.fleet.gather([partial(_delete, one, begun, desk) for one in ready])
-        for one, deletion in zip(ready, deletions, strict=True):
-            results[one.item.number] = _taken_back(one, deletion)
+        results |= _taken_away(ready, begun, desk)
     finally:
         ledger.let_go_images(job_id=run.job_id, fence=run.fence)
+        ledger.let_go(run.job_id, fence=run.fence)
     gone = {one.result["study_uid"] for one in ours if isinstance(results[one.item.number], Settled)}
     forget_what_is_gone(gone, desk.tools)
     return [results[one.item.number] for one in done]
+
+
+def _held(stored: Sequence[Settled], desk: Desk) -> list[Settled]:
+    """Those that no other job is storing or deleting, and none begins to.
+
+    Where images are only hidden, perhaps with their whole study, that is shut: nothing of ours comes into it meanwhile.
+    """
+    run, ledger = desk.run, desk.run.ledger
+    hidden = [one for one in stored if _only_hides(one, desk)]
+    shut = {
+        study: run.is_free(ledger.shut(study, job_id=run.job_id, fence=run.fence))
+        for study in dict.fromkeys(str(one.result["study_uid"]) for one in hidden)
+    }
+    others = [one for one in stored if one not in hidden]
+    owners = ledger.hold_images([_uids(one) for one in others], job_id=run.job_id, fence=run.fence)
+    held = [one for one, owner in zip(others, owners, strict=True) if run.is_free(owner)]
+    return [*held, *(one for one in hidden if shut[str(one.result["study_uid"])])]
+
+
+def _went_with_its_study(one: Settled, desk: Desk) -> bool:
+    """Whether another chunk of this undo has hidden the study, and so the image with it."""
+    if not _only_hides(one, desk):
+        return False
+    pass_of_batch = desk.run.job_id.partition(".undo.")[0] + ".undo."
+    return desk.run.ledger.voided_study(one.server_name, one.result["study_uid"]).startswith(pass_of_batch)
+
+
+def _only_hides(one: Settled, desk: Desk) -> bool:
+    """Whether the server of an image hides what is deleted there, and shows it again if that was too much."""
+    pacs = desk.tools.fleet[one.server_name]
+    return pacs.hiding is not None and pacs.deletion("image", permanent=True).fate is DeletionFate.HIDDEN
+
+
+def _taken_away(ready: Sequence[Settled], begun: set[int], desk: Desk) -> dict[int, Answer]:
+    """What became of each: image by image, or by the study where images are only hidden."""
+    by_study: dict[tuple[str, str], list[Settled]] = {}
+    for one in ready:
+        if _only_hides(one, desk):
+            by_study.setdefault(_where(one), []).append(one)
+    alone = [one for one in ready if _where(one) not in by_study]
+    fleet = desk.tools.fleet
+    told = dict(
+        zip(by_study, fleet.gather([partial(_hidden, group, begun, desk) for group in by_study.values()]), strict=True)
+    )
+    results: dict[int, Answer] = {}
+    for where, group in by_study.items():
+        answer = told[where]
+        results |= {one.item.number: answer for one in group} if isinstance(answer, CourierError) else answer
+    return results | _deleted(alone, begun, desk)
+
+
+def _deleted(images: Sequence[Settled], begun: set[int], desk: Desk) -> dict[int, Answer]:
+    deletions = desk.tools.fleet.gather([partial(_delete, one, begun, desk) for one in images])
+    return {one.item.number: _taken_back(one, deletion) for one, deletion in zip(images, deletions, strict=True)}
+
+
+def _hidden(group: Sequence[Settled], begun: set[int], desk: Desk) -> dict[int, Answer]:
+    """Hide images of a study: with the study, if all of them are the batch's, which is compared before and afterwards.
+
+    What has come in between is shown again, and reported.
+    """
+    pacs, study_uid = desk.tools.fleet[group[0].server_name], str(group[0].result["study_uid"])
+    hiding, name = pacs.hiding, pacs.server.name
+    ours = {str(one.result["image_uid"]) for one in group}
+    before = {one.sop_instance_uid for one in hiding.images(study_uid)} if hiding is not None else set()
+    on_server = images_on(pacs, study_uid).keys()
+    ours |= _in_other_chunks(group[0], on_server - ours, desk)
+    if hiding is None or on_server != ours:
+        return {one.item.number: _taken_back(one, _delete_or_error(one, begun, desk)) for one in group}
+    deletion = Receipts.of(desk.run).delete(pacs, Found("study", study_uid), permanent=False)
+    if deletion.fate is not DeletionFate.HIDDEN:
+        return {one.item.number: _taken_back(one, deletion) for one in group}
+    hidden = hiding.images(study_uid)
+    came = [one for one in hidden if one.sop_instance_uid not in ours | before]
+    for one in came:
+        hiding.revoke(one)
+    if ours - {one.sop_instance_uid for one in hidden}:
+        sentence = f"{name} has not hidden all images of the study; they are looked at again."
+        raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)
+    note = _what_came_in_between(came, deletion.images, len(ours), name)
+    return {one.item.number: _noted(_taken_back(one, deletion), note) for one in group}
+
+
+def _noted(answer: Settled | CourierError, note: str) -> Settled | CourierError:
+    return replace(answer, message=note) if note and isinstance(answer, Settled) else answer
+
+
+def _in_other_chunks(one: Settled, wanted: Collection[str], desk: Desk) -> set[str]:
+    """Those of the ``wanted`` images of a study that the batch has stored there too, and that are still to be undone.
+
+    Images of a study stand together in most orders, so chunks are read from here to both sides, and not all of them.
+    """
+    found: set[str] = set()
+    if desk.batch is None:
+        return found
+    here = one.item.number // CHUNK_ITEMS
+    around = [
+        chunk for at in range(1, CHUNKS_AROUND) for chunk in (here - at, here + at) if 0 <= chunk < desk.batch.chunks
+    ]
+    batches = Batches(desk.run.ledger)
+    for chunk in around:
+        if found.issuperset(wanted):
+            break
+        rows = batches.chunk_rows(desk.batch, chunk, ("apply", "undo"))
+        others = [row.settled for row in rows if row.settled.status == "stored" and is_to_undo(row)]
+        found |= {str(other.result["image_uid"]) for other in others if _where(other) == _where(one)}
+    return found & set(wanted)
+
+
+def _what_came_in_between(came: Sequence[Found], counted: int | None, ours: int, name: str) -> str:
+    if came:
+        uids = ", ".join(str(one.sop_instance_uid) for one in came[:10])
+        return f"{len(came)} images that came in between were hidden with the study, and are shown again: {uids}."
+    if counted not in (None, ours):
+        return f"{name} says that it has hidden {counted} images of the study, of which the batch has stored {ours}."
+    return ""
+
+
+def _delete_or_error(one: Settled, begun: set[int], desk: Desk) -> Deletion | CourierError:
+    try:
+        return _delete(one, begun, desk)
+    except CourierError as error:
+        return error
 
 
 def _not_ours(one: Settled) -> Settled:

@@ -22,6 +22,7 @@ from worker.errors import (
 from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
 from worker.jobs.deletions import asked, forget_what_is_gone, reachable, remove
 from worker.jobs.downloads import OVERWRITE_NOT_PREVENTED
+from worker.jobs.hidden import show_again, what_is_shown
 from worker.jobs.kept import Kept, is_all_kept, keep, prove, restore
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
@@ -91,9 +92,12 @@ class StudyDeletions:
         ledger, run = desk.tools.ledger, desk.run
         try:
             ready = _shut(items, desk)
+            shown, done = _note_what_is_shown(ready, desk)
             begun: dict[Item, Any] = {}
-            done = _together(ready, partial(_applied, resumed=resumed, begun=begun), desk)
-            _note_begun(begun, desk)
+            ready = [item for item in ready if item not in done]
+            done |= _together(ready, partial(_applied, resumed=resumed, begun=begun), desk)
+            done = {item: _with_result(answer, shown.get(item, {})) for item, answer in done.items()}
+            _note_begun(begun, desk, shown)
             over = [item for item, answer in done.items() if isinstance(answer, Settled) and answer.status != "open"]
             forget_what_is_gone({item.text for item in over}, desk.tools)
         finally:
@@ -107,7 +111,7 @@ class StudyDeletions:
         return list(done.values())
 
     def undo(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
-        """Bring back what was kept; what was not is refused."""
+        """Show again what was hidden, bring back what was kept; what was neither is refused."""
         ledger, run = desk.tools.ledger, desk.run
         try:
             ready = _shut(items, desk)
@@ -213,10 +217,51 @@ def _applied(item: Item, desk: Desk, *, resumed: set[int], begun: dict[Item, Any
     return replace(settled, result={**settled.result, **written_down})
 
 
-def _note_begun(begun: Mapping[Item, Any], desk: Desk) -> None:
+def _note_what_is_shown(
+    items: Sequence[Item], desk: Desk
+) -> tuple[dict[Item, Mapping[str, Any]], dict[Item, Settled | CourierError]]:
+    """Write down what an undo of a hide has to know, before anything is hidden; and the errors of those items where
+    that cannot be told.
+    """
+    if _is_permanent(desk.batch):
+        return {}, {}
+    known = {item: desk.known(item).result for item in items if "hides" in desk.known(item).result}
+    told = _together([item for item in items if item not in known], _to_be_hidden, desk)
+    new = {item: one for item, one in told.items() if isinstance(one, Settled) and one.result}
+    if new:
+        run, chunk = desk.run, next(iter(new)).number // CHUNK_ITEMS
+        Batches(run.ledger).settle(desk.batch, "apply", chunk, new.values(), job_id=run.job_id, fence=run.fence)
+    known |= {item: one.result for item, one in new.items()}
+    return known, {item: one for item, one in told.items() if isinstance(one, CourierError)}
+
+
+def _to_be_hidden(item: Item, desk: Desk) -> Settled:
+    servers = _servers(item, desk)
+    hides = {pacs.server.name: told for pacs in servers if (told := what_is_shown(pacs, item.text)) is not None}
+    if not hides:
+        return Settled(item, "open", server=desk.known(item).server)
+    others = _with_study(item, desk, but=[pacs.server.name for pacs in servers], silent=True)
+    result = {"elsewhere": others, **desk.known(item).result, "hides": hides}
+    return Settled(item, "open", server=desk.known(item).server, result=result)
+
+
+def _with_result(answer: Settled | CourierError, told: Mapping[str, Any]) -> Settled | CourierError:
+    """``answer``, with what has to be known to show again what it has hidden."""
+    more = {name: told[name] for name in ("hides", "elsewhere") if name in told}
+    if isinstance(answer, CourierError) or not more or answer.status == "refused":
+        return answer
+    return replace(answer, result={**more, **answer.result})
+
+
+def _note_begun(begun: Mapping[Item, Any], desk: Desk, shown: Mapping[Item, Mapping[str, Any]]) -> None:
     """Of studies that are still open: which servers have answered, and what, for the next attempt and the report."""
     noted = [
-        Settled(item, "open", server=desk.known(item).server, result={**desk.known(item).result, "servers": fates})
+        Settled(
+            item,
+            "open",
+            server=desk.known(item).server,
+            result={**desk.known(item).result, **shown.get(item, {}), "servers": fates},
+        )
         for item, fates in begun.items()
         if fates
     ]
@@ -348,22 +393,28 @@ def _check_not_elsewhere(item: Item, desk: Desk) -> None:
     Where the plan names servers, another item of it may just have come back to one of those.
     """
     told = desk.known(item).result
-    ours = {*told["kept"], *told["elsewhere"], *desk.batch.servers}
+    ours = {*told.get("kept", {}), *told.get("hides", {}), *told.get("elsewhere", ()), *desk.batch.servers}
     if new := _with_study(item, desk, but=ours, silent=False):
         sentence = f"{new[0]} has got images of the study since it was deleted; move them, then undo the batch again."
         raise StudyConflict(sentence, server_name=new[0], server_type=desk.tools.fleet[new[0]].server.type)
 
 
 def _undone(item: Item, desk: Desk) -> Settled:
-    kept = desk.known(item).result.get("kept")
-    if desk.known(item).status == "not_there":
-        return Settled(item, "not_there", server=desk.known(item).server_name)
-    if not kept:
+    known = desk.known(item)
+    if known.status == "not_there":
+        return Settled(item, "not_there", server=known.server_name)
+    fates = {known.server_name: known.status, **known.result.get("servers", {})}
+    hides = {name: told for name, told in known.result.get("hides", {}).items() if fates.get(name) == "hidden"}
+    kept = {name: told for name, told in (known.result.get("kept") or {}).items() if name not in hides}
+    lost = [name for name, fate in fates.items() if fate == "deleted" and name not in kept]
+    if lost or not (kept or hides):
         raise InvalidRequest(
             "No copy was kept, so this cannot be taken back; order deletions with backup (once: keep)."
         )
     _check_not_elsewhere(item, desk)
-    results = {}
+    results: dict[str, Any] = {}
+    for name, told in hides.items():
+        results[name] = show_again(desk.tools.fleet[name], item.text, told)
     for name, told in kept.items():
         results[name] = restore(desk.tools.fleet[name], item.text, Kept(**told), desk)
-    return Settled(item, "undone", server=next(iter(kept)), result={"servers": results})
+    return Settled(item, "undone", server=next(iter(results)), result={"servers": results})

@@ -423,7 +423,7 @@ def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
                 raise
             metadata, warnings = {}, (*warnings, "metadata_unavailable")
         else:
-            if not metadata:
+            if metadata is None:
                 metadata, warnings = {}, (*warnings, _warning_of_unseen(trip, memo))
     shown, reduced = _allowed(metadata, trip.job, tools)
     instance = memo.instance
@@ -449,9 +449,10 @@ def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
     )
 
 
-def _metadata(pacs: Pacs, instance: Instance) -> Dataset:
+def _metadata(pacs: Pacs, instance: Instance) -> Dataset | None:
+    """None if the server does not show the image."""
     datasets = pacs.metadata(image_of(instance))
-    return datasets[0] if datasets else {}
+    return datasets[0] if datasets else None
 
 
 def _warning_of_unseen(trip: _Trip, memo: Memo) -> str:

@@ -158,12 +158,10 @@ class Dcm4chee:
 
     def delete(self, found: Found, *, permanent: bool) -> Deletion:
         """Reject, and delete if it is a study. Oddity: "Only studies can be deleted"."""
-        rejected = self._reject(found)
-        if rejected is not None and rejected.fate is DeletionFate.REFUSED:
-            return rejected
-        if found.level == "study" and permanent:
+        hidden = self._reject(found)
+        if found.level == "study" and permanent and hidden.fate is not DeletionFate.REFUSED:
             return self._delete_study(found)
-        return rejected or self.deletion(found.level, permanent=permanent)
+        return hidden
 
     def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
         return self._web.retrieve(found)
@@ -226,15 +224,15 @@ class Dcm4chee:
             return DatabaseState(ok=False, note="A count did not come back; the archive waits for its database.")
         return DatabaseState(ok=answer.status == 200, note=f"/queue/Export/count answered {answer.status}")
 
-    def _reject(self, found: Found) -> Deletion | None:
-        """Hide ``found``; None if that was done now."""
+    def _reject(self, found: Found) -> Deletion:
+        """Hide ``found``."""
         target = f"{self._transport.base_path}{path_of(found)}/reject/{REJECTION}"
         expected = (200, 204, 400, 403, 404, 409)
         headers = {**_JSON, "Content-Length": "0"}
         request = Request("POST", target, headers, expected=expected, read_timeout_s=REJECT_TIMEOUT_S)
         answer = self._transport.exchange(request)
         if answer.status in (200, 204):
-            return None
+            return Deletion(DeletionFate.HIDDEN, FREED_LATER, images=rejected_images(answer))
         self._check_refusal(answer)
         if answer.status == 404:
             return Deletion(DeletionFate.NOT_THERE)
@@ -348,6 +346,16 @@ def error_message(answer: Answer) -> str:
     if not isinstance(message, str):
         message = match[1] if match else f"status {answer.status}"
     return shown_text(message, limit=300)
+
+
+def rejected_images(answer: Answer) -> int | None:
+    """How many images the archive says that it has rejected; None if it does not say."""
+    try:
+        found = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return None
+    count = found.get("count") if isinstance(found, dict) else None
+    return count if isinstance(count, int) else None
 
 
 def storage_state(systems: Sequence[Mapping[str, Any]]) -> StorageState:

@@ -56,11 +56,9 @@ class Dcm4cheeHidden:
         )
         return Outcome(uid, Fate.REJECTED, message=sentence, details={"hidden_by": code})
 
-    def images(self, study_instance_uid: str) -> set[str]:
-        found = self._expired.instances(
-            Found("study", study_instance_uid), page=_PAGE, order=(("orderby", "SOPInstanceUID"),)
-        )
-        return {str(one.sop_instance_uid) for one in found}
+    def images(self, study_instance_uid: str) -> list[Found]:
+        study = Found("study", study_instance_uid)
+        return list(self._expired.instances(study, page=_PAGE, order=(("orderby", "SOPInstanceUID"),)))
 
     def revoke(self, found: Found) -> int:
         target = f"{self._root(EXPIRED)}{path_of(found)}/reject/{_REVOKE}"

@@ -22,10 +22,10 @@ class Hiding(Protocol):
         """
         ...
 
-    def images(self, study_instance_uid: str) -> set[str]:
-        """The images of the study that a deletion which only hides has hidden; notes of it may be among them."""
+    def images(self, study_instance_uid: str) -> list[Found]:
+        """The images of the study that deletions which only hide have hidden."""
         ...
 
     def revoke(self, found: Found) -> int:
-        """Show again what such a deletion has hidden of ``found``; how many objects that were, notes included."""
+        """Show again what such deletions have hidden of ``found``; how many images that were."""
         ...

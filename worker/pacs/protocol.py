@@ -115,7 +115,7 @@ class Deletion:
     fate: DeletionFate
     note: str = ""
     code: str = "pacs_rejected"
-    images: int | None = None
+    images: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
