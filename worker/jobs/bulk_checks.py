@@ -122,6 +122,8 @@ def _held(stored: Sequence[Settled], desk: Desk) -> list[Settled]:
     """
     run, ledger = desk.run, desk.run.ledger
     hidden = [one for one in stored if _only_hides(one, desk)]
+    if hidden:  # what an attempt that died has left of its own would keep the gates open
+        ledger.let_go_images(job_id=run.job_id, fence=run.fence)
     shut = {
         study: run.is_free(ledger.shut(study, job_id=run.job_id, fence=run.fence))
         for study in dict.fromkeys(str(one.result["study_uid"]) for one in hidden)
