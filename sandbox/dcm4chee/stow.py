@@ -210,7 +210,7 @@ def _as_new(transaction: _Transaction, header: Header) -> NewInstance:
     if any(uid is None for uid in uids):
         raise Failed(0x0110, "java.lang.NullPointerException: missing Study, Series or SOP Instance UID")
     study_uid, series_uid, sop_uid, class_uid = [uid or "" for uid in uids]
-    _check_texts(header)
+    _check_texts(transaction.archive, header, study_uid, series_uid)
     return NewInstance(
         study_instance_uid=study_uid,
         series_instance_uid=series_uid,
@@ -236,9 +236,14 @@ _NOT_COMMITTED = (
 )
 
 
-def _check_texts(header: Header) -> None:
-    """What the database does not take fails when it is written."""
-    for tag in _COLUMNS:
+def _check_texts(archive: Archive, header: Header, study_uid: str, series_uid: str) -> None:
+    """What the database does not take fails when it is written: of a study's or series' own, with its first image."""
+    written = set(_COLUMNS)
+    if archive.store.instances(study_instance_uid=study_uid):
+        written.discard(0x00200010)
+    if archive.store.instances(study_instance_uid=study_uid, series_instance_uid=series_uid):
+        written.discard(0x00080060)
+    for tag in written:
         text = (header.text(tag) or "").rstrip("\0 ")
         if "\0" in text or len(text) > 255:
             raise Failed(0x0110, _NOT_COMMITTED)
