@@ -37,7 +37,7 @@ class Wire(Transport):
     def _open(self, request: Request) -> Any:
         for _ in request.body or ():
             pass
-        headers = {"Warning": f'299 dcm4chee-arc "{self._warning}"'}
+        headers = {"Warning": f'299 dcm4chee-arc "{self._warning}"'} if self._warning else {}
         answer = HTTPResponse(io.BytesIO(self._body), headers, 409, preload_content=False)
         answer.reader = SimpleNamespace(deadline_s=0.0)  # type: ignore[attr-defined]
         return answer
@@ -107,8 +107,6 @@ def test_a_file_without_patient_id_is_known_as_such(value: str | None) -> None:
         (f"{EOF}: Unexpected end of stream", CT),
         (NO_REASON, NOT_A_DICOM_FILE),
         ("org.dcm4che3.io.DicomStreamException: Unexpected attribute (0000,0000)", CT),
-        ("ERROR: value too long for type character varying(255)", CT),
-        ('ERROR: invalid byte sequence for encoding "UTF8": 0x00', CT),
     ],
 )
 def test_what_is_proven_unreadable_is_refused_at_once_with_the_text(warning: str, sop_class: str) -> None:
@@ -139,6 +137,23 @@ def test_a_text_that_no_column_takes_is_refused_whatever_the_archive_says() -> N
     assert found.fate is Fate.REJECTED
     assert "cannot store StudyID" in found.message
     assert "ARJUNA016053: Could not commit transaction." in found.message
+
+
+@pytest.mark.parametrize(
+    ("warning", "fate"),
+    [
+        (
+            'JDBC exception executing SQL [select x] [ERROR: invalid byte sequence for encoding "UTF8": 0x00]',
+            Fate.REJECTED,
+        ),
+        ("ERROR: value too long for type character varying(255)", Fate.REJECTED),
+        ("", Fate.REJECTED),
+        ("No space left on configured storage systems", Fate.TRY_AGAIN),
+        (NO_REASON, Fate.TRY_AGAIN),
+    ],
+)
+def test_an_odd_text_is_no_proof_where_the_archive_names_another_reason(warning: str, fate: Fate) -> None:
+    assert outcome(272, warning, instance=replace(FILE, odd_texts="StudyID")).fate is fate
 
 
 def test_the_text_explains_the_last_failure_alone() -> None:

@@ -302,7 +302,7 @@ class _Failures:
 
 def _proof(instance: Instance, item: Dataset, warning: str) -> str:
     """Why a 272 is the file's own fault; "" if it may be the archive's."""
-    if instance.odd_texts:
+    if instance.odd_texts and (not warning or _IS_OF_A_TEXT(warning)):
         return f"The archive cannot store {instance.odd_texts}: longer than 255 characters, or with a NUL in it."
     if _IS_TROUBLE(warning):
         return ""
@@ -319,9 +319,9 @@ _OTHER_MADE_UP_ID = (
 )
 #: The SOP class that the archive gives to what it could not read. Oddity: "An unreadable file gets a random name".
 NOT_A_DICOM_FILE = "1.2.40.0.13.1.15.110.3.165.2"
-_IS_UNREADABLE = re.compile(
-    r"EOFException|DicomStreamException|value too long|too long for|invalid byte sequence|\b0x00\b", re.IGNORECASE
-).search
+_IS_UNREADABLE = re.compile(r"EOFException|DicomStreamException", re.IGNORECASE).search
+#: Of a database that does not take a value. ARJUNA016053 says that something was not committed, and not what.
+_IS_OF_A_TEXT = re.compile(r"ARJUNA016053|too long|invalid byte sequence|\b0x00\b", re.IGNORECASE).search
 #: Of the archive, and so no proof against the file.
 _IS_TROUBLE = re.compile(r"space|storage|accessa|JDBC|FileSystem|NoSuchFile|Connection|Timeout", re.IGNORECASE).search
 _JSON = {"Accept": "application/json"}
