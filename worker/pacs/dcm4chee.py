@@ -115,7 +115,8 @@ class Dcm4chee:
 
     def present(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
         """Oddity: "Parameters are not to be trusted with anything": a list of UIDs is a repeated parameter."""
-        return self._web.present_in_lists(study_instance_uid, sop_instance_uids)
+        briefly = (("includedefaults", "false"),)  # a fifth of the time that whole rows take
+        return self._web.present_in_lists(study_instance_uid, sop_instance_uids, briefly=briefly)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
         """An image that is there already is `STORED` too. Oddity: "A duplicate is a success"."""

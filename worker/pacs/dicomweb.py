@@ -120,14 +120,16 @@ class DicomWeb:
         alone = {one.sop_instance_uid for one in found if one.study_instance_uid == study_instance_uid}
         return {uid for uid in wanted if uid in listed or uid in alone}
 
-    def present_in_lists(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
-        """The same where a query may name several UIDs, the parameter repeated."""
+    def present_in_lists(
+        self, study_instance_uid: str, sop_instance_uids: Collection[str], *, briefly: Sequence[tuple[str, str]] = ()
+    ) -> set[str]:
+        """The same where a query may name several UIDs, the parameter repeated. ``briefly`` asks for UIDs alone."""
         wanted = sorted(set(sop_instance_uids))
         target = f"{self._base}{path_of(Found('study', study_instance_uid))}/instances"
         there: set[str] = set()
         for first in range(0, len(wanted), LISTED):
             asked = [("SOPInstanceUID", check_uid(uid)) for uid in wanted[first : first + LISTED]]
-            found = self._search(f"{target}?{urlencode([*asked, ('limit', str(LISTED))])}", DICOM_JSON_GZIP)
+            found = self._search(f"{target}?{urlencode([*asked, ('limit', str(LISTED)), *briefly])}", DICOM_JSON_GZIP)
             uids = {text(ds, SOP_INSTANCE_UID) for ds in found}
             if not uids <= {uid for _, uid in asked}:
                 raise self.misanswered("matches that were not asked for")
