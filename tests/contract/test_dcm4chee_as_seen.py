@@ -311,7 +311,7 @@ QUALITY = "113001%5EDCM"
 
 
 def hide(ward: Ward, study: str, code: str = QUALITY) -> None:
-    """As somebody does in the archive's own user interface."""
+    """As a person does in the user interface of the archive."""
     url = ward.sandbox.dcm4chee
     assert requests.post(f"{url}/studies/{study}/reject/{code}", timeout=10).status_code == 200
 
@@ -368,7 +368,7 @@ def test_what_a_hide_of_ours_has_hidden_comes_back(ward: Ward) -> None:
 
 
 @pytest.mark.parametrize("by", ["no such entity", "no account for it", "it fails"])
-def test_where_nobody_can_say_it_stays_open(ward: Ward, hidden: tuple[str, str, bytes], by: str) -> None:
+def test_where_the_archive_does_not_say_it_stays_open(ward: Ward, hidden: tuple[str, str, bytes], by: str) -> None:
     _, _, content = hidden
     statuses = {"no such entity": 404, "no account for it": 403, "it fails": 500}
     hiding = cast(Any, ward.fleet["dcm4chee"]).hiding

@@ -463,7 +463,7 @@ def _warning_of_unseen(trip: _Trip, memo: Memo) -> str:
     Refused
         It is hidden, or in another study; its receipt is void then.
     PacsMisanswered
-        Nobody can say why: it is looked for again. Where the server can hide images, it never counts as stored.
+        The server does not say why: it is looked for again. Where a server can hide images, it never counts as stored.
     """
     pacs, instance, run = trip.tools.fleet[memo.server], memo.instance, trip.run
     why = None if pacs.hiding is None else pacs.hiding.why_unseen(instance)

@@ -183,7 +183,7 @@ class Dcm4chee:
         )
 
     def _why_not_to_be_used(self) -> str:
-        """Why images cannot be stored on the application entity of the URL; "" if they can, or nobody says."""
+        """Why no images can be stored on the URL's application entity; "" if they can, or where that is not told."""
         title = self._transport.base_path.partition("/aets/")[2].partition("/")[0]
         entities = self._told("/aets")
         titles = [str(one.get("dicomAETitle")) for one in entities or ()]

@@ -18,7 +18,7 @@ class Hiding(Protocol):
     def why_unseen(self, instance: Instance) -> Outcome | None:
         """What became of an image that was answered as stored, and is not shown in its study.
 
-        None: it is shown by now, or nobody can say.
+        None: it is shown by now, or the server does not say.
         """
         ...
 
