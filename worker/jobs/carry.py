@@ -26,7 +26,7 @@ from worker.errors import (
     TryAgain,
     from_payload,
 )
-from worker.jobs.deleting import ASK_AGAIN_S, is_deleting, is_given_up
+from worker.jobs.deleting import ASK_AGAIN_S, SOON_AGAIN, is_deleting, is_given_up
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import (
@@ -380,7 +380,8 @@ def _to_wait_for(error: TryAgain, claim: Claim, limits: JobSettings, task: str) 
 def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random) -> _Park:
     """Back off; what the other side asked for comes first, so that not everybody is back at the same moment."""
     asked_s = (error.retry_after_s or 0) if isinstance(error, TryAgain) else 0
-    asked_s = ASK_AGAIN_S if is_deleting(error) else asked_s
+    if is_deleting(error) and run.attempt > SOON_AGAIN:
+        asked_s = ASK_AGAIN_S
     delay_s = min(asked_s, limits.retry_after_cap_s) + backoff_s(run.attempt, limits, rng)
     return _Park(_reason(error), delay_s)
 

@@ -11,8 +11,9 @@ from worker.ledger import Ledger
 
 #: After this it is taken for what a crash has left.
 DELETING_S = 300.0
-#: And until then the archive is asked again so often.
+#: Until then the archive is asked again so often, after the first attempts, for most deletions take seconds.
 ASK_AGAIN_S = 30.0
+SOON_AGAIN = 3
 
 
 def is_deleting(error: CourierError) -> bool:
