@@ -32,6 +32,8 @@ from worker.ledger import Ledger
 from worker.settings import Settings
 
 WAIT_S = 60
+#: What a worker of ours has taken and not ended; the other application's has Celery's own name for that.
+UNACKED, UNACKED_INDEX = (celeryconfig.broker_transport_options[f"unacked_{kind}"] for kind in ("key", "index_key"))
 QUICK = {"lease_s": 2, "grace_s": 2, "sweep_s": 0.2, "backoff_base_s": 0.1, "backoff_cap_s": 0.5}
 #: What the tests ask of it, by the primitive that is tested.
 PRIMITIVES = ("link", "link_error", "chain", "chord", "failed chord", "group", "stamps")
@@ -95,17 +97,15 @@ def stage(redis_part: RedisPart, sandbox: SandboxPart, folder: Path, **queue: An
     sandbox.empty()
     plain = Celery(broker=redis_part.broker_url, backend=redis_part.result_backend, set_as_current=False)
     with ImageServer() as images, Processes(folder) as processes:
-        _foreign_worker(processes, redis_part)
         canvases = Canvases(plain, redis_part, images, sandbox.dcm4chee)
-        yield Stage(redis_part, sandbox, processes, canvases, queue)
+        try:
+            _foreign_worker(processes, redis_part)
+            yield Stage(redis_part, sandbox, processes, canvases, queue)
+        finally:
+            canvases.close()
         for child in processes.children:
             assert "Traceback (most recent call last)" not in child.log, child.log_tail(60)
             assert "SECRET" not in child.log
-    canvases.close()
-    plain.backend.result_consumer.subscribed_to.clear()  # or a result collected later connects to unsubscribe
-    plain.backend.result_consumer.stop()
-    plain.backend.client.connection_pool.disconnect()
-    plain.close()
 
 
 class Canvases:
@@ -125,6 +125,11 @@ class Canvases:
         self._calls.close()
         self._broker.close()
         self.ledger.close()
+        consumer = self.plain.backend.result_consumer
+        consumer.subscribed_to.clear()  # or a result that is collected later connects to unsubscribe
+        consumer.stop()
+        self.plain.backend.client.connection_pool.disconnect()
+        self.plain.close()
 
     def upload(self, name: str = "", *, fails: bool = False) -> Signature:
         """Of a new image; one that ``fails`` is there already. With a ``name`` it is one of `jobs`."""
@@ -189,10 +194,20 @@ class Canvases:
     def deliver(self, messages: list[bytes]) -> None:
         self._broker.lpush(celeryconfig.task_default_queue, *messages)
 
+    def give_back(self) -> None:
+        """Messages that workers held when they died, as the broker gives them back after its two hours."""
+        for tag, row in self._broker.hgetall(UNACKED).items():
+            message, _, routing_key = json.loads(row)
+            self._broker.lpush(routing_key, json.dumps(message))
+            self._broker.hdel(UNACKED, tag)
+            self._broker.zrem(UNACKED_INDEX, tag)
+
     def is_quiet(self) -> bool:
         """No message waits or is at work."""
         names = (celeryconfig.task_default_queue, "mine")
-        return not any(self._broker.llen(name) for name in names) and not self._broker.hlen("unacked")
+        return not any(self._broker.llen(name) for name in names) and not any(
+            self._broker.hlen(name) for name in (UNACKED, "unacked")
+        )
 
     def states(self) -> dict[str, str]:
         return {name: self.ledger.look(job_id).get("state", "") for name, job_id in self.jobs.items()}

@@ -15,6 +15,9 @@ DESCRIBE = "during describe"
 BEFORE_RESULT = "after outcome, before result"
 BEFORE_ACK = "after result, before ack"
 IDLE = "idle"
+#: These two are points of jobs that something follows on, and of no others.
+FOLLOW_UP_SENT = "after a follow-up, before it is noted"
+CHORD_COMPLETE = "after the last member of a chord, before its body"
 
 #: Where a job can be stopped.
 STOPS = (

@@ -17,9 +17,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import redis
+from celery.app.amqp import AMQP
 
 from tests.chaos import points
 from worker import app as product
+from worker import follow_ups
 from worker.jobs import upload
 from worker.ledger import Ledger
 from worker.pacs import connections
@@ -119,6 +121,25 @@ def _stopping_after_return(task: Any, status: str, retval: object, task_id: str,
     stop(points.BEFORE_ACK, task_id)
 
 
+_send_follow_up, _count = follow_ups._send, follow_ups._count
+
+
+def _stopping_send(app: Any, follow_up: Any, end: Any, options: Any) -> None:
+    _send_follow_up(app, follow_up, end, options)
+    stop(points.FOLLOW_UP_SENT, end.job_id)
+
+
+def _named_count(app: Any, end: Any, canvases: Any) -> bool:
+    token = _job_id.set(end.job_id)
+    try:
+        return _count(app, end, canvases)
+    finally:
+        _job_id.reset(token)
+
+
+follow_ups._send = _stopping_send
+follow_ups._count = _named_count
+_wrap(AMQP, "_retry_publish", before=points.CHORD_COMPLETE)  # so Celery sends the body of a chord
 door.carry = _named_carry
 spool._within = _stopping_within
 upload._push = _stopping_push

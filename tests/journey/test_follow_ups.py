@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from producer import Courier
-from tests.canvases import ALL, PRIMITIVES, Stage, stage
+from sandbox.processes import poll
+from tests.canvases import ALL, PRIMITIVES, WAIT_S, Stage, stage
 
 MANY = {"max_attempts": 100}
 ONE = {"max_attempts": 1}
@@ -79,4 +80,4 @@ def test_each_follow_up_is_sent_once_under_its_id(ended, primitive):
 
 
 def test_nothing_of_the_follow_ups_is_kept_once_they_are_sent(ended):
-    assert ended[1].kept() == {}
+    assert poll(lambda: ended[1].kept() == {}, timeout_s=WAIT_S), ended[1].kept()
