@@ -103,16 +103,37 @@ def test_an_errback_follows_on_a_job_whose_id_is_taken_and_the_owner_of_the_id_g
     assert "never 2" not in canvases.calls()
 
 
-def test_an_errback_follows_on_a_cancelled_job(canvases, running):
-    running.sicken()
-    job = canvases.upload()
-    job.apply_async(link_error=canvases.after("cancelled"), link=canvases.after("never 3"))
-    name = job.options["task_id"]
-    assert poll(lambda: canvases.ledger.look(name).get("state") == "waiting", timeout_s=WAIT_S)
+def cancelled(canvases, running, name):
     with Courier(running.settings) as courier:
         assert courier.cancel(name)
-    assert once(canvases, "cancelled")["args"] == [name]
-    assert poll(lambda: canvases.plain.AsyncResult(name).state == "FAILURE", timeout_s=WAIT_S)
+
+
+def revoked(canvases, running, name):
+    canvases.plain.control.revoke(name)
+
+
+def revoked_by_stamp(canvases, running, name):
+    canvases.plain.control.revoke_by_stamped_headers({"order": name})
+
+
+@pytest.mark.parametrize("end", [cancelled, revoked, revoked_by_stamp])
+def test_an_errback_follows_on_a_cancelled_job_and_its_chord_fails(canvases, running, end):
+    running.sicken()
+    tag = end.__name__
+    job, body = canvases.upload(), canvases.after(f"never {tag}")
+    body.link_error(canvases.after(f"chord of {tag}"))
+    name = job.options["task_id"]
+    job.stamp(order=name)
+    job.link_error(canvases.after(tag))
+    result = chord([job, canvases.upload()])(body)
+    assert poll(lambda: canvases.ledger.look(name).get("state") == "waiting", timeout_s=WAIT_S)
+    end(canvases, running, name)
+    assert once(canvases, tag)["args"] == [name]
+    running.sandbox.calm()
+    once(canvases, f"chord of {tag}")
+    assert poll(lambda: result.state == "FAILURE", timeout_s=WAIT_S)
+    assert canvases.plain.AsyncResult(name).state == "FAILURE"
+    assert f"never {tag}" not in canvases.calls()
 
 
 def test_the_same_job_sent_again_with_other_follow_ups_is_done_once_and_all_of_them_follow(canvases):
