@@ -72,12 +72,12 @@ PORTION: Final = 20
 MOVED_AT_ONCE: Final = 1000
 
 # The head of the first list goes to the end of the second, if it still is what was looked at. ARGV: for each message as
-# it is, and as it is to be.
+# it is, and as it is to be. What fails between two commands leaves a message twice: a job is done once, whatever comes.
 _MOVE = """
 for i = 1, #ARGV, 2 do
   if redis.call('LINDEX', KEYS[1], -1) ~= ARGV[i] then return (i - 1) / 2 end
-  redis.call('RPOP', KEYS[1])
   redis.call('LPUSH', KEYS[2], ARGV[i + 1])
+  redis.call('RPOP', KEYS[1])
 end
 return #ARGV / 2
 """
@@ -85,9 +85,9 @@ return #ARGV / 2
 # A message that a worker had taken, and did not acknowledge, goes to the end of the list, if it is there still.
 _TAKE_OVER = """
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('LPUSH', KEYS[3], ARGV[3])
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('LPUSH', KEYS[3], ARGV[3])
 return 1
 """
 
@@ -182,9 +182,18 @@ def _tasks(client: Any, key: str) -> Iterator[str]:
 
 
 def _lists(channel: Any, queue: str, new_queue: str) -> Iterator[tuple[str, str]]:
-    """The list of each priority, and the one of the same priority of the other queue."""
+    """The list of each priority, and the one of the same priority of the other queue.
+
+    Another application may have something else under such a name.
+    """
     for step in channel.priority_steps:
-        yield channel._q_for_pri(queue, step), channel._q_for_pri(new_queue, step)
+        key = channel._q_for_pri(queue, step)
+        if _is(channel.client, key, b"list"):
+            yield key, channel._q_for_pri(new_queue, step)
+
+
+def _is(client: Any, key: str, kind: bytes) -> bool:
+    return bool(client.type(key) == kind)
 
 
 class OldQueues:
@@ -247,6 +256,8 @@ def _take_over(client: Any) -> int:
 
 def _left_unacknowledged(client: Any) -> Iterator[tuple[bytes, bytes, Any]]:
     """Tag, content and message of each message for one of our tasks that a worker of 0.1 has taken."""
+    if not _is(client, _UNACKED[0], b"hash"):
+        return
     for tag, raw in client.hscan_iter(_UNACKED[0], count=PORTION):
         content = _read(raw)
         message = content[0] if isinstance(content, list) and content else None

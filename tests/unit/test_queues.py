@@ -11,6 +11,7 @@ from typing import Any
 import fakeredis
 import pytest
 from celery import Celery
+from redis import ResponseError
 
 from worker import queues, telemetry
 from worker.queues import LOOK, OLD_QUEUES, QUEUE_OF, QUEUES, OldQueues, count, left_by_killed_workers, task_of
@@ -261,6 +262,36 @@ def test_counting_looks_at_a_bounded_part_and_says_so(channel: Channel) -> None:
 def test_a_queue_that_holds_others_messages_alone_is_no_business_of_ours(channel: Channel) -> None:
     channel.put("celery", *["reports.build"] * 3)
     assert count(channel) == []
+
+
+def test_what_another_application_has_under_the_name_of_an_old_queue_keeps_no_other_queue_from_being_read(
+    channel: Channel,
+) -> None:
+    channel.client.hset("batches", "a", "1")
+    channel.client.sadd("admin", "b")
+    channel.client.set("unacked", "c")
+    channel.put("celery", "pacs.upload")
+    channel.client.set("celery\x06\x163", "d")
+    assert [(found.queue, found.ours) for found in count(channel)] == [("celery", 1)]
+    assert left_by_killed_workers(channel) == 0
+    old = OldQueues(reads=True)
+    old.look(channel)
+    assert (len(channel.list("pacs")), channel.list("celery"), old.stopped) == (1, [], [])
+    assert [channel.client.type(key) for key in ("batches", "admin", "unacked")] == [b"hash", b"set", b"string"]
+
+
+def test_a_message_is_not_lost_where_the_new_queue_takes_nothing(channel: Channel) -> None:
+    (raw,) = channel.put("celery", "pacs.upload")
+    taken = json.dumps([json.loads(message("pacs.upload", "j", "celery")), "", "celery"])
+    channel.client.hset("unacked", "j", taken)
+    channel.client.set("pacs", "of another application")
+    for _ in range(2):
+        with pytest.raises(ResponseError, match="WRONGTYPE"):
+            queues._take_over(channel.client)
+        with pytest.raises(ResponseError, match="WRONGTYPE"):
+            queues._move(channel.client, "celery", "pacs", "pacs")
+    assert channel.list("celery") == [raw]
+    assert channel.client.hget("unacked", "j") == taken.encode()
 
 
 def test_the_old_queues_can_be_read_on_redis_only() -> None:
