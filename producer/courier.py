@@ -36,7 +36,7 @@ from producer.errors import (
 )
 from worker import listeners, peers
 from worker.batches import Batches
-from worker.ledger import DueJob, JobStanding, Ledger, job_id_for
+from worker.ledger import DueJob, JobStanding, Ledger, job_id_for, words_of
 from worker.logs import shown_job
 from worker.payloads import (
     MESSAGE_BYTES,
@@ -441,7 +441,7 @@ class Courier:
         if self._ledger is None or time.monotonic() < self._schema_read_until:
             return
         with _reachable():
-            reason = peers.too_new_to_read(self._ledger.schema())
+            reason = peers.cannot_read(self._ledger.schema())
         if reason:
             raise BrokerUnavailable(reason)
         self._schema_read_until = time.monotonic() + _SCHEMA_S
@@ -717,7 +717,19 @@ def _reachable() -> Iterator[None]:
         raise BrokerUnavailable(
             "Redis has no memory left and took nothing; give it more (maxmemory), then send the job again."
         ) from error
+    except redis.ResponseError as error:
+        raise BrokerUnavailable(refusal(error)) from error
     except _UNREACHABLE as error:
         raise BrokerUnavailable(
             f"Redis cannot be reached ({type(error).__name__}); check BROKER_URL, RESULT_BACKEND and LEDGER_URL."
         ) from error
+
+
+def refusal(error: redis.ResponseError) -> str:
+    """What Redis answered instead of doing what it was asked, and what to do; of the command nothing."""
+    if isinstance(error, redis.exceptions.ClusterCrossSlotError | redis.exceptions.AskError):
+        return (
+            "Redis is in cluster mode: a ledger there needs a hash tag in queue.key_prefix, and in ledger_url the node"
+            " that serves it; broker and results cannot be there (docs/settings.md)."
+        )
+    return f"Redis refuses a command ({words_of(error)}); check BROKER_URL, RESULT_BACKEND and LEDGER_URL."

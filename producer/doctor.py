@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 import redis
 
-from producer.courier import Courier
+from producer.courier import Courier, refusal
 from producer.errors import BrokerUnavailable, CourierError, StillRunning
 from worker import listeners
 from worker.ledger import SCHEMA, Ledger
 from worker.payloads import StatusJob
-from worker.peers import SILENT_S, release_of, schema_of, too_new_to_read
+from worker.peers import SILENT_S, cannot_read, release_of, schema_of
 from worker.queues import OLD_QUEUES
 from worker.settings import Settings, SettingsError, TelemetrySettings
 
@@ -138,7 +138,11 @@ def _queues(courier: Courier) -> list[Finding]:
 def _old_queues(courier: Courier) -> Iterator[Finding]:
     """What of ours lies where version 0.1 read; what other applications have there is no business of ours."""
     reads = courier.settings.queue.read_old_queues
-    found, left = courier.old_queues()
+    try:
+        found, left = courier.old_queues()
+    except BrokerUnavailable as error:
+        yield Finding("old queues", "unavailable", str(error), "Start the broker, or correct BROKER_URL.")
+        return
     for one in found:
         yield Finding(f"old queue {one.queue}", "warning", str(one), one.advice(reads=reads))
     if left:
@@ -152,12 +156,15 @@ def _ledger(ledger: Ledger) -> Iterator[Finding]:
         away_s = ledger.clock_s() - (before_s + time.time()) / 2
         load = ledger.load(overdue_s=OVERDUE_S)
         kept, schema = ledger.safekeeping(), ledger.schema()
+    except redis.ResponseError as error:
+        yield Finding("ledger", "unavailable", refusal(error), "Correct LEDGER_URL or queue.key_prefix.")
+        return
     except redis.RedisError as error:
         sentence = f"The ledger cannot be reached ({type(error).__name__})."
         yield Finding("ledger", "unavailable", sentence, "Start Redis, or correct LEDGER_URL.")
         return
-    if too_new := too_new_to_read(schema):
-        yield Finding("ledger", "unavailable", too_new, "Upgrade this installation: docs/upgrade.md.")
+    if reason := cannot_read(schema):
+        yield Finding("ledger", "unavailable", reason, "Upgrade this installation: docs/upgrade.md.")
         return
     yield Finding("ledger", "ok", f"answers; {load.open} jobs are open")
     yield _persistence(kept)
@@ -198,7 +205,11 @@ def _eviction(kept: dict[str, str]) -> Finding:
 
 def _workers(courier: Courier) -> Iterator[Finding]:
     """Who answers, who consumes what, and whether a job is really carried; that job asks the servers."""
-    workers = courier.workers()
+    try:
+        workers = courier.workers()
+    except BrokerUnavailable as error:
+        yield Finding("workers", "unavailable", str(error), "Start the broker, or correct BROKER_URL.")
+        return
     if not workers:
         advice = "Start one: celery -A worker.app worker"
         yield Finding("workers", "failed", "no worker answers", advice)

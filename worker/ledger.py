@@ -1036,10 +1036,11 @@ redis.call('PEXPIRE', pushes, ARGV[3])
 )
 
 # KEYS: schema, workers. ARGV: schema of this release, worker, what it says. What is older becomes ours; a newer one is
-# not ours to write into.
+# not ours to write into, and neither is what has no number of a schema there (0).
 _SAY_HOW = """
-local schema = tonumber(redis.call('GET', KEYS[1]) or 1)
-if schema > tonumber(ARGV[1]) then return schema end
+local text = redis.pcall('GET', KEYS[1]) or '1'
+local schema = type(text) == 'string' and #text < 10 and string.match(text, '^[1-9]%d*$') and tonumber(text) or 0
+if schema == 0 or schema > tonumber(ARGV[1]) then return schema end
 if schema < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1]) end
 redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
 return tonumber(ARGV[1])
@@ -2056,7 +2057,7 @@ class Ledger:
     def say_how(self, worker: str, told: str) -> int:
         """Keep what the watchdog of ``worker`` says (JSON); returns the ledger's schema.
 
-        An older schema becomes ours; where it is newer, nothing is kept.
+        An older schema becomes ours; where it is newer, or none (0), nothing is kept.
         """
         return int(self._say_how(keys=[self.key("schema"), self.key("workers")], args=[SCHEMA, worker, told]))
 
@@ -2077,8 +2078,16 @@ class Ledger:
             self._redis.hdel(self.key("workers"), *gone)
 
     def schema(self) -> int:
-        """The shape of what is written here, as the first worker has noted it."""
-        return int(cast(str | None, self._redis.get(self.key("schema"))) or 1)
+        """The shape of what is written here, as the first worker has noted it; 0 if what is there is none."""
+        try:
+            text = cast(str | None, self._redis.get(self.key("schema")))
+        except redis.ResponseError as error:
+            if str(error).startswith("WRONGTYPE"):
+                return 0
+            raise
+        if text is None:
+            return 1
+        return int(text) if re.fullmatch(r"[1-9][0-9]{0,8}", text) else 0
 
     # --- the ledger itself ----------------------------------------------------------------------------------
 
@@ -2090,7 +2099,7 @@ class Ledger:
     def load(self, *, overdue_s: float) -> Load:
         """How much there is to do; overdue is what has been due for more than ``overdue_s``."""
         latest_ms = _ms(self.clock_s() - overdue_s)
-        with self._redis.pipeline(transaction=False) as pipe:
+        with self._redis.pipeline() as pipe:  # as one, which a cluster refuses where the prefix has no hash tag
             pipe.zcard(self.key("due"))
             pipe.zcount(self.key("due"), "-inf", latest_ms)
             pipe.zcard(self.key("dead"))

@@ -15,7 +15,7 @@ from typing import Any, Final
 import redis
 
 from worker import __version__
-from worker.ledger import SCHEMA, Ledger
+from worker.ledger import SCHEMA, Ledger, passes, words_of
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,15 @@ def begin(ledger: Ledger, worker: str, told: Mapping[str, Any]) -> str:
         return "The ledger's Redis is in cluster mode; give queue.key_prefix a hash tag, such as {courier-a}:"
     except redis.exceptions.MovedError:
         return "The ledger's Redis is in cluster mode; name in ledger_url the node that serves queue.key_prefix."
+    except redis.ResponseError as error:
+        if passes(error):
+            raise
+        return f"The ledger's Redis refuses a command ({words_of(error)}); correct ledger_url, or what its user may do."
 
 
 def say(ledger: Ledger, worker: str, told: Mapping[str, Any]) -> str:
     """Say what there is to say of ``worker``; why it cannot go on, in one sentence, "" if it can."""
-    return too_new_to_read(ledger.say_how(worker, entry_of(told, at_s=ledger.clock_s())))
+    return cannot_read(ledger.say_how(worker, entry_of(told, at_s=ledger.clock_s())))
 
 
 def objection(ledger: Ledger, *, sleep: Callable[[float], None] = time.sleep) -> str:
@@ -63,8 +67,8 @@ def objection(ledger: Ledger, *, sleep: Callable[[float], None] = time.sleep) ->
     A worker that said something within the last day may have ended since, and clocks differ: it is watched until it
     says something, or has said nothing for more than two of its intervals. Then its entry is removed.
     """
-    if too_new := too_new_to_read(ledger.schema()):
-        return too_new
+    if reason := cannot_read(ledger.schema()):
+        return reason
     before = {name: said for name, said in ledger.workers().items() if schema_of(said) < SCHEMA}
     if running := _first_to_speak(ledger, before, sleep):
         return (
@@ -91,8 +95,13 @@ def _first_to_speak(ledger: Ledger, before: Mapping[str, Mapping[str, Any]], sle
     return ""
 
 
-def too_new_to_read(schema: int) -> str:
-    """Why a ledger of ``schema`` cannot be read; "" if it can."""
+def cannot_read(schema: int) -> str:
+    """Why a ledger of ``schema`` (0 = no schema) cannot be read; "" if it can."""
+    if schema == 0:
+        return (
+            "The key schema of the ledger (behind queue.key_prefix) holds no number of a schema, so another program"
+            " wrote it; set a queue.key_prefix of your own, or restore that key (docs/upgrade.md)."
+        )
     if schema <= SCHEMA:
         return ""
     return (

@@ -10,14 +10,20 @@ import pytest
 from limits import RateLimitItemPerSecond
 from redis import Redis, ResponseError
 from redis.commands.core import Script
+from redis.exceptions import ReadOnlyError
 
+from producer import Courier, doctor
+from producer.errors import BrokerUnavailable
+from sandbox.processes import RedisPart
+from worker import peers
 from worker.batches import Batches, Settled
 from worker.breakers import Breakers
 from worker.jobs.pace import _limiter
-from worker.ledger import ClaimState, Ledger, Receipt, StoredImage
+from worker.ledger import Attachment, ClaimState, Ledger, Receipt, StoredImage
 from worker.planning import Planned, Planner
-from worker.settings import BreakerSettings
+from worker.settings import BreakerSettings, Settings
 from worker.slots import Slots
+from worker.waits import WaitReason
 
 TAGGED = "{courier-a}:"
 
@@ -80,6 +86,14 @@ def live_jobs(ledger: Ledger) -> None:
     assert ledger.receipt("1.2.1.1") is None
 
 
+def follow_ups(ledger: Ledger) -> None:
+    claim = ledger.claim("f", task="t", job=JOB, attached=Attachment("[1]", "h"))
+    pending = ledger.finish("f", claim.fence, outcome={"payload": {}}, code="done", task="t", job=JOB)
+    assert pending is not None
+    ledger.followed("f", pending, sent=1, all_of_them=True)
+    ledger.told("f")
+
+
 def jobs_over_many_images(ledger: Ledger) -> None:
     fence = take(ledger, "many")
     images = [("1.3.1.1", "1.3", "1.3.1"), ("1.4.1.1", "1.4", "1.4.1")]
@@ -128,6 +142,7 @@ def breakers_and_slots(ledger: Ledger, prefix: str) -> None:
     slots = Slots(ledger.client, prefix=prefix)
     assert breakers.failed("a", retry_after_s=0.05).name == "open"
     fence = take(ledger, "p")
+    assert ledger.foresee("p", fence, WaitReason("c", "m", "a", "a"), delay_s=0, breaker="a")["next_try"]
     ledger.park_for("a", "p", fence, max_wait_s=10, code="c", message="m")
     assert ledger.parked() == {"a": 1}
     time.sleep(0.06)
@@ -171,6 +186,7 @@ def batches(ledger: Ledger) -> None:
 
 def whole_life(ledger: Ledger, prefix: str) -> None:
     live_jobs(ledger)
+    follow_ups(ledger)
     jobs_over_many_images(ledger)
     lost_and_dead_jobs(ledger)
     breakers_and_slots(ledger, prefix)
@@ -197,6 +213,39 @@ def test_without_a_hash_tag_a_redis_in_cluster_mode_refuses(cluster_url: str) ->
     ledger = Ledger.connect(cluster_url)
     with pytest.raises(ResponseError, match="same slot"):
         ledger.submit("j", task="t", job=JOB)
+    (finding,) = doctor._ledger(ledger)
+    assert (finding.state, "needs a hash tag in queue.key_prefix" in finding.found) == ("unavailable", True)
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("database", "prefix", "sentence"),
+    [(0, "courier:", "needs a hash tag in queue.key_prefix"), (2, TAGGED, "DB index is out of range")],
+)
+def test_a_program_and_a_worker_say_in_one_sentence_that_such_a_redis_refuses(
+    cluster_server: RedisPart, database: int, prefix: str, sentence: str
+) -> None:
+    queue = {"broker_url": "memory://", "result_backend": "cache+memory://"}
+    settings = Settings.model_validate(
+        {"queue": {**queue, "ledger_url": cluster_server.url(database), "key_prefix": prefix}}
+    )
+    with Courier(settings) as courier:
+        with pytest.raises(BrokerUnavailable, match=sentence):
+            courier.upload("https://host/a.dcm")
+        assert courier.ledger is not None
+        assert "cluster mode" in (reason := peers.begin(courier.ledger, "w", {})) or sentence in reason
+
+
+def test_a_redis_that_is_another_one_for_a_while_is_no_reason_not_to_begin(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Ledger) -> int:
+        raise ReadOnlyError("You can't write against a read only replica.")
+
+    ledger = Ledger.connect(redis_url)
+    monkeypatch.setattr(Ledger, "schema", fails)
+    with pytest.raises(ReadOnlyError):
+        peers.begin(ledger, "w", {})
     ledger.close()
 
 

@@ -119,6 +119,34 @@ def test_a_newer_ledger_is_refused_and_not_written_to(ledger: Ledger, schema: in
     assert ledger.schema() == schema
 
 
+@pytest.mark.parametrize("text", ["abc", "", "0", "-1", "2.5", " 2", "02", "1e1", "nan", "٢", "9" * 30])
+def test_a_ledger_whose_schema_is_none_is_refused_and_not_written_to(ledger: Ledger, text: str) -> None:
+    ledger.client.set(f"{PREFIX}schema", text)
+    assert_refused(ledger)
+    assert ledger.client.get(f"{PREFIX}schema") == text
+
+
+def test_a_ledger_whose_schema_is_a_key_of_another_kind_is_refused_and_not_written_to(ledger: Ledger) -> None:
+    ledger.client.hset(f"{PREFIX}schema", "a", "1")
+    assert_refused(ledger)
+    assert ledger.client.type(f"{PREFIX}schema") == "hash"
+
+
+def assert_refused(ledger: Ledger) -> None:
+    """By a worker that starts, by one that runs, by a program that enqueues, and by ``pacs doctor``."""
+    said = {"ok": True, "complaint": "", "every_s": 10.0}
+    reasons = [peers.begin(ledger, "new@host", said), peers.say(ledger, "new@host", said)]
+    assert len(set(reasons)) == 1
+    assert "holds no number of a schema" in reasons[0]
+    assert (says(ledger), ledger.workers()) == (0, {})
+    courier = Courier(Settings(), broker_url="memory://", result_backend="cache+memory://")
+    courier._ledger = ledger
+    with pytest.raises(BrokerUnavailable, match="no number of a schema"):
+        courier.upload("https://host/a.dcm")
+    (finding,) = doctor._ledger(ledger)
+    assert (finding.state, finding.found) == ("unavailable", reasons[0])
+
+
 def test_a_program_that_enqueues_refuses_a_newer_ledger_in_one_sentence(ledger: Ledger) -> None:
     ledger.client.set(f"{PREFIX}schema", SCHEMA + 1)
     courier = Courier(Settings(), broker_url="memory://", result_backend="cache+memory://")
