@@ -68,6 +68,8 @@ def _known_compression(name: str) -> str:
 Text = Annotated[str, AfterValidator(_printable)]
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 Seconds = Annotated[float, Field(ge=0, le=_MOST), AfterValidator(_finite)]
+#: Seconds from now, perhaps past ones; Celery reckons a date of the calendar from them, whose last year is 9999.
+Delay = Annotated[float, Field(ge=-(2**31), le=10**11), AfterValidator(_finite)]
 Moment = Annotated[str, AfterValidator(_moment)]
 JobId = Annotated[str, Field(min_length=1, max_length=ID_LENGTH), AfterValidator(_printable)]
 
@@ -146,9 +148,9 @@ class Options(_Strict):
     compression: Annotated[str, AfterValidator(_known_compression)] | None = None
     content_type: Text | None = None
     content_encoding: Text | None = None
-    countdown: Seconds | None = None
+    countdown: Delay | None = None
     eta: Moment | None = None
-    expires: Moment | Seconds | None = None
+    expires: Moment | Delay | None = None
     expiration: Seconds | None = None
     time_limit: Seconds | None = None
     soft_time_limit: Seconds | None = None

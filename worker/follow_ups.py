@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 EMBEDDED: Final = ("callbacks", "errbacks", "chain", "chord")
 PLACE: Final = ("group", "group_index", "root_id", "parent_id", "ignore_result")
 #: What Celery raises of a signature that cannot be sent, by anybody and at any time.
-UNSENDABLE: Final = (TypeError, ValueError, LookupError, AttributeError, EncodeError)
+UNSENDABLE: Final = (TypeError, ValueError, OverflowError, LookupError, AttributeError, EncodeError)
 #: Where signatures stand in another one.
 _LINKED: Final = ("link", "link_error", "chain", "chord")
 _MEMBERS: Final = ("tasks", "header", "body")

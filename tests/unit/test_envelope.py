@@ -192,7 +192,8 @@ CHORD = {**FOLLOW_UP, "subtask_type": "chord", "kwargs": {"header": [FOLLOW_UP],
         changed("subtask_type", "pickle"),
         changed("immutable", "yes"),
         changed("options.countdown", "soon"),
-        changed("options.countdown", -1),
+        *(changed(f"options.{name}", seconds) for name in ("countdown", "expires") for seconds in (1e12, -1e12)),
+        {**GROUP, "kwargs": {"tasks": [changed("options.countdown", 2**53)]}},
         changed("options.eta", "soon"),
         changed("options.expires", "soon"),
         changed("options.task_id", 5),
@@ -228,6 +229,15 @@ def test_a_follow_up_that_celery_could_not_send_is_refused_before_the_job_is_don
     for field in ("callbacks", "errbacks", "chain"):
         assert envelope.wrong_follow_up({field: [FOLLOW_UP, follow_up]}) is not None
     assert envelope.wrong_follow_up({"chord": follow_up}) is not None
+
+
+@pytest.mark.parametrize("option", ["countdown", "expires"])
+@pytest.mark.parametrize("seconds", [-(2**31), -5, -0.5, 0, 1e11])
+def test_a_follow_up_whose_time_is_past_or_far_away_is_accepted_and_sent(option: str, seconds: float) -> None:
+    follow_up = changed(f"options.{option}", seconds)
+    assert envelope.wrong_follow_up({"callbacks": [follow_up], "chord": follow_up}) is None
+    app = Celery(broker="memory://", backend="cache+memory://", set_as_current=False)
+    app.signature(follow_up).apply_async()  # Celery raises nothing
 
 
 def nested(levels: int) -> dict[str, Any]:

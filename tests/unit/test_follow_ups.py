@@ -286,7 +286,10 @@ def test_what_is_sent_already_is_not_sent_again(app: Celery) -> None:
     assert [message.headers["id"] for message in sent(app, "mine")] == ["c"]
 
 
-@pytest.mark.parametrize("options", [{"countdown": "soon"}, {"retry_policy": 7}, {"headers": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"countdown": "soon"}, {"countdown": 1e12}, {"expires": 2**53}, {"retry_policy": 7}, {"headers": "none"}],
+)
 def test_one_that_cannot_be_sent_ends_as_invalid_request_and_the_others_follow(
     app: Celery, options: dict[str, Any]
 ) -> None:
