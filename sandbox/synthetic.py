@@ -10,6 +10,9 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
+#: Of each image that is given no other. A server that keeps patients wants another one for each test.
+PATIENT_ID = "SYNTHETIC"
+
 
 def new_uid() -> str:
     """A UID made from a UUID (PS3.5 B.2)."""
@@ -25,7 +28,7 @@ def image(
     ds.SOPInstanceUID = sop or new_uid()
     ds.StudyInstanceUID = study
     ds.SeriesInstanceUID = series or f"{study}.1"
-    ds.PatientID, ds.PatientName = "SYNTHETIC", "Synthetic^Square"
+    ds.PatientID, ds.PatientName = PATIENT_ID, "Synthetic^Square"
     ds.PatientBirthDate, ds.PatientSex = "19700101", "O"
     ds.StudyDate, ds.StudyTime, ds.Modality = "20260101", "120000", "CT"
     ds.StudyID, ds.AccessionNumber, ds.ReferringPhysicianName = "1", "", ""

@@ -10,11 +10,30 @@ from typing import Any
 import pytest
 
 from sandbox import processes as parts
-from sandbox.processes import HOST, Processes, RedisPart
+from sandbox import synthetic
+from sandbox.processes import HOST, Processes, RedisPart, SandboxPart
+from sandbox.synthetic import new_uid
+from tests import real_archive
 from tests.batch_site import Site
 
 #: The one account of the S3 that checks signatures.
 S3_KEY_ID, S3_SECRET = "COURIERTESTKEY", "couriertestsecret"
+
+
+@pytest.fixture
+def sandbox(sandbox_server: SandboxPart, monkeypatch: pytest.MonkeyPatch) -> Iterator[SandboxPart]:
+    """The sandbox, calm and empty; its DCM4CHEE is the archive that `real_archive.VARIABLE` names, if it is set."""
+    sandbox_server.calm()
+    sandbox_server.empty()
+    if (url := real_archive.address()) is None:
+        yield sandbox_server
+        return
+    # The archive gives each image of a patient what it knows of the patient from other images, and keeps patients.
+    monkeypatch.setattr(synthetic, "PATIENT_ID", f"S{new_uid()[-20:]}")
+    with real_archive.recorded(url) as recorder:
+        yield real_archive.ArchivePart(sandbox_server.child, sandbox_server.msdicom, url, sandbox_server.control)
+        kept = recorder.clean(synthetic.PATIENT_ID)
+    assert not kept, f"the archive did not remove {len(kept)} studies of this test"
 
 
 @pytest.fixture

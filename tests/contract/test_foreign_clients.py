@@ -17,8 +17,10 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.uid import JPEG2000
 
+from sandbox import synthetic
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
+from tests.real_archive import only_the_sandbox
 
 DIALECTS = ["msdicom", "dcm4chee"]
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
@@ -48,6 +50,7 @@ def test_it_stores_and_reads_the_answer_where_it_can(client: DICOMwebClient, dia
     sent = [dataset(study), dataset(study)]
     answer = client.store_instances(sent)
     if dialect == "dcm4chee":
+        only_the_sandbox("decompresses JPEG 2000, for which an archive needs its native codecs")
         told = [item.ReferencedSOPInstanceUID for item in answer.ReferencedSOPSequence]
         assert told == [one.SOPInstanceUID for one in sent]
         assert answer.RetrieveURL.endswith(f"/studies/{study}")
@@ -72,8 +75,8 @@ def test_it_searches_on_every_level(client: DICOMwebClient) -> None:
     assert found["0020000E"]["Value"] == [one.SeriesInstanceUID]
     (found,) = client.search_for_instances(study, one.SeriesInstanceUID)
     assert found["00080018"]["Value"] == [one.SOPInstanceUID]
-    (found,) = client.search_for_studies(search_filters={"PatientID": "SYNTHETIC"}, limit=1)
-    assert found["00100020"]["Value"] == ["SYNTHETIC"]
+    (found,) = client.search_for_studies(search_filters={"PatientID": synthetic.PATIENT_ID}, limit=1)
+    assert found["00100020"]["Value"] == [synthetic.PATIENT_ID]
     assert client.search_for_studies(search_filters={"StudyInstanceUID": new_uid()}) == []
 
 
@@ -110,7 +113,7 @@ def compressed(study: str) -> Dataset:
     ds = pydicom.dcmread(path)
     assert ds.file_meta.TransferSyntaxUID == JPEG2000
     ds.StudyInstanceUID = study
-    ds.PatientID, ds.PatientName, ds.PatientBirthDate = "SYNTHETIC", "Synthetic^Square", "19700101"
+    ds.PatientID, ds.PatientName, ds.PatientBirthDate = synthetic.PATIENT_ID, "Synthetic^Square", "19700101"
     return ds
 
 

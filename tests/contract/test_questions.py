@@ -6,6 +6,7 @@ import fakeredis
 import pytest
 import requests
 
+from sandbox import synthetic
 from sandbox.synthetic import image, new_uid
 from worker.jobs import lookups, servers, studies, trace
 from worker.jobs.run import Run
@@ -86,7 +87,7 @@ def test_it_is_listed_where_it_is(ask, stored):
     (entry,) = page["studies"]
     assert entry["study_uid"] == study
     assert [place["server_name"] for place in entry["servers"]] == [name]
-    assert entry["patient_id"] == "SYNTHETIC"
+    assert entry["patient_id"] == synthetic.PATIENT_ID
     assert (page["cursor"], [server["status"] for server in page["servers"]]) == (None, ["complete"] * 3)
 
 

@@ -237,7 +237,7 @@ def test_what_was_committed_stays_although_the_answer_is_dropped(pacs: Pacs) -> 
 def test_keep_alive_serves_many_requests_on_one_connection(pacs: Pacs) -> None:
     with pacs.connect() as wire:
         for _ in range(3):
-            wire.sendall(pacs.head("GET", "/studies"))
+            wire.sendall(pacs.head("GET", f"/studies?StudyInstanceUID={new_uid()}"))
             assert wire.recv(65536).startswith(b"HTTP/1.1 204 ")
 
 
