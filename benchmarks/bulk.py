@@ -40,7 +40,6 @@ from benchmarks.images import image
 from benchmarks.uploads import Bench, bench, chain_pass, cpu_s, fresh_images
 from producer import Courier
 from sandbox import processes as parts
-from sandbox.processes import OrthancPart
 
 GRID = tuple(itertools.product((1, 4, 8), (1, 10, 50)))
 #: Whose processor time is the client's work; the rest is what any client asks of the machine.
@@ -82,7 +81,7 @@ def raw(stage: Bench, count: int, *, connections: int, per_request: int) -> Turn
 
     def work() -> None:
         with ThreadPoolExecutor(connections) as pool:
-            stored = sum(pool.map(lambda _: _stow_all(stage.orthanc, following), range(connections)))
+            stored = sum(pool.map(lambda _: _stow_all(stage.server, following), range(connections)))
         if stored != count:
             raise click.ClickException(f"Orthanc stored {stored} of {count} images")
 
@@ -94,8 +93,8 @@ def _body(pairs: Sequence[Pair]) -> bytes:
     return b"".join(head + image(study, number) + b"\r\n" for study, number in pairs) + b"--BB--\r\n"
 
 
-def _stow_all(orthanc: OrthancPart, following: Callable[[], bytes | None]) -> int:
-    target = urlsplit(orthanc.url)
+def _stow_all(url: str, following: Callable[[], bytes | None]) -> int:
+    target = urlsplit(url)
     connection = http.client.HTTPConnection(str(target.hostname), target.port)
     headers = {
         "Content-Type": 'multipart/related; type="application/dicom"; boundary=BB',

@@ -10,12 +10,22 @@ import asyncio
 import io
 from collections.abc import Iterator
 
-from pydicom import Dataset, FileMetaDataset
+from pydicom import Dataset, FileMetaDataset, dcmread
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from sandbox.samples import sample_bytes
 
-_CT = sample_bytes("CT_small.dcm")
+
+def _sample() -> bytes:
+    """The CT without the other IDs of its patient: DCM4CHEE takes all who have one of them for one patient."""
+    ds = dcmread(io.BytesIO(sample_bytes("CT_small.dcm")))
+    del ds.OtherPatientIDsSequence
+    file = io.BytesIO()
+    ds.save_as(file)
+    return file.getvalue()
+
+
+_CT = _sample()
 _TAIL = b".20040119072730.12322"
 _ZEROS = bytes(1 << 20)
 

@@ -33,7 +33,7 @@ from rich.table import Table
 from benchmarks.images import image
 from producer import Courier
 from sandbox import processes as parts
-from sandbox.processes import Child, OrthancPart, Processes
+from sandbox.processes import Child, Processes
 from worker.jobs.carry import Done, carry
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
@@ -53,7 +53,8 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 @dataclass(frozen=True)
 class Bench:
     processes: Processes
-    orthanc: OrthancPart
+    #: DICOMweb root of the server that is measured.
+    server: str
     images: str
     config: Path
 
@@ -69,9 +70,7 @@ def bench(folder: Path) -> Iterator[Bench]:
     with Processes(folder) as processes:
         redis = parts.redis(processes)
         orthanc, other = (parts.orthanc(processes, name=name) for name in ("orthanc", "archive"))
-        command = [sys.executable, "-m", "benchmarks.images"]
-        images = processes.start("images", command, ready=lambda child: child.out_path.read_bytes().endswith(b"\n"))
-        images.wait_ready()
+        images = serve_images(processes)
         tree = {
             "servers": [orthanc.server("orthanc"), other.server("archive")],
             "sources": {
@@ -82,14 +81,22 @@ def bench(folder: Path) -> Iterator[Bench]:
             "queue": parts.queue_settings(redis),
         }
         config = parts.write_settings(folder / "pacs.toml", tree)
-        yield Bench(processes, orthanc, images.out_path.read_text().strip(), config)
+        yield Bench(processes, orthanc.url, images, config)
 
 
-def fresh_images(count: int) -> list[tuple[int, int]]:
+def serve_images(processes: Processes) -> str:
+    """Start the server of images; returns its base URL."""
+    command = [sys.executable, "-m", "benchmarks.images"]
+    images = processes.start("images", command, ready=lambda child: child.out_path.read_bytes().endswith(b"\n"))
+    images.wait_ready()
+    return images.out_path.read_text().strip()
+
+
+def fresh_images(count: int, studies: Iterator[int] = _studies) -> list[tuple[int, int]]:
     """``count`` pairs (study, number) that were never used before, as studies come: twenty images each."""
     pairs: list[tuple[int, int]] = []
     while len(pairs) < count:
-        study = next(_studies)
+        study = next(studies)
         pairs += [(study, number) for number in range(PER_STUDY)]
     return pairs[:count]
 
@@ -97,17 +104,17 @@ def fresh_images(count: int) -> list[tuple[int, int]]:
 # --- raw limit -------------------------------------------------------------------------------------------
 
 
-def raw_stows_per_s(orthanc: OrthancPart, *, connections: int, count: int) -> float:
+def raw_stows_per_s(url: str, pairs: Sequence[tuple[int, int]], *, connections: int) -> float:
     """STOW-RS one image per request over ``connections`` that stay open; bodies are made beforehand."""
-    bodies = [_multipart(image(study, number)) for study, number in fresh_images(count)]
+    bodies = [_multipart(image(study, number)) for study, number in pairs]
     shares = [bodies[first::connections] for first in range(connections)]
     begun = time.perf_counter()
     with ThreadPoolExecutor(connections) as pool:
-        stored = sum(pool.map(lambda share: _stow_all(orthanc.url, share), shares))
+        stored = sum(pool.map(lambda share: _stow_all(url, share), shares))
     took_s = time.perf_counter() - begun
-    if stored != count:
-        raise click.ClickException(f"Orthanc stored {stored} of {count} images")
-    return count / took_s
+    if stored != len(pairs):
+        raise click.ClickException(f"The server stored {stored} of {len(pairs)} images")
+    return len(pairs) / took_s
 
 
 def _multipart(dicom: bytes) -> bytes:
@@ -125,7 +132,7 @@ def _stow_all(url: str, bodies: Sequence[bytes]) -> int:
     for body in bodies:
         connection.request("POST", f"{target.path}/studies", body, headers)
         answer = json.loads(connection.getresponse().read())
-        stored += len(answer["00081199"].get("Value", ()))
+        stored += len(answer.get("00081199", {}).get("Value", ()))
     connection.close()
     return stored
 
@@ -142,9 +149,9 @@ class ChainPass:
     payloads: list[dict[str, Any]]
 
 
-def chain_pass(stage: Bench, courier: Courier, *, count: int) -> ChainPass:
+def chain_pass(stage: Bench, courier: Courier, *, count: int, studies: Iterator[int] = _studies) -> ChainPass:
     """Enqueue ``count`` jobs and wait for all of them; enqueueing is part of the time."""
-    pairs = fresh_images(count)
+    pairs = fresh_images(count, studies)
     before_s, begun = cpu_s(stage), time.perf_counter()
     handles = [courier.upload(f"{stage.images}/{study}/{number}.dcm") for study, number in pairs]
     reports = [report for _, report in courier.as_completed(handles, timeout_s=300)]
@@ -241,7 +248,7 @@ def measure(stage: Bench, *, passes: int, count: int, huge_bytes: int) -> dict[s
         chain_pass(stage, courier, count=50)  # connections, imports, caches
         for _ in range(passes):
             for connections, rates in raw.items():
-                rates.append(raw_stows_per_s(stage.orthanc, connections=connections, count=count))
+                rates.append(raw_stows_per_s(stage.server, fresh_images(count), connections=connections))
             chain.append(chain_pass(stage, courier, count=count))
     stage.processes.stop_one(worker)
     limit = max(statistics.median(rates) for rates in raw.values())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import unicodedata
 import zlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -88,12 +87,9 @@ def open_store(folder: Path) -> Store:
 
 
 def _fold(tag: str, text: str) -> str:
-    """Names match without regard to case and accents; everything else as written."""
+    """Names in capitals, for queries in capitals; everything else as written."""
     text = text.strip()
-    if tag not in ("00100010", "00080090"):
-        return text
-    plain = unicodedata.normalize("NFKD", text)
-    return "".join(letter for letter in plain if not unicodedata.combining(letter)).upper()
+    return text.upper() if tag in qido.NAMES else text
 
 
 def application(site: Site) -> web.Application:

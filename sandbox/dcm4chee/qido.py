@@ -40,6 +40,8 @@ from sandbox.web import DICOM_JSON, dicom_json, multipart, once, operation
 Attributes = dict[str, Any]
 MAX_RESULTS = 1000
 STORAGE_ID = "fs1"
+#: PatientName and ReferringPhysicianName.
+NAMES = ("00100010", "00080090")
 
 _ALWAYS = "00080005 00080054 00080056 00080201 00081190"
 _STUDY = (
@@ -181,6 +183,8 @@ def _filter(archive: Archive, query: Query, path: list[str], values: tuple[str, 
         return
     if path[0] == "00100020":
         values = values[:1]  # of a list of Patient IDs only the first is matched
+    if path[0] in NAMES and any(value != value.upper() for value in values):
+        query.others.append((path[0], values))  # with its case, beside the comparison in capitals
     if column is None or len(path) > 1:
         query.others.append((path[0], values)) if len(path) == 1 else None
     elif len(values) > 1:

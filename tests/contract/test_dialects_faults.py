@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pydicom
@@ -227,3 +228,23 @@ def test_a_storage_that_cannot_be_opened_is_no_storage_of_zero_bytes(sandbox: Sa
     storage = ward(sandbox, "dcm4chee").storage()
     assert (storage.total_bytes, storage.free_bytes) == (None, None)
     assert "none can be opened" in storage.note
+
+
+# The first image of a study of DCM4CHEE goes alone
+
+
+def stored_at_once(sandbox: SandboxPart, pacs: Pacs, studies: list[str]) -> int:
+    """The most stores that were at DCM4CHEE at once, of one image into each of ``studies``."""
+    sandbox.set_mood("dcm4chee", "store", latency_ms=100)
+    sandbox.load(anew=True)
+    with ThreadPoolExecutor(len(studies)) as pool:
+        fates = list(pool.map(lambda study: outcome(pacs, image(study, side=8)).fate, studies))
+    assert fates == [Fate.STORED] * len(studies)
+    return sandbox.load()["dcm4chee"]["most"]
+
+
+def test_dcm4chee_gets_the_first_image_of_a_study_alone_and_the_others_together(sandbox: SandboxPart) -> None:
+    pacs, study = ward(sandbox, "dcm4chee", read_timeout_s=30), new_uid()
+    assert stored_at_once(sandbox, pacs, [study] * 2) == 1
+    assert stored_at_once(sandbox, pacs, [study] * 4) > 1
+    assert stored_at_once(sandbox, pacs, [new_uid() for _ in range(4)]) > 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sandbox import synthetic
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
@@ -246,7 +247,7 @@ def test_an_order_is_refused_as_a_whole_if_one_of_its_servers_cannot_answer(
     assert site.on("dcm4chee", study)
     assert foreign.asked == []
     site.batch = "alone"
-    payload(site.delete(**by_filters(StudyID="X9", PatientID="SYNTHETIC"), servers=["dcm4chee"]))
+    payload(site.delete(**by_filters(StudyID="X9", PatientID=synthetic.PATIENT_ID), servers=["dcm4chee"]))
     assert not site.on("dcm4chee", study)
 
 

@@ -28,8 +28,11 @@ import pytest
 import requests
 from pydicom.data import get_testdata_file
 
+from sandbox import synthetic
 from sandbox.processes import Processes, SandboxPart
 from sandbox.synthetic import image, new_uid
+from tests import real_archive
+from tests.real_archive import only_the_sandbox
 
 DICOM_JSON = "application/dicom+json"
 MULTIPART = 'multipart/related; type="application/dicom"'
@@ -136,7 +139,7 @@ def sample(name: str, study: str) -> bytes:
     ds = pydicom.dcmread(path)
     ds.StudyInstanceUID = study
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = new_uid()
-    ds.PatientID, ds.PatientName, ds.PatientBirthDate = "SYNTHETIC", "Synthetic^Square", "19700101"
+    ds.PatientID, ds.PatientName, ds.PatientBirthDate = synthetic.PATIENT_ID, "Synthetic^Square", "19700101"
     content = io.BytesIO()
     ds.save_as(content, enforce_file_format=True)
     return content.getvalue()
@@ -160,8 +163,9 @@ def archive(sandbox: SandboxPart, processes: Processes) -> Iterator[Archive]:
     one = Archive(sandbox, processes.folder / "sandbox-data" / "dcm4chee" / "files")
     with one.http:
         yield one
-        one.http.put(f"{sandbox.control}/clock", json={"ahead_s": 0})
-        one.http.post(f"{one.arc}/ctrl/start")
+        if real_archive.address() is None:
+            one.http.put(f"{sandbox.control}/clock", json={"ahead_s": 0})
+            one.http.post(f"{one.arc}/ctrl/start")
 
 
 # -- the table: STOW -------------------------------------------------------------------------------------------------
@@ -638,6 +642,7 @@ def a_study_is_retrieved_as_stored(archive: Archive) -> None:
 
 @row("49")
 def without_a_transfer_syntax_a_jpeg_is_decompressed(archive: Archive) -> None:
+    only_the_sandbox("decompresses JPEG, for which an archive needs its native codecs")
     study = new_uid()
     assert archive.stow(sample("SC_rgb_jpeg_dcmtk.dcm", study)).status_code == 200
     answer = archive.get(f"/studies/{study}", MULTIPART)
@@ -727,6 +732,7 @@ def some_frames_are_a_206(archive: Archive) -> None:
 
 def lose_file(archive: Archive, sop_instance_uid: str) -> None:
     """Take one object's file away from under the archive."""
+    only_the_sandbox("loses a file")
     (path,) = [
         one for one in archive.files.rglob("*") if one.is_file() and sop_instance_uid.encode() in one.read_bytes()
     ]
@@ -980,6 +986,7 @@ def series_and_instances_cannot_be_deleted(archive: Archive) -> None:
 
 @row("81")
 def the_purge_of_a_code_takes_every_instance_rejected_with_it(archive: Archive) -> None:
+    only_the_sandbox("purges what other people rejected too")
     study, series, other = new_uid(), new_uid(), new_uid()
     archive.stow(image(study, series=series), image(study, series=series), image(study, series=other))
     somebody_elses, _one = rejected_study(archive)
@@ -1027,6 +1034,7 @@ def the_status_does_not_ask_the_database(archive: Archive) -> None:
 
 @row("86")
 def a_stopped_archive_goes_on_answering(archive: Archive) -> None:
+    only_the_sandbox("stops the archive")
     assert archive.http.post(f"{archive.arc}/ctrl/stop").status_code == 204
     assert archive.get(f"{archive.arc}/ctrl/status").json() == {"status": "STOPPED"}
     assert archive.stow(image(new_uid())).status_code == 200
@@ -1050,6 +1058,8 @@ def a_broken_storage_is_left_out(archive: Archive) -> None:
 
 @row("89")
 def space_comes_back_with_the_purge(archive: Archive) -> None:
+    only_the_sandbox("sets its clock")
+
     def usable() -> int:
         space: int = archive.get(f"{archive.arc}/storage").json()[0]["usableSpace"]
         return space
@@ -1291,6 +1301,7 @@ def test_a_rejected_object_with_other_bytes_is_replaced_when_it_is_restored(arch
 
 
 def test_what_expired_is_deleted_by_itself_after_a_day_and_nothing_else_is(archive: Archive) -> None:
+    only_the_sandbox("sets its clock")
     expired, _one = rejected_study(archive, EXPIRED)
     poor, _one = rejected_study(archive, QUALITY)
     archive.http.put(f"{archive.part.control}/clock", json={"advance_s": 86_390})
@@ -1310,11 +1321,13 @@ def test_a_page_is_filled_up_past_hidden_studies_so_pages_can_overlap(archive: A
     assert len(archive.get("/studies").json()) == 4
 
 
-def test_names_match_without_case_and_wildcards_work(archive: Archive) -> None:
+def test_names_match_with_their_case_unless_the_query_is_all_capitals_and_wildcards_work(archive: Archive) -> None:
     archive.stow(image(new_uid(), PatientName="Adams^John", PatientID="A1", StudyDate="20240105"))
     archive.stow(image(new_uid(), PatientName="Berg^Jane", PatientID="B[2]", StudyDate="20250607"))
     for query, count in {
-        "PatientName=adams*": 1,
+        "PatientName=adams*": 0,
+        "PatientName=Adams*": 1,
+        "PatientName=ADAMS*": 1,
         "00100010=ADAMS^JOHN": 1,
         "PatientID=B[2]": 1,
         "PatientID=B[2*": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,10 +118,24 @@ def test_of_the_groups_of_a_name_the_first_is_sent_and_the_rest_is_matched_here(
         query(server_type, {"PatientName": "*=山田^太郎"}).check_order()
 
 
-def test_dcm4chee_ignores_the_case_of_names_in_capitals() -> None:
-    assert asked("dcm4chee", {"PatientName": "Müller^j*"}) == [[("PatientName", "MÜLLER^J*")]]
-    assert asked("dcm4chee", {"PatientName": "Straße"}) == [[("PatientName", "Straße")]]
-    assert asked("dcm4chee", {"PatientID": "a7"}) == [[("PatientID", "a7")]]
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ("Müller^j*", "M*LLER^J*"),
+        ("Mu\u0308ller", "M*LLER"),
+        ("M?ller", "M*LLER"),
+        ("Straße", "STRA*E"),
+        ("山田^太郎", "山田^太郎"),
+        ("Łukasz^Ø", "ŁUKASZ^Ø"),
+        ("김^철수", "김^철수"),
+        ("Ö", "Ö"),
+    ],
+)
+def test_dcm4chee_is_asked_for_names_in_capitals_and_for_any_letter_that_has_two_spellings(
+    name: str, sent: str
+) -> None:
+    assert asked("dcm4chee", {"PatientName": name}) == [[("PatientName", sent)]]
+    assert asked("dcm4chee", {"PatientID": name}) == [[("PatientID", unicodedata.normalize("NFC", name))]]
 
 
 @pytest.mark.parametrize("filters", [{"PatientName": "Hall*"}, {"PatientName": "=山田"}, {"StudyID": "1"}])

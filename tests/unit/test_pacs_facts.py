@@ -117,7 +117,7 @@ def every_call(server_type: ServerType) -> list[Request]:
     """What goes over the wire for a query, a push, metadata, a page and a retrieval."""
     pacs, wire = asked(
         server_type,
-        Reply(200, []),
+        Reply(200, {"count": 0} if server_type == "dcm4chee" else []),
         Reply(200, imported("Success") if server_type == "orthanc" else stow([item("1.3")])),
         Reply(200, []),
         Reply(200, []),
@@ -282,8 +282,8 @@ def test_dcm4chee_03_a_count_is_a_string() -> None:
 
 def test_dcm4chee_04_nothing_found_is_a_204_or_an_empty_list() -> None:
     pacs, _ = asked("dcm4chee", Reply(204), Reply(200, []), Reply(200, []))
-    assert pacs.find("study", "1.1") == []
-    assert pacs.find("study", "1.1") == []
+    assert pacs.find("series", "1.1") == []
+    assert pacs.find("series", "1.1") == []
     assert pacs.studies(filters={}, limit=10, offset=0).next_offset is None
 
 
@@ -305,7 +305,7 @@ def test_dcm4chee_06_the_circumflex_of_a_code_is_encoded_once() -> None:
 def test_dcm4chee_07_no_parameter_is_sent_that_it_does_not_know_and_uids_are_repeated() -> None:
     calls = every_call("dcm4chee")
     assert "?" not in calls[1].target
-    assert calls[0].target.endswith("/studies?StudyInstanceUID=1.1")
+    assert calls[0].target.endswith("/studies/1.1/instances/count")
     pacs, wire = asked("dcm4chee", Reply(204))
     pacs.studies(filters={"StudyInstanceUID": "1.1,1.2", "PatientName": "A,B"}, limit=1, offset=0)
     assert "StudyInstanceUID=1.1&StudyInstanceUID=1.2&PatientName=A%2CB" in wire.calls[0]
@@ -341,10 +341,25 @@ def test_dcm4chee_10_the_archive_wide_purge_is_never_called_and_a_note_says_what
     assert not any("/dcm4chee-arc/reject/" in call for call in wire.calls)
 
 
-def test_dcm4chee_11_a_study_is_there_if_it_is_listed_not_if_it_is_counted() -> None:
-    pacs, wire = asked("dcm4chee", Reply(200, []))
+def test_dcm4chee_11_a_study_is_there_if_its_images_are_counted_not_if_studies_are() -> None:
+    pacs, wire = asked("dcm4chee", Reply(200, {"count": 0}), Reply(200, {"count": 1}))
     assert pacs.find("study", "1.1") == []
-    assert not any("count" in call for call in wire.calls)
+    assert len(pacs.find("study", "1.1")) == 1
+    assert all(call.endswith("/studies/1.1/instances/count") for call in wire.calls)
+
+
+def test_dcm4chee_11_where_nothing_is_counted_the_study_is_listed() -> None:
+    pacs, wire = asked("dcm4chee", Reply(404, {"errorMessage": "No Web Application"}), Reply(200, [study()]))
+    assert [found.study_instance_uid for found in pacs.find("study", "1.1")] == ["1.1"]
+    assert wire.calls[1].endswith("/studies?StudyInstanceUID=1.1")
+    for status, error in ((404, PacsMisanswered), (500, PacsUnavailable)):
+        pacs, _ = asked("dcm4chee", Reply(404), Reply(status))
+        with pytest.raises(error):
+            pacs.find("study", "1.1")
+    for status, error in ((204, PacsMisanswered), (206, PacsMisanswered), (503, PacsUnavailable)):
+        pacs, _ = asked("dcm4chee", Reply(status, {"count": 0}))
+        with pytest.raises(error):
+            pacs.find("study", "1.1")
 
 
 def test_dcm4chee_12_images_are_asked_for_as_stored_and_in_many_parts() -> None:

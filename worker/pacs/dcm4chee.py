@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -37,9 +38,10 @@ from worker.pacs.protocol import (
     StudyPage,
 )
 from worker.pacs.stow import Codes, Sent, failed_by_code, judge
+from worker.pacs.study_turns import StudyTurns
 from worker.pacs.transport import Answer, Request, Transport
 from worker.pacs.warning_text import warning_text
-from worker.payloads import Dataset, Level
+from worker.payloads import Dataset, Level, check_uid
 
 STORE_STATUSES = (200, 202, 409)
 MAX_PAGE = 1000
@@ -107,11 +109,30 @@ class Dcm4chee:
         self.server = transport.server
         self._transport = transport
         self._web = DicomWeb(transport)
+        self._turns = StudyTurns()
         self._archive = archive_path(transport.base_path)
         self.hiding: Hiding = Dcm4cheeHidden(transport, self._web, self._archive, revoke_timeout_s=REJECT_TIMEOUT_S)
 
     def find(self, level: Level, uid: str) -> list[Found]:
-        return self._web.find(level, uid)
+        """A study is counted. Oddity: "A study is listed slowly and counted fast"."""
+        if level != "study":
+            return self._web.find(level, uid)
+        count = self._count(check_uid(uid))
+        if count is None:
+            return self._web.find(level, uid)
+        return [Found("study", uid)] if count else []
+
+    def _count(self, study_instance_uid: str) -> int | None:
+        """How many images of the study the application entity shows; None if it does not count (404)."""
+        target = f"{self._transport.base_path}/studies/{study_instance_uid}/instances/count"
+        answer = self._transport.exchange(Request("GET", target, _JSON, expected=(200, 404)))
+        if answer.status == 404:
+            return None
+        found = self._web.parse(answer)
+        count = found.get("count") if isinstance(found, dict) else None
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise self._web.misanswered("something that is no count")
+        return count
 
     def present(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
         """Oddity: "Parameters are not to be trusted with anything": a list of UIDs is a repeated parameter."""
@@ -119,8 +140,20 @@ class Dcm4chee:
         return self._web.present_in_lists(study_instance_uid, sop_instance_uids, briefly=briefly)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
-        """An image that is there already is `STORED` too. Oddity: "A duplicate is a success"."""
-        return self._judged(parts, self._web.push(parts, expected=STORE_STATUSES))
+        """An image that is there already is `STORED` too. Oddity: "A duplicate is a success".
+
+        The first of a study goes alone. Oddity: "First images of a study wait for each other".
+        """
+        with self._turns.turn({part.instance.study_instance_uid for part in parts}):
+            outcomes = self._judged(parts, self._web.push(parts, expected=STORE_STATUSES))
+            self._turns.begun(
+                [
+                    part.instance.study_instance_uid
+                    for part, outcome in zip(parts, outcomes, strict=True)
+                    if outcome.fate is Fate.STORED
+                ]
+            )
+        return outcomes
 
     def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
         return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
@@ -400,10 +433,21 @@ def _is_exceeded(system: Mapping[str, Any]) -> bool:
 
 
 def _in_capitals(one: Filter, member: str) -> str | None:
-    """The archive ignores the case of names if the filter is all capitals."""
+    """Oddities: "Names in capitals ignore case", "A letter with an accent can be written in two ways"."""
     value = widened(one, member)
-    capitals = value.upper() if value and one.vr == "PN" else ""
-    return capitals if value and len(capitals) == len(value) else value
+    if not value or one.vr != "PN":
+        return value
+    capitals = "".join(map(_in_capital, value))
+    return capitals if capitals.strip("*?^ ") else value
+
+
+def _in_capital(letter: str) -> str:
+    """``*`` for a letter that has no one capital or can be written as several characters, and for ``?``.
+
+    What ``?`` stands for may be such a letter.
+    """
+    capital = letter.upper()
+    return capital if capital != "?" and len(capital) == 1 and unicodedata.is_normalized("NFD", capital) else "*"
 
 
 #: Oddity: "What is not matched is ignored", and "Parameters are not to be trusted with anything".
