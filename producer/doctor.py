@@ -19,9 +19,9 @@ import redis
 from producer.courier import Courier, refusal
 from producer.errors import BrokerUnavailable, CourierError, StillRunning
 from worker import listeners
-from worker.ledger import SCHEMA, Ledger
+from worker.ledger import SCHEMA, SILENT_S, Ledger
 from worker.payloads import StatusJob
-from worker.peers import SILENT_S, cannot_read, release_of, schema_of
+from worker.peers import Peers, cannot_read, release_of, schema_of
 from worker.queues import OLD_QUEUES
 from worker.settings import Settings, SettingsError, TelemetrySettings
 
@@ -272,6 +272,9 @@ def _progress(ledger: Ledger, answering: set[str]) -> Iterator[Finding]:
     told = ledger.workers(now_s=now_s)
     for name in sorted(answering | {name for name, said in told.items() if now_s - said["at"] < SILENT_S}):
         yield _worker(name, told.get(name), now_s)
+    if difference := Peers.of(ledger).difference:
+        advice = "Give all workers one list: jobs wait for a worker that knows all those servers (docs/upgrade.md)."
+        yield Finding("servers of the workers", "warning", difference, advice)
 
 
 def _worker(name: str, said: Mapping[str, Any] | None, now_s: float) -> Finding:

@@ -100,7 +100,9 @@ def redis_url(redis: RedisPart) -> str:
 
 @pytest.fixture(scope="session")
 def cluster_server(processes: Processes) -> RedisPart:
-    server = parts.redis(processes, name="cluster", options=["--cluster-enabled", "yes"])
+    server = parts.redis(
+        processes, name="cluster", options=["--cluster-enabled", "yes", "--cluster-port", str(parts.free_port())]
+    )
     with Redis(host=parts.HOST, port=server.port, decode_responses=True) as client:
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         until = time.monotonic() + 10

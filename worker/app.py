@@ -559,11 +559,29 @@ _begun = threading.Event()
 
 def _say_how(name: str, ledger: Ledger, told: watchdog.Told) -> str:
     """Say it to the others; why this worker cannot begin or go on beside them, "" if it can."""
-    if _begun.is_set():
-        return peers.say(ledger, name, dataclasses.asdict(told))
-    reason = peers.begin(ledger, name, dataclasses.asdict(told))
+    say = peers.say if _begun.is_set() else peers.begin
+    reason = say(ledger, name, dataclasses.asdict(told), settings.servers)
     _begun.set()
+    if not reason:
+        _look_at_the_others(ledger)
     return reason
+
+
+_remarks: set[str] = set()
+
+
+def _look_at_the_others(ledger: Ledger) -> None:
+    """Say once what is wrong with workers beside this one."""
+    others = peers.Peers.of(ledger)
+    remarks = {
+        f"Worker {name} is too old to run beside this one; stop it (docs/upgrade.md)." for name in others.too_old
+    }
+    if others.difference:
+        remarks.add(f"{others.difference} Jobs wait for a worker that knows all those servers (docs/upgrade.md).")
+    for remark in sorted(remarks - _remarks):
+        log.warning("%s", remark)
+    _remarks.clear()
+    _remarks.update(remarks)
 
 
 def _stop(reason: str) -> None:
@@ -677,6 +695,7 @@ def outlook() -> Outlook:
     server_names = [server.name for server in settings.servers]
     breakers = Breakers(ledger.client, prefix=settings.queue.key_prefix)
     return Outlook(
+        servers_digests=len(peers.Peers.of(ledger).servers_digests),
         queues=consumer.depths(app, queues.QUEUES),
         open=load.open,
         overdue=load.overdue,

@@ -39,6 +39,7 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
     cancelled_stamps zset digests of stamps whose jobs are cancelled, by the time when that was asked
     returned:ID   text    how often a message of this job was given back while others were done
     workers       hash    worker → what its watchdog last said of it (JSON)
+    servers       zset    the servers that workers know, by the time (ms) when one said so last
     schema        text    the shape of all this, as a number; none is 1, that of version 0.1
     parked        set     the circuit breakers that jobs wait for, and for each of them
     parked:NAME   zset    the jobs that wait until it closes, by the time since when
@@ -68,10 +69,12 @@ from worker.errors import InvalidRequest
 from worker.logs import shown_job, stated, without_queries
 from worker.settings import PREFIX
 from worker.urls import is_url, unsigned
-from worker.waits import CRASH_SUSPECT, IN_QUEUE, LOST, REDIS_UNAVAILABLE, WaitReason
+from worker.waits import CRASH_SUSPECT, IN_QUEUE, LOST, REDIS_UNAVAILABLE, SERVER_UNKNOWN, WaitReason
 
 #: The newest shape of records that this release reads, and the one that it writes. Version 0.1 noted none: that is 1.
 SCHEMA: Final = 2
+#: A worker whose watchdog said nothing for so long does not run any more, or its process is stuck.
+SILENT_S: Final = 60.0
 #: No record of an ended job goes before the last message that may begin it anew: one that a killed worker held comes
 #: back after Celery's visibility time-out (celeryconfig.py), and once more if that worker is killed too.
 MESSAGES_S: Final = 5 * 3600
@@ -130,6 +133,13 @@ local function wait_for(job, code, message, server, cause)
   since(job, cause)
   redis.call('HSET', job, 'state', 'waiting', 'lease_ms', 0, 'code', code, 'message', message, 'server', server)
 end
+"""
+
+# Servers that a worker which runs knows.
+_SERVERS = f"""
+local heard_ms = now - {SILENT_S * 1000:.0f}
+local function known_servers() return redis.call('ZRANGEBYSCORE', prefix .. 'servers', heard_ms, '+inf') end
+local function is_known(server) return tonumber(redis.call('ZSCORE', prefix .. 'servers', server) or 0) >= heard_ms end
 """
 
 # Notes ride on the scripts that decide, so a trail costs no round trip. A job's own object is what it holds; the study
@@ -235,6 +245,7 @@ return 1
 _CLAIM = (
     _NOW
     + _WAITS
+    + _SERVERS
     + f"""
 local crash_suspect, crash_message = '{CRASH_SUSPECT}', '{SUSPECT_MESSAGE}'
 local function attach(job, ended)
@@ -322,7 +333,7 @@ local since = redis.call('HGET', job, 'parked_ms')
 local waited = since and now - tonumber(since) or 0
 return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0, waited,
   redis.call('HGET', job, 'wants') or '', redis.call('HGET', job, 'follow_ups') or '',
-  redis.call('HGET', job, 'attached') or '', redis.call('HGET', job, 'headers') or ''}
+  redis.call('HGET', job, 'attached') or '', redis.call('HGET', job, 'headers') or '', known_servers()}
 """
 )
 
@@ -432,9 +443,14 @@ _PARK = (
     _NOW
     + _TRAIL
     + _WAITS
+    + f"local server_unknown = '{SERVER_UNKNOWN}'"
     + """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
+if ARGV[4] == server_unknown and redis.call('HGET', KEYS[1], 'noted') ~= ARGV[10] then
+  redis.call('HSET', KEYS[1], 'noted', ARGV[10])
+  note_of_job(KEYS[1], ARGV[7], ARGV[8], true)
+end
 wait_for(KEYS[1], ARGV[4], ARGV[5], ARGV[9], ARGV[10])
 local delay_ms = tonumber(ARGV[3])
 if ARGV[6] == 'steady' then
@@ -564,7 +580,7 @@ local function begin_anew(job, due, dead, deaths, id, delay_ms)
   redis.call('HINCRBY', job, 'replays', 1)
   redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
     'storing', 'sent', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms', 'refused', 'refusals', 'server',
-    'cause', 'since_ms', 'purged', 'telling_ms', 'followed')
+    'cause', 'since_ms', 'purged', 'telling_ms', 'followed', 'noted')
   redis.call('PERSIST', job)
   redis.call('ZREM', dead, id)
   redis.call('DEL', deaths)
@@ -916,20 +932,23 @@ return 1
 """
 )
 
-# ARGV: server, job, lifetime, note, its lifetime, 1 if the job asked for that server, then the servers that there are:
-# a claim on any other binds nobody. A job that asked for its server takes over a claim if no job that follows it may
-# still push, and nothing has been stored under it since the job asked the servers, which all said that they have none.
+# ARGV: server, job, lifetime, note, its lifetime, 1 if the job asked for that server, then the servers that this worker
+# knows: a claim on another server is left to a worker that knows it, and is void if no worker that runs does. A job
+# that asked for its server takes over a claim if no job that follows it may still push, and nothing has been stored
+# under it since the job asked the servers, which all said that they have none.
 # Version 0.1 did not say when something was stored under a claim: it counts as now, once.
 _CLAIM_STUDY = (
     _NOW
     + _NOW_US
     + _TRAIL
     + _FOLLOWERS
+    + _SERVERS
     + """
 local claim, job = KEYS[1], KEYS[4]
 local server = redis.call('HGET', claim, 'server')
 local binds = #ARGV == 6
 for i = 7, #ARGV do binds = binds or ARGV[i] == server end
+if server and not binds and is_known(server) then return {server, 0} end
 local asked_elsewhere = ARGV[6] == '1' and server ~= ARGV[1]
 if server and binds and asked_elsewhere then
   if redis.call('HEXISTS', claim, 'opened_by') == 1 then redis.call('HSETNX', claim, 'stored_us', us) end
@@ -943,7 +962,9 @@ if first then
   if asked_elsewhere then redis.call('DEL', claim) else redis.call('HDEL', claim, 'opened_by') end
   redis.call('HSET', claim, 'server', ARGV[1], 'claimed_by', ARGV[2], 'claimed_ms', now)
   redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
-  if ARGV[4] ~= '' then note(KEYS[3], ARGV[4], ARGV[5]) end
+  local said = ARGV[4]
+  if server and not binds then said = string.gsub(said, '}$', ',"void":"' .. server .. '"}') end
+  if said ~= '' then note(KEYS[3], said, ARGV[5]) end
 end
 redis.call('PEXPIRE', claim, ARGV[3])
 if redis.call('HSETNX', claim, 'follower:' .. ARGV[2], now) == 1 and redis.call('HEXISTS', job, 'state') == 1 then
@@ -1035,16 +1056,21 @@ redis.call('PEXPIRE', pushes, ARGV[3])
 """
 )
 
-# KEYS: schema, workers. ARGV: schema of this release, worker, what it says. What is older becomes ours; a newer one is
-# not ours to write into, and neither is what has no number of a schema there (0).
-_SAY_HOW = """
+# KEYS: schema, workers, servers. ARGV: schema of this release, worker, what it says, the servers that it knows. What is
+# older becomes ours; a newer one is not ours to write into, and neither is what has no number of a schema there (0).
+_SAY_HOW = (
+    _NOW
+    + """
 local text = redis.pcall('GET', KEYS[1]) or '1'
 local schema = type(text) == 'string' and #text < 10 and string.match(text, '^[1-9]%d*$') and tonumber(text) or 0
 if schema == 0 or schema > tonumber(ARGV[1]) then return schema end
 if schema < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1]) end
 redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+for i = 4, #ARGV do redis.call('ZADD', KEYS[3], now, ARGV[i]) end
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - 86400000)
 return tonumber(ARGV[1])
 """
+)
 
 
 Wait = Literal["counts", "growing", "steady"]
@@ -1116,6 +1142,8 @@ class Claim:
     cancelled: bool = False
     waited_s: float = 0
     wants: tuple[str, ...] = ()
+    #: The servers that workers which run know.
+    servers: tuple[str, ...] = ()
     outcome: dict[str, Any] | None = None
     attachments: Attachments = NO_ATTACHMENTS
     pending: PendingFollowUps | None = None
@@ -1952,7 +1980,8 @@ class Ledger:
     ) -> StudyClaim:
         """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice.
 
-        A choice that is not ``among`` these servers, if they are given, is void; so is any other choice if ``server``
+        A choice that is not ``among`` these servers, if they are given, is void if no worker that runs knows it; where
+        one does, it is given back, and the job does not follow the claim. Void is also any other choice if ``server``
         was ``asked_for`` and no job that follows the claim may still push. From now on the job follows the claim, until
         it ends or lets go of its images. ``told`` leaves a line on the study's trail.
         """
@@ -2054,17 +2083,18 @@ class Ledger:
 
     # --- workers --------------------------------------------------------------------------------------------
 
-    def say_how(self, worker: str, told: str) -> int:
-        """Keep what the watchdog of ``worker`` says (JSON); returns the ledger's schema.
+    def say_how(self, worker: str, told: str, *, servers: Iterable[str] = ()) -> int:
+        """Keep what the watchdog of ``worker`` says (JSON), and which servers it knows; returns the ledger's schema.
 
         An older schema becomes ours; where it is newer, or none (0), nothing is kept.
         """
-        return int(self._say_how(keys=[self.key("schema"), self.key("workers")], args=[SCHEMA, worker, told]))
+        keys = [self.key("schema"), self.key("workers"), self.key("servers")]
+        return int(self._say_how(keys=keys, args=[SCHEMA, worker, told, *servers]))
 
     def workers(self, *, now_s: float | None = None) -> dict[str, dict[str, Any]]:
         """What the watchdog of each worker said last: ``ok``, ``complaint``, ``every_s``, ``at``; a day old at most.
 
-        Since version 0.2 also ``version`` and ``schema``.
+        Since version 0.2 also ``version``, ``schema``, ``servers`` and ``servers_digest``.
         """
         now_s = self.clock_s() if now_s is None else now_s
         told = {name: json.loads(row) for name, row in self._hash(self.key("workers")).items()}
@@ -2182,7 +2212,7 @@ def _study_pushes(pushes: Mapping[str, str]) -> list[StudyPush]:
 def _claimed(answer: Sequence[Any]) -> Claim:
     state = ClaimState(answer[0])
     if state is ClaimState.YOURS:
-        fence, attempt, deaths, memo, cancelled, waited_ms, wants, *attachments = answer[1:]
+        fence, attempt, deaths, memo, cancelled, waited_ms, wants, *attachments, servers = answer[1:]
         known = json.loads(memo) if memo else None
         return Claim(
             state,
@@ -2193,6 +2223,7 @@ def _claimed(answer: Sequence[Any]) -> Claim:
             bool(cancelled),
             waited_ms / 1000,
             tuple(wants.split()),
+            tuple(servers),
             attachments=Attachments(*attachments),
         )
     if state in (ClaimState.OTHER, ClaimState.FULL):

@@ -116,6 +116,7 @@ class Outlook:
     parked: Mapping[str, int]
     batches: Mapping[str, int]
     breakers: Mapping[str, str]
+    servers_digests: int = 0
 
 
 @dataclass(eq=False)  # the registry keeps it by its identity
@@ -136,6 +137,11 @@ class LedgerCollector(Collector):
             "pacs_jobs_overdue", "Jobs that nobody looked at when it was time", value=outlook.overdue
         )
         yield GaugeMetricFamily("pacs_dead_letters", "Jobs that wait for a person", value=outlook.dead)
+        yield GaugeMetricFamily(
+            "pacs_servers_digests",
+            "Different lists of servers among the workers that run",
+            value=outlook.servers_digests,
+        )
         yield _by("pacs_queue_messages", "Messages that wait", "queue", outlook.queues)
         yield _by("pacs_jobs_parked", "Jobs put aside until later", "server_name", outlook.parked)
         yield _by("pacs_batches", "Batches", "state", outlook.batches)

@@ -1,4 +1,5 @@
-"""The workers on one ledger: of which release each is, as each says with every look of its watchdog.
+"""The workers on one ledger: of which release each is and which servers it knows, as each says with every look of its
+watchdog.
 
 A release may begin beside another only if each can read what the other writes. Which shapes the ledger holds is its
 schema: a number in the ledger, written by the first worker. docs/upgrade.md says in which order to upgrade.
@@ -6,23 +7,25 @@ schema: a number in the ledger, written by the first worker. docs/upgrade.md say
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import redis
 
 from worker import __version__
-from worker.ledger import SCHEMA, Ledger, passes, words_of
+from worker.ledger import SCHEMA, SILENT_S, Ledger, passes, words_of
+from worker.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 #: What a supervisor sees of a worker that ended itself because it cannot read its ledger (EX_CONFIG).
 EXIT_STATUS: Final = 78
-#: A worker whose watchdog said nothing for so long does not run any more, or its process is stuck.
-SILENT_S: Final = 60.0
 #: A worker that says nothing for two of its intervals and this has ended.
 _MARGIN_S: Final = 5.0
 _LOOK_AGAIN_S: Final = 0.5
@@ -37,15 +40,64 @@ def release_of(said: Mapping[str, Any]) -> str:
     return str(said.get("version", "0.1"))
 
 
-def entry_of(told: Mapping[str, Any], *, at_s: float) -> str:
+def entry_of(told: Mapping[str, Any], *, at_s: float, servers: Sequence[ServerSettings] = ()) -> str:
     """What a worker of this release has in the ledger (JSON): what its watchdog told ``at_s`` by the clock of Redis."""
-    return json.dumps({**told, "at": at_s, "version": __version__, "schema": SCHEMA})
+    names = [server.name for server in servers]
+    entry = {**told, "at": at_s, "version": __version__, "schema": SCHEMA, "servers": names}
+    return json.dumps({**entry, "servers_digest": digest_of(servers)})
 
 
-def begin(ledger: Ledger, worker: str, told: Mapping[str, Any]) -> str:
+def digest_of(servers: Iterable[ServerSettings]) -> str:
+    """The same for the same names, types and URLs, in any order; no credential and no query is in it."""
+    rows = sorted(
+        (server.name, server.type, urlsplit(server.url)._replace(query="", fragment="").geturl()) for server in servers
+    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+
+def _bare(url: str) -> str:
+    return urlsplit(url)._replace(query="", fragment="").geturl()
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The workers that run, by name: what each said last."""
+
+    said: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> Peers:
+        now_s = ledger.clock_s()
+        rows = ledger.workers(now_s=now_s)
+        return cls({name: said for name, said in sorted(rows.items()) if now_s - said["at"] <= SILENT_S})
+
+    @property
+    def servers_digests(self) -> frozenset[str]:
+        """More than one: the ``[[servers]]`` of these workers differ."""
+        return frozenset(said["servers_digest"] for said in self.said.values() if "servers_digest" in said)
+
+    @property
+    def difference(self) -> str:
+        """In which servers workers differ, in one sentence; "" if they do not."""
+        if len(self.servers_digests) < 2:
+            return ""
+        known = "; ".join(
+            f"{name} knows {', '.join(said['servers'])} ({said['servers_digest']})"
+            for name, said in self.said.items()
+            if "servers_digest" in said
+        )
+        return f"The [[servers]] of workers differ in names, types or URLs: {known}."
+
+    @property
+    def too_old(self) -> list[str]:
+        """Workers that cannot read what this release writes."""
+        return [name for name, said in self.said.items() if schema_of(said) < SCHEMA]
+
+
+def begin(ledger: Ledger, worker: str, told: Mapping[str, Any], servers: Sequence[ServerSettings] = ()) -> str:
     """Say for the first time what there is to say of ``worker``; why it must not begin, "" if it may."""
     try:
-        return objection(ledger) or say(ledger, worker, told)
+        return objection(ledger) or say(ledger, worker, told, servers)
     except redis.exceptions.ClusterCrossSlotError:
         return "The ledger's Redis is in cluster mode; give queue.key_prefix a hash tag, such as {courier-a}:"
     except redis.exceptions.MovedError:
@@ -56,9 +108,10 @@ def begin(ledger: Ledger, worker: str, told: Mapping[str, Any]) -> str:
         return f"The ledger's Redis refuses a command ({words_of(error)}); correct ledger_url, or what its user may do."
 
 
-def say(ledger: Ledger, worker: str, told: Mapping[str, Any]) -> str:
+def say(ledger: Ledger, worker: str, told: Mapping[str, Any], servers: Sequence[ServerSettings] = ()) -> str:
     """Say what there is to say of ``worker``; why it cannot go on, in one sentence, "" if it can."""
-    return cannot_read(ledger.say_how(worker, entry_of(told, at_s=ledger.clock_s())))
+    entry = entry_of(told, at_s=ledger.clock_s(), servers=servers)
+    return cannot_read(ledger.say_how(worker, entry, servers=[server.name for server in servers]))
 
 
 def objection(ledger: Ledger, *, sleep: Callable[[float], None] = time.sleep) -> str:

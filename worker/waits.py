@@ -21,6 +21,7 @@ from worker.payloads import Waiting
 QUEUED: Final = "queued"
 OTHER_JOB: Final = "other_job"
 SERVER_BUSY: Final = "server_busy"
+SERVER_UNKNOWN: Final = "server_unknown"
 BATCH_RUNNING: Final = "batch_running"
 BATCH_PAUSED: Final = "batch_paused"
 BATCH_WINDOW: Final = "batch_window"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from worker import peers
 from worker.batches import Batches, Settled
 from worker.breakers import Breakers
 from worker.jobs.pace import _limiter
-from worker.ledger import Attachment, ClaimState, Ledger, Receipt, StoredImage
+from worker.ledger import Attachment, ClaimState, LeaseLost, Ledger, PendingFollowUps, Receipt, StoredImage
 from worker.planning import Planned, Planner
 from worker.settings import BreakerSettings, Settings
 from worker.slots import Slots
@@ -72,10 +73,16 @@ def live_jobs(ledger: Ledger) -> None:
     assert ledger.claim_study("1.2", server="a", job_id="u", among=["a"], asked_for=True).server == "a"
     assert ledger.intend("u", fence, {"pending": "a"}, decision={"server": "a"})
     assert ledger.stored("1.2.1.1", "1.2", Receipt("u", "a", "00", 1), series_instance_uid="1.2.1")
+    assert ledger.foresee("u", fence, WaitReason("c", "m"), delay_s=0)["code"] == "c"
     ledger.park("u", fence, delay_s=0, code="c", message="m")
     fence = take(ledger, "u")
     assert ledger.refused("u", fence, ResponseError("ERR no")) == 1
     end(ledger, "u", fence)
+    with contextlib.suppress(LeaseLost):  # it has no follow-ups
+        ledger.followed("u", PendingFollowUps("", 0, 0), sent=0)
+    ledger.cancel_stamped("ward", ["7"])
+    assert ledger.is_cancelled_by_stamp([("ward", "7")])
+    assert ledger.deleting_for_s("u", "a", "1.2") < 60
     assert [note.event for note in ledger.known("1.2.1.1").trail] == ["routed", "stored", "waiting", "ended"]
     assert ledger.move_claim("1.2", server="b", job_id="u")
     ledger.forget_study("1.2")

@@ -47,7 +47,7 @@ from worker.jobs.placement import (
     settle,
 )
 from worker.jobs.receipts import Receipts
-from worker.jobs.run import Run
+from worker.jobs.run import Run, ServerUnknown
 from worker.jobs.same_bytes import Arrival
 from worker.jobs.tools import Tools
 from worker.jobs.unseen import as_shown
@@ -448,6 +448,8 @@ class Uploads:
             return settle(decision, image.arrival, wish, errors=self._silent, tools=self._tools)
         except CourierError as error:
             return error
+        except ServerUnknown as wait:
+            return PacsUnavailable(f"It {wait.message}.", server_name=wait.reason.server_name)
 
     def _refuse_or_recognise(self, image: _Image, decision: Decision, error: CourierError) -> None:
         pushed = self._memo.get(image.item.number)

@@ -27,6 +27,7 @@ from worker.errors import (
     from_payload,
 )
 from worker.jobs.deleting import ASK_AGAIN_S, SOON_AGAIN, is_deleting, is_given_up
+from worker.jobs.knowledge import check_knows_servers
 from worker.jobs.run import NotYet, Pulse, Run
 from worker.jobs.tools import Tools
 from worker.ledger import (
@@ -306,6 +307,7 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
     limits = tools.settings.jobs
     try:
         _fit_to_try(claim, job, limits)
+        check_knows_servers(task, job, claim.servers, tools)
         return Done(work(job, run, tools))
     except TryAgain as error:
         return _again(error, claim, run, tools, task=task)

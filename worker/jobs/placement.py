@@ -22,6 +22,7 @@ from worker.errors import (
 )
 from worker.instances import Instance
 from worker.jobs.described import place
+from worker.jobs.run import ServerUnknown
 from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare
 from worker.jobs.tools import Tools
 from worker.ledger import Ledger
@@ -101,6 +102,8 @@ def settle(
         The study belongs to another server than the one that was asked for.
     PacsUnavailable
         No server takes new studies.
+    ServerUnknown
+        The study belongs to a server that other workers know and this one does not.
     """
     match decision:
         case Exists(server):
@@ -136,6 +139,8 @@ def _claim(study_instance_uid: str, wish: Wish, tools: Tools) -> Placement:
         told=wish.told,
         asked_for=wish.server is not None,
     )
+    if claim.server not in tools.fleet.names:
+        raise ServerUnknown(claim.server)
     if wish.server is not None and claim.server != wish.server:
         raise StudyConflict(
             f"No server has the study yet, but another image of it is on its way to {claim.server}, or may still arrive"

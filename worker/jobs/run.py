@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import redis
@@ -20,10 +20,12 @@ from worker.errors import Cancelled
 from worker.ledger import NO_ATTACHMENTS, Attachments, LeaseLost, Ledger, passes, words_of
 from worker.logs import about, job_lines
 from worker.telemetry import StepSeen, watching
-from worker.waits import OTHER_JOB, WORKER_SHUTDOWN, Meanwhile, WaitReason
+from worker.waits import OTHER_JOB, SERVER_UNKNOWN, WORKER_SHUTDOWN, Meanwhile, WaitReason
 
 log = logging.getLogger(__name__)
 
+#: How soon a job is tried by another worker that knows more servers.
+HAND_OVER_S = 1.0
 SHUT_DOWN = "the worker was shut down before the job had ended"
 
 
@@ -41,6 +43,15 @@ class NotYet(Exception):
         self.delay_s = delay_s
         self.steady = steady
         self.reason = WaitReason(code, message, subject=owner)
+
+
+class ServerUnknown(NotYet):
+    """A worker that knows the server ``name`` has to do the job: this worker's settings lack it, another's do not."""
+
+    def __init__(self, name: str) -> None:
+        message = f"waits for a worker that knows server {name}"
+        super().__init__(message, delay_s=HAND_OVER_S, steady=True, code=SERVER_UNKNOWN)
+        self.reason = replace(self.reason, server_name=name)
 
 
 @dataclass

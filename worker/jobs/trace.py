@@ -347,7 +347,7 @@ def told(note: Note) -> str:
     server = details.get("server", "a server")
     match note.event:
         case "claimed":
-            return f"The study was new; it now belongs to {server}."
+            return _claimed(server, details.get("void"))
         case "routed":
             on = ", ".join(details.get("study_on") or []) or "no server"
             return f"To be pushed to {server} ({details.get('reason')}; the study was on {on})."
@@ -359,6 +359,12 @@ def told(note: Note) -> str:
             return _ending(details)
         case _:
             return _BY_HAND.get(note.event, note.event)
+
+
+def _claimed(server: str, void: str | None) -> str:
+    if void is None:
+        return f"The study was new; it now belongs to {server}."
+    return f"The study now belongs to {server}; its claim on {void} is void, because no worker that runs knows {void}."
 
 
 def _waiting(details: Mapping[str, Any]) -> str:
