@@ -75,10 +75,10 @@ def check_conditions(request: web.Request, matched: Matched) -> None:
 
 
 def laid_over(archive: Archive, ae: ApplicationEntity, row: Row) -> Attributes:
-    """What is laid over an object: what the store request said, and on DCM4CHEE what the database says."""
-    coerced: Attributes = row.notes.get("coerced", {})
+    """What is laid over an object: on DCM4CHEE what the store request said, and what the database says."""
     if ae.returns_as_received:
-        return coerced
+        return {}
+    coerced: Attributes = row.notes.get("coerced", {})
     where = [
         Condition("study_instance_uid", "=", row.study_instance_uid),
         Condition("series_instance_uid", "=", row.series_instance_uid),

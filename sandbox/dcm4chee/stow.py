@@ -34,6 +34,7 @@ from sandbox.dcm4chee.archive import (
 )
 from sandbox.dcm4chee.forms import native_xml
 from sandbox.dcm4chee.media import ANY, accepted, media
+from sandbox.dcm4chee.notes import rejection_note
 from sandbox.dcm4chee.objects import INDEXED, PATIENT_TAGS, STYLE, Unreadable, names, read_header, supplemented_issuer
 from sandbox.store import Condition, NewInstance, Row, Spool, first_value
 from sandbox.web import DICOM_JSON, MOOD, BrokenMultipart, Part, TooLarge, dicom_json, operation, read_parts
@@ -166,7 +167,7 @@ def _judge(transaction: _Transaction, spool: Spool) -> None:
         new = _as_new(transaction, header)
         sop_class_uid, sop_instance_uid = new.sop_class_uid, new.sop_instance_uid
         _may_store(transaction, new)
-        _keep(transaction.archive, new, spool)
+        _keep_or_reject(transaction.archive, header, new, spool)
     except Failed as failure:
         transaction.last_failure = str(failure)
         transaction.failed.append({**_reference(sop_class_uid, sop_instance_uid), "00081197": _us(failure.reason)})
@@ -312,6 +313,17 @@ def _keep(archive: Archive, new: NewInstance, spool: Spool) -> None:
     if patient and _identity(patient) != _identity(new.study):
         raise Failed(0xA778, f"Conflicting Patient ID in Study[uid={new.study_instance_uid}]")
     archive.store.add(new, spool)
+
+
+def _keep_or_reject(archive: Archive, header: Header, new: NewInstance, spool: Spool) -> None:
+    note = None if archive.store.by_sop(new.sop_instance_uid) else rejection_note(header)
+    if note is None:
+        _keep(archive, new, spool)
+        return
+    if why := note.why_not(archive):
+        raise Failed(0xA772, why)
+    _keep(archive, new, spool)
+    note.take_effect(archive, new)
 
 
 def _identity(attributes: dict[str, Any]) -> tuple[str | None, str | None]:

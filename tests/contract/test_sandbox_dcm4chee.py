@@ -363,13 +363,13 @@ def an_unknown_parameter_of_a_store_is_a_400(archive: Archive) -> None:
 
 
 @row("23")
-def a_keyword_in_the_url_is_written_into_the_object(archive: Archive) -> None:
+def a_keyword_in_the_url_is_written_into_the_database_and_not_into_the_object(archive: Archive) -> None:
     study = new_uid()
     assert archive.stow(image(study), path="/studies?PatientID=NEW").status_code == 200
     listed = archive.get("/studies", params={"StudyInstanceUID": study}).json()[0]
     assert value(listed, "00100020") == "NEW"
-    for aet in ("DCM4CHEE", "AS_RECEIVED"):
-        assert objects(archive.get(f"/studies/{study}", AS_STORED, aet))[0].PatientID == "NEW"
+    for aet, patient in (("DCM4CHEE", "NEW"), ("AS_RECEIVED", "SYNTHETIC")):
+        assert objects(archive.get(f"/studies/{study}", AS_STORED, aet))[0].PatientID == patient
 
 
 @row("24")
@@ -1289,6 +1289,30 @@ def test_a_revoked_rejection_needs_an_ae_that_sees_it(archive: Archive) -> None:
     assert archive.http.post(archive.rs() + revoke).status_code == 404
     assert archive.http.post(archive.rs("AS_RECEIVED") + revoke).json() == {"count": 1}
     assert archive.visible(study) == 1
+
+
+@pytest.mark.parametrize("code", [QUALITY, SAFETY, "113038%5EDCM"])
+def test_a_rejection_note_that_is_stored_needs_what_it_names_and_rejects_it(archive: Archive, code: str) -> None:
+    study, alive, dead = new_uid(), new_uid(), new_uid()
+    files = [image(study, sop=sop, side=8) for sop in (alive, dead)]
+    assert archive.stow(*files).status_code == 200
+    assert archive.reject(f"/studies/{study}/series/{study}.1/instances/{dead}", code).status_code == 200
+    (note,) = [ds for ds in objects(archive.get(f"/studies/{study}", AS_STORED)) if ds.Modality == "KO"]
+    content = io.BytesIO()
+    note.save_as(content)
+    assert archive.reject(f"/studies/{study}").status_code == 200
+    assert archive.http.delete(f"{archive.rs()}/studies/{study}").status_code == 204
+
+    def failures(*stored: bytes) -> list[int]:
+        answer = archive.stow(*stored).json()
+        return [item["00081197"]["Value"][0] for item in answer.get("00081198", {}).get("Value", ())]
+
+    assert failures(content.getvalue()) == [42866], "there is no such series"
+    assert failures(files[0]) == []
+    assert failures(content.getvalue()) == [42866], "there is no such instance"
+    assert failures(files[1], content.getvalue()) == []
+    shown = {ds.SOPInstanceUID for ds in objects(archive.get(f"/studies/{study}", AS_STORED))}
+    assert shown == {alive, note.SOPInstanceUID}, "and what it names is hidden"
 
 
 def test_a_rejected_object_with_other_bytes_is_replaced_when_it_is_restored(archive: Archive) -> None:
