@@ -92,7 +92,14 @@ class ServerSettings(_Section):
     connect_timeout_s: Annotated[float, Field(gt=0)] = 5
     read_timeout_s: Annotated[float, Field(gt=0)] = 120
     ca_file: Path | None = None
+    retrieve_aet: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,16}$")] | None = None
     auth: AuthSettings = AuthSettings()
+
+    @model_validator(mode="after")
+    def _entities_of_dcm4chee(self) -> ServerSettings:
+        if self.retrieve_aet and (self.type != "dcm4chee" or "/aets/" not in urlsplit(self.url).path):
+            raise ValueError("retrieve_aet needs the type dcm4chee and a url with /aets/…/rs: leave it out")
+        return self
 
     @field_validator("name")
     @classmethod

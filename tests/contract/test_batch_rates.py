@@ -15,7 +15,7 @@ from sandbox.processes import HOST, SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from worker.jobs.batches import Conductor
-from worker.pacs.protocol import Found, Pacs, Retrieved
+from worker.pacs.protocol import Found, Pacs, Retrieved, View
 
 SIDE = 128
 IMAGE_BYTES = len(image("1.2", side=SIDE))
@@ -33,8 +33,8 @@ class Reading:
         return getattr(self.pacs, name)
 
     @contextmanager
-    def retrieve(self, found: Found) -> Iterator[Iterator[Retrieved]]:
-        with self.pacs.retrieve(found) as parts:
+    def retrieve(self, found: Found, *, view: View = "as_set") -> Iterator[Iterator[Retrieved]]:
+        with self.pacs.retrieve(found, view=view) as parts:
             yield map(self._noted, parts)
 
     def _noted(self, part: Retrieved) -> Retrieved:

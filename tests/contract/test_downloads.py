@@ -413,11 +413,11 @@ def overtaken(desk: Desk, place: str, form: str, monkeypatch: pytest.MonkeyPatch
     (pacs,) = desk.tools.fleet
     retrieve = pacs.retrieve
 
-    def overtake(found: Found) -> Any:
+    def overtake(found: Found, **view: Any) -> Any:
         monkeypatch.setattr(pacs, "retrieve", retrieve)
         monkeypatch.setattr(desk.tools.ledger, "hold_destination", lambda *_, **__: None)  # it has lost its lease
         assert desk.download(place, format=form)["status"] == "downloaded"
-        return retrieve(found)
+        return retrieve(found, **view)
 
     monkeypatch.setattr(pacs, "retrieve", overtake)
 

@@ -227,7 +227,7 @@ def test_a_study_that_grows_for_ever_is_given_up_with_a_sentence(move: Move, mon
     move.copy()
     retrieve = move.source.retrieve
 
-    def growing(found: Found) -> Any:
+    def growing(found: Found, **_: Any) -> Any:
         answer = retrieve(found)
         move.put(move.source, 1)
         return answer
@@ -297,7 +297,7 @@ def test_the_source_is_not_read_again_for_what_has_passed_whole(keepers: Move, m
     keepers.put(keepers.source, 3)
     keepers.copy()
 
-    def never(found: Found) -> Any:
+    def never(found: Found, **_: Any) -> Any:
         raise AssertionError("asked again")
 
     monkeypatch.setattr(keepers.source, "retrieve", never)
@@ -783,7 +783,7 @@ def test_what_was_answered_before_the_source_broke_off_is_not_sent_again(
     retrieve = move.source.retrieve
 
     class Broken:
-        def __init__(self, found: Found) -> None:
+        def __init__(self, found: Found, **_: Any) -> None:
             self._answer = retrieve(found)
 
         def __enter__(self) -> Iterator[Any]:

@@ -6,10 +6,11 @@ import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kombu.transport import TRANSPORT_ALIASES
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from worker.settings import BROKERS, AuthSettings, ServerSettings, Settings, SettingsError
 
@@ -212,6 +213,27 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]
 def test_every_setting_stands_in_the_documentation() -> None:
     keys = [name for _, name in [*sections(Settings), *sections(ServerSettings)]]
     assert [name for name in keys if not re.search(rf"`{name}`", DOCS)] == []
+
+
+@pytest.mark.parametrize(
+    ("type_", "url", "aet", "valid"),
+    [
+        ("dcm4chee", "http://arc:8080/dcm4chee-arc/aets/DCM4CHEE/rs", "AS_RECEIVED", True),
+        ("dcm4chee", "http://arc:8080/dcm4chee-arc/aets/DCM4CHEE/rs", "A/../B", False),
+        ("dcm4chee", "http://arc:8080/dcm4chee-arc/aets/DCM4CHEE/rs", "LONGER_THAN_TITLES", False),
+        ("dcm4chee", "http://proxy/pacs", "AS_RECEIVED", False),
+        ("orthanc", "http://orthanc:8042/dicom-web", "AS_RECEIVED", False),
+    ],
+)
+def test_only_a_dcm4chee_has_another_application_entity_to_retrieve_from(
+    type_: Any, url: str, aet: str, valid: bool
+) -> None:
+    given = {"name": "ward", "type": type_, "url": url, "retrieve_aet": aet}
+    if valid:
+        assert ServerSettings.model_validate(given).retrieve_aet == aet
+        return
+    with pytest.raises(ValidationError, match="retrieve_aet"):
+        ServerSettings.model_validate(given)
 
 
 def test_every_broker_that_celery_knows_is_known() -> None:

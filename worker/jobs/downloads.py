@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zipstream.ng import ZIP_DEFLATED, ZipStream
@@ -32,7 +32,7 @@ from worker.jobs.passing import Incoming
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.logs import about, shown_url
-from worker.pacs.protocol import Found, Pacs
+from worker.pacs.protocol import Found, Pacs, View
 from worker.payloads import DownloadJob, DownloadPayload, read_job
 
 #: How soon to look again whether the other job with the same destination has ended.
@@ -55,6 +55,7 @@ class _Study:
     series_of: Mapping[str, str]
     #: Called now and then with the number of images that came; raises if nobody wants the rest.
     still_wanted: Callable[[int], None]
+    view: View = "as_set"
     received: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: int = 0
 
@@ -130,12 +131,12 @@ def _destination(job: DownloadJob, tools: Tools) -> tuple[Archive | Files, Calla
 def archived(
     pacs: Pacs, found: Found, place_for: Callable[[Mark], Archive], run: Run
 ) -> tuple[Archive, Mark, str | None]:
-    """One server's copy of a study as an archive, at the place that is chosen by what is in it.
+    """One server's copy of a study as an archive that may return to it, at the place that is chosen by what is in it.
 
     The last is the SHA-256 of the archive as it was written; None if it was there already, and was not written again.
     The caller sees to it that no other job writes there.
     """
-    study = _study(pacs, found, run, lambda _: run.check_ours())
+    study = replace(_study(pacs, found, run, lambda _: run.check_ours()), view="to_return")
     place = place_for(study.mark)
     there = place.look()
     if there is not None and there != study.mark:
@@ -265,7 +266,7 @@ def _retrieved(study: _Study, asked: Iterable[Found]) -> Iterator[_Incoming]:
     name = study.pacs.server.name
     for found in asked:
         try:
-            with study.pacs.retrieve(found) as parts:
+            with study.pacs.retrieve(found, view=study.view) as parts:
                 for part in parts:
                     _look_up(study)
                     image = _Incoming(part.chunks, blame=study.unreadable)

@@ -37,7 +37,7 @@ from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.jobs.transfers import Transfer, bring, images_on
-from worker.pacs.protocol import Found, Pacs, Retrieved
+from worker.pacs.protocol import Found, Pacs, Retrieved, View
 from worker.scratch import drop
 from worker.settings import ServerSettings
 
@@ -129,16 +129,22 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
         transfer = Transfer(source, pacs, study_uid, resumed=True, receipts=receipts, look=look)
         if wanted:
             bring(transfer, wanted, on_source=copy.series_of, on_target=before)
-        _check_taken(transfer)
-        return {"restored": len(wanted), **_check_restored(pacs, study_uid, copy, transfer.stored.keys(), limit)}
+        moot = _check_taken(transfer)
+        back = copy.series_of.keys() - moot
+        told = _check_restored(pacs, study_uid, copy, back, transfer.stored.keys(), limit)
+        return {"restored": len(wanted - moot), **told, **({"left_out": sorted(moot)} if moot else {})}
 
 
-def _check_taken(transfer: Transfer) -> None:
-    if transfer.refused:
-        uid, outcome = next(iter(transfer.refused.items()))
+def _check_taken(transfer: Transfer) -> set[str]:
+    """The UIDs of what need not come back: notes that hid images which are gone."""
+    moot = transfer.moot
+    refused = {uid: outcome for uid, outcome in transfer.refused.items() if uid not in moot}
+    if refused:
+        uid, outcome = next(iter(refused.items()))
         name, server_type = transfer.target.server.name, transfer.target.server.type
-        sentence = f"{name} does not take {len(transfer.refused)} images back, {uid} for one: {outcome.message}"
+        sentence = f"{name} does not take {len(refused)} images back, {uid} for one: {outcome.message}"
         raise PacsRejected(sentence, server_name=name, server_type=server_type)
+    return moot
 
 
 def _check_unchanged(study_uid: str, copy: _Copy, now: Side, limit: int, *, so: str) -> None:
@@ -150,13 +156,15 @@ def _check_unchanged(study_uid: str, copy: _Copy, now: Side, limit: int, *, so: 
         raise _conflict(now.pacs, sentence)
 
 
-def _check_restored(pacs: Pacs, study_uid: str, copy: _Copy, sent: Collection[str], limit: int) -> dict[str, Any]:
-    """What the server shows now against what was kept: the UIDs of all, and what was sent as the server gives it back.
+def _check_restored(
+    pacs: Pacs, study_uid: str, copy: _Copy, back: Collection[str], sent: Collection[str], limit: int
+) -> dict[str, Any]:
+    """What the server shows now against what was kept: the UIDs ``back``, and what was ``sent`` as it gives it back.
 
     What it had before has been compared already.
     """
     name, on_server = pacs.server.name, images_on(pacs, study_uid)
-    if missing := copy.series_of.keys() - on_server.keys():
+    if missing := set(back) - on_server.keys():
         sentence = f"{name} does not list {len(missing)} of the images that were brought back; it is looked at again."
         raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)
     found = _compare(study_uid, copy, Side(pacs, on_server), sent, limit)
@@ -186,7 +194,7 @@ class _Copy:
         return {uid: str(entry["series_uid"]) for uid, entry in self.entries.items()}
 
     @contextmanager
-    def retrieve(self, found: Found) -> Iterator[Iterator[Retrieved]]:
+    def retrieve(self, found: Found, *, view: View = "as_set") -> Iterator[Iterator[Retrieved]]:  # noqa: ARG002
         yield (
             Retrieved(str(entry["transfer_syntax_uid"]), self._chunks(entry))
             for uid, entry in self.entries.items()

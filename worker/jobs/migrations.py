@@ -345,6 +345,11 @@ def _undo(item: Item, group: _Group) -> Settled:
         group.move_claim(item, group.source)
         told["servers"] = {target: "undone", group.source.server.name: "undone"}
     notes = [f"{target} hides what was removed, and frees it later."] if told["hidden"] else []
+    if told["left_out"]:
+        notes.append(
+            f"{target} keeps {told['left_out']} notes of rejections: {group.source.server.name} does not take them "
+            "without the images that they hid there."
+        )
     if told["left"]:
         notes.append(
             f"{target} keeps {told['left']} images that the batch has not added, so the study is on both servers."

@@ -497,10 +497,11 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
         should go back. Nothing is removed.
     """
     _check_allowed(transfer, transfer.target)
-    if receipt.removing is None and receipt.source_deleted:
-        _restore(transfer, receipt)
+    left_out = _restore(transfer, receipt) if receipt.removing is None and receipt.source_deleted else set()
     seen = Seen.look(transfer)
-    ours = (receipt.added | _by_earlier_attempt(receipt, seen)) & seen.on_target.keys()
+    ours = (receipt.added | _by_earlier_attempt(receipt, seen)) & seen.on_target.keys() - left_out
+    if receipt.removing is not None:
+        ours &= receipt.removing
     if only_here := ours - seen.on_source.keys():
         sentence = (
             f"{transfer.source.server.name} does not have {len(only_here)} of the images that would be removed from "
@@ -514,12 +515,13 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
         receipt.save(receipt)
     pieces = to_ask(Found("study", transfer.study_uid), seen.on_target, ours) if ours else []
     fates = {_remove(transfer, found) for found in pieces}
-    restored = len(receipt.moved) if receipt.source_deleted else 0
-    left = len(seen.on_target.keys() - ours)
+    restored = len(receipt.moved & seen.on_source.keys()) if receipt.source_deleted else 0
+    left = seen.on_target.keys() - ours
     return {
         "removed": len(receipt.removing),
         "restored": restored,
-        "left": left,
+        "left": len(left - receipt.added),
+        "left_out": len(left & receipt.added),
         "hidden": DeletionFate.HIDDEN in fates,
     }
 
@@ -537,8 +539,11 @@ def _remove(transfer: Transfer, found: Found) -> DeletionFate:
     return deletion.fate
 
 
-def _restore(transfer: Transfer, receipt: Receipt) -> None:
-    """Bring back to the source what it had before the batch deleted it, and compare all of it."""
+def _restore(transfer: Transfer, receipt: Receipt) -> set[str]:
+    """Bring back to the source what it had before the batch deleted it, and compare all of it.
+
+    Returns what the source does not need back (`Outcome.is_moot`); it stays on the target.
+    """
     back = replace(transfer, source=transfer.target, target=transfer.source)
     seen = Seen.look(back)
     wanted = receipt.moved - seen.on_target.keys()
@@ -550,11 +555,14 @@ def _restore(transfer: Transfer, receipt: Receipt) -> None:
         raise transfer.error(StudyConflict, back.source, sentence)
     if wanted:
         bring(back, wanted, on_source=seen.on_source, on_target=seen.on_target)
-        _check_accepted(back)
+    moot = back.moot
+    back.refused = {uid: outcome for uid, outcome in back.refused.items() if uid not in moot}
+    _check_accepted(back)
     after = Seen.look(back)
-    if lacking := receipt.moved - after.on_target.keys():
+    if lacking := receipt.moved - moot - after.on_target.keys():
         sentence = f"{back.target.server.name} does not list {len(lacking)} of the images that were brought back to it."
         raise transfer.error(PacsMisanswered, back.target, sentence)
     goes = Side(back.source, after.on_source, goes=True)
-    _prove(back, goes, Side(back.target, after.on_target), receipt.moved & after.on_source.keys())
+    _prove(back, goes, Side(back.target, after.on_target), (receipt.moved - moot) & after.on_source.keys())
     transfer.proven |= back.proven
+    return moot

@@ -21,7 +21,7 @@ from worker.jobs.batches import Spent
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
 from worker.pacs.fleet import Fleet
-from worker.pacs.protocol import Found, Pacs, Retrieved
+from worker.pacs.protocol import Found, Pacs, Retrieved, View
 from worker.waits import BATCH_RATE, BATCH_WINDOW
 from worker.windows import Window
 
@@ -73,9 +73,9 @@ class Metered:
         return getattr(self._pacs, name)
 
     @contextmanager
-    def retrieve(self, found: Found) -> Iterator[Iterator[Retrieved]]:
+    def retrieve(self, found: Found, *, view: View = "as_set") -> Iterator[Iterator[Retrieved]]:
         self._spent.add(requests=1)
-        with self._pacs.retrieve(found) as parts:
+        with self._pacs.retrieve(found, view=view) as parts:
             yield (replace(part, chunks=self._counted(part.chunks)) for part in parts)
 
     def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -82,6 +82,11 @@ class Transfer:
         self.spooled = not self.target.takes_passing
 
     @property
+    def moot(self) -> set[str]:
+        """What was refused and is not missed (`Outcome.is_moot`)."""
+        return {uid for uid, outcome in self.refused.items() if outcome.is_moot}
+
+    @property
     def settled(self) -> set[str]:
         return self.stored.keys() | self.there | self.refused.keys()
 
@@ -355,12 +360,12 @@ def received(
     """The images that a server sends when it is asked for ``wanted``, others among them.
 
     What does not belong to the study, cannot be read or ends too early is an error of the server. With ``only_listed``
-    so is an image that ``series_of``, the server's list, lacks.
+    so is an image that ``series_of``, the server's list, lacks, and images come as the server shows them.
     """
     name, blame = pacs.server.name, partial(_unreadable, pacs, study_uid)
     try:
         for asked in to_ask(Found("study", study_uid), series_of, wanted):
-            with pacs.retrieve(asked) as parts:
+            with pacs.retrieve(asked, view="as_shown" if only_listed else "as_set") as parts:
                 for part in parts:
                     image = Incoming(part.chunks, blame=blame, with_preamble=False)
                     if image.instance.study_instance_uid != study_uid:

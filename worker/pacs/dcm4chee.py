@@ -19,6 +19,7 @@ from worker.fingerprints import Rewrites
 from worker.instances import Instance
 from worker.logs import shown_text
 from worker.pacs.dcm4chee_hidden import Dcm4cheeHidden
+from worker.pacs.dcm4chee_views import Dcm4cheeViews
 from worker.pacs.dicomjson import FAILED_SOP_SEQUENCE, REFERENCED_SOP_CLASS_UID, items, text
 from worker.pacs.dicomweb import DicomWeb, path_of
 from worker.pacs.hiding import Hiding
@@ -36,6 +37,7 @@ from worker.pacs.protocol import (
     ServerState,
     StorageState,
     StudyPage,
+    View,
 )
 from worker.pacs.stow import Codes, Sent, failed_by_code, judge
 from worker.pacs.study_turns import StudyTurns
@@ -112,6 +114,7 @@ class Dcm4chee:
         self._turns = StudyTurns()
         self._archive = archive_path(transport.base_path)
         self.hiding: Hiding = Dcm4cheeHidden(transport, self._web, self._archive, revoke_timeout_s=REJECT_TIMEOUT_S)
+        self._views = Dcm4cheeViews(transport, self._archive, REWRITES)
 
     def find(self, level: Level, uid: str) -> list[Found]:
         """A study is counted. Oddity: "A study is listed slowly and counted fast"."""
@@ -197,8 +200,9 @@ class Dcm4chee:
             return self._delete_study(found)
         return hidden
 
-    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
-        return self._web.retrieve(found)
+    def retrieve(self, found: Found, *, view: View = "as_set") -> AbstractContextManager[Iterator[Retrieved]]:
+        """Oddity: "Corrections are laid over what was stored"."""
+        return self._views.retrieve(found, view)
 
     def state(self) -> ServerState:
         """`/ctrl/status` proves the archive alone, and not for this entity. Oddity: "Started is not a database"."""
@@ -223,6 +227,8 @@ class Dcm4chee:
         if entities is not None and title not in titles:
             known = shown_text(", ".join(titles[:20]), limit=300)
             return f"it has no application entity {title}; there are {known}. Check the server's url"
+        if entities is not None and self.server.retrieve_aet and self.server.retrieve_aet not in titles:
+            return f"it has no application entity {self.server.retrieve_aet}; check the server's retrieve_aet"
         services = [one for one in self._told("/webapps") or () if one.get("dicomAETitle") == title]
         classes = {name for one in services for name in one.get("dcmWebServiceClass") or ()}
         if services and "STOW_RS" not in classes:
@@ -325,6 +331,8 @@ class _Failures:
             return replace(found, fate=Fate.TRY_AGAIN, message=_OTHER_MADE_UP_ID)
         if found.failure_reason == _BEING_DELETED:
             return replace(found, details=_DELETING)
+        if found.failure_reason == _NOTE_WITHOUT_IMAGES:
+            return replace(found, is_moot=True)
         if found.failure_reason not in (_FAILED, _NO_DICOM_STREAM):
             return found
         text = warning_text(warning)
@@ -348,6 +356,9 @@ def _proof(instance: Instance, item: Dataset, warning: str) -> str:
 _FAILED, _CONFLICTING_PATIENT_ID, _BEING_DELETED, _NO_DICOM_STREAM = 0x0110, 0xA778, 0xA77A, 0xC499
 #: What the details of an error say where a study is being deleted, perhaps for ever.
 _DELETING: Mapping[str, Any] = {"study_deleting": True}
+_FAILED, _CONFLICTING_PATIENT_ID, _NO_DICOM_STREAM = 0x0110, 0xA778, 0xC499
+#: Oddity: "A note of a rejection does not return without its images".
+_NOTE_WITHOUT_IMAGES = 0xA772
 _OTHER_MADE_UP_ID = (
     "The image has no Patient ID, and the archive made up another one for an image of the study that arrived with it."
 )

@@ -38,6 +38,7 @@ from worker.pacs.protocol import (
     ServerState,
     StorageState,
     StudyPage,
+    View,
 )
 from worker.pacs.stow import Codes, Sent, judge, unmentioned
 from worker.pacs.transport import Answer, Request, Transport
@@ -133,7 +134,7 @@ class MsDicom:
             return Deletion(DeletionFate.NOT_THERE)
         return expected
 
-    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
+    def retrieve(self, found: Found, *, view: View = "as_set") -> AbstractContextManager[Iterator[Retrieved]]:  # noqa: ARG002
         return self._web.retrieve(found)
 
     def state(self) -> ServerState:

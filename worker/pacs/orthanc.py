@@ -29,6 +29,7 @@ from worker.pacs.protocol import (
     ServerState,
     StorageState,
     StudyPage,
+    View,
 )
 from worker.pacs.stow import Sent
 from worker.pacs.transport import Request, Transport
@@ -213,7 +214,7 @@ class Orthanc:
         gone = [self._delete(f"{self._root}{collection}/{key}") for key in self._keys(found)]
         return expected if any(gone) else Deletion(DeletionFate.NOT_THERE)
 
-    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
+    def retrieve(self, found: Found, *, view: View = "as_set") -> AbstractContextManager[Iterator[Retrieved]]:  # noqa: ARG002
         return self._web.retrieve(found)
 
     def state(self) -> ServerState:

@@ -21,6 +21,7 @@ from worker.pacs.protocol import (
     ServerState,
     StorageState,
     StudyPage,
+    View,
 )
 from worker.pacs.stow import Sent, judge, rejected_if_alone, unmentioned
 from worker.pacs.transport import Answer, Request, Transport
@@ -107,7 +108,7 @@ class PlainDicomWeb:
             return Deletion(DeletionFate.NOT_THERE)
         return expected
 
-    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
+    def retrieve(self, found: Found, *, view: View = "as_set") -> AbstractContextManager[Iterator[Retrieved]]:  # noqa: ARG002
         return self._web.retrieve(found)
 
     def state(self) -> ServerState:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 from worker.fingerprints import Rewrites
 from worker.instances import Instance
@@ -19,6 +19,10 @@ from worker.settings import ServerSettings
 
 if TYPE_CHECKING:
     from worker.pacs.hiding import Hiding
+
+#: How images are read: as the settings say; as the server shows them, whatever the settings say; or for a backup, which
+#: returns to the same server, and must bring back all that the server shows.
+View = Literal["as_set", "as_shown", "to_return"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Outcome:
 
     ``failure_reason`` is FailureReason (0008,1197) as the server gave it; ``message`` is a sentence without
     patient data; ``warnings`` are what the server stored in spite of. ``is_doubtful``: the failure may lie in the
-    server or in the image itself. ``details`` belong into the details of the error that comes of it.
+    server or in the image itself. ``is_moot``: it is a note that only hides images, and the server has none of them, so
+    nothing is lost without it. ``details`` belong into the details of the error that comes of it.
     """
 
     sop_instance_uid: str
@@ -76,6 +81,7 @@ class Outcome:
     message: str = ""
     warnings: tuple[str, ...] = ()
     is_doubtful: bool = False
+    is_moot: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -249,8 +255,8 @@ class Pacs(Protocol):
         """Make ``found`` go away; `NOT_THERE` if it already was."""
         ...
 
-    def retrieve(self, found: Found) -> AbstractContextManager[Iterator[Retrieved]]:
-        """The instances below ``found`` in their stored transfer syntax, streamed.
+    def retrieve(self, found: Found, *, view: View = "as_set") -> AbstractContextManager[Iterator[Retrieved]]:
+        """The instances below ``found`` in their stored transfer syntax, streamed; never one that is not listed.
 
         A body that ends before its closing boundary raises `PacsMisanswered`; `NotFound` if it is gone.
         """
