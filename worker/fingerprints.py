@@ -57,15 +57,21 @@ class Rewrites:
 
     ``added``: it may give them a value where the image had none, and append items to a sequence among them; what the
     image had there comes back. ``dropped``: it may leave them out. Group 0002 and group lengths (gggg,0000), which say
-    nothing of the image but how it is encoded, are never compared.
+    nothing of the image but how it is encoded, are never compared. ``changed``: they were seen to come back otherwise,
+    by no rule that could be relied on; they are compared, and a sentence may name the product as the likely cause.
     """
 
     added: frozenset[int] = frozenset()
     dropped: frozenset[int] = frozenset()
+    changed: frozenset[int] = frozenset()
 
     @property
     def tags(self) -> frozenset[int]:
         return self.added | self.dropped
+
+    @property
+    def known(self) -> frozenset[int]:
+        return self.tags | self.changed
 
 
 #: One element of the dataset that is judged apart: the digest of its value, then one for each item of a sequence.
@@ -139,16 +145,38 @@ def equal(one: Fingerprint, other: Fingerprint, *, rewrites: tuple[Rewrites, Rew
 
 def differing(one: Table, other: Table, *, rewrites: tuple[Rewrites, Rewrites]) -> list[str]:
     """The elements that make two images unequal, each as ``Keyword (gggg,eeee)``, never with a value."""
+    names = dict.fromkeys(_name(path) for path in sorted(_differing_paths(one, other, rewrites)))
+    if one.encoding != other.encoding:
+        names = {"TransferSyntaxUID (0002,0010)": None, **names}
+    more = len(names) - MAX_NAMED
+    return [*list(names)[:MAX_NAMED], *([f"{more} more"] if more > 0 else [])]
+
+
+def is_of(product: Rewrites, given: Table, returned: Table, *, rewrites: tuple[Rewrites, Rewrites]) -> bool:
+    """Whether the product may have made one image of the other: all that `differing` tells is what it adds or changes.
+
+    The tables have to hold ``product.known`` apart. Such images are unequal all the same.
+    """
+    paths = _differing_paths(given, returned, rewrites)
+    tags = [int.from_bytes(path, "big") for path in paths]
+    return (
+        bool(paths)
+        and given.encoding == returned.encoding
+        and all(
+            tag in product.changed
+            or _may_rewrite(product, tag, given=given.apart.get(tag), returned=returned.apart.get(tag))
+            for tag in tags
+        )
+    )
+
+
+def _differing_paths(one: Table, other: Table, rewrites: tuple[Rewrites, Rewrites]) -> list[bytes]:
     paths = _differing_apart(one.apart, other.apart, rewrites)
     for path in one.leaves.keys() | other.leaves.keys():
         ours, theirs = one.leaves.get(path), other.leaves.get(path)
         if ours is None or theirs is None or not _alike(ours, theirs, with_vrs=one.explicit and other.explicit):
             paths.append(path)
-    names = dict.fromkeys(_name(path) for path in sorted(paths))
-    if one.encoding != other.encoding:
-        names = {"TransferSyntaxUID (0002,0010)": None, **names}
-    more = len(names) - MAX_NAMED
-    return [*list(names)[:MAX_NAMED], *([f"{more} more"] if more > 0 else [])]
+    return paths
 
 
 def _alike(ours: Sequence[tuple[bytes, bytes]], theirs: Sequence[tuple[bytes, bytes]], *, with_vrs: bool) -> bool:

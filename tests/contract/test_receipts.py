@@ -240,6 +240,30 @@ def test_same_bytes_is_right_whatever_has_replaced_the_image_since(
     assert details["stored_sha256"] == hashlib.sha256(now).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("own", "then", "tags"),
+    [
+        ({}, {}, ["IssuerOfPatientID (0010,0021)"]),
+        ({"PatientID": ""}, {}, ["PatientID (0010,0020)", "IssuerOfPatientID (0010,0021)"]),
+        ({"IssuerOfPatientID": "HOSPITAL"}, {"PatientComments": "seen"}, ["PatientComments (0010,4000)"]),
+        ({}, {"ImageLaterality": "L"}, ["IssuerOfPatientID (0010,0021)", "ImageLaterality (0020,0062)"]),
+    ],
+    ids=["the issuer", "a PatientID that was made up", "another file", "more than the archive adds"],
+)
+def test_the_original_of_a_copy_that_came_from_dcm4chee_differs_in_elements_that_are_named(
+    site: Site, put: Callable[[bytes], str], own: dict[str, Any], then: dict[str, Any], tags: list[str]
+) -> None:
+    """``then``: what is said otherwise in the file that comes once the archive's copy is on the other server."""
+    study, sop = new_uid(), new_uid()
+    site.put_file("dcm4chee", image(study, sop=sop, side=SIDE, **own))
+    payload(site.order(study, from_server="dcm4chee", to_server="msdicom"))
+    site.fleet["dcm4chee"].delete(Found("study", study), permanent=True)
+    details = refused(site, put(image(study, sop=sop, side=SIDE, **{**own, **then})))
+    assert details["same_bytes"] is False, "and they are not called the same"
+    named = [tag for tag in details["tags"] if not tag.startswith("OriginalAttributesSequence")]
+    assert (named, details["made_by"]) == (tags, [] if then else ["dcm4chee"])
+
+
 def test_where_files_are_rewritten_nothing_is_said_of_bytes(site: Site, put: Callable[[bytes], str]) -> None:
     content = image(new_uid(), side=SIDE)
     uploaded(site, put(content), server="dcm4chee")

@@ -29,7 +29,7 @@ from pydicom.uid import (
 )
 
 from worker.errors import InvalidUid, MissingUid, NotDicom
-from worker.fingerprints import Fingerprint, Rewrites, differing, equal, fingerprint, table
+from worker.fingerprints import Fingerprint, Rewrites, Table, differing, equal, fingerprint, is_of, table
 from worker.instances import identify
 from worker.pacs.dcm4chee import REWRITES as DCM4CHEE
 from worker.pacs.msdicom import MsDicom
@@ -369,6 +369,52 @@ def test_what_the_original_has_comes_back_as_it_was(keyword: str) -> None:
     for rewrites in ((NOTHING, DCM4CHEE), (DCM4CHEE, NOTHING), (DCM4CHEE, DCM4CHEE)):
         assert not same(one, other, rewrites)
         assert named(one, other, rewrites)[0].startswith(keyword)
+
+
+def tabled(content: bytes, apart: frozenset[int]) -> Table:
+    stream = io.BytesIO(content)
+    return table(stream, identify(stream).transfer_syntax_uid, apart=apart)
+
+
+def may_be_of_dcm4chee(given: Dataset, returned: Dataset) -> bool:
+    one, other = (tabled(encoded(ds), DCM4CHEE.known) for ds in (given, returned))
+    return is_of(DCM4CHEE, one, other, rewrites=(NOTHING, NOTHING))
+
+
+def other_ids(ds: Dataset) -> None:
+    item = Dataset()
+    item.PatientID = "X1"
+    ds.OtherPatientIDsSequence = Sequence([item])
+
+
+CHANGED: dict[str, Callable[[Dataset], object]] = {
+    "SpecificCharacterSet": put("SpecificCharacterSet", "ISO_IR 192"),
+    "AcquisitionTime": put("AcquisitionTime", "101010"),
+    "PatientSex": put("PatientSex", "F"),
+    "OtherPatientIDsSequence": other_ids,
+}
+
+
+@pytest.mark.parametrize("keyword", CHANGED)
+def test_what_dcm4chee_was_seen_to_change_counts_as_a_difference_and_is_named_as_its_doing(keyword: str) -> None:
+    given, returned = sample(), changed(CHANGED[keyword])
+    for rewrites in ((NOTHING, DCM4CHEE), (DCM4CHEE, NOTHING), (DCM4CHEE, DCM4CHEE)):
+        assert not same(encoded(given), encoded(returned), rewrites)
+    assert may_be_of_dcm4chee(given, returned)
+    put("PixelData", bytes(8))(returned)
+    assert not may_be_of_dcm4chee(given, returned), "pixels are not"
+
+
+@pytest.mark.parametrize("what", ADDED)
+def test_what_dcm4chee_adds_is_named_as_its_doing_where_the_original_has_none(what: str) -> None:
+    given = changed(ADDED[what])
+    returned, keyword = copy.deepcopy(given), what.split(" ", maxsplit=1)[0]
+    setattr(returned, keyword, trail("20260101") if keyword.endswith("Sequence") else "ADDED")
+    assert may_be_of_dcm4chee(given, returned)
+    assert not may_be_of_dcm4chee(returned, given), "nor does it take anything away"
+    if not keyword.endswith("Sequence"):
+        assert not may_be_of_dcm4chee(changed(put(keyword, "OTHER")), returned), "nor put another in its place"
+    assert not may_be_of_dcm4chee(given, given), "where nothing differs, it has done nothing"
 
 
 def test_dcm4chee_may_append_to_the_trail_of_changes_and_change_none_of_it() -> None:

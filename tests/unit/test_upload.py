@@ -29,6 +29,7 @@ from worker.errors import (
     SourceDenied,
     StudyConflict,
 )
+from worker.fingerprints import Rewrites
 from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
@@ -50,6 +51,7 @@ class Server:
 
     keeps_bytes = True
     hiding = None
+    rewrites = Rewrites()
 
     def __init__(self, name: str) -> None:
         self.server = ServerSettings(name=name, type="dicomweb", url=f"http://{name}")
@@ -625,6 +627,42 @@ def test_same_bytes_is_of_what_the_server_has_now_and_not_of_the_receipt(desk: D
     details = refused(desk.carry("again")).details
     assert (details["same_bytes"], details["same_bytes_reason"]) == (not ours_first, None)
     assert (details["stored_sha256"], details["receipt_sha256"]) == (digest(second), digest(first))
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        ({"ImageLaterality": "L"}, "the two differ in ImageLaterality (0020,0062)."),
+        ({"PatientID": "P2"}, "the two differ in PatientID (0010,0020)."),
+        (
+            {"PatientSex": "F"},
+            "the two differ in PatientSex (0010,0040), as b may have added or changed in what it gave back.",
+        ),
+    ],
+)
+def test_the_elements_in_which_another_file_differs_are_named_without_their_values(
+    desk: Desk, then: dict[str, str], said: str
+) -> None:
+    study, sop = new_uid(), new_uid()
+    desk.servers["b"].rewrites = Rewrites(added=frozenset((0x00100020,)), changed=frozenset((0x00100040,)))
+    desk.files.there.update(first=image(study, sop=sop), again=image(study, sop=sop))
+    stored(desk.carry("first"))
+    put_by_others(desk, image(study, sop=sop, **then))
+    error = refused(desk.carry("again"))
+    assert error.message == f"The image is already on a, with other bytes: {said}"
+    assert (error.details["same_bytes"], len(error.details["tags"])) == (False, 1)
+
+
+def test_another_encoding_has_other_bytes_and_no_elements_to_name(desk: Desk) -> None:
+    body, file = image(new_uid()), io.BytesIO()
+    ds = pydicom.dcmread(io.BytesIO(body))
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    ds.save_as(file, implicit_vr=True, little_endian=True)
+    desk.files.there.update(first=body, again=body)
+    stored(desk.carry("first"))
+    put_by_others(desk, file.getvalue())
+    error = refused(desk.carry("again"))
+    assert (error.message, "tags" in error.details) == ("The image is already on a, with other bytes.", False)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import BinaryIO, TypeVar
 
 from worker.errors import NotDicom
-from worker.fingerprints import Fingerprint, Rewrites, Table, differing, equal, fingerprint, table
+from worker.fingerprints import Fingerprint, Rewrites, Table, differing, equal, fingerprint, is_of, table
 from worker.jobs.transfers import SPOOL_TIMEOUT_S, digests_on, received
 from worker.pacs.protocol import Pacs
 from worker.sources.spool import Limits, spool
@@ -82,6 +82,10 @@ class _Pair:
     @property
     def apart(self) -> frozenset[int]:
         return self.one.pacs.rewrites.tags | self.other.pacs.rewrites.tags
+
+    @property
+    def known(self) -> frozenset[int]:
+        return self.one.pacs.rewrites.known | self.other.pacs.rewrites.known
 
     @property
     def rewrites(self) -> tuple[Rewrites, Rewrites]:
@@ -156,7 +160,7 @@ def _tags(pair: _Pair, uid: str) -> tuple[list[str], str]:
     """Which elements of the image differ, and that in words."""
 
     def reader(stream: BinaryIO, transfer_syntax_uid: str) -> Table:
-        return table(stream, transfer_syntax_uid, apart=pair.apart)
+        return table(stream, transfer_syntax_uid, apart=pair.known)
 
     tables: list[Table] = []
     for side in (pair.one, pair.other):
@@ -167,4 +171,12 @@ def _tags(pair: _Pair, uid: str) -> tuple[list[str], str]:
             return [], f"which cannot be read to its end as {side.pacs.server.name} sends it"
         tables.append(sent[0])
     tags = differing(tables[0], tables[1], rewrites=pair.rewrites)
-    return tags, f"in {', '.join(tags)}" if tags else "in how its elements are encoded"
+    return tags, f"in {', '.join(tags)}{_cause(pair, *tables)}" if tags else "in how its elements are encoded"
+
+
+def _cause(pair: _Pair, ones: Table, others: Table) -> str:
+    """Half a sentence, if all that differs is what one of the servers adds to images or changes in them."""
+    for pacs, given, returned in ((pair.one.pacs, others, ones), (pair.other.pacs, ones, others)):
+        if is_of(pacs.rewrites, given, returned, rewrites=pair.rewrites):
+            return f", as {pacs.server.name} may have added or changed by itself"
+    return ""

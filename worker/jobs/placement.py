@@ -202,7 +202,8 @@ def _nobody(tools: Tools) -> PacsUnavailable:
 def already_exists(server: str, arrival: Arrival, tools: Tools, *, compares: bool = True) -> ImageAlreadyExists:
     """The error; ``compares``: the server is asked for the image, and its bytes are compared (`same_bytes`)."""
     pacs = tools.fleet[server]
-    return told_to_exist(server, arrival, compare(pacs, arrival) if compares else LEFT_TO_VERIFICATION, tools)
+    found = compare(pacs, arrival, tools.fleet) if compares else LEFT_TO_VERIFICATION
+    return told_to_exist(server, arrival, found, tools)
 
 
 def told_to_exist(server: str, arrival: Arrival, found: Comparison, tools: Tools) -> ImageAlreadyExists:
@@ -210,7 +211,7 @@ def told_to_exist(server: str, arrival: Arrival, found: Comparison, tools: Tools
     receipt = tools.ledger.receipt(arrival.instance.sop_instance_uid)
     elsewhere = arrival.elsewhere.get(server)
     where = f"{server}, in another study ({elsewhere})" if elsewhere else server
-    sentence = f"The image is already on {where}" + (", with other bytes." if found.same is False else ".")
+    sentence = f"The image is already on {where}{_difference(found)}."
     link = viewer_of(settings, arrival.instance) if elsewhere is None else viewer_url(settings, study=elsewhere)
     return ImageAlreadyExists(
         sentence,
@@ -222,12 +223,24 @@ def told_to_exist(server: str, arrival: Arrival, found: Comparison, tools: Tools
             "stored_sha256": found.stored_sha256,
             "same_bytes": found.same,
             "same_bytes_reason": found.reason,
+            **({"tags": list(found.tags), "made_by": list(found.made_by)} if found.tags else {}),
             "receipt_sha256": receipt.sha256 if receipt and receipt.server == server else None,
             "viewer_url": link,
             "source": arrival.source,
             **({"in_study_uid": elsewhere} if elsewhere else {}),
         },
     )
+
+
+def _difference(found: Comparison) -> str:
+    if found.same is not False:
+        return ""
+    if not found.tags:
+        return ", with other bytes"
+    said = f", with other bytes: the two differ in {', '.join(found.tags)}"
+    if not found.made_by:
+        return said
+    return f"{said}, as {' and '.join(found.made_by)} may have added or changed in what it gave back"
 
 
 def refusal(outcome: Outcome, instance: Instance, pacs: Pacs, *, pending_wait_s: float) -> CourierError:

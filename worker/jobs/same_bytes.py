@@ -7,15 +7,18 @@ stored again since, by others. Preambles (PS3.10, 7.1) are not compared: they me
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO, Literal
 
 from worker.errors import CourierError, NotFound
-from worker.instances import Instance
+from worker.fingerprints import Rewrites, Table, differing, is_of, table
+from worker.instances import Instance, identify
 from worker.jobs.passing import PREAMBLE_BYTES, whole
 from worker.pacs.protocol import Pacs
 from worker.pacs.stow import PREAMBLE
+from worker.sources.spool import Limits, spool
 
 #: Larger images are not retrieved to be compared.
 COMPARED_BYTES = 64 * 1_048_576
@@ -35,8 +38,8 @@ class Arrival:
     """A file as it came: what it says of itself, its size and digest, and where it was fetched.
 
     ``zero_preamble``: its preamble is there and all zeros. ``bare_sha256`` gives the digest of what follows the
-    preamble; None where the bytes are not at hand any more. ``elsewhere``: the servers that have the image in another
-    study alone, each with that study.
+    preamble, and ``open`` the file; None where the bytes are not at hand any more. ``elsewhere``: the servers that have
+    the image in another study alone, each with that study.
     """
 
     instance: Instance
@@ -46,22 +49,35 @@ class Arrival:
     zero_preamble: bool = False
     bare_sha256: Callable[[], str] | None = None
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+    open: Callable[[], BinaryIO] | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """``same`` is None where it is not known, and ``reason`` says why; ``stored_sha256`` is of what is there now."""
+    """``same`` is None where it is not known, and ``reason`` says why; ``stored_sha256`` is of what is there now.
+
+    ``tags`` names the elements that differ, without values, as far as both files can be read; ``made_by`` the servers
+    that are known to add or change just these in what they give back.
+    """
 
     same: bool | None
     stored_sha256: str | None = None
     reason: Reason | None = None
+    tags: tuple[str, ...] = ()
+    made_by: tuple[str, ...] = ()
 
 
+#: How long the copy may take that is read to name what differs.
+SPOOL_TIMEOUT_S = 600.0
+_STRICTLY = (Rewrites(), Rewrites())
 LEFT_TO_VERIFICATION = Comparison(None, reason="left_to_verification")
 
 
-def compare(pacs: Pacs, arrival: Arrival) -> Comparison:
-    """Retrieve the image from the server, unless it is large or the server rewrites files, and compare."""
+def compare(pacs: Pacs, arrival: Arrival, fleet: Iterable[Pacs] = ()) -> Comparison:
+    """Retrieve the image from the server, unless it is large or the server rewrites files, and compare.
+
+    What is there may be a copy that came from one of the ``fleet``.
+    """
     if not pacs.keeps_bytes:
         return Comparison(None, reason="server_rewrites_files")
     if arrival.size_bytes > COMPARED_BYTES:
@@ -77,7 +93,37 @@ def compare(pacs: Pacs, arrival: Arrival) -> Comparison:
     verdicts = [file.is_of(arrival) for file in files]
     if True in verdicts:
         return Comparison(True, files[verdicts.index(True)].sha256)
-    return Comparison(verdicts[0], files[0].sha256, "file_not_at_hand" if verdicts[0] is None else None)
+    reason: Reason | None = "file_not_at_hand" if verdicts[0] is None else None
+    return _named(Comparison(verdicts[0], files[0].sha256, reason), pacs, arrival, fleet)
+
+
+def _named(found: Comparison, pacs: Pacs, arrival: Arrival, fleet: Iterable[Pacs]) -> Comparison:
+    """``found``, and of a file that is another one, in which elements."""
+    if found.same is not False or arrival.open is None:
+        return found
+    products = [one for one in fleet if one.rewrites.known]
+    apart = frozenset().union(*(one.rewrites.known for one in products))
+    try:
+        with arrival.open() as file:
+            given = table(file, arrival.instance.transfer_syntax_uid, apart=apart)
+        there = next(_tables(pacs, arrival.instance.sop_instance_uid, apart), None)
+    except CourierError:
+        return found
+    if there is None:
+        return found
+    tags = tuple(differing(given, there, rewrites=_STRICTLY))
+    made_by = tuple(one.server.name for one in products if is_of(one.rewrites, given, there, rewrites=_STRICTLY))
+    return replace(found, tags=tags, made_by=made_by)
+
+
+def _tables(pacs: Pacs, sop_instance_uid: str, apart: frozenset[int]) -> Iterator[Table]:
+    for found in pacs.find("image", sop_instance_uid):
+        with pacs.retrieve(found) as parts:
+            for part in parts:
+                limits = Limits(COMPARED_BYTES + PREAMBLE_BYTES, time.monotonic() + SPOOL_TIMEOUT_S, SPOOL_TIMEOUT_S)
+                source = f"An image of {pacs.server.name}"
+                with spool(part.chunks, source=source, limits=limits) as fetched, fetched.open() as file:
+                    yield table(file, identify(file).transfer_syntax_uid, apart=apart)
 
 
 @dataclass(frozen=True)

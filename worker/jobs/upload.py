@@ -178,7 +178,7 @@ def _is_no_others(memo: Memo, arrival: Arrival, trip: _Trip) -> bool:
 
 def _check_same(memo: Memo, arrival: Arrival, tools: Tools) -> None:
     """`ImageAlreadyExists`, if what is there can be seen to be another file than the one that this job pushed."""
-    found = compare(tools.fleet[memo.server], arrival)
+    found = compare(tools.fleet[memo.server], arrival, tools.fleet)
     if found.same is False:
         raise told_to_exist(memo.server, arrival, found, tools)
 
@@ -334,8 +334,8 @@ def _route(trip: _Trip, memo: Memo, fetched: Fetched, decision: Decision, seen: 
 
 
 def _arrival(memo: Memo, fetched: Fetched | None = None) -> Arrival:
-    bare = None if fetched is None else partial(_bare_digest, fetched)
-    return Arrival(memo.instance, memo.size_bytes, memo.sha256, memo.source, memo.zero_preamble, bare)
+    bare, opened = (None, None) if fetched is None else (partial(_bare_digest, fetched), fetched.open)
+    return Arrival(memo.instance, memo.size_bytes, memo.sha256, memo.source, memo.zero_preamble, bare, open=opened)
 
 
 def _bare_digest(fetched: Fetched) -> str:

@@ -96,6 +96,14 @@ REWRITES = Rewrites(
         )
     ),
     dropped=frozenset((0x7FE00003,)),  # EncapsulatedPixelDataValueTotalLength
+    changed=frozenset(
+        (
+            0x00080005,  # SpecificCharacterSet
+            0x00080032,  # AcquisitionTime
+            0x00100040,  # PatientSex
+            0x00101002,  # OtherPatientIDsSequence
+        )
+    ),
 )
 
 
