@@ -19,12 +19,14 @@ from celery import Celery, states
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend
 from celery.canvas import signature
+from celery.exceptions import CeleryError
 from celery.result import denied_join_result
 from kombu.exceptions import EncodeError
 
 from worker.errors import CourierError, InvalidRequest
 from worker.ledger import Attachment, PendingFollowUps
 from worker.logs import shown_job
+from worker.shortage import is_shortage
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,10 @@ log = logging.getLogger(__name__)
 EMBEDDED: Final = ("callbacks", "errbacks", "chain", "chord")
 PLACE: Final = ("group", "group_index", "root_id", "parent_id", "ignore_result")
 #: What Celery raises of a signature that cannot be sent, by anybody and at any time.
-UNSENDABLE: Final = (TypeError, ValueError, OverflowError, LookupError, AttributeError, EncodeError)
+UNSENDABLE: Final = (
+    *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError),
+    *(EncodeError, CeleryError),
+)
 #: Where signatures stand in another one.
 _LINKED: Final = ("link", "link_error", "chain", "chord")
 _MEMBERS: Final = ("tasks", "header", "body")
@@ -142,6 +147,8 @@ def _send(app: Celery, follow_up: dict[str, Any], end: End, options: Mapping[str
     try:
         signature(follow_up, app=app).apply_async((argument,), **options)
     except UNSENDABLE as error:
+        if is_shortage(error):
+            raise
         log.error("A follow-up of job %s cannot be sent, by any worker (%s)", end.job_id, type(error).__name__)
         refusal = InvalidRequest(f"This follow-up of job {end.job_id} cannot be sent ({type(error).__name__}).")
         if follow_up["options"].get("task_id"):

@@ -10,6 +10,7 @@ import fakeredis
 import pytest
 from celery import Celery, chain, chord, group, signature
 from celery.app.task import Context
+from celery.exceptions import ImproperlyConfigured
 
 from worker import envelope, follow_ups
 from worker.errors import NotFound
@@ -300,6 +301,34 @@ def test_one_that_cannot_be_sent_ends_as_invalid_request_and_the_others_follow(
     assert [message.headers["id"] for message in sent(app, "mine")] == ["good"]
     assert app.backend.get_task_meta("bad")["status"] == "FAILURE"
     assert app.backend.get_task_meta("j1")["status"] == "SUCCESS"
+
+
+def raised(error: Exception) -> Any:
+    def signature(*_: object, **__: object) -> Any:
+        raise error
+
+    return signature
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Recursive result parents"), RecursionError(), ImproperlyConfigured("x")]
+)
+def test_whatever_celery_says_of_one_that_cannot_be_sent_the_job_is_not_failed_by_it(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(follow_ups, "signature", raised(error))
+    pending = PendingFollowUps('{"callbacks": [{"options": {}}]}')
+    assert follow_ups.send(app, End("odd", TASK, PAYLOAD), pending, lambda _: None) == 1
+    assert app.backend.get_task_meta("odd")["status"] == "SUCCESS"
+
+
+def test_a_worker_that_gets_no_thread_leaves_a_follow_up_to_another_one(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_ups, "signature", raised(RuntimeError("can't start new thread")))
+    pending = PendingFollowUps('{"callbacks": [{"options": {}}]}')
+    with pytest.raises(RuntimeError):
+        follow_ups.send(app, End("starved", TASK, PAYLOAD), pending, lambda _: None)
 
 
 def test_follow_ups_and_stamps_that_are_too_large_are_refused() -> None:

@@ -108,7 +108,7 @@ def _send(task: Task, outcome: dict[str, Any] | CourierError, pending: PendingFo
             raise Reject("a chord is being ended", requeue=True)
         if _sent(end, pending):
             return
-    except (LeaseLost, *BROKER_ERRORS) as error:
+    except (LeaseLost, RuntimeError, MemoryError, OSError, *BROKER_ERRORS) as error:
         log.warning("The follow-ups of the job are not all sent (%s); they are sent later", type(error).__name__)
         if not pending.fence:
             time.sleep(PAUSE_S)
