@@ -20,16 +20,16 @@ from typing import IO, Any, BinaryIO, Self
 from producer.errors import InvalidRequest, InvalidUid
 from worker.logs import shown_text, shown_url
 from worker.payloads import check_uid
-from worker.urls import bare
+from worker.urls import ENCODED, NOT_IN_URL, bare
 
 #: A longer line is no row of anything.
 MAX_LINE_BYTES = 65_536
 #: So many bad rows are kept for the report; the others are counted.
 BAD_SHOWN = 20
 _DELIMITERS = (",", ";", "\t", "|")
-_SCHEMES = ("http", "https", "s3", "az", "file")
-_URL = re.compile(rf"(?i:(?P<zip>zip\+)?(?P<scheme>{'|'.join(_SCHEMES)})):")
-_NOT_IN_URL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+_LISTED_SCHEMES = ("s3", "az", "file", f"s3{ENCODED}", f"az{ENCODED}")
+_SCHEMES = ("http", "https", *_LISTED_SCHEMES)
+_URL = re.compile(rf"(?i:(?P<zip>zip\+)?(?P<scheme>{'|'.join(map(re.escape, _SCHEMES))})):")
 _MAX_URL = 8192
 
 #: The item of a row's text; `Unfit` says why there is none.
@@ -69,7 +69,7 @@ def image_url(text: str) -> str:
         raise Unfit(f"no URL: it has to begin with {', '.join(f'{scheme}:' for scheme in _SCHEMES)}")
     if len(text) > _MAX_URL:
         raise Unfit(f"longer than {_MAX_URL} characters")
-    if _NOT_IN_URL.search(text):
+    if NOT_IN_URL.search(text):
         raise Unfit("no URL: it has control characters in it")
     if match["zip"]:
         if "!/" not in text:
@@ -86,7 +86,7 @@ def is_source(text: str) -> bool:
         return False
     if match["zip"]:
         return "!/" not in text
-    lists = match["scheme"].lower() in ("s3", "az", "file")
+    lists = match["scheme"].lower() in _LISTED_SCHEMES
     return (lists and text.endswith("/")) or bare(text).lower().endswith(".zip")
 
 

@@ -13,13 +13,15 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from worker.settings import AzureSettings, SettingsError
+from worker.urls import object_name
 
 if TYPE_CHECKING:
     from azure.storage.blob import BlobServiceClient
 
-_CONTAINER = r"(?i:az)://(?P<container>\$root|[a-z0-9][a-z0-9-]{1,61}[a-z0-9])"
-_AZURE_URL = re.compile(_CONTAINER + r"/(?P<blob>[^\x00-\x1f\\]{1,1024})").fullmatch
-_AZURE_PREFIX = re.compile(_CONTAINER + r"/(?P<prefix>([^\x00-\x1f\\]{0,1023}/)?)").fullmatch
+_CONTAINER = r"(?i:az(?P<encoded>\+encoded)?)://(?P<container>\$root|[a-z0-9][a-z0-9-]{1,61}[a-z0-9])"
+_AZURE_URL = re.compile(_CONTAINER + r"/(?P<blob>[^\x00-\x1f\\]+)").fullmatch
+_AZURE_PREFIX = re.compile(_CONTAINER + r"/(?P<prefix>([^\x00-\x1f\\]*/)?)").fullmatch
+_MAX_NAME = 1024
 #: How long a URL that this worker signs for itself is good for; it is looked at when a fetch starts.
 _SIGNED_FOR = timedelta(hours=1)
 
@@ -29,21 +31,27 @@ logging.getLogger("azure").setLevel(logging.WARNING)
 
 def container_and_blob(url: str) -> tuple[str, str] | None:
     """What ``az://container/path/to/blob`` names, taken as it stands, without percent-decoding and with its ``?`` and
-    ``#``; None if malformed.
+    ``#``, or percent-encoded in ``az+encoded://container/blob``; None if malformed.
 
     Names with ``.`` or ``..`` between slashes are refused: on the way they would be taken for a path, and lead out of
     the container.
     """
-    match = _AZURE_URL(url)
-    if match is None or {".", ".."} & set(match["blob"].split("/")):
+    names = _read(_AZURE_URL(url), "blob")
+    if names is None or {".", ".."} & set(names[1].replace("\\", "/").split("/")):
         return None
-    return match["container"], match["blob"]
+    return names
 
 
 def container_and_prefix(url: str) -> tuple[str, str] | None:
     """What ``az://container/prefix/`` names; None if malformed."""
-    match = _AZURE_PREFIX(url)
-    return (match["container"], match["prefix"]) if match else None
+    return _read(_AZURE_PREFIX(url), "prefix")
+
+
+def _read(match: re.Match[str] | None, what: str) -> tuple[str, str] | None:
+    if match is None:
+        return None
+    name = object_name(match[what], encoded=match["encoded"] is not None)
+    return None if name is None or len(name) > _MAX_NAME else (match["container"], name)
 
 
 class AzureAccount:

@@ -3,13 +3,18 @@
 In ``http:`` and ``https:`` URLs a query may be a signature, so it is neither shown nor part of what a job is about. In
 ``s3:``, ``az:`` and ``file:`` URLs ``?`` and ``#`` belong to the name: ``s3://bucket/order?1.dcm`` and
 ``s3://bucket/order?2.dcm`` are two objects. A ``zip+`` URL follows the URL inside it.
+
+An ``s3:`` or ``az:`` URL has the name as it is, percent signs included. An ``s3+encoded:`` or ``az+encoded:`` URL has
+it percent-encoded, so that every name can be written, and holds none of ``?``, ``#`` and ``\\`` itself.
 """
 
 from __future__ import annotations
 
 import re
+from urllib.parse import quote, unquote
 
 ZIP = "zip+"
+ENCODED = "+encoded"
 ENTRY = "!/"
 _OBJECT = re.compile(r"(?:s3://|az://)[^/?#]*/|file:/", re.IGNORECASE).match
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/").match
@@ -21,6 +26,9 @@ _VERSION = {
     "s3": re.compile(r"\?(?:[^?/]*&)?versionid=[^/]*\Z", re.IGNORECASE),
     "az": re.compile(r"\?(?:[^?/]*&)?(?:versionid|snapshot)=[^/]*\Z", re.IGNORECASE),
 }
+#: What no line of a list or a plan, and no URL in a message, may have in it.
+NOT_IN_URL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+_ENCODED_NAME = re.compile(r"(?:[^%?#\\]|%[0-9A-Fa-f]{2})*").fullmatch
 
 
 def is_url(text: str) -> bool:
@@ -64,6 +72,26 @@ def refusal_reason(url: str) -> str:
             "Leave that out, or send a signed https:// URL of the version."
         )
     return ""
+
+
+def object_url(url: str) -> str:
+    """The URL that fetches a listed object: an ``s3:`` or ``az:`` one in the encoded form, if the plain one cannot."""
+    scheme, _, name = url.partition("://")
+    if scheme not in ("s3", "az"):
+        return url
+    if not NOT_IN_URL.search(url) and not refusal_reason(url) and (scheme == "s3" or "\\" not in name):
+        return url
+    return f"{scheme}{ENCODED}://{quote(name, safe='/$', errors='surrogatepass')}"
+
+
+def object_name(written: str, *, encoded: bool) -> str | None:
+    """The name of an object that is ``written`` in a URL; None if it is to be percent-encoded, in UTF-8, and is not."""
+    if not encoded:
+        return written
+    try:
+        return unquote(written, errors="strict") if _ENCODED_NAME(written) else None
+    except UnicodeDecodeError:
+        return None
 
 
 def entry_of(url: str) -> tuple[str, str]:

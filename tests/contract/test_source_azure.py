@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 import pytest
 from azure.storage.blob import (
@@ -261,6 +261,35 @@ def test_a_question_mark_and_a_hash_belong_to_the_name(
             assert (fetched.stream.read(), fetched.source) == (f"image {number}".encode(), url)
     missing = f"az://images/odd/{name.format(3)}"
     assert missing in refused(fetching, missing, SourceNotFound).message
+
+
+@pytest.mark.parametrize("name", ["bad\nname.dcm", "\x7f.dcm", "\u2028.dcm", "a.dcm?snapshot=x", "a?sig=1"])
+def test_a_name_that_no_plain_url_can_have_is_listed_among_the_others_and_fetched(
+    azurite: AzuritePart, writer: BlobServiceClient, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fetching = sources(azurite.url, monkeypatch)
+    folder = f"odd-{name.encode().hex()}"
+    for blob in ("good.dcm", name):
+        writer.get_blob_client("images", f"{folder}/{blob}").upload_blob(blob.encode(), overwrite=True)
+    found = {one.url: one for page in fetching.pages(f"az://images/{folder}/") for one in page}
+    encoded = f"az+encoded://images/{folder}/{quote(name)}"
+    assert set(found) == {f"az://images/{folder}/good.dcm", encoded}
+    assert not any(one.why_not for one in found.values())
+    with fetching.fetch(encoded) as fetched:
+        assert (fetched.stream.read(), fetched.source) == (name.encode(), encoded)
+    missing = f"{encoded}%0A"
+    assert missing in refused(fetching, missing, SourceNotFound).message
+
+
+def test_a_backslash_in_a_name_is_sent_as_it_is_for_azure_to_say_what_it_means(
+    azurite: AzuritePart, writer: BlobServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.get_blob_client("images", "back\\slash.dcm").upload_blob(b"one", overwrite=True)
+    fetching, url = sources(azurite.url, monkeypatch), "az+encoded://images/back%5Cslash.dcm"
+    with fetching.fetch(url) as fetched:
+        assert (fetched.stream.read(), fetched.source) == (b"one", url)
+    (page,) = fetching.pages("az://images/back/")  # Azurite, as Azure, stores it with a slash
+    assert [one.url for one in page] == ["az://images/back/slash.dcm"]
 
 
 @pytest.mark.parametrize("parameter", ["versionid", "snapshot"])

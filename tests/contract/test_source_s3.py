@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import boto3
 import pytest
@@ -195,6 +195,34 @@ def test_a_question_mark_and_a_hash_belong_to_the_key(endpoint: str, key: str) -
     with pytest.raises(SourceNotFound) as caught:
         fetching.fetch(missing)
     assert missing in caught.value.message
+    fetching.close()
+
+
+@pytest.mark.parametrize("name", ["bad\nname.dcm", "tab\t.dcm", "\x7f.dcm", "\u2028.dcm", "a.dcm?versionId=abc"])
+def test_a_key_that_no_plain_url_can_have_is_listed_among_the_others_and_fetched(filled_rclone: str, name: str) -> None:
+    writer, fetching = client(filled_rclone), sources(filled_rclone)
+    folder = f"odd-{name.encode().hex()}"
+    for key in ("good.dcm", name):
+        writer.put_object(Bucket="images", Key=f"{folder}/{key}", Body=key.encode())
+    writer.close()
+    found = {one.url: one for page in fetching.pages(f"s3://images/{folder}/") for one in page}
+    encoded = f"s3+encoded://images/{folder}/{quote(name)}"
+    assert set(found) == {f"s3://images/{folder}/good.dcm", encoded}
+    assert not any(one.why_not for one in found.values())
+    with fetching.fetch(encoded) as fetched:
+        assert (fetched.stream.read(), fetched.source) == (name.encode(), encoded)
+    assert (
+        encoded.replace("odd-", "even-") in refused(fetching, encoded.replace("odd-", "even-"), SourceNotFound).message
+    )
+    fetching.close()
+
+
+def test_a_prefix_that_no_plain_url_can_have_is_listed(filled_rclone: str) -> None:
+    writer, fetching = client(filled_rclone), sources(filled_rclone)
+    writer.put_object(Bucket="images", Key="two\nlines/a.dcm", Body=b"a")
+    writer.close()
+    (page,) = fetching.pages("s3+encoded://images/two%0Alines/")
+    assert [one.url for one in page] == ["s3+encoded://images/two%0Alines/a.dcm"]
     fetching.close()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
-from producer.inputs import is_source
+from producer.inputs import image_url, is_source
+from worker.azure import container_and_blob
 from worker.destinations import Destinations
 from worker.errors import InvalidRequest, SourceNotAllowed
 from worker.ledger import _wish
@@ -16,6 +18,8 @@ from worker.settings import AzureSettings, DownloadSettings, S3Settings, SourceS
 from worker.sources import Sources
 from worker.sources.archives import is_archive
 from worker.sources.listing import listed
+from worker.sources.s3 import bucket_and_key
+from worker.urls import object_url
 
 #: Each names an object to its last sign.
 OBJECTS = (
@@ -26,6 +30,9 @@ OBJECTS = (
     "s3://imgs/sig=1.dcm",
     "s3://imgs/versionId=1?a.dcm",
     "s3://imgs/a?versionId=1/b.dcm",
+    "s3+encoded://imgs/a%0Ab%3Fx%3D1%23.dcm",
+    "az+encoded://imgs/a%5Cb%E2%80%A8.dcm",
+    "zip+s3+encoded://imgs/all%7F.zip!/order?1.dcm",
     "az://imgs/order?1.dcm",
     "az://imgs/order#1.dcm",
     "AZ://imgs/day#1/a?b=c.dcm",
@@ -130,7 +137,10 @@ def test_a_signature_at_an_objects_url_is_shown_nowhere_and_refused_in_words(url
 def test_a_version_of_an_object_is_refused_in_words_and_never_taken_for_the_newest(url: str) -> None:
     for sentence in refusals(url):
         assert "older version" in sentence
-    assert "signed https:// URL" in listed(url, url).why_not
+    found = listed(url, url)  # a name that only looks so, in a bucket or container: the encoded form is that object
+    assert (found.url, found.why_not) == (object_url(url), "")
+    assert found.url.partition("://")[0] in ("s3+encoded", "az+encoded")
+    assert unquote(found.url.partition("://")[2]) == url.partition("://")[2]
 
 
 def refusals(url: str) -> list[str]:
@@ -162,3 +172,64 @@ def test_a_question_mark_and_a_hash_belong_to_the_name_of_a_file_destination(tmp
 )
 def test_an_archive_is_told_by_the_end_of_its_whole_name(url: str, holds: bool) -> None:
     assert (is_archive(url), is_source(url)) == (holds, holds)
+
+
+#: Names that no plain URL can have, or that a plain URL is refused for; and some that it can.
+NAMES = (
+    "p/bad\nname.dcm",
+    "p/bad\r\n\tname.dcm",
+    "p/\u2028\u2029\x85.dcm",
+    "p/\x7f.dcm",
+    "p/a.dcm?versionId=abc",
+    "p/a.dcm?snapshot=abc",
+    "p/a.dcm?sig=1#x",
+    "p/back\\slash.dcm",
+    "p/100%3F.dcm",
+    "p/100%.dcm",
+    "p/+ é&!@;=.dcm",
+    "/p//a.dcm",
+    " a.dcm ",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scheme", ["s3", "az"])
+def test_every_name_that_a_store_lists_has_a_url_that_names_it_alone(scheme: str, name: str) -> None:
+    found = listed(f"{scheme}://imgs/{name}", name, 5)
+    assert (found.why_not, found.size_bytes) == ("", 5)
+    read = bucket_and_key if scheme == "s3" else container_and_blob
+    assert read(found.url) == ("imgs", name)
+    assert image_url(found.url) == found.url, "so a plan file and a list may hold it"
+    assert shown_url(found.url) == found.url
+    assert len(found.url.splitlines()) == 1
+    if not found.url.startswith(f"{scheme}+"):
+        assert found.url == f"{scheme}://imgs/{name}", "a name that a plain URL can have is written as before"
+
+
+def test_a_plain_url_is_never_decoded_and_an_encoded_one_always_is() -> None:
+    assert bucket_and_key("s3://imgs/a%3Fb") == ("imgs", "a%3Fb")
+    assert bucket_and_key("s3+encoded://imgs/a%3Fb") == ("imgs", "a?b")
+    assert bucket_and_key("S3+Encoded://imgs/a%253Fb") == ("imgs", "a%3Fb")
+    assert container_and_blob("az://imgs/a%5Cb") == ("imgs", "a%5Cb")
+    assert container_and_blob("az+encoded://imgs/a%5cb") == ("imgs", "a\\b")
+    assert is_source("s3+encoded://imgs/a%0A/")
+    assert is_source("s3+encoded://imgs/a%0A.zip")
+
+
+@pytest.mark.parametrize(
+    "name", ["a?b", "a#b", "100%.dcm", "%zz", "%FF.dcm", "%ED%A0%80", "a/%2E%2E/b", "a/%2e/b", "", "a?versionId=1"]
+)
+@pytest.mark.parametrize("scheme", ["s3", "az"])
+def test_what_is_not_percent_encoded_is_refused_and_not_guessed(scheme: str, name: str) -> None:
+    s3, azure = S3Settings(buckets=("*",)), AzureSettings(containers=("*",), account_url="https://account.example")
+    with pytest.raises(SourceNotAllowed):
+        Sources(SourceSettings(s3=s3, azure=azure)).fetch(f"{scheme}+encoded://imgs/{name}")
+
+
+def test_a_backslash_leads_out_of_no_container() -> None:
+    assert container_and_blob("az+encoded://imgs/a%5C..%5C..%5Cb") is None
+
+
+def test_an_encoded_name_is_in_no_bucket_that_the_settings_do_not_name() -> None:
+    with pytest.raises(SourceNotAllowed, match="not on the list"):
+        Sources(SourceSettings(s3=S3Settings(buckets=("imgs",)))).fetch("s3+encoded://other/a%0A")

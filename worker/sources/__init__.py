@@ -21,6 +21,7 @@ from worker.sources.http import HttpSource, Resolve, resolve
 from worker.sources.listing import Listed, Listing
 from worker.sources.s3 import S3Source
 from worker.sources.spool import Fetched, Limits
+from worker.urls import ENCODED
 
 __all__ = ["Fetched", "Listed", "Source", "Sources"]
 
@@ -47,8 +48,9 @@ class Sources:
         self._settings = settings
         http, s3, azure = HttpSource(settings, resolve=resolve), S3Source(settings), AzureSource(settings)
         folder = FolderSource(settings)
-        self._by_scheme: dict[str, Source] = {"http": http, "https": http, "file": folder, "s3": s3, "az": azure}
-        self._listings: dict[str, Listing] = {"file": folder, "s3": s3, "az": azure}
+        stores: dict[str, S3Source | AzureSource] = {"s3": s3, f"s3{ENCODED}": s3, "az": azure, f"az{ENCODED}": azure}
+        self._by_scheme: dict[str, Source] = {"http": http, "https": http, "file": folder, **stores}
+        self._listings: dict[str, Listing] = {"file": folder, **stores}
         self._archives = Archives(self._fetch, self._limits)
 
     def fetch(self, url: str) -> Fetched:

@@ -19,7 +19,7 @@ from worker.settings import SettingsError, SourceSettings
 from worker.sources.http import HttpSource
 from worker.sources.listing import PAGE_ENTRIES, Listed, listed
 from worker.sources.spool import Fetched, Limits
-from worker.urls import refusal_reason
+from worker.urls import object_url, refusal_reason
 
 
 class AzureSource:
@@ -42,7 +42,7 @@ class AzureSource:
             raise SourceNotAllowed(reason)
         container, blob = names
         self._check(container)
-        source = f"az://{container}/{blob}"
+        source = object_url(f"az://{container}/{blob}")
         try:
             signed_url = self._account.url(container, blob)
         except SettingsError as error:
@@ -59,7 +59,7 @@ class AzureSource:
             raise SourceNotAllowed(reason)
         container, prefix = names
         self._check(container)
-        source = f"az://{container}/{prefix}"
+        source = object_url(f"az://{container}/{prefix}")
         with _listed(source):
             client = self._account.service().get_container_client(container)
             found = client.list_blobs(
@@ -99,9 +99,8 @@ def _named(asked: str, source: str) -> Iterator[None]:
 
 def _blob(container: str, blob: Any) -> Listed:
     url = f"az://{container}/{blob.name}"
-    if container_and_blob(url) is None:
-        return Listed(url, blob.size, "its name cannot be written as a URL")
-    return listed(url, blob.name, blob.size)
+    unreadable = "its name has . or .. between slashes" if container_and_blob(object_url(url)) is None else ""
+    return listed(url, blob.name, blob.size, unreadable=unreadable)
 
 
 def _is_folder(blob: Any) -> bool:

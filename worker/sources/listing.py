@@ -12,28 +12,39 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
-from worker.urls import refusal_reason
+from worker.urls import object_url
 
 #: How many a page holds at most; S3 gives no more at a time.
 PAGE_ENTRIES = 1000
 #: As in a job.
 MAX_URL = 8192
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+#: Files of patient CDs and of desktops, by their whole names in lower case.
 _NO_IMAGES = {
-    "DICOMDIR": "a directory of images, no image",
+    "dicomdir": "a directory of images, no image",
     "manifest.json": "the manifest of a download, no image",
-    ".DS_Store": "no image",
-    "Thumbs.db": "no image",
+    **dict.fromkeys((".ds_store", "thumbs.db", "lockfile", "version", "license", "licence"), "no image by its name"),
 }
+#: Viewer programs and what belongs to them, and texts. JPEG, TIFF, PNG and films are not here: they are images, though
+#: not of DICOM, and have to be refused.
+_IS_NO_IMAGE = re.compile(
+    r"readme(?!.*\.(?:dcm|zip)\Z).*|.+\.(?:exe|dll|ocx|sys|msi|cab|bat|cmd|inf|ini|cfg|config|jar|class|so|dylib|app|lnk"
+    r"|url|html?|css|js|json|xml|xslt?|xsd|dtd|txt|log|md|rtf|pdf|docx?|chm|hlp|ico|gif|svg)",
+    re.DOTALL,
+).fullmatch
 
 
 @dataclass(frozen=True)
 class Listed:
-    """One thing that was found, by the URL that fetches it. ``why_not``: why it is no image, or cannot be fetched."""
+    """One thing that was found, by the URL that fetches it.
+
+    ``why_not`` is why it is not fetched: its name says that it is no image; or, if ``refused``, it cannot be read, so
+    that an image may be missing.
+    """
 
     url: str
     size_bytes: int | None = None
     why_not: str = ""
+    refused: bool = False
 
 
 class Listing(Protocol):
@@ -42,9 +53,13 @@ class Listing(Protocol):
     def pages(self, url: str) -> Iterator[list[Listed]]: ...
 
 
-def listed(url: str, name: str, size_bytes: int | None = None) -> Listed:
-    """What is called ``name``, with the reason if its name says that it is no image."""
-    return Listed(url, size_bytes, _why_not(url, name.rpartition("/")[2]))
+def listed(url: str, name: str, size_bytes: int | None = None, *, unreadable: str = "") -> Listed:
+    """What is called ``name``: left out if its name says that it is no image, refused if it cannot be read."""
+    url = object_url(url)
+    if no_image := _no_image(name):
+        return Listed(url[:MAX_URL], size_bytes, no_image)
+    unreadable = unreadable or _unreadable(url, name)
+    return Listed(url[:MAX_URL], size_bytes, unreadable, refused=bool(unreadable))
 
 
 def paged(entries: Iterable[Listed]) -> Iterator[list[Listed]]:
@@ -53,13 +68,16 @@ def paged(entries: Iterable[Listed]) -> Iterator[list[Listed]]:
         yield page
 
 
-def _why_not(url: str, name: str) -> str:
-    if _CONTROL.search(url):
-        return "its name has characters that no URL may have"
-    if refusal_reason(url):
-        return "its name ends like a signature or a version in a URL; give it by a signed https:// URL"
+def _no_image(name: str) -> str:
+    """Why what is called ``name``, with the folders that it is in, is no image; "" if it may be one."""
+    *folders, last = name.replace("\\", "/").split("/")
+    if last.startswith("._") or "__MACOSX" in folders:
+        return "made by macOS, no image"
+    last = last.lower()
+    return _NO_IMAGES.get(last, "no image by its name" if _IS_NO_IMAGE(last) else "")
+
+
+def _unreadable(url: str, name: str) -> str:
     if len(url) > MAX_URL:
         return f"its URL has more than {MAX_URL} characters"
-    if name.lower().endswith(".zip"):
-        return "an archive; list it by its own URL"
-    return _NO_IMAGES.get(name, "")
+    return "an archive; list it by its own URL" if name.lower().endswith(".zip") else ""

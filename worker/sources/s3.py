@@ -2,7 +2,7 @@
 
 Whoever may enqueue could read with those credentials, so only buckets that the settings name are read. boto3 is loaded
 with the first such URL. A key is taken as it stands, without percent-decoding and with its ``?`` and ``#``, as Amazon's
-own tools do.
+own tools do; in ``s3+encoded://bucket/key`` it is percent-encoded.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from worker.settings import SettingsError, SourceSettings
 from worker.sources.encoding import decoded, is_plain
 from worker.sources.listing import PAGE_ENTRIES, Listed, listed
 from worker.sources.spool import Fetched, Limits, spool
-from worker.urls import refusal_reason
+from worker.urls import ENCODED, object_name, refusal_reason
 
-_BUCKET = r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})"
+_BUCKET = r"(?i:s3(?P<encoded>\+encoded)?)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})"
 _S3_URL = re.compile(_BUCKET + r"/(?P<key>[^\x00-\x1f]+)").fullmatch
 _S3_PREFIX = re.compile(_BUCKET + r"/(?P<prefix>([^\x00-\x1f]*/)?)").fullmatch
 _READ_BYTES = 65_536
@@ -89,7 +89,7 @@ class S3Source:
             with _translated(source):
                 answer = self._connected().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_ENTRIES, **more)
             found = ((one["Key"], one.get("Size")) for one in answer.get("Contents", ()))
-            page = [listed(f"s3://{bucket}/{key}", key, size) for key, size in found if not key.endswith("/")]
+            page = [_listed(bucket, key, size) for key, size in found if not key.endswith("/")]
             if page:
                 yield page
             if not answer.get("IsTruncated"):
@@ -139,23 +139,36 @@ def check_credentials() -> None:
 
 
 def bucket_and_key(url: str) -> tuple[str, str]:
-    match = _S3_URL(url)
-    if match is None:
-        raise SourceNotAllowed("The S3 URL is malformed; write s3://bucket/key, without user name or password.")
-    if reason := refusal_reason(url):
-        raise SourceNotAllowed(reason)
-    if {".", ".."} & set(match["key"].split("/")):  # a server, or a proxy before it, may take it for a path out of it
+    bucket, key = _read(_S3_URL(url), "key", url)
+    if _leads_out(key):
         raise SourceNotAllowed("The S3 URL has . or .. between slashes; name the object itself.")
-    return match["bucket"], match["key"]
+    return bucket, key
 
 
 def _bucket_and_prefix(url: str) -> tuple[str, str]:
-    match = _S3_PREFIX(url)
-    if match is None:
-        raise SourceNotAllowed("The S3 URL is malformed; write s3://bucket/prefix/, without user name or password.")
+    return _read(_S3_PREFIX(url), "prefix", url)
+
+
+def _read(match: re.Match[str] | None, what: str, url: str) -> tuple[str, str]:
+    """The bucket, and the key or prefix in it that ``match`` has found in the URL."""
+    encoded = match is not None and match["encoded"] is not None
+    name = object_name(match[what], encoded=encoded) if match else None
+    if match is None or name is None:
+        written = f"write s3{ENCODED}://bucket/{what} percent-encoded" if encoded else f"write s3://bucket/{what}"
+        raise SourceNotAllowed(f"The S3 URL is malformed; {written}, without user name or password.")
     if reason := refusal_reason(url):
         raise SourceNotAllowed(reason)
-    return match["bucket"], match["prefix"]
+    return match["bucket"], name
+
+
+def _leads_out(key: str) -> bool:
+    """Whether a server, or a proxy before it, may take the key for a path that leads out of the bucket."""
+    return not {".", ".."}.isdisjoint(key.split("/"))
+
+
+def _listed(bucket: str, key: str, size_bytes: int | None) -> Listed:
+    unreadable = "its name has . or .. between slashes" if _leads_out(key) else ""
+    return listed(f"s3://{bucket}/{key}", key, size_bytes, unreadable=unreadable)
 
 
 def _client(settings: SourceSettings) -> Any:
