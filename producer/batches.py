@@ -503,7 +503,7 @@ def _plan_line(row: Row) -> PlanLine:
     """At which server, and whether and why it is left out."""
     surveyed, applied = row.passes.get("survey"), row.settled
     settled = surveyed if surveyed is not None and surveyed.status != "open" else None
-    if settled is None and applied.status == "skipped":
+    if settled is None and (applied.status == "skipped" or applied.is_planned_so):
         settled = applied
     server = row.item.server or (settled.server_name if settled else "")
     size = row.item.size_bytes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from producer.errors import InvalidRequest
+from producer.errors import InvalidRequest, SourceNotAllowed
 from producer.inputs import BadRow, Items, Judge, Row, image_url, is_source, rows_of_words, study_uid
 from producer.plans import PlanFile
 from worker.batches import Batches
@@ -191,4 +191,6 @@ def lines_of(plan_file: PlanFile) -> Iterator[Planned]:
     for line in plan_file:
         skip = (line.why or "left out by the plan") if line.do == "skip" else ""
         comes_to_none = skip and plan_file.header.kind == "upload"
-        yield Planned(line.item, "" if comes_to_none else line.server or "", line.size_bytes, skip)
+        code, _, sentence = skip.partition(": ")
+        refused = (sentence, code) if sentence and code == SourceNotAllowed.code else (skip, "")
+        yield Planned(line.item, "" if comes_to_none else line.server or "", line.size_bytes, *refused)

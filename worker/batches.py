@@ -113,7 +113,7 @@ return 1
 
 _WRITTEN_ON = _NOW + "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'planned_ms', now) end"
 
-# What the planner has skipped it has written under its token, too.
+# What the planner has left out it has written under its token, too.
 # KEYS: batch; outcomes and results of the planner, those of apply. ARGV: token, then fields of the batch.
 _FREEZE = """
 local b = redis.call('HMGET', KEYS[1], 'state', 'planner', 'frozen')
@@ -342,6 +342,11 @@ class Settled:
     server: str = ""
 
     @property
+    def is_planned_so(self) -> bool:
+        """Whether the plan itself has refused it: an image that was fetched in vain is at `NOWHERE`, or at a server."""
+        return self.status == "refused" and not self.server and not self.item.server
+
+    @property
     def server_name(self) -> str:
         return "" if self.server == NOWHERE else self.server or self.item.server
 
@@ -393,6 +398,11 @@ def _told(one: Settled, types: Mapping[str, str]) -> dict[str, Any]:
         "message": one.message,
         "result": dict(one.result),
     }
+
+
+def left_out_as(code: str) -> ItemStatus:
+    """The outcome of an item that the plan itself leaves out: refused with the ``code`` of an error, else skipped."""
+    return "refused" if code else "skipped"
 
 
 def is_missing(row: Row) -> bool:
@@ -612,15 +622,15 @@ class Batches:
             self._written_on(keys=[self._key(batch_id)], client=pipe)
             pipe.execute()
 
-    def skip_planned(self, batch_id: str, token: str, skipped: Mapping[int, str]) -> None:
-        """Items of whole chunks, by their number, that the plan itself leaves out, and why."""
+    def leave_out_planned(self, batch_id: str, token: str, left_out: Mapping[int, tuple[str, str]]) -> None:
+        """Items of whole chunks, by their number, that the plan itself skips or, with a code, refuses; and why."""
         by_chunk: dict[int, list[list[Any]]] = {}
-        for number, why in skipped.items():
+        for number, (code, why) in left_out.items():
             chunk, at = divmod(number, CHUNK_ITEMS)
-            by_chunk.setdefault(chunk, []).append([at, "", "", why, {}])
+            by_chunk.setdefault(chunk, []).append([at, "", code, why, {}])
         with self._redis.pipeline(transaction=False) as pipe:
-            for number in skipped:
-                pipe.setrange(self._key(batch_id, f":outcomes:{token}"), number, LETTERS["skipped"])
+            for number, (code, _) in left_out.items():
+                pipe.setrange(self._key(batch_id, f":outcomes:{token}"), number, LETTERS[left_out_as(code)])
             for chunk, rows in by_chunk.items():
                 pipe.hset(self._key(batch_id, f":results:{token}"), str(chunk), cast(Any, _packed(rows)))
             for part in ("outcomes", "results"):
@@ -636,7 +646,7 @@ class Batches:
         planned: Mapping[str, int],
         servers: Mapping[str, str],
         size_bytes: int = 0,
-        skipped: Mapping[str, int] | None = None,
+        left_out: Mapping[tuple[str, ItemStatus], int] | None = None,
         warnings: Sequence[str] = (),
     ) -> bool:
         """The plan is complete and does not change any more; the batch stays ``planning`` until it has a conductor.
@@ -644,7 +654,7 @@ class Batches:
         False: another planner has taken over, or the batch was cancelled meanwhile.
         """
         fields: dict[str, Any] = {f"n:plan:{name or _NO_SERVER}": n for name, n in planned.items()}
-        fields.update({f"n:apply:{name or _NO_SERVER}:skipped": n for name, n in (skipped or {}).items()})
+        fields.update({f"n:apply:{name or _NO_SERVER}:{how}": n for (name, how), n in (left_out or {}).items()})
         fields.update(items=items, chunks=-(-items // CHUNK_ITEMS), bytes=size_bytes)
         fields.update(servers=json.dumps(dict(servers)), warnings=json.dumps(list(warnings)))
         parts = (f":outcomes:{token}", f":results:{token}", ":outcomes:apply", ":results:apply")

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from types import TracebackType
 from typing import Final, Self
 
-from worker.batches import CHUNK_ITEMS, Batches
+from worker.batches import CHUNK_ITEMS, Batches, ItemStatus, left_out_as
 from worker.errors import Cancelled, InvalidRequest
 
 #: So many chunks are sent to Redis at a time.
@@ -25,13 +25,15 @@ _CACHE_KIB: Final = 4_096
 class Planned:
     """An item as a plan has it: ``text`` without line breaks, at ``server`` ("" if that is not known yet).
 
-    ``skip`` is why nothing shall be done with it; it is in the plan and in the report all the same.
+    ``skip`` is why nothing shall be done with it; it is in the plan and in the report all the same. With the ``code``
+    of an error it ends as refused, and not as skipped.
     """
 
     text: str
     server: str = ""
     size_bytes: int | None = None
     skip: str = ""
+    code: str = ""
 
 
 class Planner:
@@ -55,13 +57,13 @@ class Planner:
         self._seen = _Seen()
         self._lines: list[str] = []
         self._chunks: dict[int, str] = {}
-        self._skips: dict[int, str] = {}
+        self._left_out: dict[int, tuple[str, str]] = {}  # code ("": skipped) and reason
         self._written = 0  # chunks
         self.items = 0
         self.bytes = 0
         self.repeated = 0
         self.planned: dict[str, int] = {}
-        self.skipped: dict[str, int] = {}
+        self.left_out: dict[tuple[str, ItemStatus], int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -108,8 +110,9 @@ class Planner:
         self._lines.append(f"{position}\t{size}\t{item.text}")
         self.planned[item.server] = self.planned.get(item.server, 0) + 1
         if item.skip:
-            self._skips[self.items] = item.skip[:300]
-            self.skipped[item.server] = self.skipped.get(item.server, 0) + 1
+            self._left_out[self.items] = (item.code, item.skip[:300])
+            key: tuple[str, ItemStatus] = (item.server, left_out_as(item.code))
+            self.left_out[key] = self.left_out.get(key, 0) + 1
         else:
             self.bytes += item.size_bytes or 0
         self.items += 1
@@ -127,9 +130,9 @@ class Planner:
             self._batches.plan_chunks(self._id, self._token, self._chunks)
             self._written += len(self._chunks)
             self._chunks = {}
-        if self._skips:
-            self._batches.skip_planned(self._id, self._token, self._skips)
-            self._skips = {}
+        if self._left_out:
+            self._batches.leave_out_planned(self._id, self._token, self._left_out)
+            self._left_out = {}
 
     def freeze(self, *, warnings: Sequence[str] = ()) -> None:
         """The plan is complete.
@@ -149,7 +152,7 @@ class Planner:
             planned=self.planned,
             servers=self._types,
             size_bytes=self.bytes,
-            skipped=self.skipped,
+            left_out=self.left_out,
             warnings=warnings,
         )
         if not frozen:

@@ -106,17 +106,58 @@ def test_a_worker_lists_a_folder_and_an_archive_and_says_what_it_leaves_out(pacs
     with zipfile.ZipFile(packed, "w") as archive:
         for number in range(4):
             archive.writestr(f"ct/{number}.dcm", image(study, side=8))
-        archive.writestr("../../etc/passwd", b"no image")
+        archive.writestr("viewer/README.TXT", b"no image")
     url = pacs.images.put("all.zip", packed.getvalue())
     answer = pacs.json("batch", "upload", url)
     assert pacs.totals(answer) == {"skipped": 1, "stored": 4}
     skipped = pacs("batch", "report", answer["batch_id"], "--csv", "--status", "skipped").stdout
-    assert "its name leads out of the archive" in skipped
+    assert "no image by its name" in skipped
     undone = pacs.json("batch", "undo", answer["batch_id"], "--yes")
     assert undone["passes"]["undo"]["totals"]["undone"] == 4
     pacs("batch", "upload", url, f"{pacs.folder.as_uri()}/", status=2)
     refused = pacs("batch", "upload", pacs.images.url("none.zip"), status=1)
     assert "source_not_found" in refused.stderr
+
+
+def test_what_cannot_be_read_of_an_archive_counts_and_is_shown_with_the_reason(pacs: Desk) -> None:
+    study, packed = new_uid(), io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("1.dcm", image(study, side=8))
+        archive.writestr("README", b"no image")
+        archive.writestr("2.dcm", image(study, side=8), zipfile.ZIP_LZMA)
+        archive.writestr("../up.dcm", image(study, side=8))
+    url = pacs.images.put("half.zip", packed.getvalue())
+    planned = pacs("batch", "upload", url, "--dry-run")
+    assert "1 of 4 items to do" in planned.stdout
+    assert planned.stdout.count("source_not_allowed") == 2
+    shown = pacs("batch", "upload", url, status=1)
+    for words in ("packed in a way", "leads out of", "source_not_allowed"):
+        assert words in " ".join(shown.stdout.split())
+    assert "batch retry" not in shown.stdout, "a retry cannot help"
+    answer = json.loads(pacs("batch", "upload", url, "--json", status=1).stdout)
+    assert pacs.totals(answer) == {"skipped": 1, "refused": 2, "already_there": 1}
+    plan = pacs.folder.parent / "half.jsonl"
+    pacs("batch", "upload", url, "--plan", str(plan))
+    applied = pacs("batch", "apply", str(plan), "--json", status=1)
+    assert pacs.totals(json.loads(applied.stdout)) == pacs.totals(answer), applied.output
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence", "status"),
+    [
+        ({}, "all.zip is empty", 1),
+        ({"README": b"no image", "DICOMDIR": b"no image"}, "none of the 2 files found is an image", 2),
+    ],
+)
+def test_an_archive_without_an_image_is_never_called_done(
+    pacs: Desk, entries: dict[str, bytes], sentence: str, status: int
+) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, body in entries.items():
+            archive.writestr(name, body)
+    refused = pacs("batch", "upload", pacs.images.put("all.zip", packed.getvalue()), status=status)
+    assert sentence in " ".join(refused.output.split())
 
 
 def test_wrong_input_is_told_with_its_rows_and_begins_nothing(pacs: Desk) -> None:

@@ -147,6 +147,39 @@ def test_a_plan_goes_through_a_file_and_says_no_more_than_it_has_to(one: Desk, t
         other.desk.apply(path)
 
 
+def test_what_a_plan_refuses_is_refused_from_its_file_too_and_what_it_skips_is_skipped(
+    one: Desk, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.jsonl"
+    lines = (
+        PlanLine(item="zip+file:///a.zip!/1"),
+        PlanLine(item="zip+file:///a.zip!/2", do="skip", why="source_not_allowed: it is encrypted: ask for the key"),
+        PlanLine(item="zip+file:///a.zip!/README", do="skip", why="no image by its name"),
+        PlanLine(item="zip+file:///a.zip!/3", do="skip", why="source_not_allowed"),
+    )
+    with path.open("w", encoding="utf-8") as out:
+        write(PlanHeader(kind="upload", order={"source": "file:///a.zip"}), lines, out)
+    one.desk.apply(path)
+    (batch,) = one.batches.list()
+    found = [row.settled for row in one.batches.rows(batch)]
+    assert [(row.status, row.code, row.message) for row in found] == [
+        ("open", "", ""),
+        ("refused", "source_not_allowed", "it is encrypted: ask for the key"),
+        ("skipped", "", "no image by its name"),
+        ("skipped", "", "source_not_allowed"),
+    ]
+    assert batch.of("apply").totals == {"refused": 1, "skipped": 2}
+
+
+def test_the_plan_of_a_batch_that_ran_leaves_nothing_out_that_was_refused_when_it_was_fetched() -> None:
+    item = Item(0, "", "https://h/a.dcm")
+    fetched_in_vain = Settled(item, "refused", "not_dicom", "It is text.", server="-")
+    refused_by_plan = Settled(item, "refused", "source_not_allowed", "It is encrypted.")
+    at_a_server = Settled(item, "refused", "pacs_rejected", "No.", server="msdicom")
+    rows = [Row(item, {"apply": one}) for one in (fetched_in_vain, refused_by_plan, at_a_server)]
+    assert [line.do for row in rows for line in plan_lines(row)] == ["apply", "skip", "apply"]
+
+
 def test_a_plan_says_of_a_study_on_several_servers_that_it_is_deleted_on_each_of_them() -> None:
     def servers(row: Row) -> list[tuple[str | None, str]]:
         return [(line.server, line.do) for line in plan_lines(row)]

@@ -11,6 +11,8 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
+from producer.batches import plan_lines
+from worker.batch_ends import end_payload
 from worker.batches import CHUNK_ITEMS, CHUNK_TASK, PASSES, Batch, Batches, Item, Pass, Settled
 from worker.errors import Cancelled, CourierError, InvalidRequest, PacsRejected, PacsUnavailable
 from worker.jobs.batches import WIDTH, Answer, Conductor, Desk, Work, conducted
@@ -273,6 +275,26 @@ def test_a_plan_says_what_it_leaves_out_and_where_and_how_large_things_are(bench
     first, second, third = bench.batches.rows(batch)
     assert (first.item, second.item.server) == (Item(0, "", "http://host/1\tx", 7), "b")
     assert (third.settled.status, third.settled.message, third.item.size_bytes) == ("skipped", "it is there", 9)
+
+
+def test_a_plan_refuses_what_cannot_be_read_and_that_counts_among_the_failures(bench: Bench) -> None:
+    with Planner(bench.batches, "B") as planner:
+        planner.add_all(Planned(f"http://host/{number}", skip="no image") for number in range(150))
+        planner.add_all(
+            Planned(f"zip+http://host/a.zip!/{number}", "", 9, "encrypted", "source_not_allowed")
+            for number in range(120)
+        )
+        planner.freeze()
+    batch = bench.batch
+    assert batch.of("apply").counts == {"": {"skipped": 150, "refused": 120}}
+    told = end_payload(batch, bench.batches, job_id="B")
+    assert (told["failures_total"], told["totals"]) == (120, {"skipped": 150, "refused": 120})
+    assert {(one["status"], one["code"], one["message"]) for one in told["failures"]} == {
+        ("refused", "source_not_allowed", "encrypted")
+    }
+    assert bench.batches.reopen(batch, "apply", ["failed"]) == 0, "a retry cannot help"
+    lines = [line for row in bench.batches.rows(batch) for line in plan_lines(row)]
+    assert {(line.do, line.why) for line in lines} == {("skip", "no image"), ("skip", "source_not_allowed: encrypted")}
 
 
 def test_a_dry_run_plans_and_does_nothing_until_the_plan_is_applied(bench: Bench) -> None:

@@ -70,9 +70,14 @@ def test_what_is_no_image_is_listed_with_the_reason(sources: Sources, folder: Pa
     (folder / "up").symlink_to(folder.parent)
     os.mkfifo(folder / "pipe")
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.dcm")).write_bytes(BODY)
-    found = names(everything(sources, f"{folder.as_uri()}/"))
-    assert [name for name, why_not in found.items() if not why_not] == ["x.dcm"]
+    listed = everything(sources, f"{folder.as_uri()}/")
+    found = names(listed)
+    assert {name for name, why_not in found.items() if not why_not} == {"x.dcm", "%FF.dcm"}
     assert len(found) == 8  # a link out of the folder is not followed
+    refused = {url.rpartition("/")[2] for url, one in listed.items() if one.refused}
+    assert refused == {"more.zip", "gone", "up", "pipe"}, "what may hold an image is not left out in silence"
+    with sources.fetch(next(url for url in listed if url.endswith("%FF.dcm"))) as fetched:
+        assert fetched.stream.read() == BODY
 
 
 def test_folders_are_paged_and_none_is_listed_that_the_settings_do_not_name(sources: Sources, folder: Path) -> None:
@@ -194,6 +199,7 @@ def test_entries_that_lead_astray_are_neither_listed_as_images_nor_read(
             archive.writestr("twice.dcm", BODY)
     found = everything(sources, url)
     assert [one.rpartition("/")[2] for one, listed in found.items() if not listed.why_not] == ["good.dcm"]
+    assert [one.rpartition("/")[2] for one, listed in found.items() if listed.why_not and not listed.refused] == ["._a"]
     for one, listed in found.items():
         if listed.why_not:
             with pytest.raises(SourceNotAllowed):
@@ -262,3 +268,64 @@ def test_an_archive_whose_entries_share_their_bytes_is_refused(sources: Sources,
     content[second + 42 : second + 46] = struct.pack("<I", 0)  # the second entry begins where the first does
     path.write_bytes(content)
     refused(sources, url, SourceNotAllowed)
+
+
+CD = (
+    *("DICOMDIR", "README", "README.TXT", "Readme_en.html", "LOCKFILE", "VERSION", "Thumbs.db", ".DS_Store"),
+    *("._IM0001", "__MACOSX/IMAGES/IM0001", "a/._b.zip", "AUTORUN.INF", "VIEWER.EXE", "lib/viewer.jar", "bin/qt.dll"),
+    *("IHE_PDI/INDEX.HTM", "IHE_PDI/style.css", "help/manual.pdf"),
+)
+IMAGES = (
+    *("IMAGES/IM0001", "IMAGES/1.2.840.10008.1", "A/B.C/0001", "x.dcm", "x.DCM", "version1", "readme.dcm", ".txt"),
+    *("photo.jpg", "README/IM0001"),
+)
+
+
+@pytest.mark.parametrize("form", ["folder", "archive"])
+def test_what_a_patient_cd_holds_beside_its_images_is_left_out_by_name_and_the_rest_is_tried(
+    form: str, sources: Sources, packed: Packed, folder: Path
+) -> None:
+    if form == "archive":
+        url = packed(dict.fromkeys((*CD, *IMAGES), BODY))
+    else:
+        url = f"{folder.as_uri()}/"
+        for name in (*(name for name in CD if name != "README"), *IMAGES):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(BODY)
+    found = everything(sources, url)
+    start = len(url) + (len("zip+!/") if form == "archive" else 0)
+    assert {one[start:] for one, listed in found.items() if not listed.why_not} == set(IMAGES)
+    assert not any(listed.refused for listed in found.values())
+
+
+def test_what_is_no_image_by_its_name_is_left_out_however_it_is_packed(
+    sources: Sources, packed: Packed, folder: Path
+) -> None:
+    url = packed({"README": BODY, "a.exe": BODY, "a": BODY, "b.dcm": BODY}, how=zipfile.ZIP_BZIP2)
+    assert {one.rpartition("/")[2]: listed.refused for one, listed in everything(sources, url).items()} == {
+        "README": False,
+        "a.exe": False,
+        "a": True,
+        "b.dcm": True,
+    }
+
+
+@pytest.mark.parametrize("entries", [{}, {"folder/": b""}])
+def test_an_archive_without_a_file_is_called_empty(sources: Sources, packed: Packed, entries: dict[str, bytes]) -> None:
+    url = packed(entries)
+    with pytest.raises(SourceNotFound, match=r"images\.zip is empty: the archive holds no file\.$"):
+        everything(sources, url)
+    with pytest.raises(SourceNotFound, match="no such entry"):
+        sources.fetch(f"zip+{url}!/a.dcm")
+
+
+def test_a_file_without_a_byte_is_called_empty_and_no_damaged_archive(sources: Sources, folder: Path) -> None:
+    (folder / "none.zip").touch()
+    with pytest.raises(NotDicom, match="is empty"):
+        everything(sources, (folder / "none.zip").as_uri())
+
+
+def test_a_url_that_is_too_long_is_refused_and_named_by_its_beginning(sources: Sources, packed: Packed) -> None:
+    url = packed({"ü" * 3000 + ".dcm": BODY, "a.dcm": BODY})
+    long, short = everything(sources, url).values()
+    assert (len(long.url), long.refused, short.why_not) == (8192, True, "")

@@ -372,6 +372,7 @@ class Conductor:
         batch = self.batch
         if self._is_new(first) and batch.state in out_of:
             _refuse_unmatched_plan(command, batch)
+            _refuse_where_all_is_left_out(command, batch)
             check_may_begin(self.kind, command, batch, self.tools, self.confirm_studies)
 
     def _needs(self, which: Pass) -> None:
@@ -455,6 +456,16 @@ def _refuse_unmatched_plan(command: Command, batch: Batch) -> None:
         raise InvalidRequest(
             "Version 0.1 planned this batch and did not match its filters itself, so the plan may name studies that do"
             " not match. Order it again."
+        )
+
+
+def _refuse_where_all_is_left_out(command: Command, batch: Batch) -> None:
+    """Do not say "done" of files of which none is an image: a script may remove what it takes for stored."""
+    if command == "apply" and batch.kind == "upload" and batch.of("apply").totals.get("skipped") == batch.items:
+        raise InvalidRequest(
+            f"There is nothing to upload: by its name none of the {batch.items} files found is an image; see the report"
+            " of the batch for the reasons.",
+            details=batch.as_json(),
         )
 
 

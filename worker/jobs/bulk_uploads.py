@@ -28,6 +28,7 @@ from worker.errors import (
     PacsRejected,
     PacsUnavailable,
     Refused,
+    SourceNotAllowed,
     TryAgain,
 )
 from worker.instances import Instance, identify
@@ -59,7 +60,7 @@ from worker.pacs.protocol import Fate, Outcome, Pacs, Part
 from worker.payloads import BatchUploadJob, read_job
 from worker.planning import Planned
 from worker.routing import Answer, Decision, Exists, decide
-from worker.sources import Fetched
+from worker.sources import Fetched, Listed
 
 #: So many images, or bytes, make a load; so many are fetched at a time, and wait fetched for the next load to begin.
 LOAD_IMAGES = 25
@@ -168,7 +169,7 @@ class ImageUploads:
         if source is None:
             raise InvalidRequest("A batch of uploads needs items, or a source that lists them.")
         for page in desk.tools.sources.pages(source):
-            yield [Planned(one.url, "" if one.why_not else server, one.size_bytes, one.why_not) for one in page]
+            yield [_planned(one, server) for one in page]
 
     def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Result]:  # noqa: ARG002
         """What an earlier attempt may have done is in its own notes, with where and what."""
@@ -697,6 +698,12 @@ class Uploads:
             but={image_uid for image_uid, _ in unclear},
             following={study_uid for _, study_uid in unclear},
         )
+
+
+def _planned(one: Listed, server: str) -> Planned:
+    """What was found, as a plan has it; what is left out or refused comes to no server."""
+    code = SourceNotAllowed.code if one.refused else ""
+    return Planned(one.url, "" if one.why_not else server, one.size_bytes, one.why_not, code)
 
 
 def _stored(item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> Settled:

@@ -66,6 +66,8 @@ class Archives:
         if is_entry(url) and ENTRY in outer:
             raise SourceNotAllowed("An entry of an archive cannot be listed; name the archive.")
         with self._opened(outer, self._limits()) as archive:
+            if not any(True for _ in archive.entries()):
+                raise SourceNotFound(f"{shown_url(outer)} is empty: the archive holds no file.")
             yield from paged(archive.entries())
 
     def fetch(self, url: str, limits: Limits) -> Fetched:
@@ -159,6 +161,8 @@ class _Archive:
         self._shown = shown_url(url)
         self._lock = threading.Lock()
         try:
+            if not fetched.size_bytes:
+                raise NotDicom(f"{self._shown} is empty: the file has no bytes; pack it anew.")
             with _translated(self._shown):
                 self._zip = zipfile.ZipFile(cast(BinaryIO, _Bytes(fetched, self._shown)))
                 _check(self._zip.infolist(), fetched.size_bytes, self._shown)
@@ -177,8 +181,7 @@ class _Archive:
             if _is_no_file(info):
                 continue
             url = f"{ZIP}{self._url}{ENTRY}{quote(info.filename)}"
-            why_not = self._why_not(info)
-            yield Listed(url, info.file_size, why_not) if why_not else listed(url, info.filename, info.file_size)
+            yield listed(url, info.filename, info.file_size, unreadable=self._why_not(info))
 
     def read(self, name: str, limits: Limits) -> Fetched:
         source = f"{self._shown}{ENTRY}{quote(name)}"
@@ -251,6 +254,10 @@ def _translated(shown: str) -> Iterator[None]:
         raise NotDicom(f"{shown} is no ZIP file, or a damaged one ({type(error).__name__}); pack it anew.") from error
 
 
+class _BeforeTheBeginning(zipfile.BadZipFile, OSError):
+    """A seek to before the beginning. The library takes an OSError for an archive too short to be a ZIP64, if small."""
+
+
 class _Bytes(io.RawIOBase):
     """The archive's bytes with a position of its own; a read moves nobody else's."""
 
@@ -276,7 +283,7 @@ class _Bytes(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
         if base + offset < 0:
-            raise zipfile.BadZipFile("a position before the beginning")
+            raise _BeforeTheBeginning
         self._position = base + offset
         return self._position
 

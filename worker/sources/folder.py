@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from worker.errors import (
     CourierError,
@@ -98,7 +98,7 @@ def path_of(url: str) -> Path:
         parts = urlsplit(without_query_marks(url))
     except ValueError:
         raise SourceNotAllowed("The file URL is malformed; write file:///folder/image.dcm.") from None
-    path = unquote(parts.path)
+    path = os.fsdecode(unquote_to_bytes(parts.path))  # a name that is not UTF-8 as well
     if not _ABSOLUTE(url) or parts.netloc.lower() not in ("", "localhost") or "\0" in path:
         raise SourceNotAllowed("A file URL has to name an absolute path on the worker: file:///folder/image.dcm.")
     return Path(path)
@@ -136,7 +136,7 @@ def _walk(descriptor: int, path: str, depth: int = 0) -> Iterator[Listed]:
                 below = f"{path}/{one.name}"
                 if one.is_dir(follow_symlinks=False):
                     if depth >= MAX_DEPTH:
-                        yield Listed(_url(below), None, f"below more than {MAX_DEPTH} folders")
+                        yield listed(_url(below), below, unreadable=f"below more than {MAX_DEPTH} folders")
                     else:
                         yield from _walk(os.open(one.name, _READ_FOLDER, dir_fd=descriptor), below, depth + 1)
                 else:
@@ -150,12 +150,10 @@ def _file(one: os.DirEntry[str], path: str) -> Listed:
     try:
         status = one.stat()  # of what it leads to; whether that may be read is for the fetch to say
     except OSError:
-        return Listed(url, None, "a link that leads nowhere, or a file that has gone")
+        return listed(url, path, unreadable="a link that leads nowhere, or a file that has gone")
     if not stat.S_ISREG(status.st_mode):
-        return Listed(url, None, "a link to a folder, or a device")
-    if any("\ud800" <= sign <= "\udfff" for sign in path):
-        return Listed(url, status.st_size, "its name is not UTF-8")
-    return listed(url, one.name, status.st_size)
+        return listed(url, path, unreadable="a link to a folder, or a device")
+    return listed(url, path, status.st_size)
 
 
 def _url(path: str) -> str:
