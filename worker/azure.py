@@ -131,7 +131,7 @@ def _signature(service: BlobServiceClient, container: str, blob: str, key: str) 
         return generate_blob_sas(
             account_name=service.credential.account_name,
             container_name=container,
-            blob_name=blob,
+            blob_name=blob.replace("\\", "/"),  # as Azure reads it, and Azurite
             account_key=key,
             permission=BlobSasPermissions(read=True),
             expiry=datetime.now(UTC) + _SIGNED_FOR,
