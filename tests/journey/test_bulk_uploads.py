@@ -161,7 +161,7 @@ def test_a_folder_and_an_archive_are_uploaded_by_their_names(worker, image_serve
     )
     with Courier(running.settings) as courier:
         batch, _ = order(courier, source=f"file://{folder}/")
-        assert sorted(statuses(courier, batch)) == ["refused", *["stored"] * 7]
+        assert sorted(statuses(courier, batch)) == ["skipped", *["stored"] * 7]
         batch, _ = order(courier, source=image_server.put("four.zip", packed.getvalue()))
         assert statuses(courier, batch) == ["stored"] * 4
         assert count(sandbox.msdicom, study) == 11

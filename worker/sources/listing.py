@@ -22,13 +22,13 @@ MAX_URL = 8192
 _NO_IMAGES = {
     "dicomdir": "a directory of images, no image",
     "manifest.json": "the manifest of a download, no image",
-    **dict.fromkeys((".ds_store", "thumbs.db", "lockfile", "version", "license", "licence"), "no image by its name"),
+    **dict.fromkeys((".ds_store", "thumbs.db", "lockfile", "version"), "no image by its name"),
 }
-#: Viewer programs and what belongs to them, and texts. JPEG, TIFF, PNG and films are not here: they are images, though
-#: not of DICOM, and have to be refused.
+#: Viewer programs and what belongs to them, web pages and papers. JPEG, TIFF, PNG and films are not here: they are
+#: images, though not of DICOM, and have to be refused.
 _IS_NO_IMAGE = re.compile(
-    r"readme(?!.*\.(?:dcm|zip)\Z).*|.+\.(?:exe|dll|ocx|sys|msi|cab|bat|cmd|inf|ini|cfg|config|jar|class|so|dylib|app|lnk"
-    r"|url|html?|css|js|json|xml|xslt?|xsd|dtd|txt|log|md|rtf|pdf|docx?|chm|hlp|ico|gif|svg)",
+    r"(?:readme|licen[cs]e)(?!.*\.(?:dcm|zip)\Z).*|.+\.(?:exe|dll|ocx|sys|msi|cab|bat|cmd|inf|ini|cfg|config|jar|class|so|dylib|app|lnk"
+    r"|url|html?|css|js|json|xml|xslt?|xsd|dtd|rtf|pdf|docx?|chm|hlp|ico|gif|svg)",
     re.DOTALL,
 ).fullmatch
 
