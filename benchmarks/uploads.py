@@ -74,7 +74,7 @@ def bench(folder: Path) -> Iterator[Bench]:
         tree = {
             "servers": [orthanc.server("orthanc"), other.server("archive")],
             "sources": {
-                "allow_hosts": [parts.HOST],
+                "allow_hosts": [f"{parts.HOST}:*"],
                 "allow_private_networks": True,
                 "folders": [str(folder / "images")],
             },

@@ -58,7 +58,7 @@ def running_stack(folder: Path) -> Iterator[Stack]:
             folder / "pacs.toml",
             {
                 "servers": sandbox.servers(),
-                "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+                "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
                 "queue": parts.queue_settings(redis),
             },
         )

@@ -70,7 +70,7 @@ class Stage:
         tree = {
             "servers": self.sandbox.servers(),
             "queue": {**parts.queue_settings(self.redis), **self.queue},
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             "jobs": {**QUICK, **jobs},
             "breaker": {"failures": 1000},
         }

@@ -223,7 +223,7 @@ class Workers:
         tree = {
             "servers": servers,
             "queue": parts.queue_settings(self._request.getfixturevalue("redis")),
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             **{section: dict(values) for section, values in sections.items()},
         }
         config = parts.write_settings(self._running.folder / f"{name}.toml", tree)

@@ -178,8 +178,9 @@ class AzureSettings(_Section):
         return bool(getattr(self, f"{kind}_env") or getattr(self, f"{kind}_file"))
 
 
-#: A host, everything below one (``*.example.org``), an address (IPv6 in brackets) or ``*``; a port if only that one.
-HostPattern = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^\s*/:@\[\]?#]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$")]
+#: A host, everything below one (``*.example.org``), an address (IPv6 in brackets) or ``*``. Then ``:`` and a port, or
+#: ``*`` for every port; without that the scheme's own port is meant.
+HostPattern = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^\s*/:@\[\]?#]+|\[[0-9A-Fa-f:.]+\])(:([0-9]{1,5}|\*))?$")]
 
 
 class SourceSettings(_Section):

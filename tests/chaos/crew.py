@@ -47,7 +47,7 @@ class Crew:
         tree = {
             "servers": self.servers,
             "queue": dict(self.queue),
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             "jobs": QUICK,
             **{section: dict(values) for section, values in sections.items()},
         }

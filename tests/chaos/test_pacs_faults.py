@@ -281,7 +281,7 @@ def ward(
         tree = {
             "servers": with_accounts(sandbox_server),
             "queue": parts.queue_settings(redis_server),
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             "downloads": {"folders": [str(out)]},
             "jobs": JOBS,
             "breaker": BREAKER,

@@ -41,7 +41,7 @@ def settings_tree(tmp_path, redis, sandbox):
     return {
         "servers": sandbox.servers(),
         "queue": parts.queue_settings(redis),
-        "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+        "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
         "jobs": {"lease_s": 3, "grace_s": 3, "sweep_s": 0.5},
         "worker": {"watchdog_s": 4, "hung_s": 4, "health_file": str(tmp_path / "health")},
     }

@@ -21,7 +21,7 @@ Rows = dict[str, dict[str, int]]
 def site_of(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) -> Callable[..., Site]:
     def build(**deletions: str) -> Site:
         servers = [{**one, "deletions": deletions.get(one["name"], "allow")} for one in sandbox.servers()]
-        places = {"allow_hosts": [HOST], "allow_private_networks": True, "folders": [str(tmp_path)]}
+        places = {"allow_hosts": [f"{HOST}:*"], "allow_private_networks": True, "folders": [str(tmp_path)]}
         return batch_site(servers, downloads={"folders": [str(tmp_path)]}, sources=places)
 
     return build

@@ -85,7 +85,7 @@ def site(batch_site: Callable[..., Site], sandbox: SandboxPart, orthanc: str, tm
     site = batch_site(
         [*sandbox.servers(), {"name": "orthanc", "type": "orthanc", "url": orthanc}],
         downloads={"folders": [str(tmp_path)]},
-        sources={"allow_hosts": [HOST], "allow_private_networks": True},
+        sources={"allow_hosts": [f"{HOST}:*"], "allow_private_networks": True},
     )
     site.now, site.sleep, site.wait = clock.now, clock.sleep, clock.sleep
     site.fleet = site.fleet.through(lambda pacs: Reading(pacs, clock))  # type: ignore[arg-type,return-value]

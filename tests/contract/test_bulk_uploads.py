@@ -135,7 +135,7 @@ def site_of(redis: RedisPart, image_server: ImageServer) -> Iterator[Callable[..
         tree = {
             "servers": list(servers),
             "queue": parts.queue_settings(redis),
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             **sections,
         }
         settings = Settings.model_validate(tree)

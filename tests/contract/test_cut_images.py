@@ -671,7 +671,7 @@ def test_the_verification_of_an_upload_does_not_say_that_a_cut_answer_differs(
     spoiler: Spoiler,
     image_server: Any,
 ) -> None:
-    sources = {"allow_hosts": [HOST], "allow_private_networks": True}
+    sources = {"allow_hosts": [f"{HOST}:*"], "allow_private_networks": True}
     site, study = ward(batch_site, sandbox, folder, sources=sources), new_uid()
     urls = [image_server.put(f"{n}.dcm", image(study, side=64)) for n in range(2)]
     payload(site.upload(*urls))

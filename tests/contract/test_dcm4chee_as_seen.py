@@ -50,7 +50,7 @@ class Ward(Site):
             sandbox.servers(),
             jobs={"max_attempts": ATTEMPTS, "backoff_base_s": 0.01, "backoff_cap_s": 0.02, "grace_s": 1},
             breaker={"failures": 2, "window_s": 600},
-            sources={"allow_hosts": [HOST], "allow_private_networks": True},
+            sources={"allow_hosts": [f"{HOST}:*"], "allow_private_networks": True},
             downloads={"folders": [str(folder)]},
         )
         self.sandbox, self.images = sandbox, images

@@ -35,7 +35,7 @@ def site_of(batch_site: Callable[..., Site], sandbox: SandboxPart, orthanc: str,
         return batch_site(
             [{**one, "deletions": deletions.get(one["name"], "allow")} for one in servers],
             downloads={"folders": [str(tmp_path)]},
-            sources={"allow_hosts": [HOST], "allow_private_networks": True},
+            sources={"allow_hosts": [f"{HOST}:*"], "allow_private_networks": True},
             **limit,
         )
 

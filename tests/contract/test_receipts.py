@@ -30,7 +30,7 @@ def site(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) 
     return batch_site(
         sandbox.servers(),
         downloads={"folders": [str(tmp_path)]},
-        sources={"allow_hosts": [parts.HOST], "allow_private_networks": True},
+        sources={"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
     )
 
 
@@ -275,7 +275,7 @@ def test_where_files_are_rewritten_nothing_is_said_of_bytes(site: Site, put: Cal
 def test_orthanc_gives_back_the_bytes_that_are_compared(
     batch_site: Callable[..., Site], orthanc: str, put: Callable[[bytes], str]
 ) -> None:
-    sources = {"allow_hosts": [parts.HOST], "allow_private_networks": True}
+    sources = {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True}
     site = batch_site([{"name": "ward", "type": "orthanc", "url": orthanc}], sources=sources)
     study, sop = new_uid(), new_uid()
     first, second = (image(study, sop=sop, side=SIDE, seed=seed) for seed in (1, 2))

@@ -38,7 +38,7 @@ from worker.settings import SourceSettings
 from worker.sources import Sources
 
 HOST = "127.0.0.1"
-OPEN = SourceSettings(allow_hosts=(HOST,), allow_private_networks=True)
+OPEN = SourceSettings(allow_hosts=(f"{HOST}:*",), allow_private_networks=True)
 
 
 def sources(resolve: Callable[..., Any] | None = None, **changes: Any) -> Sources:
@@ -187,7 +187,7 @@ def test_an_address_of_ip_version_6_is_fetched_from() -> None:
     thread = threading.Thread(target=server.handle_request)
     thread.start()
     port = server.server_address[1]
-    with sources(allow_hosts=("[::1]",)).fetch(f"http://[::1]:{port}/a.dcm") as fetched:
+    with sources(allow_hosts=("[::1]:*",)).fetch(f"http://[::1]:{port}/a.dcm") as fetched:
         assert fetched.stream.read() == f"[::1]:{port}".encode()
     thread.join()
     server.server_close()
@@ -604,7 +604,7 @@ def test_a_listed_name_that_leads_inside_is_refused_without_a_connection(
     talker: Callable[..., Talker], addresses: tuple[str, ...]
 ) -> None:
     server = talker(say(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
-    fetching = sources(answering(*addresses), allow_hosts=("images.test",), allow_private_networks=False)
+    fetching = sources(answering(*addresses), allow_hosts=("images.test:*",), allow_private_networks=False)
     with pytest.raises(SourceNotAllowed, match=r"images\.test leads to"):
         fetching.fetch(f"http://images.test:{server.port}/")
     assert server.connections == 0
@@ -620,7 +620,7 @@ def test_the_address_that_was_judged_is_the_one_connected_to(image_server: Image
 
     image_server.put("a.dcm", b"image")
     port = image_server.base.rpartition(":")[2]
-    fetching = sources(resolve, allow_hosts=("images.test",))
+    fetching = sources(resolve, allow_hosts=("images.test:*",))
     fetching.fetch(f"http://images.test:{port}/a.dcm").close()
     assert asked == ["images.test"]
 
@@ -628,7 +628,7 @@ def test_the_address_that_was_judged_is_the_one_connected_to(image_server: Image
 def test_the_next_address_is_tried_where_the_first_is_down(image_server: ImageServer) -> None:
     image_server.put("a.dcm", b"image")
     port = image_server.base.rpartition(":")[2]
-    fetching = sources(answering("127.99.99.99", HOST), allow_hosts=("images.test",))
+    fetching = sources(answering("127.99.99.99", HOST), allow_hosts=("images.test:*",))
     fetching.fetch(f"http://images.test:{port}/a.dcm").close()
 
 
@@ -637,7 +637,7 @@ def test_a_name_that_cannot_be_resolved_is_unreachable() -> None:
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     with pytest.raises(SourceUnreachable, match="name"):
-        sources(resolve, allow_hosts=("images.test",)).fetch("http://images.test/a?sig=s3cret")
+        sources(resolve, allow_hosts=("images.test:*",)).fetch("http://images.test/a?sig=s3cret")
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------------
@@ -690,7 +690,7 @@ def tls_server(talker: Callable[..., Talker], certificate: Path, image_server: I
 def test_https_trusts_the_authority_that_is_named_and_keeps_its_connection(
     tls_server: Talker, certificate: Path
 ) -> None:
-    fetching = sources(answering(HOST), allow_hosts=("images.test",), ca_file=certificate)
+    fetching = sources(answering(HOST), allow_hosts=("images.test:*",), ca_file=certificate)
     for _ in range(3):
         with fetching.fetch(f"https://images.test:{tls_server.port}/a.dcm") as fetched:
             assert fetched.stream.read() == b"image"
@@ -699,19 +699,19 @@ def test_https_trusts_the_authority_that_is_named_and_keeps_its_connection(
 
 
 def test_https_refuses_a_certificate_that_nobody_vouches_for(tls_server: Talker) -> None:
-    fetching = sources(answering(HOST), allow_hosts=("images.test",))
+    fetching = sources(answering(HOST), allow_hosts=("images.test:*",))
     with pytest.raises(SourceUnreachable, match="certificate"):
         fetching.fetch(f"https://images.test:{tls_server.port}/a.dcm")
 
 
 def test_https_refuses_a_certificate_of_another_name(tls_server: Talker, certificate: Path) -> None:
-    fetching = sources(answering(HOST), allow_hosts=("other.test",), ca_file=certificate)
+    fetching = sources(answering(HOST), allow_hosts=("other.test:*",), ca_file=certificate)
     with pytest.raises(SourceUnreachable, match="certificate"):
         fetching.fetch(f"https://other.test:{tls_server.port}/a.dcm")
 
 
 def test_a_redirect_from_https_to_http_is_refused(tls_server: Talker, certificate: Path) -> None:
-    fetching = sources(answering(HOST), allow_hosts=("images.test", HOST), ca_file=certificate)
+    fetching = sources(answering(HOST), allow_hosts=("images.test:*", f"{HOST}:*"), ca_file=certificate)
     with pytest.raises(SourceNotAllowed, match="https to http"):
         fetching.fetch(f"https://images.test:{tls_server.port}/down?sig=s3cret")
     fetching.close()

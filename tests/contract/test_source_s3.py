@@ -88,7 +88,7 @@ def endpoint(request: pytest.FixtureRequest) -> str:
 
 def sources(endpoint_url: str, **changes: Any) -> Sources:
     s3 = S3Settings(buckets=("images", "nothing-*"), endpoint_url=endpoint_url, region="us-east-1")
-    return Sources(SourceSettings(allow_hosts=(HOST,), allow_private_networks=True, s3=s3, **changes))
+    return Sources(SourceSettings(allow_hosts=(f"{HOST}:*",), allow_private_networks=True, s3=s3, **changes))
 
 
 def refused(fetching: Sources, url: str, kind: type[CourierError]) -> CourierError:

@@ -622,7 +622,7 @@ _JOBS = st.dictionaries(
 
 # --- source URLs --------------------------------------------------------------------------------------------------
 
-_OPEN = Policy(SourceSettings(allow_hosts=("*",), allow_private_networks=True))
+_OPEN = Policy(SourceSettings(allow_hosts=("*:*",), allow_private_networks=True))
 _STRICT = Policy(SourceSettings(allow_hosts=("images.example.org", "*.example.net", "192.0.2.1:8080")))
 
 

@@ -41,7 +41,7 @@ def steady_worker(
         tree = {
             "servers": sandbox_server.servers(),
             "queue": parts.queue_settings(redis_server),
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             "jobs": {"max_attempts": 2, "backoff_base_s": 0.1, "sweep_s": 0.1},
             "breaker": {"failures": 1000},  # what one test does to a server is not to keep the next one from it
         }

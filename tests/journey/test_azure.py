@@ -28,7 +28,7 @@ def container(azurite):
 def running(worker, azurite, container):
     azure = {"containers": [container.container_name], "connection_string_env": "AZURE_SECRET"}
     return worker(
-        sources={"allow_hosts": [HOST], "allow_private_networks": True, "azure": azure},
+        sources={"allow_hosts": [f"{HOST}:*"], "allow_private_networks": True, "azure": azure},
         downloads={"azure": azure},
         environ={"AZURE_SECRET": azurite.connection_string},
     )

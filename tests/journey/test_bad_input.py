@@ -133,7 +133,7 @@ def test_bad_input_ends_with_its_code_and_one_helpful_sentence(worker, image_ser
     running = worker(
         jobs={"max_attempts": 2, "backoff_base_s": 0.1, "sweep_s": 0.1},
         sources={
-            "allow_hosts": ["127.0.0.1"],
+            "allow_hosts": ["127.0.0.1:*"],
             "allow_private_networks": True,
             "max_bytes": 5_000_000,
             "idle_timeout_s": 1,

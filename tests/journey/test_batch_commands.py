@@ -63,7 +63,7 @@ class Desk:
 def pacs(worker, image_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     folder = tmp_path / "images"
     folder.mkdir()
-    sources = {"allow_hosts": ["127.0.0.1"], "allow_private_networks": True, "folders": [str(folder)]}
+    sources = {"allow_hosts": ["127.0.0.1:*"], "allow_private_networks": True, "folders": [str(folder)]}
     out = tmp_path / "out"
     out.mkdir()
     running = worker(jobs=QUICK, sources=sources, downloads={"folders": [str(out)]})

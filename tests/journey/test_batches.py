@@ -30,7 +30,7 @@ def slow_worker(tmp_path, redis, sandbox):
         tree = {
             "servers": sandbox.servers(),
             "queue": parts.queue_settings(redis),
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             "jobs": QUICK,
         }
         config = parts.write_settings(tmp_path / "pacs.toml", tree)

@@ -27,7 +27,7 @@ def s3(worker, moto):
     client.create_bucket(Bucket=bucket)
     place = {"buckets": [bucket], "endpoint_url": moto, "region": "us-east-1"}
     running = worker(
-        sources={"allow_hosts": [HOST], "allow_private_networks": True, "s3": place},
+        sources={"allow_hosts": [f"{HOST}:*"], "allow_private_networks": True, "s3": place},
         downloads={"s3": place},
         environ=AWS,
     )
@@ -41,7 +41,7 @@ def az(worker, azurite):
         container = account.create_container(f"many-{random.randrange(10**9)}")
         place = {"containers": [container.container_name], "connection_string_env": "AZURE_SECRET"}
         running = worker(
-            sources={"allow_hosts": [HOST], "allow_private_networks": True, "azure": place},
+            sources={"allow_hosts": [f"{HOST}:*"], "allow_private_networks": True, "azure": place},
             downloads={"azure": place},
             environ={"AZURE_SECRET": azurite.connection_string},
         )

@@ -157,7 +157,7 @@ def test_a_folder_and_an_archive_are_uploaded_by_their_names(worker, image_serve
         for number in range(4):
             archive.writestr(f"{number}.dcm", image(study, side=8))
     running = worker(
-        jobs=QUICK, sources={"allow_hosts": ["127.0.0.1"], "allow_private_networks": True, "folders": [str(folder)]}
+        jobs=QUICK, sources={"allow_hosts": ["127.0.0.1:*"], "allow_private_networks": True, "folders": [str(folder)]}
     )
     with Courier(running.settings) as courier:
         batch, _ = order(courier, source=f"file://{folder}/")

@@ -166,7 +166,7 @@ def test_letters_survive_the_death_of_redis(tmp_path, image_server, sandbox):
         tree = {
             "servers": sandbox.servers(),
             "queue": parts.queue_settings(redis),
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             "jobs": {"max_attempts": 1, "sweep_s": 0.1},
         }
         config = parts.write_settings(running.folder / "pacs.toml", tree)

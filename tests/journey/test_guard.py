@@ -41,7 +41,7 @@ def three_workers(redis_server, sandbox_server, tmp_path_factory) -> Iterator[Fl
         tree = {
             "servers": [{**server, "max_concurrency": LIMIT} for server in sandbox_server.servers()],
             "queue": parts.queue_settings(redis_server),
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             "jobs": {"sweep_s": 0.2, "backoff_base_s": 0.2, "backoff_cap_s": 0.5, "max_attempts": 6, "lease_s": 4},
             "breaker": {"pause_s": PAUSE_S, "pause_cap_s": PAUSE_S},
         }

@@ -215,7 +215,7 @@ def test_the_counts_of_child_processes_add_up(redis, sandbox, image_server, tmp_
         tree = {
             "servers": sandbox.servers(),
             "queue": parts.queue_settings(redis),
-            "sources": {"allow_hosts": [parts.HOST], "allow_private_networks": True},
+            "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
             "telemetry": {"metrics_port": port},
         }
         config = parts.write_settings(tmp_path / "pacs.toml", tree)

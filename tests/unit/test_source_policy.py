@@ -32,7 +32,6 @@ def allows_address(policy: Policy, address: str) -> bool:
     [
         ("http://images.example.org/a", "images.example.org", 80),
         ("https://images.example.org/a", "images.example.org", 443),
-        ("https://images.example.org:8443/a", "images.example.org", 8443),
         ("HTTPS://IMAGES.EXAMPLE.ORG/a", "images.example.org", 443),
         ("http://images.example.org./a", "images.example.org", 80),
         ("http://images.example.org", "images.example.org", 80),
@@ -102,6 +101,12 @@ def test_a_listed_host_is_allowed_in_every_honest_spelling(url: str, host: str, 
         "http://" + "a." * 130 + "blob.core.windows.net/",
         "http://xn--/",
         # ports
+        "https://images.example.org:8443/a",
+        "http://images.example.org:22/",
+        "http://images.example.org:443/",
+        "https://images.example.org:80/",
+        "http://acct.blob.core.windows.net:25/",
+        "http://93.184.216.34:6379/",
         "http://images.example.org:0/",
         "http://images.example.org:65536/",
         "http://images.example.org:-1/",
@@ -198,6 +203,17 @@ def test_anything_else_is_refused_before_a_name_is_resolved(url: str) -> None:
         "[fd20:ce::254]",
         "[ff02::1]",
         "[2001:db8::1]",
+        "[3fff::1]",
+        "[3fff:fff:ffff::1]",
+        "[100:0:0:1::1]",
+        "[2001:2::1]",
+        "198.19.255.255",
+        "198.51.100.7",
+        "203.0.113.7",
+        "192.88.99.1",
+        "192.0.0.8",
+        "[::ffff:192.0.2.1]",
+        "[64:ff9b::203.0.113.1]",
         "[100::1]",
         "[4000::1]",
         "[5f00::1]",
@@ -218,6 +234,10 @@ def test_an_address_of_the_inside_is_refused_in_every_spelling_even_where_every_
         "192.167.255.255",
         "223.255.255.254",
         "2606:2800:220:1::1",
+        "3ffe:ffff::1",
+        "3000::1",
+        "192.0.1.1",
+        "198.20.0.1",
         "64:ff9b::808:808",
         "::ffff:8.8.8.8",
         "2002:808:808::1",
@@ -321,7 +341,14 @@ def test_an_allow_list_entry_that_can_be_no_host_names_its_setting() -> None:
         ("[::1]:8080", "http://[::1]:8080/"),
         ("[::1]", "http://[0:0::1]/"),
         ("*:8080", "http://anything.example:8080/"),
-        ("LOCALHOST", "http://localhost:99/"),
+        ("LOCALHOST", "http://localhost/"),
+        ("LOCALHOST:*", "http://localhost:99/"),
+        ("[::1]:*", "https://[::1]:99/"),
+        ("*.example.org:*", "http://a.example.org:99/"),
+        ("*:*", "https://anything.example:99/"),
+        ("*", "https://anything.example/"),
+        ("*", "https://anything.example:443/"),
+        ("h.example:0080", "http://h.example/"),
     ],
 )
 def test_an_allow_list_entry_may_be_an_address_a_port_of_any_host_or_in_capitals(entry: str, url: str) -> None:
@@ -352,3 +379,23 @@ def test_metadata_services_stay_shut_behind_a_networks_own_translation(address: 
 def test_a_networks_own_translation_of_anything_else_is_private() -> None:
     assert allows_address(PRIVATE_TOO, "64:ff9b:1::c000:201")
     assert not allows_address(EVERY_HOST, "64:ff9b:1::c000:201")
+
+
+@pytest.mark.parametrize("entry", ["*", "images.example.org", "*.example.org", "images.example.org:8443"])
+def test_an_entry_opens_no_port_that_it_does_not_name(entry: str) -> None:
+    policy = Policy(SourceSettings(allow_hosts=(entry,)))
+    for port in (22, 25, 6379, 8080, 65535):
+        with pytest.raises(SourceNotAllowed, match=f"add images.example.org:{port} to"):
+            policy.read(f"http://images.example.org:{port}/")
+
+
+def test_a_refusal_names_the_entry_that_would_allow_the_url() -> None:
+    for url, entry in (
+        ("http://h.example/", "h.example"),
+        ("https://h.example:80/", "h.example:80"),
+        ("http://[2606:4700::1]:81/", "[2606:4700::1]:81"),
+    ):
+        with pytest.raises(SourceNotAllowed) as refused:
+            LISTED.read(url)
+        assert f"add {entry} to sources.allow_hosts" in refused.value.message
+        assert Policy(SourceSettings(allow_hosts=(entry,))).read(url)

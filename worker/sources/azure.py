@@ -29,7 +29,7 @@ class AzureSource:
             settings.azure, connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.idle_timeout_s
         )
         # Where the account is was said by the operator, not by whoever enqueued; no answer leads elsewhere.
-        anywhere = {"allow_hosts": ("*",), "allow_private_networks": True, "max_redirects": 0}
+        anywhere = {"allow_hosts": ("*:*",), "allow_private_networks": True, "max_redirects": 0}
         self._http = HttpSource(settings.model_copy(update=anywhere))
 
     def fetch(self, url: str, limits: Limits) -> Fetched:

@@ -34,6 +34,14 @@ _V4_COMPATIBLE = ipaddress.IPv6Network("::/96")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 _UNIQUE_LOCAL = ipaddress.IPv6Network("fc00::/7")
+#: For documentation, tests and protocols (IANA's registries of special-purpose addresses); Python 3.11 knows some.
+_SPECIAL_V4 = tuple(
+    map(
+        ipaddress.IPv4Network,
+        ("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+    )
+)
+_SPECIAL_V6 = tuple(map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "3fff::/20")))
 _THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 #: Where clouds keep credentials and configuration; some of these look like public or like ordinary private addresses.
 _METADATA = frozenset(
@@ -65,33 +73,43 @@ class Target:
     @property
     def url(self) -> str:
         """The whole URL, query included: never to be shown."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}{self.request}"
+        return f"{self.scheme}://{self._written_host}:{self.port}{self.request}"
+
+    @property
+    def entry(self) -> str:
+        """The narrowest entry of ``sources.allow_hosts`` that allows it."""
+        own = self.port == _DEFAULT_PORTS[self.scheme]
+        return self._written_host if own else f"{self._written_host}:{self.port}"
+
+    @property
+    def _written_host(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One entry of the allow-list; ``port`` None stands for every port."""
+    """One entry of the allow-list; ``port`` "" stands for the scheme's own port, ``*`` for every port."""
 
     host: str
     below: bool
-    port: int | None
+    port: str
 
     @classmethod
     def read(cls, text: str) -> _Entry:
         host, colon, port = text.rpartition(":")
-        if not colon or not port.isdecimal():
+        if not colon or not (port == "*" or port.isdecimal()):
             host, port = text, ""
         if host == "*":
-            return cls("", below=True, port=int(port) if port else None)
+            return cls("", below=True, port=port)
         below = host.startswith("*.")
         name = normal_host(host.removeprefix("*."))
-        return cls(f".{name}" if below else name, below=below, port=int(port) if port else None)
+        return cls(f".{name}" if below else name, below=below, port=port)
 
-    def covers(self, host: str, port: int) -> bool:
-        if self.port not in (None, port):
+    def covers(self, target: Target) -> bool:
+        own = target.port == _DEFAULT_PORTS[target.scheme]
+        if not (own if self.port == "" else self.port == "*" or int(self.port) == target.port):
             return False
-        return host.endswith(self.host) if self.below else host == self.host
+        return target.host.endswith(self.host) if self.below else target.host == self.host
 
 
 class Policy:
@@ -113,10 +131,10 @@ class Policy:
             It is malformed, bears a password, or its host is not on the list; the sentence quotes the host at most.
         """
         target = _take_apart(url)
-        if not any(entry.covers(target.host, target.port) for entry in self._entries):
+        if not any(entry.covers(target) for entry in self._entries):
             raise SourceNotAllowed(
                 f"The host {target.host} (port {target.port}) is not on the list of allowed sources; "
-                "add it to sources.allow_hosts if images may be fetched from it."
+                f"add {target.entry} to sources.allow_hosts if images may be fetched from it."
             )
         literal = _literal(target.host)
         if literal is not None:
@@ -231,7 +249,8 @@ def _kind_v4(address: ipaddress.IPv4Address) -> tuple[str | None, bool]:
         return "a multicast address", False
     if address.is_reserved or address in _THIS_NETWORK:
         return "a reserved address", False
-    return (None, False) if address.is_global else ("a private address", True)
+    is_public = address.is_global and not any(address in network for network in _SPECIAL_V4)
+    return (None, False) if is_public else ("a private address", True)
 
 
 def _kind_v6(address: ipaddress.IPv6Address) -> tuple[str | None, bool]:
@@ -245,7 +264,8 @@ def _kind_v6(address: ipaddress.IPv6Address) -> tuple[str | None, bool]:
         return "a private address", True
     if address not in _GLOBAL_UNICAST:
         return "a reserved address", False
-    return (None, False) if address.is_global else ("a private address", True)
+    is_public = address.is_global and not any(address in network for network in _SPECIAL_V6)
+    return (None, False) if is_public else ("a private address", True)
 
 
 def _embedded(address: ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
