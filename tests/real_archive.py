@@ -22,7 +22,7 @@ import requests
 
 from sandbox.processes import SandboxPart
 
-#: Of patients whose images name none, in the default configuration.
+#: What the archive adds for the name and the birth date of `sandbox.synthetic.image`, in its default configuration.
 ISSUER = "DCM4CHEE.48199C56.09F24A43"
 VARIABLE = "PACS_TEST_DCM4CHEE"
 #: StudyInstanceUID in a file, explicit or implicit, either byte order, or in JSON.

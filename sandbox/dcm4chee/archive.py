@@ -69,6 +69,11 @@ def invalid(request: web.Request, message: str, value: str) -> Refusal:
     return Refusal(web.json_response(report, status=400, headers=headers))
 
 
+def unknown(request: web.Request) -> Refusal:
+    """A parameter that the service does not know: the value that is named is the whole URL."""
+    return invalid(request, "Invalid Query Parameter", request.raw_path)
+
+
 @dataclass
 class Archive:
     """One archive: where it keeps things and what is under way in it."""

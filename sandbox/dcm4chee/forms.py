@@ -18,7 +18,7 @@ _PERSON = ("FamilyName", "GivenName", "MiddleName", "NamePrefix", "NameSuffix")
 
 
 def native_xml(dataset: dict[str, Any]) -> bytes:
-    root = Xml.Element("NativeDicomModel", {"xmlns": _NAMESPACE, "xml:space": "preserve"})
+    root = Xml.Element("NativeDicomModel", {"xml:space": "preserve"})
     _fill(root, dataset)
     return bytes(Xml.tostring(root, encoding="UTF-8", xml_declaration=True))
 

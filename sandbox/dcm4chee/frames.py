@@ -17,7 +17,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from sandbox import pictures, pixels
 from sandbox.datasets import DEFLATED, Header
-from sandbox.dcm4chee.archive import Archive, Refusal, refuse, warning
+from sandbox.dcm4chee.archive import Archive, Refusal, refuse
 from sandbox.dcm4chee.media import ANY, Media, accepted
 from sandbox.dcm4chee.objects import has_pixels, read_header
 from sandbox.dcm4chee.retrieval import OCTETS, Matched, Parts, completeness, match_rows, not_acceptable, related
@@ -48,14 +48,13 @@ async def frames(archive: Archive, request: web.Request) -> web.StreamResponse:
         raise refuse(404, "No such frame.")
     kind, compressed = _frame_form(request, row)
     missing = len(numbers) - len(there)
-    headers = {} if not missing else {"Warning": warning(request, f"{missing} frames do not exist.")}
     syntax = row.transfer_syntax_uid if compressed else str(ExplicitVRLittleEndian)
 
     async def parts() -> Parts:
         for number in there:
             yield {"Content-Type": f"{kind};transfer-syntax={syntax}"}, _frame(row, header, number, compressed)
 
-    return related(parts(), f'"{kind}";transfer-syntax={syntax}', 206 if missing else 200, headers)
+    return related(parts(), f'"{kind}";transfer-syntax={syntax}', 206 if missing else 200, {})
 
 
 def _image(archive: Archive, request: web.Request) -> tuple[Row, Header]:

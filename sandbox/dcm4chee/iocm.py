@@ -30,6 +30,7 @@ from sandbox.dcm4chee.archive import (
     parameters,
     plain_json,
     refuse,
+    unknown,
 )
 from sandbox.dcm4chee.objects import KEY_OBJECT, written
 from sandbox.dcm4chee.qido import rejection_state
@@ -44,8 +45,10 @@ EXPIRED_KEPT_S = 86_400.0
 
 def _code(text: str) -> RejectionCode:
     code = REVOKE if text == REVOKE.code else REJECTION_CODES.get(text)
+    if code is None and "^" not in text:
+        raise Refusal(web.Response(status=404))  # no code at all: no such path
     if code is None:
-        raise refuse(404, f"Unknown Rejection Note Code: {text}")
+        raise refuse(404, f"Unknown Rejection Note Code: ({text.replace('^', ', ', 1)})")
     return code
 
 
@@ -87,6 +90,7 @@ def _reject(archive: Archive, ae: ApplicationEntity, code: RejectionCode, named:
         sop_instance_uid=named["instance"],
         view=ae.view,
     )
+    notes = [row for row in rows if code is REVOKE and row.rejection and row.rejection.startswith(NOTE)]
     if code is REVOKE:
         rows = [row for row in rows if row.rejection and not row.rejection.startswith(NOTE)]
     else:
@@ -104,7 +108,7 @@ def _reject(archive: Archive, ae: ApplicationEntity, code: RejectionCode, named:
             archive.store.annotate(row.key, {**row.notes, "rejected_at_s": archive.now_s()})
         if code is not REVOKE:
             _leave_note(archive, code, rows)
-    return len(rows)
+    return len(rows) + len(notes)  # a revoke counts the notes too
 
 
 def _leave_note(archive: Archive, code: RejectionCode, rows: Sequence[Row]) -> None:
@@ -187,7 +191,7 @@ async def delete_study(archive: Archive, request: web.Request) -> web.StreamResp
     asked = {parameter.name: parameter.value for parameter in parameters(request)}
     for name in asked:
         if name not in RESERVED and name not in ("retainObj", "reasonForModification", "sourceOfPreviousValues"):
-            raise invalid(request, "Unexpected query parameter", name)
+            raise unknown(request)
     entity(request, "DCM4CHEE_ARC_AET")
     need_database(request)
     if study in archive.deleting:

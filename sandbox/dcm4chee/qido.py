@@ -30,6 +30,7 @@ from sandbox.dcm4chee.archive import (
     parameters,
     plain_json,
     services_url,
+    unknown,
     warning,
 )
 from sandbox.dcm4chee.forms import csv_text, native_xml
@@ -148,7 +149,7 @@ def _apply(archive: Archive, request: web.Request, query: Query, parameter: Para
     elif parameter.name not in _OWN_NAMES:
         path = attribute_path(parameter.name)
         if path is None:
-            raise invalid(request, f"Unexpected query parameter: {parameter.name}", parameter.name)
+            raise unknown(request)
         _filter(archive, query, path, parameter.values)
 
 
@@ -249,7 +250,7 @@ def _shown(
 
 def _in_dictionary(tag: str) -> bool:
     """Attributes of the standard are shown empty when there is nothing to say, private ones are left out."""
-    return tag != "00080201" and dictionary_has_tag(int(tag, 16))
+    return dictionary_has_tag(int(tag, 16))
 
 
 def _vr(tag: str) -> str:
@@ -389,6 +390,8 @@ async def search(archive: Archive, request: web.Request) -> web.StreamResponse:
     if remaining <= 0:
         return web.Response(status=204)
     page = _page(archive, query, view, lambda found: _shown(archive, request, query, ae, found))
+    if not page and ae.hides_not_rejected:
+        return web.Response(status=204)
     headers = {"Cache-Control": "no-cache"}
     if remaining > MAX_RESULTS and (query.limit is None or query.limit > MAX_RESULTS):
         text = f"There are {remaining - MAX_RESULTS} additional results that can be requested"

@@ -25,12 +25,12 @@ from sandbox.dcm4chee.archive import (
     Archive,
     Refusal,
     attribute_path,
-    crash,
     entity,
     invalid,
     parameters,
     refuse,
     services_url,
+    unknown,
 )
 from sandbox.dcm4chee.forms import native_xml
 from sandbox.dcm4chee.media import ANY, accepted, media
@@ -85,16 +85,16 @@ async def stow(archive: Archive, request: web.Request) -> web.StreamResponse:
     if "boundary" not in content_type.parameters:
         raise refuse(400, "Missing Boundary Parameter")
     if (request.content_length or 0) > MAX_POST_BYTES:
-        raise Refusal(web.Response(status=413, headers={"Connection": "close"}))
+        raise Refusal(web.Response(status=400, headers={"Connection": "close"}))
     store_request = _Transaction(
         archive, request[MOOD], services_url(request), request.match_info.get("study"), coerced
     )
     try:
         await _take_in(store_request, request, content_type.parameters["boundary"])
     except BrokenMultipart as error:
-        raise crash("java.io.IOException", "Unexpected end of multipart stream") from error
+        raise Refusal(web.Response(status=500)) from error  # without a type and without a word
     except TooLarge as error:
-        raise Refusal(web.Response(status=413, headers={"Connection": "close"})) from error
+        raise Refusal(web.Response(status=400, headers={"Connection": "close"})) from error
     return _answer(store_request, as_xml=as_xml)
 
 
@@ -124,12 +124,12 @@ def _coerced(request: web.Request) -> dict[str, Any]:
             continue
         path = attribute_path(parameter.name)
         if path is None or len(path) != 1:
-            raise invalid(request, "Unexpected query parameter", parameter.name)
+            raise unknown(request)
         tag = int(path[0], 16)
         try:
             keys.add_new(tag, dictionary_VR(tag), list(parameter.values))
         except (KeyError, ValueError) as error:
-            raise invalid(request, "Unexpected query parameter", parameter.name) from error
+            raise unknown(request) from error
     return keys.to_json_dict()
 
 
@@ -141,7 +141,8 @@ async def _take_in(transaction: _Transaction, request: web.Request, boundary: st
         kind = part.headers.get("content-type")
         if kind is None:
             part.spool.discard()
-            raise crash("java.lang.NullPointerException", "Content-Type of part is null")
+            sentence = b"RESTEASY003555: MediaType value is null"
+            raise Refusal(web.Response(status=500, body=sentence, headers={"Content-Type": DICOM_JSON}))
         if media(kind).name == "application/dicom":
             _judge(transaction, part.spool)
         else:
@@ -266,8 +267,9 @@ def _identified(transaction: _Transaction, study_instance_uid: str, study: dict[
             archive.made_up_s[study_instance_uid] = time.monotonic()
         made = f"P-{uuid.uuid4().int % 10**8:08d}"
         study["00100020"] = known.get("00100020") or {"vr": "LO", "Value": [made]}
-        study["00100021"] = known.get("00100021") or {"vr": "LO", "Value": ["DCM4CHEE"]}
-    elif first_value(study.get("00100021")) is None:
+        if "00100021" in known:
+            study["00100021"] = known["00100021"]
+    if first_value(study.get("00100021")) is None:
         issuer = supplemented_issuer(first_value(study.get("00100010")), first_value(study.get("00100030")))
         study["00100021"] = {"vr": "LO", "Value": [issuer]}
     return study

@@ -50,7 +50,6 @@ def test_it_stores_and_reads_the_answer_where_it_can(client: DICOMwebClient, dia
     sent = [dataset(study), dataset(study)]
     answer = client.store_instances(sent)
     if dialect == "dcm4chee":
-        only_the_sandbox("decompresses JPEG 2000, for which an archive needs its native codecs")
         told = [item.ReferencedSOPInstanceUID for item in answer.ReferencedSOPSequence]
         assert told == [one.SOPInstanceUID for one in sent]
         assert answer.RetrieveURL.endswith(f"/studies/{study}")
@@ -125,6 +124,7 @@ def test_a_study_without_a_transfer_syntax_is_refused_by_msdicom_and_decompresse
     kept = client.retrieve_study(study, media_types=(("application/dicom", "*"),))
     assert {one.file_meta.TransferSyntaxUID for one in kept} == {EXPLICIT_LE, JPEG2000}
     if dialect == "dcm4chee":
+        only_the_sandbox("decompresses JPEG 2000, for which an archive needs its native codecs")
         found = client.retrieve_study(study)
         assert {one.file_meta.TransferSyntaxUID for one in found} == {EXPLICIT_LE}
         assert all(len(one.PixelData) == one.Rows * one.Columns * 2 for one in found)

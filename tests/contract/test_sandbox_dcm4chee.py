@@ -128,6 +128,10 @@ def received(answer: requests.Response) -> list[tuple[str, bytes]]:
     return found
 
 
+def parameters_of(answer: requests.Response) -> set[str]:
+    return {parameter.strip() for parameter in answer.headers["Content-Type"].split(";")}
+
+
 def objects(answer: requests.Response) -> list[pydicom.FileDataset]:
     return [pydicom.dcmread(io.BytesIO(content)) for _kind, content in received(answer)]
 
@@ -291,7 +295,7 @@ def a_part_without_content_type_is_a_500_after_the_parts_before_it(archive: Arch
     study = new_uid()
     answer = archive.post("/studies", body_of(part(image(study)), part(image(study), None)))
     assert answer.status_code == 500
-    assert answer.headers["Content-Type"].startswith("text/plain")
+    assert answer.headers["Content-Type"] == DICOM_JSON
     assert archive.visible(study) == 1
 
 
@@ -313,7 +317,7 @@ def a_truncated_body_leaves_its_first_part_stored(archive: Archive) -> None:
     study = new_uid()
     answer = archive.post("/studies", part(image(study)) + part(image(study))[:-2000])
     assert answer.status_code == 500
-    assert answer.headers["Content-Type"].startswith("text/plain")
+    assert answer.content == b""
     assert archive.visible(study) == 1
 
 
@@ -333,7 +337,7 @@ def the_answer_can_be_xml(archive: Archive) -> None:
     answer = archive.stow(image(study), accept="application/dicom+xml")
     assert answer.status_code == 200
     root = ElementTree.fromstring(answer.content)
-    assert root.tag == f"{NATIVE}NativeDicomModel"
+    assert root.tag == "NativeDicomModel"
     first = root[0]
     assert (first.attrib["keyword"], first.attrib["tag"], first.attrib["vr"]) == ("RetrieveURL", "00081190", "UR")
 
@@ -422,28 +426,28 @@ def a_collision_in_the_database_is_a_272_that_passes(archive: Archive) -> None:
 
 
 @row("29")
-def a_body_announced_as_too_long_is_a_413(archive: Archive) -> None:
+def a_body_announced_as_too_long_is_a_400(archive: Archive) -> None:
     url = urlsplit(archive.rs() + "/studies")
     with socket.create_connection((url.hostname, url.port), timeout=10) as connection:
         connection.sendall(
             f"POST {url.path} HTTP/1.1\r\nHost: {url.netloc}\r\nAccept: {DICOM_JSON}\r\n"
             f"Content-Type: {MULTIPART}; boundary=b\r\nContent-Length: 10000000001\r\n\r\n--b\r\n".encode()
         )
-        assert connection.recv(64).startswith(b"HTTP/1.1 413 ")
+        assert connection.recv(64).startswith(b"HTTP/1.1 400 ")
 
 
 @row("30")
 def a_method_that_is_not_there_is_a_405(archive: Archive) -> None:
     answer = archive.http.patch(archive.rs() + "/studies")
     assert answer.status_code == 405
-    assert {"GET", "POST"} <= set(answer.headers["Allow"].split(","))
+    assert {"GET", "POST"} <= {method.strip() for method in answer.headers["Allow"].split(",")}
 
 
 # -- the table: QIDO -------------------------------------------------------------------------------------------------
 
 STUDY_DEFAULTS = (
-    "00080005 00080020 00080030 00080050 00080054 00080056 00080061 00080090 00081190 00100010 00100020 00100030 "
-    "00100040 0020000D 00200010 00201206 00201208"
+    "00080005 00080020 00080030 00080050 00080054 00080056 00080061 00080090 00080201 00081190 00100010 00100020 "
+    "00100030 00100040 0020000D 00200010 00201206 00201208"
 )
 
 
@@ -524,7 +528,11 @@ def an_unknown_parameter_of_a_search_is_a_400(archive: Archive) -> None:
     answer = archive.get("/studies?Foo=1", "application/json")
     assert answer.status_code == 400
     assert answer.headers["validation-exception"] == "true"
-    assert answer.json()["classViolations"][0]["value"] == "Foo"
+    (violation,) = answer.json()["classViolations"]
+    assert (violation["message"], violation["value"]) == (
+        "Invalid Query Parameter",
+        urlsplit(answer.url).path + "?Foo=1",
+    )
 
 
 @row("39a")
@@ -632,11 +640,11 @@ def a_study_is_retrieved_as_stored(archive: Archive) -> None:
     answer = archive.get(f"/studies/{study}", AS_STORED)
     assert answer.status_code == 200
     kinds = [kind for kind, _content in received(answer)]
-    assert kinds == [
+    assert sorted(kinds) == [
         "application/dicom;transfer-syntax=1.2.840.10008.1.2.1",
         "application/dicom;transfer-syntax=1.2.840.10008.1.2.4.91",
     ]
-    assert 'type="application/dicom";transfer-syntax=1.2.840.10008.1.2.1;' in answer.headers["Content-Type"]
+    assert {'type="application/dicom"', "transfer-syntax=1.2.840.10008.1.2.1"} <= parameters_of(answer)
     assert answer.headers["Accept-Ranges"] == "none"
 
 
@@ -725,7 +733,7 @@ def a_frame_behind_the_last_is_a_404(archive: Archive) -> None:
 def some_frames_are_a_206(archive: Archive) -> None:
     answer = archive.get(f"{image_url(archive)}/frames/1,99")
     assert answer.status_code == 206
-    assert answer.headers["Warning"].startswith("299 ")
+    assert "Warning" not in answer.headers
     ((_kind, content),) = received(answer)
     assert len(content) == 64 * 64 * 2
 
@@ -846,7 +854,7 @@ def other_aes_still_see_it(archive: Archive) -> None:
     for aet, shown in (("AS_RECEIVED", "2"), ("IOCM_EXPIRED", "1")):  # the former shows the note, too
         (listed,) = archive.get(f"/studies?StudyInstanceUID={study}", aet=aet).json()
         assert value(listed, "00201208") == shown
-    assert archive.get(f"/studies?StudyInstanceUID={study}", aet="IOCM_QUALITY").json() == []
+    assert archive.get(f"/studies?StudyInstanceUID={study}", aet="IOCM_QUALITY").status_code == 204
 
 
 @row("68")
@@ -890,10 +898,10 @@ def an_object_rejected_for_safety_is_refused(archive: Archive) -> None:
 @row("72")
 def an_unknown_code_is_a_404(archive: Archive) -> None:
     (study,) = studies(archive, 1)
-    for code in ("999%5EDCM", "113039%255EDCM"):
-        answer = archive.reject(f"/studies/{study}", code)
-        assert answer.status_code == 404
-        assert "Unknown Rejection Note Code" in answer.text
+    answer = archive.reject(f"/studies/{study}", "999%5EDCM")
+    assert (answer.status_code, answer.json()["errorMessage"]) == (404, "Unknown Rejection Note Code: (999, DCM)")
+    answer = archive.reject(f"/studies/{study}", "113039%255EDCM")
+    assert (answer.status_code, answer.content) == (404, b"")
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -1086,7 +1094,7 @@ def the_server_tells_its_time(archive: Archive) -> None:
 def a_queued_rejection_is_listed_when_done(archive: Archive) -> None:
     (study,) = studies(archive, 1)
     archive.reject(f"/studies/{study}", query="?queue=true&batchID=mine")
-    listing = f"{archive.arc}/queue/Rejection?status=COMPLETED"
+    listing = f"{archive.arc}/queue/Rejection?status=COMPLETED&batchID=mine"
     until(lambda: len(archive.get(listing).json()) == 1)
     (task,) = archive.get(listing).json()
     assert (task["queue"], task["batchID"]) == ("Rejection", "mine")
@@ -1244,7 +1252,7 @@ def test_a_patient_id_that_is_made_up_leaves_a_trail_in_the_object(archive: Arch
     archive.stow(image(study, PatientID=""))
     ((_kind, content),) = received(archive.get(f"/studies/{study}", AS_STORED))
     ds = pydicom.dcmread(io.BytesIO(content))
-    assert (ds.PatientID[:2], ds.IssuerOfPatientID) == ("P-", "DCM4CHEE")
+    assert (ds.PatientID[:2], ds.IssuerOfPatientID) == ("P-", "DCM4CHEE.48199C56.09F24A43")
     (change,) = ds.OriginalAttributesSequence
     assert (change.ReasonForTheAttributeModification, change.ModifiedAttributesSequence[0].PatientID) == ("COERCE", "")
 
@@ -1287,7 +1295,7 @@ def test_a_revoked_rejection_needs_an_ae_that_sees_it(archive: Archive) -> None:
     study, _one = rejected_study(archive)
     revoke = f"/studies/{study}/reject/REVOKE_REJECTION%5E99DCM4CHEE"
     assert archive.http.post(archive.rs() + revoke).status_code == 404
-    assert archive.http.post(archive.rs("AS_RECEIVED") + revoke).json() == {"count": 1}
+    assert archive.http.post(archive.rs("AS_RECEIVED") + revoke).json() == {"count": 2}, "with the note"
     assert archive.visible(study) == 1
 
 
@@ -1380,7 +1388,7 @@ def test_lists_and_metadata_are_compressed_for_whoever_accepts_that(archive: Arc
         answer = archive.get(path, headers={"Accept-Encoding": "gzip"})
         assert answer.headers["Content-Encoding"] == "gzip"
         plain = archive.get(path, headers={"Accept-Encoding": "identity"})
-        assert "Content-Encoding" not in plain.headers
+        assert plain.headers.get("Content-Encoding", "identity") == "identity"
         assert answer.json() == plain.json()
     assert "Content-Encoding" not in archive.get(f"/studies/{study}", AS_STORED).headers
 
