@@ -1330,6 +1330,17 @@ def words_of(error: redis.RedisError) -> str:
     return f"{type(error).__name__}: {said[:_WORDS]}"
 
 
+def _said(row: str) -> dict[str, Any] | None:
+    """What a worker's watchdog said; None if ``row`` is nothing that one writes."""
+    try:
+        said = json.loads(row)
+        numbers = (said["at"], said["every_s"], said.get("schema", 1))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    well = {"ok", "complaint"} <= said.keys() and all(isinstance(one, int | float) for one in numbers)
+    return cast(dict[str, Any], said) if well else None
+
+
 def job_id_for(idempotency_key: str | None) -> str:
     """A fresh job id, or the one id that belongs to ``idempotency_key``."""
     return str(uuid.uuid5(_NAMESPACE, idempotency_key) if idempotency_key else uuid.uuid4())
@@ -2094,10 +2105,12 @@ class Ledger:
     def workers(self, *, now_s: float | None = None) -> dict[str, dict[str, Any]]:
         """What the watchdog of each worker said last: ``ok``, ``complaint``, ``every_s``, ``at``; a day old at most.
 
-        Since version 0.2 also ``version``, ``schema``, ``servers`` and ``servers_digest``.
+        Since version 0.2 also ``version``, ``schema``, ``servers`` and ``servers_digest``. A row that no worker
+        can have written is left out.
         """
         now_s = self.clock_s() if now_s is None else now_s
-        told = {name: json.loads(row) for name, row in self._hash(self.key("workers")).items()}
+        rows = {name: _said(row) for name, row in self._hash(self.key("workers")).items()}
+        told = {name: said for name, said in rows.items() if said is not None}
         gone = [name for name, said in told.items() if now_s - said["at"] > 86_400]
         self.forget_workers(gone)
         return {name: said for name, said in told.items() if name not in gone}

@@ -132,6 +132,19 @@ def test_a_ledger_whose_schema_is_a_key_of_another_kind_is_refused_and_not_writt
     assert ledger.client.type(f"{PREFIX}schema") == "hash"
 
 
+@pytest.mark.parametrize(
+    "row", ["", "text", "[]", "1", "null", "{}", '{"at": 1}', '{"ok": 1, "complaint": "", "at": "x", "every_s": 1}']
+)
+def test_a_row_that_no_worker_wrote_keeps_none_from_finding_an_older_worker(ledger: Ledger, row: str) -> None:
+    ledger.client.hset(f"{PREFIX}workers", "odd", row)
+    said = {"ok": True, "complaint": "", "every_s": 10.0}
+    assert peers.begin(ledger, "new@host", said) == ""
+    assert list(ledger.workers()) == ["new@host"]
+    assert [finding.state for finding in doctor._progress(ledger, set())] == ["ok"]
+    of_version_0_1(ledger)
+    assert "still runs" in peers.objection(ledger, sleep=lambda _: of_version_0_1(ledger))
+
+
 def assert_refused(ledger: Ledger) -> None:
     """By a worker that starts, by one that runs, by a program that enqueues, and by ``pacs doctor``."""
     said = {"ok": True, "complaint": "", "every_s": 10.0}
