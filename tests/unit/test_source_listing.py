@@ -329,3 +329,24 @@ def test_a_url_that_is_too_long_is_refused_and_named_by_its_beginning(sources: S
     url = packed({"ü" * 3000 + ".dcm": BODY, "a.dcm": BODY})
     long, short = everything(sources, url).values()
     assert (len(long.url), long.refused, short.why_not) == (8192, True, "")
+
+
+def test_an_entry_that_cannot_be_unpacked_is_refused_with_what_it_is(
+    sources: Sources, packed: Packed, folder: Path
+) -> None:
+    reasons = {
+        packed({"1.dcm": BODY}, "bz2.zip", zipfile.ZIP_BZIP2): "packed in a way that is not read here",
+        packed({"1.dcm": BODY}, "lzma.zip", zipfile.ZIP_LZMA): "packed in a way that is not read here",
+    }
+    for flag, offset, value, reason in (("encrypted", 8, 1, "encrypted"), ("deflate64", 10, 9, "packed in a way")):
+        url = packed({"1.dcm": BODY}, f"{flag}.zip")
+        content = bytearray((folder / f"{flag}.zip").read_bytes())
+        content[content.rfind(b"PK\x01\x02") + offset] = value
+        (folder / f"{flag}.zip").write_bytes(content)
+        reasons[url] = reason
+    for url, reason in reasons.items():
+        (one,) = everything(sources, url).values()
+        assert one.refused
+        assert reason in one.why_not
+        with pytest.raises(SourceNotAllowed, match=reason):
+            sources.fetch(one.url)
