@@ -5,7 +5,7 @@ Shared by the worker and by every program that enqueues through ``producer``.
 
 from kombu.entity import Exchange, Queue
 
-from worker.queues import CELERYS_OWN, JOBS, QUEUE_OF, QUEUES
+from worker.queues import BATCHES, CELERYS_OWN, JOBS, QUEUE_OF, QUEUES
 
 # A message is acknowledged when its job has ended, not when it arrives: a killed worker loses nothing.
 task_acks_late = True
@@ -67,5 +67,10 @@ task_create_missing_queues = True
 _exchange = Exchange(JOBS)  # type: ignore[no-untyped-call]  # kombu is untyped
 task_queues = [Queue(name, _exchange, routing_key=name) for name in QUEUES]  # type: ignore[no-untyped-call]
 # A follow-up of another application (`link`, `chain`) that names no queue goes where its own application would send it.
-task_routes = {**{task: {"queue": queue} for task, queue in QUEUE_OF.items()}, "*": {"queue": CELERYS_OWN}}
+# A kind of batch that a worker loads beside ours (`celery worker -I`) is ours, too.
+task_routes = {
+    **{task: {"queue": queue} for task, queue in QUEUE_OF.items()},
+    "pacs.batch.*": {"queue": BATCHES},
+    "*": {"queue": CELERYS_OWN},
+}
 timezone = "UTC"
