@@ -82,12 +82,17 @@ class LastVersion:
         return ids["batch"]
 
 
+def _in_clone() -> bool:
+    asked = ["git", "-C", str(ROOT), "cat-file", "-e", f"{COMMIT}^{{commit}}"]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+
+
 @pytest.fixture
 def last(crew: Crew, image_server: Any) -> LastVersion:
+    if not _in_clone():
+        pytest.skip(f"The last version (commit {COMMIT}) is not in this clone: git fetch --unshallow")
     if not (LAST / COMMIT).exists():
-        pytest.fail(
-            f"The last version (commit {COMMIT}) is not built: run `make last-version` in a clone with history."
-        )
+        pytest.fail(f"The last version (commit {COMMIT}) is not built: make last-version")
     return LastVersion(crew, lambda picture: str(image_server.put(f"{picture.sop}.dcm", picture.body)))
 
 
