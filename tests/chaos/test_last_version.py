@@ -18,6 +18,7 @@ from celery import Celery
 from redis import Redis
 
 from producer import Courier, doctor
+from sandbox import processes as parts
 from sandbox.processes import Child, poll
 from tests.chaos.crew import Crew
 from tests.chaos.judge import Picture, judge, kept
@@ -43,7 +44,8 @@ class LastVersion:
 
     def __init__(self, crew: Crew, put: Callable[[Picture], str]) -> None:
         self._crew, self._put = crew, put
-        own = crew.settings(worker={"watchdog_s": 15})
+        sources = {"allow_hosts": [parts.HOST], "allow_private_networks": True}  # it knows no `:*`
+        own = crew.settings(worker={"watchdog_s": 15}, sources=sources)
         self._config = own.rename(own.with_name("last.toml"))
         self.pictures: dict[str, Picture] = {}
         self.in_batch: list[Picture] = []
