@@ -76,13 +76,20 @@ class Recorder:
                 self._brought.add(study)
 
     def clean(self, patient_id: str) -> list[str]:
-        """Remove them, and the patients of that ID; returns the studies that the archive kept."""
-        studies = sorted(self._brought)
+        """Remove them, what else is that patient's, and the patient; returns the studies that the archive kept.
+
+        ``patient_id`` is the test's own. What was sent deflated is known by it alone.
+        """
+        studies = sorted(self._brought | self._of_patient(patient_id))
         with ThreadPoolExecutor(_CLEANERS) as pool:
             removed = list(pool.map(self._removed, studies))
         self._seen, self._brought = set(), set()
         requests.delete(f"{self.url}/patients/{patient_id}%5E%5E%5E{ISSUER}", timeout=_TIMEOUT_S)
         return [study for study, is_gone in zip(studies, removed, strict=True) if not is_gone]
+
+    def _of_patient(self, patient_id: str) -> set[str]:
+        found = requests.get(f"{self._rs('AS_RECEIVED')}/studies?PatientID={patient_id}", timeout=_TIMEOUT_S)
+        return {row["0020000D"]["Value"][0] for row in found.json()} if found.status_code == 200 else set()
 
     def _rs(self, aet: str) -> str:
         root, _, _ = self.url.rpartition("/aets/")

