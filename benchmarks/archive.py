@@ -67,7 +67,7 @@ def measure(url: str, folder: Path, *, passes: int, count: int) -> dict[str, Any
         redis = parts.redis(processes)
         images = serve_images(processes)
         server = {"name": "archive", "type": "dcm4chee", "url": url}
-        sources = {"allow_hosts": [parts.HOST], "allow_private_networks": True}
+        sources = {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True}
         tree = {"servers": [server], "sources": sources, "queue": parts.queue_settings(redis)}
         stage = Bench(processes, url, images, parts.write_settings(folder / "pacs.toml", tree))
         worker = parts.worker(processes, stage.config, concurrency=CONNECTIONS)
