@@ -480,8 +480,10 @@ class Courier:
         Workers of other applications answer too, and may bear the same name: those that consume none of our queues
         and are not in the ledger are left out, as are workers of version 0.1.
         """
-        with _reachable():
-            answers = self._app.control.broadcast("active_queues", reply=True, timeout=timeout_s) or []
+        # A connection of its own: Redis may have closed those that the program has kept.
+        with _reachable(), self._app.connection_for_write() as connection:
+            asked = {"reply": True, "timeout": timeout_s, "connection": connection}
+            answers = self._app.control.broadcast("active_queues", **asked) or []
             known = self._ledger.workers(now_s=time.time()) if self._ledger else {}
         found: dict[str, list[str]] = {}
         for name, queues in (item for answer in answers for item in answer.items()):

@@ -198,7 +198,7 @@ def whole_life(ledger: Ledger, prefix: str) -> None:
     lost_and_dead_jobs(ledger)
     breakers_and_slots(ledger, prefix)
     batches(ledger)
-    ledger.say_how("w", '{"at": 1e12}')
+    ledger.say_how("w", '{"at": 1e12, "every_s": 10, "ok": true, "complaint": ""}')
     ledger.upload_begun("s3://b/k", "1")
     ledger.note_overwrites("s3://b", prevented=True)
 

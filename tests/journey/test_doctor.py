@@ -42,6 +42,16 @@ def test_a_healthy_system_has_no_finding_that_is_not_ok(pacs):
     assert status == 0
 
 
+def test_workers_are_found_by_a_program_whose_connections_redis_has_closed_since(steady, redis_server):
+    with redis.Redis.from_url(redis_server.broker_url) as client, Courier(steady.settings) as courier:
+        others = {one["id"] for one in client.client_list()}
+        for _ in range(3):
+            assert list(courier.workers()) != []
+            for one in client.client_list():
+                if one["id"] not in others:
+                    client.client_kill_filter(_id=one["id"])
+
+
 def test_a_silent_server_and_a_sick_one_are_named_with_what_to_do(pacs, sandbox):
     sandbox.set_mood("msdicom", "*", refuse=True)
     status, document, _ = pacs("doctor")
