@@ -219,30 +219,22 @@ def test_a_path_is_asked_for_as_it_was_written(talker: Callable[..., Talker], wr
     assert requests[0].split(b" ")[1] == asked.encode()
 
 
-def test_a_redirect_in_raw_utf_8_is_followed(talker: Callable[..., Talker]) -> None:
+@pytest.mark.parametrize(
+    ("location", "asked"), [(b"/\xc3\xa9.dcm", b"/%C3%A9.dcm"), (b"/a%2fb?sig=%2b%3D", b"/a%2fb?sig=%2b%3D")]
+)
+def test_the_location_of_a_redirect_is_asked_for_as_it_was_written(
+    talker: Callable[..., Talker], location: bytes, asked: bytes
+) -> None:
     requests: list[bytes] = []
 
     def script(connection: socket.socket) -> None:
         requests.append(read_request(connection))
-        first = b"HTTP/1.1 302 Found\r\nLocation: /\xc3\xa9.dcm\r\nConnection: close\r\n\r\n"
+        first = b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nConnection: close\r\n\r\n"
         last = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         connection.sendall(first if len(requests) == 1 else last)
 
     sources().fetch(talker(script).url()).close()
-    assert requests[1].startswith(b"GET /%C3%A9.dcm ")
-
-
-def test_the_location_of_a_redirect_is_asked_for_as_it_was_written(talker: Callable[..., Talker]) -> None:
-    requests: list[bytes] = []
-
-    def script(connection: socket.socket) -> None:
-        requests.append(read_request(connection))
-        first = b"HTTP/1.1 302 Found\r\nLocation: /a%2fb?sig=%2b%3D\r\nConnection: close\r\n\r\n"
-        last = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-        connection.sendall(first if len(requests) == 1 else last)
-
-    sources().fetch(talker(script).url()).close()
-    assert requests[1].startswith(b"GET /a%2fb?sig=%2b%3D ")
+    assert requests[1].startswith(b"GET " + asked + b" ")
 
 
 @pytest.mark.parametrize("interim", [b"103 Early Hints\r\nLink: </a>", b"102 Processing", b"100 Continue\r\nX-A: b"])
