@@ -80,14 +80,19 @@ class Header:
         return None if vr is None else _decoded(self.value(tag), vr, self.encodings)
 
 
+def parse(file: BinaryIO, **options: Any) -> FileDataset:
+    """What pydicom's reader makes of a file up to its pixels. Raises `NotDicom`."""
+    try:
+        return pydicom.dcmread(file, stop_before_pixels=True, **options)
+    except Exception as error:  # pydicom raises whatever its parsing runs into
+        raise NotDicom(f"{type(error).__name__}: {error}") from error
+
+
 def read_header(source: Path | bytes) -> Header:
     """Read a file's header; pixels are not read, only that they are all there. Raises `NotDicom`."""
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        try:
-            dataset = pydicom.dcmread(file, stop_before_pixels=True, defer_size=_DEFER_BYTES)
-            position = file.tell()
-        except Exception as error:  # pydicom raises whatever its parsing runs into
-            raise NotDicom(f"{type(error).__name__}: {error}") from error
+        dataset = parse(file, defer_size=_DEFER_BYTES)
+        position = file.tell()
         if not len(dataset):
             raise NotDicom("there is no dataset")
         syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))

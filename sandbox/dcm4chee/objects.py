@@ -73,8 +73,8 @@ def names(source: Path | bytes) -> tuple[str, str] | None:
     """SOP class and instance of an object that may be cut behind them; None if it does not come so far."""
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         try:
-            ds = dcmread(file, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
-        except Exception:  # noqa: BLE001 - pydicom raises whatever its parsing runs into
+            ds = datasets.parse(file, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+        except datasets.NotDicom:
             return None
     found = ds.get("SOPClassUID"), ds.get("SOPInstanceUID")
     return (str(found[0]), str(found[1])) if all(found) else None

@@ -303,7 +303,7 @@ def test_what_comes_out_of_celerys_own_code_around_a_job_is_caught() -> None:
 def info_of(error: BaseException) -> ExceptionInfo:
     try:
         raise error
-    except BaseException:  # noqa: BLE001 - whatever it is
+    except type(error):
         return ExceptionInfo()
 
 
