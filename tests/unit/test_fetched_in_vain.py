@@ -168,7 +168,7 @@ def test_a_source_that_gives_another_image_when_the_wait_is_over_is_taken_at_its
     desk.files.there["i"] = other = image(new_uid())
     assert stored(desk.carry("i"))["image_uid"] != sop
     desk.files.there["j"] = image(study, sop=sop)
-    assert stored(desk.carry("j"))["image_uid"] == sop, "nobody holds the first one any more"
+    assert stored(desk.carry("j"))["image_uid"] == sop, "no job holds the first one any more"
     assert other
 
 
