@@ -246,7 +246,7 @@ def residue(ward: Ward) -> str:
 def minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five minutes pass in a moment."""
     monkeypatch.setattr(deleting, "DELETING_S", 0.2)
-    monkeypatch.setattr("worker.jobs.carry.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("worker.jobs.carry.ASK_AGAIN_S", 0.25)
 
 
 def is_residue(error: CourierError) -> bool:

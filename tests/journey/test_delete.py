@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from producer import Courier
 from producer.cli import main
 from producer.errors import InvalidRequest, InvalidUid, NotFound, PacsRejected, PacsUnavailable
+from sandbox.processes import poll
 from sandbox.synthetic import image, new_uid
 from tests.stow import stow
 from worker.ledger import Ledger
@@ -154,7 +155,11 @@ def test_a_worker_killed_while_deleting_is_followed_by_one_that_reports_the_same
         assert statuses(done) == {"msdicom": "not_there", "dcm4chee": "hidden"}
         assert done["attempts"] == 2
         courier._app.backend.forget(handle.id)
-        courier._app.send_task("pacs.delete", kwargs={"job": {"level": "image", "uid": sop}}, task_id=handle.id)
+        job = {"level": "image", "uid": sop, "permanent": True, "dry_run": False}
+        courier._app.send_task("pacs.delete", kwargs={"job": job}, task_id=handle.id)
+        assert poll(
+            lambda: courier._app.backend.get(courier._app.backend.get_key_for_task(handle.id)), timeout_s=WAIT_S
+        )
         assert handle.result(timeout_s=WAIT_S) == done
 
 
