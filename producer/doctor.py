@@ -307,4 +307,5 @@ def _server(entry: dict[str, Any]) -> Finding:
     reason = entry["error"]["message"] if entry["error"] else entry["note"]
     if entry["status"] == "not responding":
         return Finding(check, "unavailable", f"not responding. {reason}", "Start it, or correct its url.")
-    return Finding(check, "unavailable", f"degraded. {reason}", "Look at the server itself.")
+    advice = "Correct its url." if "check the server's url" in reason else "Look at the server itself."
+    return Finding(check, "unavailable", f"degraded. {reason}", advice)

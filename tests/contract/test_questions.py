@@ -14,7 +14,7 @@ from worker.jobs.tools import Tools
 from worker.ledger import Ledger
 from worker.pacs.fleet import Fleet
 from worker.pacs.registry import connect
-from worker.settings import Settings
+from worker.settings import ServerSettings, Settings
 
 NAMES = ["msdicom", "dcm4chee", "orthanc"]
 
@@ -114,3 +114,27 @@ def test_each_server_says_how_it_is_and_nothing_is_invented(ask):
     assert known["msdicom"] == ["unknown"] * 3
     assert all(isinstance(size, int) for size in known["dcm4chee"])
     assert [size == "unknown" for size in known["orthanc"]] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("msdicom", lambda url: url.removesuffix("/v2")),
+        ("msdicom", lambda url: url.removesuffix("/v2") + "/v1beta"),
+        ("dcm4chee", lambda url: url.removesuffix("/rs")),
+        ("dcm4chee", lambda url: url.partition("/aets")[0]),
+        ("orthanc", lambda url: url.removesuffix("/dicom-web")),
+        ("orthanc", lambda url: url.removesuffix("-web")),
+    ],
+    ids=["no /v2", "another version", "no /rs", "no /aets", "no /dicom-web", "/dicom"],
+)
+def test_a_server_whose_url_is_no_root_of_dicomweb_is_not_up(urls, name, wrong):
+    server = ServerSettings(name=name, type=name, url=wrong(urls[name]))
+    fleet = Fleet([connect(server)])
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        tools = Tools(Settings(servers=[server]), ledger=Ledger(client), sources=None, fleet=fleet)
+        run = Run("j1", 1, 1, last=False, ledger=tools.ledger)
+        (entry,) = servers.status({}, run, tools)["servers"]
+    fleet.close()
+    assert entry["status"] == "degraded"
+    assert "check the server's url" in f"{entry['note']} {entry['error']}".lower()

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from producer.courier import Courier
-from producer.doctor import Finding, _places, _worker
+from producer.doctor import Finding, _places, _server, _worker
 from producer.errors import CourierError, PacsUnavailable, StillRunning
 from worker.ledger import SCHEMA
 
@@ -81,3 +81,24 @@ def test_a_worker_of_0_1_and_one_that_stopped_reading_an_old_queue_are_named(
 ) -> None:
     finding = _worker("w@h", {"ok": True, "complaint": "", "every_s": 10.0, "at": 100.0, **said}, 110.0)
     assert (finding.state, words in finding.found, finding.state == "ok" or finding.advice != "") == (state, True, True)
+
+
+def degraded(**more: Any) -> Finding:
+    entry = {"server_name": "a", "status": "degraded", "latency_ms": 1.0, "error": None, "note": "", **more}
+    return _server({"product": "unknown", "version": "unknown", **entry})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"note": "GET /studies is no DICOMweb query there, it answered 404: check the server's url"},
+        {"error": {"code": "pacs_misanswered", "message": "a answered 404 to GET /system: check the server's url."}},
+    ],
+    ids=["its own path", "a path beside it"],
+)
+def test_a_server_with_a_wrong_url_is_a_finding_that_says_what_to_correct(entry: dict[str, Any]) -> None:
+    assert degraded(**entry).advice == "Correct its url."
+
+
+def test_any_other_trouble_of_a_server_is_to_be_looked_for_there() -> None:
+    assert degraded(note="its database is in trouble").advice == "Look at the server itself."

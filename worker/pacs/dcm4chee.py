@@ -213,11 +213,16 @@ class Dcm4chee:
         return self._views.retrieve(found, view)
 
     def state(self) -> ServerState:
-        """`/ctrl/status` proves the archive alone, and not for this entity. Oddity: "Started is not a database"."""
+        """`/ctrl/status` proves the archive alone, and not for this entity. Oddity: "Started is not a database".
+
+        The configured url is asked a query only where nothing else is wrong: a database in trouble would hold it up.
+        """
         status = self._archive_json("/ctrl/status").get("status")
         database = self.database()
         troubles = [] if database.ok else [f"its database is in trouble: {database.note}"]
         troubles += [why] if (why := self._why_not_to_be_used()) else []
+        if not troubles and (fault := self._web.root_fault(hint="it ends with /aets/TITLE/rs")):
+            troubles = [fault]
         archive = next((one for one in self._told("/devices") or () if one.get("hasArcDevExt")), {})
         version = archive.get("dicomSoftwareVersion")
         return ServerState(

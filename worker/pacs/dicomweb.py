@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from worker.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
+from worker.logs import shown_text
 from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, is_too_dense, text, values
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Found, Part, Passing, Retrieved
@@ -84,6 +85,31 @@ class DicomWeb:
         if any(len(values(ds, STUDY_INSTANCE_UID)) > 1 for ds in found):
             raise self.misanswered("a study with several UIDs")
         return found
+
+    def root_fault(self, *, hint: str = "", content_type: str = "") -> str:
+        """Why the configured url is no root of DICOMweb; "" if one query with limit=1 is answered there (PS3.18 10.6).
+
+        ``hint`` is what an operator has to know of such urls on this product, and ``content_type`` what its answers are
+        always labelled.
+
+        Raises
+        ------
+        PacsUnavailable, PacsUnauthorized
+            That cannot be told: the server is silent or in trouble, or the account may not query.
+        """
+        request = Request("GET", f"{self._base}/studies?limit=1", DICOM_JSON, expected=(200, 204))
+        try:
+            answer = self.transport.exchange(request)
+            label = answer.headers.get("Content-Type", "")
+            is_labelled = answer.status == 204 or content_type in label
+            if answer.status == 200 and answer.body.strip():
+                self._datasets(answer)
+        except (PacsMisanswered, PacsRejected) as error:
+            status = error.details.get("status")
+            return _no_root(f"{self._base}/studies", f"it answered {status}" if status else "its answer is none", hint)
+        if not is_labelled:
+            return _no_root(f"{self._base}/studies", f"its answer is labelled {shown_text(label, limit=64)}", hint)
+        return ""
 
     def instances(self, found: Found, *, page: int, order: Sequence[tuple[str, str]] = ()) -> Iterator[Found]:
         """The images below ``found``, ``page`` at a time; only an empty page is the last.
@@ -238,6 +264,11 @@ class DicomWeb:
         if not all(uid is None or fits_path(uid) for uid in uids):
             raise self.misanswered("a UID that is none")
         return found
+
+
+def _no_root(path: str, why: str, hint: str) -> str:
+    """That the configured url is no root of DICOMweb, as a part of a sentence."""
+    return f"GET {path} is no DICOMweb query there, {why}: check the server's url{f' ({hint})' if hint else ''}"
 
 
 def _window(limit: int, offset: int) -> tuple[tuple[str, str], ...]:

@@ -112,8 +112,9 @@ class PlainDicomWeb:
         return self._web.retrieve(found)
 
     def state(self) -> ServerState:
-        self._web.studies([("limit", "1")])
-        return ServerState(ready=True, note="It answers queries; DICOMweb has no call for product and version.")
+        fault = self._web.root_fault(hint="a server that holds no study may answer 404, too")
+        note = fault or "It answers queries; DICOMweb has no call for product and version."
+        return ServerState(ready=not fault, note=note)
 
     def storage(self) -> StorageState:
         return StorageState(note="DICOMweb has no call that tells the storage.")
