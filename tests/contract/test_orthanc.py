@@ -17,6 +17,7 @@ import pytest
 import urllib3
 
 from sandbox.synthetic import image, new_uid
+from tests.poison import poisonous
 
 ODDITIES = Path(__file__).parents[2] / "docs" / "pacs-oddities.md"
 DICOM_JSON = {"Accept": "application/dicom+json"}
@@ -93,6 +94,13 @@ def test_an_archive_that_is_cut_short_stores_nothing(raw: Raw) -> None:
     study = new_uid()
     assert raw.archive(image(study), image(study), end=-100) == (400, [])
     assert raw.studies(f"StudyInstanceUID={study}") == []
+
+
+def test_one_file_can_make_orthanc_refuse_an_archive(raw: Raw) -> None:
+    study = new_uid()
+    assert raw.archive(image(study), poisonous(new_uid()), image(study)) == (400, [])
+    assert raw.studies(f"StudyInstanceUID={study}") == [study]
+    assert raw.archive(poisonous(new_uid())) == (400, [])
 
 
 def test_a_file_alone_may_be_taken_for_an_archive(raw: Raw) -> None:

@@ -13,17 +13,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import pytest
 from urllib3 import HTTPResponse
 
-from worker.errors import InvalidRequest, PacsMisanswered, PacsUnavailable, TryAgain
+from worker.errors import CourierError, InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable, TryAgain
 from worker.instances import Instance
 from worker.pacs import registry
 from worker.pacs.connections import idle_limit_s
 from worker.pacs.credentials import Fixed
 from worker.pacs.dicomjson import number, text
-from worker.pacs.protocol import DeletionFate, Fate, Found, Pacs, Part
+from worker.pacs.protocol import DeletionFate, Fate, Found, Outcome, Pacs, Part, ServerState
 from worker.pacs.stow import PREAMBLE
 from worker.pacs.transport import Request, Transport
 from worker.settings import ServerSettings, ServerType
@@ -239,15 +240,122 @@ def test_msdicom_15_health_stands_outside_the_version_and_degraded_is_ready() ->
     pacs, wire = asked(
         "msdicom",
         Reply(200, report("Degraded", "Healthy")),
+        Reply(204),
         Reply(503, report("Unhealthy", "Unhealthy")),
         Reply(503, report("Unhealthy", "Unhealthy")),
         Reply(404),
+        Reply(204),
     )
     assert pacs.state().ready is True
     assert pacs.state().ready is False
     assert pacs.database().ok is False
     assert pacs.state().ready is None
-    assert set(wire.calls) == {"GET /health/check"}
+    assert set(wire.calls) == {"GET /health/check", "GET /v2/studies?limit=1"}
+
+
+def refusal_of(*comments: str) -> Outcome:
+    """What MSDICOM's refusal of an image with such comments (0000,0902) comes to."""
+    entries = [{"00000902": {"vr": "LO", "Value": [comment]}} for comment in comments]
+    pacs, _ = asked("msdicom", Reply(409, stow(failed=[item("1.3", 43264, **{"00741048": {"Value": entries}})])))
+    (outcome,) = pacs.store([part()])
+    assert (outcome.fate, outcome.failure_reason) == (Fate.REJECTED, 43264)
+    return outcome
+
+
+def test_a_refusal_of_msdicom_shows_the_attributes_that_it_names_and_none_of_their_values() -> None:
+    outcome = refusal_of("DICOM100: (0010,0020) - Hall^Peter is not valid", "DICOM100: (0008,103e) - too long")
+    named = ["PatientID (0010,0020)", "SeriesDescription (0008,103e)"]
+    assert outcome.details == {"attributes": named}
+    assert outcome.message.endswith(f"It names {named[0]}, {named[1]}.")
+    assert "Hall" not in outcome.message
+
+
+def test_a_refusal_of_msdicom_that_names_an_attribute_without_a_keyword_shows_its_tag() -> None:
+    assert refusal_of("DICOM100: (0009,1001) - bad", "DICOM100: (0009,1001) - bad").details == {
+        "attributes": ["attribute (0009,1001)"]
+    }
+
+
+@pytest.mark.parametrize("comments", [(), ("not a DICOM file",), ("",), ("(0010,0020",)])
+def test_a_refusal_of_msdicom_that_names_no_attribute_is_left_as_it_is(comments: tuple[str, ...]) -> None:
+    outcome = refusal_of(*comments)
+    assert (outcome.details, "names" in outcome.message) == ({}, False)
+
+
+def test_of_many_attributes_a_refusal_of_msdicom_shows_ten() -> None:
+    outcome = refusal_of(*(f"DICOM100: (0009,10{number:02}) - bad" for number in range(14)))
+    assert len(outcome.details["attributes"]) == 10
+    assert outcome.message.endswith(" and 4 more.")
+
+
+# What stands at the configured url
+
+
+def well(server_type: ServerType) -> list[Reply]:
+    """What a server that is well answers when it is asked how it is, before it is asked a query."""
+    return {
+        "msdicom": [Reply(200, {"overallStatus": "Healthy"})],
+        "dcm4chee": [Reply(200, {"status": "STARTED"}), Reply(200, {"count": 0}), *(Reply(404),) * 2],
+        "orthanc": [Reply(200, {"Version": "1.12.4"})],
+        "dicomweb": [],
+    }[server_type]
+
+
+JSON_OF_DICOM = {"Content-Type": "application/dicom+json"}
+
+
+def after(server_type: ServerType, query: Reply) -> tuple[ServerState, str]:
+    """How a server is that is well and answers ``query`` to a query; the request of that query."""
+    pacs, wire = asked(server_type, *well(server_type), query, Reply(404))  # DCM4CHEE is asked for its devices last
+    state = pacs.state()
+    return state, next(call for call in wire.calls if "limit=1" in call)
+
+
+@pytest.mark.parametrize("server_type", URLS)
+@pytest.mark.parametrize(
+    "query",
+    [Reply(200, [], JSON_OF_DICOM), Reply(200, [study()], JSON_OF_DICOM), Reply(204)],
+    ids=["no study", "a study", "204"],
+)
+def test_a_server_is_ready_whose_configured_url_answers_a_query(server_type: ServerType, query: Reply) -> None:
+    state, call = after(server_type, query)
+    assert state.ready is True
+    assert call == f"GET {urlsplit(URLS[server_type]).path}/studies?limit=1"
+
+
+@pytest.mark.parametrize("server_type", URLS)
+@pytest.mark.parametrize(
+    "query",
+    [
+        Reply(404),
+        Reply(400, b"no such version"),
+        Reply(405),
+        Reply(200, b"<!doctype html>", {"Content-Type": "text/html"}),
+        Reply(200, ["9a074436"], {"Content-Type": "application/json"}),
+        Reply(302, b"", {"Location": "/login"}),
+    ],
+    ids=["404", "400", "405", "a page", "keys of Orthanc", "a redirect"],
+)
+def test_a_server_is_not_ready_whose_configured_url_is_no_root(server_type: ServerType, query: Reply) -> None:
+    state, _ = after(server_type, query)
+    assert state.ready is False
+    assert "check the server's url" in state.note
+
+
+def test_an_empty_list_of_orthancs_own_is_no_answer_to_a_query() -> None:
+    state, _ = after("orthanc", Reply(200, [], {"Content-Type": "application/json; charset=utf-8"}))
+    assert state.ready is False
+    assert "/dicom-web" in state.note
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(401, PacsUnauthorized), (403, PacsUnauthorized), (500, PacsUnavailable), (503, PacsUnavailable)],
+)
+def test_trouble_at_the_configured_url_is_not_taken_for_a_wrong_url(status: int, error: type[CourierError]) -> None:
+    for server_type in URLS:
+        with pytest.raises(error):
+            after(server_type, Reply(status))
 
 
 # DCM4CHEE
@@ -480,8 +588,12 @@ def test_orthanc_has_to_speak_of_what_it_was_sent(answer: object) -> None:
 
 def test_orthanc_that_refuses_an_archive_leaves_open_what_it_has_stored() -> None:
     pacs, _ = asked("orthanc", Reply(400, {"OrthancStatus": 15}))
-    with pytest.raises(PacsMisanswered, match="as a whole"):
-        fates(pacs, "1.3", "1.4")
+    assert fates(pacs, "1.3", "1.4") == [Fate.UNMENTIONED] * 2
+
+
+def test_orthanc_that_refuses_an_archive_of_one_file_refuses_the_file() -> None:
+    pacs, _ = asked("orthanc", Reply(400, {"OrthancStatus": 15}))
+    assert fates(pacs, "1.3") == [Fate.REJECTED]
 
 
 def test_orthanc_05_a_file_without_preamble_is_no_file_of_the_standard_so_it_gets_one() -> None:
@@ -563,7 +675,10 @@ def test_orthanc_13_a_delete_that_another_did_first_is_not_there() -> None:
 
 def test_orthanc_14_its_statistics_tell_what_is_used_as_a_string_and_no_total() -> None:
     pacs, _ = asked(
-        "orthanc", Reply(200, {"TotalDiskSize": "39206", "CountInstances": 1}), Reply(200, {"Version": "1.10.1"})
+        "orthanc",
+        Reply(200, {"TotalDiskSize": "39206", "CountInstances": 1}),
+        Reply(200, {"Version": "1.10.1"}),
+        Reply(200, [], {"Content-Type": "application/dicom+json"}),
     )
     storage = pacs.storage()
     assert (storage.used_bytes, storage.total_bytes, storage.free_bytes) == (39206, None, None)

@@ -235,3 +235,48 @@ def test_each_cause_is_warned_of_once_and_without_values(item: dict[str, Any], c
 def test_the_standards_warnings_are_put_in_words(reason: int, word: str) -> None:
     (warning,) = plain.warnings_of({"00081196": {"vr": "US", "Value": [reason]}})
     assert word in warning
+
+
+def others(*codes: int | None) -> dict[str, Any]:
+    """OtherFailuresSequence (0008,119A): reasons that name no image."""
+    return {"0008119A": {"vr": "SQ", "Value": [failed(None, code) for code in codes]}}
+
+
+def test_another_failure_is_that_of_the_one_image_that_nothing_else_speaks_of() -> None:
+    ds = answer(ok=[stored("9.1")]) | others(0xC122)
+    outcomes = judge([part("9.1"), part("9.2")], ds, codes={}, warnings_of=lambda _: ())
+    assert [one.fate for one in outcomes] == [Fate.STORED, Fate.REJECTED]
+    assert outcomes[1].failure_reason == 0xC122
+    assert "transfer syntax" in outcomes[1].message
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ((0xC122, 0xC122), [Fate.REJECTED] * 2),
+        ((0xA700, 0xA700), [Fate.TRY_AGAIN] * 2),
+        ((0xC122, 0xA700), [Fate.UNMENTIONED] * 2),
+        ((0xC122,), [Fate.UNMENTIONED] * 2),
+        ((0xC122, 0xC122, 0xC122), [Fate.UNMENTIONED] * 2),
+        ((None,), [Fate.UNMENTIONED] * 2),
+    ],
+    ids=["one reason", "one that passes", "two reasons", "too few", "too many", "none"],
+)
+def test_several_other_failures_are_those_of_the_images_only_if_they_are_as_many_and_alike(
+    codes: Sequence[int | None], expected: Sequence[Fate]
+) -> None:
+    assert fates(["9.1", "9.2"], others(*codes), {}) == expected
+
+
+def test_other_failures_and_failed_items_without_a_uid_count_together() -> None:
+    ds = answer(bad=[failed(None, 0xC122)]) | others(0xC122)
+    assert fates(["9.1", "9.2"], ds, {}) == [Fate.REJECTED] * 2
+    assert fates(["9.1", "9.2"], answer(bad=[failed(None, 0xA900)]) | others(0xC122), {}) == [Fate.UNMENTIONED] * 2
+
+
+def test_another_failure_takes_nothing_from_an_image_that_is_stored() -> None:
+    assert fates(["9.1"], answer(ok=[stored("9.1")]) | others(0xC122), {}) == [Fate.STORED]
+
+
+def test_a_sequence_of_other_failures_that_is_none_says_nothing() -> None:
+    assert fates(["9.1"], {"0008119A": {"vr": "SQ", "Value": ["C122"]}}, {}) == [Fate.UNMENTIONED]

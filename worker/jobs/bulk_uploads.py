@@ -25,7 +25,6 @@ from worker.errors import (
     InvalidRequest,
     NeedsPerson,
     PacsMisanswered,
-    PacsRejected,
     PacsUnavailable,
     Refused,
     SourceNotAllowed,
@@ -38,10 +37,12 @@ from worker.jobs.bulk_checks import undo, verify
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
+    REFUSED_UNREAD,
     Placement,
     Wish,
     already_exists,
     image_of,
+    is_refused_whole,
     judged_again,
     left_alone,
     refusal,
@@ -594,8 +595,9 @@ class Uploads:
             self._down[pacs.server.name] = error
         for image in request:
             number = image.item.number
-            if isinstance(error, PacsRejected) and len(request) > 1:
-                self._note(number, uncertain=number in resumed, alone=True)
+            if is_refused_whole(error) and len(request) > 1:  # images before the bad one may be stored
+                unread = error.details.get("status") in REFUSED_UNREAD
+                self._note(number, uncertain=number in resumed or not unread, alone=True)
                 name = pacs.server.name
                 self.results[number] = PacsMisanswered(
                     f"{name} refuses {len(request)} images together; each is sent alone.", server_name=name

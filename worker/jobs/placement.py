@@ -35,6 +35,8 @@ from worker.viewer import viewer_url
 
 #: Phases of a call (worker/pacs/) in which the server cannot have seen anything of it.
 NOT_SENT = ("resting", "connect")
+#: By these a server, or a proxy before it, refuses a request without looking at its images: none of them is stored.
+REFUSED_UNREAD = frozenset({411, 413, 414, 415, 431})
 #: After so many answers "being stored", what is left of a broken store is removed (docs/pacs-oddities.md).
 PENDINGS_BEFORE_REMOVAL = 3
 #: After so many failures at one image, while the server stores others, the fault is taken for the image's.
@@ -267,6 +269,13 @@ def refusal(outcome: Outcome, instance: Instance, pacs: Pacs, *, pending_wait_s:
             return PacsUnavailable(sentence, retry_after_s=pending_wait_s, **context)
         case _:
             return PacsUnavailable(f"{name} had trouble while storing the image{said}.", **context)
+
+
+def is_refused_whole(error: CourierError) -> bool:
+    """Whether ``error`` refuses all images of a request, perhaps because of one: each has to be sent alone."""
+    return isinstance(error, PacsRejected) or (
+        isinstance(error, PacsMisanswered) and error.details.get("status") == 400
+    )
 
 
 def judged_again(outcome: Outcome, faults: int, since_s: float, pacs: Pacs, ledger: Ledger | None) -> Outcome:

@@ -25,7 +25,7 @@ from worker.errors import (
 )
 from worker.jobs.downloads import to_ask
 from worker.jobs.passing import Incoming, digest_of
-from worker.jobs.placement import judged_again
+from worker.jobs.placement import is_refused_whole, judged_again
 from worker.jobs.receipts import Receipts
 from worker.jobs.unseen import as_shown
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
@@ -207,11 +207,11 @@ def _send(transfer: Transfer, arriving: _Arriving, *, alone: bool) -> None:
     share = _Share(arriving, 1 if alone else REQUEST_IMAGES)
     try:
         outcomes = transfer.target.store_passing(share)
-    except PacsRejected as error:
+    except (PacsRejected, PacsMisanswered) as error:
         if error.details.get("status") == LENGTH_REQUIRED:
             transfer.spooled = True
-        else:
-            _refused_as_a_whole(transfer, share.sent, error)
+            return
+        _refused_as_a_whole(transfer, share.sent, error)
         return
     outcomes = as_shown(transfer.target, [image.instance for image in share.sent], outcomes)
     for image, outcome in zip(share.sent, outcomes, strict=True):
@@ -223,15 +223,17 @@ def _spool_and_send(transfer: Transfer, image: Incoming) -> None:
     with spool(image.chunks(), source=f"An image of {transfer.source.server.name}", limits=limits) as fetched:
         try:
             (outcome,) = transfer.target.store([Part(image.instance, fetched.open, fetched.size_bytes)])
-        except PacsRejected as error:
+        except (PacsRejected, PacsMisanswered) as error:
             _refused_as_a_whole(transfer, [image], error)
         else:
             _judge(transfer, image, *as_shown(transfer.target, [image.instance], [outcome]))
 
 
-def _refused_as_a_whole(transfer: Transfer, sent: list[Incoming], error: PacsRejected) -> None:
+def _refused_as_a_whole(transfer: Transfer, sent: list[Incoming], error: CourierError) -> None:
     """A request that is refused for good says something of its image only if it had but one."""
-    fate = Fate.REJECTED if len(sent) == 1 else Fate.UNMENTIONED
+    if error.server_name != transfer.target.server.name or not is_refused_whole(error):
+        raise error
+    fate = Fate.REJECTED if len(sent) == 1 and isinstance(error, PacsRejected) else Fate.UNMENTIONED
     for image in sent:
         _judge(transfer, image, Outcome(image.instance.sop_instance_uid, fate, message=error.message))
 
@@ -271,7 +273,8 @@ def _check_all_came(transfer: Transfer, wanted: Collection[str]) -> None:
         outcome = next(iter(transfer.unclear.values()))
         count = len(transfer.unclear)
         if outcome.fate is Fate.UNMENTIONED:
-            sentence = f"{target.server.name} did not say what became of {count} images; they are sent again."
+            named = f"{count} images, {min(transfer.unclear)} for one"
+            sentence = f"{target.server.name} did not say what became of {named}; they are sent again."
             raise transfer.error(PacsMisanswered, target, sentence)
         sentence = f"{target.server.name} had trouble while storing {count} images ({outcome.message})."
         wait_s = transfer.pending_wait_s if outcome.fate is Fate.PENDING else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from pydicom.datadict import keyword_for_tag
@@ -40,7 +41,7 @@ from worker.pacs.protocol import (
     StudyPage,
     View,
 )
-from worker.pacs.stow import Codes, Sent, judge, unmentioned
+from worker.pacs.stow import Codes, Sent, failed_by_code, judge, unmentioned
 from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Level
 
@@ -67,6 +68,8 @@ CODES: Codes = {
     45071: (Fate.PENDING, "Another store of this image is under way or was left behind."),
 }
 IMPLICIT_VR = 45063
+#: A refusal names so many attributes.
+NAMED = 10
 _TAG = re.compile(r"\(([0-9A-Fa-f]{4}),([0-9A-Fa-f]{4})\)", re.ASCII)
 
 
@@ -98,7 +101,7 @@ class MsDicom:
     def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
         if answer.status == 204:
             return unmentioned(sent)
-        return judge(sent, self._web.dataset(answer), codes=CODES, warnings_of=warnings_of)
+        return judge(sent, self._web.dataset(answer), codes=CODES, warnings_of=warnings_of, failure_of=_failure_of)
 
     def metadata(self, found: Found) -> list[Dataset]:
         return self._web.metadata(found)
@@ -138,11 +141,16 @@ class MsDicom:
         return self._web.retrieve(found)
 
     def state(self) -> ServerState:
+        """The health report stands beside the configured url, so it says nothing of that url."""
         report = self._health()
-        if report is None:
-            return ServerState(note="The server has no health report at /health/check.")
-        overall = str(report.get("overallStatus"))
-        return ServerState(ready=overall in ("Healthy", "Degraded"), note=f"{overall}, as of up to 30 s ago")
+        overall = "" if report is None else str(report.get("overallStatus"))
+        note = f"{overall}, as of up to 30 s ago" if overall else "The server has no health report at /health/check."
+        if overall and overall not in ("Healthy", "Degraded"):
+            return ServerState(ready=False, note=note)
+        fault = self._web.root_fault(hint="it ends with /v2, or with /v2/partitions/NAME")
+        if fault:
+            return ServerState(ready=False, note=f"{note.rstrip('.')}; {fault}")
+        return ServerState(ready=True if overall else None, note=note)
 
     def storage(self) -> StorageState:
         return StorageState(note="MSDICOM has no call that tells its storage.")
@@ -181,11 +189,21 @@ def _whole_value(one: Filter, member: str) -> str | None:
 MATCHING = Matching(FILTERS, value=_whole_value)
 
 
+def _failure_of(sent: Sent, item: Dataset) -> Outcome:
+    """What a failed item says, with the attributes that it names."""
+    found = failed_by_code(sent, item, codes=CODES)
+    named = list(dict.fromkeys(filter(None, map(_attribute, _comments(item)))))
+    if not named:
+        return found
+    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    sentence = f"{found.message} It names {', '.join(named[:NAMED])}{more}."
+    return replace(found, message=sentence, details={"attributes": named[:NAMED]})
+
+
 def warnings_of(item: Dataset) -> tuple[str, ...]:
     """What an item was stored in spite of. Comments are cut down to their tag: they may quote a value."""
     reason = number(item, WARNING_REASON)
-    comments = [text(entry, ERROR_COMMENT) for entry in items(item, FAILED_ATTRIBUTES_SEQUENCE)]
-    found = [_attribute_warning(comment) for comment in comments]
+    found = [_attribute_warning(comment) for comment in _comments(item)]
     if reason == IMPLICIT_VR:
         found.insert(0, "the dataset is encoded with implicit VR")
     if reason is not None and not found:
@@ -193,9 +211,18 @@ def warnings_of(item: Dataset) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _comments(item: Dataset) -> list[str]:
+    return [text(entry, ERROR_COMMENT) for entry in items(item, FAILED_ATTRIBUTES_SEQUENCE)]
+
+
 def _attribute_warning(comment: str) -> str:
+    return f"{_attribute(comment) or 'an attribute'} is not valid and is missing from the metadata"
+
+
+def _attribute(comment: str) -> str:
+    """The attribute that a comment is about, by its keyword and tag; "" if it names none."""
     tag = _TAG.search(comment)
     if tag is None:
-        return "an attribute is not valid and is missing from the metadata"
+        return ""
     name = keyword_for_tag(int(tag[1] + tag[2], 16))
-    return f"{name or 'attribute'} ({tag[1]},{tag[2]}) is not valid and is missing from the metadata"
+    return f"{name or 'attribute'} ({tag[1]},{tag[2]})"

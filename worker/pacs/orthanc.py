@@ -120,19 +120,22 @@ class Orthanc:
 
         Oddity: "Orthanc does not tell a duplicate". Oddity: "An archive is answered file by file, in order".
         """
-        return self._judged(parts, self._import(ZipBody(parts)))
+        told = self._import(ZipBody(parts))
+        return _refused(parts) if told is None else self._judged(parts, told)
 
     def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
         once = self._web.once(passing)
         told = self._import(PassingZip(once))
-        return self._judged(once.sent, told)
+        return _refused(once.sent) if told is None else self._judged(once.sent, told)
 
-    def _import(self, archive: ZipBody | PassingZip) -> list[dict[str, Any]]:
+    def _import(self, archive: ZipBody | PassingZip) -> list[dict[str, Any]] | None:
+        """What Orthanc says of the files; None if it refuses the archive as a whole.
+
+        Oddity: "One file can make Orthanc refuse an archive".
+        """
         request = Request("POST", f"{self._root}/instances", archive.headers, archive, expected=(200, 400))
         answer = self._transport.exchange(request)
-        if answer.status == 400:  # it did not arrive whole; or Orthanc gave up in the middle, and has stored some
-            raise self._web.misanswered("a refusal of the archive as a whole")
-        return self._objects(self._web.parse(answer))
+        return None if answer.status == 400 else self._objects(self._web.parse(answer))
 
     def _judged(self, sent: Sequence[Sent], told: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         """One outcome per image. Where files are left out, what the others are has to be asked by their keys."""
@@ -218,8 +221,10 @@ class Orthanc:
         return self._web.retrieve(found)
 
     def state(self) -> ServerState:
+        """`/system` stands beside the configured url, so it says nothing of that url."""
         system = self._object("/system")
-        return ServerState(product="Orthanc", version=_text(system.get("Version")), ready=True)
+        fault = self._web.root_fault(hint="it ends with /dicom-web", content_type="application/dicom+json")
+        return ServerState(product="Orthanc", version=_text(system.get("Version")), ready=not fault, note=fault)
 
     def storage(self) -> StorageState:
         """Oddity: "Statistics tell what is used, as text"."""
@@ -277,6 +282,15 @@ class Orthanc:
         if not isinstance(found, dict):
             raise self._web.misanswered("something that is no object")
         return found
+
+
+def _refused(sent: Sequence[Sent]) -> list[Outcome]:
+    """What a 400 means: Orthanc gave up at one of the files, and may have stored others. It refuses one sent alone."""
+    uids = [one.instance.sop_instance_uid for one in sent]
+    if len(uids) == 1:
+        return [Outcome(uids[0], Fate.REJECTED, message="Orthanc cannot read the file: it answered 400.")]
+    sentence = f"Orthanc gave up at one of {len(uids)} files (400), and does not say at which one."
+    return [Outcome(uid, Fate.UNMENTIONED, message=sentence) for uid in uids]
 
 
 def _outcome(uid: str, told: Mapping[str, Any]) -> Outcome:

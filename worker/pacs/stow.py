@@ -17,6 +17,7 @@ from worker.instances import Instance
 from worker.pacs.dicomjson import (
     FAILED_SOP_SEQUENCE,
     FAILURE_REASON,
+    OTHER_FAILURES_SEQUENCE,
     REFERENCED_SOP_INSTANCE_UID,
     REFERENCED_SOP_SEQUENCE,
     items,
@@ -129,7 +130,9 @@ def judge(
     Items are matched by SOP Instance UID. Oddity: "A file that cannot be parsed comes back without a name".
     A failed item that bears no UID, or one that was never sent,
     belongs to a file the server could not read: those are matched to the parts left over, in order, if they
-    are as many. A part that no item speaks of is `UNMENTIONED`.
+    are as many. So are the items of OtherFailuresSequence (PS3.18 Table I.1-1), which name no image; but
+    their order is not that of the parts, so several of them have to give one reason. A part that no item speaks of is
+    `UNMENTIONED`.
     """
     failure_of = failure_of or partial(failed_by_code, codes=codes)
     stored = _by_uid(items(answer, REFERENCED_SOP_SEQUENCE))
@@ -143,7 +146,10 @@ def judge(
             outcomes.append(failure_of(part, failed[uid].pop(0)))
         else:
             outcomes.append(None)
-    nameless = [item for left in failed.values() for item in left]
+    others = items(answer, OTHER_FAILURES_SEQUENCE)
+    nameless = [*(item for left in failed.values() for item in left), *others]
+    if others and len({number(item, FAILURE_REASON) for item in nameless}) > 1:
+        nameless = []
     return _eliminate(parts, outcomes, nameless, failure_of)
 
 
@@ -171,6 +177,7 @@ STANDARD_CODES: Codes = {
     0x0121: (Fate.REJECTED, "An attribute that the server needs is empty."),
     0x0122: (Fate.REJECTED, "The server does not take this SOP class."),
     0x0124: (Fate.REJECTED, "The server does not allow this account to store the image."),
+    0xC122: (Fate.REJECTED, "The server does not take this transfer syntax."),
 }
 _FAMILIES: Mapping[tuple[int, int], tuple[Fate, str]] = {
     (0xA700, 0xFF00): (Fate.TRY_AGAIN, "The server is out of resources."),
