@@ -78,7 +78,8 @@ def test_every_deletion_on_a_server_voids_receipts_first() -> None:
 
 def test_a_program_that_enqueues_loads_no_dicom_and_no_http_client() -> None:
     show = (
-        "import sys, producer; print(*sorted({'pydicom', 'requests', 'boto3', 'numpy', 'sandbox'} & set(sys.modules)))"
+        "import sys, producer;"
+        "print(*sorted({'pydicom', 'requests', 'boto3', 'azure', 'msal', 'numpy', 'sandbox'} & set(sys.modules)))"
     )
     loaded = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True).stdout
     assert loaded.strip() == ""
