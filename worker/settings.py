@@ -44,7 +44,7 @@ class _Section(BaseModel):
 class AuthSettings(_Section):
     """How to log in to a server. Secrets are named (``…_env``, ``…_file``), never written here."""
 
-    type: Literal["none", "basic", "bearer", "oauth2"] = "none"
+    type: Literal["none", "basic", "bearer", "oauth2", "azure_identity"] = "none"
     username: str | None = None
     password_env: str | None = None
     password_file: Path | None = None
@@ -56,6 +56,13 @@ class AuthSettings(_Section):
     client_secret_file: Path | None = None
     scope: str | None = None
 
+    @field_validator("username")
+    @classmethod
+    def _of_basic(cls, username: str | None) -> str | None:
+        if username and (":" in username or not username.isprintable()):
+            raise ValueError("a user name has no colon and no control characters in it (RFC 7617)")
+        return username
+
     @model_validator(mode="after")
     def _complete(self) -> AuthSettings:
         needed = {
@@ -63,10 +70,13 @@ class AuthSettings(_Section):
             "basic": (("username",), ("password_env", "password_file")),
             "bearer": (("token_env", "token_file"),),
             "oauth2": (("token_url",), ("client_id",), ("client_secret_env", "client_secret_file")),
+            "azure_identity": (("scope",),),
         }[self.type]
         for choices in needed:
             if not any(getattr(self, choice) for choice in choices):
                 raise ValueError(f"auth type {self.type!r} needs {' or '.join(choices)}")
+        if self.type == "azure_identity" and not _AZURE_SCOPE(str(self.scope)):
+            raise ValueError("scope of azure_identity is one, such as https://dicom.healthcareapis.azure.com/.default")
         return self
 
     def secret(self, kind: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -77,6 +87,9 @@ class AuthSettings(_Section):
         if variable not in environ:
             raise SettingsError(f"the environment variable {variable} (servers.auth.{kind}_env) is not set")
         return environ[variable]
+
+
+_AZURE_SCOPE = re.compile(r"[^\s/]\S*/\.default", re.ASCII).fullmatch
 
 
 class ServerSettings(_Section):
@@ -92,6 +105,8 @@ class ServerSettings(_Section):
     connect_timeout_s: Annotated[float, Field(gt=0)] = 5
     read_timeout_s: Annotated[float, Field(gt=0)] = 120
     ca_file: Path | None = None
+    client_cert_file: Path | None = None
+    client_key_file: Path | None = None
     retrieve_aet: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,16}$")] | None = None
     auth: AuthSettings = AuthSettings()
 
@@ -99,6 +114,14 @@ class ServerSettings(_Section):
     def _entities_of_dcm4chee(self) -> ServerSettings:
         if self.retrieve_aet and (self.type != "dcm4chee" or "/aets/" not in urlsplit(self.url).path):
             raise ValueError("retrieve_aet needs the type dcm4chee and a url with /aets/…/rs: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_of_tls(self) -> ServerSettings:
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("client_key_file needs client_cert_file, the certificate that belongs to the key")
+        if self.client_cert_file and not self.url.startswith("https://"):
+            raise ValueError("client_cert_file needs a url with https: without TLS no certificate is sent")
         return self
 
     @field_validator("name")

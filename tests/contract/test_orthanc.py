@@ -16,8 +16,13 @@ from urllib.parse import quote
 import pytest
 import urllib3
 
+from sandbox import processes as parts
+from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
 from tests.poison import poisonous
+from worker.errors import PacsUnauthorized
+from worker.pacs.registry import connect
+from worker.settings import AuthSettings, ServerSettings
 
 ODDITIES = Path(__file__).parents[2] / "docs" / "pacs-oddities.md"
 DICOM_JSON = {"Accept": "application/dicom+json"}
@@ -212,3 +217,20 @@ def test_every_habit_that_was_seen_is_seen_here() -> None:
     as_name = {re.sub(r"[^a-z0-9 ]", "", heading.lower()) for heading in told - NOT_SHOWN}
     assert as_name
     assert as_name <= shown
+
+
+@pytest.mark.parametrize(("password", "is_let_in"), [("Grüße:ß€", True), ("Gruesse", False)])
+def test_it_lets_in_a_user_whose_name_and_password_are_not_ascii(
+    processes: Processes, tmp_path: Path, orthanc: str, password: str, is_let_in: bool
+) -> None:
+    name = f"orthanc-users-{is_let_in}"
+    users = {"AuthenticationEnabled": True, "RegisteredUsers": {"Jürgen": "Grüße:ß€"}}
+    part = parts.orthanc(processes, name=name, overrides=users)
+    (tmp_path / "password").write_text(password, encoding="utf-8")
+    auth = AuthSettings(type="basic", username="Jürgen", password_file=tmp_path / "password")
+    ward = connect(ServerSettings(name="ward", type="orthanc", url=part.url, auth=auth))
+    if is_let_in:
+        assert ward.find("study", new_uid()) == []
+        return
+    with pytest.raises(PacsUnauthorized):
+        ward.find("study", new_uid())

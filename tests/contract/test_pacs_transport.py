@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import io
@@ -516,6 +517,42 @@ def test_basic_credentials_are_sent(scripted: Callable[..., Scripted], monkeypat
     auth = AuthSettings(type="basic", username="loader", password_env="WARD_PASSWORD")
     pacs(server.url, auth=auth).find("study", "1.1")
     assert server.asked[0].headers["authorization"] == "Basic bG9hZGVyOnN3b3JkZmlzaA=="
+
+
+@pytest.mark.parametrize(
+    ("username", "password", "sent"),
+    [
+        ("loader", "Grüße:ß€", "loader:Grüße:ß€"),
+        ("Jürgen", "x", "Jürgen:x"),
+        ("u", "e\u0301", "u:\u00e9"),  # a letter and its accent apart, as macOS writes them (RFC 7617: NFC)
+        ("загрузка", "密码 pass", "загрузка:密码 pass"),
+    ],
+)
+def test_names_and_passwords_beyond_ascii_are_sent_in_utf_8(
+    scripted: Callable[..., Scripted], tmp_path: Path, username: str, password: str, sent: str
+) -> None:
+    (tmp_path / "password").write_text(password + "\n", encoding="utf-8")
+    server = scripted(EMPTY)
+    auth = AuthSettings(type="basic", username=username, password_file=tmp_path / "password")
+    pacs(server.url, auth=auth).find("study", "1.1")
+    given = server.asked[0].headers["authorization"].removeprefix("Basic ")
+    assert base64.b64decode(given).decode("utf-8") == sent
+
+
+@pytest.mark.parametrize("password", ["two\nlines", "bell\x07", "\udcfc of a Latin-1 environment"])
+def test_a_password_with_control_characters_or_of_no_utf_8_stops_the_start_and_is_not_quoted(
+    monkeypatch: pytest.MonkeyPatch, password: str
+) -> None:
+    monkeypatch.setenv("WARD_PASSWORD", password)
+    with pytest.raises(SettingsError, match="password of server ward") as error:
+        pacs("http://127.0.0.1:1", auth=AuthSettings(type="basic", username="u", password_env="WARD_PASSWORD"))
+    assert password not in str(error.value)
+
+
+@pytest.mark.parametrize("username", ["of:a:tree", "two\nlines", "\udcfc"])
+def test_a_user_name_with_a_colon_or_a_control_character_stops_the_start(username: str) -> None:
+    with pytest.raises(ValueError, match="user name has no colon"):
+        AuthSettings(type="basic", username=username, password_env="WARD_PASSWORD")
 
 
 def test_a_missing_secret_stops_the_start_and_is_named() -> None:

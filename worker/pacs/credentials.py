@@ -1,11 +1,13 @@
 """How to log in to a server: what goes into ``Authorization``, for each type of ``auth``.
 
-Secrets are read where the settings point and stand in no message. OAuth2 lives in ``oauth2.py``.
+Secrets are read where the settings point and stand in no message. OAuth2 lives in ``oauth2.py``, Azure's identities in
+``azure_identity.py``.
 """
 
 from __future__ import annotations
 
 import base64
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
@@ -65,6 +67,17 @@ def _secret(server: ServerSettings, kind: str) -> str:
     return secret
 
 
+def _basic(server: ServerSettings) -> str:
+    """User name and password in UTF-8, composed (RFC 7617, 2.1). The settings let no colon into the name."""
+    password = _read(server, "password")
+    if not password.isprintable():
+        raise SettingsError(
+            f"the password of server {server.name} holds control characters, or is no text in UTF-8; correct it"
+        )
+    pair = unicodedata.normalize("NFC", f"{server.auth.username}:{password}")
+    return "Basic " + base64.b64encode(pair.encode()).decode()
+
+
 def credentials(server: ServerSettings) -> Credentials:
     """The credentials that ``server.auth`` describes.
 
@@ -77,8 +90,7 @@ def credentials(server: ServerSettings) -> Credentials:
         case "none":
             return Fixed()
         case "basic":
-            pair = f"{server.auth.username}:{_secret(server, 'password')}"
-            return Fixed("Basic " + base64.b64encode(pair.encode()).decode())
+            return Fixed(_basic(server))
         case "bearer":
             return Bearer(server)
         case "oauth2":
@@ -86,3 +98,7 @@ def credentials(server: ServerSettings) -> Credentials:
             from worker.pacs.oauth2 import ClientCredentials  # noqa: PLC0415
 
             return ClientCredentials(server, _read(server, "client_secret"))
+        case "azure_identity":
+            from worker.pacs.azure_identity import AzureIdentity  # noqa: PLC0415 (as above)
+
+            return AzureIdentity(server)

@@ -29,13 +29,15 @@ from worker.errors import (
     PacsUnavailable,
     TryAgain,
 )
-from worker.pacs.connections import Stale, allow, mistrust, pool
+from worker.pacs.connections import Stale, allow, mistrust, pool, refused_certificate
 from worker.settings import ServerSettings
 from worker.telemetry import CallSeen, carrier, watching
 
 BLOCK_BYTES = 256 * 1024
 #: More than this is no answer to a question; images are streamed and have no such limit.
 MAX_ANSWER_BYTES = 256 * 1024**2
+#: What nginx, as a proxy before a server, says in the page of a 400 where a client's certificate is missing or refused.
+_NGINX_ON_CERTIFICATES = b"SSL certificate"
 
 ErrorKind = TypeVar("ErrorKind", bound=CourierError)
 
@@ -98,7 +100,9 @@ class Transport:
             response = self._open(request)
             seen.status = response.status
             try:
-                return Answer(response.status, response.headers, self._whole(response, self._read_timeout_s(request)))
+                body = self._whole(response, self._read_timeout_s(request))
+                self._check_certificate(response, body)
+                return Answer(response.status, response.headers, body)
             except BaseException:  # a task's time limit too
                 _discard(response)
                 raise
@@ -143,8 +147,34 @@ class Transport:
                 response = self._send(request, self._credentials.authorization())
         if response.status in request.expected:
             return response
-        _discard(response)
-        raise self._refusal(request, response)
+        try:
+            if response.status == 400:
+                self._check_certificate(response, self._first_bytes(response))
+            raise self._refusal(request, response)
+        finally:
+            _discard(response)
+
+    def _first_bytes(self, response: BaseHTTPResponse) -> bytes:
+        try:
+            return response.read1(BLOCK_BYTES)
+        except wire.HTTPError:
+            return b""
+
+    def _check_certificate(self, response: BaseHTTPResponse, body: bytes) -> None:
+        """
+        Raises
+        ------
+        PacsUnauthorized
+            A proxy before the server refuses the certificate. Oddity: "A proxy refuses a certificate by a 400".
+        """
+        if response.status == 400 and self.server.url.startswith("https://") and _NGINX_ON_CERTIFICATES in body:
+            raise self._certificate_refused("status 400 of a proxy", details={"status": 400})
+
+    def _certificate_refused(self, how: str, **more: Any) -> PacsUnauthorized:
+        what, advice = "a connection without a client certificate", "name one in client_cert_file"
+        if self.server.client_cert_file is not None:
+            what, advice = "the certificate of this worker", "renew what client_cert_file and client_key_file name"
+        return self.error(PacsUnauthorized, f"{self.server.name} refuses {what} ({how}): {advice}.", **more)
 
     def _send(self, request: Request, authorization: str | None) -> BaseHTTPResponse:
         try:
@@ -155,6 +185,8 @@ class Transport:
                     raise
                 return self._urlopen(request, authorization)
         except wire.HTTPError as error:
+            if alert := refused_certificate(error):
+                raise self._certificate_refused(f"TLS: {alert}") from error
             phase, reason = _reason(error, self.server, self._read_timeout_s(request))
             sentence = f"{self.server.name} did not answer: {reason}."
             raise self.error(PacsUnavailable, sentence, details={"phase": phase}) from error
