@@ -167,7 +167,8 @@ class Transport:
         PacsUnauthorized
             A proxy before the server refuses the certificate. Oddity: "A proxy refuses a certificate by a 400".
         """
-        if response.status == 400 and self.server.url.startswith("https://") and _NGINX_ON_CERTIFICATES in body:
+        is_page = response.status == 400 and response.headers.get("Content-Type", "").startswith("text/html")
+        if is_page and self.server.url.startswith("https://") and _NGINX_ON_CERTIFICATES in body:
             raise self._certificate_refused("status 400 of a proxy", details={"status": 400})
 
     def _certificate_refused(self, how: str, **more: Any) -> PacsUnauthorized:
