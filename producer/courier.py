@@ -55,7 +55,7 @@ from worker.payloads import (
     read_job,
 )
 from worker.queues import OLD_QUEUES, QUEUES, Found, count, left_by_killed_workers
-from worker.settings import Settings
+from worker.settings import QueueSettings, Settings
 from worker.telemetry import SendSeen, carrier, watching
 from worker.waits import SERVER_BUSY, waiting_in
 
@@ -191,9 +191,9 @@ class Courier:
         self.settings = settings or Settings.load()
         listeners.trace(self.settings.telemetry)
         queue = self.settings.queue.at(broker_url=broker_url, result_backend=result_backend, ledger_url=ledger_url)
-        self._app = _celery(self.settings, queue.broker_url, queue.result_backend)
+        self._app = _celery(self.settings, queue)
         # Results are polled: with a back-end, Celery would subscribe to each one it sends, and not send without it.
-        self._sender = _celery(self.settings, queue.broker_url, "disabled://")
+        self._sender = _celery(self.settings, queue.model_copy(update={"result_backend": "disabled://"}))
         jobs, results = self.settings.jobs, self.settings.results
         self._ledger = (
             None
@@ -508,8 +508,19 @@ class Courier:
             return count(connection.default_channel), left_by_killed_workers(connection.default_channel)
 
     def check_backend(self) -> None:
-        """Ask the result back-end anything; `BrokerUnavailable` if it does not answer."""
-        self._stored_reports([str(uuid.uuid4())])
+        """Ask the result back-end anything, and have a Redis keep a probe for a second.
+
+        Raises
+        ------
+        BrokerUnavailable
+            It does not answer, or refuses.
+        """
+        probe = f"probe-{uuid.uuid4()}"
+        self._stored_reports([probe])
+        backend = self._app.backend
+        if isinstance(backend, RedisBackend):
+            with _reachable():
+                backend.client.set(backend.get_key_for_task(probe), "", ex=1)
 
     def handle(self, job_id: str, *, batch_id: str = "") -> Handle:
         """The handle of a job that was enqueued by anybody."""
@@ -631,12 +642,11 @@ def _depth(connection: Connection, queue: str) -> int:
         return 0
 
 
-def _celery(settings: Settings, broker_url: str, result_backend: str) -> Celery:
+def _celery(settings: Settings, queue: QueueSettings) -> Celery:
     app = Celery("pacs-producer", set_as_current=False)
     app.config_from_object("celeryconfig")
     app.conf.update(
-        broker_url=broker_url,
-        result_backend=result_backend,
+        **queue.for_celery,
         result_expires=settings.results.expires_s,
         task_publish_retry=False,
     )
@@ -719,7 +729,7 @@ def _reachable() -> Iterator[None]:
         raise BrokerUnavailable(
             "Redis has no memory left and took nothing; give it more (maxmemory), then send the job again."
         ) from error
-    except redis.ResponseError as error:
+    except (redis.AuthenticationError, redis.ResponseError) as error:
         raise BrokerUnavailable(refusal(error)) from error
     except _UNREACHABLE as error:
         raise BrokerUnavailable(
@@ -727,11 +737,15 @@ def _reachable() -> Iterator[None]:
         ) from error
 
 
-def refusal(error: redis.ResponseError) -> str:
+def refusal(error: redis.AuthenticationError | redis.ResponseError) -> str:
     """What Redis answered instead of doing what it was asked, and what to do; of the command nothing."""
     if isinstance(error, redis.exceptions.ClusterCrossSlotError | redis.exceptions.AskError):
         return (
             "Redis is in cluster mode: a ledger there needs a hash tag in queue.key_prefix, and in ledger_url the node"
             " that serves it; broker and results cannot be there (docs/settings.md)."
+        )
+    if isinstance(error, redis.exceptions.ReadOnlyError):
+        return (
+            "Redis is a replica that can only be read; name its primary in BROKER_URL, RESULT_BACKEND and LEDGER_URL."
         )
     return f"Redis refuses a command ({words_of(error)}); check BROKER_URL, RESULT_BACKEND and LEDGER_URL."

@@ -155,8 +155,9 @@ def _ledger(ledger: Ledger) -> Iterator[Finding]:
         before_s = time.time()
         away_s = ledger.clock_s() - (before_s + time.time()) / 2
         load = ledger.load(overdue_s=OVERDUE_S)
+        ledger.probe()
         kept, schema = ledger.safekeeping(), ledger.schema()
-    except redis.ResponseError as error:
+    except (redis.AuthenticationError, redis.ResponseError) as error:
         yield Finding("ledger", "unavailable", refusal(error), "Correct LEDGER_URL or queue.key_prefix.")
         return
     except redis.RedisError as error:

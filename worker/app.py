@@ -21,6 +21,7 @@ import billiard
 import kombu.exceptions
 import redis
 from celery import Celery, Task, bootsteps, concurrency, signals
+from celery.backends.redis import RedisBackend
 from celery.concurrency import thread
 from celery.exceptions import (
     BackendError,
@@ -45,7 +46,7 @@ from worker.errors import CourierError, InvalidRequest
 from worker.jobs.run import Pulse
 from worker.jobs.tools import Tools
 from worker.jobs.turns import Turns
-from worker.ledger import Attachment, ClaimState, DueJob, Ledger
+from worker.ledger import Attachment, ClaimState, DueJob, Ledger, passes, words_of
 from worker.lines import configure, quiet
 from worker.logs import shown_job
 from worker.pacs.fleet import Fleet
@@ -204,8 +205,7 @@ quiet()
 app = PacsCelery("pacs", task_cls=PacsTask, include=["worker.tasks"])
 app.config_from_object("celeryconfig")
 app.conf.update(
-    broker_url=settings.queue.broker_url,
-    result_backend=settings.queue.result_backend,
+    **settings.queue.for_celery,
     result_expires=settings.results.expires_s,
     worker_consumer=f"{consumer.__name__}:{consumer.PacsConsumer.__name__}",
 )
@@ -665,12 +665,28 @@ def _joins_the_others(sender: Any = None, **_: Any) -> None:
     try:
         reason = _say_how(sender.hostname, ledger, watchdog.Told(True, "", SOON_S))
     except redis.RedisError as error:
-        log.warning("The ledger does not answer (%s); its version is looked at later", type(error).__name__)
-        return
+        log.warning("The ledger does not serve now (%s); its version is looked at later", words_of(error))
+        reason = ""
     finally:
         ledger.close()
-    if reason:
+    if reason := reason or _no_results():
         raise SystemExit(f"pacs-courier: {reason}")
+
+
+def _no_results() -> str:
+    """Why no result can be stored in a Redis that answers, in one sentence; "" if one can."""
+    if not isinstance(app.backend, RedisBackend):
+        return ""
+    try:
+        app.backend.client.set(app.backend.get_key_for_task(f"probe-{uuid.uuid4()}"), "", ex=1)
+    except (redis.AuthenticationError, redis.ResponseError) as error:
+        if isinstance(error, redis.AuthenticationError) or not passes(error):
+            return (
+                f"Redis refuses to store a result ({words_of(error)}); correct result_backend, or what its user may do."
+            )
+    except redis.RedisError:
+        pass  # it is away: Celery waits for it
+    return ""
 
 
 def _needs_stores() -> None:

@@ -40,6 +40,7 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
     returned:ID   text    how often a message of this job was given back while others were done
     workers       hash    worker → what its watchdog last said of it (JSON)
     servers       zset    the servers that workers know, by the time (ms) when one said so last
+    probe         text    what `probe` writes, for a second
     schema        text    the shape of all this, as a number; none is 1, that of version 0.1
     parked        set     the circuit breakers that jobs wait for, and for each of them
     parked:NAME   zset    the jobs that wait until it closes, by the time since when
@@ -67,6 +68,7 @@ from redis.commands.core import Script
 from worker.breakers import by_server
 from worker.errors import InvalidRequest
 from worker.logs import shown_job, stated, without_queries
+from worker.redis_urls import is_socket
 from worker.settings import PREFIX
 from worker.urls import is_url, unsigned
 from worker.waits import CRASH_SUSPECT, IN_QUEUE, LOST, REDIS_UNAVAILABLE, SERVER_UNKNOWN, WaitReason
@@ -1400,13 +1402,14 @@ class Ledger:
     @classmethod
     def connect(cls, url: str, *, worker: str = "", prefix: str = PREFIX, **times: float) -> Ledger:
         """A ledger at ``url`` whose sockets cannot hang for ever and survive a restart of Redis."""
+        over_tcp: dict[str, Any] = {} if is_socket(url) else {"socket_keepalive": True}
         client = redis.Redis.from_url(
             url,
             decode_responses=True,
             socket_timeout=15,
             socket_connect_timeout=5,
-            socket_keepalive=True,
             health_check_interval=30,
+            **over_tcp,
         )
         return cls(client, worker=worker, prefix=prefix, **times)
 
@@ -2147,6 +2150,11 @@ class Ledger:
             pipe.zcount(self.key("due"), "-inf", latest_ms)
             pipe.zcard(self.key("dead"))
             return Load(*pipe.execute())
+
+    def probe(self) -> None:
+        """Have a script write a key that goes by itself; `redis.RedisError` if this ledger cannot be worked with."""
+        script = "return redis.call('SET', KEYS[1], '', 'PX', 1000)"
+        self._redis.eval(script, 1, self.key("probe"))
 
     def safekeeping(self) -> dict[str, str]:
         """What Redis does to keep what it is given (``appendonly``, ``maxmemory``, ``maxmemory-policy``).

@@ -102,8 +102,8 @@ def begin(ledger: Ledger, worker: str, told: Mapping[str, Any], servers: Sequenc
         return "The ledger's Redis is in cluster mode; give queue.key_prefix a hash tag, such as {courier-a}:"
     except redis.exceptions.MovedError:
         return "The ledger's Redis is in cluster mode; name in ledger_url the node that serves queue.key_prefix."
-    except redis.ResponseError as error:
-        if passes(error):
+    except (redis.AuthenticationError, redis.ResponseError) as error:
+        if isinstance(error, redis.ResponseError) and passes(error):
             raise
         return f"The ledger's Redis refuses a command ({words_of(error)}); correct ledger_url, or what its user may do."
 

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from worker import redis_urls
+
 ServerType = Literal["msdicom", "dcm4chee", "orthanc", "dicomweb"]
 MODES = ("both", "either")
 #: What the keys of the ledger begin with, unless `QueueSettings.key_prefix` says otherwise.
@@ -291,6 +293,34 @@ BROKERS = frozenset(
     ]
 )
 
+#: The same of result back-ends (``celery.app.backends.BACKEND_ALIASES``).
+BACKENDS = frozenset(
+    [
+        "arangodb",
+        "azureblockblob",
+        "cache",
+        "cassandra",
+        "consul",
+        "cosmosdbsql",
+        "couchbase",
+        "couchdb",
+        "database",
+        "db",
+        "disabled",
+        "dynamodb",
+        "elasticsearch",
+        "file",
+        "gs",
+        "mongodb",
+        "redis",
+        "rediss",
+        "riak",
+        "rpc",
+        "s3",
+        "sentinel",
+    ]
+)
+
 
 class QueueSettings(_Section):
     """Where messages, results and the ledger live. Three databases, so that none can flush another's keys."""
@@ -324,9 +354,17 @@ class QueueSettings(_Section):
     @field_validator("broker_url")
     @classmethod
     def _of_a_broker(cls, url: str) -> str:
-        scheme = url.partition("://")[0].partition("+")[0]
-        if "://" in url and scheme not in BROKERS:
+        urls = [redis_urls.canonical(one, "celery") for one in _NEXT_URL.split(url)]
+        if any("://" in one and one.partition("://")[0].partition("+")[0] not in BROKERS for one in urls):
             raise ValueError("Celery knows no such broker; for Redis write redis:// or rediss://")
+        return ";".join(urls)
+
+    @field_validator("result_backend")
+    @classmethod
+    def _of_results(cls, url: str) -> str:
+        url = redis_urls.canonical(url, "celery")
+        if "://" in url and url.partition("://")[0].partition("+")[0] not in BACKENDS:
+            raise ValueError("Celery knows no such result back-end; for Redis write redis:// or rediss://")
         return url
 
     @field_validator("key_prefix")
@@ -352,9 +390,19 @@ class QueueSettings(_Section):
     @field_validator("ledger_url")
     @classmethod
     def _of_redis(cls, url: str) -> str:
-        if not url.lower().startswith(("redis://", "rediss://", "unix://")):
+        if redis_urls.scheme_of(url) not in redis_urls.SCHEMES:
             raise ValueError("it is no URL of a Redis: redis://, rediss:// or unix://")
-        return url
+        return redis_urls.canonical(url, "redis-py")
+
+    @property
+    def for_celery(self) -> dict[str, Any]:
+        """Broker and result back-end as Celery's configuration names them."""
+        over_tcp = not redis_urls.is_socket(self.result_backend)  # redis-py knows no keep-alive of a Unix socket
+        return {
+            "broker_url": self.broker_url,
+            "result_backend": self.result_backend,
+            "redis_socket_keepalive": over_tcp,
+        }
 
     def at(self, **urls: str | None) -> QueueSettings:
         """The same with other URLs, as far as they are given.

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery.app.backends import BACKEND_ALIASES
 from kombu.transport import TRANSPORT_ALIASES
 from pydantic import BaseModel, ValidationError
 
-from worker.settings import BROKERS, AuthSettings, ServerSettings, Settings, SettingsError
+from worker.settings import BACKENDS, BROKERS, AuthSettings, ServerSettings, Settings, SettingsError
 
 SERVER = '[[servers]]\nname = "msdicom"\ntype = "msdicom"\nurl = "http://localhost:8080/v2/"\n'
 AZURE = "[downloads.azure]\naccount_url = 'https://account.example'\n"
@@ -125,7 +126,6 @@ def test_a_malformed_url_of_the_queue_is_named_and_none_of_it_is_told(variable: 
         "redis://user:a%2Fb%40c@host/0",
         "redis://:a;b@host:6379/0",
         "rediss://:secret@host:6379/0?ssl_cert_reqs=required&ssl_ca_certs=/etc/ca@site.pem",
-        "redis+socket:///run/redis@1.sock?virtual_host=3",
         "amqp://guest:guest@one:5672//;amqp://two:5672//",
         "amqp://one,two//",
         "pyamqp://guest@localhost//",
@@ -137,8 +137,9 @@ def test_a_malformed_url_of_the_queue_is_named_and_none_of_it_is_told(variable: 
     ],
 )
 def test_urls_that_celery_understands_are_taken_as_they_are(url: str) -> None:
-    loaded = Settings.load({"BROKER_URL": url, "RESULT_BACKEND": url})
-    assert (loaded.queue.broker_url, loaded.queue.result_backend) == (url, url)
+    assert Settings.load({"BROKER_URL": url}).queue.broker_url == url
+    if re.split("[:+]", url)[0] in BACKENDS:
+        assert Settings.load({"RESULT_BACKEND": url}).queue.result_backend == url
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,65 @@ def test_results_may_lie_where_messages_cannot(url: str) -> None:
 @pytest.mark.parametrize("url", ["redis://:a;b@host:6379/0", "rediss://host", "unix:///run/redis.sock?db=2"])
 def test_a_ledger_is_in_any_redis(url: str) -> None:
     assert Settings.load({"LEDGER_URL": url}).queue.ledger_url == url
+
+
+SOCKET = "/run/redis@1.sock"
+
+
+@pytest.mark.parametrize(
+    ("url", "for_celery", "for_redis_py"),
+    [
+        (f"unix://{SOCKET}?db=2", f"redis+socket://{SOCKET}?virtual_host=2", f"unix://{SOCKET}?db=2"),
+        (f"unix://{SOCKET}", f"redis+socket://{SOCKET}?virtual_host=0", f"unix://{SOCKET}?db=0"),
+        (f"redis+socket://{SOCKET}?virtual_host=2", f"redis+socket://{SOCKET}?virtual_host=2", f"unix://{SOCKET}?db=2"),
+        (
+            f"Socket://:a%2Fb@{SOCKET}?db=2",
+            f"redis+socket://:a%2Fb@{SOCKET}?virtual_host=2",
+            f"unix://:a%2Fb@{SOCKET}?db=2",
+        ),
+        (
+            f"unix://{SOCKET}?password=a%2Fb",
+            f"redis+socket://:a%2Fb@{SOCKET}?virtual_host=0",
+            f"unix://:a%2Fb@{SOCKET}?db=0",
+        ),
+        ("redis://host?db=3", "redis://host/3", "redis://host/3"),
+        ("redis://host/?db=3", "redis://host/3", "redis://host/3"),
+        ("redis://host/3?db=3", "redis://host/3", "redis://host/3"),
+        ("redis://host/03", "redis://host/3", "redis://host/3"),
+        ("REDIS://me:x@[::1]:7/3", "redis://me:x@[::1]:7/3", "redis://me:x@[::1]:7/3"),
+        ("redis://host/3?username=a@b&password=%C3%BC", "redis://a%40b:%C3%BC@host/3", "redis://a%40b:%C3%BC@host/3"),
+        (
+            "rediss://host?db=1&ssl_ca_certs=/etc/ca.pem",
+            "rediss://host/1?ssl_ca_certs=/etc/ca.pem",
+            "rediss://host/1?ssl_ca_certs=/etc/ca.pem",
+        ),
+    ],
+)
+def test_each_form_of_a_url_of_redis_is_read_by_all_three(url: str, for_celery: str, for_redis_py: str) -> None:
+    queue = Settings.load({"BROKER_URL": url, "RESULT_BACKEND": url, "LEDGER_URL": url}).queue
+    assert (queue.broker_url, queue.result_backend, queue.ledger_url) == (for_celery, for_celery, for_redis_py)
+    assert queue.at(ledger_url=url) == queue
+
+
+@pytest.mark.parametrize("variable", ["BROKER_URL", "RESULT_BACKEND", "LEDGER_URL"])
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("redis://:PLANTED@host/jobs", "a database of Redis is a number"),
+        ("redis://:PLANTED@host?db=-1", "a database of Redis is a number"),
+        ("unix:///run/redis.sock?password=PLANTED&db=", "a database of Redis is a number"),
+        ("redis://:PLANTED@host/1?db=2", "it names two databases"),
+        ("redis://:PLANTED@host/1?socket_timeout=5", "no URL of a Redis has the option 'socket_timeout'"),
+        ("redis://:PLANTED@host/1?ssl_cert_reqs=none", "the option 'ssl_cert_reqs' needs rediss://"),
+        ("unix://run/redis.sock?password=PLANTED", "the path of the socket follows three slashes"),
+        ("unix://?password=PLANTED", "the path of the socket follows three slashes"),
+    ],
+)
+def test_a_url_that_redis_py_or_celery_cannot_read_is_one_sentence(variable: str, url: str, sentence: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^setting queue\.\w+: {sentence}") as caught:
+        Settings.load({variable: url})
+    assert "\n" not in str(caught.value)
+    assert "PLANTED" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("url", ["amqp://user:PLANTED@host//", "PLANTED"])
@@ -238,3 +298,10 @@ def test_only_a_dcm4chee_has_another_application_entity_to_retrieve_from(
 
 def test_every_broker_that_celery_knows_is_known() -> None:
     assert set(TRANSPORT_ALIASES) == BROKERS
+    assert set(BACKEND_ALIASES) == BACKENDS
+
+
+def test_an_unknown_result_back_end_is_one_sentence() -> None:
+    with pytest.raises(SettingsError, match=r"queue\.result_backend: Celery knows no such result back-end") as caught:
+        Settings.load({"RESULT_BACKEND": "postgresql://me:PLANTED@host/results"})
+    assert "PLANTED" not in str(caught.value)
