@@ -129,11 +129,16 @@ def remove(pacs: Pacs, founds: Iterable[Found], receipts: Receipts, *, permanent
     deletions = []
     for found in founds:
         deletion = receipts.delete(pacs, found, permanent=permanent)
-        if resumed and deletion.fate is DeletionFate.NOT_THERE:
-            promised = pacs.deletion(found.level, permanent=permanent)
-            deletion = deletion if promised.fate is DeletionFate.REFUSED else promised
-        deletions.append(deletion)
+        deletions.append(as_done(deletion, pacs, found.level, permanent=permanent) if resumed else deletion)
     return min(deletions, key=lambda deletion: _WORST_FIRST.index(deletion.fate))
+
+
+def as_done(deletion: Deletion, pacs: Pacs, level: Level, *, permanent: bool) -> Deletion:
+    """``deletion``, where "not there" means that an earlier attempt has done it."""
+    if deletion.fate is not DeletionFate.NOT_THERE:
+        return deletion
+    promised = pacs.deletion(level, permanent=permanent)
+    return deletion if promised.fate is DeletionFate.REFUSED else promised
 
 
 def forget_what_is_gone(study_uids: Iterable[str], tools: Tools) -> None:
