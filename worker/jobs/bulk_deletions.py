@@ -172,7 +172,12 @@ def _servers(item: Item, desk: Desk) -> list[Pacs]:
             f"It is to be deleted on {item.server}, and the batch only on {' and '.join(names)}; nothing was deleted."
         )
         raise InvalidRequest(sentence)
-    return asked([item.server] if item.server else names, desk.tools.fleet)
+    if item.server:
+        names = [item.server]
+    servers = asked(names, desk.tools.fleet)
+    types = desk.batch.types
+    # A server that came into the settings later stood in no plan.
+    return [pacs for pacs in servers if names is not None or not types or pacs.server.name in types]
 
 
 def _seen(item: Item, desk: Desk) -> Settled:
