@@ -133,7 +133,7 @@ def test_what_the_only_worker_that_knew_a_server_pushed_when_it_was_killed_is_st
         assert batch.result()["totals"] == {"failed": 2}
         begun_s = time.monotonic()
         begin(("msdicom", "dcm4chee"))
-        courier.dead.replay([job.id for job in jobs])
+        assert all(courier.dead.replay(job.id) for job in jobs)
         again = courier.batch.retry(batch.id)
         assert [job.result(timeout_s=WAIT_S)["server_name"] for job in jobs] == ["msdicom"] * 2
         assert again.result(timeout_s=WAIT_S)["totals"] == {"stored": 2}
@@ -152,7 +152,7 @@ def test_what_the_only_worker_that_knew_a_server_pushed_when_it_was_killed_is_st
 
 def is_pushing(ledger, job_id):
     memo = json.loads(ledger.hget(f"{PREFIX}job:{job_id}", "memo") or "{}")
-    return any(one.get("uncertain") for one in (memo, *memo.get("pushed", {}).values()))
+    return any(one.get("uncertain") for one in (memo, *memo.get("kind", {}).get("pushed", {}).values()))
 
 
 def codes(courier, job_ids):
