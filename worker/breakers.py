@@ -7,12 +7,14 @@ Why no library does it: docs/decisions/0004.
 Keys, beside the ledger's:
 
     breaker:NAME    hash   until_ms (the end of its pause), opened (times in a row), probe, probe_until_ms, woken_ms;
-                           none while the breaker is closed
+                           reason (why it was opened, of a credential); none while the breaker is closed
     failures:NAME   list   when calls failed since one last succeeded
 
-A server has two breakers: ``NAME`` for all calls, and ``NAME:changes`` for what changes something there, because a full
-disk or a broken storage answers every question. States: *closed* → *open* for a pause → *half-open*: one call, the
-*probe*, is let through, and closes the breaker or opens it again for twice as long.
+A server has three breakers: ``NAME`` for all calls; ``NAME:changes`` for what changes something there, because a full
+disk or a broken storage answers every question; and ``NAME:credential``, which opens when the server refuses the
+worker's credential. The credentials of stores have breakers as well (``worker/store_credentials.py``).
+States: *closed* → *open* for a pause → *half-open*: one call, the *probe*, is let through, and closes the breaker or
+opens it again for twice as long.
 """
 
 from __future__ import annotations
@@ -29,22 +31,26 @@ from worker.settings import PREFIX, BreakerSettings
 BREAKER: Final = "breaker:"
 FAILURES: Final = "failures:"
 CHANGES: Final = ":changes"
+CREDENTIAL: Final = ":credential"
+#: What the breaker of a store's credential begins with; no server is called so.
+STORE: Final = "credential:"
 #: A server that failed so lately, and did nothing well since, gets no new studies while there are others.
 SICK_S: Final = 30.0
 
 _NOW = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
 
-# What a state is told as: failures, ms since the last (-1: none), ms of pause left (-1: closed), ms of a probe left.
+# What a state is told as: failures, ms since the last (-1: none), ms of pause left (-1: closed), ms of a probe left,
+# and the reason.
 _STATE = (
     _NOW
     + """
 local function state(breaker, failures)
-  local fields = redis.call('HMGET', breaker, 'until_ms', 'probe_until_ms')
+  local fields = redis.call('HMGET', breaker, 'until_ms', 'probe_until_ms', 'reason')
   local last = redis.call('LINDEX', failures, -1)
   return {
     redis.call('LLEN', failures), last and now - tonumber(last) or -1,
     fields[1] and math.max(0, tonumber(fields[1]) - now) or -1,
-    math.max(0, tonumber(fields[2] or 0) - now),
+    math.max(0, tonumber(fields[2] or 0) - now), fields[3] or '',
   }
 end
 """
@@ -81,6 +87,7 @@ if opens then
   local pause = math.min(tonumber(ARGV[5]), ARGV[4] * 2 ^ math.min(opened - 1, 30)) * ARGV[7]
   redis.call('HSET', breaker, 'until_ms', string.format('%.0f', now + math.max(pause, asked_ms)))
   redis.call('HDEL', breaker, 'probe', 'probe_until_ms', 'woken_ms')
+  if ARGV[8] ~= '' then redis.call('HSET', breaker, 'reason', ARGV[8]) end
 end
 return state(breaker, failures)
 """
@@ -132,6 +139,7 @@ class BreakerState:
     """The breaker ``breaker``, as it was when it was read. ``pause_left_s`` is None while it is closed.
 
     ``failures`` are counted up to the number that opens the breaker; ``last_failure_s`` ago was the last of them.
+    ``reason`` is why it was opened, as far as that was told.
     """
 
     breaker: str
@@ -139,6 +147,7 @@ class BreakerState:
     last_failure_s: float | None = None
     pause_left_s: float | None = None
     probing: bool = False
+    reason: str = ""
 
     @property
     def closed(self) -> bool:
@@ -183,20 +192,29 @@ class Breakers:
         return {name: _state(name, row) for name, row in zip(breakers, rows, strict=True)}
 
     def states(self, servers: Iterable[str]) -> dict[str, BreakerState]:
-        """For each server the state that says more: that of its changes where the server as such is closed."""
+        """For each server the state that says most: the server's own, then its credential's, then its changes'."""
         names = list(servers)
-        read = self.read([breaker for name in names for breaker in (name, name + CHANGES)])
-        return {name: _graver(read[name], read[name + CHANGES]) for name in names}
+        read = self.read([breaker for name in names for breaker in breakers_of(name)])
+        return {name: _gravest([read[breaker] for breaker in breakers_of(name)]) for name in names}
 
-    def failed(self, breaker: str, *, probe: str = "", retry_after_s: float | None = None) -> BreakerState:
+    def failed(
+        self,
+        breaker: str,
+        *,
+        probe: str = "",
+        retry_after_s: float | None = None,
+        at_once: bool = False,
+        reason: str = "",
+    ) -> BreakerState:
         """A call failed. What the server asked for (``Retry-After``) opens the breaker at once, for as long.
 
-        ``probe`` is the token of a call that was let through a half-open breaker.
+        ``probe`` is the token of a call that was let through a half-open breaker; ``at_once`` opens it, too. ``reason``
+        is kept with a breaker that opens.
         """
         limits = self._settings
-        asked_s = min(retry_after_s or 0.0, self._retry_after_cap_s)
-        times = [_ms(limits.window_s), _ms(limits.pause_s), _ms(limits.pause_cap_s), _ms(asked_s)]
-        args: list[str | int | float] = [probe, limits.failures, *times, self._rng.uniform(0.75, 1.0)]
+        asked_ms = max(_ms(min(retry_after_s or 0.0, self._retry_after_cap_s)), int(at_once))
+        times = [_ms(limits.window_s), _ms(limits.pause_s), _ms(limits.pause_cap_s), asked_ms]
+        args: list[str | int | float] = [probe, limits.failures, *times, self._rng.uniform(0.75, 1.0), reason]
         return _state(breaker, self._failed(keys=self._keys(breaker), args=args))
 
     def succeeded(self, breaker: str, *, probe: str = "") -> BreakerState:
@@ -216,31 +234,41 @@ class Breakers:
         return [self._prefix + BREAKER + breaker, self._prefix + FAILURES + breaker]
 
 
+def breakers_of(server: str) -> tuple[str, str, str]:
+    """All breakers of a server: of all calls, of its credential, of changes."""
+    return server, server + CREDENTIAL, server + CHANGES
+
+
 def server_of(breaker: str) -> str:
     """The server that a breaker belongs to."""
-    return breaker.removesuffix(CHANGES)
+    return breaker.removesuffix(CHANGES).removesuffix(CREDENTIAL)
 
 
 def circuit_open(breaker: str) -> str:
     """That a circuit breaker is open, as a part of a sentence."""
+    if breaker.startswith(STORE):
+        return f"the credential of {breaker.removeprefix(STORE)} was refused (circuit breaker open)"
+    if breaker.endswith(CREDENTIAL):
+        return f"{server_of(breaker)} refused the worker's credential (circuit breaker of the credential open)"
     what, which = ("changes", " for changes") if breaker.endswith(CHANGES) else ("requests", "")
     return f"{server_of(breaker)} failed on its last {what} (circuit breaker{which} open)"
 
 
-def _graver(server: BreakerState, changes: BreakerState) -> BreakerState:
-    if not server.closed or (changes.closed and not changes.lately):
-        return server
-    return changes
+def _gravest(states: Sequence[BreakerState]) -> BreakerState:
+    """The first that is not closed; else the first that failed lately."""
+    by_gravity = sorted(states, key=lambda state: 0 if not state.closed else 1 if state.lately else 2)
+    return by_gravity[0]
 
 
 def _state(breaker: str, row: Sequence[Any]) -> BreakerState:
-    failures, last_ms, pause_ms, probe_ms = (int(value) for value in row)
+    failures, last_ms, pause_ms, probe_ms = (int(value) for value in row[:4])
     return BreakerState(
         breaker,
         failures,
         None if last_ms < 0 else last_ms / 1000,
         None if pause_ms < 0 else pause_ms / 1000,
         probing=probe_ms > 0,
+        reason=str(row[4]),
     )
 
 

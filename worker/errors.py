@@ -24,15 +24,17 @@ drawing complete:
     │   ├── StudyConflict       study_conflict
     │   ├── PacsRejected        pacs_rejected
     │   └── Cancelled           cancelled
-    └── NeedsPerson             the dead letter: somebody has to change something first
-        ├── PacsUnauthorized    pacs_unauthorized
+    └── NeedsPerson             the dead letter: a person has to change something first
+        ├── Unauthorized        the worker's own credential: the job waits while it is refused, then the dead letter
+        │   ├── SourceUnauthorized source_unauthorized
+        │   └── PacsUnauthorized pacs_unauthorized
         └── Poisoned            poisoned
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 
 class CourierError(Exception):
@@ -44,6 +46,9 @@ class CourierError(Exception):
     """
 
     code: ClassVar[str] = ""
+    #: The circuit breaker (worker/breakers.py) that is open, if that is why, or that this error has opened. Then the
+    #: job waits until the breaker closes, and not for a time.
+    resting: str | None = None
 
     def __init__(
         self,
@@ -117,14 +122,11 @@ class SourceTruncated(TryAgain):
 
 
 class PacsUnavailable(TryAgain):
-    """``resting`` names the circuit breaker (worker/breakers.py) that is open, if that is why, or has become so by it.
-
-    Then the job waits for the server, and not for a time. ``is_attempt`` is False where the server was not asked, or
-    only to learn whether it is well again: that costs the job none of its attempts.
+    """``is_attempt`` is False where the server was not asked, or only to learn whether it is well again: that costs the
+    job none of its attempts.
     """
 
     code = "pacs_unavailable"
-    resting: str | None = None
     is_attempt: bool = True
 
 
@@ -188,7 +190,31 @@ class Cancelled(Refused):
     code = "cancelled"
 
 
-class PacsUnauthorized(NeedsPerson):
+class Unauthorized(NeedsPerson):
+    """A credential of the worker itself is refused, or may not do what is needed.
+
+    Where its circuit breaker is open (`resting`), the job waits, and uses up none of its attempts. ``scope`` is what is
+    refused: all that is asked for with the credential, or one request for want of a right.
+    """
+
+    def __init__(
+        self,
+        message: str | Mapping[str, Any],
+        *,
+        scope: Literal["credential", "request"] = "request",
+        **context: Any,
+    ) -> None:
+        super().__init__(message, **context)
+        self.scope = scope
+
+
+class SourceUnauthorized(Unauthorized):
+    """A store's (of images, or for downloads and backups), or the proxy's."""
+
+    code = "source_unauthorized"
+
+
+class PacsUnauthorized(Unauthorized):
     code = "pacs_unauthorized"
 
 
@@ -197,14 +223,19 @@ class Poisoned(NeedsPerson):
 
 
 def is_resting(error: CourierError) -> bool:
-    """Whether the job that met ``error`` waits for a server that is left alone, rather than tries again."""
-    return isinstance(error, PacsUnavailable) and error.resting is not None
+    """Whether the job that met ``error`` waits for a circuit breaker to close, rather than tries again or ends."""
+    return error.resting is not None
+
+
+def is_final(error: object) -> TypeGuard[Refused | NeedsPerson]:
+    """Whether ``error`` ends the job, or the item of a batch, that met it."""
+    return isinstance(error, Refused | NeedsPerson) and not is_resting(error)
 
 
 def first_to_wait_for(errors: Sequence[CourierError]) -> CourierError:
-    """Of several servers' errors the one that decides what happens next.
+    """Of several errors the one that decides what happens next.
 
-    A server that is left alone first, for it costs no attempt to wait for it; then one that time may cure.
+    One whose circuit breaker is open first, for it costs no attempt to wait for it; then one that time may cure.
     """
 
     def rank(error: CourierError) -> int:

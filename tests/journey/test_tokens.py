@@ -59,7 +59,8 @@ def test_an_upload_gets_through_although_its_token_expires_between_question_and_
 
 
 def test_a_wrong_secret_ends_the_job_as_a_dead_letter_that_says_what_to_check(worker, sandbox, image_server):
-    running = worker(servers=with_tokens(sandbox), environ={"WARD_SECRET": "wrong-3e7"})
+    """After it has waited for the credential to be accepted."""
+    running = worker(servers=with_tokens(sandbox), jobs={"max_wait_s": 2}, environ={"WARD_SECRET": "wrong-3e7"})
     with Courier(running.settings) as courier:
         handle = courier.upload(image_server.put("a.dcm", image(new_uid())))
         with pytest.raises(PacsUnauthorized, match=r"token endpoint of .* check client_id, client_secret and scope"):

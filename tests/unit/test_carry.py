@@ -17,7 +17,8 @@ import redis
 from celery import Celery
 
 from sandbox.processes import poll
-from worker.errors import NotDicom, PacsUnauthorized, PacsUnavailable
+from worker.breakers import Breakers
+from worker.errors import NotDicom, PacsUnauthorized, PacsUnavailable, SourceUnauthorized
 from worker.jobs.carry import Done, Failed, NotTaken, Parked, Starved, Verdict, backoff_s, carry
 from worker.jobs.follow import follow
 from worker.jobs.run import NotYet, Pulse, Run
@@ -399,3 +400,51 @@ def test_a_job_that_starves_while_others_are_done_is_a_dead_letter(desk: Desk) -
 def test_a_fault_that_is_no_shortage_takes_an_attempt_as_before(desk: Desk) -> None:
     assert not isinstance(desk.carry(RuntimeError("dictionary changed size")), Starved)
     assert desk.ledger.look("j1")["attempts"] == "1"
+
+
+def refused_credential(breaker: str = "credential:sources.s3") -> SourceUnauthorized:
+    error = SourceUnauthorized("The store refuses the worker's credentials (ExpiredToken).")
+    error.resting = breaker
+    return error
+
+
+def test_a_job_whose_credential_is_refused_waits_without_using_up_attempts_then_is_a_dead_letter(desk: Desk) -> None:
+    Breakers(desk.client).failed("credential:sources.s3", at_once=True, reason="ExpiredToken")
+    for _ in range(desk.settings.jobs.max_attempts + 2):
+        assert isinstance(desk.carry(refused_credential()), Parked)
+        desk.make_due()
+    assert desk.shown[-1]["code"] == "source_unauthorized"
+    assert "ExpiredToken" in desk.shown[-1]["message"]
+    assert desk.carry(lambda job, run: {"attempt": run.attempt}, job_id="other") == Done({"attempt": 1})
+    desk.client.hset(f"{PREFIX}job:j1", "parked_ms", 0)
+    last = desk.carry(refused_credential())
+    assert isinstance(last, Failed)
+    assert (last.error.code, desk.state()) == ("source_unauthorized", "dead")
+    assert desk.ledger.replay("j1")
+    assert desk.carry(lambda job, run: {"attempt": run.attempt}) == Done({"attempt": 1})
+
+
+@pytest.mark.parametrize("kind", [SourceUnauthorized, PacsUnauthorized])
+def test_a_job_that_waits_for_a_credential_goes_on_when_it_is_accepted(
+    desk: Desk, kind: type[SourceUnauthorized | PacsUnauthorized]
+) -> None:
+    breakers = Breakers(desk.client)
+    breakers.failed("a:credential", at_once=True)
+    error = kind("The credential is refused.", server_name="a")
+    error.resting = "a:credential"
+    assert isinstance(desk.carry(error), Parked)
+    assert desk.ledger.parked() == {"a": 1}
+    assert desk.ledger.wake_parked() == 0
+    desk.client.delete(f"{PREFIX}breaker:a:credential")
+    assert desk.ledger.wake_parked() == 1
+    assert desk.carry({"status": "stored"}) == Done({"status": "stored"})
+
+
+def test_a_question_does_not_wait_for_a_credential(desk: Desk) -> None:
+    def ask(job: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+        raise refused_credential("a:credential")
+
+    tools = Tools(settings=desk.settings, ledger=desk.ledger, sources=cast(Any, None), fleet=cast(Any, None))
+    pulse = Pulse(desk.ledger, lambda *_: None)
+    verdict = carry(ask, task="pacs.exists", job_id="q", message={}, tools=tools, pulse=pulse)
+    assert isinstance(verdict, Failed)

@@ -21,6 +21,7 @@ CONTRACT_CODES = [
     "source_not_allowed",
     "source_not_found",
     "source_denied",
+    "source_unauthorized",
     "source_too_large",
     "source_unreachable",
     "source_truncated",

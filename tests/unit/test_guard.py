@@ -311,3 +311,52 @@ def test_more_calls_than_there_are_slots_wait_and_then_rest(client: fakeredis.Fa
     ):
         pass
     assert raised.value.resting == "a"
+
+
+def unauthorized(*, scope: Any = "credential", server: str = "a") -> PacsUnauthorized:
+    return PacsUnauthorized("a answered 401.", server_name=server, scope=scope, details={"status": 401})
+
+
+def test_a_refused_credential_lets_no_process_ask_until_the_server_accepts_it(
+    one: Process, two: Process, client: fakeredis.FakeRedis
+) -> None:
+    refused = one.call(unauthorized())
+    assert refused is not None
+    assert refused.resting == "a:credential"
+    for process in (one, two):
+        waiting = process.call()
+        assert isinstance(waiting, PacsUnauthorized)
+        assert waiting.resting == "a:credential"
+        assert waiting.message.endswith("(circuit breaker of the credential open): a answered 401.")
+    assert (one.reached, two.reached) == (1, 0)
+    assert one.breakers.states(["a"])["a"].name == "open"
+    client.hset(f"{PREFIX}{BREAKER}a:credential", "until_ms", 0)
+    two.guard.refresh()
+    assert two.call() is None
+    assert one.state("a:credential") == "closed"
+
+
+def test_a_right_that_is_missing_for_one_request_stops_no_other(one: Process) -> None:
+    for _ in range(SETTINGS.failures + 1):
+        error = one.call(unauthorized(scope="request"), changes=True)
+        assert error is not None
+        assert error.resting is None
+    assert one.call(changes=True) is None
+
+
+def test_the_credential_of_one_server_is_not_that_of_another(one: Process) -> None:
+    one.call(unauthorized(server="b"))
+    assert one.call() is None
+
+
+def test_a_server_that_does_not_answer_says_nothing_of_its_credential(
+    one: Process, client: fakeredis.FakeRedis
+) -> None:
+    one.call(unauthorized())
+    client.hset(f"{PREFIX}{BREAKER}a:credential", "until_ms", 0)
+    one.guard.refresh()
+    assert resting(one.call(failure())) is None
+    assert one.state("a:credential") == "half-open"
+    one.guard.refresh()
+    assert one.call() is None
+    assert one.state("a:credential") == "closed"

@@ -17,17 +17,15 @@ from worker.errors import (
     CourierError,
     InvalidUid,
     MissingUid,
-    NeedsPerson,
     NotDicom,
     NotFound,
     PacsMisanswered,
-    Refused,
+    is_final,
 )
 from worker.jobs.batches import Answer, Desk
 from worker.jobs.deletions import forget_what_is_gone, remove
 from worker.jobs.passing import whole
 from worker.jobs.receipts import Receipts
-from worker.jobs.removals import hidden_on, hide_images, only_hides
 from worker.jobs.transfers import images_on
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs, Retrieved
 from worker.pacs.stow import PREAMBLE
@@ -144,7 +142,9 @@ def _went_with_its_study(one: Settled, desk: Desk) -> bool:
 
 
 def _only_hides(one: Settled, desk: Desk) -> bool:
-    return only_hides(desk.tools.fleet[one.server_name])
+    """Whether the server of an image hides what is deleted there, and shows it again if that was too much."""
+    pacs = desk.tools.fleet[one.server_name]
+    return pacs.hiding is not None and pacs.deletion("image", permanent=True).fate is DeletionFate.HIDDEN
 
 
 def _taken_away(ready: Sequence[Settled], begun: set[int], desk: Desk) -> dict[int, Answer]:
@@ -176,19 +176,24 @@ def _hidden(group: Sequence[Settled], begun: set[int], desk: Desk) -> dict[int, 
     What has come in between is shown again, and reported.
     """
     pacs, study_uid = desk.tools.fleet[group[0].server_name], str(group[0].result["study_uid"])
-    name, receipts = pacs.server.name, Receipts.of(desk.run)
+    hiding, name = pacs.hiding, pacs.server.name
     ours = {str(one.result["image_uid"]) for one in group}
-    before = hidden_on(pacs, study_uid)
+    before = {one.sop_instance_uid for one in hiding.images(study_uid)} if hiding is not None else set()
     on_server = images_on(pacs, study_uid).keys()
     ours |= _in_other_chunks(group[0], on_server - ours, desk)
-    if before is None or on_server != ours:
+    if hiding is None or on_server != ours:
         return {one.item.number: _taken_back(one, _delete_or_error(one, begun, desk)) for one in group}
-    removal = hide_images(pacs, study_uid, [Found("study", study_uid)], ours, before=before, receipts=receipts)
-    deletion = removal.deletion
-    if deletion.fate is DeletionFate.HIDDEN and not ours <= removal.hidden:
+    deletion = Receipts.of(desk.run).delete(pacs, Found("study", study_uid), permanent=False)
+    if deletion.fate is not DeletionFate.HIDDEN:
+        return {one.item.number: _taken_back(one, deletion) for one in group}
+    hidden = hiding.images(study_uid)
+    came = [one for one in hidden if one.sop_instance_uid not in ours | before]
+    for one in came:
+        hiding.revoke(one)
+    if ours - {one.sop_instance_uid for one in hidden}:
         sentence = f"{name} has not hidden all images of the study; they are looked at again."
         raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)
-    note = removal.note or _other_count(deletion.images, len(ours), name)
+    note = _what_came_in_between(came, deletion.images, len(ours), name)
     return {one.item.number: _noted(_taken_back(one, deletion), note) for one in group}
 
 
@@ -218,10 +223,13 @@ def _in_other_chunks(one: Settled, wanted: Collection[str], desk: Desk) -> set[s
     return found & set(wanted)
 
 
-def _other_count(counted: int | None, ours: int, name: str) -> str:
-    if counted in (None, ours):
-        return ""
-    return f"{name} says that it has hidden {counted} images of the study, of which the batch has stored {ours}."
+def _what_came_in_between(came: Sequence[Found], counted: int | None, ours: int, name: str) -> str:
+    if came:
+        uids = ", ".join(str(one.sop_instance_uid) for one in came[:10])
+        return f"{len(came)} images that came in between were hidden with the study, and are shown again: {uids}."
+    if counted not in (None, ours):
+        return f"{name} says that it has hidden {counted} images of the study, of which the batch has stored {ours}."
+    return ""
 
 
 def _delete_or_error(one: Settled, begun: set[int], desk: Desk) -> Deletion | CourierError:
@@ -265,7 +273,7 @@ def _delete(one: Settled, begun: set[int], desk: Desk) -> Deletion:
 
 
 def _taken_back(one: Settled, deletion: Deletion | CourierError) -> Settled | CourierError:
-    if isinstance(deletion, Refused | NeedsPerson):
+    if is_final(deletion):
         return Settled(one.item, "refused", deletion.payload["code"], deletion.message, server=one.server_name)
     if isinstance(deletion, CourierError):
         return deletion

@@ -29,12 +29,12 @@ from worker.errors import (
     Refused,
     SourceNotAllowed,
     TryAgain,
+    is_resting,
 )
 from worker.instances import Instance, identify
 from worker.jobs.batches import Answer as Result
 from worker.jobs.batches import Command, Desk, Work, order, unbegun
 from worker.jobs.bulk_checks import undo, verify
-from worker.jobs.knowledge import server_left
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
@@ -284,11 +284,7 @@ class Uploads:
         by_study: dict[tuple[str, str], list[tuple[Item, Pushed]]] = {}
         for item in items:
             pushed = self._memo.get(item.number)
-            if pushed is None or not pushed.uncertain:
-                continue
-            if pushed.server not in self._tools.fleet.names:
-                self.results[item.number] = server_left(pushed.server, "pushed the image to", then="")
-            else:
+            if pushed is not None and pushed.uncertain and pushed.server in self._tools.fleet.names:
                 by_study.setdefault((pushed.server, pushed.study_uid), []).append((item, pushed))
         wanted = {key: [pushed.image_uid for _, pushed in group] for key, group in by_study.items()}
         for key, there in _present(wanted, self._tools).items():
@@ -596,7 +592,7 @@ class Uploads:
 
     def _not_answered(self, request: Sequence[_Image], pacs: Pacs, error: CourierError, resumed: set[int]) -> None:
         """A request that failed as a whole. Refused as a whole, each image is tried alone before it is refused."""
-        if isinstance(error, PacsUnavailable):
+        if isinstance(error, PacsUnavailable) or is_resting(error):
             self._down[pacs.server.name] = error
         for image in request:
             number = image.item.number
@@ -720,7 +716,7 @@ def _stored(item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> Settled
 
 def _judged(item: Item, error: CourierError, server: str = "") -> Settled | CourierError:
     """What an error makes of an item; what time may cure leaves it open. A file that came to no server is at none."""
-    if isinstance(error, TryAgain):
+    if isinstance(error, TryAgain) or is_resting(error):
         return error
     server = error.server_name or server or NOWHERE
     if isinstance(error, ImageAlreadyExists):

@@ -24,7 +24,9 @@ from worker.errors import (
     Poisoned,
     Refused,
     TryAgain,
+    Unauthorized,
     from_payload,
+    is_resting,
 )
 from worker.jobs.deleting import ASK_AGAIN_S, SOON_AGAIN, is_deleting, is_given_up
 from worker.jobs.knowledge import check_knows_servers
@@ -282,7 +284,7 @@ class _Park(_Aside):
 
 @dataclass(frozen=True)
 class _Rest(_Aside):
-    """Until a server that is left alone is well again."""
+    """Until a server that is left alone is well again, or a credential that was refused is accepted."""
 
     breaker: str
     counts: bool
@@ -312,7 +314,8 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
     except TryAgain as error:
         return _again(error, claim, run, tools, task=task)
     except CourierError as error:
-        return Failed(error)
+        breaker = _to_wait_for(error, claim, limits, task)
+        return Failed(error) if breaker is None else _rest(error, breaker)
     except NotYet as wait:
         how: Wait = "steady" if wait.steady else "growing"
         return _Park(wait.reason, wait.delay_s, how)
@@ -372,11 +375,16 @@ def _fit_to_try(claim: Claim, job: Mapping[str, Any], limits: JobSettings) -> No
         )
 
 
-def _to_wait_for(error: TryAgain, claim: Claim, limits: JobSettings, task: str) -> str | None:
+def _to_wait_for(error: CourierError, claim: Claim, limits: JobSettings, task: str) -> str | None:
     """The circuit breaker that the job sits out, if it may still wait."""
-    if not isinstance(error, PacsUnavailable) or task in SOMEBODY_WAITS or claim.waited_s >= limits.max_wait_s:
+    if not is_resting(error) or task in SOMEBODY_WAITS or claim.waited_s >= limits.max_wait_s:
         return None
-    return None if error.is_attempt and claim.attempt >= limits.max_attempts else error.resting
+    return None if _is_attempt(error) and claim.attempt >= limits.max_attempts else error.resting
+
+
+def _is_attempt(error: CourierError) -> bool:
+    """Whether the job has used up one of its attempts: not where it was not the job's turn, nor the job's fault."""
+    return not isinstance(error, Unauthorized) and (not isinstance(error, PacsUnavailable) or error.is_attempt)
 
 
 def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random) -> _Park:
@@ -388,8 +396,8 @@ def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random
     return _Park(_reason(error), delay_s)
 
 
-def _rest(error: TryAgain, breaker: str) -> _Rest:
-    asked = not isinstance(error, PacsUnavailable) or error.is_attempt
+def _rest(error: CourierError, breaker: str) -> _Rest:
+    asked = _is_attempt(error)
     reason = _reason(error, breaker)
     if asked:
         reason = replace(reason, message=f"{error.message.rstrip('.')}; {circuit_open(breaker)}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from worker.batches import STATE_OF, Batch, Batches, Item, Pass, Row, Settled
-from worker.errors import CourierError, InvalidRequest, NeedsPerson, Refused, first_to_wait_for, is_resting
+from worker.errors import CourierError, InvalidRequest, Refused, first_to_wait_for, is_final, is_resting
 from worker.jobs.batches import (
     TURN_S,
     Answer,
@@ -215,36 +215,23 @@ class _Attempt:
     def _configured(self, items: list[Item]) -> list[Item]:
         """The items whose servers the settings still know; the others have failed."""
         gone = {item.number: name for item in items if (name := self._unknown_server(item)) is not None}
-        desk = Desk(self.batch, self.run, self.tools, rows=self.rows, notes=self.notes)
-        lost = [item for item in items if item.number in gone]
-        begun = {one.item: one for one in left_open(self.kind, self.job.which, lost, desk)}
         why = "No server is called {} any more; put it back into the settings, then {} the batch."
         wish = "retry" if self.job.which in ("survey", "apply") else self.job.which
         unplaced = unplaced_at(self.batch, self.job.which)
         failed = [
-            replace(
-                begun.get(item) or Settled(item, "failed", server=unplaced or gone[item.number]),
-                status="failed",
-                code=InvalidRequest.code,
-                message=why.format(gone[item.number], wish),
-            )
-            for item in lost
+            Settled(item, "failed", InvalidRequest.code, why.format(name, wish), server=unplaced or name)
+            for item in items
+            if (name := gone.get(item.number))
         ]
         settle(self.batch, self.job.which, self.job.chunk, failed, run=self.run)
         return [item for item in items if item.number not in gone]
 
     def _unknown_server(self, item: Item) -> str | None:
         """The server that is planned for an item, or where it was done, if that is looked at or taken back."""
-        names = [item.server] if item.server else self._ordered(item)
-        names += [self.batch.order.get("from_server"), self.batch.order.get("to_server")]
+        names = [item.server]
         if self.job.which in ("verify", "undo"):
             names.append(self.rows[item.number].settled.server_name)
         return next((name for name in names if name and name not in self.tools.fleet.names), None)
-
-    def _ordered(self, item: Item) -> list[Any]:
-        """The servers that the order names, and those on which the survey has seen the item."""
-        order, survey = self.batch.order, self.rows[item.number].passes.get("survey")
-        return [order.get("server"), *(order.get("servers") or ()), *(survey.result.get("on", ()) if survey else ())]
 
 
 def _answers(kind: Kind, which: Pass, group: Sequence[Item], desk: Desk, resumed: set[int]) -> list[Answer]:
@@ -255,7 +242,7 @@ def _answers(kind: Kind, which: Pass, group: Sequence[Item], desk: Desk, resumed
 
 
 def _settled(item: Item, answer: Answer, unplaced: str) -> Settled | None:
-    if isinstance(answer, Refused | NeedsPerson):
+    if is_final(answer):
         status = "refused" if isinstance(answer, Refused) else "failed"
         server = answer.server_name or unplaced
         return Settled(item, cast(Any, status), answer.payload["code"], answer.message, server=server)
@@ -269,7 +256,7 @@ def _note_what_is_left(group: Sequence[Item], answers: Sequence[Answer], left: _
     for item, answer in zip(group, answers, strict=True):
         if answer is None or (isinstance(answer, Settled) and answer.status == "open"):
             left.busy = True
-        if not isinstance(answer, CourierError) or isinstance(answer, Refused | NeedsPerson):
+        if not isinstance(answer, CourierError) or is_final(answer):
             answered.add(item.server)
             continue
         left.errors[item.number] = answer

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from worker.breakers import CHANGES, BreakerState, server_of
+from worker.breakers import CHANGES, CREDENTIAL, BreakerState, server_of
 from worker.errors import (
     CourierError,
     ImageAlreadyExists,
@@ -66,7 +66,7 @@ class Wish:
     compares: bool = True
 
 
-def left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None) -> list[PacsUnavailable]:
+def left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None) -> Sequence[CourierError]:
     """Errors of those of the servers ``names`` that may not be asked now, and of ``changed`` if it takes no changes.
 
     To be asked before a file is fetched that would be of no use then. One that is to be asked whether it is well again,
@@ -75,16 +75,17 @@ def left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None
     if tools.breakers is None:
         return []
     changes = [] if changed is None else [changed + CHANGES]
-    states = tools.breakers.read([*names, *changes])
+    credentials = [name + CREDENTIAL for name in names]
+    states = tools.breakers.read([*names, *credentials, *changes])
     return [
-        at_rest(tools.fleet[server_of(breaker)].server, breaker, state.pause_left_s)
+        at_rest(tools.fleet[server_of(breaker)].server, breaker, state.pause_left_s, state.reason)
         for breaker, state in states.items()
         if state.pause_left_s is not None and (state.pause_left_s > 0 or state.probing)
     ]
 
 
 def check_not_left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None) -> None:
-    """`PacsUnavailable`, if one of those servers is `left_alone`."""
+    """`PacsUnavailable` or `PacsUnauthorized`, if one of those servers is `left_alone`."""
     if resting := left_alone(tools, names, changed=changed):
         raise first_to_wait_for(resting)
 

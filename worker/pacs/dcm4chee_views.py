@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from worker.errors import InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered, PacsUnauthorized
+from worker.errors import InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered, PacsUnauthorized, is_resting
 from worker.fingerprints import Rewrites
 from worker.instances import Reading
 from worker.pacs.dcm4chee_hidden import AS_RECEIVED
@@ -96,7 +96,9 @@ class Dcm4cheeViews:
                 self._is_same_series(there, Found("series", study_uid, series), uids)
                 for series, uids in uids_of.items()
             )
-        except (PacsUnauthorized, PacsMisanswered):
+        except (PacsUnauthorized, PacsMisanswered) as error:
+            if is_resting(error):
+                raise
             return False
 
     def _is_same_series(self, there: DicomWeb, series: Found, uids: Collection[str]) -> bool:

@@ -14,11 +14,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import redis
 
-from worker.breakers import CHANGES, Breakers, BreakerState, circuit_open
-from worker.errors import CourierError, PacsUnavailable, TryAgain
+from worker.breakers import CHANGES, CREDENTIAL, Breakers, BreakerState, breakers_of, circuit_open
+from worker.errors import CourierError, PacsUnauthorized, PacsUnavailable, TryAgain
 from worker.logs import job_in_hand
 from worker.settings import ServerSettings
 from worker.slots import NoSlot, Slots
@@ -61,7 +62,7 @@ class Call:
 
         Raises
         ------
-        PacsUnavailable
+        PacsUnavailable, PacsUnauthorized
             One of them refuses. `over` releases the probes of those that were passed before it.
         """
         for breaker in self._breakers:
@@ -75,10 +76,24 @@ class Call:
 
     def failed(self, error: PacsUnavailable) -> None:
         """A breaker that is open now keeps the job from being tried again before the server is well."""
-        breaker = self._breakers[0] if _is_down(error) else self._breakers[-1]
+        changes = self._breakers[-1].endswith(CHANGES)
+        breaker = self._breakers[-1] if changes and not _is_down(error) else self._breakers[0]
         probe = self._probes.pop(breaker, None)
         if not self._guard.failed(breaker, probe, error.retry_after_s).closed:
             error.resting, error.is_attempt = breaker, probe is None
+
+    def unauthorized(self, error: PacsUnauthorized) -> None:
+        """The server is well. The breaker of the credential opens at once if the credential as such is refused; a
+        right that is missing for one request opens nothing.
+        """
+        if error.scope == "request":
+            self.answered()
+            return
+        server, credential, *_ = self._breakers
+        self._guard.succeeded(server, self._probes.pop(server, None))
+        probe = self._probes.pop(credential, None)
+        if not self._guard.failed(credential, probe, at_once=True, reason=error.message).closed:
+            error.resting = credential
 
     def over(self) -> None:
         """Nothing is known of the server by this call: another one may be the probe."""
@@ -98,7 +113,7 @@ class Guard:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._breakers, self._slots, self._clock = breakers, slots, clock
-        self._names = [name for server in servers for name in (server.name, server.name + CHANGES)]
+        self._names = [name for server in servers for name in breakers_of(server.name)]
         self._seen: dict[str, _Seen] = {}
         self._probes: dict[str, _Probe] = {}
         self._half_open = threading.Lock()
@@ -114,9 +129,11 @@ class Guard:
         ------
         PacsUnavailable
             The server is left alone at present, or has no room for one more request; ``resting`` says so.
+        PacsUnauthorized
+            It refuses the worker's credential at present.
         """
         self._wake_up()
-        names = (server.name, server.name + CHANGES) if changes else (server.name,)
+        names = breakers_of(server.name) if changes else breakers_of(server.name)[:-1]
         for name in names:
             self._refuse_if_open(server, name)
         with self._slot(server):
@@ -153,13 +170,13 @@ class Guard:
     def _refuse_if_open(self, server: ServerSettings, name: str) -> None:
         left_s = self._pause_left_s(name)
         if left_s is not None and left_s > 0:
-            raise at_rest(server, name, left_s)
+            raise at_rest(server, name, left_s, self._reason(name))
 
     def admit(self, server: ServerSettings, name: str) -> _Probe | None:
         """Let a call through: as the probe, if the breaker is half-open. The probe's own job waits for its verdict."""
         while (left_s := self._pause_left_s(name)) is not None:
             if left_s > 0:
-                raise at_rest(server, name, left_s)
+                raise at_rest(server, name, left_s, self._reason(name))
             with self._half_open:
                 under_way = self._probes.get(name)
                 if under_way is None:
@@ -171,10 +188,10 @@ class Guard:
                         log.info("Asking %s whether it is well again", name)
                         return probe
                     if not state.closed:
-                        raise at_rest(server, name, state.pause_left_s or 0)
+                        raise at_rest(server, name, state.pause_left_s or 0, state.reason)
                     continue
             if under_way.job is None or under_way.job != job_in_hand():
-                raise at_rest(server, name, 0)
+                raise at_rest(server, name, 0, self._reason(name))
             under_way.over.wait(server.connect_timeout_s + server.read_timeout_s)
         return None
 
@@ -190,9 +207,20 @@ class Guard:
             self._done(probe)
             log.info("%s is well again", name)
 
-    def failed(self, name: str, probe: _Probe | None, retry_after_s: float | None) -> BreakerState:
+    def failed(
+        self,
+        name: str,
+        probe: _Probe | None,
+        retry_after_s: float | None = None,
+        *,
+        at_once: bool = False,
+        reason: str = "",
+    ) -> BreakerState:
+        token = probe.token if probe else ""
         try:
-            state = self._breakers.failed(name, probe=probe.token if probe else "", retry_after_s=retry_after_s)
+            state = self._breakers.failed(
+                name, probe=token, retry_after_s=retry_after_s, at_once=at_once, reason=reason
+            )
             if self._pause_left_s(name) is None and state.pause_left_s is not None:
                 log.warning("%s failed too often: it is left alone for %.1f s", name, state.pause_left_s)
             self._see(name, state)
@@ -226,6 +254,10 @@ class Guard:
         if seen is None or seen.state.pause_left_s is None:
             return None
         return max(0.0, seen.state.pause_left_s - (self._clock() - seen.at))
+
+    def _reason(self, name: str) -> str:
+        seen = self._seen.get(name)
+        return seen.state.reason if seen else ""
 
     # --- twice a second -----------------------------------------------------------------------------------------
 
@@ -279,6 +311,9 @@ def _judge(call: Call, server: ServerSettings, error: CourierError) -> None:
     if isinstance(error, PacsUnavailable):
         if error.resting is None:
             call.failed(error)
+    elif isinstance(error, PacsUnauthorized):
+        if error.resting is None:
+            call.unauthorized(error)
     elif not isinstance(error, TryAgain):
         call.answered()
 
@@ -289,13 +324,26 @@ def _is_down(error: PacsUnavailable) -> bool:
     return error.retry_after_s is not None or not answered
 
 
-def at_rest(server: ServerSettings, breaker: str, left_s: float) -> PacsUnavailable:
+def at_rest(
+    server: ServerSettings, breaker: str, left_s: float, reason: str = ""
+) -> PacsUnavailable | PacsUnauthorized:
+    """Why a call is not made: the breaker is open, or half-open while another job tests the server. ``reason`` is what
+    opened that of a credential.
+    """
+    if breaker.endswith(CREDENTIAL):
+        why = reason or "check its auth settings and the account's rights."
+        refused = PacsUnauthorized(f"{circuit_open(breaker)}: {why}", details={"phase": "resting"}, **_named(server))
+        refused.resting = breaker
+        return refused
     then = "the server is tested again when its pause is over" if left_s > 0 else "another job is testing the server"
     return _resting(server, breaker, f"{circuit_open(breaker)}; {then}.")
 
 
 def _resting(server: ServerSettings, breaker: str, sentence: str) -> PacsUnavailable:
-    details = {"phase": "resting"}
-    error = PacsUnavailable(sentence, server_name=server.name, server_type=server.type, details=details)
+    error = PacsUnavailable(sentence, details={"phase": "resting"}, **_named(server))
     error.resting, error.is_attempt = breaker, False
     return error
+
+
+def _named(server: ServerSettings) -> dict[str, Any]:
+    return {"server_name": server.name, "server_type": server.type}

@@ -22,7 +22,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
-from worker.errors import CourierError, PacsUnavailable
+from worker.errors import CourierError, PacsUnauthorized, PacsUnavailable
 from worker.pacs.connections import authorities
 from worker.settings import ServerSettings
 
@@ -114,7 +114,10 @@ class CachedToken:
 
     def _error(self, kind: type[CourierError], words: str) -> CourierError:
         name, dialect = self._server.name, self._server.type
-        return kind(f"The token endpoint of {name} {words}.", server_name=name, server_type=dialect)
+        error = kind(f"The token endpoint of {name} {words}.", server_name=name, server_type=dialect)
+        if isinstance(error, PacsUnauthorized):
+            error.scope = "credential"
+        return error
 
 
 def bounded_session(server: ServerSettings, timeout_s: float) -> requests.Session:

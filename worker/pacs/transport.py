@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -260,7 +261,10 @@ class Transport:
         more: dict[str, Any] = {"details": {"status": response.status}}
         if issubclass(kind, TryAgain):
             more["retry_after_s"] = retry_after_s(response.headers.get("Retry-After"), now=self._now())
-        return self.error(kind, sentence, **more)
+        error = self.error(kind, sentence, **more)
+        if isinstance(error, PacsUnauthorized) and response.status == HTTPStatus.UNAUTHORIZED:
+            error.scope = "credential"
+        return error
 
 
 def kind_of_status(status: int) -> type[CourierError]:
