@@ -62,6 +62,7 @@ def examine(load: Callable[[], Settings] = Settings.load) -> Iterator[Finding]:
         return
     yield Finding("settings", "ok", f"{len(settings.servers)} servers: {', '.join(s.name for s in settings.servers)}")
     yield from _patience(settings)
+    yield from _proxy(settings)
     yield from _telemetry(settings.telemetry)
     try:
         courier = Courier(settings)
@@ -85,6 +86,14 @@ def _patience(settings: Settings) -> Iterator[Finding]:
     if settings.worker.watchdog_s and settings.worker.hung_s <= slowest.read_timeout_s:
         found = f"worker.hung_s is {settings.worker.hung_s:g} s, read_timeout_s of {slowest.name} is not less"
         yield Finding("watchdog", "warning", found, "Set worker.hung_s to more: a patient worker would be ended.")
+
+
+def _proxy(settings: Settings) -> Iterator[Finding]:
+    """Through a proxy a worker sees no address of a source."""
+    if settings.sources.proxy is not None:
+        found = "workers fetch through a proxy and check host names alone: which addresses they lead to it has to check"
+        advice = "Let the proxy refuse private, loopback and link-local addresses (docs/settings.md)."
+        yield Finding("sources.proxy", "warning", found, advice)
 
 
 def _telemetry(telemetry: TelemetrySettings) -> Iterator[Finding]:
@@ -273,10 +282,9 @@ def _progress(ledger: Ledger, answering: set[str]) -> Iterator[Finding]:
     told = ledger.workers(now_s=now_s)
     for name in sorted(answering | {name for name, said in told.items() if now_s - said["at"] < SILENT_S}):
         yield _worker(name, told.get(name), now_s)
-    peers = Peers.of(ledger)
-    if peers.difference:
-        advice = f"Give all workers one list. {peers.consequence}"
-        yield Finding("servers of the workers", "warning", peers.difference, advice)
+    if difference := Peers.of(ledger).difference:
+        advice = "Give all workers one list: jobs wait for a worker that knows all those servers (docs/upgrade.md)."
+        yield Finding("servers of the workers", "warning", difference, advice)
 
 
 def _worker(name: str, said: Mapping[str, Any] | None, now_s: float) -> Finding:

@@ -49,6 +49,7 @@ from worker.jobs.turns import Turns
 from worker.ledger import Attachment, ClaimState, DueJob, Ledger, passes, words_of
 from worker.lines import configure, quiet
 from worker.logs import shown_job
+from worker.network import Network
 from worker.pacs.fleet import Fleet
 from worker.pacs.guard import Guard
 from worker.pacs.registry import connect
@@ -326,8 +327,8 @@ def _tools() -> Tools:
         settings=settings,
         ledger=ledger,
         breakers=breakers,
-        sources=Sources(settings.sources),
-        destinations=Destinations(settings.downloads, ledger),
+        sources=Sources(settings.sources, breakers=breakers),
+        destinations=Destinations(settings.downloads, ledger, Network.of(settings.sources), breakers),
         fleet=fleet,
         probes=Fleet([connect(_impatient(server)) for server in settings.servers], threads=8),
         wake=wake,
@@ -577,7 +578,7 @@ def _look_at_the_others(ledger: Ledger) -> None:
         f"Worker {name} is too old to run beside this one; stop it (docs/upgrade.md)." for name in others.too_old
     }
     if others.difference:
-        remarks.add(f"{others.difference} {others.consequence}")
+        remarks.add(f"{others.difference} Jobs wait for a worker that knows all those servers (docs/upgrade.md).")
     for remark in sorted(remarks - _remarks):
         log.warning("%s", remark)
     _remarks.clear()

@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from worker.network import NO_PROXY, Network, azure_transport
 from worker.settings import AzureSettings, SettingsError
 from worker.urls import object_name
 
 if TYPE_CHECKING:
+    from azure.core.exceptions import HttpResponseError
     from azure.storage.blob import BlobServiceClient
 
 _CONTAINER = r"(?i:az(?P<encoded>\+encoded)?)://(?P<container>\$root|[a-z0-9][a-z0-9-]{1,61}[a-z0-9])"
@@ -57,15 +60,23 @@ def _read(match: re.Match[str] | None, what: str) -> tuple[str, str] | None:
 class AzureAccount:
     """The one account of the settings; shared by all threads. One attempt per request, because the job retries."""
 
-    def __init__(self, settings: AzureSettings, *, connect_timeout_s: float, read_timeout_s: float) -> None:
+    def __init__(
+        self,
+        settings: AzureSettings,
+        *,
+        connect_timeout_s: float,
+        read_timeout_s: float,
+        network: Network = NO_PROXY,
+    ) -> None:
         self._settings = settings
+        self._network = network
+        self._timeouts = {"connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
         self._options: dict[str, Any] = {
             "retry_total": 0,
             "retry_connect": 0,
             "retry_read": 0,
             "retry_status": 0,
-            "connection_timeout": connect_timeout_s,
-            "read_timeout": read_timeout_s,
+            "proxies": network.proxies,
         }
         self._lock = threading.Lock()
         self._service: BlobServiceClient | None = None
@@ -105,13 +116,25 @@ class AzureAccount:
     def _connect(self, kind: str, credential: str) -> BlobServiceClient:
         from azure.storage.blob import BlobServiceClient  # noqa: PLC0415 (a worker that never sees Azure pays nothing)
 
+        options = {**self._options, "transport": azure_transport(self._network, **self._timeouts)}
         try:
             if kind == "connection_string":
-                return BlobServiceClient.from_connection_string(credential, **self._options)
+                return BlobServiceClient.from_connection_string(credential, **options)
             url = self._settings.account_url or ""
-            return BlobServiceClient(url, credential=_spoken(kind, credential, url), **self._options)
+            return BlobServiceClient(url, credential=_spoken(kind, credential, url), **options)
         except (ValueError, KeyError) as error:
             raise SettingsError(f"the credential of azure ({kind}) is malformed ({type(error).__name__})") from None
+
+
+def code_of(error: HttpResponseError) -> str:
+    """The code by which Azure says what is wrong; "" if the answer has none."""
+    code = getattr(error, "error_code", None) or ""
+    return str(getattr(code, "value", code))  # an enumeration's member where the SDK knows it
+
+
+def is_azure(headers: Mapping[str, str]) -> bool:
+    """Whether an error answer may be Azure's: a page for people is none."""
+    return "x-ms-request-id" in headers or not headers.get("Content-Type", "").startswith("text/html")
 
 
 def _spoken(kind: str, credential: str, account_url: str) -> Any:

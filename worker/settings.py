@@ -6,26 +6,37 @@ Only shapes, defaults and limits live here; nobody below reads the environment. 
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from worker import redis_urls, setting_files
+from worker import redis_urls
 
-SettingsError = setting_files.SettingsError
 ServerType = Literal["msdicom", "dcm4chee", "orthanc", "dicomweb"]
 MODES = ("both", "either")
 #: What the keys of the ledger begin with, unless `QueueSettings.key_prefix` says otherwise.
 PREFIX: Final = "courier:"
-#: What of a link to a viewer is filled with UIDs (`worker.viewer`).
-VIEWER_PLACEHOLDERS: Final = frozenset(("study", "series", "image"))
-_PLACEHOLDER: Final = re.compile(r"\{(\w*)\}").findall
+#: Variables of the environment that stand for a key; a later one lies over an earlier one.
+SHORT_NAMES = {
+    "BROKER_URL": ("queue", "broker_url"),
+    "RESULT_BACKEND": ("queue", "result_backend"),
+    "LEDGER_URL": ("queue", "ledger_url"),
+    "OTEL_SERVICE_NAME": ("telemetry", "service_name"),
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("telemetry", "otlp_endpoint"),
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": ("telemetry", "otlp_endpoint"),
+}
 AZURE_CREDENTIALS = ("connection_string", "account_key", "sas_token")
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the one sentence names the key."""
 
 
 class _Section(BaseModel):
@@ -122,14 +133,6 @@ class ServerSettings(_Section):
             raise ValueError(f"{name!r} is the name of a mode")
         return name
 
-    @field_validator("viewer")
-    @classmethod
-    def _template(cls, viewer: str) -> str:
-        named = set(_PLACEHOLDER(viewer))
-        if (viewer and not named) or named - VIEWER_PLACEHOLDERS:
-            raise ValueError("a link has {study} in it, and perhaps {series} and {image}; no other names in braces")
-        return viewer
-
     @field_validator("url")
     @classmethod
     def _bare(cls, url: str) -> str:
@@ -142,11 +145,15 @@ class RoutingSettings(_Section):
 
 
 class S3Settings(_Section):
-    """``buckets`` are those that may be used; none are without an entry, ``*`` stands for all."""
+    """``buckets`` are those that may be used; none are without an entry, ``*`` stands for all.
+
+    ``addressing_style``: where a request names the bucket, in the path or in the host.
+    """
 
     buckets: tuple[str, ...] = ()
     endpoint_url: str | None = None
     region: str | None = None
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
 
 
 class AzureSettings(_Section):
@@ -215,8 +222,33 @@ class SourceSettings(_Section):
     total_timeout_s: Annotated[float, Field(gt=0)] = 900
     max_redirects: Annotated[int, Field(ge=0)] = 5
     ca_file: Path | None = None
+    #: With a user name and password, if the proxy wants them; a secret then.
+    proxy: Annotated[str | None, Field(repr=False)] = None
     s3: S3Settings = S3Settings()
     azure: AzureSettings = AzureSettings()
+
+    @field_validator("proxy")
+    @classmethod
+    def _of_a_proxy(cls, proxy: str | None) -> str | None:
+        """Refused in words of our own, which quote none of it."""
+        if proxy is not None and not _is_proxy(proxy):
+            raise ValueError(
+                "it is no URL of a proxy; write http://host:port, or http://user:password@host:port with the user name"
+                " and password percent-encoded and in ASCII"
+            )
+        return proxy
+
+
+def _is_proxy(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        return False
+    account = unquote(f"{parts.username or ''}{parts.password or ''}")
+    bare = parts.path in ("", "/") and not parts.query and not parts.fragment and parts.netloc.count("@") <= 1
+    plain = text.isascii() and account.isascii() and account.isprintable() and not re.search(r"\s", text)
+    return parts.scheme == "http" and bool(parts.hostname) and bare and plain
 
 
 class DownloadSettings(_Section):
@@ -413,7 +445,7 @@ class QueueSettings(_Section):
         try:
             return QueueSettings.model_validate({**self.model_dump(), **given})
         except ValidationError as error:
-            raise SettingsError(setting_files.sentence(error, QueueSettings, given, {})) from None
+            raise SettingsError(_one_sentence(error)) from None
 
 
 _KEY_PREFIX = re.compile(r"(?=[^:])[\w:.-]*(\{[\w:.-]+\}[\w:.-]*)?:", re.ASCII).fullmatch
@@ -520,8 +552,48 @@ class Settings(_Section):
         SettingsError
             The file is missing or not TOML, or a value is wrong; the sentence names the key.
         """
-        tree = setting_files.read(environ)
+        tree = _read_file(environ.get("PACS_CONFIG"))
+        for variable, value in environ.items():
+            if variable.startswith("PACS__"):
+                _lay_over(tree, variable.removeprefix("PACS__").lower().split("__"), _literal(value))
+        for variable, keys in SHORT_NAMES.items():
+            if environ.get(variable):
+                _lay_over(tree, list(keys), environ[variable])
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise SettingsError(setting_files.sentence(error, cls, tree, environ)) from None
+            raise SettingsError(_one_sentence(error)) from None
+
+
+def _read_file(path: str | None) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"PACS_CONFIG names {path}, which cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None
+
+
+def _lay_over(tree: Any, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree[int(key)] if isinstance(tree, list) else tree.setdefault(key, {})
+    tree[int(keys[-1]) if isinstance(tree, list) else keys[-1]] = value
+
+
+def _literal(text: str) -> Any:
+    """Lists and tables arrive as JSON; everything else stays text, which pydantic converts."""
+    if text[:1] not in ("[", "{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:  # such as a prefix of keys with a hash tag
+        return text
+
+
+def _one_sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"setting {key}: {first['msg'].removeprefix('Value error, ')}{more}"

@@ -35,6 +35,7 @@ from worker.errors import (
     SourceNotFound,
     SourceTooLarge,
     SourceTruncated,
+    SourceUnauthorized,
     SourceUnreachable,
 )
 from worker.settings import AzureSettings, SourceSettings
@@ -120,7 +121,7 @@ def test_a_public_container_needs_no_credential_and_a_private_one_does(
     writer.create_container("public", public_access="blob").upload_blob("a.dcm", BODY)
     fetching = Sources(SourceSettings(azure=AzureSettings(containers=("*",), account_url=azurite.url)))
     fetching.fetch("az://public/a.dcm").close()
-    with pytest.raises((SourceDenied, SourceNotFound)):
+    with pytest.raises((SourceUnauthorized, SourceNotFound)):
         fetching.fetch(URL)
     fetching.close()
 
@@ -132,7 +133,7 @@ def test_a_token_that_is_renewed_in_its_file_is_used_without_a_restart(
     file.write_text(account_sas(expires_s=-60), encoding="utf-8")
     azure = AzureSettings(containers=("images",), account_url=azurite.url, sas_token_file=file)
     fetching = Sources(SourceSettings(azure=azure))
-    with pytest.raises(SourceDenied, match=r"sources\.azure"):
+    with pytest.raises(SourceUnauthorized, match=r"sources\.azure"):
         fetching.fetch(URL)
     file.write_text(sas, encoding="utf-8")
     fetching.fetch(URL).close()
@@ -199,15 +200,13 @@ def test_a_blob_larger_than_allowed_is_refused(
 
 
 @pytest.mark.parametrize("key", [WRONG_KEY, "no base64!"])
-def test_a_wrong_key_is_denied_with_the_advice_to_check_it(
+def test_a_wrong_key_is_told_with_the_advice_to_check_it(
     azurite: AzuritePart, writer: BlobServiceClient, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    assert "azure" in refused(sources(azurite.url, monkeypatch, key=key), URL, SourceDenied).message
+    assert "azure" in refused(sources(azurite.url, monkeypatch, key=key), URL, SourceUnauthorized).message
 
 
-def test_a_credential_that_is_missing_or_malformed_is_denied_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_credential_that_is_missing_or_malformed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "secret"
     for content, settings, sentence in (
         (None, {"connection_string_env": "NOT_SET"}, "NOT_SET"),
@@ -218,7 +217,7 @@ def test_a_credential_that_is_missing_or_malformed_is_denied_and_named(
         if content:
             file.write_text(content, encoding="utf-8")
         fetching = Sources(SourceSettings(azure=AzureSettings.model_validate({"containers": ["*"], **settings})))
-        error = refused(fetching, URL, SourceDenied)
+        error = refused(fetching, URL, SourceUnauthorized)
         assert sentence in error.message
         assert "hush" not in error.message
 
@@ -318,7 +317,7 @@ def test_a_body_shorter_than_announced_is_truncated_after_one_attempt(
     ("status", "kind"),
     [
         (302, SourceUnreachable),
-        (401, SourceDenied),
+        (401, SourceUnauthorized),
         (403, SourceDenied),
         (404, SourceNotFound),
         (409, SourceDenied),
@@ -420,7 +419,7 @@ def test_a_prefix_is_listed_page_by_page_with_urls_that_fetch(
             list(fetching.pages(url))
     fetching.close()
     nowhere = f"http://{HOST}:{parts.free_port()}/{AZURITE_ACCOUNT}"
-    for url, key, kind in ((azurite.url, WRONG_KEY, SourceDenied), (nowhere, AZURITE_KEY, SourceUnreachable)):
+    for url, key, kind in ((azurite.url, WRONG_KEY, SourceUnauthorized), (nowhere, AZURITE_KEY, SourceUnreachable)):
         broken = sources(url, monkeypatch, key=key)
         with pytest.raises(kind) as caught:
             list(broken.pages("az://images/"))

@@ -7,9 +7,10 @@ from typing import Any, cast
 import pytest
 
 from producer.courier import Courier
-from producer.doctor import Finding, _places, _server, _worker
+from producer.doctor import Finding, _places, _proxy, _server, _worker
 from producer.errors import CourierError, PacsUnavailable, StillRunning
 from worker.ledger import SCHEMA
+from worker.settings import Settings
 
 
 class Asked:
@@ -102,3 +103,11 @@ def test_a_server_with_a_wrong_url_is_a_finding_that_says_what_to_correct(entry:
 
 def test_any_other_trouble_of_a_server_is_to_be_looked_for_there() -> None:
     assert degraded(note="its database is in trouble").advice == "Look at the server itself."
+
+
+def test_with_a_proxy_the_check_of_addresses_rests_with_it_and_its_password_is_not_told() -> None:
+    assert list(_proxy(Settings())) == []
+    (finding,) = _proxy(Settings.model_validate({"sources": {"proxy": "http://u:hush-hush@proxy.example:3128"}}))
+    assert (finding.check, finding.state) == ("sources.proxy", "warning")
+    assert "addresses" in finding.found
+    assert "hush-hush" not in str(finding.as_json())

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 
+from worker.breakers import Breakers
 from worker.destinations.azure import AzureDestinations
 from worker.destinations.folder import FolderDestinations
 from worker.destinations.mark import Archive, Files, Mark, Records
 from worker.destinations.s3 import S3Destinations
 from worker.errors import InvalidRequest
+from worker.network import NO_PROXY, Network
 from worker.settings import DownloadSettings
 
 __all__ = ["Archive", "Destinations", "Files", "Mark", "Records"]
@@ -23,13 +25,21 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}):").match
 class Destinations:
     """Every place a worker may write to, behind one door; shared by all threads."""
 
-    def __init__(self, settings: DownloadSettings, records: Records | None = None) -> None:
-        """``records`` is what all workers know of stores; without it each process finds out by itself."""
-        self._s3 = S3Destinations(settings, records)
+    def __init__(
+        self,
+        settings: DownloadSettings,
+        records: Records | None = None,
+        network: Network = NO_PROXY,
+        breakers: Breakers | None = None,
+    ) -> None:
+        """``records`` is what all workers know of stores; without it each process finds out by itself. ``breakers``
+        are what they know of credentials that stores refuse.
+        """
+        self._s3 = S3Destinations(settings, records, network, breakers)
         self._by_scheme: dict[str, _Family] = {
             "file": FolderDestinations(settings),
             "s3": self._s3,
-            "az": AzureDestinations(settings),
+            "az": AzureDestinations(settings, network, breakers),
         }
 
     def archive(self, url: str) -> Archive:

@@ -9,7 +9,7 @@ staged blocks: that would end its upload.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,8 +18,10 @@ from uuid import uuid4
 
 from urllib3 import PoolManager, Timeout
 from urllib3.exceptions import HTTPError
+from urllib3.response import BaseHTTPResponse
 
-from worker.azure import AzureAccount, container_and_blob
+from worker.azure import AzureAccount, code_of, container_and_blob, is_azure
+from worker.breakers import Breakers
 from worker.destinations.mark import (
     CHUNK_BYTES,
     MANIFEST,
@@ -29,8 +31,11 @@ from worker.destinations.mark import (
     retried_if_taken,
     something_else,
 )
-from worker.errors import CourierError, SourceUnreachable
+from worker.errors import CourierError, SourceUnauthorized, SourceUnreachable
+from worker.network import NO_PROXY, Network, unreachable
+from worker.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, unauthorized
 from worker.settings import DownloadSettings, SettingsError
+from worker.store_credentials import Asking, StoreCredential
 from worker.urls import refusal_reason
 
 if TYPE_CHECKING:
@@ -48,14 +53,20 @@ _TAKEN = frozenset(
 _OUR_BLOCK = re.compile(r"[0-9a-f]{32}-[0-9]{5}").fullmatch
 _FULL = frozenset(("BlockCountExceedsLimit", "BlockListTooLong", "RequestBodyTooLarge"))
 _BUSY = frozenset(("AccountBeingCreated", "ContainerBeingDeleted", "OperationTimedOut", "ServerBusy"))
-_READING = PoolManager(retries=False, timeout=Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S))
 _ADVICE = "check the credential of downloads.azure and what it may do"
 
 
 class AzureDestinations:
-    def __init__(self, settings: DownloadSettings) -> None:
+    def __init__(
+        self, settings: DownloadSettings, network: Network = NO_PROXY, breakers: Breakers | None = None
+    ) -> None:
         self._settings = settings.azure
-        self._account = AzureAccount(settings.azure, connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S)
+        self._account = AzureAccount(
+            settings.azure, connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S, network=network
+        )
+        self._credential = StoreCredential("downloads.azure", breakers)
+        self._network = network
+        self._pools: PoolManager | None = None
 
     def archive(self, url: str) -> AzureArchive:
         return AzureArchive(*self._place(url))
@@ -75,20 +86,41 @@ class AzureDestinations:
         if not any(fnmatchcase(container, pattern) for pattern in self._settings.containers):
             sentence = f"The container {container} is not among downloads.azure.containers; add it to write there."
             raise refusal(sentence, "not_allowed")
-        try:
+        shown = f"az://{container}"
+        with self._credential.asking(shown), _translated(shown):
             client = self._account.service().get_container_client(container)
-        except SettingsError as error:
-            raise refusal(f"az://{container} cannot be written: {error}.", "denied") from error
-        return _Container(client, container, partial(self._account.url, container)), blob
+        if self._pools is None:
+            timeout = Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S)
+            self._pools = self._network.pools(retries=False, timeout=timeout)
+        return _Container(client, container, self._account, self._credential, self._pools), blob
 
 
 class _Container:
     """What is asked of one container."""
 
-    def __init__(self, client: ContainerClient, name: str, url_of: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        client: ContainerClient,
+        name: str,
+        account: AzureAccount,
+        credential: StoreCredential,
+        pools: PoolManager,
+    ) -> None:
         self._client = client
         self.name = name
-        self._url_of = url_of
+        self._account = account
+        self._credential = credential
+        self._pools = pools
+
+    @contextmanager
+    def _asking(self, shown: str) -> Iterator[Asking]:
+        with self._credential.asking(shown, self.name) as asking, _translated(shown):
+            yield asking
+
+    def _look(self, name: str) -> None:
+        """With the credential as it is then, which may be another one."""
+        with _translated(self.shown(name)):
+            self._account.service().get_blob_client(self.name, name).get_blob_properties()
 
     def shown(self, name: str) -> str:
         return f"az://{self.name}/{name}"
@@ -97,35 +129,47 @@ class _Container:
         """The metadata of a blob; None if it is not there."""
         from azure.core.exceptions import ResourceNotFoundError  # noqa: PLC0415 (as in worker/azure.py)
 
-        with _translated(self.shown(name)):
+        shown = self.shown(name)
+        with self._asking(shown) as asking:
             try:
-                return self._client.get_blob_client(name).get_blob_properties().metadata
+                metadata = self._client.get_blob_client(name).get_blob_properties().metadata
             except ResourceNotFoundError as error:
-                if _code(error) == "ContainerNotFound":
+                if code_of(error) == "ContainerNotFound" or not is_azure(getattr(error.response, "headers", {})):
                     raise
-                return None
+                metadata = None
+            asking.accepted(partial(self._look, name))
+        return metadata
 
     def etags(self, prefix: str) -> Iterator[tuple[str, str]]:
         """The blobs below ``prefix`` with their ETags, without what an account with folders shows of these."""
-        with _translated(self.shown(prefix)):
-            for blob in self._client.list_blobs(name_starts_with=prefix, include=["metadata"]):
+        shown = self.shown(prefix)
+        pages = self._client.list_blobs(name_starts_with=prefix, include=["metadata"]).by_page()
+        while True:
+            with self._asking(shown):
+                page = next(pages, None)
+                blobs = [] if page is None else list(page)
+            if page is None:
+                return
+            for blob in blobs:
                 if (blob.metadata or {}).get("hdi_isfolder") != "true":
                     yield blob.name, blob.etag or ""
 
     def read(self, name: str) -> Iterator[bytes]:
         """In one request: the SDK's own download tries three times where a body is cut off, and sleeps between."""
-        try:
-            answer = _READING.request("GET", self._url_of(name), redirect=False, preload_content=False)
-            try:
-                if answer.status != 200:
-                    raise _unreadable(self.shown(name), answer.status)
-                yield from answer.stream(CHUNK_BYTES, decode_content=False)
-            finally:
+        shown = self.shown(name)
+        with self._asking(shown):
+            answer = self._pools.request(
+                "GET", self._account.url(self.name, name), redirect=False, preload_content=False
+            )
+            if answer.status != 200:
                 answer.close()
+                raise _unreadable(shown, answer)
+        try:
+            yield from answer.stream(CHUNK_BYTES, decode_content=False)
         except HTTPError as error:
-            raise SourceUnreachable(f"{self.shown(name)} cannot be read at present; it is tried again.") from error
-        except SettingsError as error:
-            raise refusal(f"{self.shown(name)} cannot be read: {error}.", "denied") from error
+            raise SourceUnreachable(f"{shown} cannot be read at present; it is tried again.") from error
+        finally:
+            answer.close()
 
     def write(
         self,
@@ -146,10 +190,11 @@ class _Container:
         condition: dict[str, Any] = {"match_condition": MatchConditions.IfMissing}
         if replaces:
             condition = {"match_condition": MatchConditions.IfNotModified, "etag": replaces}
-        with _translated(self.shown(name)):
+        with self._asking(self.shown(name)) as asking:
             for block in blocks_of(chunks, BLOCK_BYTES):
                 blocks.append(BlobBlock(f"{attempt}-{len(blocks):05}"))
                 blob.stage_block(blocks[-1].id, block, length=len(block))
+                asking.accepted()
                 size_bytes += len(block)
             if not all(_OUR_BLOCK(staged.id) for staged in blob.get_block_list("uncommitted")[1]):
                 raise something_else(self.shown(name))
@@ -234,34 +279,55 @@ def _translated(shown: str) -> Iterator[None]:
 
     try:
         yield
+    except SettingsError as error:
+        raise _without_credential(shown, error) from error
     except azure.HttpResponseError as error:
         raise _judge(error, shown) from error
-    except azure.AzureError as error:
-        raise SourceUnreachable(f"{shown} cannot be written at present; it is tried again.") from error
+    except (azure.AzureError, HTTPError) as error:
+        raise unreachable(error, shown, verb="had at present") from error
 
 
-def _unreadable(shown: str, status: int) -> CourierError:
-    if status in (401, 403):
-        return refusal(f"{shown} may not be read (status {status}); {_ADVICE}.", "denied")
+def _without_credential(shown: str, error: SettingsError) -> SourceUnauthorized:
+    return unauthorized(shown, "downloads.azure", "no credential", str(error), verb="had")
+
+
+def _denied(sentence: str) -> CourierError:
+    return refusal(sentence, "denied")
+
+
+def _unreadable(shown: str, answer: BaseHTTPResponse) -> CourierError:
+    code, status = answer.headers.get("x-ms-error-code", ""), answer.status
+    if code in ARCHIVED:
+        return _denied(f"{shown} {IN_ARCHIVE.format(code)}.")
+    check_refusal(code, status, shown, of="downloads.azure", verb="read", denied=_denied)
     return SourceUnreachable(f"{shown} cannot be read at present (status {status}); it is tried again.")
 
 
-def _judge(error: HttpResponseError, shown: str) -> CourierError:
-    from azure.core.exceptions import ClientAuthenticationError  # noqa: PLC0415 (as in worker/azure.py)
+def _refused(shown: str, code: str, status: int, *, known: bool) -> CourierError:
+    if code in ARCHIVED:
+        return _denied(f"{shown} {IN_ARCHIVE.format(code)}.")
+    if not known:
+        what = f"was answered by no storage of Azure (status {status})"
+        return SourceUnreachable(f"{shown} {what}; check account_url of downloads.azure.")
+    if status == 404:
+        return refusal(f"{shown} cannot be written: there is no such container ({code or status}).", "missing")
+    return _denied(f"{shown} may not be written ({code or status}); {_ADVICE}.")
 
-    code, status = _code(error), error.status_code or 0
+
+def _judge(error: HttpResponseError, shown: str) -> CourierError:
+    """What an error answer means.
+
+    Raises
+    ------
+    SourceUnauthorized, Doubt
+        See `check_refusal`.
+    """
+    code, status = code_of(error), error.status_code or 0
     if code in _TAKEN:
         return something_else(shown)
     if code in _FULL or status in (413, 507):
         return refusal(f"{shown} cannot be written: it is more than Azure takes or has room for.", "full")
-    if status == 404:
-        return refusal(f"{shown} cannot be written: there is no such container.", "missing")
-    refused = 400 <= status < 500 and status not in (408, 429) and code not in _BUSY
-    if refused or isinstance(error, ClientAuthenticationError):
-        return refusal(f"{shown} may not be written (status {status}); {_ADVICE}.", "denied")
+    check_refusal(code, status, shown, of="downloads.azure", verb="written", denied=_denied)
+    if 400 <= status < 500 and status not in (408, 429) and code not in _BUSY:
+        return _refused(shown, code, status, known=is_azure(getattr(error.response, "headers", {})))
     return SourceUnreachable(f"{shown} cannot be written at present (status {status}); it is tried again.")
-
-
-def _code(error: HttpResponseError) -> str:
-    code = getattr(error, "error_code", None) or ""
-    return str(getattr(code, "value", code))  # an enumeration's member where the SDK knows it

@@ -11,12 +11,16 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal
 from uuid import uuid4
 
 from worker.destinations.mark import CHUNK_BYTES, Records, blocks_of, refusal, something_else
 from worker.errors import CourierError, InvalidRequest, SourceUnreachable
+from worker.network import unreachable
+from worker.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, credential_trouble, is_code
+from worker.store_credentials import Asking, StoreCredential
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +74,10 @@ class _Write:
 
 
 class Bucket:
-    def __init__(self, client: Any, name: str, place: Place, *, beside: str) -> None:
+    def __init__(self, client: Any, name: str, place: Place, credential: StoreCredential, *, beside: str) -> None:
         """``beside`` is the key of what is written, in whose folder a probe may be written too."""
         self._client = client
+        self._credential = credential
         self._place = place
         self._beside = beside
         self.name = name
@@ -82,26 +87,42 @@ class Bucket:
 
     def head(self, key: str) -> Seen | None:
         """The object as it is now; None if it is not there."""
-        with translated(self.shown(key)):
+        with self._asking(self.shown(key)) as asking:
             try:
                 answer = self._client.head_object(Bucket=self.name, Key=key)
             except self._client.exceptions.ClientError as error:
                 if _status(error.response) != 404:
                     raise
                 self._client.head_bucket(Bucket=self.name)  # a missing bucket has to be told from a missing object
-                return None
-        return Seen.of(answer)
+                answer = None
+            asking.accepted(partial(self._look, key))
+        return None if answer is None else Seen.of(answer)
+
+    def _look(self, key: str) -> None:
+        with translated(self.shown(key)):
+            self._client.head_object(Bucket=self.name, Key=key)
+
+    @contextmanager
+    def _asking(self, shown: str) -> Iterator[Asking]:
+        with self._credential.asking(shown, self.name) as asking, translated(shown):
+            yield asking
 
     def etags(self, prefix: str) -> Iterator[tuple[str, str]]:
         """The keys below ``prefix`` with their ETags."""
-        with translated(self.shown(prefix)):
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix):
-                for entry in page.get("Contents", ()):
-                    yield str(entry["Key"]), _etag(entry)
+        pages = iter(self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix))
+        while True:
+            with self._asking(self.shown(prefix)):
+                page = next(pages, None)
+            if page is None:
+                return
+            for entry in page.get("Contents", ()):
+                yield str(entry["Key"]), _etag(entry)
 
     def read(self, key: str) -> Iterator[bytes]:
         """Whole, or `SourceUnreachable`. As a context manager, boto's reader would not compare lengths."""
-        with translated(self.shown(key)), closing(self._client.get_object(Bucket=self.name, Key=key)["Body"]) as body:
+        with self._asking(self.shown(key)):
+            answer = self._client.get_object(Bucket=self.name, Key=key)
+        with translated(self.shown(key)), closing(answer["Body"]) as body:
             while chunk := body.read(CHUNK_BYTES):
                 yield chunk
 
@@ -138,7 +159,7 @@ class Bucket:
         known_by = {} if prevented else {_WRITTEN_AS: token}
         headers = {"ContentType": content_type, "Metadata": {**metadata, **known_by}}
         write = _Write(key, headers, replaces, prevented, token)
-        with translated(self.shown(key)):
+        with self._asking(self.shown(key)):
             if way == "parts":
                 self._in_parts(key, headers, chain(first, blocks), lambda appear: self._guarded(write, appear))
             else:
@@ -186,7 +207,7 @@ class Bucket:
         def anew(appear: _Appear) -> Mapping[str, Any]:
             return appear(IfNoneMatch="*")
 
-        with translated(self.shown(key)):
+        with self._asking(self.shown(key)):
             try:
                 versions.add(anew(self._put(key, {}, b"a probe, removed at once")).get("VersionId"))
                 answer = (
@@ -311,31 +332,46 @@ def translated(shown: str) -> Iterator[None]:
     from botocore import exceptions as boto  # noqa: PLC0415
 
     try:
-        yield
+        with credential_trouble(shown, "downloads.s3", verb="written"):
+            yield
     except boto.ClientError as error:
         raise _judge(error.response, shown) from error
-    except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.NoRegionError) as error:
-        sentence = f"{shown} cannot be written ({type(error).__name__}); check the worker's credentials and region."
-        raise refusal(sentence, "denied") from error
+    except boto.NoRegionError as error:
+        raise _denied(f"{shown} cannot be written ({type(error).__name__}); set downloads.s3.region.") from error
     except boto.ParamValidationError as error:
         raise refusal(f"{shown} is no name that S3 allows; write s3://bucket/key.", "not_allowed") from error
     except (boto.IncompleteReadError, boto.ResponseStreamingError) as error:
         raise SourceUnreachable(f"{shown} did not arrive whole; it is read again.") from error
     except (boto.BotoCoreError, Boto3Error) as error:
-        raise SourceUnreachable(f"{shown} cannot be written at present; it is tried again.") from error
+        raise unreachable(error, shown, verb="had at present") from error
 
 
 def _judge(answer: Mapping[str, Any], shown: str) -> CourierError:
     code, status = _code(answer), _status(answer)
     if _is_occupied(answer):
         return something_else(shown)
+    check_refusal(code, status, shown, of="downloads.s3", verb="written", denied=_denied)
     if code in ("NoSuchKey", "NoSuchUpload"):
         return SourceUnreachable(f"{shown} was changed by another program meanwhile; it is tried again.")
-    if code == "NoSuchBucket" or status == 404:
-        return refusal(f"{shown} cannot be written: there is no such bucket.", "missing")
     if 400 <= status < 500 and status not in (408, 409, 429) and code not in _BUSY:
-        return refusal(f"{shown} may not be written (status {status}); check the worker's credentials.", "denied")
+        return _refused(shown, code, status)
+    if 300 <= status < 400:
+        came = f"was answered by a redirect (status {status})"
+        return SourceUnreachable(f"{shown} {came}; check endpoint_url and region of downloads.s3.")
     return SourceUnreachable(f"{shown} cannot be written at present (status {status}); it is tried again.")
+
+
+def _refused(shown: str, code: str, status: int) -> CourierError:
+    if code == "NoSuchBucket" or status == 404:
+        quoted = f" ({code})" if is_code(code) else ", or downloads.s3.endpoint_url is no S3"
+        return refusal(f"{shown} cannot be written: there is no such bucket{quoted}.", "missing")
+    if code in ARCHIVED:
+        return _denied(f"{shown} {IN_ARCHIVE.format(code)}.")
+    return _denied(f"{shown} may not be written ({code or status}); check what the worker's credentials allow.")
+
+
+def _denied(sentence: str) -> CourierError:
+    return refusal(sentence, "denied")
 
 
 def _is_occupied(answer: Mapping[str, Any]) -> bool:

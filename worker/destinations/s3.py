@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from worker.breakers import Breakers
 from worker.destinations.bucket import PROBE, Bucket, Place, Way, translated
 from worker.destinations.mark import MANIFEST, Mark, OwnRecords, Records, refusal, retried_if_taken, something_else
+from worker.network import NO_PROXY, Network, s3_client
 from worker.settings import DownloadSettings
+from worker.store_credentials import StoreCredential
 from worker.urls import refusal_reason
 
 _S3_URL = re.compile(r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})/(?P<key>[^\x00-\x1f]+)").fullmatch
@@ -24,8 +27,16 @@ _WAYS: tuple[Way, ...] = ("put", "parts")
 
 
 class S3Destinations:
-    def __init__(self, settings: DownloadSettings, records: Records | None = None) -> None:
+    def __init__(
+        self,
+        settings: DownloadSettings,
+        records: Records | None = None,
+        network: Network = NO_PROXY,
+        breakers: Breakers | None = None,
+    ) -> None:
         self._settings = settings.s3
+        self._network = network
+        self._credential = StoreCredential("downloads.s3", breakers, renew=self._renew)
         self._records = records or OwnRecords()
         self._lock = threading.Lock()
         self._client: Any = None
@@ -62,28 +73,22 @@ class S3Destinations:
             raise refusal(sentence, "not_allowed")
         with self._lock:
             if self._client is None:
-                self._client = self._connect()
+                with translated("The S3 endpoint"):
+                    self._client = s3_client(
+                        self._settings,
+                        self._network,
+                        connect_timeout_s=CONNECT_TIMEOUT_S,
+                        read_timeout_s=READ_TIMEOUT_S,
+                    )
             name = f"{self._settings.endpoint_url or self._settings.region or ''} {bucket}"
             place = self._places.setdefault(bucket, Place(name, {}, self._records))
-        return Bucket(self._client, bucket, place, beside=beside)
+            client = self._client
+        return Bucket(client, bucket, place, self._credential, beside=beside)
 
-    def _connect(self) -> Any:
-        """One client for all threads. One attempt, because the job retries; the endpoint from the settings alone."""
-        import boto3  # noqa: PLC0415 (a worker that never sees S3 does not pay for it)
-        from botocore.config import Config  # noqa: PLC0415
-
-        config = Config(
-            signature_version="s3v4",
-            retries={"mode": "standard", "total_max_attempts": 1},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
-            max_pool_connections=32,
-            ignore_configured_endpoint_urls=True,
-        )
-        with translated("The S3 endpoint"):
-            return boto3.session.Session().client(
-                "s3", endpoint_url=self._settings.endpoint_url, region_name=self._settings.region, config=config
-            )
+    def _renew(self) -> None:
+        """Have the next job look for credentials anew: boto reads those of a file once."""
+        with self._lock:
+            self._client = None
 
 
 def _parts(url: str) -> tuple[str, str]:

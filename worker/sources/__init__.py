@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from worker.breakers import Breakers
 from worker.errors import SourceNotAllowed, SourceNotFound
 from worker.logs import shown_url
 from worker.settings import SourceSettings
@@ -44,9 +45,13 @@ class Source(Protocol):
 class Sources:
     """Every source that a worker may fetch from, behind one door; shared by all threads."""
 
-    def __init__(self, settings: SourceSettings, *, resolve: Resolve = resolve) -> None:
+    def __init__(
+        self, settings: SourceSettings, *, resolve: Resolve = resolve, breakers: Breakers | None = None
+    ) -> None:
+        """``breakers`` are what all workers know of credentials that stores refuse."""
         self._settings = settings
-        http, s3, azure = HttpSource(settings, resolve=resolve), S3Source(settings), AzureSource(settings)
+        http = HttpSource(settings, resolve=resolve, breakers=breakers)
+        s3, azure = S3Source(settings, breakers), AzureSource(settings, breakers)
         folder = FolderSource(settings)
         stores: dict[str, S3Source | AzureSource] = {"s3": s3, f"s3{ENCODED}": s3, "az": azure, f"az{ENCODED}": azure}
         self._by_scheme: dict[str, Source] = {"http": http, "https": http, "file": folder, **stores}
@@ -64,6 +69,8 @@ class Sources:
             The archive of which it is to be an entry is none, or damaged.
         SourceUnreachable, SourceTruncated
             Time may cure it.
+        SourceUnauthorized
+            The store, or the proxy, refuses the worker's own credential.
         """
         _check_text(url)
         if is_entry(url):

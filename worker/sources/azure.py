@@ -6,31 +6,50 @@ for the one blob; the fetch itself is `http`'s, because the SDK reads by ranges 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
-from worker.azure import AzureAccount, container_and_blob, container_and_prefix
-from worker.errors import CourierError, SourceDenied, SourceNotAllowed, SourceNotFound, SourceUnreachable, TryAgain
+from worker.azure import AzureAccount, code_of, container_and_blob, container_and_prefix, is_azure
+from worker.breakers import Breakers
+from worker.errors import (
+    CourierError,
+    SourceDenied,
+    SourceNotAllowed,
+    SourceNotFound,
+    SourceUnauthorized,
+    SourceUnreachable,
+    TryAgain,
+)
 from worker.logs import shown_url
+from worker.network import Network, unreachable
+from worker.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, unauthorized
 from worker.settings import SettingsError, SourceSettings
-from worker.sources.http import HttpSource
+from worker.sources.http import HttpSource, judge_answer
 from worker.sources.listing import PAGE_ENTRIES, Listed, listed
+from worker.sources.policy import Policy
 from worker.sources.spool import Fetched, Limits
+from worker.store_credentials import Asking, StoreCredential
 from worker.urls import object_url, refusal_reason
 
 
 class AzureSource:
-    def __init__(self, settings: SourceSettings) -> None:
+    def __init__(self, settings: SourceSettings, breakers: Breakers | None = None) -> None:
         self._settings = settings.azure
         self._account = AzureAccount(
-            settings.azure, connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.idle_timeout_s
+            settings.azure,
+            connect_timeout_s=settings.connect_timeout_s,
+            read_timeout_s=settings.idle_timeout_s,
+            network=Network.of(settings),
         )
+        self._credential = StoreCredential("sources.azure", breakers)
         # Where the account is was said by the operator, not by whoever enqueued; no answer leads elsewhere.
         anywhere = {"allow_hosts": ("*:*",), "allow_private_networks": True, "max_redirects": 0}
-        self._http = HttpSource(settings.model_copy(update=anywhere))
+        policy = Policy(settings.model_copy(update={**anywhere, "proxy": None}))
+        self._http = HttpSource(settings.model_copy(update=anywhere), policy=policy, breakers=breakers)
 
     def fetch(self, url: str, limits: Limits) -> Fetched:
         names = container_and_blob(url)
@@ -43,12 +62,18 @@ class AzureSource:
         container, blob = names
         self._check(container)
         source = object_url(f"az://{container}/{blob}")
-        try:
-            signed_url = self._account.url(container, blob)
-        except SettingsError as error:
-            raise SourceDenied(f"{source} cannot be asked for: {error}.") from error
-        with _named(shown_url(signed_url), source):
-            return replace(self._http.fetch(signed_url, limits), source=source)
+        with self._credential.asking(source, container) as asking:
+            try:
+                signed_url = self._account.url(container, blob)
+            except SettingsError as error:
+                raise _without_credential(source, error) from error
+            judge = partial(_judge, source, asking, partial(self._look, container, blob, source))
+            with _named(shown_url(signed_url), source):
+                return replace(self._http.fetch(signed_url, limits, judge), source=source)
+
+    def _look(self, container: str, blob: str, source: str) -> None:
+        with _listed(source):
+            self._account.service().get_blob_client(container, blob).get_blob_properties()
 
     def pages(self, url: str) -> Iterator[list[Listed]]:
         """The blobs below ``az://container/prefix/``, a page of Azure's at a time."""
@@ -60,15 +85,19 @@ class AzureSource:
         container, prefix = names
         self._check(container)
         source = object_url(f"az://{container}/{prefix}")
-        with _listed(source):
+        with self._credential.asking(source, container), _listed(source):
             client = self._account.service().get_container_client(container)
             found = client.list_blobs(
                 name_starts_with=prefix or None, include=["metadata"], results_per_page=PAGE_ENTRIES
             )
-            for blobs in found.by_page():
-                page = [_blob(container, blob) for blob in blobs if not _is_folder(blob)]
-                if page:
-                    yield page
+            pages = found.by_page()
+            more = next(pages, None)
+        while more is not None:
+            page = [_blob(container, blob) for blob in more if not _is_folder(blob)]
+            if page:
+                yield page
+            with self._credential.asking(source, container), _listed(source):
+                more = next(pages, None)
 
     def _check(self, container: str) -> None:
         if not any(fnmatchcase(container, pattern) for pattern in self._settings.containers):
@@ -87,9 +116,9 @@ def _named(asked: str, source: str) -> Iterator[None]:
     """What the fetch says of the URL that was ``asked`` for, said of the one that the job names."""
     try:
         yield
-    except SourceDenied as error:
-        advice = "check the credential of sources.azure and what it may read, and that the blob is not archived"
-        raise SourceDenied(f"{source} may not be read; {advice}.") from error
+    except SourceUnauthorized as error:
+        error.payload["message"] = error.message.replace(asked, source)
+        raise
     except CourierError as error:
         sentence = error.message.replace(asked, source)
         if isinstance(error, TryAgain):
@@ -108,6 +137,42 @@ def _is_folder(blob: Any) -> bool:
     return (blob.metadata or {}).get("hdi_isfolder") == "true" or blob.name.endswith("/")
 
 
+def _without_credential(source: str, error: SettingsError) -> SourceUnauthorized:
+    return unauthorized(source, "sources.azure", "no credential", str(error), verb="read")
+
+
+def _judge(
+    source: str, asking: Asking, again: Callable[[], object], status: int, headers: Mapping[str, str], shown: str
+) -> CourierError | None:
+    """What the answer of a fetch means; the code says more than the status where both are there."""
+    code = headers.get("x-ms-error-code", "")
+    refusal = _refusal(source, code, status, known=is_azure(headers)) or judge_answer(status, headers, shown)
+    if refusal is None:
+        asking.accepted(again)
+    return refusal
+
+
+def _refusal(source: str, code: str, status: int, *, known: bool) -> CourierError | None:
+    """What a client's error means; None where the status says all.
+
+    Raises
+    ------
+    SourceUnauthorized, Doubt
+        See `check_refusal`.
+    """
+    if not 400 <= status < 500 or status in (408, 429):
+        return None
+    if code in ARCHIVED:
+        return SourceDenied(f"{source} {IN_ARCHIVE.format(code)}.")
+    check_refusal(code, status, source, of="sources.azure", verb="read", denied=SourceDenied)
+    if not code and not known:
+        what = f"was answered by no storage of Azure (status {status})"
+        return SourceUnreachable(f"{source} {what}; check account_url of sources.azure.")
+    if status in (404, 410):
+        return SourceNotFound(f"{source} is not there ({code or status}); check container and blob.")
+    return SourceDenied(f"{source} may not be read ({code or status}); check what sources.azure may read there.")
+
+
 @contextmanager
 def _listed(source: str) -> Iterator[None]:
     """The SDK's errors end here; their own text is left out because it may quote more than the address."""
@@ -116,14 +181,10 @@ def _listed(source: str) -> Iterator[None]:
     try:
         yield
     except SettingsError as error:
-        raise SourceDenied(f"{source} cannot be asked for: {error}.") from error
+        raise _without_credential(source, error) from error
     except azure.HttpResponseError as error:
-        status = error.status_code or 0
-        if status == 404:
-            raise SourceNotFound(f"{source} is not there; check the container.") from error
-        if 400 <= status < 500 and status not in (408, 429):
-            advice = "check the credential of sources.azure and whether it may list"
-            raise SourceDenied(f"{source} may not be listed (status {status}); {advice}.") from error
-        raise SourceUnreachable(f"{source} cannot be listed at present; it is tried again.") from error
+        known = is_azure(getattr(error.response, "headers", {}))
+        refusal = _refusal(source, code_of(error), error.status_code or 0, known=known)
+        raise refusal or SourceUnreachable(f"{source} cannot be listed at present; it is tried again.") from error
     except azure.AzureError as error:
-        raise SourceUnreachable(f"{source} cannot be reached; it is tried again.") from error
+        raise unreachable(error, source) from error

@@ -1,12 +1,11 @@
 """Images behind http and https: one GET, its redirects checked one by one, its answer judged.
 
 Which URL and which address is allowed is `policy`'s to say; the bytes are `spool`'s. Nothing is tried twice here, no
-proxy, cookie or ``.netrc`` is used, and urllib3's errors end here.
+cookie, ``.netrc`` or proxy of the environment is used, and urllib3's errors end here.
 """
 
 from __future__ import annotations
 
-import functools
 import http.client
 import logging
 import re
@@ -14,9 +13,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
@@ -33,6 +32,7 @@ from urllib3.exceptions import (
 )
 from urllib3.util import Retry, Timeout
 
+from worker.breakers import Breakers
 from worker.deadlines import timed
 from worker.errors import (
     CourierError,
@@ -44,13 +44,17 @@ from worker.errors import (
     TryAgain,
 )
 from worker.logs import shown_url
-from worker.settings import SettingsError, SourceSettings
+from worker.network import Network, of_proxy, tls, unreachable
+from worker.settings import SourceSettings
 from worker.sources.encoding import decoded, is_plain
 from worker.sources.policy import Policy, Target
 from worker.sources.spool import CHUNK_BYTES, Fetched, Limits, spool
+from worker.store_credentials import StoreCredential
 
 Resolve = Callable[[str, int], list[tuple[Any, ...]]]
 Dial = Callable[[str, int, float | None], socket.socket]
+#: What an answer that is no redirect means, by its status and headers; None where the body is the image.
+Judge = Callable[[int, Mapping[str, str], str], CourierError | None]
 
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pacs-courier"}
 #: A 101 would change the protocol and is none of them.
@@ -85,20 +89,32 @@ def resolve(host: str, port: int) -> list[tuple[Any, ...]]:
 class HttpSource:
     """Fetches from every allowed host over kept connections; shared by all threads."""
 
-    def __init__(self, settings: SourceSettings, *, resolve: Resolve = resolve) -> None:
+    def __init__(
+        self,
+        settings: SourceSettings,
+        *,
+        resolve: Resolve = resolve,
+        policy: Policy | None = None,
+        breakers: Breakers | None = None,
+    ) -> None:
         self._settings = settings
-        self._policy = Policy(settings)
+        self._policy = policy or Policy(settings)
         self._resolve = resolve
-        self._pools = _Pools(self._dial, _tls(settings.ca_file))
+        self._network = Network.of(settings)
+        context = tls(settings.ca_file)
+        self._pools: urllib3.PoolManager = (
+            _Pools(self._dial, context) if settings.proxy is None else _ProxiedPools(self._dial, context, self._network)
+        )
+        self._proxy = None if settings.proxy is None else StoreCredential("sources.proxy", breakers)
 
-    def fetch(self, url: str, limits: Limits) -> Fetched:
+    def fetch(self, url: str, limits: Limits, judge: Judge | None = None) -> Fetched:
         target = self._policy.read(url)
         source = shown_url(url)
         for _ in range(self._settings.max_redirects + 1):
             response = self._get(target, limits, source)
             try:
                 if response.status not in _REDIRECTS:
-                    return _receive(response, limits, source)
+                    return _receive(response, limits, source, judge or judge_answer)
                 target = self._next_target(target, response, source)
             finally:
                 response.close()
@@ -110,13 +126,27 @@ class HttpSource:
     def _get(self, target: Target, limits: Limits, source: str) -> urllib3.BaseHTTPResponse:
         """The answer's head; its body is still on the wire."""
         limits.check_time(source)
+        with self._of_the_proxy(source):
+            response = self._asked(target, limits, source)
+            if self._proxy is not None and response.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+                response.close()
+                raise of_proxy(response.status, source)
+        return response
+
+    def _of_the_proxy(self, source: str) -> AbstractContextManager[object]:
+        """Around a request: the proxy may refuse the worker's credential."""
+        return nullcontext() if self._proxy is None else self._proxy.asking(source)
+
+    def _asked(self, target: Target, limits: Limits, source: str) -> urllib3.BaseHTTPResponse:
+        plain = self._proxy is not None and target.scheme == "http"
+        request = target.absolute if plain else target.request
         _fetch.deadline_s, _fetch.idle_timeout_s = limits.deadline_s, self._settings.idle_timeout_s
-        _fetch.answer, _fetch.request = None, target.request
+        _fetch.answer, _fetch.request = None, request
         pool = self._pools.connection_from_host(target.host, target.port, target.scheme)
         try:
             return pool.urlopen(
                 "GET",
-                target.request,
+                request,
                 headers=_HEADERS,
                 retries=False,
                 redirect=False,
@@ -144,12 +174,14 @@ class HttpSource:
         return following
 
     def _dial(self, host: str, port: int, timeout_s: float | None) -> socket.socket:
-        """Connect to the first of the host's addresses that answers, once all of them have been judged."""
+        """Connect to the first of the host's addresses that answers, once all of them have been judged; where there is
+        a proxy it is the host, and the operator's choice.
+        """
         try:
             found = self._resolve(host, port)
         except (socket.gaierror, UnicodeError) as error:
             raise SourceUnreachable(f"The name {host} cannot be resolved at present; it is tried again.") from error
-        for *_, address in found:
+        for *_, address in found if self._proxy is None else ():
             self._policy.check_address(address[0], host=host)
         failure: OSError = OSError("the name has no address")
         for family, kind, protocol, _, address in found:
@@ -166,21 +198,9 @@ class HttpSource:
         raise failure
 
 
-@functools.cache
-def _tls(ca_file: Path | None) -> ssl.SSLContext:
-    """The system's authorities, and the operator's own where one is named; read once, which takes a while."""
-    context = ssl.create_default_context()
-    try:
-        if ca_file is not None:
-            context.load_verify_locations(cafile=ca_file)
-    except OSError as error:  # ssl's errors are OSErrors too
-        raise SettingsError(f"setting sources.ca_file: {ca_file} cannot be read as PEM: {error.strerror}") from None
-    return context
-
-
-def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str) -> Fetched:
+def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str, judge: Judge) -> Fetched:
     range_bytes = _bytes_of_whole(response)
-    refusal = judge_status(response.status, response.headers.get("Retry-After"), source)
+    refusal = judge(response.status, response.headers, source)
     if refusal and range_bytes is None:
         raise refusal
     encoding = response.headers.get("Content-Encoding", "")
@@ -201,6 +221,10 @@ def _bytes_of_whole(response: urllib3.BaseHTTPResponse) -> int | None:
         return None
     last, size_bytes = int(found[1]), int(found[2])
     return size_bytes if last + 1 == size_bytes else None
+
+
+def judge_answer(status: int, headers: Mapping[str, str], source: str) -> CourierError | None:
+    return judge_status(status, headers.get("Retry-After"), source)
 
 
 def judge_status(status: int, retry_after: str | None, source: str) -> CourierError | None:
@@ -254,17 +278,13 @@ def _retry_after_s(text: str | None) -> float | None:
         return None
 
 
-def _unreachable(error: Exception, limits: Limits, source: str) -> SourceUnreachable:
+def _unreachable(error: Exception, limits: Limits, source: str) -> CourierError:
     """The sentence for a connection that failed; the error's own text is left out because it quotes the URL."""
     if _remaining_s() <= 0:
         return limits.too_slow(source)
-    if isinstance(error, SSLError):
-        return SourceUnreachable(
-            f"{source} has no TLS certificate that can be trusted; name a private authority in sources.ca_file."
-        )
     if isinstance(error, ReadTimeoutError | TimeoutError):
         return SourceUnreachable(f"{source} fell silent or did not answer in time; it is tried again.")
-    return SourceUnreachable(f"{source} cannot be reached; it is tried again.")
+    return unreachable(error, source)
 
 
 def _remaining_s() -> float:
@@ -337,10 +357,34 @@ class _Pools(urllib3.PoolManager):
 
     def __init__(self, dial: Dial, tls: ssl.SSLContext) -> None:
         super().__init__(num_pools=64, maxsize=32, block=False, ssl_context=tls)
-        self.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+        self.pool_classes_by_scheme = _POOL_CLASSES
         self._dial = dial
 
     def _new_pool(self, scheme: str, host: str, port: int, request_context: Any = None) -> HTTPConnectionPool:
         pool = super()._new_pool(scheme, host, port, request_context)
         pool.conn_kw["dial"] = self._dial
         return pool
+
+
+class _ProxiedPools(urllib3.ProxyManager):
+    """The same through a proxy, to which ``dial`` connects; TLS is spoken with the host, behind a CONNECT."""
+
+    def __init__(self, dial: Dial, tls: ssl.SSLContext, network: Network) -> None:
+        super().__init__(
+            network.proxy or "",
+            proxy_headers=network.proxy_headers,
+            num_pools=64,
+            maxsize=32,
+            block=False,
+            ssl_context=tls,
+        )
+        self.pool_classes_by_scheme = _POOL_CLASSES
+        self._dial = dial
+
+    def _new_pool(self, scheme: str, host: str, port: int, request_context: Any = None) -> HTTPConnectionPool:
+        pool = super()._new_pool(scheme, host, port, request_context)
+        pool.conn_kw["dial"] = self._dial
+        return pool
+
+
+_POOL_CLASSES: dict[str, type[HTTPConnectionPool]] = {"http": _Pool, "https": _TlsPool}

@@ -2,7 +2,8 @@
 
 Two fences stand one behind the other. `Policy.read` holds the host's name against the allow-list;
 `Policy.check_address` judges the very address that a connection is about to be made to, so that no spelling of a URL
-and no answer of a name server gets past it.
+and no answer of a name server gets past it. Through a proxy the worker connects to no host itself: the second fence is
+the proxy's, and a URL that names an address is refused.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ class Target:
         return f"{self.scheme}://{self._written_host}:{self.port}{self.request}"
 
     @property
+    def absolute(self) -> str:
+        """The same as it goes to a proxy, without the scheme's own port."""
+        return f"{self.scheme}://{self.entry}{self.request}"
+
+    @property
     def entry(self) -> str:
         """The narrowest entry of ``sources.allow_hosts`` that allows it."""
         own = self.port == _DEFAULT_PORTS[self.scheme]
@@ -121,6 +127,7 @@ class Policy:
         except SourceNotAllowed:
             raise SettingsError("setting sources.allow_hosts: an entry is no host, no *.host and no address") from None
         self._private_too = settings.allow_private_networks
+        self._proxied = settings.proxy is not None
 
     def read(self, url: str) -> Target:
         """``url`` taken apart.
@@ -137,6 +144,11 @@ class Policy:
                 f"add {target.entry} to sources.allow_hosts if images may be fetched from it."
             )
         literal = _literal(target.host)
+        if literal is not None and self._proxied:
+            raise SourceNotAllowed(
+                f"The host {target.host} is an address, and through a proxy (sources.proxy) a worker fetches from names"
+                " alone; use the host's name."
+            )
         if literal is not None:
             self.check_address(literal, host=target.host)
         return target

@@ -15,10 +15,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from urllib3.exceptions import HTTPError
 
+from worker.breakers import Breakers
 from worker.deadlines import timed
 from worker.errors import (
     CourierError,
@@ -29,17 +31,19 @@ from worker.errors import (
     SourceUnreachable,
 )
 from worker.logs import shown_url
+from worker.network import Network, s3_client, unreachable
+from worker.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, credential_trouble, is_code
 from worker.settings import SettingsError, SourceSettings
 from worker.sources.encoding import decoded, is_plain
 from worker.sources.listing import PAGE_ENTRIES, Listed, listed
 from worker.sources.spool import Fetched, Limits, spool
+from worker.store_credentials import StoreCredential
 from worker.urls import ENCODED, object_name, refusal_reason
 
 _BUCKET = r"(?i:s3(?P<encoded>\+encoded)?)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})"
 _S3_URL = re.compile(_BUCKET + r"/(?P<key>[^\x00-\x1f]+)").fullmatch
 _S3_PREFIX = re.compile(_BUCKET + r"/(?P<prefix>([^\x00-\x1f]*/)?)").fullmatch
 _READ_BYTES = 65_536
-_GONE = frozenset(("NoSuchKey", "NoSuchBucket", "NoSuchVersion"))
 _BUSY = frozenset(("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"))
 #: Until when the calling thread's answers have to be there; boto offers no other way in.
 _asking = threading.local()
@@ -47,10 +51,11 @@ _CREDENTIALS = "check the credentials of the worker and what they may read"
 
 
 class S3Source:
-    def __init__(self, settings: SourceSettings) -> None:
+    def __init__(self, settings: SourceSettings, breakers: Breakers | None = None) -> None:
         self._settings = settings
         self._lock = threading.Lock()
         self._client: Any = None
+        self._credential = StoreCredential("sources.s3", breakers, renew=self._renew)
 
     def fetch(self, url: str, limits: Limits) -> Fetched:
         bucket, key = bucket_and_key(url)
@@ -64,8 +69,10 @@ class S3Source:
             raise
 
     def _fetched(self, bucket: str, key: str, source: str, limits: Limits) -> Fetched:
-        with _translated(source):
-            answer = self._connected().get_object(Bucket=bucket, Key=key)
+        with self._credential.asking(source, bucket) as asking:
+            with _translated(source):
+                answer = self._connected().get_object(Bucket=bucket, Key=key)
+            asking.accepted(partial(self._look, bucket, key, source))
         # Not the body's own ``with``: that gives the bare stream, past its checksum and the translation of its errors.
         with closing(answer["Body"]) as body:
             encoding = str(answer.get("ContentEncoding", ""))
@@ -78,6 +85,10 @@ class S3Source:
                 announced_bytes=size_bytes if is_plain(encoding) else None,
             )
 
+    def _look(self, bucket: str, key: str, source: str) -> None:
+        with _translated(source):
+            self._connected().head_object(Bucket=bucket, Key=key)
+
     def pages(self, url: str) -> Iterator[list[Listed]]:
         """The objects below ``s3://bucket/prefix/``, a page of S3's at a time."""
         bucket, prefix = _bucket_and_prefix(url)
@@ -86,7 +97,7 @@ class S3Source:
         more: dict[str, str] = {}
         while True:
             _asking.deadline_s = time.monotonic() + self._settings.total_timeout_s
-            with _translated(source):
+            with self._credential.asking(source, bucket), _translated(source):
                 answer = self._connected().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_ENTRIES, **more)
             found = ((one["Key"], one.get("Size")) for one in answer.get("Contents", ()))
             page = [_listed(bucket, key, size) for key, size in found if not key.endswith("/")]
@@ -106,6 +117,11 @@ class S3Source:
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
+
+    def _renew(self) -> None:
+        """Have the next request look for credentials anew: boto reads those of a file once."""
+        with self._lock:
+            self._client = None
 
     def _connected(self) -> Any:
         """The one client of this process; making one takes a tenth of a second and is not safe among threads."""
@@ -172,24 +188,11 @@ def _listed(bucket: str, key: str, size_bytes: int | None) -> Listed:
 
 
 def _client(settings: SourceSettings) -> Any:
-    import boto3  # noqa: PLC0415 (a worker that never sees S3 does not pay for it)
-    from botocore.config import Config  # noqa: PLC0415
-
-    # One attempt, because the job retries; the endpoint from the settings alone, never from the environment.
-    config = Config(
-        signature_version="s3v4",
-        retries={"mode": "standard", "total_max_attempts": 1},
-        connect_timeout=settings.connect_timeout_s,
-        read_timeout=settings.idle_timeout_s,
-        max_pool_connections=32,
-        ignore_configured_endpoint_urls=True,
-    )
-    client = boto3.session.Session().client(
-        "s3",
-        endpoint_url=settings.s3.endpoint_url,
-        region_name=settings.s3.region,
-        verify=str(settings.ca_file) if settings.ca_file else None,
-        config=config,
+    client = s3_client(
+        settings.s3,
+        Network.of(settings),
+        connect_timeout_s=settings.connect_timeout_s,
+        read_timeout_s=settings.idle_timeout_s,
     )
     pools = client._endpoint.http_session._pool_classes_by_scheme
     pools.update({scheme: _timed_pool(pool, settings.idle_timeout_s) for scheme, pool in pools.items()})
@@ -221,34 +224,65 @@ def _translated(source: str) -> Iterator[None]:
     from botocore.parsers import ResponseParserError  # noqa: PLC0415
 
     try:
-        yield
+        with credential_trouble(source, "sources.s3", verb="read"):
+            yield
     except boto.ClientError as error:
         raise _judge(error.response, source) from error
     except (boto.IncompleteReadError, boto.ResponseStreamingError, boto.FlexibleChecksumError) as error:
         raise SourceTruncated(f"{source} did not arrive whole; it is fetched again from the start.") from error
     except boto.ParamValidationError as error:
         raise SourceNotAllowed(f"{source} is no name that S3 allows; write s3://bucket/key.") from error
-    except (boto.ConnectionError, boto.HTTPClientError, boto.CredentialRetrievalError, HTTPError) as error:
-        raise SourceUnreachable(f"{source} cannot be reached; it is tried again.") from error
+    except (boto.ConnectionError, boto.HTTPClientError, HTTPError) as error:
+        raise unreachable(error, source) from error
     except boto.BotoCoreError as error:
         raise SourceDenied(f"{source} cannot be asked for ({type(error).__name__}); {_CREDENTIALS}.") from error
     except (ResponseParserError, ValueError) as error:
-        raise SourceUnreachable(f"{source} was answered by no S3; check sources.s3.endpoint_url.") from error
+        raise _no_s3(source, "an answer that cannot be read") from error
 
 
 def _judge(answer: Mapping[str, Any], source: str) -> CourierError:
-    """What an error answer of S3 means for the job; the code says more than the status where both are there."""
-    code = str(answer.get("Error", {}).get("Code", ""))
-    metadata = answer.get("ResponseMetadata", {})
-    status = int(metadata.get("HTTPStatusCode", 0))
-    if code in _GONE or status in (404, 410):
-        return SourceNotFound(f"{source} is not there; check bucket and key.")
-    if status in (301, 307):
+    """What an error answer of S3 means for the job; the code says more than the status where both are there.
+
+    Raises
+    ------
+    SourceUnauthorized, Doubt
+        See `check_refusal`.
+    """
+    code, status = str(answer.get("Error", {}).get("Code", "")), _status(answer)
+    if code in ARCHIVED:
+        return SourceDenied(f"{source} {IN_ARCHIVE.format(code)}.")
+    if 300 <= status < 400 and not _is_elsewhere(answer):
+        return _no_s3(source, f"a redirect, status {status}")
+    if 300 <= status < 400:
         return SourceDenied(f"{source} is in another region; set sources.s3.region.")
+    check_refusal(code, status, source, of="sources.s3", verb="read", denied=SourceDenied)
+    if status in (404, 410) or code.startswith("NoSuch"):
+        return _gone(source, code, status)
     if 400 <= status < 500 and status not in (408, 429) and code not in _BUSY:
-        return SourceDenied(f"{source} may not be read (status {status}); {_CREDENTIALS}.")
-    retry_after = str(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
+        return SourceDenied(f"{source} may not be read ({code or status}); {_CREDENTIALS}.")
+    retry_after = str(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", ""))
     return SourceUnreachable(
         f"{source} cannot be had at present (status {status}); it is tried again.",
         retry_after_s=float(retry_after) if retry_after.isdecimal() else None,
     )
+
+
+def _gone(source: str, code: str, status: int) -> CourierError:
+    if not is_code(code):
+        return _no_s3(source, f"status {status} without a code of S3's")
+    what = "bucket" if code == "NoSuchBucket" else "object"
+    return SourceNotFound(f"{source} is not there: the store has no such {what} ({code}); check bucket and key.")
+
+
+def _no_s3(source: str, came: str) -> SourceUnreachable:
+    return SourceUnreachable(f"{source} was answered by no S3 ({came}); check sources.s3.endpoint_url.")
+
+
+def _is_elsewhere(answer: Mapping[str, Any]) -> bool:
+    """Whether a redirect is S3's own: to the region of the bucket."""
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return "x-amz-bucket-region" in headers or answer.get("Error", {}).get("Code") == "PermanentRedirect"
+
+
+def _status(answer: Mapping[str, Any]) -> int:
+    return int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
