@@ -313,6 +313,9 @@ def _server(entry: dict[str, Any]) -> Finding:
     if entry["status"] == "up":
         known = " ".join(told for name in ("product", "version") if (told := entry[name]) != "unknown")
         what = f"{known}. " if known else ""
+        if entry.get("rate_limit"):
+            advice = "Jobs go on at that rate. Ask its operator for a higher limit, or lower its max_concurrency."
+            return Finding(check, "warning", f"up, {entry['latency_ms']:.0f} ms. {what}{entry['note']}".strip(), advice)
         return Finding(check, "ok", f"up, {entry['latency_ms']:.0f} ms. {what}{entry['note']}".strip())
     reason = entry["error"]["message"] if entry["error"] else entry["note"]
     if entry["status"] == "not responding":

@@ -53,6 +53,7 @@ from worker.network import Network
 from worker.pacs.fleet import Fleet
 from worker.pacs.guard import Guard
 from worker.pacs.registry import connect
+from worker.server_rates import ServerRates
 from worker.settings import ServerSettings, Settings, SettingsError
 from worker.slots import Slots
 from worker.sources import Sources, s3
@@ -320,13 +321,15 @@ def _tools() -> Tools:
     ledger = _ledger()
     prefix, cap_s = settings.queue.key_prefix, settings.jobs.retry_after_cap_s
     breakers = Breakers(ledger.client, settings.breaker, retry_after_cap_s=cap_s, prefix=prefix)
-    guard = Guard(breakers, Slots(ledger.client, prefix=prefix), settings.servers)
+    rates = ServerRates(ledger.client, retry_after_cap_s=cap_s, prefix=prefix)
+    guard = Guard(breakers, Slots(ledger.client, prefix=prefix), settings.servers, rates=rates)
     fleet = Fleet([connect(server, guard) for server in settings.servers])
     _guards.append(guard)
     return Tools(
         settings=settings,
         ledger=ledger,
         breakers=breakers,
+        rates=rates,
         sources=Sources(settings.sources, breakers=breakers),
         destinations=Destinations(settings.downloads, ledger, Network.of(settings.sources), breakers),
         fleet=fleet,

@@ -122,11 +122,13 @@ class SourceTruncated(TryAgain):
 
 
 class PacsUnavailable(TryAgain):
-    """``is_attempt`` is False where the server was not asked, or only to learn whether it is well again: that costs the
-    job none of its attempts.
+    """``slow_down``: the server has asked for fewer requests, and ``retry_after_s`` is when the job's next one may be
+    sent (worker/server_rates.py). ``is_attempt`` is False where the server was not asked, or only to learn whether it
+    is well again. Neither costs the job any of its attempts.
     """
 
     code = "pacs_unavailable"
+    slow_down: bool = False
     is_attempt: bool = True
 
 
@@ -223,8 +225,10 @@ class Poisoned(NeedsPerson):
 
 
 def is_resting(error: CourierError) -> bool:
-    """Whether the job that met ``error`` waits for a circuit breaker to close, rather than tries again or ends."""
-    return error.resting is not None
+    """Whether the job that met ``error`` waits for a circuit breaker to close, or for its turn at a server that has
+    asked for fewer requests, rather than tries again or ends.
+    """
+    return error.resting is not None or (isinstance(error, PacsUnavailable) and error.slow_down)
 
 
 def is_final(error: object) -> TypeGuard[Refused | NeedsPerson]:

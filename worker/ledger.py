@@ -461,6 +461,11 @@ elseif ARGV[6] == 'growing' then
   redis.call('HINCRBY', KEYS[1], 'attempts', -1)
   local waits = math.min(redis.call('HINCRBY', KEYS[1], 'waits', 1), 20)
   delay_ms = math.max(delay_ms, math.min(delay_ms * 2 ^ (waits - 1), 8000))
+elseif ARGV[6] == 'server' then
+  redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+  if redis.call('HSETNX', KEYS[1], 'parked_ms', string.format('%.0f', now)) == 1 then
+    note_of_job(KEYS[1], ARGV[7], ARGV[8], true)
+  end
 else
   redis.call('HDEL', KEYS[1], 'waits')
   note_of_job(KEYS[1], ARGV[7], ARGV[8], true)
@@ -1075,7 +1080,7 @@ return tonumber(ARGV[1])
 )
 
 
-Wait = Literal["counts", "growing", "steady"]
+Wait = Literal["counts", "growing", "steady", "server"]
 
 
 class LeaseLost(Exception):
@@ -1525,7 +1530,8 @@ class Ledger:
     ) -> None:
         """Put the job aside until ``delay_s`` from now; for the rest see `WaitReason`.
 
-        Unless the attempt ``counts``, it is given back; ``growing`` waits in a row get longer, up to 8 s.
+        Unless the attempt ``counts``, it is given back; ``growing`` waits in a row get longer, up to 8 s; those for a
+        ``server`` add up from the first one on (`Claim.waited_s`).
         """
         keys = [self.key("job", job_id), self.key("due")]
         args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, wait]

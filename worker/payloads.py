@@ -485,7 +485,21 @@ class ServerEntry(BaseModel):
     error: Fault | None = None
 
 
+class RateLimit(BaseModel):
+    """How fast workers ask a server that has asked for fewer requests, with ``status``.
+
+    They send ``per_s`` requests per second at most, and none before ``held_until`` (RFC 3339), if that is given.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    status: int
+    per_s: float
+    held_until: str | None = None
+
+
 class StatusEntry(ServerEntry):
+    rate_limit: RateLimit | None = None
     ready: bool | Unknown = "unknown"
     product: str = "unknown"
     version: str = "unknown"

@@ -22,6 +22,7 @@ from worker.breakers import Breakers
 from worker.jobs.pace import _limiter
 from worker.ledger import Attachment, ClaimState, LeaseLost, Ledger, PendingFollowUps, Receipt, StoredImage
 from worker.planning import Planned, Planner
+from worker.server_rates import ServerRates
 from worker.settings import BreakerSettings, Settings
 from worker.slots import Slots
 from worker.waits import WaitReason
@@ -160,6 +161,10 @@ def breakers_and_slots(ledger: Ledger, prefix: str) -> None:
     assert breakers.states(["a", "b"])["a"].closed
     with slots.slot("a", limit=1, wait_s=1):
         slots.tend()
+    rates = ServerRates(ledger.client, prefix=prefix)
+    assert rates.lower("a", status=429, retry_after_s=None, cuts=0, measured_per_s=0).cuts == 1
+    assert rates.take("a").wait_s > 0
+    assert rates.read(["a", "b"])["b"].per_s is None
 
 
 def batches(ledger: Ledger) -> None:

@@ -271,6 +271,22 @@ def test_an_endpoint_that_is_down_is_a_server_that_does_not_answer(provider: Pro
     assert error.value.server_name == "ward"
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "after_s"),
+    [(429, {"Retry-After": "7"}, 7), (429, {}, None), (503, {"Retry-After": "7"}, 7), (503, {}, None)],
+)
+def test_an_endpoint_that_asks_for_fewer_requests_slows_its_server_down(
+    provider: Provider, status: int, headers: dict[str, str], after_s: float | None
+) -> None:
+    provider.before = lambda: flask.abort(flask.Response("", status, headers))
+    with pytest.raises(PacsUnavailable) as error:
+        ask(pacs(provider))
+    assert error.value.slow_down is (status == 429 or after_s is not None)
+    assert error.value.details == ({"status": status} if error.value.slow_down else {})
+    if error.value.slow_down:
+        assert error.value.retry_after_s == after_s
+
+
 def test_a_good_token_outlives_a_short_trouble_of_its_endpoint(provider: Provider) -> None:
     now = [1000.0]
     credentials = ClientCredentials(ward_of(provider), SECRET, clock=lambda: now[0])

@@ -38,7 +38,7 @@ def test_trouble_is_tried_again_and_ends_with_one_stored_image(courier, image_se
         ("msdicom", {"lose_last_part": True}),
         ("msdicom", {"truncate": True}),
         ("dcm4chee", {"truncate": True}),
-        ("msdicom", {"status": 503, "retry_after_s": 1}),
+        ("msdicom", {"status": 503}),
         ("dcm4chee", {"status": 500}),
         ("msdicom", {"reset_after_bytes": 1000}),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -42,7 +43,9 @@ class Desk:
         default_factory=lambda: Settings.model_validate({"jobs": {"max_attempts": 3, "max_deaths": 2}})
     )
 
-    def carry(self, ends: object, job_id: str = "j1", job: Mapping[str, Any] = JOB) -> Verdict:
+    def carry(
+        self, ends: object, job_id: str = "j1", job: Mapping[str, Any] = JOB, task: str = "pacs.upload"
+    ) -> Verdict:
         def work(job: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
             if isinstance(ends, BaseException):
                 raise ends
@@ -56,7 +59,7 @@ class Desk:
             rng=random.Random(1),
         )
         pulse = Pulse(self.ledger, lambda _, meta: self.shown.append(meta))
-        return carry(work, task="pacs.upload", job_id=job_id, message=job, tools=tools, pulse=pulse)
+        return carry(work, task=task, job_id=job_id, message=job, tools=tools, pulse=pulse)
 
     def state(self, job_id: str = "j1") -> str:
         return self.ledger.look(job_id)["state"]
@@ -302,6 +305,58 @@ def test_what_the_other_side_asked_for_is_waited_for(desk: Desk) -> None:
     due, now_s = desk.client.zscore(f"{PREFIX}due", "j1"), desk.ledger.clock_s()
     assert due is not None
     assert 490 < due / 1000 - now_s <= 501
+
+
+def too_fast(after_s: float | None) -> PacsUnavailable:
+    error = PacsUnavailable("a asks for fewer requests.", server_name="a", retry_after_s=after_s)
+    error.slow_down = True
+    return error
+
+
+@pytest.mark.parametrize("task", ["pacs.upload", "pacs.exists", "pacs.metadata", "pacs.list_studies", "pacs.delete"])
+def test_a_request_to_slow_down_costs_no_attempt_however_often_it_comes(desk: Desk, task: str) -> None:
+    for _ in range(desk.settings.jobs.max_attempts + 3):
+        desk.carry(too_fast(30), task=task)
+        record = desk.ledger.look("j1")
+        assert (record["state"], record["attempts"], record["code"]) == ("waiting", "0", "pacs_unavailable")
+        assert record["server"] == "a"
+        desk.make_due()
+    due = desk.client.zscore(f"{PREFIX}due", "j1")
+    assert due is not None
+
+
+@pytest.mark.parametrize(
+    ("after_s", "delay_s"), [(30, 30), (None, 1), (0, 0), (math.inf, 660)], ids=["30", "none", "0", "endless"]
+)
+def test_the_job_waits_as_long_as_was_decided_for_its_server(desk: Desk, after_s: float | None, delay_s: float) -> None:
+    desk.carry(too_fast(after_s))
+    due = desk.client.zscore(f"{PREFIX}due", "j1")
+    assert due is not None
+    assert due / 1000 - desk.ledger.clock_s() == pytest.approx(delay_s, abs=1)
+
+
+def test_waiting_for_a_slow_server_has_an_end(desk: Desk) -> None:
+    desk.carry(too_fast(30))
+    desk.client.hincrby(f"{PREFIX}job:j1", "parked_ms", -int((desk.settings.jobs.max_wait_s - 5) * 1000))
+    desk.make_due()
+    desk.carry(too_fast(30))
+    due = desk.client.zscore(f"{PREFIX}due", "j1")
+    assert due is not None
+    assert due / 1000 - desk.ledger.clock_s() < 6, "it looks once more when the time is over"
+    desk.client.hincrby(f"{PREFIX}job:j1", "parked_ms", -6000)
+    desk.make_due()
+    verdict = desk.carry(too_fast(30))
+    assert isinstance(verdict, Failed)
+    assert (verdict.error.code, desk.state()) == ("pacs_unavailable", "dead")
+
+
+def test_the_wait_for_a_slow_server_says_so_with_the_server_and_the_next_try(desk: Desk) -> None:
+    desk.carry(too_fast(30))
+    wait = desk.ledger.standing(["j1"])["j1"].waiting
+    assert wait is not None
+    assert (wait["code"], wait["server_name"]) == ("pacs_unavailable", "a")
+    assert "fewer requests" in wait["message"]
+    assert wait["next_try"] > wait["since"]
 
 
 def test_the_backoff_doubles_up_to_its_cap_with_full_jitter() -> None:

@@ -17,6 +17,7 @@ from worker.errors import CourierError, PacsMisanswered, PacsRejected, PacsUnaut
 from worker.ledger import PREFIX
 from worker.logs import job_lines
 from worker.pacs.guard import Guard
+from worker.server_rates import ServerRates
 from worker.settings import BreakerSettings, ServerSettings
 from worker.slots import Slots
 
@@ -46,11 +47,14 @@ class Process:
     client: fakeredis.FakeRedis
     breakers: CountingBreakers = field(init=False)
     guard: Guard = field(init=False)
+    rates: ServerRates = field(init=False)
     reached: int = 0
+    slept: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.breakers = CountingBreakers(self.client, SETTINGS)
-        self.guard = Guard(self.breakers, Slots(self.client), [SERVER, OTHER])
+        self.breakers, self.rates = CountingBreakers(self.client, SETTINGS), ServerRates(self.client)
+        servers = [SERVER, OTHER]
+        self.guard = Guard(self.breakers, Slots(self.client), servers, rates=self.rates, sleep=self.slept.append)
 
     def call(
         self, error: CourierError | None = None, *, changes: bool = False, during: Callable[[], object] | None = None
@@ -166,9 +170,102 @@ def test_a_change_that_does_not_even_connect_speaks_of_the_server(one: Process) 
     assert resting(one.call()) == "a"
 
 
-def test_slow_down_is_heeded_at_once(one: Process) -> None:
-    assert resting(one.call(failure(details={"status": 429}, retry_after_s=30), changes=True)) == "a"
+def test_a_failure_that_names_a_time_is_heeded_at_once(one: Process) -> None:
+    assert resting(one.call(failure(details={"status": 500}, retry_after_s=30), changes=True)) == "a"
     assert resting(one.call()) == "a"
+
+
+def too_fast(status: int = 429, after_s: float | None = None) -> PacsUnavailable:
+    error = failure(details={"status": status}, retry_after_s=after_s)
+    error.slow_down = True
+    return error
+
+
+def waits_s(error: CourierError | None) -> float:
+    """How long the job of a call waits that was kept from its server, or answered "fewer requests"."""
+    assert isinstance(error, PacsUnavailable)
+    assert (error.slow_down, error.resting) == (True, None)
+    return error.retry_after_s or 0
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_request_to_slow_down_is_heeded_by_all_and_is_no_failure(
+    one: Process, two: Process, status: int, changes: bool
+) -> None:
+    answer = one.call(too_fast(status, 30), changes=changes)
+    assert 30 <= waits_s(answer) < 32
+    assert waits_s(one.call()) > 29
+    two.guard.refresh()
+    kept = two.call(changes=True)
+    assert waits_s(kept) > 29
+    assert (kept.details["phase"], two.reached) == ("resting", 0), "nothing was sent"
+    assert one.breakers.read(["a"])["a"].failures == 0
+
+
+def test_without_a_time_the_next_requests_go_out_one_by_one(one: Process) -> None:
+    one.call(too_fast())
+    for _ in range(3):
+        assert one.call() is None
+    assert one.slept == sorted(one.slept)
+    assert 0.2 < one.slept[-1] < 0.6
+    assert one.reached == 4
+
+
+def test_many_answers_to_what_was_under_way_lower_the_rate_once(one: Process) -> None:
+    def under_way(left: int) -> None:
+        if left:
+            one.call(too_fast(), during=lambda: under_way(left - 1))
+
+    under_way(4)
+    rate = one.rates.read(["a"])["a"]
+    assert (rate.cuts, rate.per_s) == (1, pytest.approx(8, rel=0.05))
+    one.call(too_fast())
+    assert one.rates.read(["a"])["a"].cuts == 2
+
+
+def test_a_server_that_was_asked_fast_goes_on_at_half_that_speed(one: Process) -> None:
+    for _ in range(100):
+        one.call()
+    one.call(too_fast())
+    assert one.rates.read(["a"])["a"].per_s == pytest.approx(101 / 2 / 2, rel=0.1)
+
+
+def test_a_probe_that_is_answered_so_says_nothing_of_the_server(one: Process, client: fakeredis.FakeRedis) -> None:
+    open_it(one, client, half=True)
+    one.guard.refresh()
+    assert one.call(too_fast()).resting is None
+    assert one.state() == "half-open"
+    assert one.call() is None
+    assert one.state() == "closed"
+
+
+def test_other_servers_go_on(one: Process) -> None:
+    one.call(too_fast(after_s=30))
+    with one.guard.call(OTHER, changes=True):
+        pass
+    assert one.slept == []
+
+
+def test_where_redis_is_away_the_answer_itself_says_how_long_to_wait(
+    one: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any, **__: Any) -> Any:
+        raise redis.ConnectionError
+
+    monkeypatch.setattr(one.rates, "lower", lost)
+    assert waits_s(one.call(too_fast(after_s=30))) == 30
+
+
+def test_a_guard_asks_redis_for_no_turn_until_a_server_asks_for_fewer_requests(
+    one: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one.call()
+    taken: list[str] = []
+    monkeypatch.setattr(one.rates, "take", taken.append)
+    for _ in range(10):
+        one.call()
+    assert taken == []
 
 
 def test_one_probe_over_all_processes_closes_it(one: Process, two: Process, client: fakeredis.FakeRedis) -> None:

@@ -47,6 +47,7 @@ from worker.ledger import (
 )
 from worker.logs import about, about_study, where_it_broke
 from worker.payloads import MESSAGE_BYTES
+from worker.server_rates import SPREAD_S
 from worker.settings import JobSettings
 from worker.shortage import MAX_RETURNS, PAUSE_S, STARVED, Returns, dead_letter, is_shortage, why
 from worker.telemetry import End, JobSeen, count, watching
@@ -56,6 +57,9 @@ log = logging.getLogger(__name__)
 
 #: Somebody waits for the answer to these: they do not sit out a server's illness, but end after their attempts.
 SOMEBODY_WAITS: Final = frozenset({"pacs.exists", "pacs.metadata", "pacs.list_studies"})
+
+#: How long a job waits whose server asked for fewer requests, where the rate could not be lowered (Redis was away).
+SLOWED_S: Final = 1.0
 
 #: A job to which Redis gives the same error so often is a dead letter.
 MAX_REFUSALS: Final = 3
@@ -339,6 +343,8 @@ def _again(error: TryAgain, claim: Claim, run: Run, tools: Tools, *, task: str) 
     limits = tools.settings.jobs
     if is_given_up(error, job_id=run.job_id, ledger=tools.ledger, last=run.last):
         return Failed(error)
+    if isinstance(error, PacsUnavailable) and error.slow_down and claim.waited_s < limits.max_wait_s:
+        return _slowed(error, claim, limits)
     breaker = _to_wait_for(error, claim, limits, task)
     if breaker is not None:
         return _rest(error, breaker)
@@ -394,6 +400,13 @@ def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random
         asked_s = ASK_AGAIN_S
     delay_s = min(asked_s, limits.retry_after_cap_s) + backoff_s(run.attempt, limits, rng)
     return _Park(_reason(error), delay_s)
+
+
+def _slowed(error: PacsUnavailable, claim: Claim, limits: JobSettings) -> _Park:
+    """The server asked for fewer requests: how long the job waits is decided in ``worker/server_rates.py``."""
+    asked_s = SLOWED_S if error.retry_after_s is None else error.retry_after_s
+    delay_s = min(asked_s, limits.retry_after_cap_s + SPREAD_S, limits.max_wait_s - claim.waited_s)
+    return _Park(_reason(error), delay_s, "server")
 
 
 def _rest(error: CourierError, breaker: str) -> _Rest:

@@ -26,10 +26,11 @@ from worker.jobs.run import ServerUnknown
 from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare
 from worker.jobs.tools import Tools
 from worker.ledger import Ledger
-from worker.pacs.guard import at_rest
+from worker.pacs.guard import at_rest, slowed
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs
 from worker.payloads import Route, RouteReason
 from worker.routing import Decision, Exists, Follow, New, Open, choose
+from worker.server_rates import STAY_S
 from worker.settings import ServerSettings
 from worker.viewer import viewer_url
 
@@ -69,6 +70,8 @@ class Wish:
 def left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None) -> Sequence[CourierError]:
     """Errors of those of the servers ``names`` that may not be asked now, and of ``changed`` if it takes no changes.
 
+    So are those that have asked for fewer requests, if the next one would wait too long for its turn.
+
     To be asked before a file is fetched that would be of no use then. One that is to be asked whether it is well again,
     and that no job is asking, may be asked.
     """
@@ -77,11 +80,14 @@ def left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None
     changes = [] if changed is None else [changed + CHANGES]
     credentials = [name + CREDENTIAL for name in names]
     states = tools.breakers.read([*names, *credentials, *changes])
-    return [
+    resting = [
         at_rest(tools.fleet[server_of(breaker)].server, breaker, state.pause_left_s, state.reason)
         for breaker, state in states.items()
         if state.pause_left_s is not None and (state.pause_left_s > 0 or state.probing)
     ]
+    asked = list(dict.fromkeys([*names, *([changed] if changed else [])]))
+    rates = {} if tools.rates is None else tools.rates.read(asked)
+    return resting + [slowed(tools.fleet[name].server, rate) for name, rate in rates.items() if rate.wait_s > STAY_S]
 
 
 def check_not_left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None) -> None:

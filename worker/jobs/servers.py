@@ -18,6 +18,7 @@ from worker.payloads import (
     DatabasePayload,
     Fault,
     PlaceEntry,
+    RateLimit,
     ServersJob,
     StatusEntry,
     StatusJob,
@@ -26,6 +27,7 @@ from worker.payloads import (
     StoragePayload,
     read_job,
 )
+from worker.waits import utc
 
 State = TypeVar("State", ServerState, StorageState, DatabaseState)
 Kind = TypeVar("Kind", StatusEntry, StorageEntry, DatabaseEntry)
@@ -34,9 +36,22 @@ Kind = TypeVar("Kind", StatusEntry, StorageEntry, DatabaseEntry)
 def status(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
     """Who answers, how fast, and what each server says of itself."""
     asked = _ask(message, run, tools, lambda pacs: pacs.state())
-    entries = [_entry(StatusEntry, *answer, _status) for answer in asked]
+    entries = [_with_rate(_entry(StatusEntry, *answer, _status), tools) for answer in asked]
     places = _places(tools) if read_job(StatusJob, message).places else []
     return StatusPayload(job_id=run.job_id, servers=entries, places=places).as_json()
+
+
+def _with_rate(entry: StatusEntry, tools: Tools) -> StatusEntry:
+    """``entry`` with the rate at which workers ask the server, if it has asked for fewer requests."""
+    if tools.rates is None:
+        return entry
+    rate = tools.rates.read([entry.server_name])[entry.server_name]
+    if rate.per_s is None:
+        return entry
+    held_until = utc((tools.now() + rate.held_s) * 1000) if rate.held_s > 0 else None
+    limit = RateLimit(status=rate.status, per_s=round(rate.per_s, 2), held_until=held_until)
+    note = "; ".join(filter(None, [entry.note.rstrip("."), str(rate)]))
+    return entry.model_copy(update={"rate_limit": limit, "note": note})
 
 
 def storage(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:

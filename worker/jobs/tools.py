@@ -12,6 +12,7 @@ from worker.destinations import Destinations
 from worker.jobs.turns import Turns
 from worker.ledger import DueJob, Ledger
 from worker.pacs.fleet import Fleet
+from worker.server_rates import ServerRates
 from worker.settings import DownloadSettings, Settings
 from worker.sources import Sources
 
@@ -28,6 +29,8 @@ class Tools:
     fleet: Fleet
     #: Of all servers, for all workers; without them nobody is left alone and nobody is sick.
     breakers: Breakers | None = None
+    #: How fast those servers may be asked that have asked for fewer requests.
+    rates: ServerRates | None = None
     #: The same servers over short-tempered connections of their own: asking how they are never waits behind work.
     probes: Fleet | None = None
     destinations: Destinations = field(default_factory=lambda: Destinations(DownloadSettings()))

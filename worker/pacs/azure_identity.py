@@ -57,7 +57,7 @@ class AzureIdentity(CachedToken):
             ) as credential:
                 token = credential.get_token(str(self._auth.scope))
         except _SDK_ERRORS as error:
-            raise NoToken(*_meaning(error, self._answer)) from error
+            raise NoToken(*_meaning(error, self._answer), answer=self._answer) from error
         return Token(f"Bearer {token.token}", token.expires_on - time.time())
 
     def _note(self, answer: requests.Response, *_: Any, **__: Any) -> None:

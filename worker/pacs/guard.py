@@ -1,7 +1,8 @@
-"""What stands before every call to a server in this process: its circuit breakers and its slots, all workers' alike.
+"""What stands before every call to a server in this process: its circuit breakers, its rate if it has asked for fewer
+requests, and its slots, all workers' alike.
 
-The states of the breakers are read twice a second for all servers together, and after a failure of one's own; a call to
-a server that is well asks Redis for nothing. What is sent over the wire is none of this module's business.
+The states of breakers and rates are read twice a second for all servers together, and after a failure of one's own; a
+call to a server that is well asks Redis for nothing. What is sent over the wire is none of this module's business.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ import redis
 from worker.breakers import CHANGES, CREDENTIAL, Breakers, BreakerState, breakers_of, circuit_open
 from worker.errors import CourierError, PacsUnauthorized, PacsUnavailable, TryAgain
 from worker.logs import job_in_hand
+from worker.server_rates import ServerRate, ServerRates
 from worker.settings import ServerSettings
 from worker.slots import NoSlot, Slots
 from worker.waits import SERVER_BUSY, WaitReason, waiting_for
@@ -30,6 +33,9 @@ log = logging.getLogger(__name__)
 BEAT_S = 0.5
 #: A probe whose process has died is given up after this.
 PROBE_S = 10.0
+#: How fast a server was asked is measured over so many seconds, and at most so many requests.
+_MEASURED_S = 2.0
+_REMEMBERED = 2000
 
 
 @dataclass
@@ -53,8 +59,9 @@ class _Seen:
 class Call:
     """One call on its way. `answered` says that the server is well, before all of its answer has come."""
 
-    def __init__(self, guard: Guard, breakers: Sequence[str]) -> None:
-        self._guard, self._breakers = guard, breakers
+    def __init__(self, guard: Guard, breakers: Sequence[str], cuts: int = 0) -> None:
+        """``cuts``: how often the server's rate had been lowered when the call went out."""
+        self._guard, self._breakers, self._cuts = guard, breakers, cuts
         self._probes: dict[str, _Probe] = {}
 
     def admit(self, server: ServerSettings) -> None:
@@ -95,6 +102,10 @@ class Call:
         if not self._guard.failed(credential, probe, at_once=True, reason=error.message).closed:
             error.resting = credential
 
+    def slowed(self, server: ServerSettings, error: PacsUnavailable) -> None:
+        """The server asks for fewer requests, which says neither that it is well nor that it is not."""
+        self._guard.slow_down(server, error, self._cuts)
+
     def over(self) -> None:
         """Nothing is known of the server by this call: another one may be the probe."""
         for probe in self._probes.values():
@@ -102,7 +113,7 @@ class Call:
 
 
 class Guard:
-    """The breakers and slots as one process sees them. Safe for threads; made after a fork."""
+    """The breakers, rates and slots as one process sees them. Safe for threads; made after a fork."""
 
     def __init__(
         self,
@@ -110,9 +121,16 @@ class Guard:
         slots: Slots,
         servers: Sequence[ServerSettings],
         *,
+        rates: ServerRates | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._breakers, self._slots, self._clock = breakers, slots, clock
+        self._rates, self._sleep = rates, sleep
+        self._servers = [server.name for server in servers]
+        #: The servers that have asked for fewer requests, and when each was asked lately.
+        self._slowed: frozenset[str] = frozenset()
+        self._asked: dict[str, deque[float]] = {name: deque(maxlen=_REMEMBERED) for name in self._servers}
         self._names = [name for server in servers for name in breakers_of(server.name)]
         self._seen: dict[str, _Seen] = {}
         self._probes: dict[str, _Probe] = {}
@@ -136,8 +154,9 @@ class Guard:
         names = breakers_of(server.name) if changes else breakers_of(server.name)[:-1]
         for name in names:
             self._refuse_if_open(server, name)
+        cuts = self._wait_for_turn(server)
         with self._slot(server):
-            call = Call(self, names)
+            call = Call(self, names, cuts)
             try:
                 call.admit(server)
                 yield call
@@ -164,6 +183,49 @@ class Guard:
                 raise
             sentence = f"{server.name} has {limit} requests in flight and took no further one within {wait_s:g} s."
             raise _resting(server, server.name, sentence) from None
+
+    # --- rates --------------------------------------------------------------------------------------------------
+
+    def _wait_for_turn(self, server: ServerSettings) -> int:
+        """Return when the request may go out to a server that has asked for fewer, and how often its rate was lowered.
+
+        Raises
+        ------
+        PacsUnavailable
+            That is too long to wait for it here.
+        """
+        name = server.name
+        cuts = 0
+        if self._rates is not None and name in self._slowed:
+            rate = self._rates.take(name)
+            if not rate.is_turn:
+                raise slowed(server, rate)
+            if rate.wait_s > 0:
+                with waiting_for(WaitReason(PacsUnavailable.code, str(rate), name)):
+                    self._sleep(rate.wait_s)
+            cuts = rate.cuts
+        if name in self._asked:
+            self._asked[name].append(self._clock())
+        return cuts
+
+    def slow_down(self, server: ServerSettings, error: PacsUnavailable, cuts: int) -> None:
+        """Lower the rate of ``server`` for all workers; ``error`` then says how long its job waits."""
+        if self._rates is None:
+            return
+        now = self._clock()
+        asked = sum(moment > now - _MEASURED_S for moment in list(self._asked.get(server.name, ())))
+        status, after_s = int(error.details["status"]), error.retry_after_s
+        try:
+            rate = self._rates.lower(
+                server.name, status=status, retry_after_s=after_s, cuts=cuts, measured_per_s=asked / _MEASURED_S
+            )
+        except redis.RedisError as trouble:
+            log.warning("Could not note that %s asks for fewer requests: %s", server.name, type(trouble).__name__)
+            return
+        if rate.cuts > cuts:
+            log.warning("%s", rate)
+        self._slowed |= {server.name}
+        error.retry_after_s = rate.wait_s
 
     # --- breakers -----------------------------------------------------------------------------------------------
 
@@ -282,6 +344,9 @@ class Guard:
             seen = self._seen.get(name)
             if seen is None or seen.at <= asked_at:
                 self._seen[name] = _Seen(state, asked_at)
+        if self._rates is not None:
+            rates = self._rates.read(self._servers)
+            self._slowed = frozenset(name for name, rate in rates.items() if rate.per_s is not None)
 
     def _beat(self) -> None:
         self.refresh()
@@ -309,7 +374,9 @@ def _judge(call: Call, server: ServerSettings, error: CourierError) -> None:
     if error.server_name != server.name:
         return
     if isinstance(error, PacsUnavailable):
-        if error.resting is None:
+        if error.slow_down:
+            call.slowed(server, error)
+        elif error.resting is None:
             call.failed(error)
     elif isinstance(error, PacsUnauthorized):
         if error.resting is None:
@@ -337,6 +404,16 @@ def at_rest(
         return refused
     then = "the server is tested again when its pause is over" if left_s > 0 else "another job is testing the server"
     return _resting(server, breaker, f"{circuit_open(breaker)}; {then}.")
+
+
+def slowed(server: ServerSettings, rate: ServerRate) -> PacsUnavailable:
+    """That a job is put aside until its next request to ``server`` may be sent; nothing was sent."""
+    details = {"phase": "resting", "status": rate.status}
+    error = PacsUnavailable(
+        str(rate), retry_after_s=rate.wait_s, server_name=server.name, server_type=server.type, details=details
+    )
+    error.slow_down, error.is_attempt = True, False
+    return error
 
 
 def _resting(server: ServerSettings, breaker: str, sentence: str) -> PacsUnavailable:

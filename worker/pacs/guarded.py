@@ -5,16 +5,20 @@ The one place where the two meet, so that no dialect knows of either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from worker.errors import CourierError, PacsUnauthorized
+from worker.errors import CourierError, PacsUnauthorized, PacsUnavailable
 from worker.pacs.guard import Guard
 from worker.pacs.transport import Answer, Credentials, Request, Transport
+from worker.server_rates import STAY_S
 from worker.settings import ServerSettings
+
+Sent = TypeVar("Sent")
 
 
 class GuardedTransport(Transport):
@@ -25,6 +29,15 @@ class GuardedTransport(Transport):
         self._accepted: Request | None = None
 
     def exchange(self, request: Request) -> Answer:
+        return self._patiently(request, lambda: self._exchanged(request))
+
+    @contextmanager
+    def stream(self, request: Request) -> Iterator[tuple[Answer, Iterator[bytes]]]:
+        """As the plain one. The slot is held until the stream is closed; the server counts as well once it answers."""
+        with ExitStack() as stack:
+            yield self._patiently(request, lambda: stack.enter_context(self._streamed(request)))
+
+    def _exchanged(self, request: Request) -> Answer:
         with self._guard.call(self.server, changes=_changes(request)), self._scoped(request):
             answer = super().exchange(request)
             if request.method == "GET" and answer.status < 300 and len(answer.body) < _SHORT_BYTES:
@@ -32,8 +45,7 @@ class GuardedTransport(Transport):
             return answer
 
     @contextmanager
-    def stream(self, request: Request) -> Iterator[tuple[Answer, Iterator[bytes]]]:
-        """As the plain one. The slot is held until the stream is closed; the server counts as well once it answers."""
+    def _streamed(self, request: Request) -> Iterator[tuple[Answer, Iterator[bytes]]]:
         with (
             self._guard.call(self.server, changes=_changes(request)) as call,
             self._scoped(request),
@@ -69,6 +81,20 @@ class GuardedTransport(Transport):
         except CourierError:
             return False
         return False
+
+    def _patiently(self, request: Request, send: Callable[[], Sent]) -> Sent:
+        """What ``send`` gives. A question that is answered "fewer requests" is asked again when its turn comes soon.
+
+        So a list of many pages does not begin anew with each such answer. What changes something is left to the job.
+        """
+        until_s = time.monotonic() + STAY_S
+        while True:
+            try:
+                return send()
+            except PacsUnavailable as error:
+                after_s = error.retry_after_s
+                if _changes(request) or not error.slow_down or after_s is None or time.monotonic() + after_s > until_s:
+                    raise
 
 
 #: No longer answer is asked for again.

@@ -48,7 +48,7 @@ class ClientCredentials(CachedToken):
                 self._scope, requests_kwargs={"timeout": self._timeouts_s, "allow_redirects": False}
             )
         except (OAuth2Error, requests.RequestException) as error:
-            raise NoToken(*_meaning(error)) from error
+            raise NoToken(*_meaning(error), answer=getattr(error, "response", None)) from error
         return Token(token.authorization_header(), float("inf") if token.expires_in is None else token.expires_in)
 
 

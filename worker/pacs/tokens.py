@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -24,6 +24,8 @@ from urllib3.exceptions import HTTPError
 
 from worker.errors import CourierError, PacsUnauthorized, PacsUnavailable
 from worker.pacs.connections import authorities
+from worker.pacs.transport import retry_after_s
+from worker.server_rates import asks_to_slow_down
 from worker.settings import ServerSettings
 
 #: A token is fetched again this long before it expires, or after two thirds of a shorter life.
@@ -48,11 +50,23 @@ class Token:
 
 
 class NoToken(Exception):
-    """An endpoint gave no token: which of our errors that is, and what the endpoint did, in words."""
+    """An endpoint gave no token: which of our errors that is, and what the endpoint did, in words.
 
-    def __init__(self, kind: type[CourierError], words: str) -> None:
+    ``answer`` may ask for fewer requests.
+    """
+
+    def __init__(self, kind: type[CourierError], words: str, *, answer: requests.Response | None = None) -> None:
         super().__init__(words)
-        self.kind, self.words = kind, words
+        status = 0 if answer is None else answer.status_code
+        after_s = None if answer is None else retry_after_s(answer.headers.get("Retry-After"), now=time.time())
+        self.failure = _Failure(kind, words, status, after_s)
+
+
+class _Failure(NamedTuple):
+    kind: type[CourierError]
+    words: str
+    status: int = 0
+    retry_after_s: float | None = None
 
 
 class CachedToken:
@@ -71,7 +85,7 @@ class CachedToken:
         self._value: str | None = None
         self._fresh_until = self._good_until = 0.0
         self._failed_at = float("-inf")
-        self._failure: tuple[type[CourierError], str] = (PacsUnavailable, "")
+        self._failure = _Failure(PacsUnavailable, "")
 
     def authorization(self) -> str:
         value = self._value
@@ -99,22 +113,26 @@ class CachedToken:
 
     def _fetch(self, asked_at: float) -> str:
         if self._failed_at > asked_at:  # while this thread waited for its turn
-            raise self._error(*self._failure)
+            raise self._error(self._failure)
         begun_at = self._clock()
         try:
             token = self._request()
         except NoToken as failure:
-            self._failed_at, self._failure = self._clock(), (failure.kind, failure.words)
+            self._failed_at, self._failure = self._clock(), failure.failure
             # Not "from failure": what is behind it may hold the answer of the token endpoint.
-            raise self._error(*self._failure) from None
+            raise self._error(self._failure) from None
         self._value = token.value
         self._good_until = begun_at + token.life_s
         self._fresh_until = self._good_until - min(AHEAD_S, token.life_s / 3)
         return self._value
 
-    def _error(self, kind: type[CourierError], words: str) -> CourierError:
+    def _error(self, failure: _Failure) -> CourierError:
         name, dialect = self._server.name, self._server.type
-        error = kind(f"The token endpoint of {name} {words}.", server_name=name, server_type=dialect)
+        sentence = f"The token endpoint of {name} {failure.words}."
+        error = failure.kind(sentence, server_name=name, server_type=dialect)
+        if isinstance(error, PacsUnavailable) and asks_to_slow_down(failure.status, failure.retry_after_s):
+            error.payload["details"] = {"status": failure.status}
+            error.slow_down, error.retry_after_s = True, failure.retry_after_s
         if isinstance(error, PacsUnauthorized):
             error.scope = "credential"
         return error

@@ -31,6 +31,7 @@ from worker.errors import (
     TryAgain,
 )
 from worker.pacs.connections import Stale, allow, mistrust, pool, refused_certificate
+from worker.server_rates import asks_to_slow_down
 from worker.settings import ServerSettings
 from worker.telemetry import CallSeen, carrier, watching
 
@@ -255,14 +256,16 @@ class Transport:
             raise self.error(PacsMisanswered, f"The answer of {name} was cut off.") from error
 
     def _refusal(self, request: Request, response: BaseHTTPResponse) -> CourierError:
-        kind = self._statuses.get(response.status) or kind_of_status(response.status)
-        path = urlsplit(request.target).path
-        sentence = f"{self.server.name} answered {response.status} to {request.method} {path}: {advice(kind)}."
-        more: dict[str, Any] = {"details": {"status": response.status}}
-        if issubclass(kind, TryAgain):
-            more["retry_after_s"] = retry_after_s(response.headers.get("Retry-After"), now=self._now())
-        error = self.error(kind, sentence, **more)
-        if isinstance(error, PacsUnauthorized) and response.status == HTTPStatus.UNAUTHORIZED:
+        status, after_s = response.status, retry_after_s(response.headers.get("Retry-After"), now=self._now())
+        kind = self._statuses.get(status) or kind_of_status(status)
+        slow_down = kind is PacsUnavailable and asks_to_slow_down(status, after_s)
+        said = "it asks for fewer requests" if slow_down else advice(kind)
+        sentence = f"{self.server.name} answered {status} to {request.method} {urlsplit(request.target).path}: {said}."
+        more: dict[str, Any] = {"retry_after_s": after_s} if issubclass(kind, TryAgain) else {}
+        error = self.error(kind, sentence, details={"status": status}, **more)
+        if isinstance(error, PacsUnavailable):
+            error.slow_down = slow_down
+        if isinstance(error, PacsUnauthorized) and status == HTTPStatus.UNAUTHORIZED:
             error.scope = "credential"
         return error
 
