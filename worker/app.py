@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import os
 import signal
@@ -73,6 +74,8 @@ LAST_SWEEP_S = 5.0
 SOON_S = 10.0
 #: How long an event may wait for others.
 EVENTS_S = 0.1
+#: So many objects more than before may there be until Python looks for cycles among them.
+NEW_OBJECTS = 5_000
 #: What a task ignores its message for that has to come again, before anything of the job was begun.
 NOT_BEGUN = "not begun"
 #: What a task ignores its message for that waits; why, comes next.
@@ -724,6 +727,12 @@ def outlook() -> Outlook:
         batches=Counter(batch.state for batch in Batches(ledger).list()),
         breakers={name: state.name for name, state in breakers.states(server_names).items()},
     )
+
+
+@signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped
+def _collect_less_often(**_: Any) -> None:
+    """The metadata of one image are a thousand objects, for which Python would look for cycles once or more per job."""
+    gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped

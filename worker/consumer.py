@@ -541,6 +541,19 @@ class PacsChannel(redis_transport.Channel):
     #: Tags of messages that this process has taken, and could not give back when it lost its connection.
     unreturned: ClassVar[set[str]] = set()
 
+    _for_commands: Any = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """One client for all commands: kombu makes one for each, which takes longer than the command.
+
+        What waits for messages has a client and a connection of its own, as with kombu.
+        """
+        if asynchronous:
+            return super()._create_client(asynchronous=True)  # type: ignore[no-untyped-call]  # kombu is untyped
+        if self._for_commands is None or self._for_commands.connection_pool is not self.pool:
+            self._for_commands = super()._create_client()  # type: ignore[no-untyped-call]  # kombu is untyped
+        return self._for_commands
+
     def _brpop_start(self, *args: Any, **options: Any) -> None:
         if self.adrift or self.unreturned:
             self._give_back()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import threading
 from collections.abc import Callable
@@ -352,6 +353,36 @@ def test_a_message_that_cannot_be_put_back_is_not_quoted(
     channel._do_restore_message(raw, exchange, routing_key, None)
     assert "cannot be put back" in caplog.text
     assert "PLANTED" not in caplog.text
+
+
+def test_a_channel_has_one_client_for_its_commands_as_long_as_its_connections_are_the_same() -> None:
+    channel = PacsChannel.__new__(PacsChannel)
+    channel.Client = lambda connection_pool: SimpleNamespace(connection_pool=connection_pool)
+    channel._pool, channel._async_pool = MagicMock(), MagicMock()
+    for pool_of_it in (channel._pool, channel._async_pool):
+        pool_of_it.connection_kwargs = {}
+    with channel.conn_or_acquire() as first, channel.conn_or_acquire() as second:
+        assert first is second
+        assert first.connection_pool is channel._pool
+    assert channel.client.connection_pool is channel._async_pool  # which waits for messages
+    channel._pool = MagicMock(connection_kwargs={})  # the connection was lost
+    with channel.conn_or_acquire() as third:
+        assert third.connection_pool is channel._pool
+
+
+def test_reading_the_metadata_of_an_image_does_not_make_a_worker_look_for_cycles() -> None:
+    text = json.dumps([{f"{tag:08X}": {"vr": "LO", "Value": ["SYNTHETIC"]} for tag in range(1_000)}])
+    thresholds, searches = gc.get_threshold(), []
+    product._collect_less_often()
+    gc.collect()
+    gc.callbacks.append(lambda phase, told: searches.append((phase, told)))
+    try:
+        assert len(json.loads(text)[0]) == 1_000
+        assert searches == []
+        assert gc.get_threshold()[1:] == thresholds[1:]
+    finally:
+        gc.callbacks.pop()
+        gc.set_threshold(*thresholds)
 
 
 def test_a_message_that_redis_did_not_note_as_taken_is_put_back_before_another_is_asked_for(

@@ -132,6 +132,14 @@ def every_call(server_type: ServerType) -> list[Request]:
     return wire.sent
 
 
+@pytest.mark.parametrize("server_type", ["dcm4chee", "dicomweb", "msdicom", "orthanc"])
+def test_metadata_are_asked_for_compressed_except_those_of_one_image(server_type: ServerType) -> None:
+    pacs, wire = asked(server_type, Reply(200, [study()]), Reply(200, [study()]), Reply(200, [study()]))
+    for found in (STUDY, SERIES, IMAGE):
+        assert pacs.metadata(found) == [study()]
+    assert [call.headers.get("Accept-Encoding") for call in wire.sent] == ["gzip", "gzip", None]
+
+
 # MSDICOM
 
 
