@@ -1,18 +1,26 @@
 """How much of a real DCM4CHEE's own limit single uploads reach: ``python -m benchmarks.archive URL``.
 
-``URL`` is the DICOMweb root of an archive for tests, ``http://…/aets/DCM4CHEE/rs``. Raw STOW in study order
-and the whole chain (image server → worker with eight threads → check → push → metadata → result) take turns within one
-run, and the ratio of a turn's two rates is the figure to compare. What was stored is deleted after each turn, untimed.
+``URL`` is the DICOMweb root of an archive for tests, ``http://…/aets/DCM4CHEE/rs``. Raw STOW and the whole chain (image
+server → worker with eight threads → check → push → metadata → result) take turns within one run, and the ratio of a
+turn's two rates is the figure to compare. Raw STOW in study order, as the worker gets the images: each of eight
+connections takes the next one. *Shuffled*: the same images in any order, so that few images of a study are on their way
+at once; *alone*: one connection. An archive that has just started is slow: let a run pass before the one that counts.
+What the archive and its database take is the processor time of this machine that is not ours, so it is right only on
+this machine, and where nothing else runs. What was stored is deleted after each turn, untimed.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
+import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +29,22 @@ import pydicom
 import requests
 
 from benchmarks.images import image
-from benchmarks.uploads import Bench, chain_pass, fresh_images, raw_stows_per_s, serve_images, wall_ms_by_step
+from benchmarks.uploads import (
+    Bench,
+    ChainPass,
+    chain_pass,
+    cpu_s,
+    fresh_images,
+    raw_stows_per_s,
+    serve_images,
+    wall_ms_by_step,
+)
 from producer import Courier
 from sandbox import processes as parts
 from sandbox.processes import Processes
 
 CONNECTIONS = 8
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Studies:
@@ -63,6 +81,9 @@ def study_uid(number: int) -> str:
 
 def measure(url: str, folder: Path, *, passes: int, count: int) -> dict[str, Any]:
     studies = Studies(url)
+    rates: defaultdict[str, list[float]] = defaultdict(list)
+    archive_ms: defaultdict[str, list[float]] = defaultdict(list)
+    chain: list[ChainPass] = []
     with Processes(folder) as processes:
         redis = parts.redis(processes)
         images = serve_images(processes)
@@ -72,22 +93,42 @@ def measure(url: str, folder: Path, *, passes: int, count: int) -> dict[str, Any
         stage = Bench(processes, url, images, parts.write_settings(folder / "pacs.toml", tree))
         worker = parts.worker(processes, stage.config, concurrency=CONNECTIONS)
         worker.wait_ready()
-        raw, alone, chain = [], [], []
+
+        def raw(connections: int, *, shuffled: bool = False) -> float:
+            pairs = fresh_images(count, studies)
+            return raw_stows_per_s(url, random.sample(pairs, count) if shuffled else pairs, connections=connections)
+
+        def uploads() -> float:
+            chain.append(chain_pass(stage, courier, count=count, studies=studies))
+            return chain[-1].jobs_per_s
+
+        ways: dict[str, Callable[[], float]] = {
+            "raw": partial(raw, CONNECTIONS),
+            "uploads": uploads,
+            "shuffled": partial(raw, CONNECTIONS, shuffled=True),
+            "alone": partial(raw, 1),
+        }
         with Courier(stage.settings) as courier:
             chain_pass(stage, courier, count=40, studies=studies)
             for _ in range(passes):
-                raw.append(raw_stows_per_s(url, fresh_images(count, studies), connections=CONNECTIONS))
-                chain.append(chain_pass(stage, courier, count=count, studies=studies))
-                alone.append(raw_stows_per_s(url, fresh_images(count, studies), connections=1))
+                for way, carry in ways.items():
+                    before_s = others_s(stage)
+                    rates[way].append(carry())
+                    archive_ms[way].append((others_s(stage) - before_s) * 1000 / count)
                 studies.remove()
         processes.stop_one(worker)
     return {
-        "raw": raw,
-        "alone": alone,
-        "chain": [one.jobs_per_s for one in chain],
-        "ratios": [one.jobs_per_s / rate for one, rate in zip(chain, raw, strict=True)],
+        "rates": rates,
+        "archive_ms": archive_ms,
+        "cpu_ms": {part: statistics.median(one.cpu_ms[part] for one in chain) for part in chain[0].cpu_ms},
         "wall_ms_by_step": wall_ms_by_step([payload for one in chain for payload in one.payloads]),
     }
+
+
+def others_s(stage: Bench) -> float:
+    """Processor time of all on this machine but us: of the archive and its database, if nothing else runs."""
+    _, user, nice, system, _, _, irq, softirq, *_ = Path("/proc/stat").read_text().split()
+    return sum(map(int, (user, nice, system, irq, softirq))) / TICKS_PER_S - sum(cpu_s(stage).values())
 
 
 @click.command(help=__doc__)
@@ -97,13 +138,19 @@ def measure(url: str, folder: Path, *, passes: int, count: int) -> dict[str, Any
 def main(url: str, passes: int, count: int) -> None:
     with tempfile.TemporaryDirectory(prefix="pacs-bench-") as folder:
         figures = measure(url.rstrip("/"), Path(folder), passes=passes, count=count)
-    for name in ("raw", "alone", "chain"):
-        rates = figures[name]
-        print(f"{name:6} {statistics.median(rates):6.1f} images/s   ({' '.join(f'{rate:.0f}' for rate in rates)})")
-    ratios = figures["ratios"]
-    print(f"chain / raw, {CONNECTIONS} connections in study order: {statistics.median(ratios):.2f}", end="")
-    print(f"   ({' '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    rates = figures["rates"]
+    for way, each in rates.items():
+        archive_ms = statistics.median(figures["archive_ms"][way])
+        print(f"{way:8} {_all(each, '6.1f')} images/s; archive and database {archive_ms:.1f} ms an image")
+    for way, words in (("raw", "in study order"), ("shuffled", "shuffled over the studies")):
+        ratios = [ours / theirs for ours, theirs in zip(rates["uploads"], rates[way], strict=True)]
+        print(f"uploads / raw, {CONNECTIONS} connections, {words}: {_all(ratios, '.2f')}")
+    print("processor time of an upload: " + ", ".join(f"{part} {ms:.1f} ms" for part, ms in figures["cpu_ms"].items()))
     print("milliseconds by step: " + ", ".join(f"{step} {ms:.0f}" for step, ms in figures["wall_ms_by_step"].items()))
+
+
+def _all(figures: Sequence[float], form: str) -> str:
+    return f"{statistics.median(figures):{form}} ({' '.join(f'{one:{form}}'.strip() for one in figures)})"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,12 +105,14 @@ def fresh_images(count: int, studies: Iterator[int] = _studies) -> list[tuple[in
 
 
 def raw_stows_per_s(url: str, pairs: Sequence[tuple[int, int]], *, connections: int) -> float:
-    """STOW-RS one image per request over ``connections`` that stay open; bodies are made beforehand."""
-    bodies = [_multipart(image(study, number)) for study, number in pairs]
-    shares = [bodies[first::connections] for first in range(connections)]
+    """STOW-RS one image per request, in the order of ``pairs``; bodies are made beforehand.
+
+    The ``connections`` stay open, and each takes the next image of one line, as the threads of a worker do.
+    """
+    line = iter([_multipart(image(study, number)) for study, number in pairs])
     begun = time.perf_counter()
     with ThreadPoolExecutor(connections) as pool:
-        stored = sum(pool.map(lambda share: _stow_all(url, share), shares))
+        stored = sum(pool.map(lambda _: _stow_all(url, line), range(connections)))
     took_s = time.perf_counter() - begun
     if stored != len(pairs):
         raise click.ClickException(f"The server stored {stored} of {len(pairs)} images")
@@ -121,7 +123,7 @@ def _multipart(dicom: bytes) -> bytes:
     return b"--BB\r\nContent-Type: application/dicom\r\n\r\n" + dicom + b"\r\n--BB--\r\n"
 
 
-def _stow_all(url: str, bodies: Sequence[bytes]) -> int:
+def _stow_all(url: str, bodies: Iterable[bytes]) -> int:
     target = urlsplit(url)
     connection = http.client.HTTPConnection(str(target.hostname), target.port)
     headers = {
