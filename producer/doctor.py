@@ -282,9 +282,10 @@ def _progress(ledger: Ledger, answering: set[str]) -> Iterator[Finding]:
     told = ledger.workers(now_s=now_s)
     for name in sorted(answering | {name for name, said in told.items() if now_s - said["at"] < SILENT_S}):
         yield _worker(name, told.get(name), now_s)
-    if difference := Peers.of(ledger).difference:
-        advice = "Give all workers one list: jobs wait for a worker that knows all those servers (docs/upgrade.md)."
-        yield Finding("servers of the workers", "warning", difference, advice)
+    peers = Peers.of(ledger)
+    if peers.difference:
+        advice = f"Give all workers one list. {peers.consequence}"
+        yield Finding("servers of the workers", "warning", peers.difference, advice)
 
 
 def _worker(name: str, said: Mapping[str, Any] | None, now_s: float) -> Finding:

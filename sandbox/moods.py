@@ -41,6 +41,7 @@ class Mood:
         ``failure_reason``: every instance fails with that number; ``pending_45071``: an
         instance not seen before is answered 45071 and stays pending for so many seconds, or "never" clears;
         ``crash_in_delete``: DCM4CHEE dies in the middle of a DELETE, and the study is being deleted for ever;
+        ``crash_in_reject``: DCM4CHEE hides the images and fails before it counts their study as rejected;
         ``lose_last_part``: the last part of a store is not read; ``database_down``, ``storage_down``: as the reference
         says, which is not what one would expect.
 
@@ -64,6 +65,7 @@ class Mood:
     failure_reason: int | None = None
     pending_45071: float | str | None = None
     crash_in_delete: bool = False
+    crash_in_reject: bool = False
     lose_last_part: bool = False
     unauthorized: bool = False
     database_down: bool = False

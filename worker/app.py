@@ -584,7 +584,7 @@ def _look_at_the_others(ledger: Ledger) -> None:
         f"Worker {name} is too old to run beside this one; stop it (docs/upgrade.md)." for name in others.too_old
     }
     if others.difference:
-        remarks.add(f"{others.difference} Jobs wait for a worker that knows all those servers (docs/upgrade.md).")
+        remarks.add(f"{others.difference} {others.consequence}")
     for remark in sorted(remarks - _remarks):
         log.warning("%s", remark)
     _remarks.clear()

@@ -65,7 +65,7 @@ from typing import Any, Final, Literal, cast
 import redis
 from redis.commands.core import Script
 
-from worker.breakers import by_server
+from worker.breakers import CHANGES, by_server
 from worker.errors import InvalidRequest
 from worker.logs import shown_job, stated, without_queries
 from worker.redis_urls import is_socket
@@ -508,16 +508,20 @@ return 1
 )
 
 # One job is woken to be the probe when the pause is over, another one if nothing comes of it; all when it has closed.
+# All as well when no worker that runs knows the server: its breaker will not close.
 _WAKE = (
     _NOW
+    + _SERVERS
+    + f"local of_changes = '^(.*){CHANGES}$'"
     + """
 local index, due = KEYS[1], KEYS[2]
+local knows = #known_servers() > 0
 local total = 0
 for _, name in ipairs(redis.call('SMEMBERS', index)) do
   local breaker, parked = ARGV[1] .. name, ARGV[2] .. name
   local fields = redis.call('HMGET', breaker, 'until_ms', 'probe_until_ms', 'woken_ms')
   local count = 0
-  if not fields[1] then
+  if not fields[1] or (knows and not is_known(name:match(of_changes) or name)) then
     count = tonumber(ARGV[3])
   elseif tonumber(fields[1]) <= now and tonumber(fields[2] or 0) <= now
       and tonumber(fields[3] or 0) + ARGV[4] <= now then

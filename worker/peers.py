@@ -55,10 +55,6 @@ def digest_of(servers: Iterable[ServerSettings]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 
-def _bare(url: str) -> str:
-    return urlsplit(url)._replace(query="", fragment="").geturl()
-
-
 @dataclass(frozen=True)
 class Peers:
     """The workers that run, by name: what each said last."""
@@ -87,6 +83,17 @@ class Peers:
             if "servers_digest" in said
         )
         return f"The [[servers]] of workers differ in names, types or URLs: {known}."
+
+    @property
+    def consequence(self) -> str:
+        """What the difference leads to. Names are what jobs go by: two addresses of one name may be two archives."""
+        lists = {frozenset(said["servers"]) for said in self.said.values() if "servers_digest" in said}
+        if len(lists) > 1:
+            return "Jobs wait for a worker that knows all those servers (docs/upgrade.md)."
+        return (
+            "No job waits for that: if one name means two archives, what is on one of them is called missing. Then stop"
+            " the workers with the wrong type or URL (docs/upgrade.md)."
+        )
 
     @property
     def too_old(self) -> list[str]:

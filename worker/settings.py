@@ -6,10 +6,8 @@ Only shapes, defaults and limits live here; nobody below reads the environment. 
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -17,26 +15,17 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from worker import redis_urls
+from worker import redis_urls, setting_files
 
+SettingsError = setting_files.SettingsError
 ServerType = Literal["msdicom", "dcm4chee", "orthanc", "dicomweb"]
 MODES = ("both", "either")
 #: What the keys of the ledger begin with, unless `QueueSettings.key_prefix` says otherwise.
 PREFIX: Final = "courier:"
-#: Variables of the environment that stand for a key; a later one lies over an earlier one.
-SHORT_NAMES = {
-    "BROKER_URL": ("queue", "broker_url"),
-    "RESULT_BACKEND": ("queue", "result_backend"),
-    "LEDGER_URL": ("queue", "ledger_url"),
-    "OTEL_SERVICE_NAME": ("telemetry", "service_name"),
-    "OTEL_EXPORTER_OTLP_ENDPOINT": ("telemetry", "otlp_endpoint"),
-    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": ("telemetry", "otlp_endpoint"),
-}
+#: What of a link to a viewer is filled with UIDs (`worker.viewer`).
+VIEWER_PLACEHOLDERS: Final = frozenset(("study", "series", "image"))
+_PLACEHOLDER: Final = re.compile(r"\{(\w*)\}").findall
 AZURE_CREDENTIALS = ("connection_string", "account_key", "sas_token")
-
-
-class SettingsError(Exception):
-    """A setting is wrong; the one sentence names the key."""
 
 
 class _Section(BaseModel):
@@ -132,6 +121,14 @@ class ServerSettings(_Section):
         if name in MODES:
             raise ValueError(f"{name!r} is the name of a mode")
         return name
+
+    @field_validator("viewer")
+    @classmethod
+    def _template(cls, viewer: str) -> str:
+        named = set(_PLACEHOLDER(viewer))
+        if (viewer and not named) or named - VIEWER_PLACEHOLDERS:
+            raise ValueError("a link has {study} in it, and perhaps {series} and {image}; no other names in braces")
+        return viewer
 
     @field_validator("url")
     @classmethod
@@ -445,7 +442,7 @@ class QueueSettings(_Section):
         try:
             return QueueSettings.model_validate({**self.model_dump(), **given})
         except ValidationError as error:
-            raise SettingsError(_one_sentence(error)) from None
+            raise SettingsError(setting_files.sentence(error, QueueSettings, given, {})) from None
 
 
 _KEY_PREFIX = re.compile(r"(?=[^:])[\w:.-]*(\{[\w:.-]+\}[\w:.-]*)?:", re.ASCII).fullmatch
@@ -552,48 +549,8 @@ class Settings(_Section):
         SettingsError
             The file is missing or not TOML, or a value is wrong; the sentence names the key.
         """
-        tree = _read_file(environ.get("PACS_CONFIG"))
-        for variable, value in environ.items():
-            if variable.startswith("PACS__"):
-                _lay_over(tree, variable.removeprefix("PACS__").lower().split("__"), _literal(value))
-        for variable, keys in SHORT_NAMES.items():
-            if environ.get(variable):
-                _lay_over(tree, list(keys), environ[variable])
+        tree = setting_files.read(environ)
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise SettingsError(_one_sentence(error)) from None
-
-
-def _read_file(path: str | None) -> dict[str, Any]:
-    if not path:
-        return {}
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"PACS_CONFIG names {path}, which cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{path} is not valid TOML: {error}") from None
-
-
-def _lay_over(tree: Any, keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        tree = tree[int(key)] if isinstance(tree, list) else tree.setdefault(key, {})
-    tree[int(keys[-1]) if isinstance(tree, list) else keys[-1]] = value
-
-
-def _literal(text: str) -> Any:
-    """Lists and tables arrive as JSON; everything else stays text, which pydantic converts."""
-    if text[:1] not in ("[", "{"):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError:  # such as a prefix of keys with a hash tag
-        return text
-
-
-def _one_sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"setting {key}: {first['msg'].removeprefix('Value error, ')}{more}"
+            raise SettingsError(setting_files.sentence(error, cls, tree, environ)) from None

@@ -33,7 +33,7 @@ from sandbox.dcm4chee.archive import (
     unknown,
 )
 from sandbox.dcm4chee.objects import KEY_OBJECT, written
-from sandbox.dcm4chee.qido import rejection_state
+from sandbox.dcm4chee.qido import UNCOUNTED, rejection_state
 from sandbox.store import Condition, NewInstance, Row
 from sandbox.web import MOOD, operation
 
@@ -68,7 +68,7 @@ async def reject(archive: Archive, request: web.Request) -> web.StreamResponse:
         task = queue_task(archive, "Rejection", "REJECT", asked.get("batchID"), str(request.url))
         asyncio.get_running_loop().call_soon(_reject_later, archive, ae, code, named, task)
         return web.Response(status=202)
-    return plain_json({"count": _reject(archive, ae, code, named)})
+    return plain_json({"count": _reject(archive, ae, code, named, half_way=request[MOOD].crash_in_reject)})
 
 
 def _reject_later(
@@ -82,7 +82,14 @@ def _reject_later(
         finish_task(archive, task, "COMPLETED", f"Rejected {count} instances")
 
 
-def _reject(archive: Archive, ae: ApplicationEntity, code: RejectionCode, named: dict[str, str | None]) -> int:
+def _reject(
+    archive: Archive,
+    ae: ApplicationEntity,
+    code: RejectionCode,
+    named: dict[str, str | None],
+    *,
+    half_way: bool = False,
+) -> int:
     """Mark what this AE sees of it; how many instances that were."""
     rows = archive.store.instances(
         study_instance_uid=named["study"],
@@ -93,22 +100,40 @@ def _reject(archive: Archive, ae: ApplicationEntity, code: RejectionCode, named:
     notes = [row for row in rows if code is REVOKE and row.rejection and row.rejection.startswith(NOTE)]
     if code is REVOKE:
         rows = [row for row in rows if row.rejection and not row.rejection.startswith(NOTE)]
-    else:
-        rows = [row for row in rows if row.rejection != code.code]
     if not rows:
         raise refuse(404, f"No instances of Study[UID={named['study']}] found for rejection.")
     for row in rows:
         earlier = row.rejection
-        if earlier and not earlier.startswith(NOTE) and earlier not in code.replaces:
+        if earlier and not earlier.startswith(NOTE) and earlier not in (code.code, *code.replaces):
             # A774
             raise refuse(400, f"Rejection of instance[uid={row.sop_instance_uid}] already rejected with {earlier}")
+    if half_way and code is not REVOKE:
+        raise _stopped(archive, code, rows)
     with archive.store.transaction():
         archive.store.reject([row.key for row in rows], None if code is REVOKE else code.code)
         for row in rows:
             archive.store.annotate(row.key, {**row.notes, "rejected_at_s": archive.now_s()})
+        _count_series(archive, rows)
         if code is not REVOKE:
             _leave_note(archive, code, rows)
     return len(rows) + len(notes)  # a revoke counts the notes too
+
+
+def _stopped(archive: Archive, code: RejectionCode, rows: Sequence[Row]) -> Refusal:
+    """Each instance is rejected in a transaction of its own; that which counts series and study is rolled back."""
+    with archive.store.transaction():
+        archive.store.reject([row.key for row in rows], code.code)
+        for row in rows:
+            archive.store.annotate(row.key, {**row.notes, "rejected_at_s": archive.now_s(), UNCOUNTED: True})
+    return crash("jakarta.persistence.OptimisticLockException", "Row was updated or deleted by another transaction")
+
+
+def _count_series(archive: Archive, rows: Sequence[Row]) -> None:
+    """The series of ``rows`` are counted anew, and so what an earlier rejection has left in them."""
+    for study, series in {(row.study_instance_uid, row.series_instance_uid) for row in rows}:
+        for row in archive.store.instances(study_instance_uid=study, series_instance_uid=series):
+            if UNCOUNTED in row.notes:
+                archive.store.annotate(row.key, {name: note for name, note in row.notes.items() if name != UNCOUNTED})
 
 
 def _leave_note(archive: Archive, code: RejectionCode, rows: Sequence[Row]) -> None:

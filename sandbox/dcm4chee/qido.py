@@ -309,10 +309,14 @@ def _private(archive: Archive, level: Level, found: Found) -> Attributes:
     return shown | {PRIVATE[name][0]: {"vr": PRIVATE[name][1], "Value": value} for name, value in values.items()}
 
 
+#: Among the notes of a row: it was rejected, and the rejection stopped before it was counted.
+UNCOUNTED = "uncounted"
+
+
 def rejection_state(rows: list[Any]) -> str:
     """NONE, PARTIAL, COMPLETE or EMPTY: what of a study is rejected, its rejection notes aside."""
     objects = [row for row in rows if not (row.rejection or "").startswith(NOTE)]
-    rejected = [row for row in objects if row.rejection]
+    rejected = [row for row in objects if row.rejection and UNCOUNTED not in row.notes]
     if not objects:
         return "EMPTY"
     return "NONE" if not rejected else "COMPLETE" if len(rejected) == len(objects) else "PARTIAL"

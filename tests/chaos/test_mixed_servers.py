@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 
 import pytest
+from redis import Redis
 
 from producer import Courier
 from sandbox.processes import poll
 from sandbox.synthetic import new_uid
 from tests.chaos.judge import Picture, judge, kept, stores
+from worker.ledger import PREFIX
 from worker.waits import SERVER_UNKNOWN
 
 WAIT_S = 120
@@ -106,6 +109,50 @@ def test_jobs_wait_where_no_worker_knows_all_servers_and_say_so(begin, crew, san
         took_s = time.monotonic() - begun_s
     assert len(kept(sandbox)) == len(wanted)
     row(guarantee, "no worker knows both servers", f"{len(wanted)} uploads, from the start of one that does", took_s)
+
+
+@pytest.mark.slow
+def test_what_the_only_worker_that_knew_a_server_pushed_when_it_was_killed_is_stored_on_no_other(
+    begin, crew, redis, sandbox, image_server, guarantee, seed
+):
+    """Its server counts for 60 s more. Then the jobs end as dead letters, to be replayed when a worker knows it."""
+    only = begin(("msdicom", "dcm4chee"))
+    sandbox.set_mood("msdicom", "store", latency_ms=30_000)
+    wanted = pictures(seed)[:4]
+    urls = [image_server.put(f"{one.sop}.dcm", one.body) for one in wanted]
+    with Courier(crew.loaded()) as courier, Redis.from_url(redis.ledger_url, decode_responses=True) as ledger:
+        jobs = [courier.upload(url, server="msdicom") for url in urls[:2]]
+        batch = courier.batch.upload(urls[2:], server="msdicom")
+        pushing = [*(job.id for job in jobs), f"{batch.id}.apply.0"]
+        assert poll(lambda: all(is_pushing(ledger, job_id) for job_id in pushing), timeout_s=WAIT_S)
+        only.kill()
+        sandbox.calm()
+        begin(("dcm4chee",))
+        assert poll(lambda: [job.status() for job in (*jobs, batch)] == ["failed", "failed", "done"], timeout_s=WAIT_S)
+        assert {job.report().error.code for job in jobs} == {"pacs_unavailable"}
+        assert batch.result()["totals"] == {"failed": 2}
+        begun_s = time.monotonic()
+        begin(("msdicom", "dcm4chee"))
+        assert all(courier.dead.replay(job.id) for job in jobs)
+        again = courier.batch.retry(batch.id)
+        assert [job.result(timeout_s=WAIT_S)["server_name"] for job in jobs] == ["msdicom"] * 2
+        assert again.result(timeout_s=WAIT_S)["totals"] == {"stored": 2}
+        took_s = time.monotonic() - begun_s
+    assert sorted((one.server, one.sop) for one in kept(sandbox)) == sorted(("msdicom", one.sop) for one in wanted)
+    assert [sop for sop, count in stores(sandbox).items() if count > 1] == []
+    fault = "the only worker that knows a server is killed, and begun without that server"
+    guarantee.row(
+        area=AREA,
+        fault=fault,
+        point="2 uploads and a batch are being pushed to it",
+        outcome="dead letters and failed items; stored once when the server is back and they are tried again",
+        recovery_s=took_s,
+    )
+
+
+def is_pushing(ledger, job_id):
+    memo = json.loads(ledger.hget(f"{PREFIX}job:{job_id}", "memo") or "{}")
+    return any(one.get("uncertain") for one in (memo, *memo.get("kind", {}).get("pushed", {}).values()))
 
 
 def codes(courier, job_ids):

@@ -13,9 +13,16 @@ import pytest
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
+from worker.batches import Batches
 from worker.jobs import bulk_deletions
 from worker.jobs.batches import Conductor
+from worker.jobs.bulk_deletions import CONFIRMATION, delete_many
+from worker.jobs.bulk_downloads import download_all
+from worker.jobs.carry import Parked
+from worker.jobs.delete_all import delete_all
 from worker.jobs.kept import keep
+from worker.jobs.migrations import migrate
+from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found
 
 
@@ -146,3 +153,39 @@ def test_a_study_that_is_nowhere_loses_its_claim_when_a_batch_deletes_it(site: S
     payload(site.delete(study, listed))
     assert [row.settled.status for row in site.rows] == ["not_there", "deleted"]
     assert [site.ledger.claimed_server(uid) for uid in (study, listed)] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["delete", "delete_all", "migrate", "download"])
+def test_a_batch_that_has_begun_is_not_refused_when_a_server_of_it_leaves_the_settings(
+    site: Site, tmp_path: Path, name: str
+) -> None:
+    """Its items say so, each for itself; what is on the other server is done."""
+    here, gone = new_uid(), new_uid()
+    site.put("msdicom", gone)
+    site.put("dcm4chee", here)
+    both = ["msdicom", "dcm4chee"]
+    task, work, message = {
+        "delete": ("pacs.batch.delete", delete_many, {"items": [gone], "servers": both}),
+        "delete_all": ("pacs.delete_all", delete_all, {"servers": both, "confirm": CONFIRMATION}),
+        "migrate": ("pacs.batch.migrate", migrate, {"items": [gone], "from_server": both[0], "to_server": both[1]}),
+        "download": (
+            "pacs.batch.download",
+            download_all,
+            {"items": [gone], "servers": both, "destination": tmp_path.as_uri()},
+        ),
+    }[name]
+    store = Batches(site.ledger)
+
+    def has_begun() -> bool:
+        batch = store.get(site.batch)
+        return batch is not None and batch.of("apply").begun_ms is not None
+
+    assert isinstance(site.see_to_its_end(task, work, site.batch, message, until=has_begun), Parked)
+    fleet, site.fleet = site.fleet, Fleet([site.fleet["dcm4chee"]])
+    payload(site.see_to_its_end(task, work, site.batch, message))
+    told = {row.item.text: row.settled for row in site.rows}
+    assert (told[gone].status, told[gone].code) == ("failed", "invalid_request")
+    assert "any more" in told[gone].message
+    site.fleet = fleet
+    assert len(site.on("msdicom", gone)) == 2
+    assert bool(site.on("dcm4chee", here)) is (name != "delete_all")

@@ -367,6 +367,22 @@ def test_an_answer_that_was_lost_is_asked_for_and_nothing_is_stored_twice(
     assert site.count(server, study) == 8
 
 
+def test_what_may_have_arrived_on_a_server_that_no_worker_knows_any_more_is_stored_on_no_other(
+    site: Site, sandbox: SandboxPart
+) -> None:
+    study = new_uid()
+    chunk = site.chunk(*site.study(2, study), server="msdicom")
+    sandbox.set_mood("msdicom", "store", commit_then_drop=True, times=1)
+    assert words(chunk.attempt()) == ["pacs_unavailable?"] * 2
+    fleet = chunk.tools.fleet
+    chunk.server = ""
+    chunk.tools = replace(chunk.tools, fleet=Fleet([fleet["dcm4chee"]]))
+    assert words(chunk.attempt()) == ["pacs_unavailable?"] * 2
+    assert (site.count("dcm4chee", study), site.count("msdicom", study)) == (0, 2)
+    chunk.tools = replace(chunk.tools, fleet=fleet)
+    assert words(chunk.attempt()) == ["stored"] * 2
+
+
 def test_of_a_request_that_was_cut_off_what_arrived_is_kept_and_the_rest_sent(site: Site, sandbox: SandboxPart) -> None:
     study = new_uid()
     chunk = site.chunk(*site.study(8, study))

@@ -1307,6 +1307,29 @@ def test_a_revoked_rejection_needs_an_ae_that_sees_it(archive: Archive) -> None:
     assert archive.visible(study) == 1
 
 
+def test_a_rejection_is_repeated_where_what_it_hides_is_shown(archive: Archive) -> None:
+    study, _one = rejected_study(archive, EXPIRED)
+    again = f"/studies/{study}/reject/{EXPIRED}"
+    assert archive.http.post(archive.rs() + again).status_code == 404
+    assert archive.http.post(archive.rs("IOCM_EXPIRED") + again).json() == {"count": 1}
+    assert archive.visible(study) == 0
+    assert archive.http.post(f"{archive.rs('IOCM_EXPIRED')}/studies/{new_uid()}/reject/{EXPIRED}").status_code == 404
+
+
+def test_a_rejection_that_stops_half_way_hides_a_study_that_counts_as_not_rejected(archive: Archive) -> None:
+    study = new_uid()
+    assert archive.stow(image(study, side=8)).status_code == 200
+    archive.part.set_mood("dcm4chee", "reject", crash_in_reject=True, times=1)
+    assert archive.reject(f"/studies/{study}", EXPIRED).status_code == 500
+    assert archive.visible(study) == 0
+    assert archive.reject(f"/studies/{study}", EXPIRED).status_code == 404
+    refused = archive.http.delete(f"{archive.rs()}/studies/{study}")
+    assert (refused.status_code, "Rejection State: NONE" in refused.text) == (403, True)
+    again = f"{archive.rs('IOCM_EXPIRED')}/studies/{study}/reject/{EXPIRED}"
+    assert archive.http.post(again).json() == {"count": 1}
+    assert archive.http.delete(f"{archive.rs()}/studies/{study}").status_code == 204
+
+
 @pytest.mark.parametrize("code", [QUALITY, SAFETY, "113038%5EDCM"])
 def test_a_rejection_note_that_is_stored_needs_what_it_names_and_rejects_it(archive: Archive, code: str) -> None:
     study, alive, dead = new_uid(), new_uid(), new_uid()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,37 @@ ODD_AZURE = '[sources.azure]\ncontainers = ["images"]\nconnection_string_env = "
 SIGNING = '[queue.signing]\nkey_file = "no/file"\ncertificate_file = "no/file"\ntrusted_folder = "no"\n'
 #: A machine without any credentials for AWS, the role of a cloud's included.
 NO_AWS = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/no/file", "AWS_CONFIG_FILE": "/no/file"}
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PACS_"))}
+
+
+STATUS, DOCTOR, WORKER = "pacs status", "pacs doctor --json", "celery -A worker.app worker"
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "environ", "sentence"),
+    [
+        (STATUS, SERVER, {"PACS__SERVERS__9__URL": "http://x"}, "PACS__SERVERS__9__URL names '9' of a list that has 0"),
+        (DOCTOR, SERVER, {"PACS__SOURCES__ALLOW_HOSTS": "[a]"}, "setting sources.allow_hosts: the variable PACS__SOU"),
+        (WORKER, SERVER + "# f\xfcr uns\n", {}, "pacs.toml is not UTF-8 (line 5)"),
+        (STATUS, SERVER + "[jobs]\nlease = 3\n", {}, "setting jobs.lease: there is no such key; did you mean lease_s?"),
+        (WORKER, SERVER + 'viewer = "http://v/"\n', {}, "setting servers.msdicom.viewer: a link has {study} in it"),
+    ],
+)
+def test_a_setting_that_cannot_be_read_is_one_sentence_of_each_command(tmp_path, command, text, environ, sentence):
+    config = tmp_path / "pacs.toml"
+    config.write_bytes(text.encode("latin-1"))
+    program, *words = command.split()
+    ended = subprocess.run(
+        [Path(sys.executable).parent / program, *words],
+        env={**ALONE, "PACS_CONFIG": str(config), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode > 0
+    assert sentence in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -512,6 +512,27 @@ def test_an_item_whose_server_is_not_configured_any_more_has_failed_and_the_othe
     assert (failure.code, "No server is called a any more" in failure.message) == ("invalid_request", True)
 
 
+@pytest.mark.parametrize(
+    "order", [{"server": "a"}, {"servers": ["a", "b"]}, {"from_server": "a", "to_server": "b"}, {"to_server": "a"}, {}]
+)
+def test_an_item_without_a_server_of_its_own_has_failed_if_one_of_the_order_or_the_survey_is_gone(
+    bench: Bench, order: dict[str, Any]
+) -> None:
+    """Failed and not refused: it can be tried again when the server is back, and nothing was done elsewhere."""
+    bench.kind.lists = {"": [["9.1", "9.2"]]}
+    bench.kind.survey = lambda items, *_, **__: [  # type: ignore[method-assign]
+        Settled(item, "planned", result={} if order else {"on": ["a", "b"]}) for item in items
+    ]
+    bench.kind.has = ("survey", "apply")
+    bench.open(**order, survey=True, verify=False, dry_run=True)
+    assert isinstance(bench.see_through(), Batch)
+    del bench.tools.fleet["a"]  # type: ignore[attr-defined]
+    batch = bench.see_through("apply", "A")
+    assert isinstance(batch, Batch)
+    assert batch.of("apply").totals == {"failed": 2}
+    assert "No server is called a any more" in bench.batches.failures(batch, 1)[0].message
+
+
 @pytest.mark.parametrize("which", ["verify", "undo"])
 def test_what_was_done_on_a_server_that_is_gone_waits_for_it_and_the_rest_goes_on(bench: Bench, which: Pass) -> None:
     bench.kind.lists = {"": [["9.1", "9.2"]]}

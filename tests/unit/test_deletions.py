@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import fakeredis
@@ -70,7 +70,7 @@ class Stub:
         return self.promise
 
     def instances(self, found: Found) -> Iterator[Found]:
-        yield from (found, found)
+        yield from () if self.finds is NOWHERE else (found, found)
 
 
 def _told(answer: Any) -> Any:
@@ -283,6 +283,20 @@ def test_a_study_on_another_server_keeps_a_copy_from_coming_back_only_if_it_is_n
         _check_not_elsewhere(item, desk)
 
 
+def test_an_item_is_not_deleted_on_a_server_that_came_into_the_settings_after_the_plan(
+    client: fakeredis.FakeRedis,
+) -> None:
+    bench = Bench(client, [Stub("a"), Stub("b")])
+    batch = Batch("B", "running", "delete", {"permanent": True}, (), {"a": "dicomweb"})
+    desk = Desk(batch, bench.run("B.0"), bench.tools)
+    item = Item(0, "", "1.2")
+    assert StudyDeletions().survey([item], desk, resumed=set()) == [
+        Settled(item, "planned", server="a", result={"on": ["a"]})
+    ]
+    assert StudyDeletions().apply([item], desk, resumed=set()) == [Settled(item, "deleted", server="a")]
+    assert "delete" not in bench.servers[1].asked
+
+
 @pytest.mark.parametrize("keep", [None, "file:///out/"])
 def test_an_item_is_not_deleted_on_a_server_that_the_order_does_not_name(
     client: fakeredis.FakeRedis, keep: str | None
@@ -364,6 +378,54 @@ def test_a_deletion_that_is_cancelled_after_a_try_that_failed_deletes_nothing_mo
     assert said in ended.message
     assert ended.details.get("may_be_deleted_on") == left
     assert "delete" not in a.asked
+
+
+def without_a(bench: Bench) -> None:
+    """No running worker knows the server ``a`` any more."""
+    bench.tools = replace(bench.tools, fleet=Fleet(cast(Any, [one for one in bench.servers if one.name != "a"])))
+
+
+@pytest.mark.parametrize("named", [{}, {"servers": ["a", "b"]}])
+@pytest.mark.parametrize("a", [{"deletes": SILENT}, {"finds": SILENT}], ids=["begun", "not asked"])
+def test_a_deletion_that_began_does_not_end_without_its_server_and_says_what_is_done(
+    client: fakeredis.FakeRedis, a: Any, named: Any
+) -> None:
+    bench = Bench(client, [Stub("a", **a), Stub("b")])
+    assert isinstance(bench.delete(**named), PacsUnavailable)
+    both = bench.tools
+    without_a(bench)
+    ended = bench.delete(**named)
+    if "finds" in a and not named:
+        assert ended == {"b": "deleted"}, "the order is about all servers, and a is none any more"
+        return
+    assert isinstance(ended, PacsUnavailable), ended
+    assert (ended.server_name, "Done already on b (deleted)." in ended.message) == ("a", True)
+    assert [entry["status"] for entry in ended.details["servers"]] == ["deleted"]
+    bench.tools, bench.servers[0].finds, bench.servers[0].deletes = both, HERE, DELETED
+    assert bench.delete(**named) == {"a": "deleted", "b": "deleted"}
+
+
+def test_what_was_deleted_on_a_server_that_has_left_the_settings_stands_in_the_result(
+    client: fakeredis.FakeRedis,
+) -> None:
+    bench = Bench(client, [Stub("a"), Stub("b", deletes=SILENT)])
+    assert isinstance(bench.delete(), PacsUnavailable)
+    without_a(bench)
+    bench.servers[1].deletes = DELETED
+    assert bench.delete() == {"a": "deleted", "b": "deleted"}
+
+
+def test_a_cancelled_deletion_says_that_it_may_be_gone_on_a_server_that_has_left_the_settings(
+    client: fakeredis.FakeRedis,
+) -> None:
+    bench = Bench(client, [Stub("a", deletes=SILENT), Stub("b")])
+    assert isinstance(bench.delete(), PacsUnavailable)
+    bench.ledger.cancel("j1")
+    without_a(bench)
+    ended = bench.delete()
+    assert isinstance(ended, Cancelled)
+    assert ended.details["may_be_deleted_on"] == ["a"]
+    assert "Done already on b (deleted)." in ended.message
 
 
 def test_a_cancelled_deletion_waits_for_a_server_that_does_not_say_what_it_did(client: fakeredis.FakeRedis) -> None:

@@ -15,7 +15,8 @@ from sandbox.synthetic import image, new_uid
 from tests.unit.test_upload import Desk
 from worker import app as worker_app
 from worker import peers
-from worker.errors import InvalidRequest
+from worker.breakers import CHANGES, Breakers
+from worker.errors import InvalidRequest, PacsUnavailable
 from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
 from worker.jobs.deletions import delete
 from worker.jobs.knowledge import check_knows_servers
@@ -25,7 +26,7 @@ from worker.jobs.trace import told
 from worker.ledger import PREFIX, SILENT_S
 from worker.metrics import LedgerCollector, Outlook
 from worker.pacs.fleet import Fleet
-from worker.settings import ServerSettings
+from worker.settings import BreakerSettings, ServerSettings
 from worker.waits import SERVER_UNKNOWN
 
 
@@ -178,6 +179,78 @@ def test_a_job_that_was_cancelled_before_it_began_ends_on_any_worker(both: Desk,
     assert verdict.error.code == "cancelled"
 
 
+def only_b_is_left(desk: Desk) -> None:
+    desk.client.delete(f"{PREFIX}servers")
+    beats(desk, "b", "b")
+
+
+@pytest.mark.parametrize("asked_for", [{}, {"server": "a"}])
+@pytest.mark.parametrize("what", ["no answer came", "it is stored"])
+def test_an_upload_that_pushed_to_a_server_that_no_worker_knows_any_more_is_stored_on_no_other(
+    both: Desk, only_b: Desk, what: str, asked_for: dict[str, str]
+) -> None:
+    """Its end is a dead letter, which is done when the server is back."""
+    both.files.there["1"] = image(new_uid())
+    beats(both, "both", "a", "b")
+    both.servers["a"].loses_the_answer = what == "no answer came"
+    both.servers["a"].fails = {"metadata": PacsUnavailable("Away.")}
+    assert isinstance(both.carry("1", **asked_for), Parked)
+    only_b_is_left(both)
+    verdict = only_b.carry("1", **asked_for)
+    assert isinstance(verdict, Failed)
+    assert (verdict.error.code, verdict.error.server_name) == ("pacs_unavailable", "a")
+    assert "no running worker knows a any more" in verdict.error.message
+    assert both.servers["b"].images == {}
+    assert [letter.job_id for letter in both.ledger.dead_letters()] == ["1"]
+    both.servers["a"].fails.clear()
+    assert both.ledger.replay("1")
+    beats(both, "both", "a", "b")
+    verdict = both.carry("1", **asked_for)
+    assert isinstance(verdict, Done), verdict
+    assert (verdict.payload["status"], verdict.payload["server_name"]) == ("stored", "a")
+    assert len(both.servers["a"].images) == 1
+
+
+def test_a_push_to_a_server_that_no_worker_knows_any_more_is_told_of_when_its_job_is_cancelled(
+    both: Desk, only_b: Desk
+) -> None:
+    both.files.there["1"] = image(new_uid())
+    beats(both, "both", "a", "b")
+    both.servers["a"].loses_the_answer = True
+    assert isinstance(both.carry("1"), Parked)
+    both.ledger.cancel("1")
+    only_b_is_left(both)
+    verdict = only_b.carry("1")
+    assert isinstance(verdict, Failed)
+    assert (verdict.error.code, verdict.error.details["may_be_on"]) == ("cancelled", "a")
+
+
+def test_an_upload_that_pushed_nothing_goes_to_the_servers_that_are_left(both: Desk, only_b: Desk) -> None:
+    both.files.there["1"] = image(new_uid())
+    beats(both, "both", "a", "b")
+    both.servers["a"].fails = {"store": PacsUnavailable("Away.", details={"phase": "connect"})}
+    assert isinstance(both.carry("1"), Parked)
+    only_b_is_left(both)
+    assert isinstance(only_b.carry("1"), Done)
+    assert len(both.servers["b"].images) == 1
+
+
+@pytest.mark.parametrize("breaker", ["a", f"a{CHANGES}"])
+@pytest.mark.parametrize(("known", "woken"), [(["a", "b"], 0), (["b"], 3), ([], 0)])
+def test_jobs_do_not_wait_for_the_breaker_of_a_server_that_no_worker_knows(
+    both: Desk, breaker: str, known: list[str], woken: int
+) -> None:
+    breakers = Breakers(both.client, BreakerSettings(failures=1, pause_s=600))
+    breakers.failed(breaker)
+    for job_id in ("1", "2", "3"):
+        claim = both.ledger.claim(job_id, task="pacs.upload", job={})
+        both.ledger.park_for(breaker, job_id, claim.fence, max_wait_s=86_400, code="", message="")
+    if known:
+        beats(both, "w", *known)
+    assert both.ledger.wake_parked() == woken
+    assert both.ledger.parked() == ({} if woken else {"a": 3})
+
+
 ABOUT_ALL: list[tuple[str, dict[str, Any]]] = [
     ("pacs.upload", {"image_url": "https://a/b"}),
     ("pacs.upload", {"image_url": "https://a/b", "server": "b"}),
@@ -286,6 +359,24 @@ def test_workers_that_differ_are_named_at_start_by_doctor_and_by_a_metric(
     assert [sentence in record.getMessage() for record in caplog.records] == [True], "once"
     beats(both, "w2@h", "b", ago_s=SILENT_S + 1)
     assert peers.Peers.of(both.ledger).difference == "", "it has ended"
+
+
+def test_one_name_with_two_urls_is_called_a_danger_for_which_no_job_waits(
+    both: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beats(both, "w1@h", "a", "b")
+    elsewhere = [server("a", "http://elsewhere"), server("b")]
+    peers.say(both.ledger, "w2@h", {"ok": True, "complaint": "", "every_s": 10.0}, elsewhere)
+    told = peers.Peers.of(both.ledger)
+    assert "differ in names, types or URLs" in told.difference
+    assert told.consequence.startswith("No job waits for that: if one name means two archives")
+    monkeypatch.setattr(worker_app, "_remarks", set())
+    worker_app._look_at_the_others(both.ledger)
+    assert told.consequence in caplog.text
+    (finding,) = [one for one in doctor._progress(both.ledger, set()) if one.check == "servers of the workers"]
+    assert told.consequence in finding.advice
+    beats(both, "w2@h", "b")
+    assert peers.Peers.of(both.ledger).consequence.startswith("Jobs wait for a worker that knows all those servers")
 
 
 def test_a_scrape_says_how_many_lists_of_servers_there_are() -> None:

@@ -435,10 +435,21 @@ def test_dcm4chee_08_a_study_is_rejected_then_deleted_and_nothing_else_is_delete
     assert pacs.delete(IMAGE, permanent=True).fate is DeletionFate.HIDDEN
     assert [request.method for request in wire.sent] == ["POST", "DELETE", "POST"]
     partly = b'{"errorMessage":"Deletion of Study with Rejection State: PARTIAL not permitted"}'
-    pacs, _ = asked("dcm4chee", Reply(200, {"count": 2}), Reply(403, partly))
+    pacs, wire = asked("dcm4chee", Reply(200, {"count": 2}), Reply(403, partly), Reply(200, {"count": 1}))
     refused = pacs.delete(STUDY, permanent=True)
     assert refused.fate is DeletionFate.REFUSED
     assert "PARTIAL" in refused.note
+    assert [request.method for request in wire.sent] == ["POST", "DELETE", "GET"], "an image is shown: so it stays"
+
+
+def test_dcm4chee_08_a_rejection_that_stopped_half_way_is_completed_where_nothing_is_shown() -> None:
+    none = b'{"errorMessage":"Deletion of Study with Rejection State: NONE not permitted"}'
+    replies = [Reply(404), Reply(403, none), Reply(200, {"count": 0}), Reply(200, {"count": 2}), Reply(204)]
+    pacs, wire = asked("dcm4chee", *replies)
+    assert pacs.delete(STUDY, permanent=True).fate is DeletionFate.DELETED
+    assert wire.calls[3].startswith("POST /dcm4chee-arc/aets/IOCM_EXPIRED/rs/studies/1.1/reject/113039%5EDCM")
+    pacs, wire = asked("dcm4chee", *replies[:3], Reply(404))
+    assert pacs.delete(STUDY, permanent=True).fate is DeletionFate.REFUSED, "nothing was hidden by us, or none may look"
 
 
 def test_dcm4chee_09_the_rejection_is_the_one_that_stays_hidden_and_lets_images_be_stored_again() -> None:

@@ -67,11 +67,29 @@ def test_the_file_is_read_and_the_environment_lies_over_it(tmp_path: Path) -> No
         ("[routing]\npolicy = 'random'", r"setting routing\.policy: .*'preferred'"),
         ("[jobs]\nlease_s = 'soon'", r"setting jobs\.lease_s: "),
         ("[jobs]\nlease_s = 0", r"setting jobs\.lease_s: .*greater than 0"),
-        ("[rooting]\npolicy = 'preferred'", r"setting rooting: "),
+        ("[rooting]\npolicy = 'preferred'", r"setting rooting: there is no such key; did you mean routing\?"),
         (SERVER + SERVER, r"setting servers: two servers are called msdicom"),
-        (SERVER.replace("msdicom", "both", 1), r"setting servers\.0\.name: 'both' is the name of a mode"),
-        (SERVER.replace("http://localhost", "http://me:secret@localhost"), r"setting servers\.0\.url"),
-        (SERVER + 'auth = { type = "oauth2" }', r"servers\.0\.auth: auth type 'oauth2' needs token_url"),
+        (SERVER.replace("msdicom", "both", 1), r"setting servers\.both\.name: 'both' is the name of a mode"),
+        (SERVER.replace("http://localhost", "http://me:secret@localhost"), r"setting servers\.msdicom\.url"),
+        ("[[servers]]\ntype = 'msdicom'\nurl = 'http://a'", r"setting servers\.0\.name: Field required"),
+        (
+            SERVER + "urll = 'http://secret'",
+            r"setting servers\.msdicom\.urll: there is no such key; did you mean url\?",
+        ),
+        (
+            SERVER + "[servers.auth]\nuser = 'secret'",
+            r"servers\.msdicom\.auth\.user: .*did you mean username\?",
+        ),
+        (
+            "[sources.s3]\nBuckets = ['a']",
+            r"sources\.s3\.Buckets: there is no such key; did you mean buckets\?",
+        ),
+        ("[jobs]\nx = 1", r"setting jobs\.x: there is no such key; known are backoff_base_s, backoff_cap_s, "),
+        ("[server]\nname = 'a'", r"setting server: there is no such key; did you mean servers\?"),
+        (SERVER + "viewer = 'http://v/secret'", r"setting servers\.msdicom\.viewer: a link has \{study\} in it"),
+        (SERVER + "viewer = 'http://v/{StudyInstanceUID}'", r"setting servers\.msdicom\.viewer: .*no other names"),
+        (SERVER + "viewer = 'http://v/{study}/{serie}'", r"setting servers\.msdicom\.viewer: .*no other names"),
+        (SERVER + 'auth = { type = "oauth2" }', r"servers\.msdicom\.auth: auth type 'oauth2' needs token_url"),
         (
             "[sources.azure]\ncontainers = ['a']",
             r"setting sources\.azure: account_url or a connection string is needed",
@@ -88,6 +106,70 @@ def test_a_wrong_value_is_one_sentence_that_names_the_key(tmp_path: Path, text: 
         load(tmp_path, text)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        (
+            "PACS__SERVERS__9__URL",
+            "http://PLANTED",
+            r"PACS__SERVERS__9__URL names '9' of .* 0 \(msdicom\)$",
+        ),
+        ("PACS__SERVERS__X__URL", "http://PLANTED", r"the variable PACS__SERVERS__X__URL names 'x' of a list that has"),
+        ("PACS__SERVERS__-1__URL", "http://PLANTED", r"names '-1' of a list that has 0 \(msdicom\)$"),
+        ("PACS__SERVERS__²__URL", "http://PLANTED", r"names '²' of a list"),
+        ("PACS__SERVERS__MSDICOM__URLL", "PLANTED", r"setting servers\.msdicom\.urll: .*did you mean url\?"),
+        ("PACS__SERVERS__MSDICOM__TYPE", "PLANTED", r"setting servers\.msdicom\.type: "),
+        ("PACS__JOBS__LEASE_S__X", "1", r"the variable PACS__JOBS__LEASE_S__X stands for no key: lease_s is a value"),
+        (
+            "PACS__SOURCES__ALLOW_HOSTS",
+            "['PLANTED']",
+            r"setting sources\.allow_hosts: the variable PACS__SOURCES",
+        ),
+        ("PACS__SERVERS", '[{"name": "PLANTED"', r"setting servers: the variable PACS__SERVERS is not JSON"),
+        ("PACS__JOBS", "{lease_s: 1}", r"setting jobs: the variable PACS__JOBS is not JSON"),
+        ("PACS__RUOTING__POLICY", "x", r"setting ruoting: there is no such key; did you mean routing\?"),
+        ("PACS__QUEUE__BROKER", "x", r"setting queue\.broker: there is no such key; did you mean broker_url\?"),
+    ],
+)
+def test_a_variable_that_stands_for_nothing_is_one_sentence_that_names_it(
+    tmp_path: Path, variable: str, value: str, sentence: str
+) -> None:
+    with pytest.raises(SettingsError, match=sentence) as caught:
+        load(tmp_path, SERVER + "[jobs]\nlease_s = 5\n", **{variable: value})
+    assert "\n" not in str(caught.value)
+    assert "PLANTED" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_server_of_no_list_is_one_sentence() -> None:
+    with pytest.raises(
+        SettingsError, match=r"^setting servers: it is a list: write \[\[servers\]\] tables in the file"
+    ):
+        Settings.load({"PACS__SERVERS__0__URL": "http://a"})
+
+
+def test_a_variable_names_a_server_by_its_name_or_its_number(tmp_path: Path) -> None:
+    by_name = load(tmp_path, SERVER, PACS__SERVERS__MSDICOM__WEIGHT="3", PACS__SERVERS__0__READ_TIMEOUT_S="7")
+    assert (by_name.servers[0].weight, by_name.servers[0].read_timeout_s) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (SERVER.encode() + b"# f\xfcr alle\n", r"pacs\.toml is not UTF-8 \(line \d+\); save it in that encoding$"),
+        (SERVER.encode("utf-16"), r"pacs\.toml is not UTF-8 \(line 1\)"),
+    ],
+)
+def test_a_file_in_another_encoding_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "pacs.toml").write_bytes(content)
+    with pytest.raises(SettingsError, match=sentence):
+        Settings.load({"PACS_CONFIG": str(tmp_path / "pacs.toml")})
+
+
+def test_a_file_of_the_windows_editor_is_read(tmp_path: Path) -> None:
+    (tmp_path / "pacs.toml").write_bytes(SERVER.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert Settings.load({"PACS_CONFIG": str(tmp_path / "pacs.toml")}).servers[0].name == "msdicom"
 
 
 @pytest.mark.parametrize("variable", ["BROKER_URL", "RESULT_BACKEND", "LEDGER_URL"])

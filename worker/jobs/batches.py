@@ -540,8 +540,7 @@ def order(
     message: Mapping[str, Any], run: Run, tools: Tools, *, kind: Kind, name: str, form: type[BatchOrderJob]
 ) -> dict[str, Any]:
     """`pacs.batch.upload` and the like: plan a batch of a kind, and see it through; it bears the job's id."""
-    with unbegun(run, tools):
-        job = read_job(form, message)
+    job = read_job(form, message)
     batches = Batches(tools.ledger)
     if batches.get(run.job_id) is None:
         if job.planned:
@@ -556,12 +555,23 @@ def order(
 
 @contextmanager
 def unbegun(run: Run, tools: Tools) -> Iterator[None]:
-    """What is refused inside begins no batch; the plan that a producer may have written for it is given up."""
+    """What is refused inside begins no batch; the plan that a producer may have written for it is given up.
+
+    A batch that has begun goes on: where the settings have changed since, each of its items says what comes of that.
+    """
     try:
         yield
     except Refused:
+        if has_begun(run, tools):
+            return
         Batches(tools.ledger).cancel(run.job_id)
         raise
+
+
+def has_begun(run: Run, tools: Tools) -> bool:
+    """Whether the batch that bears the job's id is in a pass, or was."""
+    batch = Batches(tools.ledger).get(run.job_id)
+    return batch is not None and batch.current is not None
 
 
 def conducted(

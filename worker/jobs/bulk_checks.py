@@ -26,6 +26,7 @@ from worker.jobs.batches import Answer, Desk
 from worker.jobs.deletions import forget_what_is_gone, remove
 from worker.jobs.passing import whole
 from worker.jobs.receipts import Receipts
+from worker.jobs.removals import hidden_on, hide_images, only_hides
 from worker.jobs.transfers import images_on
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs, Retrieved
 from worker.pacs.stow import PREAMBLE
@@ -142,9 +143,7 @@ def _went_with_its_study(one: Settled, desk: Desk) -> bool:
 
 
 def _only_hides(one: Settled, desk: Desk) -> bool:
-    """Whether the server of an image hides what is deleted there, and shows it again if that was too much."""
-    pacs = desk.tools.fleet[one.server_name]
-    return pacs.hiding is not None and pacs.deletion("image", permanent=True).fate is DeletionFate.HIDDEN
+    return only_hides(desk.tools.fleet[one.server_name])
 
 
 def _taken_away(ready: Sequence[Settled], begun: set[int], desk: Desk) -> dict[int, Answer]:
@@ -176,24 +175,19 @@ def _hidden(group: Sequence[Settled], begun: set[int], desk: Desk) -> dict[int, 
     What has come in between is shown again, and reported.
     """
     pacs, study_uid = desk.tools.fleet[group[0].server_name], str(group[0].result["study_uid"])
-    hiding, name = pacs.hiding, pacs.server.name
+    name, receipts = pacs.server.name, Receipts.of(desk.run)
     ours = {str(one.result["image_uid"]) for one in group}
-    before = {one.sop_instance_uid for one in hiding.images(study_uid)} if hiding is not None else set()
+    before = hidden_on(pacs, study_uid)
     on_server = images_on(pacs, study_uid).keys()
     ours |= _in_other_chunks(group[0], on_server - ours, desk)
-    if hiding is None or on_server != ours:
+    if before is None or on_server != ours:
         return {one.item.number: _taken_back(one, _delete_or_error(one, begun, desk)) for one in group}
-    deletion = Receipts.of(desk.run).delete(pacs, Found("study", study_uid), permanent=False)
-    if deletion.fate is not DeletionFate.HIDDEN:
-        return {one.item.number: _taken_back(one, deletion) for one in group}
-    hidden = hiding.images(study_uid)
-    came = [one for one in hidden if one.sop_instance_uid not in ours | before]
-    for one in came:
-        hiding.revoke(one)
-    if ours - {one.sop_instance_uid for one in hidden}:
+    removal = hide_images(pacs, study_uid, [Found("study", study_uid)], ours, before=before, receipts=receipts)
+    deletion = removal.deletion
+    if deletion.fate is DeletionFate.HIDDEN and not ours <= removal.hidden:
         sentence = f"{name} has not hidden all images of the study; they are looked at again."
         raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)
-    note = _what_came_in_between(came, deletion.images, len(ours), name)
+    note = removal.note or _other_count(deletion.images, len(ours), name)
     return {one.item.number: _noted(_taken_back(one, deletion), note) for one in group}
 
 
@@ -223,13 +217,10 @@ def _in_other_chunks(one: Settled, wanted: Collection[str], desk: Desk) -> set[s
     return found & set(wanted)
 
 
-def _what_came_in_between(came: Sequence[Found], counted: int | None, ours: int, name: str) -> str:
-    if came:
-        uids = ", ".join(str(one.sop_instance_uid) for one in came[:10])
-        return f"{len(came)} images that came in between were hidden with the study, and are shown again: {uids}."
-    if counted not in (None, ours):
-        return f"{name} says that it has hidden {counted} images of the study, of which the batch has stored {ours}."
-    return ""
+def _other_count(counted: int | None, ours: int, name: str) -> str:
+    if counted in (None, ours):
+        return ""
+    return f"{name} says that it has hidden {counted} images of the study, of which the batch has stored {ours}."
 
 
 def _delete_or_error(one: Settled, begun: set[int], desk: Desk) -> Deletion | CourierError:

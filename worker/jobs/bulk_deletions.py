@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from worker.batches import CHUNK_ITEMS, Batch, Batches, Item, ItemStatus, Pass, Row, Settled
@@ -20,10 +21,10 @@ from worker.errors import (
     first_to_wait_for,
 )
 from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
-from worker.jobs.deletions import asked, forget_what_is_gone, reachable, remove
+from worker.jobs.deletions import as_done, asked, forget_what_is_gone, reachable, remove
 from worker.jobs.downloads import OVERWRITE_NOT_PREVENTED
 from worker.jobs.hidden import show_again, what_is_shown
-from worker.jobs.kept import Kept, is_all_kept, keep, prove, restore
+from worker.jobs.kept import Kept, has_others, is_all_kept, keep, prove, remove_kept, restore
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run
 from worker.jobs.study_lists import check_order_filters, planned_studies
@@ -171,7 +172,12 @@ def _servers(item: Item, desk: Desk) -> list[Pacs]:
             f"It is to be deleted on {item.server}, and the batch only on {' and '.join(names)}; nothing was deleted."
         )
         raise InvalidRequest(sentence)
-    return asked([item.server] if item.server else names, desk.tools.fleet)
+    if item.server:
+        names = [item.server]
+    servers = asked(names, desk.tools.fleet)
+    types = desk.batch.types
+    # A server that came into the settings later stood in no plan.
+    return [pacs for pacs in servers if names is not None or not types or pacs.server.name in types]
 
 
 def _seen(item: Item, desk: Desk) -> Settled:
@@ -211,7 +217,7 @@ def _applied(item: Item, desk: Desk, *, resumed: set[int], begun: dict[Item, Any
         return _keep(item, f"{str(folder).rstrip('/')}/{desk.batch.id}", desk)
     _check_kept(item, known, desk)
     servers = [desk.tools.fleet[name] for name in known]
-    settled = _deleted(item, servers, desk, resumed=item.number in resumed, begun=begun)
+    settled = _deleted(item, servers, desk, resumed=item.number in resumed, begun=begun, known=known)
     told = desk.known(item).result
     written_down = {name: told[name] for name in ("kept", "elsewhere", "warnings") if name in told}
     return replace(settled, result={**settled.result, **written_down})
@@ -320,12 +326,19 @@ def _check_kept(item: Item, known: Mapping[str, Kept], desk: Desk) -> None:
             continue
         prove(pacs, item.text, kept, desk.tools)
         if not is_all_kept(pacs, item.text, kept, desk.tools.destinations):
-            sentence = f"{name} lists other images than {kept.url} holds; order the deletion of this study again."
-            raise InvalidRequest(sentence, server_name=name, server_type=pacs.server.type)
+            raise has_others(pacs, kept)
 
 
-def _deleted(item: Item, servers: Sequence[Pacs], desk: Desk, *, resumed: bool, begun: dict[Item, Any]) -> Settled:
-    """On all servers; where one is silent, ``begun`` says what the others did."""
+def _deleted(
+    item: Item,
+    servers: Sequence[Pacs],
+    desk: Desk,
+    *,
+    resumed: bool,
+    begun: dict[Item, Any],
+    known: Mapping[str, Kept] = MappingProxyType({}),
+) -> Settled:
+    """On all servers, of which those in ``known`` have a copy; where one is silent, ``begun`` says what others did."""
     permanent, receipts = _is_permanent(desk.batch), Receipts.of(desk.run)
     fates: dict[str, Deletion] = {}
     errors: list[CourierError] = []
@@ -333,9 +346,13 @@ def _deleted(item: Item, servers: Sequence[Pacs], desk: Desk, *, resumed: bool, 
         name = pacs.server.name
         ours = _may_be_ours(item, name, desk, resumed=resumed)
         try:
-            fates[name] = remove(pacs, [Found("study", item.text)], receipts, permanent=permanent, resumed=ours)
+            if permanent and name in known:
+                deletion = remove_kept(pacs, item.text, known[name], receipts, resumed=resumed)
+                fates[name] = as_done(deletion, pacs, "study", permanent=True)
+            else:
+                fates[name] = remove(pacs, [Found("study", item.text)], receipts, permanent=permanent, resumed=ours)
         except Refused as error:
-            fates[name] = Deletion(DeletionFate.REFUSED, error.message)
+            fates[name] = Deletion(DeletionFate.REFUSED, error.message, error.payload["code"])
         except CourierError as error:
             errors.append(error)
     if errors:

@@ -35,6 +35,7 @@ from worker.instances import Instance, identify
 from worker.jobs.batches import Answer as Result
 from worker.jobs.batches import Command, Desk, Work, order, unbegun
 from worker.jobs.bulk_checks import undo, verify
+from worker.jobs.knowledge import server_left
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
@@ -284,7 +285,11 @@ class Uploads:
         by_study: dict[tuple[str, str], list[tuple[Item, Pushed]]] = {}
         for item in items:
             pushed = self._memo.get(item.number)
-            if pushed is not None and pushed.uncertain and pushed.server in self._tools.fleet.names:
+            if pushed is None or not pushed.uncertain:
+                continue
+            if pushed.server not in self._tools.fleet.names:
+                self.results[item.number] = server_left(pushed.server, "pushed the image to", then="")
+            else:
                 by_study.setdefault((pushed.server, pushed.study_uid), []).append((item, pushed))
         wanted = {key: [pushed.image_uid for _, pushed in group] for key, group in by_study.items()}
         for key, there in _present(wanted, self._tools).items():

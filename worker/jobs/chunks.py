@@ -215,23 +215,36 @@ class _Attempt:
     def _configured(self, items: list[Item]) -> list[Item]:
         """The items whose servers the settings still know; the others have failed."""
         gone = {item.number: name for item in items if (name := self._unknown_server(item)) is not None}
+        desk = Desk(self.batch, self.run, self.tools, rows=self.rows, notes=self.notes)
+        lost = [item for item in items if item.number in gone]
+        begun = {one.item: one for one in left_open(self.kind, self.job.which, lost, desk)}
         why = "No server is called {} any more; put it back into the settings, then {} the batch."
         wish = "retry" if self.job.which in ("survey", "apply") else self.job.which
         unplaced = unplaced_at(self.batch, self.job.which)
         failed = [
-            Settled(item, "failed", InvalidRequest.code, why.format(name, wish), server=unplaced or name)
-            for item in items
-            if (name := gone.get(item.number))
+            replace(
+                begun.get(item) or Settled(item, "failed", server=unplaced or gone[item.number]),
+                status="failed",
+                code=InvalidRequest.code,
+                message=why.format(gone[item.number], wish),
+            )
+            for item in lost
         ]
         settle(self.batch, self.job.which, self.job.chunk, failed, run=self.run)
         return [item for item in items if item.number not in gone]
 
     def _unknown_server(self, item: Item) -> str | None:
         """The server that is planned for an item, or where it was done, if that is looked at or taken back."""
-        names = [item.server]
+        names = [item.server] if item.server else self._ordered(item)
+        names += [self.batch.order.get("from_server"), self.batch.order.get("to_server")]
         if self.job.which in ("verify", "undo"):
             names.append(self.rows[item.number].settled.server_name)
         return next((name for name in names if name and name not in self.tools.fleet.names), None)
+
+    def _ordered(self, item: Item) -> list[Any]:
+        """The servers that the order names, and those on which the survey has seen the item."""
+        order, survey = self.batch.order, self.rows[item.number].passes.get("survey")
+        return [order.get("server"), *(order.get("servers") or ()), *(survey.result.get("on", ()) if survey else ())]
 
 
 def _answers(kind: Kind, which: Pass, group: Sequence[Item], desk: Desk, resumed: set[int]) -> list[Answer]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.batches import Batch, Batches
 from worker.errors import ConfirmationRequired
-from worker.jobs.batches import WIDTH, Conductor
+from worker.jobs.batches import WIDTH, Conductor, has_begun
 from worker.jobs.bulk_deletions import CONFIRMATION, StudyDeletions, check_backup
 from worker.jobs.deletions import asked
 from worker.jobs.run import Run
@@ -39,22 +39,8 @@ def delete_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
     job = read_job(DeleteAllJob, message)
     if not job.dry_run and job.confirm != CONFIRMATION:
         raise ConfirmationRequired(f'Nothing was deleted: confirm has to be "{CONFIRMATION}".')
-    named = asked(job.servers, tools.fleet)
-    if job.servers is not None or all(refusal(pacs, permanent=job.permanent) for pacs in named):
-        check_allowed(named, permanent=job.permanent)
-    servers = {pacs.server.name: pacs.server.type for pacs in named}
-    check_backup(job.backup, tools)
-    batches = Batches(tools.ledger)
-    given = {"backup": job.backup, "requested_by": job.requested_by, "reason": job.reason}
-    order = {
-        "servers": job.servers,
-        "permanent": job.permanent,
-        "dry_run": job.dry_run,
-        "survey": False,
-        "verify": False,
-        **{name: value for name, value in given.items() if value is not None},
-    }
-    batches.open(run.job_id, kind="delete", servers=servers, order=order, width=WIDTH)
+    if not has_begun(run, tools):
+        _open(job, run, tools)
     conductor = Conductor(
         StudyDeletions(), run.job_id, run, tools, may_be_empty=True, confirm_studies=job.confirm_studies
     )
@@ -66,10 +52,30 @@ def delete_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
     return _payload(batch, remaining, run, tools).as_json()
 
 
+def _open(job: DeleteAllJob, run: Run, tools: Tools) -> None:
+    """Refuse what cannot be done, before anything is; then the batch is there."""
+    named = asked(job.servers, tools.fleet)
+    if job.servers is not None or all(refusal(pacs, permanent=job.permanent) for pacs in named):
+        check_allowed(named, permanent=job.permanent)
+    servers = {pacs.server.name: pacs.server.type for pacs in named}
+    check_backup(job.backup, tools)
+    given = {"backup": job.backup, "requested_by": job.requested_by, "reason": job.reason}
+    order = {
+        "servers": job.servers,
+        "permanent": job.permanent,
+        "dry_run": job.dry_run,
+        "survey": False,
+        "verify": False,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+    Batches(tools.ledger).open(run.job_id, kind="delete", servers=servers, order=order, width=WIDTH)
+
+
 def _remaining(batch: Batch, fleet: Fleet) -> dict[str, int]:
-    """How many studies each server still lists; a server that is silent now is left out."""
-    counts = fleet.gather([partial(_count, fleet[name]) for name in batch.servers])
-    return {name: count for name, count in zip(batch.servers, counts, strict=True) if isinstance(count, int)}
+    """How many studies each server still lists; one that is silent now, or has left the settings, is left out."""
+    known = fleet.known(batch.servers)
+    counts = fleet.gather([partial(_count, pacs) for pacs in known])
+    return {pacs.server.name: count for pacs, count in zip(known, counts, strict=True) if isinstance(count, int)}
 
 
 def _count(pacs: Pacs) -> int:

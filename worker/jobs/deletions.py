@@ -23,6 +23,7 @@ from worker.errors import (
     is_final,
     is_resting,
 )
+from worker.jobs.knowledge import server_left
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
@@ -84,12 +85,14 @@ def delete(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
         A server is silent; ``details["servers"]`` says what was deleted elsewhere meanwhile.
     """
     job = read_job(DeleteJob, message)
-    servers = asked(job.servers, tools.fleet)
     progress = _Progress.from_json(run.memo, job.level)
-    if job.servers is not None and not progress.begun:
-        check_allowed(servers, permanent=job.permanent)
     if run.cancelled:
         raise _cancelled(job, progress, run, tools.fleet)
+    if progress.begun:
+        _check_still_known(job, progress, tools.fleet)
+    servers = asked(job.servers, tools.fleet)
+    if job.servers is not None and not progress.begun:
+        check_allowed(servers, permanent=job.permanent)
     if job.dry_run:
         with run.step("check"):
             _look(job, servers, progress, tools.fleet)
@@ -103,6 +106,20 @@ def delete(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
             _carry_out(job, progress, resumed, run, tools)
             forget_what_is_gone(_studies(job, progress), tools)
     return _concluded(job, servers, progress, run).as_json()
+
+
+def _check_still_known(job: DeleteJob, progress: _Progress, fleet: Fleet) -> None:
+    """A deletion that has begun cannot end without a server of it that has left the settings, and says what is done."""
+    names = {*progress.begun, *(job.servers or ())} - {*progress.entries, *fleet.names}
+    for name in sorted(names):
+        details = {"level": job.level, "uid": job.uid, **_told(progress)}
+        error = server_left(name, "was to delete on", details=details)
+        error.payload["message"] += _done_already(progress.entries.values())
+        raise error
+
+
+def _told(progress: _Progress) -> dict[str, Any]:
+    return {"servers": [entry.model_dump() for entry in progress.entries.values()]}
 
 
 def asked(names: Sequence[str] | None, fleet: Fleet) -> list[Pacs]:
@@ -129,11 +146,16 @@ def remove(pacs: Pacs, founds: Iterable[Found], receipts: Receipts, *, permanent
     deletions = []
     for found in founds:
         deletion = receipts.delete(pacs, found, permanent=permanent)
-        if resumed and deletion.fate is DeletionFate.NOT_THERE:
-            promised = pacs.deletion(found.level, permanent=permanent)
-            deletion = deletion if promised.fate is DeletionFate.REFUSED else promised
-        deletions.append(deletion)
+        deletions.append(as_done(deletion, pacs, found.level, permanent=permanent) if resumed else deletion)
     return min(deletions, key=lambda deletion: _WORST_FIRST.index(deletion.fate))
+
+
+def as_done(deletion: Deletion, pacs: Pacs, level: Level, *, permanent: bool) -> Deletion:
+    """``deletion``, where "not there" means that an earlier attempt has done it."""
+    if deletion.fate is not DeletionFate.NOT_THERE:
+        return deletion
+    promised = pacs.deletion(level, permanent=permanent)
+    return deletion if promised.fate is DeletionFate.REFUSED else promised
 
 
 def forget_what_is_gone(study_uids: Iterable[str], tools: Tools) -> None:
@@ -229,8 +251,7 @@ def _intend(progress: _Progress, run: Run) -> None:
     except Cancelled as error:
         gone = _done_already(progress.entries.values())
         sentence = f"The job was cancelled.{gone} Nothing else was deleted." if gone else error.message
-        servers = [entry.model_dump() for entry in progress.entries.values()]
-        raise Cancelled(sentence, details={"servers": servers} if gone else None) from None
+        raise Cancelled(sentence, details=_told(progress) if gone else None) from None
 
 
 def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> Cancelled:
@@ -243,9 +264,10 @@ def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> C
     TryAgain
         A server does not say whether it still has it.
     """
-    open_ones = [name for name in progress.begun if name not in progress.entries]
+    not_ended = [name for name in progress.begun if name not in progress.entries]
+    open_ones = [name for name in not_ended if name in fleet.names]
     answers = fleet.gather([partial(fleet[name].find, job.level, job.uid) for name in open_ones])
-    left = []
+    left = [name for name in not_ended if name not in open_ones]
     for name, answer in zip(open_ones, answers, strict=True):
         if isinstance(answer, CourierError) and (isinstance(answer, TryAgain) or is_resting(answer)) and not run.last:
             raise answer
@@ -256,11 +278,10 @@ def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> C
             status = "not_there" if fate is DeletionFate.REFUSED else _STATUS[fate]
             progress.entries[name] = _entry(fleet[name], status, found=progress.begun[name][0])
     gone = _done_already(progress.entries.values())
-    servers = [entry.model_dump() for entry in progress.entries.values()]
     rest = " Nothing else was deleted." if gone else ""
     if left:
         rest = f" An earlier attempt on {', '.join(left)} was not completed; look there for what is left."
-    details = {"servers": servers, **({"may_be_deleted_on": left} if left else {})}
+    details = {**_told(progress), **({"may_be_deleted_on": left} if left else {})}
     return Cancelled(f"The job was cancelled.{gone}{rest}", details=details)
 
 
@@ -274,7 +295,9 @@ def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, run
     for name, error in progress.errors.items():
         pacs = next(pacs for pacs in servers if pacs.server.name == name)
         progress.entries[name] = _entry(pacs, "unavailable", error=error)
-    entries = [progress.entries[pacs.server.name] for pacs in servers]
+    still = [pacs.server.name for pacs in servers]
+    left = [entry for name, entry in progress.entries.items() if name not in still]  # the settings, since an attempt
+    entries = [*(progress.entries[name] for name in still), *left]
     details = {"level": job.level, "uid": job.uid, "servers": [entry.model_dump() for entry in entries]}
     statuses = {entry.status for entry in entries}
     if progress.errors and not (job.dry_run and progress.begun):

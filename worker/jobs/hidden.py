@@ -10,17 +10,19 @@ from typing import Any
 
 from worker.destinations.mark import Mark
 from worker.errors import PacsMisanswered, StudyConflict
+from worker.jobs.removals import hidden_on, revoke
 from worker.jobs.transfers import images_on
-from worker.pacs.protocol import Found, Pacs
+from worker.pacs.protocol import Pacs
 
 
 def what_is_shown(pacs: Pacs, study_uid: str) -> dict[str, Any] | None:
     """What has to be known of a study to show it again, once it is hidden; None where nothing can be shown again."""
     if pacs.hiding is None or not (shown := images_on(pacs, study_uid)):
         return None
+    if (before := hidden_on(pacs, study_uid)) is None:
+        return None
     mark = Mark.of(study_uid, shown)
-    before = sorted(str(one.sop_instance_uid) for one in pacs.hiding.images(study_uid))
-    return {"images": mark.images, "images_sha256": mark.images_sha256, "before": before}
+    return {"images": mark.images, "images_sha256": mark.images_sha256, "before": sorted(before)}
 
 
 def show_again(pacs: Pacs, study_uid: str, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,20 +35,18 @@ def show_again(pacs: Pacs, study_uid: str, told: Mapping[str, Any]) -> dict[str,
     PacsMisanswered
         The archive does not show them; it is tried again.
     """
-    name, hiding = pacs.server.name, pacs.hiding
+    name = pacs.server.name
     mark, before = Mark(study_uid, told["images"], told["images_sha256"]), set(told["before"])
-    hidden = {} if hiding is None else {str(one.sop_instance_uid): one for one in hiding.images(study_uid)}
-    ours, shown = hidden.keys() - before, images_on(pacs, study_uid).keys()
-    if hiding is None or mark not in (Mark.of(study_uid, ours), Mark.of(study_uid, ours | shown)):
+    hidden = hidden_on(pacs, study_uid)
+    ours, shown = (hidden or frozenset()) - before, images_on(pacs, study_uid).keys()
+    if hidden is None or mark not in (Mark.of(study_uid, ours), Mark.of(study_uid, ours | shown)):
         sentence = (
             f"{name} hides {len(ours)} images of the study, and the batch hid {mark.images}: the archive may have"
             " deleted some since (by default after a day), or others were hidden too. Nothing was shown again; revoke"
             " the rejection of its images in the archive."
         )
         raise StudyConflict(sentence, server_name=name, server_type=pacs.server.type)
-    whole = ours == hidden.keys()
-    for found in [Found("study", study_uid)] if whole and ours else [hidden[uid] for uid in sorted(ours)]:
-        hiding.revoke(found)
+    revoke(pacs, study_uid, ours)
     if lacking := ours - images_on(pacs, study_uid).keys():
         sentence = f"{name} still hides {len(lacking)} images of the study; it is looked at again."
         raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)

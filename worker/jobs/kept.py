@@ -9,7 +9,7 @@ import hashlib
 import json
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar, cast
@@ -34,10 +34,11 @@ from worker.jobs.pace import metered
 from worker.jobs.passing import Incoming
 from worker.jobs.placement import check_not_left_alone
 from worker.jobs.receipts import Receipts
+from worker.jobs.removals import hidden_on, remove_study, revoke
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.jobs.transfers import Transfer, bring, images_on
-from worker.pacs.protocol import Found, Pacs, Retrieved, View
+from worker.pacs.protocol import Deletion, Found, Pacs, Retrieved, View
 from worker.scratch import drop
 from worker.settings import ServerSettings
 
@@ -50,7 +51,8 @@ class Kept:
     """Where the copy of a study on one server lies.
 
     ``images_sha256`` is over the UIDs of its images, ``archive_sha256`` over the archive as it was written; None if an
-    attempt wrote it that was interrupted then.
+    attempt wrote it that was interrupted then. ``hidden_before`` is what the server hid of the study when it was
+    written; None where that is not known.
     """
 
     url: str
@@ -58,6 +60,7 @@ class Kept:
     images_sha256: str
     overwrites_prevented: bool = True  # as the store promised when it was written
     archive_sha256: str | None = None
+    hidden_before: Sequence[str] | None = None
 
     def mark(self, study_uid: str) -> Mark:
         return Mark(study_uid, self.images, self.images_sha256)
@@ -76,8 +79,10 @@ def keep(pacs: Pacs, study_uid: str, folder: str, run: Run, destinations: Destin
         name = f"{study_uid}-{mark.images_sha256[:12]}.zip"
         return destinations.archive(f"{folder.rstrip('/')}/{pacs.server.name}/{name}")
 
+    before = hidden_on(pacs, study_uid)
     place, mark, sha256 = archived(pacs, founds[0], place_for, run)
-    return Kept(place.shown, mark.images, mark.images_sha256, place.overwrites_prevented, sha256)
+    hidden = None if before is None else sorted(before)
+    return Kept(place.shown, mark.images, mark.images_sha256, place.overwrites_prevented, sha256, hidden)
 
 
 def is_all_kept(pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinations) -> bool:
@@ -85,6 +90,35 @@ def is_all_kept(pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinatio
     now = Mark.of(study_uid, images_on(pacs, study_uid))
     there = destinations.archive(kept.url).look()
     return there == now == kept.mark(study_uid)
+
+
+def remove_kept(pacs: Pacs, study_uid: str, kept: Kept, receipts: Receipts, *, resumed: bool) -> Deletion:
+    """Delete the study for good, if it has the images that were kept, and no others.
+
+    ``resumed``: an attempt that died may have hidden some or all of them.
+
+    Raises
+    ------
+    InvalidRequest
+        It has others. Nothing was deleted for good, and what that attempt has hidden is shown again.
+    """
+    before, now = kept.hidden_before, set(images_on(pacs, study_uid))
+    by_us = (hidden_on(pacs, study_uid) or frozenset()) - set(before) if resumed and before is not None else set()
+    if Mark.of(study_uid, now | by_us) != kept.mark(study_uid) and (now or by_us):
+        revoke(pacs, study_uid, by_us)
+        raise has_others(pacs, kept)
+    now |= by_us
+    removal = remove_study(pacs, study_uid, now, before=before, receipts=receipts)
+    if removal.came:
+        sentence = f"{pacs.server.name}: {removal.note} Nothing was deleted; order the deletion of this study again."
+        raise InvalidRequest(sentence, server_name=pacs.server.name, server_type=pacs.server.type)
+    return removal.deletion
+
+
+def has_others(pacs: Pacs, kept: Kept) -> InvalidRequest:
+    name = pacs.server.name
+    sentence = f"{name} lists other images than {kept.url} holds; order the deletion of this study again."
+    return InvalidRequest(sentence, server_name=name, server_type=pacs.server.type)
 
 
 def prove(pacs: Pacs, study_uid: str, kept: Kept, tools: Tools) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from worker.errors import PacsUnavailable
 from worker.jobs.run import ServerUnknown
 from worker.jobs.tools import Tools
 from worker.settings import MODES
@@ -25,6 +26,8 @@ _BY_SERVERS: Final = frozenset({"pacs.audit", "pacs.batch.download"})
 _OF_EACH: Final = frozenset({"pacs.status", "pacs.storage", "pacs.database"})
 _OF_NONE: Final = frozenset({"pacs.batch.show", "pacs.batch.pause", "pacs.batch.resume", "pacs.batch.cancel"})
 
+_REPLAY: Final = ", and if the job is a dead letter by then, replay it"
+
 
 def check_knows_servers(task: str, job: Mapping[str, Any], servers: Collection[str], tools: Tools) -> None:
     """`ServerUnknown`, if a job is about one of ``servers``, those of all workers, that this worker does not know."""
@@ -34,6 +37,19 @@ def check_knows_servers(task: str, job: Mapping[str, Any], servers: Collection[s
     if missing:
         tools.sleep(LINGER_S)
         raise ServerUnknown(missing[0])
+
+
+def server_left(name: str, done: str, *, then: str = _REPLAY, **context: Any) -> PacsUnavailable:
+    """The error of a job of which an earlier attempt was at server ``name``, and no running worker knows that server.
+
+    Only that server can say what became of ``done``. So the job waits for it as for one that is silent, and becomes a
+    dead letter, which can be replayed when the server is back.
+    """
+    sentence = (
+        f"An earlier attempt {done} {name}, and no running worker knows {name} any more; put {name} back into"
+        f" [[servers]]{then}."
+    )
+    return PacsUnavailable(sentence, server_name=name, **context)
 
 
 def _named(task: str, job: Mapping[str, Any]) -> Collection[object] | None:

@@ -20,6 +20,7 @@ from worker.jobs.moves import (
     Receipt,
     copy_study,
     delete_source,
+    end_deletion,
     survey_study,
     undo_study,
     verify_moved,
@@ -288,6 +289,7 @@ def _verify(item: Item, group: _Group) -> Settled:
     digests: Digests = "all" if moves else wishes.get("digests", "all")
     try:
         if receipt.source_deleted and not images_on(group.source, item.text):
+            end_deletion(transfer, receipt)
             group.move_claim(item, group.target)
             told = verify_moved(transfer, receipt, digests=digests)
         else:
@@ -344,7 +346,8 @@ def _undo(item: Item, group: _Group) -> Settled:
     if told["restored"]:
         group.move_claim(item, group.source)
         told["servers"] = {target: "undone", group.source.server.name: "undone"}
-    notes = [f"{target} hides what was removed, and frees it later."] if told["hidden"] else []
+    notes = [note] if (note := told.pop("note")) else []
+    notes += [f"{target} hides what was removed, and frees it later."] if told["hidden"] else []
     if told["left_out"]:
         notes.append(
             f"{target} keeps {told['left_out']} notes of rejections: {group.source.server.name} does not take them "

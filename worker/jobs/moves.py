@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered, PacsRejected, StudyConflict
-from worker.jobs.downloads import to_ask
 from worker.jobs.equality import Compared, Side, compare
+from worker.jobs.removals import Removal, hidden_on, remove_images, remove_study
 from worker.jobs.transfers import Transfer, bare_digests_on, bring, digests_on, images_on, pending
 from worker.pacs.protection import check_two_archives, refusal
-from worker.pacs.protocol import DeletionFate, Fate, Found, Pacs
+from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs
 
 Digests = Literal["all", "sample", "none"]
 #: So often in one verification a study that has grown is brought up to date before it is given up.
@@ -70,18 +70,20 @@ class Receipt:
 
     ``before``: what the target had when the pass under way first touched the study; None when none is. ``shared``: what
     both servers had anyway, known once the source's copy goes. ``removing``: what an undo is about to remove.
+    ``hidden_before``: while a copy is removed, what its server hid of the study before that; None when none is.
     ``faults``: how often the target failed at images that it has not got yet, and since when. ``save`` is called before
     anything is done that could not be told from what others do.
     """
 
     #: What it is made of as JSON.
-    FIELDS: ClassVar = ("parcels", "before", "shared", "source_deleted", "removing", "faults")
+    FIELDS: ClassVar = ("parcels", "before", "shared", "source_deleted", "removing", "hidden_before", "faults")
 
     parcels: list[Parcel] = field(default_factory=list)
     before: frozenset[str] | None = None
     shared: frozenset[str] = frozenset()
     source_deleted: bool = False
     removing: frozenset[str] | None = None
+    hidden_before: frozenset[str] | None = None
     faults: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     save: Callable[[Receipt], None] = lambda _: None
 
@@ -101,6 +103,7 @@ class Receipt:
             "shared": sorted(self.shared),
             "source_deleted": self.source_deleted,
             "removing": None if self.removing is None else sorted(self.removing),
+            "hidden_before": None if self.hidden_before is None else sorted(self.hidden_before),
             "faults": {uid: list(told) for uid, told in sorted(self.faults.items())},
         }
         return {name: value for name, value in told.items() if value or value == []}
@@ -113,6 +116,7 @@ class Receipt:
             shared=frozenset(told.get("shared", ())),
             source_deleted=bool(told.get("source_deleted")),
             removing=frozenset(told["removing"]) if "removing" in told else None,
+            hidden_before=frozenset(told["hidden_before"]) if "hidden_before" in told else None,
             faults={uid: (faults, since_s) for uid, (faults, since_s) in told.get("faults", {}).items()},
             save=save,
         )
@@ -466,17 +470,34 @@ def delete_source(transfer: Transfer, receipt: Receipt) -> None:
         raise transfer.error(PacsMisanswered, source, sentence)
     receipt.shared |= seen.on_source.keys() - receipt.added
     receipt.source_deleted = True
+    receipt.hidden_before = hidden_on(source, transfer.study_uid)
     receipt.save(receipt)
-    deletion = transfer.receipts.delete(source, Found("study", transfer.study_uid), permanent=True)
-    if deletion.fate is DeletionFate.REFUSED:
-        receipt.source_deleted = False
+    _remove_source(transfer, receipt, seen.on_source.keys())
+    _on_target(transfer, seen.on_source)
+
+
+def end_deletion(transfer: Transfer, receipt: Receipt) -> None:
+    """End what an attempt that died has begun: the source may hide images that were to be deleted for good."""
+    if receipt.hidden_before is not None:
+        _remove_source(transfer, receipt, receipt.moved)
+
+
+def _remove_source(transfer: Transfer, receipt: Receipt, proven: Collection[str]) -> None:
+    source, study_uid = transfer.source, transfer.study_uid
+    removal = remove_study(source, study_uid, proven, before=receipt.hidden_before, receipts=transfer.receipts)
+    receipt.source_deleted = not removal.came and removal.deletion.fate is not DeletionFate.REFUSED
+    if receipt.hidden_before is not None or not receipt.source_deleted:
+        receipt.hidden_before = None
         receipt.save(receipt)
-        sentence = f"{source.server.name} does not delete the study, which is whole on both. {deletion.note}"
+    if removal.came:
+        sentence = f"{source.server.name} got images while its copy was deleted; it is verified again. {removal.note}"
+        raise transfer.error(PacsMisanswered, source, sentence)
+    if not receipt.source_deleted:
+        sentence = f"{source.server.name} does not delete the study, which is whole on both. {removal.deletion.note}"
         raise transfer.error(PacsRejected, source, sentence)
-    if images_on(source, transfer.study_uid):
+    if images_on(source, study_uid):
         sentence = f"{source.server.name} still lists images of the study that it has deleted; it is looked at again."
         raise transfer.error(PacsMisanswered, source, sentence)
-    _on_target(transfer, seen.on_source)
 
 
 # --- undo -------------------------------------------------------------------------------------------------------
@@ -512,17 +533,18 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
     _prove(transfer, Side(transfer.source, seen.on_source), goes, ours - transfer.proven)
     if receipt.removing is None:
         receipt.removing = frozenset(ours)
+        receipt.hidden_before = hidden_on(transfer.target, transfer.study_uid)
         receipt.save(receipt)
-    pieces = to_ask(Found("study", transfer.study_uid), seen.on_target, ours) if ours else []
-    fates = {_remove(transfer, found) for found in pieces}
+    removal = _remove(transfer, receipt) if receipt.removing else Removal(Deletion(DeletionFate.NOT_THERE))
     restored = len(receipt.moved & seen.on_source.keys()) if receipt.source_deleted else 0
-    left = seen.on_target.keys() - ours
+    left = images_on(transfer.target, transfer.study_uid).keys() - receipt.removing
     return {
         "removed": len(receipt.removing),
         "restored": restored,
         "left": len(left - receipt.added),
         "left_out": len(left & receipt.added),
-        "hidden": DeletionFate.HIDDEN in fates,
+        "hidden": removal.deletion.fate is DeletionFate.HIDDEN,
+        "note": removal.note,
     }
 
 
@@ -531,12 +553,14 @@ def _check_allowed(transfer: Transfer, pacs: Pacs) -> None:
         raise transfer.error(InvalidRequest, pacs, f"Refused: {why}")
 
 
-def _remove(transfer: Transfer, found: Found) -> DeletionFate:
-    deletion = transfer.receipts.delete(transfer.target, found, permanent=True)
-    if deletion.fate is DeletionFate.REFUSED:
-        sentence = f"{transfer.target.server.name} does not remove what was added. {deletion.note}"
-        raise transfer.error(PacsRejected, transfer.target, sentence)
-    return deletion.fate
+def _remove(transfer: Transfer, receipt: Receipt) -> Removal:
+    target, ours = transfer.target, receipt.removing or frozenset()
+    before, receipts = receipt.hidden_before, transfer.receipts
+    removal = remove_images(target, transfer.study_uid, ours, before=before, receipts=receipts)
+    if removal.deletion.fate is DeletionFate.REFUSED:
+        sentence = f"{target.server.name} does not remove what was added. {removal.deletion.note}"
+        raise transfer.error(PacsRejected, target, sentence)
+    return removal
 
 
 def _restore(transfer: Transfer, receipt: Receipt) -> set[str]:

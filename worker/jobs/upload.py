@@ -23,6 +23,7 @@ from worker.errors import (
 )
 from worker.instances import Instance, identify
 from worker.jobs.described import allowed
+from worker.jobs.knowledge import server_left
 from worker.jobs.passing import digest_of
 from worker.jobs.placement import (
     NOT_SENT,
@@ -130,11 +131,12 @@ def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
         Any code of the source, the file or the servers; `TryAgain` leaves everything ready for another attempt.
     """
     trip = _Trip(read_job(UploadJob, message), run, tools)
-    if trip.job.server is not None:
-        tools.fleet[trip.job.server]  # an unknown name is refused before anything is fetched
     memo = Memo.from_json(run.memo) if run.memo else None
     if memo is not None:
         about(study_uid=memo.instance.study_instance_uid, server_name=memo.server)
+        _check_still_known(memo, trip)
+    if trip.job.server is not None:
+        tools.fleet[trip.job.server]  # an unknown name is refused before anything is fetched
     if run.cancelled and not (memo and (memo.may_arrive or memo.stored)):
         raise Cancelled("The job was cancelled before anything was pushed.")
     if memo is None or not _arrived(memo, trip):
@@ -142,6 +144,16 @@ def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     if not memo.stored:
         memo = _receipt(trip, memo)
     return _describe(trip, memo).as_json()
+
+
+def _check_still_known(memo: Memo, trip: _Trip) -> None:
+    """Of what may be on a server that has left the settings nothing can be said, and it is stored on no other."""
+    if memo.server in trip.tools.fleet.names or not (memo.may_arrive or memo.stored):
+        return
+    if trip.run.cancelled and not memo.stored:
+        raise _uncertain(Cancelled("The job was cancelled."), memo)
+    done = "stored the image on" if memo.stored else "pushed the image, which may have arrived, to"
+    raise server_left(memo.server, done, details={**uids_of(memo.instance), "may_be_on": memo.server})
 
 
 def _arrived(memo: Memo, trip: _Trip) -> bool:

@@ -18,7 +18,7 @@ from worker.filters import Filter
 from worker.fingerprints import Rewrites
 from worker.instances import Instance
 from worker.logs import shown_text
-from worker.pacs.dcm4chee_hidden import Dcm4cheeHidden
+from worker.pacs.dcm4chee_hidden import REJECTION, Dcm4cheeHidden
 from worker.pacs.dcm4chee_views import Dcm4cheeViews
 from worker.pacs.dicomjson import FAILED_SOP_SEQUENCE, REFERENCED_SOP_CLASS_UID, items, text
 from worker.pacs.dicomweb import DicomWeb, path_of
@@ -54,8 +54,6 @@ OF_SERIES = ("InstitutionName", "InstitutionalDepartmentName", "StationName", "S
 #: A reject is one transaction per instance and runs for minutes on a big study. Oddity: "Rejecting is slow".
 REJECT_TIMEOUT_S = 900.0
 DATABASE_TIMEOUT_S = 10.0
-#: Retention expired. Oddity: "Rejecting with 113039 is the only kind that hides all".
-REJECTION = "113039%5EDCM"
 FREED_LATER = (
     "Hidden by rejection 113039^DCM; storing the same images again shows them again. The archive's scheduler "
     "deletes them, by default after one day, and frees the files within five minutes of that."
@@ -121,7 +119,14 @@ class Dcm4chee:
         self._web = DicomWeb(transport)
         self._turns = StudyTurns()
         self._archive = archive_path(transport.base_path)
-        self.hiding: Hiding = Dcm4cheeHidden(transport, self._web, self._archive, revoke_timeout_s=REJECT_TIMEOUT_S)
+        self._hidden = Dcm4cheeHidden(
+            transport,
+            self._web,
+            self._archive,
+            reject_timeout_s=REJECT_TIMEOUT_S,
+            delete_study=self._delete_study,
+        )
+        self.hiding: Hiding = self._hidden
         self._views = Dcm4cheeViews(transport, self._archive, REWRITES)
 
     def find(self, level: Level, uid: str) -> list[Found]:
@@ -296,6 +301,15 @@ class Dcm4chee:
         return Deletion(DeletionFate.REFUSED, f"The archive does not reject it: {error_message(answer)}")
 
     def _delete_study(self, found: Found) -> Deletion:
+        """Oddity: "A rejection can stop half-way": it is completed, where the archive shows nothing of the study."""
+        deletion = self._delete_rejected(found)
+        if deletion.fate is not DeletionFate.REFUSED or not _IS_NOT_ALL_REJECTED(deletion.note):
+            return deletion
+        if self.find("study", found.study_instance_uid) or not self._hidden.complete(found.study_instance_uid):
+            return deletion
+        return self._delete_rejected(found)
+
+    def _delete_rejected(self, found: Found) -> Deletion:
         target = self._transport.base_path + path_of(found)
         expected = (200, 204, 403, 404, 409)
         request = Request("DELETE", target, expected=expected, read_timeout_s=REJECT_TIMEOUT_S)
@@ -371,7 +385,6 @@ def _proof(instance: Instance, item: Dataset, warning: str) -> str:
 _FAILED, _CONFLICTING_PATIENT_ID, _BEING_DELETED, _NO_DICOM_STREAM = 0x0110, 0xA778, 0xA77A, 0xC499
 #: What the details of an error say where a study is being deleted, perhaps for ever.
 _DELETING: Mapping[str, Any] = {"study_deleting": True}
-_FAILED, _CONFLICTING_PATIENT_ID, _NO_DICOM_STREAM = 0x0110, 0xA778, 0xC499
 #: Oddity: "A note of a rejection does not return without its images".
 _NOTE_WITHOUT_IMAGES = 0xA772
 _OTHER_MADE_UP_ID = (
@@ -384,6 +397,8 @@ _IS_UNREADABLE = re.compile(r"EOFException|DicomStreamException", re.IGNORECASE)
 _IS_OF_A_TEXT = re.compile(r"ARJUNA016053|too long|invalid byte sequence|\b0x00\b", re.IGNORECASE).search
 #: Of the archive, and so no proof against the file.
 _IS_TROUBLE = re.compile(r"space|storage|accessa|JDBC|FileSystem|NoSuchFile|Connection|Timeout", re.IGNORECASE).search
+#: Why a study is not deleted: the archive counts it as not rejected, or not as a whole.
+_IS_NOT_ALL_REJECTED = re.compile(r"Rejection State: (NONE|PARTIAL)").search
 _JSON = {"Accept": "application/json"}
 _MAX_MESSAGE_BYTES = 8_192
 _MESSAGE = re.compile(r'"errorMessage"\s*:\s*"(.*)"\s*\}?\s*$', re.DOTALL)

@@ -6,12 +6,13 @@ Their names are those of the default configuration. Oddity: "What is hidden is s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, is_resting
 from worker.instances import Instance
 from worker.pacs.dicomjson import items, text
 from worker.pacs.dicomweb import DicomWeb, path_of
-from worker.pacs.protocol import Fate, Found, Outcome
+from worker.pacs.protocol import Deletion, Fate, Found, Outcome
 from worker.pacs.transport import Request, Transport
 from worker.payloads import Dataset
 
@@ -19,25 +20,41 @@ from worker.payloads import Dataset
 AS_RECEIVED = "AS_RECEIVED"
 #: Shows only what was rejected with 113039, as deletions of ours do.
 EXPIRED = "IOCM_EXPIRED"
+#: Retention expired. Oddity: "Rejecting with 113039 is the only kind that hides all".
+REJECTION = "113039%5EDCM"
 #: Rejected with it, an image that is stored again is shown again.
 _RESTORED = "113039^DCM"
 _REVOKE = "REVOKE_REJECTION%5E99DCM4CHEE"
 _REJECTION_CODE_SEQUENCE, _CODE_VALUE, _CODING_SCHEME_DESIGNATOR = "77771042", "00080100", "00080102"
 _PAGE = 1000
 
+T = TypeVar("T")
+
 
 class Dcm4cheeHidden:
-    """See `worker.pacs.hiding.Hiding`. ``archive_path`` is the path above the application entities."""
+    """See `worker.pacs.hiding.Hiding`. ``archive_path`` is the path above the application entities.
 
-    def __init__(self, transport: Transport, web: DicomWeb, archive_path: str, *, revoke_timeout_s: float) -> None:
+    ``delete_study`` sends the DELETE of a study.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        web: DicomWeb,
+        archive_path: str,
+        *,
+        reject_timeout_s: float,
+        delete_study: Callable[[Found], Deletion],
+    ) -> None:
         self._transport, self._shown = transport, web
         self._archive = archive_path
-        self._revoke_timeout_s = revoke_timeout_s
+        self._reject_timeout_s = reject_timeout_s
+        self._delete_study = delete_study
         self._all = DicomWeb(transport, base_path=self._root(AS_RECEIVED))
         self._expired = DicomWeb(transport, base_path=self._root(EXPIRED))
 
     def find_study(self, study_instance_uid: str) -> list[Found]:
-        return self._if_it_may_look(lambda: self._all.find("study", study_instance_uid))
+        return self._if_it_may_look(lambda: self._all.find("study", study_instance_uid)) or []
 
     def why_unseen(self, instance: Instance) -> Outcome | None:
         uid = instance.sop_instance_uid
@@ -56,31 +73,47 @@ class Dcm4cheeHidden:
         )
         return Outcome(uid, Fate.REJECTED, message=sentence, details={"hidden_by": code})
 
-    def images(self, study_instance_uid: str) -> list[Found]:
+    def images(self, study_instance_uid: str) -> list[Found] | None:
         study = Found("study", study_instance_uid)
-        return list(self._expired.instances(study, page=_PAGE, order=(("orderby", "SOPInstanceUID"),)))
+        order = (("orderby", "SOPInstanceUID"),)
+        return self._if_it_may_look(lambda: list(self._expired.instances(study, page=_PAGE, order=order)))
 
     def revoke(self, found: Found) -> int:
-        target = f"{self._root(EXPIRED)}{path_of(found)}/reject/{_REVOKE}"
-        headers = {"Accept": "application/json", "Content-Length": "0"}
-        request = Request("POST", target, headers, read_timeout_s=self._revoke_timeout_s)
-        told = self._shown.parse(self._transport.exchange(request))
+        told = self._shown.parse(self._transport.exchange(self._request(found, _REVOKE)))
         count = told.get("count") if isinstance(told, dict) else None
         if not isinstance(count, int):
             raise self._shown.misanswered("no number of what it shows again")
         return count
 
+    def delete_hidden(self, study_instance_uid: str) -> Deletion:
+        return self._delete_study(Found("study", study_instance_uid))
+
+    def complete(self, study_instance_uid: str) -> bool:
+        """Complete a rejection that stopped half-way; False where there is nothing of it.
+
+        The same rejection is sent where only its images are shown: so it reaches no other image, and shows none
+        meanwhile. Oddity: "A rejection can stop half-way".
+        """
+        request = self._request(Found("study", study_instance_uid), REJECTION)
+        return bool(self._if_it_may_look(lambda: self._transport.exchange(request).status == 200))
+
+    def _request(self, found: Found, code: str) -> Request:
+        """A rejection, or a revoke, of those images below ``found`` that deletions of ours have hidden."""
+        target = f"{self._root(EXPIRED)}{path_of(found)}/reject/{code}"
+        headers = {"Accept": "application/json", "Content-Length": "0"}
+        return Request("POST", target, headers, read_timeout_s=self._reject_timeout_s)
+
     def _root(self, title: str) -> str:
         return f"{self._archive}/aets/{title}/rs"
 
-    def _if_it_may_look(self, question: Callable[[], list[Found]]) -> list[Found]:
-        """[] where an archive has no such application entity, or none for this account."""
+    def _if_it_may_look(self, question: Callable[[], T]) -> T | None:
+        """None where an archive has no such application entity, or none for this account."""
         try:
             return question()
         except (PacsUnauthorized, PacsMisanswered) as error:
             if not _is_out_of_sight(error):
                 raise
-            return []
+            return None
 
 
 def _is_out_of_sight(error: CourierError) -> bool:

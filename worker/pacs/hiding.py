@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from worker.instances import Instance
-from worker.pacs.protocol import Found, Outcome
+from worker.pacs.protocol import Deletion, Found, Outcome
 
 
 class Hiding(Protocol):
@@ -22,10 +22,18 @@ class Hiding(Protocol):
         """
         ...
 
-    def images(self, study_instance_uid: str) -> list[Found]:
-        """The images of the study that deletions which only hide have hidden."""
+    def images(self, study_instance_uid: str) -> list[Found] | None:
+        """The images of the study that deletions which only hide have hidden; None where the account may not look."""
         ...
 
     def revoke(self, found: Found) -> int:
         """Show again what such deletions have hidden of ``found``; how many images that were."""
+        ...
+
+    def delete_hidden(self, study_instance_uid: str) -> Deletion:
+        """Delete for good a study of which all images are hidden. Nothing is hidden for that.
+
+        It SHALL be refused, or find nothing, where one of the images is shown. What the settings protect is not known
+        here: the caller asks `Pacs.deletion` first.
+        """
         ...
