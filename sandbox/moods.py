@@ -43,7 +43,8 @@ class Mood:
         ``crash_in_delete``: DCM4CHEE dies in the middle of a DELETE, and the study is being deleted for ever;
         ``crash_in_reject``: DCM4CHEE hides the images and fails before it counts their study as rejected;
         ``lose_last_part``: the last part of a store is not read; ``database_down``, ``storage_down``: as the reference
-        says, which is not what one would expect.
+        says, which is not what one would expect; ``charset`` (done in ``web.py``): ``; charset=utf-8`` behind the type
+        of JSON.
 
     Authentication (done by ``tokens.py``)
         ``bearer``: requests need a valid token of the built-in endpoint; ``token_lifetime_s``: how long one lives.
@@ -67,6 +68,7 @@ class Mood:
     crash_in_delete: bool = False
     crash_in_reject: bool = False
     lose_last_part: bool = False
+    charset: bool = False
     unauthorized: bool = False
     database_down: bool = False
     storage_down: bool = False

@@ -104,7 +104,7 @@ def dicom_json(value: Any, *, status: int = 200, headers: Mapping[str, str] | No
     return web.Response(
         status=status,
         body=json.dumps(value).encode(),
-        headers={"Content-Type": f"{DICOM_JSON}; charset=utf-8", **(headers or {})},
+        headers={"Content-Type": DICOM_JSON, **(headers or {})},
     )
 
 
@@ -396,6 +396,8 @@ def reset(request: web.Request) -> None:
 
 async def _send(request: web.Request, response: web.StreamResponse, mood: Mood) -> web.StreamResponse:
     """Put the answer on the wire, as well or badly as the mood will have it."""
+    if mood.charset and response.headers.get("Content-Type") == DICOM_JSON:
+        response.headers["Content-Type"] = f"{DICOM_JSON}; charset=utf-8"
     cut = mood.reset_answer if mood.truncate is False else mood.truncate
     spoiled = cut is not False or mood.drip_bytes_per_s is not None
     if not spoiled and not isinstance(response, Streamed):

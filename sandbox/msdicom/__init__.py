@@ -408,7 +408,7 @@ class MsDicom:
             return web.Response(status=304)
         self._check_outage(request[MOOD], needs_files=True)
         # The file's own header decides, so nothing of it is kept twice.
-        headers = {"Content-Type": f"{DICOM_JSON}; charset=utf-8", "ETag": tag}
+        headers = {"Content-Type": DICOM_JSON, "ETag": tag}
         return Streamed(_metadata_chunks(rows), headers=headers)
 
     @operation("retrieve")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,18 @@ S3_KEY_ID, S3_SECRET = "COURIERTESTKEY", "couriertestsecret"
 
 @pytest.fixture
 def sandbox(sandbox_server: SandboxPart, monkeypatch: pytest.MonkeyPatch) -> Iterator[SandboxPart]:
-    """The sandbox, calm and empty; its DCM4CHEE is the archive that `real_archive.VARIABLE` names, if it is set."""
+    """The sandbox, calm and empty; its servers are the archives that `real_archive.VARIABLES` name, if any is set."""
     sandbox_server.calm()
     sandbox_server.empty()
-    if (url := real_archive.address()) is None:
+    if not (archives := real_archive.archives()):
         yield sandbox_server
         return
     # The archive gives each image of a patient what it knows of the patient from other images, and keeps patients.
     monkeypatch.setattr(synthetic, "PATIENT_ID", f"S{new_uid()[-20:]}")
-    with real_archive.recorded(url) as recorder:
-        yield real_archive.ArchivePart(sandbox_server.child, sandbox_server.msdicom, url, sandbox_server.control)
-        kept = recorder.clean(synthetic.PATIENT_ID)
+    with ExitStack() as watching:
+        recorders = {name: watching.enter_context(real_archive.recorded(one)) for name, one in archives.items()}
+        yield real_archive.ArchivePart.over(sandbox_server, recorders)
+        kept = [study for one in recorders.values() for study in one.clean(synthetic.PATIENT_ID)]
     assert not kept, f"the archive did not remove {len(kept)} studies of this test"
 
 

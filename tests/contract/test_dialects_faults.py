@@ -127,6 +127,17 @@ def test_a_server_without_room_is_tried_again(pacs: Pacs, mood: SetMood, dialect
     assert outcome(pacs, content).fate is Fate.STORED
 
 
+def test_a_charset_behind_the_type_of_json_changes_nothing(pacs: Pacs, mood: SetMood) -> None:
+    """Oddity: "The type of its JSON has a charset"."""
+    mood("*", charset=True)
+    study, content = new_uid(), image(new_uid(), PatientName="Müller^Zoë", SpecificCharacterSet="ISO_IR 192")
+    assert outcome(pacs, content).fate is Fate.STORED
+    assert outcome(pacs, image(study)).fate is Fate.STORED
+    (found,) = pacs.find("study", study)
+    assert len(pacs.metadata(found)) == 1
+    assert study in str(pacs.studies(filters={"StudyInstanceUID": study}, limit=10, offset=0))
+
+
 def test_a_retrieval_cut_in_the_middle_is_no_study(pacs: Pacs, mood: SetMood) -> None:
     study = new_uid()
     outcome(pacs, image(study))

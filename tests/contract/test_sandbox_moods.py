@@ -293,6 +293,16 @@ def test_the_last_part_of_a_store_gets_lost_without_a_word(pacs: Pacs) -> None:
     assert alone.status_code == {"msdicom": 204, "dcm4chee": 409}[pacs.name]
 
 
+def test_the_type_of_json_bears_a_charset_on_demand_and_else_none(pacs: Pacs) -> None:
+    one = image(new_uid())
+    assert pacs.store(one).headers["Content-Type"] == DICOM_JSON
+    assert pacs.query().headers["Content-Type"] == DICOM_JSON
+    pacs.mood("*", charset=True)
+    for answer in (pacs.store(image(new_uid())), pacs.query()):
+        assert answer.headers["Content-Type"] == f"{DICOM_JSON}; charset=utf-8"
+        assert answer.json()
+
+
 def test_a_pending_instance_is_invisible_and_becomes_a_stored_one_in_time(msdicom: Pacs) -> None:
     study = new_uid()
     one = image(study)
