@@ -1,8 +1,8 @@
 """Is everything there that a job needs, and does it work: one finding per part, each with what to do about it.
 
 It enqueues two questions: one about the servers, because a worker that answers a ping may still carry nothing, and one
-about the buckets that downloads may go to, which a worker answers with a probe that it removes at once. Otherwise it
-only looks.
+about the places of sources and downloads, which a worker reads from, or writes a probe to that it removes at once: what
+counts are its credentials and mounts. Otherwise the doctor only looks.
 """
 
 from __future__ import annotations
@@ -252,13 +252,13 @@ def _workers(courier: Courier) -> Iterator[Finding]:
 
 
 def _places(courier: Courier, server: str) -> Iterator[Finding]:
-    """Whether the stores of downloads prevent that an object is overwritten, as a worker finds by a probe."""
+    """Whether a worker can read from the places of sources and write to those of downloads."""
     try:
         question = courier.enqueue("pacs.status", StatusJob, {"servers": [server], "places": True})
         payload = question.result(timeout_s=CARRY_S)
     except StillRunning:
-        found = f"the buckets for downloads were not probed within {CARRY_S:.0f} s"
-        yield Finding("places", "warning", found, "Check downloads.s3.endpoint_url.")
+        found = f"the places of sources and downloads were not tried within {CARRY_S:.0f} s"
+        yield Finding("places", "warning", found, "Run this again when workers have free slots.")
         return
     except CourierError as error:
         yield Finding("places", "warning", str(error), "Look into the worker's log.")
@@ -267,13 +267,32 @@ def _places(courier: Courier, server: str) -> Iterator[Finding]:
 
 
 def _place(entry: dict[str, Any]) -> Finding:
-    check = f"place {entry['place']}"
+    """One place, as the worker on ``host`` found it. An older worker tells of buckets for downloads alone."""
+    use, state = entry.get("use", "download"), entry.get("state", "usable")
+    check = f"{'source' if use == 'source' else 'place'} {entry['place']}"
+    by = f" (tried on {entry['host']})" if entry.get("host") else ""
+    if state in ("refused", "silent", "unknown") or entry["message"]:
+        kind: State = "unavailable" if state == "silent" else "failed" if state == "refused" else "warning"
+        return Finding(check, kind, entry["message"] + by, _to_do(entry["place"], use, state))
+    if use == "source":
+        found = "can be listed and read" if state == "usable" else "can be listed; nothing that could be read is in it"
+        return Finding(check, "ok", found + by)
     if entry["overwrites"] == "prevented":
-        return Finding(check, "ok", "its store prevents that an object is overwritten")
-    if entry["overwrites"] == "not_prevented":
-        advice = "Let no other program write there, or take a store that keeps If-None-Match (docs/jobs.md)."
-        return Finding(check, "warning", "its store does not prevent that an object is overwritten", advice)
-    return Finding(check, "warning", entry["message"], "Correct downloads.s3, or what its credential may do.")
+        return Finding(check, "ok", f"can be written; its store prevents that an object is overwritten{by}")
+    advice = "Let no other program write there, or take a store that keeps If-None-Match (docs/jobs.md)."
+    return Finding(
+        check, "warning", f"can be written; its store does not prevent that an object is overwritten{by}", advice
+    )
+
+
+def _to_do(place: str, use: str, state: str) -> str:
+    section = f"{use}s"
+    if place.startswith("file:"):
+        return f"Mount it on every worker, give their user the right to it, or take it out of {section}.folders."
+    store = "azure" if place.startswith("az:") else "s3"
+    if state == "silent":
+        return f"Let the worker reach the store, or correct its address in {section}.{store}."
+    return f"Correct {section}.{store}, or what its credential may do there (docs/settings.md)."
 
 
 def _progress(ledger: Ledger, answering: set[str]) -> Iterator[Finding]:

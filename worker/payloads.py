@@ -120,7 +120,7 @@ class ServersJob(Job):
 
 
 class StatusJob(ServersJob):
-    """`pacs.status`. ``places`` has the buckets tried too that downloads may go to."""
+    """`pacs.status`. ``places`` has the worker try the places of sources and downloads that its settings name, too."""
 
     places: bool = False
 
@@ -516,13 +516,20 @@ class DatabaseEntry(ServerEntry):
 
 
 class PlaceEntry(BaseModel):
-    """Whether the store of a bucket prevents that an object is overwritten; ``message`` says why that is unknown."""
+    """Whether the worker on ``host`` can use one of the places of its settings; ``message`` says why not.
+
+    A place of sources was listed and its first image read; one of downloads was written to. ``overwrites`` is whether
+    the store of the latter prevents that an object is overwritten.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     place: str
-    overwrites: Literal["prevented", "not_prevented", "unknown"]
+    use: Literal["source", "download"] = "download"
+    state: Literal["usable", "empty", "unknown", "refused", "silent"]
+    overwrites: Literal["prevented", "not_prevented", "unknown"] = "unknown"
     message: str = ""
+    host: str = ""
 
 
 class StatusPayload(Payload):
@@ -530,7 +537,7 @@ class StatusPayload(Payload):
 
     operation: Literal["status"] = "status"
     servers: list[StatusEntry]
-    #: Of the buckets that the worker's settings name, if the job asks for them.
+    #: Of the worker's settings, if the job asks for them.
     places: list[PlaceEntry] = []
 
 

@@ -256,6 +256,14 @@ class DownloadSettings(_Section):
     azure: AzureSettings = AzureSettings()
 
 
+def places_of(settings: SourceSettings | DownloadSettings) -> list[str]:
+    """The folders, buckets and containers that the settings name, as URLs; not those that a pattern stands for."""
+    named = [f"s3://{bucket}/" for bucket in settings.s3.buckets]
+    named += [f"az://{container}/" for container in settings.azure.containers]
+    folders = [Path(os.path.abspath(folder)).as_uri().rstrip("/") + "/" for folder in settings.folders]
+    return folders + [place for place in named if not set("*?[") & set(place)]
+
+
 class DeletionSettings(_Section):
     """What an order that deletes needs, on all servers. What one server allows is in its own ``deletions``."""
 

@@ -64,6 +64,59 @@ def test_without_buckets_or_with_an_older_worker_there_is_no_finding() -> None:
     assert findings({"servers": [], "places": []}) == findings({"servers": []}) == []
 
 
+def place(place: str, use: str, state: str, overwrites: str = "unknown", message: str = "") -> dict[str, Any]:
+    return {
+        "place": place,
+        "use": use,
+        "state": state,
+        "overwrites": overwrites,
+        "message": message,
+        "host": "pod-1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "check", "state", "found", "advice"),
+    [
+        (place("file:///in/", "source", "usable"), "source file:///in/", "ok", "listed and read (tried on pod-1)", ""),
+        (place("s3://in/", "source", "empty"), "source s3://in/", "ok", "nothing that could be read", ""),
+        (place("az://o/", "download", "usable", "prevented"), "place az://o/", "ok", "can be written", ""),
+        (place("s3://o/", "download", "usable", "not_prevented"), "place s3://o/", "warning", "not prevent", "If-None"),
+        (
+            place("s3://i/", "source", "unknown", message="No list."),
+            "source s3://i/",
+            "warning",
+            "No list.",
+            "sources.s3",
+        ),
+        (place("az://i/", "source", "refused", message="No."), "source az://i/", "failed", "No.", "sources.azure"),
+        (
+            place("file:///o/", "download", "refused", message="No."),
+            "place file:///o/",
+            "failed",
+            "No.",
+            "downloads.fold",
+        ),
+        (
+            place("s3://o/", "download", "silent", message="No."),
+            "place s3://o/",
+            "unavailable",
+            "No.",
+            "address in downl",
+        ),
+    ],
+)
+def test_each_place_has_a_finding_of_its_own_that_says_who_tried_it_and_what_to_do(
+    entry: dict[str, Any], check: str, state: str, found: str, advice: str
+) -> None:
+    (finding,) = findings({"servers": [], "places": [entry]})
+    assert (finding.check, finding.state) == (check, state)
+    assert found in finding.found
+    assert "pod-1" in finding.found
+    assert advice in finding.advice
+    assert bool(finding.advice) is bool(advice)
+
+
 NEW = {"version": "0.2.0", "schema": SCHEMA}
 
 

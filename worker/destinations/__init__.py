@@ -14,7 +14,7 @@ from worker.destinations.mark import Archive, Files, Mark, Records
 from worker.destinations.s3 import S3Destinations
 from worker.errors import InvalidRequest
 from worker.network import NO_PROXY, Network
-from worker.settings import DownloadSettings
+from worker.settings import DownloadSettings, places_of
 
 __all__ = ["Archive", "Destinations", "Files", "Mark", "Records"]
 
@@ -35,6 +35,7 @@ class Destinations:
         """``records`` is what all workers know of stores; without it each process finds out by itself. ``breakers``
         are what they know of credentials that stores refuse.
         """
+        self._settings = settings
         self._s3 = S3Destinations(settings, records, network, breakers)
         self._by_scheme: dict[str, _Family] = {
             "file": FolderDestinations(settings),
@@ -52,12 +53,18 @@ class Destinations:
 
     @property
     def places(self) -> list[str]:
-        """The places of the settings whose stores may or may not prevent that an object is overwritten."""
-        return self._s3.places
+        """The folders, buckets and containers of the settings, as URLs; those without a wildcard in their names."""
+        return places_of(self._settings)
 
     def probe(self, place: str) -> bool:
-        """Whether the store of one of the `places` prevents it, tried with an object that is removed at once."""
-        return self._s3.probe(place)
+        """Write a probe to one of the `places`, and remove it; whether the store prevents that it is overwritten.
+
+        Raises
+        ------
+        InvalidRequest, SourceUnreachable
+            It cannot be written.
+        """
+        return self._chosen(place).probe(place)
 
     def _chosen(self, url: str) -> _Family:
         match = _SCHEME(url)

@@ -25,6 +25,7 @@ from worker.breakers import Breakers
 from worker.destinations.mark import (
     CHUNK_BYTES,
     MANIFEST,
+    PROBE,
     Mark,
     blocks_of,
     refusal,
@@ -74,6 +75,20 @@ class AzureDestinations:
     def files(self, url: str) -> AzureFiles:
         container, name = self._place(url)
         return AzureFiles(container, name.rstrip("/") + "/")
+
+    def probe(self, place: str) -> bool:
+        """Whether what a download asks is allowed: to read, to list and to write. Azure keeps its conditions.
+
+        Raises
+        ------
+        InvalidRequest, SourceUnreachable
+            It cannot be written.
+        """
+        container, name = self._place(f"{place}{PROBE}{uuid4().hex}")
+        container.head(name)
+        next(container.etags(name), None)
+        container.stage(name)
+        return True
 
     def _place(self, url: str) -> tuple[_Container, str]:
         names = container_and_blob(url)
@@ -153,6 +168,12 @@ class _Container:
             for blob in blobs:
                 if (blob.metadata or {}).get("hdi_isfolder") != "true":
                     yield blob.name, blob.etag or ""
+
+    def stage(self, name: str) -> None:
+        """Write a block that no list will name: it is never seen and needs no right to delete; Azure forgets it."""
+        with self._asking(self.shown("")) as asking:
+            self._client.get_blob_client(name).stage_block(f"{uuid4().hex}-00000", b"a probe")
+            asking.accepted()
 
     def read(self, name: str) -> Iterator[bytes]:
         """In one request: the SDK's own download tries three times where a body is cut off, and sleeps between."""

@@ -16,7 +16,7 @@ from itertools import chain, islice
 from typing import Any, Literal
 from uuid import uuid4
 
-from worker.destinations.mark import CHUNK_BYTES, Records, blocks_of, refusal, something_else
+from worker.destinations.mark import CHUNK_BYTES, PROBE, Records, blocks_of, refusal, something_else
 from worker.errors import CourierError, InvalidRequest, SourceUnreachable
 from worker.network import unreachable
 from worker.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, credential_trouble, is_code
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 #: One part of an upload, and so the memory that it takes. S3 takes 10,000 of them: 80 GB.
 PART_BYTES = 8 * CHUNK_BYTES
-#: The name of an object that a probe writes and removes, but for its end.
-PROBE = ".pacs-courier-probe-"
 _BUSY = frozenset(("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"))
 #: Metadata by which an object is known again as the one that was just written.
 _WRITTEN_AS = "pacs-write"

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
-from worker.destinations.mark import CHUNK_BYTES, MANIFEST, UNREADABLE, Mark, refusal, something_else, unpacked
+from worker.destinations.mark import CHUNK_BYTES, MANIFEST, PROBE, UNREADABLE, Mark, refusal, something_else, unpacked
 from worker.errors import CourierError, SourceUnreachable
 from worker.settings import DownloadSettings
 from worker.urls import without_query_marks
@@ -53,6 +54,22 @@ class FolderDestinations:
 
     def files(self, url: str) -> FolderFiles:
         return FolderFiles(*self._place(url))
+
+    def probe(self, place: str) -> bool:
+        """Whether the file system promises that no file is replaced, tried with a file that is removed at once.
+
+        Raises
+        ------
+        InvalidRequest, SourceUnreachable
+            It cannot be written.
+        """
+        _, probe = self._place(f"{place}{PROBE}{uuid4().hex}")
+        with _translated(place), probe.opened(create=False) as folder:
+            try:
+                return _write(folder, probe.name, iter([b"a probe, removed at once"]), place)[1]
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(probe.name, dir_fd=folder)
 
     def _place(self, url: str) -> tuple[str, _Place]:
         path = path_of(url)

@@ -16,6 +16,8 @@ from worker.errors import InvalidRequest, SourceUnreachable
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1_048_576
+#: The name of what a probe writes and removes, but for its end.
+PROBE = ".pacs-courier-probe-"
 #: What reading an archive, its manifest and its entries raises where they are damaged.
 UNREADABLE = (
     zipfile.BadZipFile,

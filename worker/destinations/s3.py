@@ -14,8 +14,17 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from worker.breakers import Breakers
-from worker.destinations.bucket import PROBE, Bucket, Place, Way, translated
-from worker.destinations.mark import MANIFEST, Mark, OwnRecords, Records, refusal, retried_if_taken, something_else
+from worker.destinations.bucket import Bucket, Place, Way, translated
+from worker.destinations.mark import (
+    MANIFEST,
+    PROBE,
+    Mark,
+    OwnRecords,
+    Records,
+    refusal,
+    retried_if_taken,
+    something_else,
+)
 from worker.network import NO_PROXY, Network, s3_client
 from worker.settings import DownloadSettings
 from worker.store_credentials import StoreCredential
@@ -50,11 +59,6 @@ class S3Destinations:
         name = _parts(url)[1].rstrip("/")
         return S3Files(self._bucket(url, beside=name), f"{name}/")
 
-    @property
-    def places(self) -> list[str]:
-        """The buckets that the settings name without a wildcard, as URLs."""
-        return [f"s3://{bucket}/" for bucket in self._settings.buckets if not set("*?[") & set(bucket)]
-
     def probe(self, place: str) -> bool:
         """Whether a bucket refuses to have an object written over another one; what was known before does not count.
 
@@ -64,6 +68,7 @@ class S3Destinations:
             It cannot be tried.
         """
         bucket = self._bucket(f"{place}x", beside="")
+        bucket.head(PROBE)  # as each download does first
         return all([bucket.probe(way) for way in _WAYS])
 
     def _bucket(self, url: str, *, beside: str) -> Bucket:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from worker.errors import CourierError, PacsUnavailable
+from worker.jobs.places import tried_places
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
 from worker.pacs.protocol import DatabaseState, Pacs, ServerState, StorageState
@@ -17,7 +18,6 @@ from worker.payloads import (
     DatabaseEntry,
     DatabasePayload,
     Fault,
-    PlaceEntry,
     RateLimit,
     ServersJob,
     StatusEntry,
@@ -37,7 +37,7 @@ def status(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     """Who answers, how fast, and what each server says of itself."""
     asked = _ask(message, run, tools, lambda pacs: pacs.state())
     entries = [_with_rate(_entry(StatusEntry, *answer, _status), tools) for answer in asked]
-    places = _places(tools) if read_job(StatusJob, message).places else []
+    places = tried_places(tools) if read_job(StatusJob, message).places else []
     return StatusPayload(job_id=run.job_id, servers=entries, places=places).as_json()
 
 
@@ -66,19 +66,6 @@ def database(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, An
     asked = _ask(message, run, tools, _database_of)
     entries = [_entry(DatabaseEntry, *answer, _database) for answer in asked]
     return DatabasePayload(job_id=run.job_id, servers=entries).as_json()
-
-
-def _places(tools: Tools) -> list[PlaceEntry]:
-    """What a probe of each bucket for downloads finds, all probed at once."""
-    places, fleet = tools.destinations.places, tools.probes or tools.fleet
-    return [
-        PlaceEntry(place=place, overwrites="unknown", message=found.message)
-        if isinstance(found, CourierError)
-        else PlaceEntry(place=place, overwrites="prevented" if found else "not_prevented")
-        for place, found in zip(
-            places, fleet.gather([partial(tools.destinations.probe, place) for place in places]), strict=True
-        )
-    ]
 
 
 def _ask(

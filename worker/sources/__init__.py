@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from worker.breakers import Breakers
-from worker.errors import SourceNotAllowed, SourceNotFound
+from worker.errors import SourceNotAllowed, SourceNotFound, SourceTooLarge
 from worker.logs import shown_url
-from worker.settings import SourceSettings
+from worker.settings import SourceSettings, places_of
 from worker.sources.archives import Archives, is_archive, is_entry
 from worker.sources.azure import AzureSource
 from worker.sources.folder import FolderSource
@@ -26,6 +26,8 @@ from worker.urls import ENCODED
 
 __all__ = ["Fetched", "Listed", "Source", "Sources"]
 
+#: How long the first byte of a source may take where only that is wanted.
+TRY_S = 10.0
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}):").match
 
 
@@ -103,6 +105,38 @@ class Sources:
             yield page
         if empty:
             raise SourceNotFound(f"There is nothing in {shown_url(url)}; check the URL.")
+
+    @property
+    def places(self) -> list[str]:
+        """The folders, buckets and containers of the settings, as URLs; those without a wildcard in their names."""
+        return places_of(self._settings)
+
+    def first_listed(self, place: str) -> str | None:
+        """The URL of something in one of the `places`; None if nothing is in it, or nothing that can be fetched.
+
+        Raises
+        ------
+        CourierError
+            As for `pages`.
+        """
+        for page in self._listings[_scheme(place)].pages(place):
+            for one in page:
+                if not one.refused:
+                    return one.url
+        return None
+
+    def try_reading(self, url: str) -> None:
+        """Fetch no more than the first byte.
+
+        Raises
+        ------
+        CourierError
+            As for `fetch`.
+        """
+        try:
+            self._fetch(url, Limits(1, time.monotonic() + TRY_S, TRY_S)).close()
+        except SourceTooLarge:  # so it would be sent
+            return
 
     def _fetch(self, url: str, limits: Limits) -> Fetched:
         source = self._by_scheme.get(_scheme(url))
