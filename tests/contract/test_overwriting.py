@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import boto3
 import fakeredis
@@ -435,7 +435,7 @@ def test_a_worker_tells_of_each_bucket_of_its_settings_if_it_is_asked(keeping: S
         s3 = store.settings.s3.model_copy(update={"buckets": tuple(named)})
         settings = Settings(downloads=DownloadSettings(s3=s3))
         destinations = Destinations(settings.downloads, store.ledger)
-        tools = Tools(settings, store.ledger, cast(Sources, None), Fleet([]), destinations=destinations)
+        tools = Tools(settings, store.ledger, Sources(settings.sources), Fleet([]), destinations=destinations)
         claim = store.ledger.claim("j1", task="pacs.status", job={})
         run = Run("j1", claim.fence, 1, last=False, ledger=store.ledger)
         assert status({}, run, tools)["places"] == []

@@ -61,8 +61,7 @@ def sample(name: str, study: str, **keywords: Any) -> bytes:
 
 
 def study_page(part: SandboxPart, dialect: str, study: str) -> str:
-    if dialect == "dcm4chee":
-        only_the_sandbox("shows what is on its own DCM4CHEE")
+    only_the_sandbox(f"shows what is on its own {dialect.upper()}", dialect)
     answer = requests.get(part.viewer(dialect).format(study=study), timeout=20)
     assert answer.status_code == 200
     return answer.text

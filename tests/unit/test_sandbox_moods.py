@@ -62,6 +62,7 @@ def test_every_field_of_a_mood_can_be_wished_for_and_is_shown_again() -> None:
         "crash_in_delete": True,
         "crash_in_reject": True,
         "lose_last_part": True,
+        "charset": True,
         "unauthorized": True,
         "database_down": True,
         "storage_down": True,
