@@ -144,6 +144,7 @@ def refused(ward: Pacs, kind: type[CourierError] = PacsUnauthorized) -> str:
     with pytest.raises(kind) as error:
         ask(ward)
     assert error.value.server_name == "ward"
+    assert getattr(error.value, "scope", "credential") == "credential"  # its breaker lets other jobs wait
     return error.value.message
 
 

@@ -177,7 +177,8 @@ class Transport:
         what, advice = "a connection without a client certificate", "name one in client_cert_file"
         if self.server.client_cert_file is not None:
             what, advice = "the certificate of this worker", "renew what client_cert_file and client_key_file name"
-        return self.error(PacsUnauthorized, f"{self.server.name} refuses {what} ({how}): {advice}.", **more)
+        sentence = f"{self.server.name} refuses {what} ({how}): {advice}."
+        return self.error(PacsUnauthorized, sentence, scope="credential", **more)
 
     def _send(self, request: Request, authorization: str | None) -> BaseHTTPResponse:
         try:
