@@ -248,7 +248,8 @@ def _workers(courier: Courier) -> Iterator[Finding]:
         return
     yield Finding("progress", "ok", f"a question was carried in {time.monotonic() - begun_s:.1f} s")
     yield from (_server(entry) for entry in payload["servers"])
-    yield from _places(courier, payload["servers"][0]["server_name"])
+    well = [entry for entry in payload["servers"] if entry["status"] == "up"]
+    yield from _places(courier, (well or payload["servers"])[0]["server_name"])
 
 
 def _places(courier: Courier, server: str) -> Iterator[Finding]:
