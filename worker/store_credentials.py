@@ -77,9 +77,11 @@ class StoreCredential:
         self._known: OrderedDict[str, Again] = OrderedDict()
 
     @contextmanager
-    def asking(self, shown: str, place: str = "") -> Iterator[Asking]:
+    def asking(self, shown: str, place: str = "", *, counts: bool = True) -> Iterator[Asking]:
         """Around one request, to be left when its answer has begun; or several of one kind, of which each may be
         `Asking.accepted`. What is raised inside is judged and goes on. Inside another one of this thread, it is that.
+        Of a place, refusals in a row open its breaker, unless they do not ``count``: the right to list is not needed to
+        read.
 
         Raises
         ------
@@ -91,7 +93,7 @@ class StoreCredential:
             yield under_way
             return
         names = [f"{STORE}{self.name}", *([f"{STORE}{self.name}/{place}"] if place else [])]
-        asking = self._mine.asking = Asking(self, names, place)
+        asking = self._mine.asking = Asking(self, names, place, counts=counts)
         try:
             for name in names:
                 asking.admit(name, shown)
@@ -193,8 +195,8 @@ class StoreCredential:
 class Asking:
     """One request on its way."""
 
-    def __init__(self, credential: StoreCredential, names: list[str], place: str) -> None:
-        self._credential, self._names, self._place = credential, names, place
+    def __init__(self, credential: StoreCredential, names: list[str], place: str, *, counts: bool) -> None:
+        self._credential, self._names, self._place, self._counts = credential, names, place, counts
         self._tokens: dict[str, str] = {}
 
     def admit(self, name: str, shown: str) -> None:
@@ -246,6 +248,8 @@ class Asking:
             elsewhere = self._credential.known_elsewhere(self._place)
             accepted = elsewhere is not None and _is_accepted(elsewhere) is True
             return self.refused(doubt.unauthorized, place if accepted else whole)
+        if not self._counts:
+            return doubt.denied
         reason = str(doubt.unauthorized.details.get("reason", ""))
         token = self._tokens.pop(name, "")
         if self._credential.failed(name, token, at_once=False, reason=reason).closed:

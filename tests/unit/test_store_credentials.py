@@ -163,6 +163,14 @@ def test_a_few_denied_objects_are_refused_and_a_row_of_them_is_the_buckets_troub
     assert one.read("a") == ""
 
 
+def test_a_list_that_is_denied_says_nothing_of_the_right_to_read(one: Process) -> None:
+    one.store.answers["images/"] = "AccessDenied"
+    for _ in range(SETTINGS.failures + 1):
+        with pytest.raises(SourceDenied), one.credential.asking("s3://images/", "images", counts=False):
+            one.store.ask("images/")
+    assert one.read("a") == ""
+
+
 def test_an_object_that_is_read_between_them_begins_the_row_anew(one: Process, two: Process) -> None:
     one.store.answers |= dict.fromkeys(("images/a", "images/b"), "AccessDenied")
     assert [one.read("a"), one.read("b"), two.read("good"), one.read("a"), one.read("b")] == [

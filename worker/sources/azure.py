@@ -85,7 +85,7 @@ class AzureSource:
         container, prefix = names
         self._check(container)
         source = object_url(f"az://{container}/{prefix}")
-        with self._credential.asking(source, container), _listed(source):
+        with self._credential.asking(source, container, counts=False), _listed(source):
             client = self._account.service().get_container_client(container)
             found = client.list_blobs(
                 name_starts_with=prefix or None, include=["metadata"], results_per_page=PAGE_ENTRIES
@@ -96,7 +96,7 @@ class AzureSource:
             page = [_blob(container, blob) for blob in more if not _is_folder(blob)]
             if page:
                 yield page
-            with self._credential.asking(source, container), _listed(source):
+            with self._credential.asking(source, container, counts=False), _listed(source):
                 more = next(pages, None)
 
     def _check(self, container: str) -> None:

@@ -97,7 +97,7 @@ class S3Source:
         more: dict[str, str] = {}
         while True:
             _asking.deadline_s = time.monotonic() + self._settings.total_timeout_s
-            with self._credential.asking(source, bucket), _translated(source):
+            with self._credential.asking(source, bucket, counts=False), _translated(source):
                 answer = self._connected().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_ENTRIES, **more)
             found = ((one["Key"], one.get("Size")) for one in answer.get("Contents", ()))
             page = [_listed(bucket, key, size) for key, size in found if not key.endswith("/")]
