@@ -166,10 +166,14 @@ def unreachable(error: BaseException, shown: str, *, verb: str = "reached") -> C
     if refused := next((found[1] for one in chain if (found := _NO_TUNNEL(_text(one)))), None):
         return of_proxy(int(refused), shown)
     if any(isinstance(one, ProxyError) or type(one).__name__ == "ProxyError" for one in chain):
-        return SourceUnreachable(f"{shown} cannot be {verb}: the proxy (sources.proxy) does not answer; it is retried.")
+        return proxy_is_away(shown)
     if any(isinstance(one, ssl.SSLError) or type(one).__name__ == "SSLError" for one in chain):
         return _untrusted(shown, chain)
     return SourceUnreachable(f"{shown} cannot be {verb}; it is tried again.")
+
+
+def proxy_is_away(shown: str) -> SourceUnreachable:
+    return SourceUnreachable(f"{shown} cannot be had: the proxy (sources.proxy) does not answer; it is tried again.")
 
 
 def _untrusted(shown: str, chain: Sequence[BaseException]) -> SourceUnreachable:

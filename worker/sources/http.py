@@ -23,6 +23,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import (
+    ConnectTimeoutError,
     HTTPError,
     InvalidHeader,
     NewConnectionError,
@@ -44,7 +45,7 @@ from worker.errors import (
     TryAgain,
 )
 from worker.logs import shown_url
-from worker.network import Network, of_proxy, tls, unreachable
+from worker.network import Network, of_proxy, proxy_is_away, tls, unreachable
 from worker.settings import SourceSettings
 from worker.sources.encoding import decoded, is_plain
 from worker.sources.policy import Policy, Target
@@ -150,6 +151,7 @@ class HttpSource:
                 headers=_HEADERS,
                 retries=False,
                 redirect=False,
+                assert_same_host=False,
                 timeout=Timeout(connect=self._settings.connect_timeout_s, read=self._settings.idle_timeout_s),
                 preload_content=False,
                 decode_content=False,
@@ -157,6 +159,8 @@ class HttpSource:
         except (HTTPError, OSError) as error:
             if _fetch.answer is not None:  # urllib3 lets go of an answer whose headers it does not like, still open
                 _fetch.answer.close()
+            if self._proxy is not None and isinstance(error, NewConnectionError | ConnectTimeoutError):
+                raise proxy_is_away(source) from error
             raise _unreachable(error, limits, source) from error
 
     def _next_target(self, target: Target, response: urllib3.BaseHTTPResponse, source: str) -> Target:
