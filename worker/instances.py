@@ -49,6 +49,7 @@ _TEXTS = (
 _WANTED = frozenset((*_DATASET_UIDS, *_TEXTS, _SPECIFIC_CHARACTER_SET))
 #: What such a column takes.
 _TEXT_LENGTH = 255
+_TITLE = "ConceptNameCodeSequence"
 _META_UIDS = (_MEDIA_STORAGE_SOP_CLASS_UID, _TRANSFER_SYNTAX_UID)
 _NAMES = {
     _MEDIA_STORAGE_SOP_CLASS_UID: "Media Storage SOP Class UID (0002,0002)",
@@ -174,6 +175,25 @@ class Reading:
         if is_named:
             self.instance = self._file.identified()
         return self._file.is_understood
+
+
+def title_code(stream: BinaryIO) -> str:
+    """The code of a document's title (Concept Name Code Sequence), as ``113037^DCM``; "" if it has none.
+
+    Raises
+    ------
+    NotDicom
+        It cannot be read.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dataset = dcmread(stream, stop_before_pixels=True, specific_tags=[_TITLE], force=True)
+            titles = [(one.get("CodeValue"), one.get("CodingSchemeDesignator")) for one in dataset.get(_TITLE) or ()]
+    except _ERRORS_OF_PYDICOM as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise NotDicom("The title of the document cannot be read.") from error
+    return "^".join(str(part).strip() for part in titles[0]) if titles and all(titles[0]) else ""
 
 
 def _found_by_pydicom(stream: BinaryIO) -> dict[int, list[bytes]]:

@@ -16,9 +16,10 @@ from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from worker.errors import NotFound, PacsMisanswered
-from worker.jobs import bulk_deletions
+from worker.jobs import bulk_deletions, transfers
 from worker.jobs.batches import Conductor
 from worker.jobs.kept import keep
+from worker.jobs.transfers import Transfer
 from worker.pacs.protocol import Found, Pacs, View
 from worker.pacs.registry import connect
 from worker.settings import ServerSettings
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 #: Quality, patient safety, wrong worklist entry. DCM4CHEE shows their notes, and AS_RECEIVED the images too.
 CODES = ["113001", "113037", "113038"]
 KEY_OBJECT = "1.2.840.10008.5.1.4.1.1.88.59"
+Noted = Callable[..., tuple[str, set[str], str]]
 
 
 @pytest.fixture
@@ -157,34 +159,147 @@ def test_a_rejected_image_does_not_come_back_to_life_through_a_move(
     site, study = open_site(retrieve_aet=aet), new_uid()
     dead, *alive = sorted(site.put("dcm4chee", study, 3))
     reject(sandbox, study, dead, code)
+    (note,) = notes_of(site, "dcm4chee", study)
     payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=True))
-    assert site.told("verify") == ["verified"]
-    assert images_of(site.fleet["msdicom"], study).keys() == set(alive)
+    assert (site.told(), site.told("verify")) == (["copied"], ["verified"])
+    for told in (site.rows[0].settled, site.rows[0].passes["verify"]):
+        assert f"1 rejection note of dcm4chee is left out, {note} for one" in told.message
+    assert site.on("msdicom", study) == set(alive), "the note of the archive is no image"
     assert site.on("dcm4chee", study) == set()
 
     payload(site.go_on(Conductor.undo, "undo"))
     assert site.told("undo") == ["undone"]
-    assert images_of(site.fleet["dcm4chee"], study).keys() == set(alive)
+    assert site.on("dcm4chee", study) == set(alive)
     row = site.rows[0].passes["undo"]
-    assert row.result["left_out"] == 1, "the note, which the archive does not take without the image"
-    assert "notes of rejections" in row.message
+    assert (row.result["left_out"], row.message) == (0, "")
     with pytest.raises(NotFound):
         retrieved(site.fleet["dcm4chee"], Found("image", study, f"{study}.1", dead))
 
 
+def notes_of(site: Site, server: str, study: str) -> dict[str, bytes]:
+    """The notes of rejections that a server shows."""
+    with site.fleet[server].retrieve(Found("study", study)) as parts:
+        contents = [b"".join(part.chunks) for part in parts]
+    read = [(pydicom.dcmread(io.BytesIO(content)), content) for content in contents]
+    return {str(ds.SOPInstanceUID): content for ds, content in read if ds.SOPClassUID == KEY_OBJECT}
+
+
+@pytest.fixture
+def noted(
+    site: Site, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[str, set[str], str]]:
+    """A study that version 0.1.0 has taken from DCM4CHEE to MSDICOM, with the note of a rejection; its images."""
+
+    def made(code: str = "113037", *, moves: bool = True) -> tuple[str, set[str], str]:
+        study = new_uid()
+        dead, *alive = sorted(site.put("dcm4chee", study, 3))
+        reject(sandbox, study, dead, code)
+        (note,) = notes_of(site, "dcm4chee", study)
+        with monkeypatch.context() as before:
+            before.setattr(Transfer, "leaves_notes", False)
+            payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=moves))
+        assert site.on("msdicom", study) == {*alive, note}
+        return study, set(alive), note
+
+    return made
+
+
 @pytest.mark.parametrize("code", CODES)
-def test_a_rejected_image_does_not_come_back_to_life_when_its_study_is_migrated_back(
-    open_site: Callable[..., Site], sandbox: SandboxPart, code: str
-) -> None:
-    site, study = open_site(), new_uid()
-    dead, *alive = sorted(site.put("dcm4chee", study, 3))
-    reject(sandbox, study, dead, code)
-    payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=True))
+def test_a_study_is_migrated_back_without_the_note_that_came_with_it(site: Site, noted: Noted, code: str) -> None:
+    study, alive, note = noted(code)
     site.batch = "BACK"
     payload(site.order(study, from_server="msdicom", to_server="dcm4chee"))
-    assert images_of(site.fleet["dcm4chee"], study).keys() == set(alive)
-    assert site.told() == ["pacs_rejected"]
-    assert "The rejection note names" in site.rows[0].settled.message
+    assert (site.told(), site.told("verify"), site.on("dcm4chee", study)) == (["copied"], ["verified"], alive)
+    for told in (site.rows[0].settled, site.rows[0].passes["verify"]):
+        assert f"1 rejection note of msdicom is left out, {note} for one" in told.message
+    assert site.rows[0].settled.result["notes"] == [note]
+
+
+def test_a_study_keeps_its_copy_where_a_move_would_lose_a_note(site: Site, noted: Noted) -> None:
+    study, alive, note = noted()
+    site.batch = "BACK"
+    payload(site.order(study, from_server="msdicom", to_server="dcm4chee", delete_source=True))
+    assert (site.told(), site.told("verify")) == (["copied"], ["pacs_rejected"])
+    assert "msdicom keeps its copy, which is whole on both. 1 rejection note" in site.rows[0].passes["verify"].message
+    assert (site.on("dcm4chee", study), site.on("msdicom", study)) == (alive, {*alive, note})
+
+
+@pytest.mark.parametrize("moves", [False, True], ids=["copied", "moved"])
+def test_what_version_0_1_0_has_taken_away_is_undone(
+    site: Site, sandbox: SandboxPart, noted: Noted, moves: bool
+) -> None:
+    study, alive, note = noted(moves=moves)
+    payload(site.go_on(Conductor.undo, "undo"))
+    assert site.told("undo") == ["undone"]
+    assert images_of(site.fleet["dcm4chee"], study).keys() == alive
+    row = site.rows[0].passes["undo"]
+    assert (site.on("msdicom", study), row.result["left_out"]) == (({note}, 1) if moves else (set(), 0))
+    assert ("notes of rejections" in row.message) is moves
+
+
+def test_a_note_hides_nothing_on_the_server_that_its_study_is_migrated_to(site: Site, sandbox: SandboxPart) -> None:
+    study = new_uid()
+    uids = site.put("dcm4chee", study, 2)
+    reject(sandbox, study, min(uids))
+    (note,) = notes_of(site, "dcm4chee", study).values()
+    url = sandbox.dcm4chee.replace("/aets/DCM4CHEE/", "/aets/AS_RECEIVED/")
+    revoke = f"{url}/studies/{study}/reject/REVOKE_REJECTION%5E99DCM4CHEE"
+    assert requests.post(revoke, timeout=60).status_code == 200
+    assert site.on("dcm4chee", study) > uids, "images and note are shown"
+    payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=True))
+    assert (site.told("verify"), site.on("msdicom", study)) == (["verified"], uids)
+    site.put_file("msdicom", note)
+    site.batch = "BACK"
+    payload(site.order(study, from_server="msdicom", to_server="dcm4chee"))
+    assert (site.told(), site.on("dcm4chee", study)) == (["copied"], uids)
+
+
+def key_object(study: str, note: bytes | None = None, **values: Any) -> bytes:
+    ds = pydicom.dcmread(io.BytesIO(note or image(study, side=8)))
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = KEY_OBJECT
+    for keyword, value in values.items():
+        setattr(ds, keyword, value)
+    file = io.BytesIO()
+    ds.save_as(file)
+    return file.getvalue()
+
+
+def title(value: str, scheme: str = "DCM") -> list[pydicom.Dataset]:
+    code = pydicom.Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, scheme, "Title"
+    return [code]
+
+
+@pytest.mark.parametrize("values", [{}, {"113000": "DCM"}, {"113037": "99LOCAL"}], ids=["none", "113000", "local"])
+def test_a_key_object_with_another_title_is_copied_as_an_image(site: Site, values: dict[str, str]) -> None:
+    study = new_uid()
+    titles = {"ConceptNameCodeSequence": title(*next(iter(values.items())))} if values else {}
+    site.put_file("msdicom", key_object(study, **titles))
+    payload(site.order(study))
+    assert (site.told(), site.told("verify")) == (["copied"], ["verified"])
+    assert len(site.on("dcm4chee", study)) == 1
+
+
+def test_a_key_object_whose_title_cannot_be_told_is_not_sent_to_an_archive_that_heeds_notes(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = new_uid()
+    uids = site.put("msdicom", study, 1)
+    site.put_file("msdicom", key_object(study, ConceptNameCodeSequence=title("113000")))
+    monkeypatch.setattr(transfers, "NOTE_BYTES", 100)
+    payload(site.order(study))
+    assert (site.told(), site.on("dcm4chee", study)) == (["pacs_rejected"], uids)
+    assert "Whether it is a rejection note cannot be told" in site.rows[0].settled.message
+
+
+def test_a_plan_counts_no_notes(site: Site, sandbox: SandboxPart) -> None:
+    study = new_uid()
+    uids = site.put("dcm4chee", study, 3)
+    reject(sandbox, study, min(uids))
+    payload(site.order(study, from_server="dcm4chee", to_server="msdicom", dry_run=True))
+    row = site.rows[0].passes["survey"]
+    assert (row.result["images"], row.result["missing"]) == (2, 2)
+    assert "1 rejection note of dcm4chee is left out" in row.message
 
 
 @pytest.mark.parametrize(

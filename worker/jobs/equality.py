@@ -13,6 +13,7 @@ from typing import BinaryIO, TypeVar
 
 from worker.errors import NotDicom
 from worker.fingerprints import Fingerprint, Rewrites, Table, differing, equal, fingerprint, is_of, table
+from worker.jobs.passing import Incoming
 from worker.jobs.transfers import SPOOL_TIMEOUT_S, digests_on, received
 from worker.pacs.protocol import Pacs
 from worker.sources.spool import Limits, spool
@@ -30,13 +31,15 @@ class Side:
     """One server's copy of a study: its images, each with its series.
 
     ``goes``: it is deleted next, so an image that the server sends without listing it is an error. ``is_made``: it was
-    made of the other copy. If that is not known, a PatientID that the other one lacks is its own.
+    made of the other copy. If that is not known, a PatientID that the other one lacks is its own. ``left_out``: what
+    the server sends and is not compared.
     """
 
     pacs: Pacs
     series_of: Mapping[str, str]
     goes: bool = False
     is_made: bool = True
+    left_out: Collection[str] = ()
 
     @property
     def rewrites(self) -> Rewrites:
@@ -44,7 +47,10 @@ class Side:
         return rewrites if self.is_made else replace(rewrites, added=rewrites.added - _WHOSE)
 
     def digests(self, study_uid: str, wanted: Collection[str]) -> dict[str, str]:
-        return digests_on(self.pacs, study_uid, self.series_of, wanted, only_listed=self.goes)
+        return digests_on(self.pacs, study_uid, self.series_of, wanted, only_listed=self.goes, left_out=self.left_out)
+
+    def received(self, study_uid: str, wanted: Collection[str]) -> Iterator[Incoming]:
+        return received(self.pacs, study_uid, self.series_of, wanted, only_listed=self.goes, left_out=self.left_out)
 
 
 @dataclass
@@ -95,7 +101,7 @@ class _Pair:
         self, side: Side, wanted: Collection[str], reader: Callable[[BinaryIO, str], T]
     ) -> Iterator[tuple[str, str, T | None]]:
         """UID, digest and what ``reader`` makes of each image; None, if its elements cannot be read."""
-        for image in received(side.pacs, self.study_uid, side.series_of, wanted, only_listed=side.goes):
+        for image in side.received(self.study_uid, wanted):
             uid = image.instance.sop_instance_uid
             if uid not in wanted:
                 continue

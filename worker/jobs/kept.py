@@ -222,6 +222,7 @@ class _Copy:
     entries: Mapping[str, Mapping[str, Any]]
     keeps_bytes: ClassVar = True
     rewrites: ClassVar = Rewrites()
+    hiding: ClassVar = None
 
     @property
     def series_of(self) -> dict[str, str]:

@@ -25,6 +25,7 @@ from worker.jobs.moves import (
     undo_study,
     verify_moved,
     verify_study,
+    what_is_left_out,
 )
 from worker.jobs.placement import check_not_left_alone
 from worker.jobs.receipts import Receipts
@@ -278,7 +279,8 @@ def _apply(item: Item, group: _Group) -> Settled:
         server = error.server_name or target
         return Settled(item, "refused", error.payload["code"], error.message, receipt.as_json(), server=server)
     status: ItemStatus = "copied" if figures["added"] else "already_there"
-    return Settled(item, status, "", "", {**figures, **receipt.as_json()}, server=target)
+    note = what_is_left_out(receipt.notes, group.source)
+    return Settled(item, status, "", note, {**figures, **receipt.as_json()}, server=target)
 
 
 def _verify(item: Item, group: _Group) -> Settled:
@@ -303,7 +305,8 @@ def _verify(item: Item, group: _Group) -> Settled:
         return _not_verified(item, error, target)
     if told.get("source_deleted"):
         told["servers"] = {target: "verified", group.source.server.name: "deleted"}
-    return Settled(item, "verified", "", _how_compared(told), told, server=target)
+    notes = [_how_compared(told), what_is_left_out(told.pop("notes", ()), group.source)]
+    return Settled(item, "verified", "", " ".join(filter(None, notes)), told, server=target)
 
 
 def _how_compared(told: Mapping[str, Any]) -> str:

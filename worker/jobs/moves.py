@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered, PacsRejected, StudyConflict
 from worker.jobs.equality import Compared, Side, compare
 from worker.jobs.removals import Removal, hidden_on, remove_images, remove_study
-from worker.jobs.transfers import Transfer, bare_digests_on, bring, digests_on, images_on, pending
+from worker.jobs.transfers import Transfer, bare_digests_on, bring, digests_on, images_on, listed_on, pending
+from worker.pacs.notes import is_rejection_note
 from worker.pacs.protection import check_two_archives, refusal
 from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs
 
@@ -30,7 +31,7 @@ TOLD = 10
 
 @dataclass(frozen=True)
 class Seen:
-    """Which images of a study both servers list, each with its series."""
+    """Which images of a study both servers list, each with its series; ``on_source`` without what is left out."""
 
     on_source: Mapping[str, str]
     on_target: Mapping[str, str]
@@ -40,9 +41,15 @@ class Seen:
         return self.on_source.keys() - self.on_target.keys()
 
     @classmethod
-    def look(cls, transfer: Transfer) -> Seen:
+    def look(cls, transfer: Transfer, *, notes_too: bool = False) -> Seen:
+        """What the source lists as a rejection note is left out, and known to ``transfer`` then; or ``notes_too``."""
         study_uid = transfer.study_uid
-        return cls(images_on(transfer.source, study_uid), images_on(transfer.target, study_uid))
+        listed = listed_on(transfer.source, study_uid)
+        if transfer.leaves_notes and not notes_too:
+            transfer.leave_out(str(one.sop_instance_uid) for one in listed if is_rejection_note(one.attributes))
+        uids = {str(one.sop_instance_uid): str(one.series_instance_uid) for one in listed}
+        on_source = {uid: series for uid, series in uids.items() if notes_too or uid not in transfer.moot}
+        return cls(on_source, images_on(transfer.target, study_uid))
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,13 @@ class Receipt:
     ``before``: what the target had when the pass under way first touched the study; None when none is. ``shared``: what
     both servers had anyway, known once the source's copy goes. ``removing``: what an undo is about to remove.
     ``hidden_before``: while a copy is removed, what its server hid of the study before that; None when none is.
-    ``faults``: how often the target failed at images that it has not got yet, and since when. ``save`` is called before
-    anything is done that could not be told from what others do.
+    ``faults``: how often the target failed at images that it has not got yet, and since when. ``notes``: rejection
+    notes of the source, which are left out. ``save`` is called before anything is done that could not be told from what
+    others do.
     """
 
     #: What it is made of as JSON.
-    FIELDS: ClassVar = ("parcels", "before", "shared", "source_deleted", "removing", "hidden_before", "faults")
+    FIELDS: ClassVar = ("parcels", "before", "shared", "source_deleted", "removing", "hidden_before", "faults", "notes")
 
     parcels: list[Parcel] = field(default_factory=list)
     before: frozenset[str] | None = None
@@ -85,6 +93,7 @@ class Receipt:
     removing: frozenset[str] | None = None
     hidden_before: frozenset[str] | None = None
     faults: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    notes: frozenset[str] = frozenset()
     save: Callable[[Receipt], None] = lambda _: None
 
     @property
@@ -105,6 +114,7 @@ class Receipt:
             "removing": None if self.removing is None else sorted(self.removing),
             "hidden_before": None if self.hidden_before is None else sorted(self.hidden_before),
             "faults": {uid: list(told) for uid, told in sorted(self.faults.items())},
+            "notes": sorted(self.notes),
         }
         return {name: value for name, value in told.items() if value or value == []}
 
@@ -118,6 +128,7 @@ class Receipt:
             removing=frozenset(told["removing"]) if "removing" in told else None,
             hidden_before=frozenset(told["hidden_before"]) if "hidden_before" in told else None,
             faults={uid: (faults, since_s) for uid, (faults, since_s) in told.get("faults", {}).items()},
+            notes=frozenset(told.get("notes", ())),
             save=save,
         )
 
@@ -137,6 +148,7 @@ def survey_study(transfer: Transfer, others: Mapping[str, bool | None]) -> dict[
     _check_found(transfer, seen)
     warnings = [f"study_split: it is on {name} too" for name, there in others.items() if there]
     warnings += [f"{name} did not say whether it has the study" for name, there in others.items() if there is None]
+    warnings += [note] if (note := what_is_left_out(transfer.moot, transfer.source)) else []
     return {
         "images": len(seen.on_source),
         "images_on_target": len(seen.on_target),
@@ -160,6 +172,7 @@ def copy_study(transfer: Transfer, receipt: Receipt, *, attempt: int = 1) -> dic
     CourierError
         A server failed; the next attempt brings what is left.
     """
+    transfer.leave_out(receipt.notes)
     seen = Seen.look(transfer)
     _check_found(transfer, seen)
     _begin(transfer, receipt, seen)
@@ -169,7 +182,7 @@ def copy_study(transfer: Transfer, receipt: Receipt, *, attempt: int = 1) -> dic
     added = _note_parcel(transfer, receipt, seen)
     _check_accepted(transfer)
     return {
-        "images": len(seen.on_source.keys() | transfer.settled),
+        "images": len((seen.on_source.keys() | transfer.settled) - transfer.moot),
         "added": added,
         "there_before": len(seen.on_source.keys() & before),
         "size_bytes": transfer.size_bytes,
@@ -217,6 +230,7 @@ def _note_parcel(transfer: Transfer, receipt: Receipt, first: Seen) -> int:
         digest = None if earlier else digest_over(transfer.stored.values())
         receipt.parcels.append(Parcel(frozenset(uids), digest))
     receipt.before = None
+    receipt.notes |= transfer.moot
     return len(uids)
 
 
@@ -240,15 +254,27 @@ def _check_found(transfer: Transfer, seen: Seen) -> None:
 
 def _check_accepted(transfer: Transfer) -> None:
     """The first image that the target will never take speaks for the others."""
-    if not transfer.refused:
+    refused = {uid: outcome for uid, outcome in transfer.refused.items() if not outcome.is_moot}
+    if not refused:
         return
-    uid, outcome = min(transfer.refused.items())
+    uid, outcome = min(refused.items())
     kind = StudyConflict if outcome.fate is Fate.CONFLICT else PacsRejected
-    name, count = transfer.target.server.name, len(transfer.refused)
+    name, count = transfer.target.server.name, len(refused)
     said = outcome.message or "It names no reason."
     error = transfer.error(kind, transfer.target, f"{name} will not take {count} of the images, {uid} for one. {said}")
-    error.payload["details"] |= {**outcome.details, "refused": sorted(transfer.refused)[:TOLD]}
+    error.payload["details"] |= {**outcome.details, "refused": sorted(refused)[:TOLD]}
     raise error
+
+
+def what_is_left_out(notes: Collection[str], source: Pacs) -> str:
+    """A sentence about rejection notes that are not copied; "" if there are none."""
+    if not notes:
+        return ""
+    what = f"{len(notes)} rejection note{'s' if len(notes) > 1 else ''} of {source.server.name}"
+    return (
+        f"{what} {'are' if len(notes) > 1 else 'is'} left out, {min(notes)} for one: it says which images an archive"
+        " hides, and is no image."
+    )
 
 
 # --- verify -----------------------------------------------------------------------------------------------------
@@ -269,6 +295,7 @@ def verify_study(
         Images differ although they bear the same UIDs (``details["different"]``), or the study grows faster than it is
         brought over.
     """
+    transfer.leave_out(receipt.notes)
     seen = first = Seen.look(transfer)
     _check_found(transfer, seen)
     _begin(transfer, receipt, seen)
@@ -291,6 +318,7 @@ def verify_study(
         "topped_up": brought - len(lost),
         "lost": len(lost),
         "size_bytes": transfer.size_bytes,
+        "notes": sorted(transfer.moot),
         **(_compare_all(transfer, seen) if moves else _compare(transfer, seen, receipt.parcels, digests)),
     }
 
@@ -356,7 +384,7 @@ def _compare(
             raise _differ(transfer, Compared(different=different))
     found = Compared()
     if source_has:
-        sides = (Side(transfer.source, seen.on_source), Side(target, seen.on_target))
+        sides = (Side(transfer.source, seen.on_source, left_out=transfer.moot), Side(target, seen.on_target))
         found = _prove(transfer, *sides, wanted - proven, digests=given)
     return {**told, "compared": len(proven | found.by_bytes), "compared_elements": len(found.by_elements)}
 
@@ -374,7 +402,7 @@ def _not_kept_by(transfer: Transfer) -> list[str]:
 
 def _prove_source(transfer: Transfer, seen: Seen, wanted: Collection[str]) -> Compared:
     """`_prove` that the source's copy may go: the target may have had its own before."""
-    source = Side(transfer.source, seen.on_source, goes=True, is_made=False)
+    source = Side(transfer.source, seen.on_source, goes=True, is_made=False, left_out=transfer.moot)
     return _prove(transfer, source, Side(transfer.target, seen.on_target), wanted)
 
 
@@ -456,12 +484,14 @@ def delete_source(transfer: Transfer, receipt: Receipt) -> None:
     InvalidRequest
         The settings forbid it, or both servers are one; nothing was written down.
     PacsRejected
-        The source does not delete.
+        The source does not delete; or it has rejection notes that are of another archive, and would be lost.
     """
     source = transfer.source
     _check_allowed(transfer, source)
     check_two_archives(source, transfer.target)
+    transfer.leave_out(receipt.notes)
     seen = Seen.look(transfer)
+    _check_nothing_is_lost(transfer)
     if not seen.missing and (unproven := seen.on_source.keys() - transfer.proven):
         _prove_source(transfer, seen, unproven)
         seen = Seen.look(transfer)
@@ -471,9 +501,18 @@ def delete_source(transfer: Transfer, receipt: Receipt) -> None:
     receipt.shared |= seen.on_source.keys() - receipt.added
     receipt.source_deleted = True
     receipt.hidden_before = hidden_on(source, transfer.study_uid)
+    receipt.notes |= transfer.moot
     receipt.save(receipt)
     _remove_source(transfer, receipt, seen.on_source.keys())
     _on_target(transfer, seen.on_source)
+
+
+def _check_nothing_is_lost(transfer: Transfer) -> None:
+    """An archive's notes of what it hides go with its study. On another server they are objects like all others."""
+    if transfer.source.hiding is None and (notes := what_is_left_out(transfer.moot, transfer.source)):
+        name = transfer.source.server.name
+        sentence = f"{name} keeps its copy, which is whole on both. {notes} Delete the study on {name} to lose it."
+        raise transfer.error(PacsRejected, transfer.source, sentence)
 
 
 def end_deletion(transfer: Transfer, receipt: Receipt) -> None:
@@ -484,7 +523,8 @@ def end_deletion(transfer: Transfer, receipt: Receipt) -> None:
 
 def _remove_source(transfer: Transfer, receipt: Receipt, proven: Collection[str]) -> None:
     source, study_uid = transfer.source, transfer.study_uid
-    removal = remove_study(source, study_uid, proven, before=receipt.hidden_before, receipts=transfer.receipts)
+    allowed, before = {*proven, *receipt.notes}, receipt.hidden_before
+    removal = remove_study(source, study_uid, allowed, before=before, receipts=transfer.receipts)
     receipt.source_deleted = not removal.came and removal.deletion.fate is not DeletionFate.REFUSED
     if receipt.hidden_before is not None or not receipt.source_deleted:
         receipt.hidden_before = None
@@ -519,7 +559,7 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
     """
     _check_allowed(transfer, transfer.target)
     left_out = _restore(transfer, receipt) if receipt.removing is None and receipt.source_deleted else set()
-    seen = Seen.look(transfer)
+    seen = Seen.look(transfer, notes_too=True)  # version 0.1.0 has copied them
     ours = (receipt.added | _by_earlier_attempt(receipt, seen)) & seen.on_target.keys() - left_out
     if receipt.removing is not None:
         ours &= receipt.removing
@@ -570,7 +610,7 @@ def _restore(transfer: Transfer, receipt: Receipt) -> set[str]:
     """
     back = replace(transfer, source=transfer.target, target=transfer.source)
     seen = Seen.look(back)
-    wanted = receipt.moved - seen.on_target.keys()
+    wanted = receipt.moved - seen.on_target.keys() - back.moot
     if gone := wanted - seen.on_source.keys():
         sentence = (
             f"{back.source.server.name} no longer has {len(gone)} of the images that have to go back to "
@@ -586,7 +626,7 @@ def _restore(transfer: Transfer, receipt: Receipt) -> set[str]:
     if lacking := receipt.moved - moot - after.on_target.keys():
         sentence = f"{back.target.server.name} does not list {len(lacking)} of the images that were brought back to it."
         raise transfer.error(PacsMisanswered, back.target, sentence)
-    goes = Side(back.source, after.on_source, goes=True)
+    goes = Side(back.source, after.on_source, goes=True, left_out=moot)
     _prove(back, goes, Side(back.target, after.on_target), (receipt.moved - moot) & after.on_source.keys())
     transfer.proven |= back.proven
     return moot

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from worker.errors import CourierError, InvalidUid, MissingUid, NotDicom
 from worker.instances import Instance, Reading
@@ -47,6 +48,17 @@ class Incoming:
         except (NotDicom, MissingUid, InvalidUid) as error:
             raise blame(error) from error
         self._unhashed = PREAMBLE_BYTES if self.instance.has_preamble and not with_preamble else 0
+
+    def ahead(self, most_bytes: int) -> bytes | None:
+        """All of the image, which still passes afterwards; None if it is larger than that. Once, before `chunks`."""
+        chunks, size_bytes = list[bytes](), len(self._head)
+        for chunk in self._content:
+            chunks.append(chunk)
+            size_bytes += len(chunk)
+            if size_bytes > most_bytes:
+                break
+        self._content = chain(chunks, self._content)
+        return None if size_bytes > most_bytes else b"".join([self._head, *chunks])
 
     def chunks(self) -> Iterator[bytes]:
         """All of it; afterwards `size_bytes` and `sha256` are those of the image."""

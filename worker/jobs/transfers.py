@@ -7,10 +7,11 @@ is brought over, and what is checked afterwards, is said elsewhere.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
 from typing import TypeVar
 
 from worker.errors import (
@@ -23,11 +24,13 @@ from worker.errors import (
     PacsRejected,
     PacsUnavailable,
 )
+from worker.instances import title_code
 from worker.jobs.downloads import to_ask
 from worker.jobs.passing import Incoming, digest_of
 from worker.jobs.placement import is_refused_whole, judged_again
 from worker.jobs.receipts import Receipts
 from worker.jobs.unseen import as_shown
+from worker.pacs.notes import KEY_OBJECT, REJECTION_TITLES
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
 from worker.sources.spool import Limits, spool
 
@@ -36,6 +39,9 @@ REQUEST_IMAGES = 50
 REQUEST_BYTES = 64 * 1_048_576
 #: How long one image may take that has to be spooled.
 SPOOL_TIMEOUT_S = 3600.0
+#: A document that may be a rejection note is read up to here, which is enough for a hundred thousand images.
+NOTE_BYTES = 16 * 1_048_576
+LEFT_OUT = "It is a rejection note of an archive."
 LENGTH_REQUIRED = 411
 NOT_FOUND = 404
 
@@ -82,6 +88,16 @@ class Transfer:
         self.spooled = not self.target.takes_passing
 
     @property
+    def leaves_notes(self) -> bool:
+        """Whether rejection notes stay behind: where one of the servers heeds them."""
+        return self.source.hiding is not None or self.target.hiding is not None
+
+    def leave_out(self, note_uids: Iterable[str]) -> None:
+        """They are rejection notes, which are not sent."""
+        for uid in note_uids:
+            self.refused.setdefault(uid, Outcome(uid, Fate.REJECTED, message=LEFT_OUT, is_moot=True))
+
+    @property
     def moot(self) -> set[str]:
         """What was refused and is not missed (`Outcome.is_moot`)."""
         return {uid for uid, outcome in self.refused.items() if outcome.is_moot}
@@ -101,6 +117,11 @@ def images_on(pacs: Pacs, study_uid: str) -> dict[str, str]:
 
     Only where it lists none it is asked for the study, too: silence about images is not yet "not there".
     """
+    return {str(image.sop_instance_uid): str(image.series_instance_uid) for image in listed_on(pacs, study_uid)}
+
+
+def listed_on(pacs: Pacs, study_uid: str) -> list[Found]:
+    """The same, as the server lists them."""
     try:
         images = list(pacs.instances(Found("study", study_uid)))
     except PacsMisanswered as error:
@@ -109,7 +130,7 @@ def images_on(pacs: Pacs, study_uid: str) -> dict[str, str]:
         images = []
     if not images and pacs.find("study", study_uid):
         raise _misanswered(pacs, study_uid, f"{pacs.server.name} lists the study but none of its images.")
-    return {str(image.sop_instance_uid): str(image.series_instance_uid) for image in images}
+    return images
 
 
 def bring(
@@ -153,14 +174,20 @@ def _is_to_go_alone(outcome: Outcome, transfer: Transfer) -> bool:
 
 
 def digests_on(
-    pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str], *, only_listed: bool = False
+    pacs: Pacs,
+    study_uid: str,
+    series_of: Mapping[str, str],
+    wanted: Collection[str],
+    *,
+    only_listed: bool = False,
+    left_out: Collection[str] = (),
 ) -> dict[str, str]:
     """The SHA-256 of what a server gives back for each of the ``wanted`` images, without its preamble.
 
-    It is empty for a UID under which it gives back two different images. ``only_listed``: see `received`.
+    It is empty for a UID under which it gives back two different images. ``only_listed``, ``left_out``: see `received`.
     """
     digests: dict[str, str] = {}
-    for image in received(pacs, study_uid, series_of, wanted, only_listed=only_listed):
+    for image in received(pacs, study_uid, series_of, wanted, only_listed=only_listed, left_out=left_out):
         for _ in image.chunks():
             pass
         uid = image.instance.sop_instance_uid
@@ -189,14 +216,41 @@ def _pass(transfer: Transfer, wanted: set[str], *, known: set[str], alone: bool)
         return
     spooled = transfer.spooled
     transfer.look(len(transfer.stored))  # also before the source is asked for anything
-    with closing(received(transfer.source, transfer.study_uid, transfer.listed, wanted)) as images:
-        arriving = _Arriving(images, lambda uid: uid in wanted or uid not in known)
+    source, moot = transfer.source, transfer.moot
+    with closing(received(source, transfer.study_uid, transfer.listed, wanted, left_out=moot)) as images:
+        arriving = _Arriving(_without_notes(transfer, images), lambda uid: uid in wanted or uid not in known)
         while transfer.spooled == spooled and arriving.more():
             transfer.look(len(transfer.stored))
             _send(transfer, arriving, alone=alone)
         arriving.check()
     if transfer.spooled != spooled:
         _pass(transfer, wanted - transfer.settled, known=known | transfer.settled, alone=alone)
+
+
+def _without_notes(transfer: Transfer, images: Iterator[Incoming]) -> Iterator[Incoming]:
+    """``images`` without rejection notes, where one of the servers heeds them; of what may be one, nothing is sent."""
+    for image in images:
+        instance = image.instance
+        if not transfer.leaves_notes or instance.sop_class_uid != KEY_OBJECT:
+            yield image
+            continue
+        title = _title(image)
+        if title in REJECTION_TITLES:
+            transfer.leave_out([instance.sop_instance_uid])
+        elif title is None and transfer.target.hiding is not None:
+            sentence = "Whether it is a rejection note cannot be told, and such a note hides the images that it names."
+            _judge(transfer, image, Outcome(instance.sop_instance_uid, Fate.REJECTED, message=sentence))
+        else:
+            yield image
+
+
+def _title(image: Incoming) -> str | None:
+    """The code of a document's title; None where it cannot be told."""
+    content = image.ahead(NOTE_BYTES)
+    try:
+        return None if content is None else title_code(BytesIO(content))
+    except NotDicom:
+        return None
 
 
 def _send(transfer: Transfer, arriving: _Arriving, *, alone: bool) -> None:
@@ -358,9 +412,15 @@ class _Share:
 
 
 def received(
-    pacs: Pacs, study_uid: str, series_of: Mapping[str, str], wanted: Collection[str], *, only_listed: bool = False
+    pacs: Pacs,
+    study_uid: str,
+    series_of: Mapping[str, str],
+    wanted: Collection[str],
+    *,
+    only_listed: bool = False,
+    left_out: Collection[str] = (),
 ) -> Generator[Incoming]:
-    """The images that a server sends when it is asked for ``wanted``, others among them.
+    """The images that a server sends when it is asked for ``wanted``, others among them, but those ``left_out``.
 
     What does not belong to the study, cannot be read or ends too early is an error of the server. With ``only_listed``
     so is an image that ``series_of``, the server's list, lacks, and images come as the server shows them.
@@ -373,6 +433,8 @@ def received(
                     image = Incoming(part.chunks, blame=blame, with_preamble=False)
                     if image.instance.study_instance_uid != study_uid:
                         raise _misanswered(pacs, study_uid, f"{name} sent an image of another study.")
+                    if image.instance.sop_instance_uid in left_out:
+                        continue
                     if only_listed and image.instance.sop_instance_uid not in series_of:
                         sentence = f"{name} sent an image that it does not list; nothing was deleted."
                         raise _misanswered(pacs, study_uid, sentence)

@@ -172,6 +172,7 @@ class Dcm4chee:
         return outcomes
 
     def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
+        """Without a turn: jobs pass images with their study locked, and one request at a time."""
         return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
 
     def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
@@ -199,7 +200,9 @@ class Dcm4chee:
         StudyQuery.of(filters, MATCHING, self.server).check_order()
 
     def instances(self, found: Found) -> Iterator[Found]:
-        return self._web.instances(found, page=MAX_PAGE, order=(("orderby", "SOPInstanceUID"),))
+        """With the titles of documents. Oddity: "A rejection note is no image"."""
+        order = (("orderby", "SOPInstanceUID"), ("includefield", "ConceptNameCodeSequence"))
+        return self._web.instances(found, page=MAX_PAGE, order=order)
 
     def deletion(self, level: Level, *, permanent: bool) -> Deletion:
         if level == "study" and permanent:
@@ -385,7 +388,7 @@ def _proof(instance: Instance, item: Dataset, warning: str) -> str:
 _FAILED, _CONFLICTING_PATIENT_ID, _BEING_DELETED, _NO_DICOM_STREAM = 0x0110, 0xA778, 0xA77A, 0xC499
 #: What the details of an error say where a study is being deleted, perhaps for ever.
 _DELETING: Mapping[str, Any] = {"study_deleting": True}
-#: Oddity: "A note of a rejection does not return without its images".
+#: Oddity: "A rejection note is no image".
 _NOTE_WITHOUT_IMAGES = 0xA772
 _OTHER_MADE_UP_ID = (
     "The image has no Patient ID, and the archive made up another one for an image of the study that arrived with it."
