@@ -313,6 +313,8 @@ class Store:
         self._folders: set[str] = set()
         for left_behind in self._spools.iterdir():
             left_behind.unlink()
+        #: What a dialect knows beside the instances, until the store is emptied.
+        self.memory: dict[Any, Any] = {}
         self.database = sqlite3.connect(folder / "index.sqlite", isolation_level=None, cached_statements=256)
         self.database.row_factory = sqlite3.Row
         self.database.execute("PRAGMA journal_mode = WAL")
@@ -573,7 +575,8 @@ class Store:
         return int(self.database.execute("SELECT coalesce(sum(size_bytes), 0) FROM garbage").fetchone()[0])
 
     def reset(self) -> None:
-        """Empty: no index row, no file, no journal."""
+        """Empty: no index row, no file, no journal, and nothing remembered."""
+        self.memory.clear()
         paths = [row[0] for row in self.database.execute("SELECT path FROM instances UNION SELECT path FROM garbage")]
         with self.transaction():
             for table in ("studies", "series", "instances", "garbage", "journal"):

@@ -14,7 +14,8 @@ from aiohttp import web
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
 from sandbox.dcm4chee.aets import APPLICATION_ENTITIES, ApplicationEntity
-from sandbox.store import Store
+from sandbox.dcm4chee.objects import Attributes, patient_merged
+from sandbox.store import Store, first_value
 from sandbox.web import MOOD, Site
 
 DEVICE = "dcm4chee-arc"
@@ -93,8 +94,22 @@ class Archive:
     def store(self) -> Store:
         return self.site.store
 
+    def patient(self, study: Attributes) -> Attributes:
+        """What is known of the patient of a study from all images of theirs. Patients outlive their studies."""
+        known: Attributes = self.store.memory.get(identity(study), {})
+        return known
+
+    def learn(self, study: Attributes) -> None:
+        """An image has come with these attributes of its patient."""
+        self.store.memory[identity(study)] = patient_merged(self.patient(study), study)
+
     def now_s(self) -> float:
         return self.site.clock.now_s()
+
+
+def identity(attributes: Attributes) -> tuple[str | None, str | None]:
+    """Patient ID and issuer."""
+    return first_value(attributes.get("00100020")), first_value(attributes.get("00100021"))
 
 
 Service = Callable[[Archive, web.Request], Awaitable[web.StreamResponse]]

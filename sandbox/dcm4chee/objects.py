@@ -49,6 +49,19 @@ def _numbers(tags: str) -> tuple[int, ...]:
 #: What the database keeps of an object at each level.
 INDEXED = {"study": _numbers(f"{_PATIENT} {_STUDY}"), "series": _numbers(_SERIES), "instance": _numbers(_INSTANCE)}
 PATIENT_TAGS = frozenset(_PATIENT.split())
+_OTHER_PATIENT_IDS = "00101002"
+
+
+def patient_merged(known: Attributes, new: Attributes) -> Attributes:
+    """What the archive knows of a patient after another image: the first value stays, and all other IDs are kept."""
+    merged = {tag: new[tag] for tag in PATIENT_TAGS & new.keys()} | {
+        tag: element for tag, element in known.items() if element.get("Value") or tag not in new
+    }
+    ids = [one for source in (known, new) for one in source.get(_OTHER_PATIENT_IDS, {}).get("Value", ())]
+    if ids:
+        distinct = [one for at, one in enumerate(ids) if one not in ids[:at]]
+        merged[_OTHER_PATIENT_IDS] = {"vr": "SQ", "Value": distinct}
+    return merged
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from sandbox.dcm4chee.archive import (
     Refusal,
     attribute_path,
     entity,
+    identity,
     invalid,
     parameters,
     refuse,
@@ -312,9 +313,10 @@ def _keep(archive: Archive, new: NewInstance, spool: Spool) -> None:
         _keep_again(archive, new, spool, known[0])
         return
     patient = _known_patient(archive, new.study_instance_uid)
-    if patient and _identity(patient) != _identity(new.study):
+    if patient and identity(patient) != identity(new.study):
         raise Failed(0xA778, f"Conflicting Patient ID in Study[uid={new.study_instance_uid}]")
     archive.store.add(new, spool)
+    archive.learn(new.study)
 
 
 def _keep_or_reject(archive: Archive, header: Header, new: NewInstance, spool: Spool) -> None:
@@ -326,10 +328,6 @@ def _keep_or_reject(archive: Archive, header: Header, new: NewInstance, spool: S
         raise Failed(0xA772, why)
     _keep(archive, new, spool)
     note.take_effect(archive, new)
-
-
-def _identity(attributes: dict[str, Any]) -> tuple[str | None, str | None]:
-    return first_value(attributes.get("00100020")), first_value(attributes.get("00100021"))
 
 
 def _keep_again(archive: Archive, new: NewInstance, spool: Spool, known: Row) -> None:

@@ -17,10 +17,10 @@ from sandbox.processes import RedisPart, SandboxPart
 from sandbox.synthetic import image, new_uid
 from worker.batches import CHUNK_ITEMS, Item, Row, Settled
 from worker.breakers import CHANGES, Breakers
-from worker.errors import CourierError
+from worker.errors import CourierError, SourceNotFound, SourceUnreachable
 from worker.instances import identify
 from worker.jobs.batches import Desk, Notes
-from worker.jobs.bulk_checks import undo, verify
+from worker.jobs.bulk_checks import NAMED, undo, verify
 from worker.jobs.bulk_uploads import FIRST_IMAGES, LOAD_IMAGES, Uploads
 from worker.jobs.pace import metered_fleet
 from worker.jobs.run import Run
@@ -568,6 +568,70 @@ def test_another_file_under_the_uid_of_an_image_differs_and_the_same_file_does_n
     assert [one.result.get("compared") for one in seen if isinstance(one, Settled)] == (
         ["bytes", None, "bytes"] if keeps else ["uids"] * 3
     )
+
+
+def told(seen: Sequence[Settled | CourierError | None]) -> list[tuple[str, ...]]:
+    """The elements that are named, item by item."""
+    return [tuple(one.result.get("tags", ())) for one in seen if isinstance(one, Settled)]
+
+
+def test_verify_names_the_elements_in_which_the_first_files_of_a_study_differ(site: Site) -> None:
+    study, uids = new_uid(), [new_uid() for _ in range(NAMED + 2)]
+    earlier = site.chunk(*(site.put(study, sop=uid, PatientName="One") for uid in uids), server="msdicom")
+    earlier.attempt()
+    later = site.chunk(*(site.put(study, sop=uid, PatientName="Two", StudyID="7") for uid in uids), server="msdicom")
+    later.attempt()
+    seen = verify([later.settled[number] for number in range(len(uids))], site.desk)
+    assert words(seen) == ["differs"] * len(uids)
+    assert told(seen) == [("PatientName (0010,0010)", "StudyID (0020,0010)")] * NAMED + [()] * 2
+    first = seen[0]
+    assert isinstance(first, Settled)
+    assert first.message.endswith("not stored: the two differ in PatientName (0010,0010), StudyID (0020,0010).")
+    assert "One" not in str(first)
+
+
+def test_verify_names_who_may_have_changed_what_came_from_dcm4chee(site: Site) -> None:
+    study = new_uid()
+    content = image(study, side=8)
+    site.servers["dcm4chee"].store([_part(content)])
+    with site.servers["dcm4chee"].retrieve(Found("study", study)) as parts_of_study:
+        (copy,) = [b"".join(part.chunks) for part in parts_of_study]
+    site.servers["msdicom"].store([_part(copy)])
+    site.servers["dcm4chee"].delete(Found("study", study), permanent=True)
+    chunk = site.chunk(site.images.put("original.dcm", content))
+    chunk.attempt()
+    (one,) = verify(list(chunk.settled.values()), site.desk)
+    assert isinstance(one, Settled)
+    assert (one.status, one.result["made_by"]) == ("differs", ["dcm4chee"])
+    assert "IssuerOfPatientID (0010,0021)" in one.result["tags"]
+    assert "as dcm4chee may have added or changed" in one.message
+
+
+@pytest.mark.parametrize("change", ["gone", "replaced", "silent"])
+def test_verify_names_nothing_of_a_file_that_is_another_one_by_now(
+    site: Site, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    study, uids = new_uid(), [new_uid(), new_uid()]
+    site.chunk(*(site.put(study, sop=uid, seed=1) for uid in uids), server="msdicom").attempt()
+    urls = [site.put(study, sop=uid, seed=2) for uid in uids]
+    chunk = site.chunk(*urls, server="msdicom")
+    chunk.attempt()
+    name = urls[0].rpartition("/")[2]
+    if change == "replaced":
+        site.images.put(name, image(study, sop=uids[0], side=8, seed=3))
+    else:
+        kind = SourceNotFound if change == "gone" else SourceUnreachable
+        fetch = site.tools.sources.fetch
+
+        def fails(url: str) -> Any:
+            if url == urls[0]:
+                raise kind("not now")
+            return fetch(url)
+
+        monkeypatch.setattr(site.tools.sources, "fetch", fails)
+    seen = verify([chunk.settled[0], chunk.settled[1]], site.desk)
+    assert words(seen) == ["differs"] * 2
+    assert told(seen) == [(), () if change == "silent" else ("PixelData (7FE0,0010)",)]
 
 
 def test_of_two_files_with_one_uid_in_a_chunk_the_one_that_was_stored_is_verified(any_server: Site) -> None:

@@ -1290,6 +1290,34 @@ def test_objects_of_every_kind_survive_the_change_of_their_header(archive: Archi
     assert set(original.keys()) <= set(ds.keys())
 
 
+def other_id(value: str) -> list[pydicom.Dataset]:
+    item = pydicom.Dataset()
+    item.PatientID, item.IssuerOfPatientID = value, "ELSEWHERE"
+    return [item]
+
+
+def test_an_image_comes_back_with_what_other_images_say_of_its_patient(archive: Archive) -> None:
+    plain, first, later = new_uid(), new_uid(), new_uid()
+    ids = [f"X{number}{new_uid()[-12:]}" for number in range(2)]
+    more = {"PatientComments": "first", "OtherPatientIDsSequence": other_id(ids[0]), "PatientSex": "M"}
+    archive.stow(image(plain, side=8))
+    archive.stow(image(first, side=8, **more))
+    archive.stow(image(later, side=8, PatientComments="later", OtherPatientIDsSequence=other_id(ids[1])))
+
+    def told(study: str, aet: str = "DCM4CHEE") -> tuple[Any, ...]:
+        (ds,) = objects(archive.get(f"/studies/{study}", AS_STORED, aet=aet))
+        known = {one.PatientID for one in ds.get("OtherPatientIDsSequence", ())}
+        return ds.get("PatientComments"), ds.PatientSex, known
+
+    assert [told(study) for study in (plain, first, later)] == [("first", "O", set(ids))] * 3
+    assert told(plain, "AS_RECEIVED") == (None, "O", set())
+    assert told(first, "AS_RECEIVED") == ("first", "M", {ids[0]})
+    for study in (first, later):
+        assert archive.reject(f"/studies/{study}").status_code == 200
+        assert archive.delete(f"/studies/{study}").status_code == 204
+    assert told(plain) == ("first", "O", set(ids)), "patients outlive their studies"
+
+
 def test_numbers_in_text_stay_as_they_were_written(archive: Archive) -> None:
     study = new_uid()
     archive.stow(image(study, SliceThickness="05.00", InstanceNumber="007"))

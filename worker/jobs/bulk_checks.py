@@ -6,6 +6,7 @@ Whether something was stored by the batch is said by its receipts, never guessed
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,19 +21,24 @@ from worker.errors import (
     NotDicom,
     NotFound,
     PacsMisanswered,
+    TryAgain,
     is_final,
 )
+from worker.instances import identify
 from worker.jobs.batches import Answer, Desk
 from worker.jobs.deletions import forget_what_is_gone, remove
 from worker.jobs.passing import whole
 from worker.jobs.receipts import Receipts
 from worker.jobs.removals import hidden_on, hide_images, only_hides
+from worker.jobs.same_bytes import COMPARED_BYTES, Arrival, Comparison, in_words, named
 from worker.jobs.transfers import images_on
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs, Retrieved
 from worker.pacs.stow import PREAMBLE
 
 #: In so many chunks to both sides the other images of a study are looked for.
 CHUNKS_AROUND = 50
+#: Of so many images of a study that are another file, the elements are named; each is fetched once more for that.
+NAMED = 3
 #: Where a study has more images than this for each one that is wanted, they are fetched one by one.
 WORTH_ALL = 2
 
@@ -58,9 +64,13 @@ class Seen:
 
 
 def verify(done: Sequence[Settled], desk: Desk) -> list[Answer]:
-    """Whether every image is where its receipt says, or was before; and the same file, where the server keeps bytes."""
+    """Whether every image is where its receipt says, or was before; and the same file, where the server keeps bytes.
+
+    Of the first images of a study that are another file, the elements that differ are named.
+    """
     seen = _seen(done, desk)
-    return [_verified(one, seen[_where(one)]) for one in done]
+    answers = {one.item.number: _verified(one, seen[_where(one)]) for one in done}
+    return list((answers | _named(done, answers, seen, desk)).values())
 
 
 def _verified(one: Settled, seen: Seen | CourierError) -> Settled | CourierError:
@@ -71,6 +81,51 @@ def _verified(one: Settled, seen: Seen | CourierError) -> Settled | CourierError
     if one.item.number in seen.others:
         return _now(one, "differs", _difference(one, seen))
     return Settled(one.item, "verified", server=one.server_name, result={"compared": seen.compared})
+
+
+def _named(
+    done: Sequence[Settled],
+    answers: Mapping[int, Settled | CourierError],
+    seen: Mapping[tuple[str, str], Seen | CourierError],
+    desk: Desk,
+) -> dict[int, Settled | CourierError]:
+    """Answers about images that are another file, with the elements that differ."""
+    found: dict[int, Settled | CourierError] = {}
+    tried: Counter[tuple[str, str]] = Counter()
+    for one in done:
+        answer, there = answers[one.item.number], seen[_where(one)]
+        differs = isinstance(answer, Settled) and answer.status == "differs"
+        if not (differs and isinstance(there, Seen) and there.compared == "bytes") or tried[_where(one)] >= NAMED:
+            continue
+        tried[_where(one)] += 1
+        try:
+            comparison = _compared(one, desk)
+        except TryAgain:  # the files cannot be had at present, and it was said already that these differ
+            break
+        except CourierError:
+            continue
+        if isinstance(answer, Settled) and (words := in_words(comparison)):
+            told = {"tags": list(comparison.tags), "made_by": list(comparison.made_by)}
+            message = f"{answer.message.removesuffix('.')}: {words}."
+            found[one.item.number] = replace(answer, message=message, result={**answer.result, **told})
+    return found
+
+
+def _compared(one: Settled, desk: Desk) -> Comparison:
+    """The file of an item against what its server has; nothing is named of a file that is another one by now."""
+    differs, pacs = Comparison(same=False), desk.tools.fleet[one.server_name]
+    if int(one.result.get("size_bytes", 0)) > COMPARED_BYTES:
+        return differs
+    fetched = desk.tools.sources.fetch(one.item.text)
+    desk.spent.add(requests=1, size_bytes=fetched.size_bytes)
+    try:
+        if fetched.sha256 != one.result["sha256"] or fetched.size_bytes > COMPARED_BYTES:
+            return differs
+        instance = identify(fetched.stream)
+        arrival = Arrival(instance, fetched.size_bytes, fetched.sha256, fetched.source, open=fetched.open)
+        return named(differs, pacs, arrival, desk.tools.fleet)
+    finally:
+        fetched.drop()
 
 
 def _difference(one: Settled, seen: Seen) -> str:

@@ -23,7 +23,7 @@ from worker.errors import (
 from worker.instances import Instance
 from worker.jobs.described import place
 from worker.jobs.run import ServerUnknown
-from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare
+from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare, in_words
 from worker.jobs.tools import Tools
 from worker.ledger import Ledger
 from worker.pacs.guard import at_rest, slowed
@@ -244,12 +244,8 @@ def told_to_exist(server: str, arrival: Arrival, found: Comparison, tools: Tools
 def _difference(found: Comparison) -> str:
     if found.same is not False:
         return ""
-    if not found.tags:
-        return ", with other bytes"
-    said = f", with other bytes: the two differ in {', '.join(found.tags)}"
-    if not found.made_by:
-        return said
-    return f"{said}, as {' and '.join(found.made_by)} may have added or changed in what it gave back"
+    words = in_words(found)
+    return f", with other bytes: {words}" if words else ", with other bytes"
 
 
 def refusal(outcome: Outcome, instance: Instance, pacs: Pacs, *, pending_wait_s: float) -> CourierError:

@@ -94,11 +94,11 @@ def compare(pacs: Pacs, arrival: Arrival, fleet: Iterable[Pacs] = ()) -> Compari
     if True in verdicts:
         return Comparison(True, files[verdicts.index(True)].sha256)
     reason: Reason | None = "file_not_at_hand" if verdicts[0] is None else None
-    return _named(Comparison(verdicts[0], files[0].sha256, reason), pacs, arrival, fleet)
+    return named(Comparison(verdicts[0], files[0].sha256, reason), pacs, arrival, fleet)
 
 
-def _named(found: Comparison, pacs: Pacs, arrival: Arrival, fleet: Iterable[Pacs]) -> Comparison:
-    """``found``, and of a file that is another one, in which elements."""
+def named(found: Comparison, pacs: Pacs, arrival: Arrival, fleet: Iterable[Pacs]) -> Comparison:
+    """``found``, and of a file that is another one, in which elements; what is there is read once more for that."""
     if found.same is not False or arrival.open is None:
         return found
     products = [one for one in fleet if one.rewrites.known]
@@ -114,6 +114,16 @@ def _named(found: Comparison, pacs: Pacs, arrival: Arrival, fleet: Iterable[Pacs
     tags = tuple(differing(given, there, rewrites=_STRICTLY))
     made_by = tuple(one.server.name for one in products if is_of(one.rewrites, given, there, rewrites=_STRICTLY))
     return replace(found, tags=tags, made_by=made_by)
+
+
+def in_words(found: Comparison) -> str:
+    """Half a sentence about the elements that differ; "" where none is named."""
+    if not found.tags:
+        return ""
+    said = f"the two differ in {', '.join(found.tags)}"
+    if not found.made_by:
+        return said
+    return f"{said}, as {' and '.join(found.made_by)} may have added or changed in what it gave back"
 
 
 def _tables(pacs: Pacs, sop_instance_uid: str, apart: frozenset[int]) -> Iterator[Table]:
