@@ -13,6 +13,7 @@ from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from worker.errors import PacsUnavailable
+from worker.jobs import bulk_deletions, moves
 from worker.jobs.batches import Conductor
 from worker.jobs.deletions import delete
 from worker.pacs.hiding import Hiding
@@ -213,6 +214,41 @@ def test_an_archive_that_does_not_say_what_it_hides_is_asked_image_by_image(
         late.came = True
         payload(site.delete(study, servers=["dcm4chee"], permanent=False))
         assert (site.told(), site.on("dcm4chee", study)) == (["hidden"], set())
+
+
+# On servers that cannot hide: the study is looked at again directly before
+
+
+@pytest.mark.parametrize("kind", ["undo", "move", "backup"])
+def test_where_nothing_can_be_hidden_an_image_that_came_before_the_last_look_stays(
+    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    study, late, came = new_uid(), new_uid(), list[str]()
+    uids = site.put("dcm4chee" if kind == "undo" else "msdicom", study, 2)
+    module: Any = bulk_deletions if kind == "backup" else moves
+    name = {"undo": "remove_images", "move": "remove_study", "backup": "remove_kept"}[kind]
+    remove = getattr(module, name)
+
+    def after_another(*args: Any, **more: Any) -> Any:
+        if not came:
+            came.append(late)
+            site.put_file("msdicom", image(study, series=f"{study}.9", sop=late, side=8))
+        return remove(*args, **more)
+
+    if kind == "undo":
+        payload(site.order(study, from_server="dcm4chee", to_server="msdicom"))
+    monkeypatch.setattr(module, name, after_another)
+    if kind == "undo":
+        undo(site)
+        assert (site.told("undo"), site.on("msdicom", study)) == (["undone"], {late})
+        assert site.rows[0].passes["undo"].result["left"] == 1
+    elif kind == "move":
+        payload(site.order(study, delete_source=True))
+        assert (site.told("verify"), site.on("msdicom", study)) == (["verified"], set())
+        assert site.on("dcm4chee", study) == uids | {late}
+    else:
+        payload(site.delete(study, servers=["msdicom"], backup=tmp_path.as_uri()))
+        assert (site.told(), site.on("msdicom", study)) == (["invalid_request"], uids | {late})
 
 
 # A rejection that stops half-way
