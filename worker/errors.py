@@ -98,7 +98,12 @@ class CourierError(Exception):
 
 
 class TryAgain(CourierError):
-    """Time may cure it. ``retry_after_s`` is what the other side asked for, if it did."""
+    """Time may cure it. ``retry_after_s`` is what the other side asked for, if it did.
+
+    ``is_lasting``: this one error is certain to come again, so the job ends at once, as a dead letter.
+    """
+
+    is_lasting: bool = False
 
     def __init__(self, message: str | Mapping[str, Any], *, retry_after_s: float | None = None, **context: Any) -> None:
         super().__init__(message, **context)
@@ -231,8 +236,10 @@ def is_resting(error: CourierError) -> bool:
     return error.resting is not None or (isinstance(error, PacsUnavailable) and error.slow_down)
 
 
-def is_final(error: object) -> TypeGuard[Refused | NeedsPerson]:
+def is_final(error: object) -> TypeGuard[CourierError]:
     """Whether ``error`` ends the job, or the item of a batch, that met it."""
+    if isinstance(error, TryAgain):
+        return error.is_lasting
     return isinstance(error, Refused | NeedsPerson) and not is_resting(error)
 
 
@@ -245,7 +252,7 @@ def first_to_wait_for(errors: Sequence[CourierError]) -> CourierError:
     def rank(error: CourierError) -> int:
         if is_resting(error):
             return 0
-        return 1 if isinstance(error, TryAgain) else 2
+        return 2 if is_final(error) else 1
 
     return min(errors, key=rank)
 

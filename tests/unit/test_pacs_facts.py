@@ -720,10 +720,15 @@ def test_pages_smaller_than_asked_for_lose_no_image() -> None:
     assert [call.rpartition("offset=")[2] for call in wire.calls] == ["0", "2", "3"]
 
 
-def test_a_server_that_does_not_page_comes_to_an_end() -> None:
-    pacs, _ = asked("dicomweb", *[Reply(200, [image_item("1.3")])] * 3)
-    with pytest.raises(PacsMisanswered):
+def test_the_list_of_a_server_that_does_not_page_ends_where_its_count_says_that_it_is_whole() -> None:
+    page = Reply(200, [image_item("1.3")])
+    pacs, wire = asked("dicomweb", page, page, Reply(200, [study() | {"00201208": {"vr": "IS", "Value": [1]}}]))
+    assert [one.sop_instance_uid for one in pacs.instances(STUDY)] == ["1.3"]
+    pacs, wire = asked("dicomweb", page, page, Reply(200, [study()]), Reply(404))
+    with pytest.raises(PacsMisanswered, match="nothing shows whether these are all") as caught:
         list(pacs.instances(STUDY))
+    assert caught.value.is_lasting
+    assert len(wire.calls) == 4
 
 
 def test_every_fact_of_every_reference_has_its_test() -> None:

@@ -319,7 +319,7 @@ def _delete(one: Settled, begun: set[int], desk: Desk) -> Deletion:
 
 
 def _taken_back(one: Settled, deletion: Deletion | CourierError) -> Settled | CourierError:
-    if is_final(deletion):
+    if is_final(deletion) and not isinstance(deletion, TryAgain):
         return Settled(one.item, "refused", deletion.payload["code"], deletion.message, server=one.server_name)
     if isinstance(deletion, CourierError):
         return deletion

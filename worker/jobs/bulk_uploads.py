@@ -29,6 +29,7 @@ from worker.errors import (
     Refused,
     SourceNotAllowed,
     TryAgain,
+    is_final,
     is_resting,
 )
 from worker.instances import Instance, identify
@@ -272,7 +273,9 @@ class Uploads:
     def _last_word(self, item: Item) -> Result:
         """Given up, an image that may have arrived is still known as ours to whoever tries again."""
         result, pushed = self.results[item.number], self._memo.get(item.number)
-        if not self._run.last or not isinstance(result, CourierError) or pushed is None or not pushed.uncertain:
+        if not isinstance(result, CourierError) or pushed is None or not pushed.uncertain:
+            return result
+        if not is_final(result) and not self._run.last:
             return result
         told = pushed.doubtful_receipt
         sentence = f"{result.message} It may have arrived on {pushed.server}: retry the batch to make sure."

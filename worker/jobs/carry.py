@@ -341,7 +341,7 @@ def _attempt(work: Work, claim: Claim, job: Mapping[str, Any], run: Run, tools: 
 
 def _again(error: TryAgain, claim: Claim, run: Run, tools: Tools, *, task: str) -> Verdict:
     limits = tools.settings.jobs
-    if is_given_up(error, job_id=run.job_id, ledger=tools.ledger, last=run.last):
+    if error.is_lasting or is_given_up(error, job_id=run.job_id, ledger=tools.ledger, last=run.last):
         return Failed(error)
     if isinstance(error, PacsUnavailable) and error.slow_down and claim.waited_s < limits.max_wait_s:
         return _slowed(error, claim, limits)

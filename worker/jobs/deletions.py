@@ -21,7 +21,6 @@ from worker.errors import (
     TryAgain,
     first_to_wait_for,
     is_final,
-    is_resting,
 )
 from worker.jobs.knowledge import server_left
 from worker.jobs.receipts import Receipts
@@ -236,7 +235,7 @@ def _carry_out(job: DeleteJob, progress: _Progress, resumed: set[str], run: Run,
             error = InvalidRequest(answer.note) if answer.code == InvalidRequest.code else None
             entry = _entry(fleet[name], _STATUS[answer.fate], note=answer.note, found=first, error=error)
             progress.entries[name] = entry
-        elif is_final(answer):
+        elif is_final(answer) and not isinstance(answer, TryAgain):
             progress.entries[name] = _entry(fleet[name], "refused", error=answer, found=first)
         else:
             progress.errors[name] = answer
@@ -269,7 +268,7 @@ def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> C
     answers = fleet.gather([partial(fleet[name].find, job.level, job.uid) for name in open_ones])
     left = [name for name in not_ended if name not in open_ones]
     for name, answer in zip(open_ones, answers, strict=True):
-        if isinstance(answer, CourierError) and (isinstance(answer, TryAgain) or is_resting(answer)) and not run.last:
+        if isinstance(answer, CourierError) and not is_final(answer) and not run.last:
             raise answer
         if isinstance(answer, CourierError) or answer:
             left.append(name)

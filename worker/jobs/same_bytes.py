@@ -16,7 +16,8 @@ from worker.errors import CourierError, NotFound
 from worker.fingerprints import Rewrites, Table, differing, is_of, table
 from worker.instances import Instance, identify
 from worker.jobs.passing import PREAMBLE_BYTES, whole
-from worker.pacs.protocol import Pacs
+from worker.pacs.finding import find_known
+from worker.pacs.protocol import Found, Pacs
 from worker.pacs.stow import PREAMBLE
 from worker.sources.spool import Limits, spool
 
@@ -51,6 +52,11 @@ class Arrival:
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     open: Callable[[], BinaryIO] | None = None
 
+    @property
+    def image(self) -> Found:
+        one = self.instance
+        return Found("image", one.study_instance_uid, one.series_instance_uid, one.sop_instance_uid)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -83,7 +89,7 @@ def compare(pacs: Pacs, arrival: Arrival, fleet: Iterable[Pacs] = ()) -> Compari
     if arrival.size_bytes > COMPARED_BYTES:
         return Comparison(None, reason="too_large")
     try:
-        files = list(_retrieved(pacs, arrival.instance.sop_instance_uid))
+        files = list(_retrieved(pacs, arrival.image))
     except NotFound:
         files = []
     except CourierError:
@@ -106,7 +112,7 @@ def named(found: Comparison, pacs: Pacs, arrival: Arrival, fleet: Iterable[Pacs]
     try:
         with arrival.open() as file:
             given = table(file, arrival.instance.transfer_syntax_uid, apart=apart)
-        there = next(_tables(pacs, arrival.instance.sop_instance_uid, apart), None)
+        there = next(_tables(pacs, arrival.image, apart), None)
     except CourierError:
         return found
     if there is None:
@@ -126,8 +132,8 @@ def in_words(found: Comparison) -> str:
     return f"{said}, as {' and '.join(found.made_by)} may have added or changed in what it gave back"
 
 
-def _tables(pacs: Pacs, sop_instance_uid: str, apart: frozenset[int]) -> Iterator[Table]:
-    for found in pacs.find("image", sop_instance_uid):
+def _tables(pacs: Pacs, known: Found, apart: frozenset[int]) -> Iterator[Table]:
+    for found in find_known(pacs, known):
         with pacs.retrieve(found) as parts:
             for part in parts:
                 limits = Limits(COMPARED_BYTES + PREAMBLE_BYTES, time.monotonic() + SPOOL_TIMEOUT_S, SPOOL_TIMEOUT_S)
@@ -154,9 +160,9 @@ class _Retrieved:
         return None if arrival.bare_sha256 is None else arrival.bare_sha256() == self.bare_sha256
 
 
-def _retrieved(pacs: Pacs, sop_instance_uid: str) -> Iterator[_Retrieved]:
+def _retrieved(pacs: Pacs, known: Found) -> Iterator[_Retrieved]:
     """What the server has under the UID, in whichever study."""
-    for found in pacs.find("image", sop_instance_uid):
+    for found in find_known(pacs, known):
         with pacs.retrieve(found) as parts:
             for part in parts:
                 yield _digests(part.chunks)

@@ -45,6 +45,7 @@ from worker.jobs.same_bytes import Arrival, compare
 from worker.jobs.tools import Tools
 from worker.ledger import Receipt
 from worker.logs import about
+from worker.pacs.finding import find_known
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part
 from worker.pacs.stow import PREAMBLE
 from worker.payloads import Dataset, Route, StudyAction, UploadJob, UploadPayload, read_job
@@ -166,7 +167,7 @@ def _arrived(memo: Memo, trip: _Trip) -> bool:
     with trip.run.step("check"):
         _wait_for_turn(memo.instance, trip.run)
         try:
-            images = trip.tools.fleet[memo.server].find("image", memo.instance.sop_instance_uid)
+            images = find_known(trip.tools.fleet[memo.server], image_of(memo.instance))
             there = _is_in(images, memo.instance.study_instance_uid)
         except CourierError as error:
             if not memo.stored or _may_be_cured(error, trip.run):
@@ -197,7 +198,7 @@ def _check_same(memo: Memo, arrival: Arrival, tools: Tools) -> None:
 
 def _may_be_cured(error: CourierError, run: Run) -> bool:
     """Whether another attempt may do better. If not, what is stored is stored, and never said to have failed."""
-    return isinstance(error, TryAgain) and not run.last
+    return isinstance(error, TryAgain) and not error.is_lasting and not run.last
 
 
 def _bring_again(trip: _Trip, earlier: Memo) -> Memo:
@@ -314,7 +315,7 @@ def _check(instance: Instance, tools: Tools) -> _Seen:
     """Ask every server for the image and for its study, all at the same time."""
     questions: list[Callable[[], list[Found]]] = []
     for pacs in tools.fleet:
-        questions.append(partial(pacs.find, "image", instance.sop_instance_uid))
+        questions.append(partial(find_known, pacs, image_of(instance)))
         questions.append(partial(pacs.find, "study", instance.study_instance_uid))
     replies = iter(tools.fleet.gather(questions))
     seen = _Seen([])

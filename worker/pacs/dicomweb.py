@@ -34,23 +34,23 @@ AS_STORED = {"Accept": 'multipart/related; type="application/dicom"; transfer-sy
 FEW, LISTED = 3, 50
 
 #: Legal in a query as they are, and Orthanc understands them only so. DCM4CHEE makes a list of a bare comma.
-_RAW = "!$'()*;:@/?"
+RAW = "!$'()*;:@/?"
 _TAG = re.compile(r"[0-9A-Fa-f]{8}", re.ASCII)
 #: Whether a UID can stand in the path of a URL; letters are tolerated.
 fits_path = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}").fullmatch
 
 
 @dataclass(frozen=True)
-class _Query:
+class Query:
     resource: str
     keyword: str
     tag: str
 
 
-_QUERIES: Mapping[Level, _Query] = {
-    "image": _Query("/instances", "SOPInstanceUID", SOP_INSTANCE_UID),
-    "series": _Query("/series", "SeriesInstanceUID", SERIES_INSTANCE_UID),
-    "study": _Query("/studies", "StudyInstanceUID", STUDY_INSTANCE_UID),
+QUERIES: Mapping[Level, Query] = {
+    "image": Query("/instances", "SOPInstanceUID", SOP_INSTANCE_UID),
+    "series": Query("/series", "SeriesInstanceUID", SERIES_INSTANCE_UID),
+    "study": Query("/studies", "StudyInstanceUID", STUDY_INSTANCE_UID),
 }
 
 
@@ -68,7 +68,7 @@ class DicomWeb:
         Each match is compared with the question. Oddity: "Unknown keys match everything". ``fields`` are asked for
         beside what is told anyway.
         """
-        query = _QUERIES[level]
+        query = QUERIES[level]
         check_uid(uid)
         more = "".join(f"&includefield={name}" for name in fields)
         target = f"{self._base}{query.resource}?{query.keyword}={uid}{more}"
@@ -79,7 +79,7 @@ class DicomWeb:
 
     def studies(self, parameters: Iterable[tuple[str, str]]) -> list[Dataset]:
         """What ``/studies`` answers to ``parameters``, each item with at least its study's one UID."""
-        target = f"{self._base}/studies?{urlencode(list(parameters), safe=_RAW, quote_via=quote)}"
+        target = f"{self._base}/studies?{urlencode(list(parameters), safe=RAW, quote_via=quote)}"
         found = self._search(target, DICOM_JSON_GZIP)
         if not all(text(ds, STUDY_INSTANCE_UID) for ds in found):
             raise self.misanswered("a study without its UID")
@@ -122,7 +122,7 @@ class DicomWeb:
             return
         offset, target = 0, f"{self._base}{path_of(found)}/instances"
         before: list[Dataset] = []
-        while datasets := self._search(f"{target}?{urlencode([*order, *_window(page, offset)])}", DICOM_JSON_GZIP):
+        while datasets := self._search(f"{target}?{urlencode([*order, *window(page, offset)])}", DICOM_JSON_GZIP):
             if datasets == before:
                 raise self.misanswered("the same page of images twice")
             before = datasets
@@ -233,6 +233,13 @@ class DicomWeb:
     def misanswered(self, what: str) -> PacsMisanswered:
         return self.transport.error(PacsMisanswered, f"{self._name} sent {what}.")
 
+    def lasting(self, sentence: str, **details: object) -> PacsMisanswered:
+        """An answer that will come again however often it is asked for; ``sentence`` says what a person can do."""
+        said = f"The answer of {self._name} cannot be used. {sentence}."
+        error = self.transport.error(PacsMisanswered, said, details=details)
+        error.is_lasting = True
+        return error
+
     def _broken(self, sentence: str) -> PacsMisanswered:
         return self.transport.error(PacsMisanswered, f"The answer of {self._name} is unusable. {sentence}")
 
@@ -248,7 +255,7 @@ class DicomWeb:
     def _datasets(self, answer: Answer) -> list[Dataset]:
         document = self.parse(answer)
         if not isinstance(document, list) or not all(isinstance(ds, dict) for ds in document):
-            raise self.misanswered("something that is no list of datasets")
+            raise self.lasting("It sent JSON that is no list of datasets; check the server's url and type")
         return document
 
     def _found(self, level: Level, ds: Dataset) -> Found:
@@ -273,7 +280,7 @@ def _no_root(path: str, why: str, hint: str) -> str:
     return f"GET {path} is no DICOMweb query there, {why}: check the server's url{f' ({hint})' if hint else ''}"
 
 
-def _window(limit: int, offset: int) -> tuple[tuple[str, str], ...]:
+def window(limit: int, offset: int) -> tuple[tuple[str, str], ...]:
     return (("limit", str(limit)), ("offset", str(offset)))
 
 

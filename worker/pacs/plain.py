@@ -1,4 +1,4 @@
-"""Any other DICOMweb server: PS3.18 as it is written, and nothing beyond it."""
+"""Any other DICOMweb server: PS3.18 as it is written, and as servers are found to keep it (worker/pacs/tolerant.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 
 from worker.fingerprints import Rewrites
 from worker.pacs.dicomjson import WARNING_REASON, number
-from worker.pacs.dicomweb import DicomWeb, path_of
+from worker.pacs.dicomweb import path_of
+from worker.pacs.finding import find_known
 from worker.pacs.matching import REQUIRED, Matching, StudyQuery
 from worker.pacs.protocol import (
     DatabaseState,
@@ -24,13 +25,16 @@ from worker.pacs.protocol import (
     View,
 )
 from worker.pacs.stow import Sent, judge, rejected_if_alone, unmentioned
+from worker.pacs.tolerant import PAGE, TolerantDicomWeb
 from worker.pacs.transport import Answer, Request, Transport
 from worker.payloads import Dataset, Level
 
 #: A server may ignore anything else, and may know tags alone.
 MATCHING = Matching(REQUIRED, fields_by_tag=True)
 STORE_STATUSES = (200, 202, 204, 400, 409)
-MAX_PAGE = 1000
+MAX_PAGE = PAGE
+NO_DELETE = "The server offers no delete over DICOMweb."
+NOT_THERE = DeletionFate.NOT_THERE
 BAD_FILE = "The server says that the file is bad."
 #: WarningReason (0008,1196), PS3.18 Table I.2-1.
 WARNINGS = {
@@ -53,7 +57,7 @@ class PlainDicomWeb:
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
         self._transport = transport
-        self._web = DicomWeb(transport)
+        self._web = TolerantDicomWeb(transport)
 
     def find(self, level: Level, uid: str) -> list[Found]:
         return self._web.find(level, uid)
@@ -103,9 +107,9 @@ class PlainDicomWeb:
         target = self._transport.base_path + path_of(found)
         answer = self._transport.exchange(Request("DELETE", target, expected=(200, 202, 204, 404, 405, 501)))
         if answer.status in (405, 501):
-            return Deletion(DeletionFate.REFUSED, "The server offers no delete over DICOMweb.")
-        if answer.status == 404:
-            return Deletion(DeletionFate.NOT_THERE)
+            return Deletion(DeletionFate.REFUSED, NO_DELETE)
+        if answer.status == 404:  # of the object, or of a server that takes no DELETE
+            return Deletion(DeletionFate.REFUSED, NO_DELETE) if find_known(self, found) else Deletion(NOT_THERE)
         return expected
 
     def retrieve(self, found: Found, *, view: View = "as_set") -> AbstractContextManager[Iterator[Retrieved]]:  # noqa: ARG002

@@ -13,6 +13,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from worker.errors import InvalidRequest
+from worker.pacs.finding import find_known
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
 from worker.payloads import Level
 
@@ -91,10 +92,5 @@ class Protected:
         return forbidden if self._has(found) else Deletion(DeletionFate.NOT_THERE)
 
     def _has(self, found: Found) -> bool:
-        uids = {
-            "study": found.study_instance_uid,
-            "series": found.series_instance_uid,
-            "image": found.sop_instance_uid,
-        }
-        there = self._pacs.find(found.level, str(uids[found.level]))
+        there = find_known(self._pacs, found)
         return any(one.study_instance_uid == found.study_instance_uid for one in there)

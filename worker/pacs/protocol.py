@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 View = Literal["as_set", "as_shown", "to_return"]
 
 
+#: In the details of an error: the server finds the object only below its study; and, of a status that a server gives to
+#: every search: it has no studies, or its url is wrong.
+NEEDS_STUDY, NOTHING_OR_WRONG_URL = "needs_study", "nothing_or_wrong_url"
+
+
 @dataclass(frozen=True)
 class Found:
     """One image, series or study that a server has, with the UIDs of everything above it."""
@@ -198,7 +203,11 @@ class Pacs(Protocol):
         ...
 
     def find(self, level: Level, uid: str) -> list[Found]:
-        """Every object of ``level`` that bears ``uid``; [] only when the server said that there is none."""
+        """Every object of ``level`` that bears ``uid``; [] only when the server said that there is none.
+
+        Raises `PacsMisanswered` with `NEEDS_STUDY` in its details where the server finds it only below its study; see
+        `worker.pacs.finding`.
+        """
         ...
 
     def present(self, study_instance_uid: str, sop_instance_uids: Collection[str]) -> set[str]:
