@@ -64,14 +64,15 @@ def _images(place: Entry) -> str:
 
 
 def left_out(server: Entry) -> str:
-    """What a server sent although it does not match the filters; "" if it sent nothing such."""
+    """What a server sent although it does not match the filters, and whether it may have more than it lists."""
     dropped = server.get("dropped", 0)
+    cut = "; it ignores offset, so it may have more than it lists" if server.get("may_be_cut") else ""
     if not dropped:
-        return ""
+        return cut
     lacking = " and ".join(server.get("lacking", ()))
     why = f" (no study there came with {lacking})" if lacking else ""
     rows = "1 more row that it sent does" if dropped == 1 else f"{dropped:,} more rows that it sent do"
-    return f"; {rows} not match the filters; left out{why}"
+    return f"; {rows} not match the filters; left out{why}{cut}"
 
 
 def write_csv(entries: Iterable[Entry], out: TextIO) -> None:

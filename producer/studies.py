@@ -72,7 +72,9 @@ class StudyList:
             before = self._servers.get(server["server_name"], {})
             dropped = before.get("dropped", 0) + server.get("dropped", 0)
             lacking = [name for name in server.get("lacking", ()) if name in before.get("lacking", (name,))]
-            self._servers[server["server_name"]] = {**server, "count": 0, "dropped": dropped, "lacking": lacking}
+            cut = before.get("may_be_cut", False) or server.get("may_be_cut", False)
+            told = {"count": 0, "dropped": dropped, "lacking": lacking, "may_be_cut": cut}
+            self._servers[server["server_name"]] = {**server, **told}
         with self._db:
             for entry in page["studies"]:
                 self._merge(entry)

@@ -31,6 +31,10 @@ class Heedless:
     studies: list[dict[str, Any]] = field(default_factory=list)
     heeds_offset: bool = True
     heeds_limit: bool = True
+    #: Its largest page, for all that it is asked for.
+    fixed_page: int | None = None
+    #: Lists that it sends instead of its own, one question after the other.
+    in_turn: list[list[dict[str, Any]]] = field(default_factory=list)
     #: From this page of studies on it is in trouble.
     fails_at_offset: int | None = None
     asked: list[str] = field(default_factory=list)
@@ -58,9 +62,14 @@ class Heedless:
         offset = int(query.get("offset", 0))
         if self.fails_at_offset is not None and offset >= self.fails_at_offset:
             return 503, None
-        found = self.studies[offset:] if self.heeds_offset else self.studies
+        studies = self.studies
+        if self.in_turn:
+            self.in_turn.append(self.in_turn.pop(0))
+            studies = self.in_turn[-1]
+        found = studies[offset:] if self.heeds_offset else studies
         found = [ds for ds in found if query.get("StudyInstanceUID", uid_of(ds)) == uid_of(ds)]
         page = found[: int(query.get("limit", 1000))] if self.heeds_limit else found
+        page = page[: self.fixed_page]
         return (200, page) if page else (204, None)
 
 

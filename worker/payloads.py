@@ -618,7 +618,7 @@ class ListedServer(BaseModel):
     """What became of one server's part of a page. ``count`` is its number of studies on this page.
 
     ``dropped`` rows that it sent do not match the filters and are left out; ``lacking`` are filtered attributes that no
-    row of this page has.
+    row of this page has. ``may_be_cut``: the server ignores offset, so it may have more studies than it lists.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -629,6 +629,7 @@ class ListedServer(BaseModel):
     count: int = 0
     dropped: int = 0
     lacking: list[str] = []
+    may_be_cut: bool = False
     error: Fault | None = None
 
 
@@ -844,7 +845,7 @@ class SplitStudy(BaseModel):
 
 
 class AuditedServer(BaseModel):
-    """``studies``: how many this server has; ``dropped`` and ``lacking`` as in a list of studies (`ListedServer`)."""
+    """``studies``: how many this server has; ``dropped``, ``lacking``, ``may_be_cut`` as in `ListedServer`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -853,6 +854,7 @@ class AuditedServer(BaseModel):
     studies: int
     dropped: int = 0
     lacking: list[str] = []
+    may_be_cut: bool = False
 
 
 class AuditPayload(Payload):

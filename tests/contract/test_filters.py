@@ -16,13 +16,14 @@ from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from tests.heedless import Heedless, heedless, row
 from worker.batches import Batches
-from worker.errors import InvalidRequest, PacsUnavailable
+from worker.errors import InvalidRequest, PacsMisanswered, PacsUnavailable
 from worker.jobs.audit import audit
 from worker.jobs.batches import Conductor
 from worker.jobs.bulk_downloads import download_all
 from worker.jobs.carry import Failed, Verdict
 from worker.jobs.run import Run
 from worker.jobs.studies import list_studies
+from worker.jobs.study_lists import PAGE_STUDIES
 from worker.ledger import PREFIX
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 
@@ -194,20 +195,79 @@ def test_a_server_without_paging_is_listed_once(site: Site, foreign: Heedless, h
     foreign.studies = [row(f"1.{number}", t00100020=("LO", "7")) for number in range(3)]
     page = ask(site, list_studies, limit=100)
     assert (len(page["studies"]), page["cursor"]) == (3, None)
-    assert page["servers"][0]["count"] == 3
-    assert len(foreign.asked) == 2
+    assert (page["servers"][0]["count"], page["servers"][0]["may_be_cut"]) == (3, heeds_limit)
+    assert len(foreign.asked) == 3, "two pages, and whether it minds the limit"
     page = ask(site, list_studies, filters={"PatientID": "8"}, limit=100)
     assert (page["studies"], page["servers"][0]["dropped"], page["cursor"]) == ([], 3, None)
     page = ask(site, list_studies, filters={"PatientID": "8,7"}, limit=100)
     assert (len(page["studies"]), page["cursor"]) == (3, None)
 
 
-def test_nor_is_its_list_endless_over_several_jobs(site: Site, foreign: Heedless) -> None:
+def pages_of(site: Site, *, limit: int, **job: Any) -> list[list[str]]:
+    """The studies of each page of the list."""
+    pages: list[list[str]] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page = ask(site, list_studies, limit=limit, cursor=cursor or None, **job)
+        pages.append([entry["study_uid"] for entry in page["studies"]])
+        cursor = page["cursor"]
+        assert len(pages) < 30, "the list has no end"
+    return pages
+
+
+@pytest.mark.parametrize("heeds_limit", [True, False])
+@pytest.mark.parametrize("heeds_offset", [True, False])
+@pytest.mark.parametrize("fixed_page", [None, 7])
+def test_a_list_over_several_jobs_holds_each_study_once_whatever_the_server_ignores(
+    site: Site, foreign: Heedless, heeds_limit: bool, heeds_offset: bool, fixed_page: int | None
+) -> None:
+    foreign.heeds_offset, foreign.heeds_limit, foreign.fixed_page = heeds_offset, heeds_limit, fixed_page
+    foreign.studies = [row(f"1.{number}", t00100020=("LO", str(number % 2))) for number in range(18)]
+    shown = 7 if fixed_page and not heeds_offset else 18
+    for limit in (5, 4, 18, 100):
+        pages = pages_of(site, limit=limit)
+        listed = [uid for page in pages for uid in page]
+        assert max(map(len, pages)) <= limit
+        assert sorted(listed) == sorted(foreign.uids[:shown]), f"limit {limit}"
+    few = [uid for page in pages_of(site, limit=3, filters={"PatientID": "1"}) for uid in page]
+    assert set(few) == set(foreign.uids[1:shown:2])
+
+
+def test_pages_that_come_in_turn_are_no_endless_list(site: Site, foreign: Heedless) -> None:
+    """As behind a balancer, whose servers have different lists."""
+    foreign.studies = [row(f"1.{number}") for number in range(3)]
+    foreign.in_turn = [[row(f"2.{number}") for number in range(3)], [row(f"3.{number}") for number in range(3)]]
     foreign.heeds_offset = False
-    foreign.studies = [row(f"1.{number}") for number in range(8)]
-    cursor = ask(site, list_studies, limit=5)["cursor"]
-    with pytest.raises(Exception, match="the same page"):
-        ask(site, list_studies, limit=5, cursor=cursor)
+    assert len({uid for page in pages_of(site, limit=3) for uid in page}) >= 6
+    payload(site.delete(items=None, everything=True, confirm="delete all studies", dry_run=True))
+
+
+def test_more_than_one_page_of_a_server_that_ignores_the_offset_is_ordered_in_pieces(
+    site: Site, foreign: Heedless
+) -> None:
+    foreign.heeds_offset = False
+    foreign.studies = [row(f"1.{number}") for number in range(PAGE_STUDIES + 20)]
+    with pytest.raises(PacsMisanswered, match="narrow the list") as caught:
+        pages_of(site, limit=800)
+    assert caught.value.is_lasting
+    order = {"items": None, "everything": True, "confirm": "delete all studies"}
+    done = payload(site.delete(**order))
+    assert len(foreign.studies) == 20
+    assert "run this again" in done["warnings"][0]
+    site.batch = "C"
+    payload(site.delete(**order))
+    assert foreign.studies == []
+
+
+def test_a_plan_says_where_the_list_may_be_one_page_of_a_longer_one(site: Site, foreign: Heedless) -> None:
+    foreign.heeds_offset, foreign.fixed_page = False, 7
+    foreign.studies = [row(f"1.{number}") for number in range(18)]
+    order = {"items": None, "everything": True, "confirm": "delete all studies", "dry_run": True}
+    assert payload(site.delete(**order))["warnings"] == [
+        "foreign ignores offset, so it may have more studies than it lists."
+    ]
+    foreign.fixed_page, foreign.heeds_limit, site.batch = None, False, "C"
+    assert payload(site.delete(**order))["warnings"] == [], "it sends all that it has to every question"
 
 
 def test_its_plan_comes_to_an_end(site: Site, foreign: Heedless) -> None:

@@ -169,6 +169,7 @@ def _audited(pacs: Pacs, groups: Sequence[tuple[list[str], int]], left: Left) ->
         studies=_count(pacs, groups),
         dropped=left.dropped,
         lacking=sorted(left.lacking or ()),
+        may_be_cut=left.may_be_cut,
     )
 
 

@@ -18,6 +18,7 @@ from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed, refusal
 from worker.pacs.protocol import Pacs
 from worker.payloads import BatchFailure, BatchPayload, BatchServer, DeleteAllJob, read_job
+from worker.planning import count_distinct
 
 #: A result passes through Redis; the report has them all.
 MAX_FAILURES_TOLD = 100
@@ -79,7 +80,7 @@ def _remaining(batch: Batch, fleet: Fleet) -> dict[str, int]:
 
 
 def _count(pacs: Pacs) -> int:
-    return sum(len(page) for page in study_pages(pacs, []))
+    return count_distinct(uid for page in study_pages(pacs, []) for uid in page)
 
 
 def _payload(batch: Batch, remaining: Mapping[str, int], run: Run, tools: Tools) -> BatchPayload:

@@ -12,14 +12,14 @@ import binascii
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from worker.errors import CourierError, InvalidRequest, Refused
 from worker.jobs.lookups import asked
 from worker.jobs.run import Run
-from worker.jobs.study_lists import Left, Walk
+from worker.jobs.study_lists import Left, Mark, Walk
 from worker.jobs.tools import Tools
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, number, text, values
 from worker.pacs.fleet import Fleet
@@ -40,27 +40,20 @@ _MODALITIES_IN_STUDY = "00080061"
 _NUMBER_OF_INSTANCES = "00201208"
 #: After so many rows of one server that do not match, a page ends with what it has.
 MAX_DROPPED = 5_000
+#: Servers that ignore the offset may send several pages in turn; so many are known again.
+MAX_PRINTS = 20
 
 
 @dataclass(frozen=True)
 class Part:
-    """The next part of one server's list. ``next_offset`` is None after its end.
+    """The next part of one server's list, and where it goes on: None after its end.
 
-    ``left`` is what the server sent beside it, ``fingerprint`` that of its first page.
+    ``left`` is what the server sent beside it.
     """
 
     studies: list[Dataset]
-    next_offset: int | None
+    next: Mark | None
     left: Left = field(default_factory=Left)
-    fingerprint: str = ""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Where a server's list goes on, and the fingerprint of a page before."""
-
-    offset: int = 0
-    fingerprint: str = ""
 
 
 def list_studies(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
@@ -102,13 +95,18 @@ def read_cursor(job: StudiesJob, fleet: Fleet) -> dict[str, Mark]:
     try:
         cursor = json.loads(base64.urlsafe_b64decode(job.cursor.encode("ascii")))
         query, offsets = cursor["query"], {str(name): int(offset) for name, offset in cursor["offsets"].items()}
-        prints = {str(name): str(one) for name, one in cursor.get("prints", {}).items()}
+        prints = {str(name): tuple(str(one).split()) for name, one in cursor.get("prints", {}).items()}
+        skips = {str(name): int(skip) for name, skip in cursor.get("skips", {}).items()}
+        unpaged = {str(name) for name in cursor.get("unpaged", ())}
     except (ValueError, binascii.Error, KeyError, TypeError, AttributeError):
         raise InvalidRequest("The cursor is none that a list has given.", details={"field": "cursor"}) from None
-    if query != _query(job) or not offsets or min(offsets.values()) < 0:
+    if query != _query(job) or not offsets or min(*offsets.values(), *skips.values(), 0) < 0:
         sentence = "The cursor belongs to a list with another mode or other filters."
         raise InvalidRequest(sentence, details={"field": "cursor"})
-    return {fleet[name].server.name: Mark(offset, prints.get(name, "")) for name, offset in offsets.items()}
+    return {
+        fleet[name].server.name: Mark(offset, prints.get(name, ()), skips.get(name, 0), name in unpaged)
+        for name, offset in offsets.items()
+    }
 
 
 def _cursor(job: StudiesJob, marks: Mapping[str, Mark], parts: Mapping[str, Part | CourierError]) -> str | None:
@@ -119,13 +117,18 @@ def _cursor(job: StudiesJob, marks: Mapping[str, Mark], parts: Mapping[str, Part
         part = parts.get(name)
         if not isinstance(part, Part):
             left |= {} if either else {name: mark}  # the first that answers is the one whose list it is
-        elif part.next_offset is not None:
-            left[name] = Mark(part.next_offset, part.fingerprint)
+        elif part.next is not None:
+            left[name] = part.next
     if not left:
         return None
-    offsets = {name: mark.offset for name, mark in left.items()}
-    prints = {name: mark.fingerprint for name, mark in left.items() if mark.fingerprint}
-    cursor = json.dumps({"query": _query(job), "offsets": offsets, "prints": prints}, separators=(",", ":"))
+    told = {
+        "query": _query(job),
+        "offsets": {name: mark.offset for name, mark in left.items()},
+        "prints": {name: " ".join(mark.prints) for name, mark in left.items() if mark.prints},
+        "skips": {name: mark.skip for name, mark in left.items() if mark.skip},
+        "unpaged": [name for name, mark in left.items() if mark.unpaged],
+    }
+    cursor = json.dumps(told, separators=(",", ":"))
     return base64.urlsafe_b64encode(cursor.encode()).decode("ascii")
 
 
@@ -170,13 +173,15 @@ def _part(pacs: Pacs, filters: Mapping[str, str], *, mark: Mark, wanted: int) ->
     Fewer, if the server sends many that do not match: the list goes on with the next job.
     """
     studies: list[Dataset] = []
-    way = Walk(pacs, mark.fingerprint)
-    at: int | None = mark.offset
+    way = Walk(pacs, filters, set(mark.prints))
+    at: Mark | None = mark
     while at is not None and len(studies) < wanted and way.left.dropped < MAX_DROPPED:
         limit = wanted - len(studies)
-        further, at = way.take(pacs.studies(filters=filters, limit=limit, offset=at), limit=limit)
+        further, at = way.step(at, limit=limit, at_most=limit)
         studies += further
-    return Part(studies, at, way.left, way.first)
+    if at is not None:
+        at = replace(at, prints=(*mark.prints, *filter(None, (way.first,)))[-MAX_PRINTS:])
+    return Part(studies, at, way.left)
 
 
 def merge(parts: Mapping[str, Part], tools: Tools) -> list[StudyEntry]:
@@ -226,7 +231,7 @@ def _listed(pacs: Pacs, part: Part | CourierError) -> ListedServer:
         fault = Fault(code=part.payload["code"], message=part.message)
         return ListedServer(server_name=server.name, server_type=server.type, status="unavailable", error=fault)
     count = len({text(ds, STUDY_INSTANCE_UID) for ds in part.studies})
-    status = "complete" if part.next_offset is None else "more"
+    status = "complete" if part.next is None else "more"
     return ListedServer(
         server_name=server.name,
         server_type=server.type,
@@ -234,4 +239,5 @@ def _listed(pacs: Pacs, part: Part | CourierError) -> ListedServer:
         count=count,
         dropped=part.left.dropped,
         lacking=sorted(part.left.lacking or ()),
+        may_be_cut=part.left.may_be_cut,
     )

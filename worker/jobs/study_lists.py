@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from worker.errors import InvalidRequest, PacsMisanswered
 from worker.jobs.batches import Desk, in_turns
@@ -15,6 +15,8 @@ from worker.payloads import Dataset
 from worker.planning import Planned
 
 PAGE_STUDIES = 1000
+#: In the details of an error: what was listed before is not all.
+LIST_IS_CUT = "list_is_cut"
 
 
 @dataclass
@@ -27,6 +29,8 @@ class Left:
     dropped: int = 0
     #: Filtered attributes that no row had at all; None before the first row.
     lacking: set[str] | None = None
+    #: Whether its list may be one page of a longer one that it never sends.
+    may_be_cut: bool = False
 
     def add(self, page: StudyPage) -> None:
         self.dropped += page.dropped
@@ -35,45 +39,101 @@ class Left:
 
     def sentence(self, name: str) -> str:
         """What a person has to know of it; "" if there is nothing."""
+        cut = f"{name} ignores offset, so it may have more studies than it lists." if self.may_be_cut else ""
         if not self.dropped:
-            return ""
+            return cut
         rows = "1 row that does" if self.dropped == 1 else f"{self.dropped:,} rows that do"
         lacking = " and ".join(sorted(self.lacking or ()))
         why = f" No study there came with {lacking}." if lacking else ""
-        return f"{name} sent {rows} not match the filters; left out.{why}"
+        return f"{name} sent {rows} not match the filters; left out.{why} {cut}".rstrip()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a server's list goes on.
+
+    ``prints`` are fingerprints of pages before it. ``skip`` studies of the answer at ``offset`` were given already: the
+    server sends more than it is asked for or, if it is ``unpaged``, minds the limit alone and is asked for all at once.
+    """
+
+    offset: int = 0
+    prints: tuple[str, ...] = ()
+    skip: int = 0
+    unpaged: bool = False
 
 
 @dataclass
 class Walk:
-    """The way through one server's list, page after page. ``before`` is the fingerprint of the page before, if any.
+    """The way through one server's list, page after page. ``prints`` are fingerprints of the pages before.
 
-    A server that ignores the offset sends the same page again. If that page is not full, it is all that the server has.
+    A server that ignores the offset sends a page again. If that page is not full, it is all that the server has; if it
+    is, the server is asked for all in one page.
     """
 
     pacs: Pacs
-    before: str = ""
+    filters: Mapping[str, str]
+    prints: set[str] = field(default_factory=set)
     #: The fingerprint of the first page.
     first: str = ""
     left: Left = field(default_factory=Left)
 
-    def take(self, page: StudyPage, *, limit: int) -> tuple[list[Dataset], int | None]:
-        """The studies of the next page, and the offset of the one behind it; ``limit`` is what was asked for.
+    def step(self, mark: Mark, *, limit: int, at_most: int | None = None) -> tuple[list[Dataset], Mark | None]:
+        """The studies at ``mark``, and where the list goes on; None after its end.
+
+        ``limit`` is what the server is asked for. ``at_most`` so many studies are given, whatever it sends.
 
         Raises
         ------
         PacsMisanswered
-            The same full page again: there may be further studies, and this server never sends them.
+            A full page again, and it is the largest: there may be further studies, and this server never sends them.
         """
-        before, self.before = self.before, _fingerprint(page)
-        self.first = self.first or self.before
-        if not self.before or self.before != before:
+        if mark.unpaged:
+            return self._all_at_once(mark, at_most)
+        page = self.pacs.studies(filters=self.filters, limit=limit, offset=mark.offset)
+        seen = _fingerprint(page)
+        self.first = self.first or seen
+        if not mark.skip and seen and seen in self.prints:
+            return self._again(page, limit, at_most)
+        self.prints.add(seen)
+        if not mark.skip:
             self.left.add(page)
-            return page.studies, page.next_offset
+        studies, rest = _given(page, mark, at_most if page.is_over else None)
+        return studies, rest or _mark(page.next_offset)
+
+    def _again(self, page: StudyPage, limit: int, at_most: int | None) -> tuple[list[Dataset], Mark | None]:
         if page.is_full or len(page.studies) == limit:
+            return self._all_at_once(Mark(page.start, skip=len(page.studies), unpaged=True), at_most)
+        if not page.is_over:
+            one = self.pacs.studies(filters=self.filters, limit=1, offset=page.start)
+            self.left.may_be_cut |= one.is_full  # it minds the limit, and so may have one of its own
+        return [], _mark(page.after)
+
+    def _all_at_once(self, mark: Mark, at_most: int | None) -> tuple[list[Dataset], Mark | None]:
+        page = self.pacs.studies(filters=self.filters, limit=PAGE_STUDIES, offset=mark.offset)
+        if page.is_full or len(page.studies) == PAGE_STUDIES:
             server = self.pacs.server
-            sentence = f"{server.name} sends the same page of its studies again; narrow the list with filters."
-            raise PacsMisanswered(sentence, server_name=server.name, server_type=server.type)
-        return [], page.after
+            sentence = (
+                f"{server.name} ignores offset and sends the same page of {PAGE_STUDIES} studies again; narrow the list"
+                " with filters, e.g. by StudyDate."
+            )
+            details = {LIST_IS_CUT: True}
+            error = PacsMisanswered(sentence, server_name=server.name, server_type=server.type, details=details)
+            error.is_lasting = True
+            raise error
+        studies, rest = _given(page, mark, at_most)
+        return studies, rest or _mark(page.after)
+
+
+def _mark(offset: int | None) -> Mark | None:
+    return None if offset is None else Mark(offset)
+
+
+def _given(page: StudyPage, mark: Mark, at_most: int | None) -> tuple[list[Dataset], Mark | None]:
+    """The next studies of a page; and, if ``at_most`` leaves some of them over, where these are."""
+    studies = page.studies[mark.skip :]
+    if at_most is None or len(studies) <= at_most:
+        return studies, None
+    return studies[:at_most], replace(mark, skip=mark.skip + at_most)
 
 
 def _fingerprint(page: StudyPage) -> str:
@@ -82,11 +142,10 @@ def _fingerprint(page: StudyPage) -> str:
 
 def walk(pacs: Pacs, filters: Mapping[str, str], left: Left, *, limit: int = PAGE_STUDIES) -> Iterator[list[str]]:
     """The UIDs of a server's studies that match ``filters``, page by page; see `Walk`. ``left`` gets what does not."""
-    way = Walk(pacs, left=left)
-    offset: int | None = 0
-    while offset is not None:
-        page = pacs.studies(filters=filters, limit=limit, offset=offset)
-        studies, offset = way.take(page, limit=limit)
+    way = Walk(pacs, filters, left=left)
+    mark: Mark | None = Mark()
+    while mark is not None:
+        studies, mark = way.step(mark, limit=limit)
         yield [text(ds, STUDY_INSTANCE_UID) for ds in studies]
 
 
@@ -126,8 +185,9 @@ def study_pages(
                 raise PacsMisanswered(sentence, server_name=server.name, server_type=server.type)
             listed += len(page)
             yield page
-    except InvalidRequest as error:
-        if not listed and not left.dropped:
+    except (InvalidRequest, PacsMisanswered) as error:
+        is_cut = isinstance(error, InvalidRequest) or error.details.get(LIST_IS_CUT)
+        if not is_cut or (not listed and not left.dropped):
             raise
         name = pacs.server.name
         limit = f"{name} lists no more than {listed + left.dropped} studies at a time"

@@ -170,6 +170,8 @@ class StudyQuery:
             dropped=len(rows) - len(matching),
             lacking=tuple(one.keyword for one in self._wanted if self._is_lacking(one, rows)),
             is_full=len(rows) == limit,
+            is_over=len(rows) > limit,
+            start=which * _SPAN,
             fingerprint="" if is_paged or not rows else f"{which}:{fingerprint(rows)}",
             after=after,
         )

@@ -96,8 +96,8 @@ class StudyPage:
 
     ``dropped`` rows came with it and do not match; ``lacking`` are filtered attributes that no row has. A server may
     ignore ``offset``: then a page has the ``fingerprint`` of the one before (None: that of ``studies``; "": the server
-    minds the offset). ``is_full``: it holds as many rows as were asked for. ``after`` is where the list goes on behind
-    all that the server has for the present query.
+    minds the offset). ``is_full``: it holds as many rows as were asked for; ``is_over``: more. ``start`` is where the
+    present query's list begins, and ``after`` where the list goes on behind all that the server has for it.
     """
 
     studies: list[Dataset]
@@ -107,6 +107,8 @@ class StudyPage:
     is_full: bool = False
     fingerprint: str | None = None
     after: int | None = None
+    is_over: bool = False
+    start: int = 0
 
 
 class DeletionFate(Enum):
