@@ -1,0 +1,155 @@
+"""Jobs and batches on DICOMweb servers of no known product: uploads, migrations, downloads and deletions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox.processes import SandboxPart
+from sandbox.synthetic import image, new_uid
+from tests.batch_site import Site, payload
+from tests.contract.test_foreign_servers import PRODUCTS
+from tests.servers.foreign_dicomweb import ROOTS, Foreign, Habits, foreign
+from worker.jobs import deletions, downloads, lookups
+from worker.jobs.bulk_downloads import download_all
+from worker.jobs.carry import Done, Failed, Verdict
+from worker.jobs.upload import upload
+
+
+#: Those that combine the most habits.
+ODDEST = (
+    "static-wado",
+    "no-roots-and-only-named",
+    "no-roots-and-no-uids",
+    "ignores-all-but-paths",
+    "no-lists-below",
+    "caps-and-ignores-offset",
+)
+
+
+@pytest.fixture(params=ODDEST)
+def server(request: pytest.FixtureRequest) -> Iterator[Foreign]:
+    with foreign(PRODUCTS[request.param]) as site:
+        yield site
+
+
+@pytest.fixture
+def odd() -> Iterator[Foreign]:
+    with foreign(Habits(lacks=ROOTS)) as site:
+        yield site
+
+
+@pytest.fixture
+def build(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) -> Callable[..., Site]:
+    """A site of MSDICOM and the foreign server, in an order that a test names."""
+
+    def at(site: Foreign, *, alone: bool = False, first: bool = False) -> Site:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        own = {"name": "foreign", "type": "dicomweb", "url": site.url}
+        other = {"name": "msdicom", "type": "msdicom", "url": sandbox.msdicom}
+        servers = [own] if alone else [own, other] if first else [other, own]
+        folders = [str(tmp_path)]
+        return batch_site(servers, sources={"folders": folders}, downloads={"folders": folders})
+
+    return at
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[bytes], str]:
+    def write(content: bytes) -> str:
+        path = tmp_path / f"{new_uid()}.dcm"
+        path.write_bytes(content)
+        return path.as_uri()
+
+    return write
+
+
+def single(site: Site, work: Any, task: str, **job: Any) -> Verdict:
+    return site.see_to_its_end(task, work, new_uid(), job)
+
+
+uploaded = partial(single, work=upload, task="pacs.upload")
+
+
+def code(verdict: Verdict) -> str:
+    assert isinstance(verdict, Failed), verdict
+    return str(verdict.error.payload["code"])
+
+
+def attempts(site: Site, verdict: Verdict) -> Verdict:
+    return verdict
+
+
+def test_single_images_go_where_their_study_is(
+    server: Foreign, build: Callable[..., Site], file: Callable[[bytes], str]
+) -> None:
+    site, study = build(server), new_uid()
+    server.put(image(study, side=8))
+    content = image(study, side=8)
+    told = payload(uploaded(site, image_url=file(content)))
+    assert (told["server_name"], told["study_action"], told["warnings"]) == ("foreign", "updated", [])
+    assert told["metadata"]["00080018"]["Value"] == [told["image_uid"]]
+    assert told["image_uid"] in server.images
+    assert code(uploaded(site, image_url=file(content))) == "image_already_exists"
+    new = payload(uploaded(site, image_url=file(image(new_uid(), side=8))))
+    assert new["server_name"] == "msdicom", "it does not stop what goes elsewhere"
+
+
+def test_batches_of_uploads_go_where_their_studies_are(
+    server: Foreign, build: Callable[..., Site], file: Callable[[bytes], str]
+) -> None:
+    site, study = build(server), new_uid()
+    server.put(image(study, side=8))
+    contents = [image(study, side=8) for _ in range(5)] + [image(new_uid(), side=8)]
+    urls = [file(content) for content in contents]
+    payload(site.upload(*urls, urls[0]))
+    assert site.told() == ["stored"] * 6, [row.passes["apply"].message for row in site.rows]
+    assert [row.settled.server for row in site.rows] == ["foreign"] * 5 + ["msdicom"]
+    assert len(server.images) == 6
+    payload(site.go_on(lambda conductor: conductor.verify(), "verify"))
+    assert set(site.told("verify")) == {"verified"}
+
+
+def test_studies_are_migrated_to_it_and_from_it(server: Foreign, build: Callable[..., Site]) -> None:
+    site, study = build(server), new_uid()
+    server.put(image(new_uid(), side=8))
+    uids = site.put("msdicom", study, 3)
+    payload(site.order(study, from_server="msdicom", to_server="foreign", delete_source=True))
+    assert site.told() == ["copied"], [row.passes["apply"].message for row in site.rows]
+    assert uids <= server.images
+    assert not site.on("msdicom", study)
+    site.batch = "C"
+    other = new_uid()
+    for _ in range(3):
+        server.put(image(other, side=8))
+    payload(site.order(other, from_server="foreign", to_server="msdicom", delete_source=False))
+    assert site.told() == ["copied"], [row.passes["apply"].message for row in site.rows]
+    assert len(site.on("msdicom", other)) == 3
+
+
+def test_a_study_is_downloaded_and_deleted(server: Foreign, build: Callable[..., Site], tmp_path: Path) -> None:
+    site, study = build(server), new_uid()
+    uids = [server.put(image(study, side=8)) for _ in range(3)]
+    where = (tmp_path / "out").as_uri()
+    told = payload(
+        single(site, downloads.download, "pacs.download", study_uid=study, destination=where, format="files")
+    )
+    assert told["server_name"] == "foreign"
+    payload(
+        site.see_to_its_end(
+            "pacs.batch.download", download_all, "B", {"items": [study], "destination": where, "format": "zip"}
+        )
+    )
+    assert site.told() == ["downloaded"]
+    site.batch = "C"
+    verdict = single(site, deletions.delete, "pacs.delete", level="study", uid=study)
+    if server.habits.deletes == 204:
+        assert payload(verdict)["servers"][1]["status"] == "deleted"
+        assert not server.images & {image for _, _, image in uids}
+    else:
+        assert code(verdict) == "pacs_rejected"
+        assert len(server.images) == 3
