@@ -245,21 +245,24 @@ class Courier:
         }
         return self.enqueue("pacs.upload", UploadJob, job)
 
-    def exists(
+    def exists(  # noqa: PLR0913 - each option by its name
         self,
         level: Level,
         uid: str,
         *,
         mode: str = "either",
         metadata: bool = False,
+        study_uid: str | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
     ) -> Handle:
         """Who has the image, series or study that bears ``uid``.
 
         ``mode``: ``either`` (in order, the first that has it answers), ``both`` (one entry per server) or a server.
+        ``study_uid``: only in that study; some servers find images and series only below their study.
         """
-        job = {"level": level, "uid": uid, "mode": mode, "metadata": metadata, **_stated(requested_by, reason)}
+        job = {"level": level, "uid": uid, "mode": mode, "metadata": metadata, **_in_study(study_uid)}
+        job |= _stated(requested_by, reason)
         return self.enqueue("pacs.exists", ExistsJob, job)
 
     def metadata(
@@ -268,11 +271,12 @@ class Courier:
         uid: str,
         *,
         mode: str = "either",
+        study_uid: str | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
     ) -> Handle:
-        """The metadata of every image of the object that bears ``uid``."""
-        job = {"level": level, "uid": uid, "mode": mode, **_stated(requested_by, reason)}
+        """The metadata of every image of the object that bears ``uid``; ``study_uid`` as in `exists`."""
+        job = {"level": level, "uid": uid, "mode": mode, **_in_study(study_uid), **_stated(requested_by, reason)}
         return self.enqueue("pacs.metadata", LookupJob, job)
 
     def status(
@@ -301,15 +305,18 @@ class Courier:
         servers: Sequence[str] | None = None,
         permanent: bool = True,
         dry_run: bool = False,
+        study_uid: str | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
     ) -> Handle:
         """Delete what bears ``uid``, on every server or on those named.
 
-        ``permanent=False`` only hides it, where a server can; ``dry_run`` says what would happen.
+        ``permanent=False`` only hides it, where a server can; ``dry_run`` says what would happen; ``study_uid`` as in
+        `exists`.
         """
         job = {"level": level, "uid": uid, **_of(servers), "permanent": permanent, "dry_run": dry_run}
-        return self.enqueue("pacs.delete", DeleteJob, {**job, **_stated(requested_by, reason)})
+        more = {**_in_study(study_uid), **_stated(requested_by, reason)}
+        return self.enqueue("pacs.delete", DeleteJob, {**job, **more})
 
     def studies(
         self,
@@ -660,6 +667,11 @@ def _celery(settings: Settings, queue: QueueSettings) -> Celery:
 def _of(servers: Sequence[str] | None) -> dict[str, Sequence[str] | None]:
     """The names as a list; one name alone is passed on as it is, to be refused: it is a list of letters."""
     return {"servers": servers if servers is None or isinstance(servers, str) else list(servers)}
+
+
+def _in_study(study_uid: str | None) -> dict[str, str]:
+    """Only where it is given: an older worker refuses fields of a deletion that it does not know."""
+    return {} if study_uid is None else {"study_uid": study_uid}
 
 
 def _stated(requested_by: str | None, reason: str | None) -> dict[str, str | None]:

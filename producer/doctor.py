@@ -337,6 +337,9 @@ def _server(entry: dict[str, Any]) -> Finding:
         if entry.get("rate_limit"):
             advice = "Jobs go on at that rate. Ask its operator for a higher limit, or lower its max_concurrency."
             return Finding(check, "warning", f"up, {entry['latency_ms']:.0f} ms. {what}{entry['note']}".strip(), advice)
+        if warnings := entry.get("warnings"):
+            advice = "Nothing has to be done for uploads and batches; for the rest, name the study as well."
+            return Finding(check, "warning", f"up, but: {' '.join(warnings)}", advice)
         return Finding(check, "ok", f"up, {entry['latency_ms']:.0f} ms. {what}{entry['note']}".strip())
     reason = entry["error"]["message"] if entry["error"] else entry["note"]
     if entry["status"] == "not responding":

@@ -102,11 +102,15 @@ class UploadJob(Job):
 
 
 class LookupJob(Job):
-    """`pacs.exists` and `pacs.metadata`: is it anywhere, and what does it say of itself."""
+    """`pacs.exists` and `pacs.metadata`: is it anywhere, and what does it say of itself.
+
+    ``study_uid``: only the object in that study is meant; some servers find images and series only below their study.
+    """
 
     level: Level
     uid: Uid
     mode: Mode = "either"
+    study_uid: Uid | None = None
 
 
 class ExistsJob(LookupJob):
@@ -136,12 +140,16 @@ ConfirmStudies = Annotated[int, Field(ge=0)]
 
 
 class DeleteJob(Job):
-    """`pacs.delete`. ``dry_run`` only says what would happen; not ``permanent``: hidden, by servers that can hide."""
+    """`pacs.delete`. ``dry_run`` only says what would happen; not ``permanent``: hidden, by servers that can hide.
+
+    ``study_uid`` as in `LookupJob`.
+    """
 
     model_config = STRICT
 
     level: Level
     uid: Uid
+    study_uid: Uid | None = None
     servers: Servers | None = None
     permanent: bool = True
     dry_run: bool = False
@@ -503,6 +511,7 @@ class StatusEntry(ServerEntry):
     ready: bool | Unknown = "unknown"
     product: str = "unknown"
     version: str = "unknown"
+    warnings: list[str] = []
 
 
 class StorageEntry(ServerEntry):

@@ -21,7 +21,7 @@ from producer.commands.confirm import (
     yes_option,
 )
 from producer.commands.door import DONE, FAILED, as_json_option, ended, plain_failures, timeout_option
-from producer.commands.lookups import level_argument
+from producer.commands.lookups import level_argument, study_option
 from producer.commands.session import Session
 from producer.courier import Courier
 from producer.errors import CourierError, InvalidRequest
@@ -41,6 +41,7 @@ class _Wish:
     servers: Sequence[str]
     permanent: bool
     backup: str | None
+    study_uid: str | None
     requested_by: str | None
     reason: str | None
     timeout_s: float | None
@@ -54,6 +55,7 @@ class _Wish:
             servers=self.servers or None,
             permanent=self.permanent,
             dry_run=dry_run,
+            study_uid=self.study_uid,
             requested_by=self.requested_by,
             reason=self.reason,
         )
@@ -83,6 +85,7 @@ class _Wish:
 @click.command()
 @level_argument
 @click.argument("uid")
+@study_option
 @servers_option
 @hide_option
 @backup_option
@@ -100,7 +103,7 @@ def delete(level: Level, uid: str, servers: Sequence[str], backup: str | None, *
     batch of one, which `pacs batch undo` takes back.
     """
     permanent = not hides(hide=how["hide"], keep=how["keep"])
-    more = {name: how[name] for name in ("requested_by", "reason", "timeout_s", "as_json")}
+    more = {name: how[name] for name in ("study_uid", "requested_by", "reason", "timeout_s", "as_json")}
     wish = _Wish(level, uid, servers, permanent, place(backup), **more)
     check_uid(uid)
     if backup is not None and level != "study":

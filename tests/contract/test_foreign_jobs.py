@@ -16,9 +16,8 @@ from tests.contract.test_foreign_servers import PRODUCTS
 from tests.servers.foreign_dicomweb import ROOTS, Foreign, Habits, foreign
 from worker.jobs import deletions, downloads, lookups
 from worker.jobs.bulk_downloads import download_all
-from worker.jobs.carry import Done, Failed, Verdict
+from worker.jobs.carry import Failed, Verdict
 from worker.jobs.upload import upload
-
 
 #: Those that combine the most habits.
 ODDEST = (
@@ -78,10 +77,6 @@ uploaded = partial(single, work=upload, task="pacs.upload")
 def code(verdict: Verdict) -> str:
     assert isinstance(verdict, Failed), verdict
     return str(verdict.error.payload["code"])
-
-
-def attempts(site: Site, verdict: Verdict) -> Verdict:
-    return verdict
 
 
 def test_single_images_go_where_their_study_is(
@@ -153,3 +148,81 @@ def test_a_study_is_downloaded_and_deleted(server: Foreign, build: Callable[...,
     else:
         assert code(verdict) == "pacs_rejected"
         assert len(server.images) == 3
+
+
+# --- a server without /instances at its root --------------------------------------------------------------------
+
+
+def test_an_image_is_found_described_and_deleted_by_its_uid_and_its_study(
+    odd: Foreign, build: Callable[..., Site]
+) -> None:
+    site = build(odd)
+    odd.put(image(new_uid(), side=8))
+    study, series, uid = odd.put(image(new_uid(), side=8))
+    for level, wanted in (("series", series), ("image", uid)):
+        alone = single(site, lookups.exists, "pacs.exists", level=level, uid=wanted)
+        assert code(alone) == "pacs_misanswered"
+        assert "Name its study as well (--study, study_uid)" in alone.error.message  # type: ignore[union-attr]
+        told = payload(single(site, lookups.exists, "pacs.exists", level=level, uid=wanted, study_uid=study))
+        assert (told["server_name"], told["servers"][-1]["study_uid"]) == ("foreign", study)
+        told = payload(single(site, lookups.metadata, "pacs.metadata", level=level, uid=wanted, study_uid=study))
+        assert told["servers"][-1]["metadata"][0]["00080018"]["Value"] == [uid]
+    missing = single(site, lookups.exists, "pacs.exists", level="image", uid=new_uid(), study_uid=study)
+    assert code(missing) == "not_found"
+    assert f"in the study {study}" in missing.error.message  # type: ignore[union-attr]
+    elsewhere = single(site, deletions.delete, "pacs.delete", level="image", uid=uid, study_uid=new_uid())
+    assert code(elsewhere) == "not_found"
+    assert uid in odd.images
+    done = payload(single(site, deletions.delete, "pacs.delete", level="image", uid=uid, study_uid=study))
+    assert [entry["status"] for entry in done["servers"]] == ["not_there", "deleted"]
+    assert uid not in odd.images
+
+
+def test_an_error_that_comes_again_ends_a_job_at_its_first_attempt(odd: Foreign, build: Callable[..., Site]) -> None:
+    site = build(odd, alone=True)
+    odd.put(image(new_uid(), side=8))
+    before = len(odd.asked)
+    assert code(single(site, lookups.exists, "pacs.exists", level="image", uid=new_uid())) == "pacs_misanswered"
+    assert len(odd.asked) - before <= 3
+    assert site.ledger.load(overdue_s=60).dead == 1, "it can be replayed when somebody has changed something"
+
+
+def test_a_server_that_answers_404_to_everything_ends_uploads_elsewhere_at_once_and_takes_its_own(
+    odd: Foreign, build: Callable[..., Site], file: Callable[[bytes], str]
+) -> None:
+    odd.set(lacks=frozenset(), nothing="404")
+    site = build(odd)
+    verdict = uploaded(site, image_url=file(image(new_uid(), side=8)))
+    assert code(verdict) == "pacs_misanswered"
+    assert "--server foreign" in verdict.error.message  # type: ignore[union-attr]
+    urls = [file(image(new_uid(), side=8)) for _ in range(2)]
+    payload(site.upload(*urls))
+    assert site.told() == ["pacs_misanswered"] * 2
+    assert odd.images == set()
+    told = payload(uploaded(site, image_url=file(image(new_uid(), side=8)), server="foreign"))
+    assert told["server_name"] == "foreign"
+    payload(site.go_on(lambda conductor: conductor.retry(), "retry"))
+    assert site.told() == ["stored"] * 2, "it has a study now, and says 404 only where there is none"
+    assert len(odd.images) == 1
+
+
+def test_the_only_server_is_taken_at_its_word_when_it_is_empty(
+    odd: Foreign, build: Callable[..., Site], file: Callable[[bytes], str]
+) -> None:
+    odd.set(nothing="404")
+    site = build(odd, alone=True)
+    payload(site.upload(*[file(image(new_uid(), side=8)) for _ in range(3)]))
+    assert site.told() == ["stored"] * 3
+    assert len(odd.images) == 3
+
+
+@pytest.mark.parametrize("answer", [b'{"results": []}', b"<NativeDicomModel/>"])
+def test_items_of_a_batch_whose_server_cannot_be_read_fail_at_once(
+    odd: Foreign, build: Callable[..., Site], file: Callable[[bytes], str], answer: bytes
+) -> None:
+    site = build(odd)
+    kind = "application/json" if answer.startswith(b"{") else "application/dicom+xml"
+    odd.instead = [(200, answer, kind)] * 100
+    payload(site.upload(*[file(image(new_uid(), side=8)) for _ in range(3)]))
+    assert site.told() == ["pacs_misanswered"] * 3
+    assert len(odd.asked) <= 6, "one attempt"

@@ -261,3 +261,44 @@ def test_a_web_page_of_a_server_that_answered_just_before_is_trouble(plain: Call
     with pytest.raises(PacsMisanswered) as caught:
         pacs.find("study", new_uid())
     assert not caught.value.is_lasting
+
+
+# --- what status and doctor say ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("habits", "named"),
+    [
+        ({"lacks": ROOTS}, "no /series and /instances"),
+        ({"lacks": frozenset(("/instances",)), "missing": 400}, "no /instances"),
+        ({"ignores_filters": True}, "no /series and /instances"),
+    ],
+)
+def test_the_status_names_the_resources_that_a_servers_root_lacks(
+    plain: Callable[..., Foreign], habits: dict[str, object], named: str
+) -> None:
+    site = plain(**habits)
+    filled(site)
+    state = ward(site).state()
+    assert state.ready
+    assert named in state.warnings[0]
+    assert "--study" in state.warnings[0]
+
+
+@pytest.mark.parametrize("habits", [{}, {"nothing": "404"}, {"only_named": True}, {"one_as_object": True}])
+def test_the_status_of_a_server_that_can_be_searched_has_no_warning(
+    plain: Callable[..., Foreign], habits: dict[str, object]
+) -> None:
+    site = plain(**habits)
+    filled(site)
+    assert (ward(site).state().ready, ward(site).state().warnings) == (True, ())
+    if "nothing" not in habits:
+        assert ward(plain(**habits)).state().warnings == (), "nor of an empty one"
+
+
+def test_a_url_that_leads_nowhere_is_no_server_without_roots(plain: Callable[..., Foreign]) -> None:
+    site = plain()
+    site.url = site.url.removesuffix("/dicomweb")
+    state = ward(site).state()
+    assert (state.ready, state.warnings) == (False, ())
+    assert "check the server's url" in state.note

@@ -44,12 +44,14 @@ from worker.jobs.placement import (
     Placement,
     Wish,
     already_exists,
+    answered,
     image_of,
     is_refused_whole,
     judged_again,
     left_alone,
     refusal,
     settle,
+    sole_target,
 )
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import Run, ServerUnknown
@@ -482,7 +484,9 @@ class Uploads:
         by_study: dict[str, list[str]] = {}
         for image in images:
             by_study.setdefault(image.instance.study_instance_uid, []).append(image.instance.sop_instance_uid)
-        has_study = self._ask_for_studies(list(by_study))
+        wanted = {image.item.server or None for image in images}
+        target = sole_target(wanted.pop() if len(wanted) == 1 else None, names)
+        has_study = self._ask_for_studies(list(by_study), target)
         there = _present({key: by_study[key[1]] for key, has in has_study.items() if has}, self._tools)
         for (name, _), reply in there.items():
             if isinstance(reply, CourierError):
@@ -498,7 +502,7 @@ class Uploads:
                 ]
         return answers
 
-    def _ask_for_studies(self, studies: Sequence[str]) -> dict[tuple[str, str], bool | None]:
+    def _ask_for_studies(self, studies: Sequence[str], target: str | None) -> dict[tuple[str, str], bool | None]:
         """By server and study. One that a server had a moment ago is not asked for again."""
         fleet = self._tools.fleet
         found: dict[tuple[str, str], bool | None] = {}
@@ -510,7 +514,8 @@ class Uploads:
                 if not known and name not in self._silent:
                     questions.append((name, study))
         replies = fleet.gather([partial(fleet[name].find, "study", study) for name, study in questions])
-        for (name, study), reply in zip(questions, replies, strict=True):
+        for (name, study), said in zip(questions, replies, strict=True):
+            reply = answered(name, said, target=target)
             if isinstance(reply, CourierError):
                 self._silent.setdefault(name, reply)
                 continue

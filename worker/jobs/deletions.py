@@ -23,9 +23,11 @@ from worker.errors import (
     is_final,
 )
 from worker.jobs.knowledge import server_left
+from worker.jobs.lookups import in_that_study
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
+from worker.pacs.finding import find_in_study, find_known
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
@@ -129,10 +131,10 @@ def asked(names: Sequence[str] | None, fleet: Fleet) -> list[Pacs]:
     return [pacs for pacs in fleet if pacs.server.name in wanted]
 
 
-def reachable(pacs: Pacs, level: Level, uid: str, *, permanent: bool) -> list[Found]:
+def reachable(pacs: Pacs, level: Level, uid: str, *, permanent: bool, study_uid: str | None = None) -> list[Found]:
     """What a deletion can reach: one for good also a study of which all images are hidden."""
-    found = pacs.find(level, uid)
-    if found or level != "study" or not permanent or pacs.hiding is None:
+    found = find_in_study(pacs, level, uid, study_uid)
+    if found or level != "study" or study_uid not in (None, uid) or not permanent or pacs.hiding is None:
         return found
     return pacs.hiding.find_study(uid)
 
@@ -181,7 +183,10 @@ def _look(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, fleet: F
     names = [pacs.server.name for pacs in servers]
     open_ones = [name for name in names if name not in progress.begun and name not in progress.entries]
     answers = fleet.gather(
-        [partial(reachable, fleet[name], job.level, job.uid, permanent=job.permanent) for name in open_ones]
+        [
+            partial(reachable, fleet[name], job.level, job.uid, permanent=job.permanent, study_uid=job.study_uid)
+            for name in open_ones
+        ]
     )
     for name, answer in zip(open_ones, answers, strict=True):
         if isinstance(answer, CourierError):
@@ -265,7 +270,7 @@ def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> C
     """
     not_ended = [name for name in progress.begun if name not in progress.entries]
     open_ones = [name for name in not_ended if name in fleet.names]
-    answers = fleet.gather([partial(fleet[name].find, job.level, job.uid) for name in open_ones])
+    answers = fleet.gather([partial(_still_there, fleet[name], progress.begun[name]) for name in open_ones])
     left = [name for name in not_ended if name not in open_ones]
     for name, answer in zip(open_ones, answers, strict=True):
         if isinstance(answer, CourierError) and not is_final(answer) and not run.last:
@@ -282,6 +287,10 @@ def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> C
         rest = f" An earlier attempt on {', '.join(left)} was not completed; look there for what is left."
     details = {**_told(progress), **({"may_be_deleted_on": left} if left else {})}
     return Cancelled(f"The job was cancelled.{gone}{rest}", details=details)
+
+
+def _still_there(pacs: Pacs, founds: Sequence[Found]) -> list[Found]:
+    return [one for found in founds for one in find_known(pacs, found)]
 
 
 def _done_already(entries: Iterable[DeletedEntry]) -> str:
@@ -303,7 +312,7 @@ def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, run
         raise _still_open(list(progress.errors.values()), entries, details)
     if statuses == {"not_there"}:
         names = " or ".join(entry.server_name for entry in entries)
-        raise NotFound(f"The {job.level} is not on {names}.", details=details)
+        raise NotFound(f"The {job.level} is not on {names}{in_that_study(job.level, job.study_uid)}.", details=details)
     if "refused" in statuses and not statuses & {"deleted", "hidden"} and not job.dry_run:
         refused = next(entry for entry in entries if entry.status == "refused")
         forbidden = refused.error is not None and refused.error.code == InvalidRequest.code

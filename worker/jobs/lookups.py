@@ -15,6 +15,7 @@ from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswere
 from worker.jobs.described import allowed, place
 from worker.jobs.run import Run
 from worker.jobs.tools import Tools
+from worker.pacs.finding import find_in_study
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Pacs
 from worker.payloads import Dataset, ExistsJob, Fault, FoundEntry, FoundPayload, Level, LookupJob, read_job
@@ -70,10 +71,10 @@ def asked(mode: str, fleet: Fleet) -> list[Pacs]:
     return [fleet[mode]]
 
 
-def look(level: Level, uid: str, *, mode: str, fleet: Fleet) -> list[Reply]:
+def look(level: Level, uid: str, *, mode: str, fleet: Fleet, study_uid: str | None = None) -> list[Reply]:
     """Ask for an object, all servers at the same time; in mode `either` up to the first, in order, that has it."""
     servers = asked(mode, fleet)
-    answers = fleet.in_order([partial(pacs.find, level, uid) for pacs in servers])
+    answers = fleet.in_order([partial(find_in_study, pacs, level, uid, study_uid) for pacs in servers])
     replies = []
     for pacs, answer in zip(servers, answers, strict=False):
         reply = Reply(pacs, [], answer) if isinstance(answer, CourierError) else Reply(pacs, answer)
@@ -83,7 +84,7 @@ def look(level: Level, uid: str, *, mode: str, fleet: Fleet) -> list[Reply]:
     return replies
 
 
-def settle(level: Level, uid: str, replies: Sequence[Reply]) -> Reply:
+def settle(level: Level, uid: str, replies: Sequence[Reply], *, study_uid: str | None = None) -> Reply:
     """The first reply that has the object.
 
     Raises
@@ -102,19 +103,24 @@ def settle(level: Level, uid: str, replies: Sequence[Reply]) -> Reply:
     names = [reply.pacs.server.name for reply in replies]
     only = replies[0].pacs.server if len(replies) == 1 else None
     raise NotFound(
-        f"The {level} is not on {' or '.join(names)}.",
+        f"The {level} is not on {' or '.join(names)}{in_that_study(level, study_uid)}.",
         server_name=only.name if only else None,
         server_type=only.type if only else None,
         details={"level": level, "uid": uid, "asked": names},
     )
 
 
+def in_that_study(level: Level, study_uid: str | None) -> str:
+    """What a sentence says of where was looked."""
+    return f", in the study {study_uid}" if study_uid is not None and level != "study" else ""
+
+
 def _answer(
     operation: Literal["exists", "metadata"], job: LookupJob, run: Run, tools: Tools, *, described: bool
 ) -> dict[str, Any]:
     with run.step("check"):
-        replies = look(job.level, job.uid, mode=job.mode, fleet=tools.fleet)
-        first = settle(job.level, job.uid, replies)
+        replies = look(job.level, job.uid, mode=job.mode, fleet=tools.fleet, study_uid=job.study_uid)
+        first = settle(job.level, job.uid, replies, study_uid=job.study_uid)
     descriptions: dict[str, Description | CourierError] = {}
     if described:
         with run.step("describe"):

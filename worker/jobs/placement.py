@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from worker.breakers import CHANGES, CREDENTIAL, BreakerState, server_of
 from worker.errors import (
@@ -27,12 +27,14 @@ from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, co
 from worker.jobs.tools import Tools
 from worker.ledger import Ledger
 from worker.pacs.guard import at_rest, slowed
-from worker.pacs.protocol import Fate, Found, Outcome, Pacs
+from worker.pacs.protocol import NOTHING_OR_WRONG_URL, Fate, Found, Outcome, Pacs
 from worker.payloads import Route, RouteReason
 from worker.routing import Decision, Exists, Follow, New, Open, choose
 from worker.server_rates import STAY_S
 from worker.settings import ServerSettings
 from worker.viewer import viewer_url
+
+T = TypeVar("T")
 
 #: Phases of a call (worker/pacs/) in which the server cannot have seen anything of it.
 NOT_SENT = ("resting", "connect")
@@ -94,6 +96,20 @@ def check_not_left_alone(tools: Tools, names: Sequence[str], *, changed: str | N
     """`PacsUnavailable` or `PacsUnauthorized`, if one of those servers is `left_alone`."""
     if resting := left_alone(tools, names, changed=changed):
         raise first_to_wait_for(resting)
+
+
+def sole_target(server: str | None, names: Sequence[str]) -> str | None:
+    """The one server that an image can go to, if that is known before any is asked."""
+    return server or (names[0] if len(names) == 1 else None)
+
+
+def answered(name: str, reply: T | CourierError, *, target: str | None) -> T | CourierError | list[Found]:
+    """``reply``; but what is either "nothing" or a wrong url is nothing, if the image goes to that server in any case.
+
+    Its answer to the push proves which of the two it was.
+    """
+    unclear = isinstance(reply, CourierError) and reply.details.get(NOTHING_OR_WRONG_URL)
+    return [] if unclear and name == target else reply
 
 
 def settle(

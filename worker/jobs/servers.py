@@ -126,7 +126,7 @@ def reachability(error: CourierError) -> Literal["degraded", "not responding"]:
 
 def _status(state: ServerState) -> dict[str, Any]:
     known = {"ready": state.ready, "product": state.product, "version": state.version}
-    return {**_known(known), "status": "degraded" if state.ready is False else "up"}
+    return {**_known(known), "warnings": list(state.warnings), "status": "degraded" if state.ready is False else "up"}
 
 
 def _storage(state: StorageState) -> dict[str, Any]:

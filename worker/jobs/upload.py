@@ -30,11 +30,13 @@ from worker.jobs.placement import (
     PENDINGS_BEFORE_REMOVAL,
     Wish,
     already_exists,
+    answered,
     check_not_left_alone,
     image_of,
     judged_again,
     refusal,
     settle,
+    sole_target,
     told_to_exist,
     uids_of,
     viewer_of,
@@ -255,7 +257,7 @@ def _place(trip: _Trip, fetched: Fetched, earlier: Memo | None) -> Memo:
     about(study_uid=instance.study_instance_uid)
     with run.step("check"):
         _wait_for_turn(instance, run)
-        seen = _check(instance, tools)
+        seen = _check(instance, tools, target=sole_target(trip.job.server, tools.fleet.names))
     if earlier is not None and not earlier.is_about(instance, fetched.sha256):
         earlier = None  # the source gives another file now: what an earlier attempt pushed proves nothing for it
     with run.step("route"):
@@ -311,7 +313,7 @@ def _take_turn(image: str, study: str, series: str, *, run: Run) -> None:
         raise NotYet(sentence, delay_s=TURN_S, owner=owner)
 
 
-def _check(instance: Instance, tools: Tools) -> _Seen:
+def _check(instance: Instance, tools: Tools, *, target: str | None) -> _Seen:
     """Ask every server for the image and for its study, all at the same time."""
     questions: list[Callable[[], list[Found]]] = []
     for pacs in tools.fleet:
@@ -320,7 +322,7 @@ def _check(instance: Instance, tools: Tools) -> _Seen:
     replies = iter(tools.fleet.gather(questions))
     seen = _Seen([])
     for name in tools.fleet.names:
-        image, study = next(replies), next(replies)
+        image, study = (answered(name, next(replies), target=target) for _ in range(2))
         for reply in (image, study):
             if isinstance(reply, CourierError):
                 seen.errors.setdefault(name, reply)

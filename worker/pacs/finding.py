@@ -23,8 +23,10 @@ def find_known(pacs: Pacs, known: Found) -> list[Found]:
     return _below(pacs, known.level, uid_of(known), known.study_instance_uid)
 
 
-def find_in_study(pacs: Pacs, level: Level, uid: str, study_instance_uid: str) -> list[Found]:
-    """The object of ``level`` with ``uid`` in one study, whatever other studies hold."""
+def find_in_study(pacs: Pacs, level: Level, uid: str, study_instance_uid: str | None) -> list[Found]:
+    """Every object of ``level`` with ``uid``; if the study is given, in that study alone."""
+    if study_instance_uid is None:
+        return pacs.find(level, uid)
     try:
         found = pacs.find(level, uid)
     except PacsMisanswered as error:

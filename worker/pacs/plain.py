@@ -118,7 +118,8 @@ class PlainDicomWeb:
     def state(self) -> ServerState:
         fault = self._web.root_fault(hint="a server that holds no study may answer 404, too")
         note = fault or "It answers queries; DICOMweb has no call for product and version."
-        return ServerState(ready=not fault, note=note)
+        missing = "" if fault else self._web.missing_at_root()
+        return ServerState(ready=not fault, note=note, warnings=(missing,) if missing else ())
 
     def storage(self) -> StorageState:
         return StorageState(note="DICOMweb has no call that tells the storage.")

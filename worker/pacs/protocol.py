@@ -141,12 +141,16 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class ServerState:
-    """What a server says of itself; None is "could not be asked", never a guess."""
+    """What a server says of itself; None is "could not be asked", never a guess.
+
+    ``warnings``: what it lacks although it is ready, and what follows from that.
+    """
 
     product: str | None = None
     version: str | None = None
     ready: bool | None = None
     note: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode
 
 from worker.errors import PacsMisanswered, PacsRejected
 from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, number, text, values
-from worker.pacs.dicomweb import DICOM_JSON_GZIP, FEW, QUERIES, RAW, DicomWeb, fits_path, path_of, window
+from worker.pacs.dicomweb import DICOM_JSON, DICOM_JSON_GZIP, FEW, QUERIES, RAW, DicomWeb, fits_path, path_of, window
 from worker.pacs.matching import Parameter
 from worker.pacs.odd_json import in_standard_spelling, is_dataset, is_odd
 from worker.pacs.protocol import NEEDS_STUDY, NOTHING_OR_WRONG_URL, Found
@@ -142,6 +142,28 @@ class TolerantDicomWeb(DicomWeb):
         error.is_lasting = True
         return error
 
+    def missing_at_root(self) -> str:
+        """What the server cannot be asked for without a study; "" if nothing."""
+        levels: tuple[Level, ...] = ("series", "image")
+        missing = [level for level in levels if not self._finds_at_root(level)]
+        if not missing:
+            return ""
+        resources = " and ".join(QUERIES[level].resource for level in missing)
+        names = " and ".join("images" if level == "image" else level for level in missing)
+        return (
+            f"It finds {names} only below their study, because its root has no {resources} that can be searched."
+            " Uploads, batches and migrations know the study; exists, metadata and delete need it (--study, study_uid)."
+        )
+
+    def _finds_at_root(self, level: Level) -> bool:
+        query = QUERIES[level]
+        reply = self._ask(query.resource, [(query.keyword, f"2.25.{uuid.uuid4().int}")], optional=True)
+        if reply.rows:  # of others: it ignores the filter
+            return False
+        if reply.says == "nothing" or self._ask(query.resource, _ONE, optional=True).rows:
+            return True
+        return reply.says == "unclear" and self._ask("/studies", _ONE).says == "unclear"  # it has nothing at all
+
     # --- nothing found ----------------------------------------------------------------------------------------
 
     def _has_no_studies(self) -> bool:
@@ -193,6 +215,15 @@ class TolerantDicomWeb(DicomWeb):
     def _is_set_up_wrong(self) -> bool:
         """Whether an odd answer is taken for the server's setting: it is not if it answered well just before."""
         return time.monotonic() - self._answered_at > TROUBLE_S
+
+    def root_fault(self, *, hint: str = "", content_type: str = "") -> str:
+        fault = super().root_fault(hint=hint, content_type=content_type)
+        try:
+            if fault:
+                self._has_no_studies()
+        except (PacsMisanswered, PacsRejected):
+            return fault
+        return ""
 
     # --- lists ------------------------------------------------------------------------------------------------
 
@@ -347,8 +378,17 @@ class TolerantDicomWeb(DicomWeb):
 
     def _metadata(self, found: Found) -> Reply:
         """Of several images, one object is no answer: which of them it describes is not said."""
-        reply = self._exchange(f"{path_of(found)}/metadata", _OPTIONAL)
+        reply = self._exchange(f"{path_of(found)}/metadata", _OPTIONAL, is_long=found.level != "image")
         return Reply("unclear", reply.status, []) if reply.is_one and found.level != "image" else reply
+
+    def _post(self, body: Iterable[bytes], headers: Mapping[str, str], expected: Collection[int]) -> Answer:
+        """A server that takes no images will not take them later."""
+        try:
+            return super()._post(body, headers, expected)
+        except PacsMisanswered as error:
+            status = error.details.get("status")
+            error.is_lasting = status in (405, 501) or (status == 404 and self._is_set_up_wrong)
+            raise
 
     # --- one question -----------------------------------------------------------------------------------------
 
@@ -369,11 +409,15 @@ class TolerantDicomWeb(DicomWeb):
         return reply
 
     def _ask(self, path: str, parameters: Iterable[Parameter], *, optional: bool = False) -> Reply:
-        query = urlencode(list(parameters), safe=RAW, quote_via=quote)
-        return self._exchange(f"{path}?{query}", _OPTIONAL if optional else _SEARCH)
+        asked = list(parameters)
+        query = urlencode(asked, safe=RAW, quote_via=quote)
+        is_long = any(name == "offset" for name, _ in asked)
+        return self._exchange(f"{path}?{query}", _OPTIONAL if optional else _SEARCH, is_long=is_long)
 
-    def _exchange(self, target: str, expected: Collection[int]) -> Reply:
-        request = Request("GET", self._base + target, DICOM_JSON_GZIP, expected=expected)
+    def _exchange(self, target: str, expected: Collection[int], *, is_long: bool) -> Reply:
+        """``is_long``: the answer is worth compressing."""
+        headers = DICOM_JSON_GZIP if is_long else DICOM_JSON
+        request = Request("GET", self._base + target, headers, expected=expected)
         try:
             answer = self.transport.exchange(request)
         except PacsMisanswered as error:
