@@ -41,10 +41,14 @@ _TEXTS = (
     0x00100010,  # PatientName
     _PATIENT_ID,
     0x00100021,  # IssuerOfPatientID
+    0x00100030,  # PatientBirthDate
+    0x00102297,  # ResponsiblePerson
     0x00180015,  # BodyPartExamined
     0x00200010,  # StudyID
     0x00200060,  # Laterality
     0x00380010,  # AdmissionID
+    0x0040A491,  # CompletionFlag
+    0x0040A493,  # VerificationFlag
 )
 _WANTED = frozenset((*_DATASET_UIDS, *_TEXTS, _SPECIFIC_CHARACTER_SET))
 #: What such a column takes.
@@ -286,8 +290,11 @@ class _File:
         )
 
     def _is_odd(self, tag: int) -> bool:
-        """Whether a text has a NUL before its padding, or is longer than a database's column for it."""
-        texts = [value.rstrip(b"\0 ") for value in self._dataset.get(tag, ())]
+        """Whether a text has a NUL before its padding, or is longer than a database's column for it.
+
+        Of several values a database keeps the first, without the blanks around it.
+        """
+        texts = [value.partition(b"\\")[0].rstrip(b"\0 ").lstrip(b" ") for value in self._dataset.get(tag, ())]
         return any(b"\0" in text or (len(text) > _TEXT_LENGTH and self._length(text) > _TEXT_LENGTH) for text in texts)
 
     def _length(self, text: bytes) -> int:

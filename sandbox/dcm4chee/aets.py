@@ -114,6 +114,8 @@ class ApplicationEntity:
         return self.title != "DCM4CHEE"
 
 
+#: The one that takes images: all entities name it as the RetrieveAETitle.
+STORED_BY = "DCM4CHEE"
 _READS = frozenset({"WADO_RS", "QIDO_RS", "QIDO_COUNT", "DCM4CHEE_ARC_AET"})
 APPLICATION_ENTITIES = {
     ae.title: ae

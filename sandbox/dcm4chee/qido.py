@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import web
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
-from sandbox.dcm4chee.aets import NOTE, REJECTION_CODES, ApplicationEntity
+from sandbox.dcm4chee.aets import NOTE, REJECTION_CODES, STORED_BY, ApplicationEntity
 from sandbox.dcm4chee.archive import (
     CREATOR,
     PRIVATE,
@@ -231,8 +231,7 @@ def _shown(
         return None
     everything |= _counted(archive, query.level, ae, found)
     everything |= {
-        "00080005": {"vr": "CS", "Value": ["ISO_IR 192"]},
-        "00080054": {"vr": "AE", "Value": [ae.title]},
+        "00080054": {"vr": "AE", "Value": [STORED_BY]},
         "00080056": {"vr": "CS", "Value": ["ONLINE"]},
         "00081190": {"vr": "UR", "Value": [_retrieve_url(request, found)]},
     }

@@ -84,7 +84,9 @@ def laid_over(archive: Archive, ae: ApplicationEntity, row: Row) -> Attributes:
         Condition("series_instance_uid", "=", row.series_instance_uid),
     ]
     found = archive.store.search("series", where)[0]
-    return {**coerced, **found.study, **archive.patient(found.study), **found.series}
+    over = {**coerced, **found.study, **archive.patient(found.study), **found.series}
+    over.pop("00080005", None)  # each object keeps its own
+    return over
 
 
 def completeness(request: web.Request, matched: Matched, unacceptable: int = 0) -> tuple[int, dict[str, str]]:

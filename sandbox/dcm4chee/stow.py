@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
@@ -36,7 +36,17 @@ from sandbox.dcm4chee.archive import (
 from sandbox.dcm4chee.forms import native_xml
 from sandbox.dcm4chee.media import ANY, accepted, media
 from sandbox.dcm4chee.notes import rejection_note
-from sandbox.dcm4chee.objects import INDEXED, PATIENT_TAGS, STYLE, Unreadable, names, read_header, supplemented_issuer
+from sandbox.dcm4chee.objects import (
+    INDEXED,
+    PATIENT_TAGS,
+    STYLE,
+    Unreadable,
+    has_a_broken_end,
+    names,
+    opened,
+    read_header,
+    supplemented_issuer,
+)
 from sandbox.store import Condition, NewInstance, Row, Spool, first_value
 from sandbox.web import DICOM_JSON, MOOD, BrokenMultipart, Part, TooLarge, dicom_json, operation, read_parts
 
@@ -163,6 +173,7 @@ async def _all_but_the_last(parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
 def _judge(transaction: _Transaction, spool: Spool) -> None:
     """Store one part, or say why not."""
     sop_class_uid, sop_instance_uid = NOT_A_DICOM_FILE, f"2.25.{uuid.uuid4().int}"
+    spool = _with_preamble(transaction.archive, spool)
     try:
         sop_class_uid, sop_instance_uid = names(spool.source) or (sop_class_uid, sop_instance_uid)
         header = _read(spool)
@@ -184,12 +195,27 @@ def _judge(transaction: _Transaction, spool: Spool) -> None:
         spool.discard()
 
 
+def _with_preamble(archive: Archive, spool: Spool) -> Spool:
+    """The archive takes a file without its preamble, and writes it with one."""
+    with opened(spool.source) as file:
+        if file.read(8) != b"\2\0\0\0UL\4\0":
+            return spool
+        file.seek(0)
+        whole = archive.store.spool()
+        whole.write(bytes(128) + b"DICM" + file.read())
+    spool.discard()
+    return whole
+
+
 def _read(spool: Spool) -> Header:
     try:
-        return read_header(spool.source)
+        header = read_header(spool.source)
+        if has_a_broken_end(spool.source, header):
+            raise Failed(0x0110, _CUT_OFF)
+        return header
     except Unreadable as error:
         if error.is_dicom:
-            raise Failed(0x0110, f"java.io.EOFException: {error.why}") from error
+            raise Failed(0x0110, _CUT_OFF) from error
         raise Failed(0xC499, "org.dcm4che3.io.DicomStreamException: Not a DICOM Stream") from error
 
 
@@ -231,8 +257,17 @@ def _as_new(transaction: _Transaction, header: Header) -> NewInstance:
 #: What the database keeps in columns of 255 characters.
 _COLUMNS = (
     *(0x00080050, 0x00080060, 0x00080080, 0x00080090, 0x00081010, 0x00081030, 0x0008103E, 0x00081040, 0x00081050),
-    *(0x00100010, 0x00100020, 0x00100021, 0x00180015, 0x00200010, 0x00200060, 0x00380010),
+    *(0x00100010, 0x00100020, 0x00100021, 0x00100030, 0x00102297, 0x00180015, 0x00200010, 0x00200060, 0x00380010),
+    *(0x0040A491, 0x0040A493),
 )
+#: The same of the items of sequences.
+_COLUMNS_OF_ITEMS = {
+    0x00080051: ("00400031",),  # IssuerOfAccessionNumberSequence: LocalNamespaceEntityID
+    0x00101002: ("00100020", "00100021"),  # OtherPatientIDsSequence
+    0x00400275: ("00080050", "00321032", "00321033", "00400009", "00401001"),  # RequestAttributesSequence
+    0x0040A073: ("0040A075",),  # VerifyingObserverSequence: VerifyingObserverName
+}
+_CUT_OFF = "java.io.EOFException"
 _NOT_COMMITTED = (
     "jakarta.ejb.EJBTransactionRolledbackException: jakarta.transaction.RollbackException: ARJUNA016053: Could not "
     "commit transaction."
@@ -246,10 +281,23 @@ def _check_texts(archive: Archive, header: Header, study_uid: str, series_uid: s
         written.discard(0x00200010)
     if archive.store.instances(study_instance_uid=study_uid, series_instance_uid=series_uid):
         written.discard(0x00080060)
-    for tag in written:
-        text = (header.text(tag) or "").rstrip("\0 ")
-        if "\0" in text or len(text) > 255:
-            raise Failed(0x0110, _NOT_COMMITTED)
+    texts = [header.text(tag) or "" for tag in written]
+    if any(_is_too_much(text) for text in (*texts, *_texts_of_items(header))):
+        raise Failed(0x0110, _NOT_COMMITTED)
+
+
+def _is_too_much(text: str) -> bool:
+    """Of several values the database keeps the first, without the blanks around it."""
+    kept = text.partition("\\")[0].rstrip("\0 ").lstrip(" ")
+    return "\0" in kept or len(kept) > 255
+
+
+def _texts_of_items(header: Header) -> Iterator[str]:
+    sequences = datasets.elements(header, _COLUMNS_OF_ITEMS, STYLE)
+    for tag, columns in _COLUMNS_OF_ITEMS.items():
+        for item in sequences.get(f"{tag:08X}", {}).get("Value", ()):
+            for column in columns:
+                yield first_value(item.get(column)) or ""
 
 
 def _identified(transaction: _Transaction, study_instance_uid: str, study: dict[str, Any]) -> dict[str, Any]:
@@ -331,8 +379,11 @@ def _keep_or_reject(archive: Archive, header: Header, new: NewInstance, spool: S
 
 
 def _keep_again(archive: Archive, new: NewInstance, spool: Spool, known: Row) -> None:
-    """Overwrite policy SAME_SOURCE: STOW has no calling AE, so what is there stays, and the client hears nothing."""
-    if known.rejection is None:
+    """Overwrite policy SAME_SOURCE: STOW has no calling AE, so what is there stays, and the client hears nothing.
+
+    So it is also with what was rejected in another study or series.
+    """
+    if known.rejection is None or _place(known) != _place(new):
         return
     if known.rejection.startswith(NOTE):
         if known.sha256 != spool.sha256:
@@ -350,12 +401,13 @@ def _restore(archive: Archive, new: NewInstance, spool: Spool, known: Row) -> No
     if known.sha256 == spool.sha256:
         archive.store.reject([known.key], None)
         return
-    same_place = replace(
-        new, study_instance_uid=known.study_instance_uid, series_instance_uid=known.series_instance_uid
-    )
     with archive.store.transaction():
         archive.store.delete([known], free_at_s=archive.now_s() + PURGE_INTERVAL_S)
-        archive.store.add(same_place, spool)
+        archive.store.add(new, spool)
+
+
+def _place(instance: Row | NewInstance) -> tuple[str, str]:
+    return instance.study_instance_uid, instance.series_instance_uid
 
 
 # -- the answer -----------------------------------------------------------------------------------------------------

@@ -367,6 +367,67 @@ def test_what_a_hide_of_ours_has_hidden_comes_back(ward: Ward) -> None:
     assert ward.on("dcm4chee", study) == {sop}
 
 
+@pytest.fixture(params=["113001", "113037", "113039"])
+def hidden_elsewhere(ward: Ward, request: pytest.FixtureRequest) -> tuple[str, str, str]:
+    """An image, a study in which it is hidden, and with which code."""
+    sop, other = new_uid(), new_uid()
+    ward.put_file("dcm4chee", image(other, sop=sop, side=8))
+    hide(ward, other, f"{request.param}%5EDCM")
+    return sop, other, f"{request.param}^DCM"
+
+
+def test_an_upload_of_what_is_hidden_in_another_study_is_refused_at_once(
+    ward: Ward, hidden_elsewhere: tuple[str, str, str]
+) -> None:
+    sop, other, code = hidden_elsewhere
+    study = new_uid()
+    error = ward.refusal(ward.send(image(study, sop=sop, side=8)))
+    assert isinstance(error, PacsRejected)
+    assert (error.details["hidden_by"], error.details["in_study_uid"]) == (code, other)
+    assert f"hidden in another study, {other}: it was rejected with {code}" in error.message
+    assert ward.on("dcm4chee", study) == set()
+
+
+def test_a_batch_refuses_what_is_hidden_in_another_study_and_stores_the_rest(
+    ward: Ward, hidden_elsewhere: tuple[str, str, str]
+) -> None:
+    sop, other, code = hidden_elsewhere
+    study = new_uid()
+    payload(ward.upload(*(ward.file(image(study, sop=uid, side=8)) for uid in (sop, new_uid())), server="dcm4chee"))
+    assert ward.told() == ["pacs_rejected", "stored"]
+    assert f"another study, {other}: it was rejected with {code}" in ward.rows[0].settled.message
+
+
+def test_a_migration_names_what_is_hidden_in_another_study(ward: Ward, hidden_elsewhere: tuple[str, str, str]) -> None:
+    sop, other, code = hidden_elsewhere
+    study = new_uid()
+    ward.put_file("msdicom", image(study, sop=sop, side=8))
+    payload(ward.order(study))
+    (row,) = ward.rows
+    assert row.settled.code == "pacs_rejected"
+    assert f"another study, {other}: it was rejected with {code}" in row.settled.message
+
+
+def test_what_a_hide_of_ours_has_hidden_in_another_series_does_not_come_back(ward: Ward) -> None:
+    study, sop = new_uid(), new_uid()
+    ward.put_file("dcm4chee", image(study, sop=sop, side=8))
+    hide(ward, study, "113039%5EDCM")
+    error = ward.refusal(ward.send(image(study, sop=sop, series=f"{study}.2", side=8)))
+    assert (error.details["hidden_by"], error.details["in_series_uid"]) == ("113039^DCM", f"{study}.1")
+
+
+@pytest.mark.parametrize("code", ["113037", "113038"])
+def test_what_was_rejected_and_may_not_be_stored_again_is_no_fault_of_the_file(ward: Ward, code: str) -> None:
+    study, sop = new_uid(), new_uid()
+    content = image(study, sop=sop, side=8)
+    ward.put_file("dcm4chee", content)
+    hide(ward, study, f"{code}%5EDCM")
+    error = ward.refusal(ward.send(content))
+    assert (error.details["failure_reason"], error.details["hidden_by"]) == (0xA771, "unknown")
+    assert "revoke the rejection there first" in error.message
+    assert "correct the file" not in error.message
+
+
 @pytest.mark.parametrize("by", ["no such entity", "no account for it", "it fails"])
 def test_where_the_archive_does_not_say_it_stays_open(ward: Ward, hidden: tuple[str, str, bytes], by: str) -> None:
     _, _, content = hidden
@@ -409,6 +470,8 @@ def test_a_batch_does_not_call_stored_what_is_in_another_study(ward: Ward, elsew
     payload(ward.upload(*urls, server="dcm4chee"))
     assert ward.told() == ["stored", "study_conflict", "stored"]
     assert f"in another study: {other}" in ward.rows[1].settled.message
+    assert "holds the study" not in ward.rows[1].settled.message
+    assert "correct its UIDs" in ward.rows[1].settled.message
 
 
 def test_a_migration_does_not_count_what_is_in_another_study_as_added(ward: Ward, elsewhere: tuple[str, str]) -> None:

@@ -140,8 +140,10 @@ def test_an_application_entity_that_does_not_give_what_is_listed_is_named(
     assert images_of(pacs, study, "to_return").keys() == uids, "a backup is read where the images are shown"
 
 
-@pytest.mark.parametrize(("aet", "ready"), [("AS_RECEIVED", True), ("IOCM_QUALITY", True), ("NOPE", False)])
-def test_the_state_tells_of_an_application_entity_that_there_is_not(
+@pytest.mark.parametrize(
+    ("aet", "ready"), [("AS_RECEIVED", True), ("IOCM_QUALITY", True), ("NOPE", False), ("WORKLIST", False)]
+)
+def test_the_state_tells_of_an_application_entity_that_gives_no_images(
     open_pacs: Callable[..., Pacs], aet: str, ready: bool
 ) -> None:
     state = open_pacs(retrieve_aet=aet).state()

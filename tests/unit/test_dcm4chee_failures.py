@@ -156,6 +156,25 @@ def test_an_odd_text_is_no_proof_where_the_archive_names_another_reason(warning:
     assert outcome(272, warning, instance=replace(FILE, odd_texts="StudyID")).fate is fate
 
 
+@pytest.mark.parametrize(
+    ("warning", "fates"),
+    [
+        ("No space left on configured storage systems", [Fate.TRY_AGAIN] * 2),
+        ("Unable to acquire JDBC Connection", [Fate.TRY_AGAIN] * 2),
+        ("ARJUNA016053: Could not commit transaction.", [Fate.REJECTED] * 2),
+        (EOF, [Fate.REJECTED] * 2),
+        ("JDBC exception executing SQL: invalid byte sequence", [Fate.REJECTED] * 2),
+    ],
+)
+def test_an_odd_text_is_no_proof_in_an_answer_that_names_trouble_of_the_archive(
+    warning: str, fates: list[Fate]
+) -> None:
+    files = [replace(FILE, sop_instance_uid=uid, odd_texts="StudyID") for uid in ("1.3", "1.4")]
+    files[1] = replace(files[1], odd_texts="" if warning == EOF else "StudyID")
+    found = outcomes(*(failed(272, uid) for uid in ("1.3", "1.4")), warning=warning, instances=files)
+    assert [one.fate for one in found] == fates
+
+
 def test_the_text_explains_the_last_failure_alone() -> None:
     files = [replace(FILE, sop_instance_uid=uid) for uid in ("1.3", "1.4", "1.5")]
     found = outcomes(*(failed(272, uid) for uid in ("1.3", "1.4", "1.5")), warning=EOF, instances=files)
@@ -175,11 +194,33 @@ def test_the_text_explains_the_last_failure_alone() -> None:
         "Modality",
         "Laterality",
         "AdmissionID",
+        "PatientBirthDate",
+        "ResponsiblePerson",
+        "CompletionFlag",
+        "VerificationFlag",
     ],
 )
 def test_texts_that_are_too_long_or_have_a_nul_are_known(keyword: str) -> None:
     contents = [image(new_uid(), **{keyword: value}) for value in ("x" * 255, "x" * 256, "a\0b", "ab\0")]
     assert [identify(io.BytesIO(one)).odd_texts for one in contents] == ["", keyword, keyword, ""]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("text", "odd"),
+    [
+        (["a", "b" * 300], ""),
+        (["a" * 200, "b" * 200], ""),
+        (["a", "b\0c"], ""),
+        (["b\0c", "a"], "AccessionNumber"),
+        (["a" * 256, "b"], "AccessionNumber"),
+        (" " * 300 + "a", ""),
+        ("a" + " " * 300, ""),
+        ("a" + " " * 300 + "a", "AccessionNumber"),
+    ],
+)
+def test_of_a_text_the_first_value_counts_without_the_blanks_around_it(text: str | list[str], odd: str) -> None:
+    assert identify(io.BytesIO(image(new_uid(), AccessionNumber=text))).odd_texts == odd
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

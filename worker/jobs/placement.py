@@ -275,6 +275,9 @@ def refusal(outcome: Outcome, instance: Instance, pacs: Pacs, *, pending_wait_s:
     said = f" ({outcome.message})" if outcome.message else ""
     match outcome.fate:
         case Fate.CONFLICT:
+            if outcome.details.keys() & {"in_study_uid", "in_series_uid"}:
+                sentence = f"{name} did not store the image{said}; correct its UIDs, or delete the image there."
+                return StudyConflict(sentence, **context)
             return StudyConflict(f"{name} holds the study with other data{said}; correct the file.", **context)
         case Fate.REJECTED:
             advice = "." if "hidden_by" in outcome.details else "; correct the file."

@@ -63,7 +63,11 @@ CODES: Codes = {
     0x0124: (Fate.REJECTED, "The archive's store permission service refuses the image."),
     0xA700: (Fate.TRY_AGAIN, "The archive cannot write to its storage."),
     0xA770: (Fate.CONFLICT, "The archive has a rejection note with this UID and other content."),
-    0xA771: (Fate.REJECTED, "The image was rejected in the archive and may not be stored again."),
+    0xA771: (
+        Fate.REJECTED,
+        "The image was rejected in the archive, by default with 113037 or 113038, and may not be stored again: revoke "
+        "the rejection there first",
+    ),
     0xA772: (Fate.REJECTED, "The rejection note names a series or an image that the archive does not have."),
     0xA773: (Fate.REJECTED, "The rejection note names an image with another SOP class."),
     0xA774: (Fate.REJECTED, "What the rejection note names is already rejected for another reason."),
@@ -243,6 +247,8 @@ class Dcm4chee:
     def _why_not_to_be_used(self) -> str:
         """Why no images can be stored on the URL's application entity; "" if they can, or where that is not told."""
         title = self._transport.base_path.partition("/aets/")[2].partition("/")[0]
+        if not title:
+            return "its url names no application entity; it ends with /aets/TITLE/rs. Check the server's url"
         entities = self._told("/aets")
         titles = [str(one.get("dicomAETitle")) for one in entities or ()]
         if entities is not None and title not in titles:
@@ -250,10 +256,14 @@ class Dcm4chee:
             return f"it has no application entity {title}; there are {known}. Check the server's url"
         if entities is not None and self.server.retrieve_aet and self.server.retrieve_aet not in titles:
             return f"it has no application entity {self.server.retrieve_aet}; check the server's retrieve_aet"
-        services = [one for one in self._told("/webapps") or () if one.get("dicomAETitle") == title]
-        classes = {name for one in services for name in one.get("dcmWebServiceClass") or ()}
-        if services and "STOW_RS" not in classes:
+        offered = self._told("/webapps") or []
+        if (classes := _service_classes(offered, title)) and "STOW_RS" not in classes:
             return f"its application entity {title} takes no images (it has no STOW_RS); check the server's url"
+        other = self.server.retrieve_aet
+        if other and (classes := _service_classes(offered, other)) and "WADO_RS" not in classes:
+            return (
+                f"its application entity {other} gives no images (it has no WADO_RS); check the server's retrieve_aet"
+            )
         return ""
 
     def _told(self, path: str) -> list[dict[str, Any]] | None:
@@ -345,6 +355,12 @@ class Dcm4chee:
         return found
 
 
+def _service_classes(offered: Sequence[Mapping[str, Any]], title: str) -> set[str]:
+    """What the web services of an application entity do; nothing where the archive names none."""
+    services = [one for one in offered if one.get("dicomAETitle") == title]
+    return {name for one in services for name in one.get("dcmWebServiceClass") or ()}
+
+
 class _Failures:
     """What an answer says of the images that it has not stored.
 
@@ -361,22 +377,26 @@ class _Failures:
         found = failed_by_code(sent, item, codes=CODES)
         if found.failure_reason == _CONFLICTING_PATIENT_ID and not instance.has_patient_id:
             return replace(found, fate=Fate.TRY_AGAIN, message=_OTHER_MADE_UP_ID)
-        if found.failure_reason == _BEING_DELETED:
-            return replace(found, details=_DELETING)
+        if details := _DETAILS.get(found.failure_reason or 0):
+            return replace(found, details=details)
         if found.failure_reason == _NOTE_WITHOUT_IMAGES:
             return replace(found, is_moot=True)
         if found.failure_reason not in (_FAILED, _NO_DICOM_STREAM):
             return found
         text = warning_text(warning)
         said = f" It says: {text}." if text else ""
-        if found.fate is Fate.TRY_AGAIN and (why := _proof(instance, item, warning)):
+        if found.fate is Fate.TRY_AGAIN and (why := _proof(instance, item, warning, self._warning)):
             return replace(found, fate=Fate.REJECTED, message=f"{why}{said}")
         return replace(found, message=found.message + said, is_doubtful=found.fate is Fate.TRY_AGAIN)
 
 
-def _proof(instance: Instance, item: Dataset, warning: str) -> str:
-    """Why a 272 is the file's own fault; "" if it may be the archive's."""
-    if instance.odd_texts and (not warning or _IS_OF_A_TEXT(warning)):
+def _proof(instance: Instance, item: Dataset, warning: str, last_warning: str) -> str:
+    """Why a 272 is the file's own fault; "" if it may be the archive's.
+
+    ``warning`` is about the image, and "" if the answer has none about it; ``last_warning`` is that of the answer.
+    """
+    is_unexplained = not warning and (_IS_OF_A_TEXT(last_warning) or not _IS_TROUBLE(last_warning))
+    if instance.odd_texts and (is_unexplained or _IS_OF_A_TEXT(warning)):
         return f"The archive cannot store {instance.odd_texts}: longer than 255 characters, or with a NUL in it."
     if _IS_TROUBLE(warning):
         return ""
@@ -388,6 +408,8 @@ def _proof(instance: Instance, item: Dataset, warning: str) -> str:
 _FAILED, _CONFLICTING_PATIENT_ID, _BEING_DELETED, _NO_DICOM_STREAM = 0x0110, 0xA778, 0xA77A, 0xC499
 #: What the details of an error say where a study is being deleted, perhaps for ever.
 _DELETING: Mapping[str, Any] = {"study_deleting": True}
+#: What is known of a failure beside its text; the answer does not say with which code an image was rejected.
+_DETAILS: Mapping[int, Mapping[str, Any]] = {_BEING_DELETED: _DELETING, 0xA771: {"hidden_by": "unknown"}}
 #: Oddity: "A rejection note is no image".
 _NOTE_WITHOUT_IMAGES = 0xA772
 _OTHER_MADE_UP_ID = (

@@ -6,6 +6,7 @@ Their names are those of the default configuration. Oddity: "What is hidden is s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, is_resting
@@ -22,7 +23,7 @@ AS_RECEIVED = "AS_RECEIVED"
 EXPIRED = "IOCM_EXPIRED"
 #: Retention expired. Oddity: "Rejecting with 113039 is the only kind that hides all".
 REJECTION = "113039%5EDCM"
-#: Rejected with it, an image that is stored again is shown again.
+#: Rejected with it, an image that is stored again in its study and series is shown again.
 _RESTORED = "113039^DCM"
 _REVOKE = "REVOKE_REJECTION%5E99DCM4CHEE"
 _REJECTION_CODE_SEQUENCE, _CODE_VALUE, _CODING_SCHEME_DESIGNATOR = "77771042", "00080100", "00080102"
@@ -64,14 +65,17 @@ class Dcm4cheeHidden:
         hidden = self._if_it_may_look(lambda: self._all.find("image", uid, fields=fields))
         if not hidden:
             return None
-        code = _rejected_with(hidden[0].attributes)
-        if code == _RESTORED:
+        code, place = _rejected_with(hidden[0].attributes), _other_place(instance, hidden)
+        if place is None and code == _RESTORED:
             return None
+        where = "" if place is None else f" in another {place.kind}, {place.uid}"
+        again = "again" if place is None else f"under another {place.kind}"
         sentence = (
-            f"An image with this UID is there and hidden: it was rejected with {code}, and what is stored again stays"
-            " hidden. Revoke the rejection in the archive to see it again"
+            f"An image with this UID is there and hidden{where}: it was rejected with {code}, and what is stored"
+            f" {again} stays hidden. Revoke the rejection in the archive to see it again"
         )
-        return Outcome(uid, Fate.REJECTED, message=sentence, details={"hidden_by": code})
+        details = {"hidden_by": code, **({} if place is None else place.details)}
+        return Outcome(uid, Fate.REJECTED, message=sentence, details=details)
 
     def images(self, study_instance_uid: str) -> list[Found] | None:
         study = Found("study", study_instance_uid)
@@ -122,16 +126,33 @@ def _is_out_of_sight(error: CourierError) -> bool:
     return error.details.get("status") == 404
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Another study or series than that of an image, which has it."""
+
+    kind: str
+    uid: str
+
+    @property
+    def details(self) -> dict[str, str]:
+        return {f"in_{self.kind}_uid": self.uid}
+
+
+def _other_place(instance: Instance, there: list[Found]) -> _Place | None:
+    """Where ``there`` is the image; None if it is in the study and series that it names itself."""
+    if instance.study_instance_uid not in [one.study_instance_uid for one in there]:
+        return _Place("study", there[0].study_instance_uid)
+    if instance.series_instance_uid not in [one.series_instance_uid for one in there]:
+        return _Place("series", str(there[0].series_instance_uid))
+    return None
+
+
 def _elsewhere(instance: Instance, shown: list[Found]) -> Outcome | None:
-    there = shown[0]
-    if instance.study_instance_uid not in [one.study_instance_uid for one in shown]:
-        where, uid = "study", there.study_instance_uid
-    elif instance.series_instance_uid not in [one.series_instance_uid for one in shown]:
-        where, uid = "series", str(there.series_instance_uid)
-    else:
+    place = _other_place(instance, shown)
+    if place is None:
         return None
-    sentence = f"The image is there already, in another {where}: {uid}"
-    return Outcome(instance.sop_instance_uid, Fate.CONFLICT, message=sentence, details={f"in_{where}_uid": uid})
+    sentence = f"The image is there already, in another {place.kind}: {place.uid}"
+    return Outcome(instance.sop_instance_uid, Fate.CONFLICT, message=sentence, details=place.details)
 
 
 def _rejected_with(attributes: Dataset) -> str:
