@@ -1,5 +1,37 @@
 """What another program imports: ``from producer import Courier``. Loads no DICOM library and no HTTP client."""
 
-from producer.courier import Courier, Handle
+from producer.courier import Courier, Handle, Report
+from producer.results import (
+    AuditResult,
+    BatchResult,
+    BatchStateResult,
+    DatabaseResult,
+    DeleteAllResult,
+    DeleteResult,
+    DownloadResult,
+    FoundResult,
+    StatusResult,
+    StorageResult,
+    StudiesResult,
+    TraceResult,
+    UploadResult,
+)
 
-__all__ = ["Courier", "Handle"]
+__all__ = [
+    "AuditResult",
+    "BatchResult",
+    "BatchStateResult",
+    "Courier",
+    "DatabaseResult",
+    "DeleteAllResult",
+    "DeleteResult",
+    "DownloadResult",
+    "FoundResult",
+    "Handle",
+    "Report",
+    "StatusResult",
+    "StorageResult",
+    "StudiesResult",
+    "TraceResult",
+    "UploadResult",
+]

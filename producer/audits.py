@@ -7,6 +7,7 @@ from typing import Any
 
 from producer.courier import Courier
 from producer.errors import NotFound
+from producer.results import AuditResult
 
 Entry = Mapping[str, Any]
 
@@ -21,7 +22,7 @@ def pages(
     filters: Mapping[str, str] | None = None,
     limit: int = PAGE,
     timeout_s: float | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[AuditResult]:
     """The pages of an audit, one after the other; ``limit`` and ``timeout_s`` are of one page.
 
     Each page reads the lists of all servers anew, so a large ``limit`` is quicker.

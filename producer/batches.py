@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar, cast
 
 import redis
 
 from producer.errors import BrokerUnavailable, InvalidRequest, NotFound
 from producer.orders import KINDS, Given, Order, Told, lines_of, of_plan_file, plan
 from producer.plans import PlanFile, PlanHeader, PlanLine, version_of
+from producer.results import BatchResult
 from worker.batch_ends import end_payload
 from worker.batches import DONE_AGAIN, Batch, Batches, Row, State, is_missing, is_to_undo
 from worker.ledger import Ledger
@@ -85,7 +86,7 @@ class BatchDesk:
         skip_bad: bool = False,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         """Put many images where they belong, or on the one ``server``."""
         order = {
             "server": server,
@@ -124,7 +125,7 @@ class BatchDesk:
         skip_bad: bool = False,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         """Delete studies on every server that has them, or on ``servers``.
 
         ``backup``: a folder, ``s3://…`` or ``az://…`` where a copy of each is written first, from which the deletion
@@ -171,7 +172,7 @@ class BatchDesk:
         skip_bad: bool = False,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         """Bring studies below ``destination``, a folder of the worker's machine, ``s3://…`` or ``az://…``."""
         order = {
             "filters": filters,
@@ -215,7 +216,7 @@ class BatchDesk:
         skip_bad: bool = False,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         """Copy studies from the server ``from_server`` to ``to_server``; move them with ``delete_source``.
 
         ``source`` and ``target`` are other names of the two. ``digests``: compare "all" images, a "sample" (one per
@@ -242,7 +243,7 @@ class BatchDesk:
         }
         return self.order(Order("migrate", order), _given(items, column=column, skip_bad=skip_bad))
 
-    def order(self, order: Order, given: Given | None = None) -> Handle:
+    def order(self, order: Order, given: Given | None = None) -> Handle[BatchResult]:
         """Order a batch of a kind with the fields of its message.
 
         Raises
@@ -266,7 +267,7 @@ class BatchDesk:
         confirm_studies: int | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         """Do what a plan says: that of a batch, by its id, or a plan file, which becomes a batch of its own."""
         if isinstance(what, str) and not Path(what).exists():
             return self._go_on("apply", what, confirm_studies, requested_by, reason)
@@ -283,7 +284,7 @@ class BatchDesk:
         confirm_studies: int | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         """Do what a plan file says that has been read by `producer.orders.of_plan_file`."""
         given = {"confirm_studies": confirm_studies, "requested_by": requested_by, "reason": reason}
         order = Order(order.kind, {**order.wishes, **given})
@@ -296,7 +297,7 @@ class BatchDesk:
         confirm_studies: int | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         """Try again what failed, what verify found missing, and what a cancelled batch had left open."""
         return self._go_on("retry", batch_id, confirm_studies, requested_by, reason)
 
@@ -307,7 +308,7 @@ class BatchDesk:
         confirm_studies: int | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         """Look once more whether what was done is so."""
         return self._go_on("verify", batch_id, confirm_studies, requested_by, reason)
 
@@ -318,11 +319,11 @@ class BatchDesk:
         confirm_studies: int | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         """Take back what was done."""
         return self._go_on("undo", batch_id, confirm_studies, requested_by, reason)
 
-    def _planned(self, order: Order, lines: Iterable[Planned], *, told: Told) -> Handle:
+    def _planned(self, order: Order, lines: Iterable[Planned], *, told: Told) -> Handle[BatchResult]:
         """Plan it here, then have it seen through."""
         kind = KINDS[order.kind]
         with _reachable():
@@ -331,7 +332,7 @@ class BatchDesk:
 
     def _go_on(
         self, wish: str, batch_id: str, confirm_studies: int | None, requested_by: str | None, reason: str | None
-    ) -> Handle:
+    ) -> Handle[BatchResult]:
         self.get(batch_id)
         job = {"batch_id": batch_id, "confirm_studies": confirm_studies, "requested_by": requested_by, "reason": reason}
         return self.enqueue(f"pacs.batch.{wish}", BatchContinueJob, job, batch_id=batch_id)
@@ -375,10 +376,10 @@ class BatchDesk:
             job = self.ledger.look(batch.conductor) if batch.conductor else {}
         return batch.over and job.get("state") not in ("queued", "running", "waiting")
 
-    def ending(self, batch: Batch) -> dict[str, Any]:
+    def ending(self, batch: Batch) -> BatchResult:
         """What it came to, as the jobs that see batches through have it, whoever ended it and however."""
         with _reachable():
-            return end_payload(batch, Batches(self.ledger), job_id=batch.conductor or batch.id)
+            return cast(BatchResult, end_payload(batch, Batches(self.ledger), job_id=batch.conductor or batch.id))
 
     def report(self, batch_id: str) -> Iterator[dict[str, Any]]:
         """What became of each item, one after the other, however many there are."""

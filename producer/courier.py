@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Generic, Literal, Self, cast
 
 import kombu
 import kombu.exceptions
@@ -22,6 +22,7 @@ from celery import Celery
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendError
 from kombu.connection import Connection
+from typing_extensions import TypeVar
 
 from producer.batches import BatchDesk
 from producer.dead import DeadDesk
@@ -33,6 +34,20 @@ from producer.errors import (
     NotFound,
     StillRunning,
     from_payload,
+)
+from producer.results import (
+    AuditResult,
+    DatabaseResult,
+    DeleteAllResult,
+    DeleteResult,
+    DownloadResult,
+    FoundResult,
+    StatusResult,
+    StorageResult,
+    StudiesResult,
+    TraceResult,
+    UploadResult,
+    WaitingDict,
 )
 from worker import listeners, peers
 from worker.batches import Batches
@@ -62,6 +77,8 @@ from worker.waits import SERVER_BUSY, waiting_in
 log = logging.getLogger(__name__)
 
 Status = Literal["queued", "running", "waiting", "done", "failed", "unknown"]
+#: The TypedDict of a result (``producer/results.py``). ``Handle`` alone is one whose result may be any.
+Result_co = TypeVar("Result_co", covariant=True, default=Any)
 
 _UNREACHABLE = (redis.ConnectionError, redis.TimeoutError, kombu.exceptions.OperationalError, BackendError)
 _POLL_S = 0.1
@@ -74,12 +91,12 @@ _ENVELOPE_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Generic[Result_co]):
     """What is known of a job now. ``result`` is set once it is done, ``error`` once it has failed or is ``unknown``."""
 
     status: Status
     stage: str
-    result: dict[str, Any] | None = None
+    result: Result_co | None = None
     error: CourierError | None = None
     meta: Mapping[str, Any] | None = None
     #: Why the job waits (`Handle.waiting`).
@@ -100,7 +117,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Handle:
+class Handle(Generic[Result_co]):
     """One enqueued job, by its ``id``, which any program may use to ask for it."""
 
     id: str
@@ -108,7 +125,7 @@ class Handle:
     #: The batch that the job is about, if it is.
     batch_id: str = ""
 
-    def report(self) -> Report:
+    def report(self) -> Report[Result_co]:
         """Everything that is known of the job now."""
         return self.courier.reports([self.id])[self.id]
 
@@ -124,16 +141,16 @@ class Handle:
         """The step the job is at: ``fetch`` … ``describe`` while it runs, otherwise its status."""
         return self.report().stage
 
-    def waiting(self) -> dict[str, Any] | None:
+    def waiting(self) -> WaitingDict | None:
         """Why the job waits: ``code``, ``message``, ``server_name``, ``since``, ``next_try``; None if it does not wait.
 
         ``since`` and ``next_try`` are RFC 3339, UTC; ``server_name`` is None where it waits for no server, ``next_try``
         where no time is known. A job in its queue waits for a worker (``queued``).
         """
         waiting = self.report().waiting
-        return None if waiting is None else dict(waiting)
+        return None if waiting is None else cast(WaitingDict, dict(waiting))
 
-    def result(self, timeout_s: float | None = None) -> dict[str, Any]:
+    def result(self, timeout_s: float | None = None) -> Result_co:
         """The payload, waited for.
 
         Raises
@@ -229,7 +246,7 @@ class Courier:
         metadata: bool | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[UploadResult]:
         """Put the image at ``image_url`` (http, https, s3, az, file) into the PACS it belongs to.
 
         ``server`` asks for one server by name. The same ``idempotency_key`` twice is one job; with another wish it is
@@ -255,7 +272,7 @@ class Courier:
         study_uid: str | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[FoundResult]:
         """Who has the image, series or study that bears ``uid``.
 
         ``mode``: ``either`` (in order, the first that has it answers), ``both`` (one entry per server) or a server.
@@ -274,26 +291,26 @@ class Courier:
         study_uid: str | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[FoundResult]:
         """The metadata of every image of the object that bears ``uid``; ``study_uid`` as in `exists`."""
         job = {"level": level, "uid": uid, "mode": mode, **_in_study(study_uid), **_stated(requested_by, reason)}
         return self.enqueue("pacs.metadata", LookupJob, job)
 
     def status(
         self, servers: Sequence[str] | None = None, *, requested_by: str | None = None, reason: str | None = None
-    ) -> Handle:
+    ) -> Handle[StatusResult]:
         """Who answers, how fast, and what each server says of itself; of all servers, or of those named."""
         return self.enqueue("pacs.status", ServersJob, {**_of(servers), **_stated(requested_by, reason)})
 
     def storage(
         self, servers: Sequence[str] | None = None, *, requested_by: str | None = None, reason: str | None = None
-    ) -> Handle:
+    ) -> Handle[StorageResult]:
         """How much room each server says that it has."""
         return self.enqueue("pacs.storage", ServersJob, {**_of(servers), **_stated(requested_by, reason)})
 
     def database(
         self, servers: Sequence[str] | None = None, *, requested_by: str | None = None, reason: str | None = None
-    ) -> Handle:
+    ) -> Handle[DatabaseResult]:
         """Whether each server's database works."""
         return self.enqueue("pacs.database", ServersJob, {**_of(servers), **_stated(requested_by, reason)})
 
@@ -308,7 +325,7 @@ class Courier:
         study_uid: str | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[DeleteResult]:
         """Delete what bears ``uid``, on every server or on those named.
 
         ``permanent=False`` only hides it, where a server can; ``dry_run`` says what would happen; ``study_uid`` as in
@@ -327,7 +344,7 @@ class Courier:
         cursor: str | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[StudiesResult]:
         """One page of the list of all servers' studies; its ``cursor`` asks for the next.
 
         `producer.studies.walk` goes through all pages, `producer.studies.StudyList` merges them.
@@ -344,7 +361,7 @@ class Courier:
         mode: str = "either",
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[DownloadResult]:
         """Bring a study to the ZIP file or folder that ``destination`` (file, s3) names; it overwrites nothing."""
         job = {"study_uid": study_uid, "destination": destination, "format": format, "mode": mode}
         return self.enqueue("pacs.download", DownloadJob, {**job, **_stated(requested_by, reason)})
@@ -359,7 +376,7 @@ class Courier:
         cursor: str | None = None,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[AuditResult]:
         """The studies that are on more than one server, ``limit`` at a time; ``cursor`` asks for the next.
 
         With ``study_uid`` that study alone, and the images in which its copies differ, ``limit`` at a time.
@@ -368,7 +385,7 @@ class Courier:
         job = {**_of(servers), "filters": dict(filters or {}), "study_uid": study_uid, "limit": limit, "cursor": cursor}
         return self.enqueue("pacs.audit", AuditJob, {**job, **_stated(requested_by, reason)})
 
-    def trace(self, uid: str, *, requested_by: str | None = None, reason: str | None = None) -> Handle:
+    def trace(self, uid: str, *, requested_by: str | None = None, reason: str | None = None) -> Handle[TraceResult]:
         """Why the image, series or study that bears ``uid`` is where it is."""
         return self.enqueue("pacs.trace", TraceJob, {"uid": uid, **_stated(requested_by, reason)})
 
@@ -383,7 +400,7 @@ class Courier:
         dry_run: bool = False,
         requested_by: str | None = None,
         reason: str | None = None,
-    ) -> Handle:
+    ) -> Handle[DeleteAllResult]:
         """Delete every study, on every server or on those named, as a batch that bears the handle's id.
 
         ``confirm`` has to be "delete all studies", but for a ``dry_run``, which only counts them. ``backup``: a folder,
@@ -595,19 +612,26 @@ class Courier:
         return self.handle(job_id)
 
     def as_completed(
-        self, handles: Iterable[Handle], *, timeout_s: float | None = None
-    ) -> Iterator[tuple[Handle, Report]]:
-        """Each handle with its last report, as they end. After ``timeout_s`` the rest is left out."""
+        self, handles: Iterable[Handle[Result_co]], *, timeout_s: float | None = None
+    ) -> Iterator[tuple[Handle[Result_co], Report[Result_co]]]:
+        """Each handle with its last report, as they end. After ``timeout_s`` the rest is left out.
+
+        Two handles of one job are both given.
+        """
         for handle, report in self.watch(handles, timeout_s=timeout_s):
             if report.over:
                 yield handle, report
 
-    def watch(self, handles: Iterable[Handle], *, timeout_s: float | None = None) -> Iterator[tuple[Handle, Report]]:
+    def watch(
+        self, handles: Iterable[Handle[Result_co]], *, timeout_s: float | None = None
+    ) -> Iterator[tuple[Handle[Result_co], Report[Result_co]]]:
         """Each handle with each change of its report, until all are over or ``timeout_s`` has passed.
 
         A job that is ``unknown`` is waited for as long as a message may need to reach a worker (``jobs.grace_s``).
         """
-        open_handles = {handle.id: handle for handle in handles}
+        open_handles: dict[str, list[Handle[Result_co]]] = {}
+        for handle in handles:
+            open_handles.setdefault(handle.id, []).append(handle)
         shown: dict[str, tuple[object, ...]] = {}
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for reports, at_the_end in self._polled(open_handles, deadline):
@@ -616,7 +640,8 @@ class Courier:
                     continue
                 if shown.get(job_id) != (seen := (report.status, report.stage, report.waits_for)):
                     shown[job_id] = seen
-                    yield open_handles[job_id], report
+                    for handle in open_handles[job_id]:
+                        yield handle, report
                 if report.over:
                     del open_handles[job_id]
 

@@ -329,7 +329,7 @@ def _worker(name: str, said: Mapping[str, Any] | None, now_s: float) -> Finding:
     return Finding(check, "ok", f"gets on; version {release_of(said)}")
 
 
-def _server(entry: dict[str, Any]) -> Finding:
+def _server(entry: Mapping[str, Any]) -> Finding:
     check = f"server {entry['server_name']}"
     if entry["status"] == "up":
         known = " ".join(told for name in ("product", "version") if (told := entry[name]) != "unknown")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from producer.courier import Courier
+from producer.results import StudiesResult
 
 Page = Mapping[str, Any]
 
@@ -27,7 +28,7 @@ def walk(
     limit: int = 500,
     cursor: str | None = None,
     timeout_s: float | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[StudiesResult]:
     """The pages of the list, one after the other; ``limit`` and ``timeout_s`` are of one page.
 
     Raises

@@ -1,6 +1,7 @@
 """A JSON Schema for every message and result, the error, and why a job waits, made from the classes in ``payloads.py``.
 
-``python -m worker.schema`` writes them to ``docs/schema``; a test compares. Nothing else belongs here.
+``python -m worker.schema`` writes them to ``docs/schema``, and the types in ``producer/results.py``; a test compares.
+Nothing else belongs here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from worker import result_types
 from worker.errors import CourierError
 from worker.payloads import Job, Payload, Waiting
 
@@ -72,3 +74,4 @@ def write(folder: Path = FOLDER) -> None:
 
 if __name__ == "__main__":
     write()
+    result_types.write()

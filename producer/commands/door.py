@@ -136,7 +136,7 @@ def complain(sentence: str) -> None:
 def entry(handle: Handle, report: Report) -> dict[str, Any]:
     """A job as JSON: its payload, or why there is none."""
     if report.result is not None:
-        return report.result
+        return dict(report.result)
     entry: dict[str, Any] = {"job_id": handle.id, "status": report.status, "stage": report.stage}
     if report.error is not None:
         entry["error"] = report.error.payload
@@ -163,7 +163,7 @@ def ended(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json:
         raise StillRunning(
             f"Job {handle.id} has not ended within {timeout_s} s; it goes on: pacs result {handle.id}.{waits}"
         )
-    return report.result
+    return dict(report.result)
 
 
 def worst(reports: list[Report]) -> int:
