@@ -130,6 +130,8 @@ def shown_name(name: str) -> str:
 @contextmanager
 def _opened(name: str) -> Iterator[BinaryIO]:
     if name == "-":
+        if sys.stdin is None:
+            raise InvalidRequest("Standard input is closed, so there is nothing to read from it.")
         yield sys.stdin.buffer
         return
     try:

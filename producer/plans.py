@@ -77,9 +77,10 @@ def write(header: PlanHeader, lines: Iterable[PlanLine], out: TextIO) -> Totals:
     digest, totals = hashlib.sha256(), Totals()
 
     def put(document: Mapping[str, Any]) -> None:
-        text = json.dumps(document, ensure_ascii=False) + "\n"
-        digest.update(text.encode())
-        out.write(text)
+        # Half of a surrogate pair, which no file takes, becomes the escape that JSON has for it.
+        line = f"{json.dumps(document, ensure_ascii=False)}\n".encode(errors="backslashreplace")
+        digest.update(line)
+        out.write(line.decode())
 
     put({**header.model_dump(), "created": header.created or datetime.now(UTC).isoformat(timespec="seconds")})
     for line in lines:

@@ -112,4 +112,4 @@ def write(repairs: Iterable[Mapping[str, Any]], out: TextIO, *, servers: Iterabl
 
 
 def _line(document: Mapping[str, Any], out: TextIO) -> None:
-    out.write(json.dumps(document, ensure_ascii=False) + "\n")
+    out.write(json.dumps(document) + "\n")

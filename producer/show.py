@@ -7,16 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from producer.courier import Courier, Handle, Report
-from worker.logs import shown_url
+from producer.terminal import Column, Listing, console, errors_console, linked
+from worker.logs import shown_text, shown_url
 from worker.waits import sentence
-
-console = Console()
-errors_console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ def follow(courier: Courier, jobs: Mapping[Handle, str], *, timeout_s: float | N
     """Wait for jobs with a live line on standard error; the last report of each, also of those still running."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -56,7 +52,7 @@ def follow(courier: Courier, jobs: Mapping[Handle, str], *, timeout_s: float | N
             over += int(report.over) - int(before.over)
             stages[_label(before)] -= not before.over
             stages[_label(report)] += not report.over
-            progress.update(line, completed=over, description=_stages(stages))
+            progress.update(line, completed=over, description=shown_text(_stages(stages)))
     return last
 
 
@@ -93,16 +89,15 @@ def upload_row(url: str, job_id: str, report: Report) -> UploadRow:
 
 def upload_table(rows: list[UploadRow]) -> None:
     """Print the jobs, one line each."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("file", "study", "server", "outcome", "ms"):
-        table.add_column(heading, overflow="fold", justify="right" if heading == "ms" else "left")
+    table = Listing("file", Column("study", "id"), "server", Column("outcome", "text"), Column("ms", right=True))
     for row in rows:
         elapsed = "" if row.elapsed_ms is None else f"{row.elapsed_ms:.0f}"
-        study = f"[link={row.link}]{row.study}[/link]" if row.link else row.study
-        table.add_row(row.file, study, row.server, row.why, elapsed, style="" if row.stored else "yellow")
+        table.add_row(
+            row.file, linked(row.study, row.link), row.server, row.why, elapsed, style="" if row.stored else "yellow"
+        )
     console.print(table)
     for row in rows:
         if row.stored and row.link:
-            console.print(f"{row.file}: {row.link}", style="dim", highlight=False, soft_wrap=True)
+            console.print(f"{row.file}: {row.link}", style="dim")
         if row.waits:
-            console.print(f"{row.file}: {row.waits}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{row.file}: {row.waits}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from rich.table import Table
+from producer.terminal import Column, Listing, csv_rows, json_text, linked
 
 Entry = Mapping[str, Any]
 
@@ -15,18 +13,23 @@ COLUMNS = ("study_uid", "overlap", "images", "keep", "servers", "images_on", "on
 _STYLES = {"equal": "", "partial": "yellow", "none": "red"}
 
 
-def audit_table(entries: Iterable[Entry], *, header: bool = True) -> Table:
-    """One line per split study."""
-    table = Table(box=None, header_style="bold", pad_edge=False, show_header=header)
-    for heading, width in (("study", 30), ("same images", 11), ("images", 6), ("server: images", 24), ("only on", 20)):
-        table.add_column(heading, min_width=width, overflow="fold", justify="right" if width == 6 else "left")
+def audit_table() -> Listing:
+    """One line per split study, which `add_entries` adds."""
+    return Listing(
+        Column("study", "id", least=64),
+        Column("same images", least=11),
+        Column("images", right=True, least=6),
+        Column("server: images", least=24),
+        Column("only on", least=20),
+    )
+
+
+def add_entries(table: Listing, entries: Iterable[Entry]) -> None:
     for entry in entries:
-        link = entry["servers"][0]["viewer_url"]
-        study = f"[link={link}]{entry['study_uid']}[/link]" if link else entry["study_uid"]
+        study = linked(entry["study_uid"], entry["servers"][0]["viewer_url"])
         where = ", ".join(f"{place['server_name']}: {place['images']}" for place in entry["servers"])
         cells = (study, entry["overlap"], str(entry["images"]), where, _only_on(entry))
         table.add_row(*cells, style=_STYLES[entry["overlap"]])
-    return table
 
 
 def _only_on(entry: Entry) -> str:
@@ -35,10 +38,12 @@ def _only_on(entry: Entry) -> str:
 
 def write_csv(pages: Iterable[Sequence[Entry]], out: TextIO) -> None:
     """One line per split study; what is said of its servers is separated by blanks, in one order."""
-    writer = csv.writer(out)
-    writer.writerow(COLUMNS)
+    write_row = csv_rows(out)
+    write_row(COLUMNS)
     for entries in pages:
-        writer.writerows([_row(entry)[name] for name in COLUMNS] for entry in entries)
+        for entry in entries:
+            row = _row(entry)
+            write_row([row[name] for name in COLUMNS])
 
 
 def _row(entry: Entry) -> dict[str, Any]:
@@ -54,10 +59,10 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 def json_document(head: Mapping[str, Any], pages: Iterable[Sequence[Entry]]) -> Iterator[str]:
     """One JSON object in pieces: ``head`` and, as its last field, the entries."""
-    yield json.dumps(head, ensure_ascii=False)[:-1] + ', "entries": ['
+    yield json_text(head)[:-1] + ', "entries": ['
     separator = "\n"
     for entries in pages:
         for entry in entries:
-            yield separator + json.dumps(entry, ensure_ascii=False)
+            yield separator + json_text(entry)
             separator = ",\n"
     yield "]}\n"

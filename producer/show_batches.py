@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from rich.console import Group
 from rich.filesize import decimal
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from producer.batches import BatchDesk
 from producer.courier import Handle, Report
 from producer.errors import InvalidRequest, NotFound
 from producer.plans import PlanLine
 from producer.progress import Meter, Pace
-from producer.show import errors_console
+from producer.terminal import Column, Kind, Listing, csv_rows, errors_console, json_text, plain
 from worker.batches import ACTIVE, NOT_DONE, PASSES, Batch, Pass
 from worker.logs import shown_url
 from worker.windows import Window
@@ -49,18 +45,15 @@ def said(status: str) -> str:
     return status.replace("_", " ")
 
 
-def _table(*headings: str, right: Sequence[str] = ()) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in headings:
-        justify: Literal["left", "right"] = "right" if heading in right else "left"
-        table.add_column(heading, overflow="fold", justify=justify)
-    return table
+def _table(*headings: str, right: Sequence[str] = (), kinds: Mapping[str, Kind] | None = None) -> Listing:
+    kinds = kinds or {}
+    return Listing(*(Column(name, kinds.get(name, "word"), right=name in right) for name in headings))
 
 
 # --- counts -----------------------------------------------------------------------------------------------------
 
 
-def counts_table(batch: Batch) -> Table:
+def counts_table(batch: Batch) -> Listing:
     """One line per server, with the outcomes that there are, of all passes: done first, then verified, then undone."""
     found = batch.outcomes
     planned = batch.planned if any(batch.planned.get(name) for name in batch.types) else {}
@@ -100,7 +93,7 @@ def of_how_many(batch: Batch, which: Pass | None) -> int:
     return batch.items - (applied.get("skipped", 0) if which == "survey" else 0)
 
 
-def servers_table(servers: Sequence[Mapping[str, Any]]) -> Table:
+def servers_table(servers: Sequence[Mapping[str, Any]]) -> Listing:
     """What `pacs.delete_all` says of each server, with the columns that hold anything."""
     known = ("planned", "deleted", "hidden", "not_there", "refused", "failed", "remaining")
     columns = [name for name in known if name == "planned" or any(entry.get(name) for entry in servers)]
@@ -112,26 +105,24 @@ def servers_table(servers: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def failures_table(failures: Sequence[Mapping[str, Any]]) -> Table:
+def failures_table(failures: Sequence[Mapping[str, Any]]) -> Listing:
     """The first of what is not as it should be."""
-    table = _table("item", "server", "outcome", "why")
+    table = _table("item", "server", "outcome", "why", kinds={"item": "id", "why": "text"})
     for one in failures:
         item = shown_url(one.get("item") or one["study_uid"])  # its signature is nobody's business on a screen
         why = f"{one['code']}: {one['message']}" if one["code"] else one["message"]
-        table.add_row(escape(item), one["server_name"] or "–", said(one["status"]), escape(why), style="yellow")
+        table.add_row(item, one["server_name"] or "–", said(one["status"]), why, style="yellow")
     return table
 
 
-def batches_table(batches: Sequence[Batch]) -> Table:
-    """One line each, as wide as a terminal of 80 columns unless batches have names."""
+def batches_table(batches: Sequence[Batch]) -> Listing:
+    """One line each, where a terminal of 80 columns is wide enough."""
     named = any(batch.name for batch in batches)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("batch", "kind", *(["name"] if named else []), "state", "done", "items", "begun"):
-        justify: Literal["left", "right"] = "right" if heading in ("done", "items") else "left"
-        table.add_column(heading, overflow="fold", justify=justify, no_wrap=heading != "name")
+    headings = ("batch", "kind", *(["name"] if named else []), "state", "done", "items", "begun")
+    table = _table(*headings, right=("done", "items"), kinds={"batch": "id", "name": "text"})
     for batch in batches:
-        state = Text(batch.state, style=_STYLES.get(batch.state, ""))
-        name = [escape(batch.name)] if named else []
+        state = plain(batch.state, _STYLES.get(batch.state, ""))
+        name = [batch.name] if named else []
         table.add_row(batch.id, batch.kind, *name, state, _percent(batch), f"{batch.items:,}", _begun(batch))
     return table
 
@@ -204,15 +195,15 @@ class PlanSummary:
         return {"items": self.items, "to_do": self.to_do, "bytes": self.bytes, "groups": groups}
 
 
-def plan_table(summary: PlanSummary) -> Table:
-    table = _table("do", "server", "items", "bytes", "why", right=("items", "bytes"))
+def plan_table(summary: PlanSummary) -> Listing:
+    table = _table("do", "server", "items", "bytes", "why", right=("items", "bytes"), kinds={"why": "text"})
     for (do, server, why), (count, size) in sorted(summary.groups.items()):
         style = "" if do == "apply" else "yellow"
-        table.add_row(do, server or "–", f"{count:,}", decimal(size) if size else "", escape(why), style=style)
+        table.add_row(do, server or "–", f"{count:,}", decimal(size) if size else "", why, style=style)
     return table
 
 
-def reach_table(reach: Mapping[tuple[str, str], int]) -> Table:
+def reach_table(reach: Mapping[tuple[str, str], int]) -> Listing:
     """By server and outcome, the items that something would be about."""
     table = _table("server", "outcome", "items", right=("items",))
     for (server, status), count in sorted(reach.items()):
@@ -256,12 +247,12 @@ def has_ended(row: Mapping[str, Any], wanted: Collection[str]) -> bool:
 
 def write_csv(rows: Iterable[Mapping[str, Any]], out: TextIO, *, delimiter: str = ",") -> None:
     """A line of headings, then a line per item."""
-    writer = csv.writer(out, lineterminator="\n", delimiter=delimiter)
-    writer.writerow(REPORT_COLUMNS)
+    write_row = csv_rows(out, lineterminator="\n", delimiter=delimiter)
+    write_row(REPORT_COLUMNS)
     for row in rows:
         told = {**(row.get("result") or {}), **row, "message": _message(row)}
         cells = [told.get(name) for name in REPORT_COLUMNS[:-2]]
-        writer.writerow([*cells, *((row.get(which) or {}).get("status") for which in REPORT_COLUMNS[-2:])])
+        write_row([*cells, *((row.get(which) or {}).get("status") for which in REPORT_COLUMNS[-2:])])
 
 
 def _message(row: Mapping[str, Any]) -> str | None:
@@ -275,14 +266,14 @@ def _message(row: Mapping[str, Any]) -> str | None:
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
-        yield json.dumps(row, ensure_ascii=False) + "\n"
+        yield json_text(row) + "\n"
 
 
 def json_array(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """One JSON document, row by row: a report can be long."""
     separator = "["
     for row in rows:
-        yield f"{separator}{json.dumps(row, ensure_ascii=False)}"
+        yield f"{separator}{json_text(row)}"
         separator = ",\n"
     yield "[]\n" if separator == "[" else "]\n"
 
@@ -357,8 +348,8 @@ class Look:
         grid.add_column(no_wrap=True, justify="right")
         total = self.of_how_many
         bar = ProgressBar(total=total or None, completed=self.settled, pulse=not total)
-        grid.add_row(Text(self.state, style=_STYLES.get(self.state, "bold")), bar, self.done())
-        below = [Text(part, style="dim", overflow="fold") for part in (self.speed(), self.counts()) if part]
+        grid.add_row(plain(self.state, _STYLES.get(self.state, "bold")), bar, self.done())
+        below = [plain(part, "dim") for part in (self.speed(), self.counts()) if part]
         return Group(grid, *below)
 
 
@@ -421,4 +412,4 @@ class _Lines:
         now = time.monotonic()
         if look.state != self._state or now - self._written_s >= LINE_S:
             self._state, self._written_s = look.state, now
-            errors_console.print(look.line(), highlight=False, markup=False, soft_wrap=True)
+            errors_console.print(look.line())

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from producer.dead import at
-from producer.show import console
+from producer.terminal import Column, Listing, console, plain
 from worker.ledger import DeadLetter, Note
 
 
-def dead_table(letters: Iterable[DeadLetter]) -> Table:
-    table = _table("died (UTC)", "job", "task", "about", "server", "code", "why", "attempts", "deaths")
+def dead_table(letters: Iterable[DeadLetter]) -> Listing:
+    table = Listing(
+        "died (UTC)",
+        Column("job", "id"),
+        "task",
+        Column("about", "id"),
+        "server",
+        "code",
+        Column("why", "text"),
+        Column("attempts", right=True),
+        Column("deaths", right=True),
+    )
     for letter in letters:
         table.add_row(
             at(letter.died_ms),
             letter.job_id,
             letter.task,
-            escape(letter.about),
+            _about(letter.about),
             letter.error.get("server_name") or "–",
-            escape(letter.code),
-            escape(letter.message),
+            letter.code,
+            letter.message,
             str(letter.attempts),
             str(letter.deaths),
         )
@@ -32,23 +40,42 @@ def dead_table(letters: Iterable[DeadLetter]) -> Table:
 
 def show_letter(document: Mapping[str, Any], trail: Iterable[Note]) -> None:
     """All that is known of one, a fact per line, then what was decided about it."""
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    for name, value in document.items():
-        if name not in ("operation", "trail"):
-            facts.add_row(name.replace("_", " "), escape("" if value is None else str(value)))
-    console.print(facts)
-    table = _table("when (UTC)", "decision", "what")
+    # What else an error says stands in fields of its own.
+    shown = {**document, "about": _about(document["about"]), "error": document["error"].get("details") or None}
+    facts = {name: _in_words(value) for name, value in shown.items() if name not in ("operation", "trail")}
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        if fact:
+            console.print(plain(f"{name.replace('_', ' '):<{width}}  ", "bold") + plain(fact))
+    table = Listing("when (UTC)", "decision", Column("what", "text"))
     for note in trail:
-        what = ", ".join(f"{name}: {value}" for name, value in note.details.items())
-        table.add_row(at(note.at_ms), note.event, escape(what))
+        table.add_row(at(note.at_ms), note.event, _in_words(note.details))
     if table.row_count:
+        console.print()
         console.print(table)
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold", justify="right" if heading in ("attempts", "deaths") else "left")
-    return table
+def _about(job: str) -> str:
+    """What a job was to do, which the ledger has as the beginning of its JSON."""
+    try:
+        return _in_words(json.loads(job))
+    except ValueError:  # a long one is cut
+        return job
+
+
+def _in_words(value: Any) -> str:
+    """A value of JSON as people read it."""
+    match value:
+        case None | "":
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case Mapping():
+            told = ((name.replace("_", " "), _in_words(one)) for name, one in value.items())
+            return ", ".join(f"{name}: {words}" for name, words in told if words)
+        case str():
+            return value
+        case Sequence():
+            return ", ".join(filter(None, map(_in_words, value)))
+        case _:
+            return str(value)

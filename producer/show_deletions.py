@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
+from producer.terminal import Column, Listing
 
 _STYLES = {
     "deleted": "green",
@@ -19,13 +18,11 @@ _STYLES = {
 }
 
 
-def deletion_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+def deletion_table(entries: Sequence[Mapping[str, Any]]) -> Listing:
     """One line per server."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("server", "type", "outcome", "images", "note"):
-        table.add_column(heading, overflow="fold", justify="right" if heading == "images" else "left")
+    table = Listing("server", "type", "outcome", Column("images", right=True), Column("note", "text"))
     for entry in entries:
         images = "" if entry["images"] is None else str(entry["images"])
-        row = (entry["server_name"], entry["server_type"], entry["status"], images, escape(entry["note"]))
+        row = (entry["server_name"], entry["server_type"], entry["status"], images, entry["note"])
         table.add_row(*row, style=_STYLES[entry["status"]])
     return table

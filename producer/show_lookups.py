@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
-from producer.show import console
+from producer.terminal import Column, Kind, Listing, console
 
 _STYLES = {"found": "green", "not_there": "dim", "unavailable": "red"}
 #: What is shown of an image's metadata; the rest is in ``--json``.
@@ -21,26 +18,23 @@ _SHOWN = {
     "00200013": "number",
     "00080018": "image uid",
 }
+_KINDS: Mapping[str, Kind] = {"study": "text", "series": "text", "image uid": "id"}
 
 
 def found_table(payload: Mapping[str, Any]) -> None:
     """One line per server."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("server", "type", "outcome", "study", "series", "image"):
-        table.add_column(heading, overflow="fold")
+    uid_columns = (Column(name, "id") for name in ("study", "series", "image"))
+    table = Listing("server", "type", Column("outcome", "text"), *uid_columns)
     for entry in payload["servers"]:
         uids = [entry[name] or "" for name in ("study_uid", "series_uid", "image_uid")]
         status = entry["status"] if not entry["error"] else f"{entry['status']}: {entry['error']['message']}"
-        row = (entry["server_name"], entry["server_type"], escape(status), *uids)
-        table.add_row(*row, style=_STYLES[entry["status"]])
+        table.add_row(entry["server_name"], entry["server_type"], status, *uids, style=_STYLES[entry["status"]])
     console.print(table)
     for entry in payload["servers"]:
         if entry["viewer_url"]:
-            console.print(
-                f"{entry['server_name']}: {entry['viewer_url']}", highlight=False, markup=False, soft_wrap=True
-            )
+            console.print(f"{entry['server_name']}: {entry['viewer_url']}")
     for warning in payload["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
+        console.print(f"warning: {warning}", style="yellow")
 
 
 def metadata_table(payload: Mapping[str, Any]) -> None:
@@ -48,12 +42,10 @@ def metadata_table(payload: Mapping[str, Any]) -> None:
     for entry in payload["servers"]:
         if not entry["metadata"]:
             continue
-        name = entry["server_name"]
-        table = Table(box=None, header_style="bold", pad_edge=False, title=name, title_justify="left")
-        for heading in _SHOWN.values():
-            table.add_column(heading, overflow="fold")
+        table = Listing(*(Column(heading, _KINDS.get(heading, "word")) for heading in _SHOWN.values()))
         for dataset in entry["metadata"]:
-            table.add_row(*(escape(shown_value(dataset.get(tag))) for tag in _SHOWN))
+            table.add_row(*(shown_value(dataset.get(tag)) for tag in _SHOWN))
+        console.print(entry["server_name"], style="italic")
         console.print(table)
 
 

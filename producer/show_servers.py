@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.filesize import decimal
-from rich.markup import escape
-from rich.table import Table
+
+from producer.terminal import Column, Listing, plain
 
 Entry = Mapping[str, Any]
 
@@ -15,7 +15,7 @@ _NUMBERS = ("ms", "total", "free", "used")
 _STYLES = {"up": "green", "degraded": "yellow", "not responding": "bold red"}
 
 
-def status_table(entries: Sequence[Entry]) -> Table:
+def status_table(entries: Sequence[Entry]) -> Listing:
     return _table(
         entries,
         {
@@ -27,12 +27,12 @@ def status_table(entries: Sequence[Entry]) -> Table:
     )
 
 
-def storage_table(entries: Sequence[Entry]) -> Table:
+def storage_table(entries: Sequence[Entry]) -> Listing:
     columns = {name: _size(f"{name}_bytes") for name in ("total", "free", "used")}
     return _table(entries, columns)
 
 
-def database_table(entries: Sequence[Entry]) -> Table:
+def database_table(entries: Sequence[Entry]) -> Listing:
     return _table(entries, {"database": lambda entry: entry["database"], "ms": _latency})
 
 
@@ -44,16 +44,13 @@ def _size(field: str) -> Callable[[Entry], str]:
     return lambda entry: entry[field] if entry[field] == "unknown" else decimal(entry[field])
 
 
-def _table(entries: Sequence[Entry], columns: Mapping[str, Callable[[Entry], str]]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("server", "type", "status", *columns, "note"):
-        table.add_column(heading, overflow="fold", justify="right" if heading in _NUMBERS else "left")
+def _table(entries: Sequence[Entry], columns: Mapping[str, Callable[[Entry], str]]) -> Listing:
+    numbers = (Column(name, right=name in _NUMBERS) for name in columns)
+    table = Listing("server", "type", "status", *numbers, Column("note", "text"))
     for entry in entries:
         status = entry["status"]
         note = entry["error"]["message"] if entry["error"] else entry["note"]
         shown = "server not responding" if status == "not responding" else status
         cells = (column(entry) for column in columns.values())
-        colour = _STYLES[status]
-        row = (entry["server_name"], entry["server_type"], f"[{colour}]{shown}[/{colour}]", *cells, escape(note))
-        table.add_row(*row)
+        table.add_row(entry["server_name"], entry["server_type"], plain(shown, _STYLES[status]), *cells, note)
     return table

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
-from rich.markup import escape
-from rich.table import Table
-
-from producer.show import console
+from producer.terminal import Column, Listing, console, csv_rows, json_text, linked
 
 Entry = Mapping[str, Any]
 
@@ -34,25 +29,24 @@ COLUMNS = (
 
 def studies_table(entries: Iterable[Entry]) -> None:
     """One line per study; a split one stands out."""
+    table = Listing(
+        Column("date", least=8),
+        Column("patient", least=10),
+        Column("modalities", least=10),
+        Column("description", "text", least=20),
+        Column("study", "id", least=64),
+        Column("server: images", least=20),
+    )
     remaining = iter(entries)
-    header = True
     while rows := list(itertools.islice(remaining, _ROWS)):
-        console.print(_table(rows, header=header))
-        header = False
-
-
-def _table(rows: Sequence[Entry], *, header: bool) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, show_header=header)
-    for heading, width in (("date", 8), ("patient", 16), ("modalities", 10), ("description", 20), ("study", 30)):
-        table.add_column(heading, min_width=width, overflow="fold")
-    table.add_column("server: images", min_width=20, overflow="fold")
-    for entry in rows:
-        texts = (entry["study_date"], entry["patient_id"], ",".join(entry["modalities"]), entry["study_description"])
-        cells = [escape(text or "") for text in texts]
-        link = entry["servers"][0]["viewer_url"]
-        study = f"[link={link}]{entry['study_uid']}[/link]" if link else entry["study_uid"]
-        table.add_row(*cells, study, _where(entry), style="yellow" if len(entry["servers"]) > 1 else "")
-    return table
+        for entry in rows:
+            modalities = ",".join(entry["modalities"])
+            texts = (entry["study_date"], entry["patient_id"], modalities, entry["study_description"])
+            study = linked(entry["study_uid"], entry["servers"][0]["viewer_url"])
+            style = "yellow" if len(entry["servers"]) > 1 else ""
+            table.add_row(*(text or "" for text in texts), study, _where(entry), style=style)
+        console.print(table)
+        table.go_on()
 
 
 def _where(entry: Entry) -> str:
@@ -77,8 +71,8 @@ def left_out(server: Entry) -> str:
 
 def write_csv(entries: Iterable[Entry], out: TextIO) -> None:
     """One line per study; servers, images and links of a split study are separated by blanks, in one order."""
-    writer = csv.writer(out)
-    writer.writerow(COLUMNS)
+    write_row = csv_rows(out)
+    write_row(COLUMNS)
     for entry in entries:
         places = entry["servers"]
         joined = {
@@ -87,12 +81,12 @@ def write_csv(entries: Iterable[Entry], out: TextIO) -> None:
             "images": " ".join(_images(place) for place in places),
             "viewer_url": " ".join(place["viewer_url"] for place in places),
         }
-        writer.writerow([joined.get(name, entry.get(name)) for name in COLUMNS])
+        write_row([joined.get(name, entry.get(name)) for name in COLUMNS])
 
 
 def json_document(head: Mapping[str, Any], entries: Iterable[Entry]) -> Iterator[str]:
     """One JSON object in pieces: ``head`` and, as its last field, the studies."""
-    yield json.dumps(head, ensure_ascii=False)[:-1] + ', "studies": ['
+    yield json_text(head)[:-1] + ', "studies": ['
     for number, entry in enumerate(entries):
-        yield (",\n" if number else "\n") + json.dumps(entry, ensure_ascii=False)
+        yield (",\n" if number else "\n") + json_text(entry)
     yield "]}\n"

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.live import Live
 
 from producer import Courier
+from producer.terminal import Terminal, plain
 from sandbox import processes as parts
-from sandbox.endings import Upload, as_table, summary, surprises, viewer_links
+from sandbox.endings import Upload, as_table, progress, summary, surprises, viewer_links
 from sandbox.images import ImageServer
 from sandbox.ohif import is_site
 from sandbox.processes import PartFailed, Processes
@@ -82,7 +82,7 @@ def put_on_dcm4chee(stack: Stack, dicom: bytes) -> None:
         return
 
 
-def upload_all(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
+def upload_all(stack: Stack, uploads: Sequence[Upload], console: Terminal) -> None:
     """Enqueue every sample and follow it to its end, showing where each one is. Patience ends after a minute."""
     deadline = time.monotonic() + PATIENCE_S
     with (
@@ -92,7 +92,7 @@ def upload_all(stack: Stack, uploads: Sequence[Upload], console: Console) -> Non
         while not all(upload.over for upload in uploads) and time.monotonic() < deadline:
             _enqueue_what_is_due(courier, stack, uploads)
             _look_at(courier, [upload for upload in uploads if upload.job_id and not upload.over])
-            live.update(as_table(uploads))
+            live.update(progress(uploads))
             _complain_of_crashes(stack.processes)
             time.sleep(0.03)
 
@@ -127,12 +127,12 @@ def _complain_of_crashes(processes: Processes) -> None:
         raise crashed.failure()
 
 
-def show(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
+def show(stack: Stack, uploads: Sequence[Upload], console: Terminal) -> None:
     """The table, the viewer links it refers to, and the addresses."""
     console.print(as_table(uploads))
-    console.print(f"\n{summary(uploads)}\n", highlight=False)
+    console.print(f"\n{summary(uploads)}\n", style="bold red" if surprises(uploads) else "")
     for link, number in viewer_links(uploads).items():
-        console.print(f"[cyan]\\[{number}][/] {link}", soft_wrap=True, highlight=False)
+        console.print(plain(f"[{number}] ", "cyan") + plain(link))
     console.print()
     addresses = {
         "Flower (jobs, workers)": stack.flower.url,
@@ -142,18 +142,16 @@ def show(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
         "sample images": stack.images.base,
     }
     for what, address in addresses.items():
-        console.print(f"[dim]{what:<24}[/]{address}", soft_wrap=True, highlight=False)
+        console.print(plain(f"{what:<24}", "dim") + plain(address))
 
 
-def stay(stack: Stack, uploads: Sequence[Upload], console: Console) -> None:
+def stay(stack: Stack, uploads: Sequence[Upload], console: Terminal) -> None:
     """Until Ctrl-C, or until a part crashes."""
     stored = next(upload for upload in uploads if upload.payload)
     console.print(
         f"\nAll of it stays up until Ctrl-C. From another terminal:\n"
         f"  PACS_CONFIG={os.path.relpath(stack.config)} {_beside_python('pacs')} upload "
-        f"{stack.images.url(stored.sample.file)}",
-        soft_wrap=True,
-        highlight=False,
+        f"{stack.images.url(stored.sample.file)}"
     )
     while True:
         _complain_of_crashes(stack.processes)
@@ -164,7 +162,7 @@ def _beside_python(command: str) -> str:
     return os.path.relpath(Path(sys.executable).with_name(command))
 
 
-def run(console: Console, folder: Path, *, once: bool) -> int:
+def run(console: Terminal, folder: Path, *, once: bool) -> int:
     """Start, upload, show, and stay unless ``once``. Returns the exit status; leaves nothing running."""
     uploads = [Upload(sample) for sample in samples()]
     with console.status("Starting Redis, two PACS, a worker and Flower …"), ExitStack() as stack_lives:
@@ -190,16 +188,15 @@ def _stop_on_signals() -> None:
 @click.command(help=__doc__)
 @click.option("--once", is_flag=True, help="End after the table; exit status 0 only if all ended as expected.")
 def main(once: bool) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = Terminal()
     folder = Path(".run") / f"demo-{os.getpid()}"
     _stop_on_signals()
     try:
         status = run(console, folder, once=once)
     except PartFailed as failure:
-        console.print(f"[bold red]{failure.part} {failure.reason}.[/] The end of {folder / failure.part}.log:")
-        console.print(failure.log_tail, markup=False, highlight=False, soft_wrap=True)
+        said = plain(f"{failure.part} {failure.reason}.", "bold red")
+        console.print(said + plain(f" The end of {folder / failure.part}.log:"))
+        console.print(failure.log_tail)
         sys.exit(1)
     except KeyboardInterrupt:
         status = 130

@@ -13,6 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from producer.terminal import Column, Listing, linked, plain
 from sandbox.samples import STORED, Sample
 from worker.errors import CourierError
 
@@ -81,46 +82,45 @@ def summary(uploads: Sequence[Upload]) -> str:
     expected = [upload for upload in uploads if not upload.surprise]
     stored = sum(upload.ending == STORED for upload in expected)
     said = f"{stored} images stored, {len(expected) - stored} refused as they should be"
-    return said + (f", [bold red]{surprises(uploads)} ended otherwise[/]." if surprises(uploads) else ".")
+    return said + (f", {surprises(uploads)} ended otherwise." if surprises(uploads) else ".")
 
 
-def as_table(uploads: Sequence[Upload]) -> Table:
-    """The table as it stands now; fits into 100 columns."""
-    links = viewer_links(uploads)
+def progress(uploads: Sequence[Upload]) -> Table:
+    """How far each sample is, drawn again and again: a line each, on 80 columns too."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", show_edge=False)
-    for heading in ("file", "study", "server", "route", "viewer"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("ms", justify="right", no_wrap=True)
-    table.add_column("ending", overflow="fold")
+    for heading in ("file", "server", "ms", "ending"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "ms" else "left")
     for upload in uploads:
-        table.add_row(upload.sample.file, *_cells(upload, links))
+        ending = _ending(upload) if upload.over else Spinner("dots", plain(upload.stage, "cyan"))
+        table.add_row(upload.sample.file, upload.server_name or "", _ms(upload), ending)
     return table
 
 
-def _cells(upload: Upload, links: Mapping[str, int]) -> list[Any]:
-    if not upload.over:
-        return ["", "", "", "", "", Spinner("dots", Text(upload.stage, "cyan"))]
-    server = upload.server_name or "–"
-    ending = _ending(upload)
-    if upload.payload is None:
-        return ["–", server, "–", "–", "–", ending]
-    link = Text(f"[{links[upload.viewer_url]}]" if upload.viewer_url else "–", f"link {upload.viewer_url}")
-    study = _shortened(upload.payload["study_uid"])
-    took_ms = sum(upload.payload["timings_ms"].values())
-    return [study, server, upload.payload["route"]["reason"], link, f"{took_ms:.0f}", ending]
+def as_table(uploads: Sequence[Upload]) -> Listing:
+    """What became of each sample, its study's whole UID and the number of its viewer link."""
+    links = viewer_links(uploads)
+    words = (Column(heading) for heading in ("server", "route", "viewer"))
+    table = Listing("file", Column("study", "id"), *words, Column("ms", right=True), Column("ending", "text"))
+    for upload in uploads:
+        payload = upload.payload
+        study = payload["study_uid"] if payload else ""
+        route = payload["route"]["reason"] if payload else "–"
+        link = linked(f"[{links[upload.viewer_url]}]", upload.viewer_url) if upload.viewer_url else plain("–")
+        cells = (upload.sample.file, study, upload.server_name or "–", route, link, _ms(upload))
+        table.add_row(*cells, _ending(upload))
+    return table
+
+
+def _ms(upload: Upload) -> str:
+    return f"{sum(upload.payload['timings_ms'].values()):.0f}" if upload.payload else ""
 
 
 def _ending(upload: Upload) -> Text:
     if upload.surprise:
         said = f"{upload.ending}: {upload.message}" if upload.message else upload.ending
-        return Text(f"✗ {said} ({upload.surprise})", "bold red")
+        return plain(f"✗ {said} ({upload.surprise})", "bold red")
     if upload.ending != STORED:
-        return Text(f"✓ {upload.ending}", "yellow")
+        return plain(f"✓ {upload.ending}", "yellow")
     warnings = len(upload.payload["warnings"]) if upload.payload else 0
     noted = f", {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
-    return Text(f"✓ stored{noted}", "green")
-
-
-def _shortened(uid: str) -> str:
-    """The end of a UID is what differs between studies of one maker."""
-    return uid if len(uid) <= 23 else "…" + uid[-22:]
+    return plain(f"✓ stored{noted}", "green")

@@ -63,7 +63,8 @@ class TextLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         about = dict(record.about)  # type: ignore[attr-defined]  # the filter's
         record.job_id = shown_id(str(about.pop("job_id", "-")))
-        record.more = f" [{' '.join(f'{name}={value}' for name, value in about.items())}]" if about else ""
+        known = " ".join(f"{name}={shown_text(str(value))}" for name, value in about.items())
+        record.more = f" [{known}]" if known else ""
         record.message = _in_one_record(without_queries(record.message))
         return super().formatMessage(record)
 

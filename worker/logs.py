@@ -207,12 +207,23 @@ def shown_id(job_id: str) -> str:
     """A job's id as it may stand in a line: in quotation marks where it would not be seen where it ends."""
     if _IS_NAME(job_id):
         return job_id
-    return json.dumps(shown_text(without_queries(job_id), limit=300), ensure_ascii=False)
+    return shown_text(json.dumps(without_queries(job_id)[:300], ensure_ascii=False))
 
 
 def shown_text(text: str, *, limit: int | None = None) -> str:
-    """Text of others as it may stand in a line: what cannot be printed or encoded is replaced."""
-    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text[:limit])
+    """Text of others as it may stand in a line: what controls a terminal, breaks the line or cannot be encoded is
+    written as an escape (``\\x1b``).
+    """
+    text = text[:limit]
+    return text if text.isprintable() else "".join(sign if _is_text(sign) else _escaped(sign) for sign in text)
+
+
+def _is_text(sign: str) -> bool:
+    return sign in "\u200c\u200d" or unicodedata.category(sign) not in _NO_TEXT
+
+
+def _escaped(sign: str) -> str:
+    return sign.encode("unicode_escape").decode("ascii")
 
 
 def is_one_line(text: str) -> bool:
@@ -220,7 +231,7 @@ def is_one_line(text: str) -> bool:
 
     The joiners of Persian and Indian scripts and the wide space of Japanese names are text.
     """
-    return all(sign in "\u200c\u200d" or unicodedata.category(sign) not in _NO_TEXT for sign in text)
+    return all(map(_is_text, text))
 
 
 def stated(job: Mapping[str, Any]) -> dict[str, str]:

@@ -18,9 +18,9 @@ from producer.commands.session import Session
 from producer.courier import Courier
 from producer.errors import CourierError, StillRunning
 from producer.repairs import new_file, repair, write
-from producer.show import console, errors_console
-from producer.show_audit import audit_table, json_document, write_csv
+from producer.show_audit import add_entries, audit_table, json_document, write_csv
 from producer.show_studies import left_out
+from producer.terminal import console, errors_console, print_json, write_out
 
 Form = Literal["table", "json", "csv"]
 
@@ -75,11 +75,11 @@ def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_
     wish = _Wish(servers or None, conditions(filters, called="filter"), how["timeout_s"])
     with Session() as courier, _Pages() as found:
         try:
-            with errors_console.status("comparing the servers"):
+            with errors_console.busy("comparing the servers"):
                 _collect(courier, wish, found, plan)
         except (CourierError, StillRunning) as error:
             if form == "json":
-                click.echo(json.dumps(_failed(error), ensure_ascii=False))
+                print_json(_failed(error))
             raise
         _show(found, form)
     return DONE
@@ -111,20 +111,22 @@ def _repairs(courier: Courier, wish: _Wish, found: _Pages) -> Iterator[dict[str,
 def _show(found: _Pages, form: Form) -> None:
     if form == "json":
         for piece in json_document(found.head, found):
-            click.echo(piece, nl=False)
+            write_out(piece)
     elif form == "csv":
         write_csv(found, sys.stdout)
     else:
-        for number, entries in enumerate(found):
-            if entries:
-                console.print(audit_table(entries, header=not number))
+        table = audit_table()
+        for entries in filter(None, found):
+            add_entries(table, entries)
+            console.print(table)
+            table.go_on()
     head = found.head
     each = ", ".join(f"{server['server_name']}: {server['studies']}{left_out(server)}" for server in head["servers"])
     _say(f"{head['split']} of {head['studies']} studies are on more than one server ({each}).")
 
 
 def _say(sentence: str) -> None:
-    errors_console.print(sentence, style="dim", highlight=False, markup=False, soft_wrap=True)
+    errors_console.print(sentence, style="dim")
 
 
 def _failed(error: CourierError | StillRunning) -> dict[str, Any]:

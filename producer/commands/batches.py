@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from producer.courier import Courier, Handle, Report
 from producer.errors import Cancelled, StillRunning
 from producer.plans import PlanHeader, PlanLine, write
 from producer.repairs import new_file
-from producer.show import console
 from producer.show_batches import (
     PlanSummary,
     batches_table,
@@ -37,6 +35,7 @@ from producer.show_batches import (
     watch,
     write_csv,
 )
+from producer.terminal import console, drop_output, print_json, write_out
 from worker.batches import DONE_AGAIN, TROUBLE, Batch, Pass
 
 batch_argument = click.argument("batch_id", metavar="ID")
@@ -79,7 +78,7 @@ def seen_through(
     followed(courier, handle, timeout_s=timeout_s, as_json=as_json)
     report = handle.report()
     if as_json:
-        click.echo(json.dumps(entry(handle, report), ensure_ascii=False))
+        print_json(entry(handle, report))
     if report.result is None or report.error is not None:
         if isinstance(report.error, Cancelled) and not as_json:
             _show_counts(courier.batch.get(handle.batch_id))
@@ -120,16 +119,16 @@ def _in_trouble(payload: Mapping[str, Any], passes: Sequence[Pass]) -> int:
 
 def _show_end(batch: Batch, payload: Mapping[str, Any], passes: Sequence[Pass]) -> None:
     _show_counts(batch)
-    console.print(end_line(batch), highlight=False, markup=False)
+    console.print(end_line(batch))
     total, told = _in_trouble(payload, passes), [one for one in payload["failures"] if one["pass"] in passes]
     if told:
         console.print(failures_table(told))
     if total > len(told):
-        console.print(f"All {total:,} of them: pacs batch report {batch.id}", highlight=False)
+        console.print(f"All {total:,} of them: pacs batch report {batch.id}")
     missing = batch.kind in DONE_AGAIN and batch.of("verify").totals.get("missing")
     if missing or batch.of("apply").totals.get("failed"):
         what = "is missing" if missing else "failed"
-        console.print(f"What {what} can be tried again: pacs batch retry {batch.id}", highlight=False, soft_wrap=True)
+        console.print(f"What {what} can be tried again: pacs batch retry {batch.id}")
 
 
 def _show_counts(batch: Batch) -> None:
@@ -137,7 +136,7 @@ def _show_counts(batch: Batch) -> None:
     if table.row_count:
         console.print(table)
     for warning in batch.warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        console.print(f"warning: {warning}", style="yellow")
 
 
 # --- what there is ----------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def list_batches(as_json: bool) -> int:
     with Courier() as courier:
         batches = courier.batch.list()
     if as_json:
-        click.echo(json.dumps([one.as_json() for one in batches]))
+        print_json([one.as_json() for one in batches])
     elif batches:
         console.print(batches_table(batches))
     else:
@@ -180,7 +179,7 @@ def watch_batch(batch_id: str, timeout_s: float | None, as_json: bool) -> int:
         found = courier.batch.get(batch_id)
         if not courier.batch.is_over(found):
             if as_json:
-                click.echo(json.dumps(entry(handle, handle.report()), ensure_ascii=False))
+                print_json(entry(handle, handle.report()))
             raise still_running(handle, timeout_s)
         return _ended(courier, found, as_json=as_json)
 
@@ -194,7 +193,7 @@ def _ended(courier: Courier, found: Batch, *, as_json: bool) -> int:
         refused = None
     if as_json:
         why = {"error": refused.payload} if refused is not None else {}
-        click.echo(json.dumps({**payload, **why}, ensure_ascii=False))
+        print_json({**payload, **why})
     else:
         _show_end(found, payload, passes)
     if refused is not None:
@@ -227,7 +226,7 @@ def tell_plan(header: PlanHeader, lines: Iterator[PlanLine], path: Path | None, 
     """What a plan comes to, on standard output."""
     summary = told_plan(header, lines, path)
     if as_json:
-        click.echo(json.dumps({"batch_id": header.batch_id, "kind": header.kind, **plan_json(summary, path)}))
+        print_json({"batch_id": header.batch_id, "kind": header.kind, **plan_json(summary, path)})
     else:
         show_summary(summary, path)
     return DONE
@@ -257,9 +256,9 @@ def plan_json(summary: PlanSummary, path: Path | None) -> dict[str, Any]:
 
 def show_summary(summary: PlanSummary, path: Path | None) -> None:
     console.print(plan_table(summary))
-    console.print(plan_sentence(summary), highlight=False)
+    console.print(plan_sentence(summary))
     if path is not None:
-        console.print(f"{path}: the plan. pacs batch apply {path} does it.", highlight=False, markup=False)
+        console.print(f"{path}: the plan. pacs batch apply {path} does it.")
 
 
 def tell_reach(courier: Courier, found: Batch, wish: Wish, *, as_json: bool) -> int:
@@ -268,10 +267,10 @@ def tell_reach(courier: Courier, found: Batch, wish: Wish, *, as_json: bool) -> 
     if as_json:
         groups = [{"server_name": name or None, "status": status, "items": n} for (name, status), n in reach.items()]
         told = {"batch_id": found.id, "kind": found.kind, "state": found.state, "items": sum(reach.values())}
-        click.echo(json.dumps({**told, "groups": groups}))
+        print_json({**told, "groups": groups})
         return DONE
     console.print(reach_table(reach))
-    console.print(f"{wish} would be about {sum(reach.values()):,} of {found.items:,} items.", highlight=False)
+    console.print(f"{wish} would be about {sum(reach.values()):,} of {found.items:,} items.")
     return DONE
 
 
@@ -295,7 +294,7 @@ def report(batch_id: str, as_csv: bool, jsonl: bool, statuses: tuple[str, ...], 
         with _until_nobody_reads():
             if jsonl or as_json:
                 for piece in json_lines(rows) if jsonl else json_array(rows):
-                    sys.stdout.write(piece)
+                    write_out(piece)
             else:
                 write_csv(rows, sys.stdout, delimiter="," if as_csv else "\t")
             sys.stdout.flush()
@@ -308,7 +307,7 @@ def _until_nobody_reads() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        sys.stderr.close()  # else the interpreter complains about standard output when it ends
+        drop_output()
 
 
 def _in_vain(name: str, before: Batch, found: Batch) -> bool:
@@ -329,11 +328,11 @@ def _add(name: str, act: Callable[[BatchDesk, str], Batch], sentence: str) -> No
             found = act(courier.batch, batch_id)
             told = courier.batch.told(found)
         if as_json:
-            click.echo(json.dumps(told))
+            print_json(told)
         else:
             console.print(batches_table([found]))
             for line in filter(None, (order_line(found), *history_lines(told))):
-                console.print(line, style="dim", highlight=False, markup=False)
+                console.print(line, style="dim")
             _show_counts(found)
         if _in_vain(name, before, found):
             complain(f"The batch is {found.state}; there is nothing to {name}.")

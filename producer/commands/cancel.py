@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any, Final
 
@@ -11,6 +10,7 @@ import click
 from producer.commands.door import DONE, FAILED, as_json_option, complain, entry, plain_failures
 from producer.courier import Courier, Handle, Report
 from producer.errors import Cancelled
+from producer.terminal import console, print_json
 
 #: How long it is waited for the end of what was cancelled.
 _WAIT_S: Final = 3.0
@@ -34,11 +34,11 @@ def cancel(job_id: str, as_json: bool) -> int:
     told, cancelled = _told(job_id, report, begun=begun)
     if as_json:
         document: dict[str, Any] = {**entry(handle, report), "job_id": job_id, "cancelled": cancelled}
-        click.echo(json.dumps(document, ensure_ascii=False))
+        print_json(document)
     if not cancelled:
         complain(told)
     elif not as_json:
-        click.echo(told)
+        console.print(told)
     return DONE if cancelled else FAILED
 
 

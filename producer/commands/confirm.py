@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from producer.commands.door import Command
 from producer.errors import ConfirmationRequired, InvalidRequest
-from producer.show import errors_console
-from worker.logs import REASON_LENGTH, REQUESTED_BY_LENGTH
+from producer.terminal import console, errors_console, is_asked_on_a_terminal
+from worker.logs import REASON_LENGTH, REQUESTED_BY_LENGTH, shown_text
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask. Needed without a terminal, and with --json.")
 hide_option = click.option("--hide", is_flag=True, help="Only hide, where a server can do that.")
@@ -39,29 +38,29 @@ def history(command: Command) -> Command:
 
 def may_ask(*, as_json: bool) -> bool:
     """Whether there is a terminal to ask on. With ``--json`` nothing is asked: standard output is one document."""
-    return sys.stdin.isatty() and not as_json
+    return is_asked_on_a_terminal() and not as_json
 
 
 def must_be_told(*, yes: bool, as_json: bool) -> None:
     """Refuse to start what has to be confirmed and was not, where nothing can be asked."""
     if yes or may_ask(as_json=as_json):
         return
-    why = "--json asks nothing" if sys.stdin.isatty() else "there is no terminal to ask for confirmation"
+    why = "--json asks nothing" if is_asked_on_a_terminal() else "there is no terminal to ask for confirmation"
     raise ConfirmationRequired(f"Not started: {why}. Pass --yes.")
 
 
 def ask(question: str) -> bool:
-    return click.confirm(question, err=_is_output_redirected())
+    return click.confirm(shown_text(question), err=_is_output_redirected())
 
 
 def ask_to_type(request: str) -> str:
     """What is typed in answer."""
-    return str(click.prompt(request, default="", show_default=False, err=_is_output_redirected()))
+    return str(click.prompt(shown_text(request), default="", show_default=False, err=_is_output_redirected()))
 
 
 def _is_output_redirected() -> bool:
     """Whether a question is seen on standard error alone."""
-    return sys.stderr.isatty() and not sys.stdout.isatty()
+    return errors_console.file.isatty() and not console.file.isatty()
 
 
 def agreed(question: str | None, *, yes: bool, as_json: bool) -> bool:
@@ -71,7 +70,7 @@ def agreed(question: str | None, *, yes: bool, as_json: bool) -> bool:
     must_be_told(yes=yes, as_json=as_json)
     if ask(question):
         return True
-    click.echo("Nothing was done.")
+    console.print("Nothing was done.")
     return False
 
 
@@ -102,4 +101,4 @@ def _renamed(old: str, new: str, *, both: bool) -> None:
 
 def warn(sentence: str) -> None:
     """Say on standard error what has to be known beside what a command prints."""
-    errors_console.print(f"warning: {sentence}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    errors_console.print(f"warning: {sentence}", style="yellow")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,8 @@ from producer.commands.confirm import ask, may_ask, must_be_told, yes_option
 from producer.commands.door import DONE, FAILED, Command, as_json_option, plain_failures
 from producer.courier import Courier
 from producer.dead import DeadDesk, at, letter_json
-from producer.show import console
 from producer.show_dead import dead_table, show_letter
+from producer.terminal import console, print_json
 from worker.ledger import DeadLetter
 
 #: The tasks that may delete something when they are replayed.
@@ -178,7 +177,7 @@ def _steer(
         if asks or (dry_run and not as_json):
             _show(job_ids, first, codes)
         if asks and not ask(f"{verb.capitalize()} {len(job_ids)} dead letters?"):
-            click.echo("Nothing was done.")
+            console.print("Nothing was done.")
             return FAILED
         done = [] if dry_run else [job_id for job_id in job_ids if act(courier.dead, job_id)]
     gone = [] if dry_run else sorted(set(job_ids) - set(done))
@@ -186,7 +185,7 @@ def _steer(
         document = {"dry_run": dry_run, "chosen": len(job_ids), "codes": codes, "job_ids": job_ids, "gone": gone}
         _print({"operation": f"dead_{verb}", **document})
     elif not dry_run:
-        click.echo(f"{verb}: {len(done)} of {len(job_ids)} dead letters")
+        console.print(f"{verb}: {len(done)} of {len(job_ids)} dead letters")
     return FAILED if gone else DONE
 
 
@@ -213,8 +212,8 @@ def _show(job_ids: list[str], first: list[DeadLetter], codes: dict[str, int]) ->
     if len(job_ids) > len(first):
         console.print(f"and {len(job_ids) - len(first)} more", style="dim")
     counted = ", ".join(f"{count} {code}" for code, count in codes.items())
-    console.print(f"{len(job_ids)} dead letters{': ' if counted else ''}{counted}", highlight=False, markup=False)
+    console.print(f"{len(job_ids)} dead letters{': ' if counted else ''}{counted}")
 
 
 def _print(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False))
+    print_json(document)

@@ -25,8 +25,8 @@ from producer.commands.lookups import level_argument, study_option
 from producer.commands.session import Session
 from producer.courier import Courier
 from producer.errors import CourierError, InvalidRequest
-from producer.show import console
 from producer.show_deletions import deletion_table
+from producer.terminal import console
 from worker.payloads import Level, check_uid
 
 servers_option = click.option("--server", "servers", multiple=True, help="Only on this server; may be repeated.")
@@ -114,7 +114,7 @@ def delete(level: Level, uid: str, servers: Sequence[str], backup: str | None, *
         if may_ask(as_json=wish.as_json) and not (how["yes"] or how["dry_run"]):
             wish.carry_out(courier, dry_run=True, quiet=False)
             if not ask(f"Delete this {level}?"):
-                click.echo("Nothing was deleted.")
+                console.print("Nothing was deleted.")
                 return FAILED
         if backup is not None and not how["dry_run"]:
             return wish.back_up_and_delete(courier)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import click
-from rich.markup import escape
-from rich.table import Table
 
 from producer.commands.door import DONE, FAILED, UNAVAILABLE, as_json_option, plain_failures
 from producer.doctor import Finding, examine
-from producer.show import console, errors_console
+from producer.terminal import Column, Listing, console, errors_console, plain, print_json
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "unavailable": "bold red"}
 
@@ -23,23 +19,19 @@ def doctor(as_json: bool) -> int:
 
     Exit status 1: something is wrong; 3: the broker, the ledger or a server cannot be reached.
     """
-    with errors_console.status("looking"):
+    with errors_console.busy("looking"):
         findings = list(examine())
     if as_json:
         document = {"operation": "doctor", "findings": [finding.as_json() for finding in findings]}
-        click.echo(json.dumps(document, ensure_ascii=False))
+        print_json(document)
     else:
         console.print(_table(findings))
     states = {finding.state for finding in findings}
     return FAILED if "failed" in states else UNAVAILABLE if "unavailable" in states else DONE
 
 
-def _table(findings: list[Finding]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("check", "", "found", "what to do"):
-        table.add_column(heading, overflow="fold")
+def _table(findings: list[Finding]) -> Listing:
+    table = Listing("check", "state", Column("found", "text"), Column("what to do", "text"))
     for finding in findings:
-        style = _STYLES[finding.state]
-        row = (finding.check, f"[{style}]{finding.state}[/{style}]", escape(finding.found), escape(finding.advice))
-        table.add_row(*row)
+        table.add_row(finding.check, plain(finding.state, _STYLES[finding.state]), finding.found, finding.advice)
     return table

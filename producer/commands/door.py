@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import signal
 import sys
 import threading
@@ -24,7 +23,8 @@ from producer.errors import (
     PacsUnavailable,
     StillRunning,
 )
-from producer.show import errors_console, follow
+from producer.show import follow
+from producer.terminal import drop_output, errors_console, output_fault, prepare_output, print_json
 from worker.settings import SettingsError
 from worker.waits import sentence
 
@@ -88,6 +88,7 @@ def plain_failures(command: Callable[Arguments, int]) -> Callable[Arguments, Non
 
     @functools.wraps(command)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        prepare_output()
         try:
             with _terminated_as_interrupted():
                 status = command(*args, **kwargs)
@@ -102,9 +103,29 @@ def plain_failures(command: Callable[Arguments, int]) -> Callable[Arguments, Non
         except (BrokerUnavailable, StillRunning) as error:
             complain(str(error))
             status = UNAVAILABLE
-        sys.exit(status)
+        except OSError as error:
+            status = _output_lost(error)
+        sys.exit(_all_written(status))
 
     return guarded
+
+
+def _output_lost(error: OSError) -> int:
+    """The exit status after an error of writing; one of anything else goes on."""
+    if output_fault() is None and not isinstance(error, BrokenPipeError):
+        raise error
+    return FAILED
+
+
+def _all_written(status: int) -> int:
+    """``status``, unless standard output has not taken all of it. `pacs … | head` gets no sentence."""
+    fault = output_fault()
+    if fault is None:
+        return status
+    drop_output()
+    if not isinstance(fault, BrokenPipeError):
+        complain(f"Standard output cannot be written: {fault.strerror}.")
+    return FAILED
 
 
 def _interrupted(error: Interrupted | KeyboardInterrupt | click.Abort) -> int:
@@ -130,7 +151,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def complain(sentence: str) -> None:
     """Say why a command ends as it does."""
-    errors_console.print(f"pacs: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
+    errors_console.print(f"pacs: {sentence}", style="red")
 
 
 def entry(handle: Handle, report: Report) -> dict[str, Any]:
@@ -155,7 +176,7 @@ def ended(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json:
     """
     report = follow(courier, {handle: handle.id}, timeout_s=timeout_s, quiet=as_json)[handle.id]
     if as_json:
-        click.echo(json.dumps(entry(handle, report), ensure_ascii=False))
+        print_json(entry(handle, report))
     if report.error is not None:
         raise report.error
     if report.result is None:

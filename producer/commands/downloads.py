@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from producer.commands.door import DONE, as_json_option, ended, mode_option, plain_failures, timeout_option
 from producer.commands.session import Session
-from producer.show import console
+from producer.terminal import console
 
 
 @click.command()
@@ -48,5 +48,5 @@ def download(
         size = "" if payload["size_bytes"] is None else f", {decimal(payload['size_bytes'])}"
         kept = f", {payload['resumed']} of them there already" if payload["resumed"] else ""
         sentence = f"{payload['status']}: {payload['instances']} images{kept}{size} from {payload['server_name']}"
-        console.print(f"{sentence} at {payload['destination']}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{sentence} at {payload['destination']}")
     return DONE

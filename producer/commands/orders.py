@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,8 +60,8 @@ from producer.courier import Courier, Handle
 from producer.errors import ConfirmationRequired, InvalidRequest
 from producer.orders import Given, Order, of_plan_file
 from producer.repairs import check_new
-from producer.show import console, errors_console
 from producer.show_batches import PlanSummary, failures_table, of_how_many, servers_table
+from producer.terminal import console, errors_console, is_asked_on_a_terminal, print_json
 from worker.batches import Batch, Pass
 from worker.filters import check_filters, check_selecting, check_unambiguous
 
@@ -147,9 +145,9 @@ class _How:
 
     def ordered(self, courier: Courier, order: Order, given: Given | None) -> Handle:
         """Order it; on a terminal it is shown how far reading and planning are."""
-        with errors_console.status("") as status:
+        with errors_console.busy() as show:
             if given is not None and not self.quiet:
-                given = replace(given, step=status.update)
+                given = replace(given, step=show)
             return courier.batch.order(order, given)
 
 
@@ -162,7 +160,7 @@ def _history(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _say(sentence: str) -> None:
-    errors_console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    errors_console.print(sentence, style="yellow")
 
 
 # --- the four orders --------------------------------------------------------------------------------------------
@@ -337,7 +335,7 @@ def _asked_first(courier: Courier, order: Order, given: Given | None, how: _How,
         raise
     if not goes_on:
         courier.batch.cancel(handle.batch_id)
-        click.echo("Nothing was done.")
+        console.print("Nothing was done.")
         return FAILED
     handle = courier.batch.apply(handle.batch_id, **_confirmed(how.options))
     if how.options["no_wait"]:
@@ -364,7 +362,7 @@ def _with_typed_number(courier: Courier, error: ConfirmationRequired, options: M
         raise error
     question = f"This deletes images of {studies} studies; deletions.max_studies_per_order is {limit}."
     if ask_to_type(f"{question} Type the number to go on") != str(studies):
-        click.echo("Nothing was deleted.")
+        console.print("Nothing was deleted.")
         return None
     go_on = getattr(courier.batch, error.details["command"])
     again: Handle = go_on(error.details["batch_id"], confirm_studies=studies, **_history(options))
@@ -377,7 +375,7 @@ def _planned(courier: Courier, handle: Handle, how: _How) -> int:
     report = handle.report()
     if report.result is None or report.error is not None:
         if how.quiet:
-            click.echo(json.dumps(entry(handle, report), ensure_ascii=False))
+            print_json(entry(handle, report))
         raise report.error or still_running(handle, how.timeout_s)
     header, lines = courier.batch.plan(handle.batch_id)
     path: Path | None = how.options["plan_path"]
@@ -388,20 +386,27 @@ def _planned(courier: Courier, handle: Handle, how: _How) -> int:
             f"{error.message} The batch is planned: pacs batch plan {handle.batch_id} --plan FILE writes its plan."
         ) from error
     if how.quiet:
-        click.echo(json.dumps({**report.result, **plan_json(summary, path)}, ensure_ascii=False))
+        print_json({**report.result, **plan_json(summary, path)})
         return DONE
     show_summary(summary, path)
     for warning in courier.batch.get(handle.batch_id).warnings:
         _say(f"warning: {warning}")
     if path is None and how.plans_only:
-        console.print(f"pacs batch apply {handle.batch_id} does it.", highlight=False)
+        console.print(f"pacs batch apply {handle.batch_id} does it.")
     return DONE if summary.to_do or how.plans_only else FAILED
 
 
 def _left(handle: Handle, how: _How) -> int:
     ids = {"batch_id": handle.batch_id, "job_id": handle.id}
-    click.echo(json.dumps(ids) if how.quiet else handle.batch_id)
+    _print_ids(ids, handle.batch_id, as_json=how.quiet)
     return DONE
+
+
+def _print_ids(ids: Mapping[str, str], batch_id: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(ids)
+    else:
+        console.print(batch_id)
 
 
 # --- going on with one that is there ----------------------------------------------------------------------------
@@ -451,7 +456,7 @@ def _file_applied(courier: Courier, path: Path, *, yes: bool, dry_run: bool, opt
     if dry_run:
         return tell_plan(plan_file.header, iter(plan_file), None, as_json=options["as_json"])
     question = _question(order.kind, order.wishes, plan_file.totals.counts["apply"])
-    if question and not yes and sys.stdin.isatty():
+    if question and not yes and is_asked_on_a_terminal():
         show_summary(PlanSummary.of(plan_file), None)
     if not agreed(question, yes=yes, as_json=options["as_json"]):
         return FAILED
@@ -571,7 +576,7 @@ def delete_all(servers: Sequence[str], confirm: str | None, dry_run: bool, **how
             **_confirmed(how),
         )
         if how["no_wait"]:
-            click.echo(json.dumps({"batch_id": handle.id}) if quiet else handle.id)
+            _print_ids({"batch_id": handle.id}, handle.id, as_json=quiet)
             return DONE
         try:
             return _all_deleted(courier, handle, timeout_s=how["timeout_s"], as_json=quiet)
@@ -596,5 +601,5 @@ def _all_deleted(courier: Courier, handle: Handle, *, timeout_s: float | None, a
         for warning in payload["warnings"]:
             _say(f"warning: {warning}")
         if payload["failures_total"] > len(payload["failures"]):
-            console.print(f"All {payload['failures_total']} failures: pacs batch report {handle.id}", highlight=False)
+            console.print(f"All {payload['failures_total']} failures: pacs batch report {handle.id}")
     return FAILED if payload["failures_total"] else DONE

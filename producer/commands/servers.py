@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import Any
 
 import click
 from rich.live import Live
-from rich.table import Table
 
 from producer.commands.door import DONE, UNAVAILABLE, as_json_option, ended, plain_failures
 from producer.commands.session import Session
 from producer.courier import Courier, Handle
 from producer.errors import InvalidRequest
-from producer.show import console
 from producer.show_servers import database_table, status_table, storage_table
+from producer.terminal import Listing, console
 
 #: A worker answers such a question within about twenty seconds; later means that none is listening.
 WAIT_S = 30.0
@@ -39,12 +39,27 @@ def status(servers: Sequence[str], every_s: float | None, timeout_s: float, as_j
         return _once(lambda courier: courier.status(servers or None), status_table, timeout_s, as_json=as_json)
     if as_json or every_s <= 0:
         raise InvalidRequest("--watch takes a number of seconds above 0 and prints no JSON.")
-    with Session() as courier, Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+    with Session() as courier, _screen() as show, suppress(KeyboardInterrupt):
         while True:
             payload = courier.status(servers or None).result(timeout_s=timeout_s)
-            live.update(status_table(payload["servers"]), refresh=True)
+            show(status_table(payload["servers"]))
             time.sleep(every_s)
     return DONE
+
+
+@contextmanager
+def _screen() -> Iterator[Callable[[Listing], None]]:
+    """What to do with each answer: draw it over the last one, or write it below, with its time, where none is seen."""
+    if console.columns is not None:
+        with Live(console=console, auto_refresh=False) as live:
+            yield lambda table: live.update(table, refresh=True)
+        return
+
+    def write(table: Listing) -> None:
+        console.print(datetime.now().astimezone().isoformat(timespec="seconds"))
+        console.print(table)
+
+    yield write
 
 
 @click.command()
@@ -68,7 +83,7 @@ def database(servers: Sequence[str], timeout_s: float, as_json: bool) -> int:
 
 
 def _once(
-    ask: Callable[[Courier], Handle], table: Callable[[Sequence[Any]], Table], timeout_s: float, *, as_json: bool
+    ask: Callable[[Courier], Handle], table: Callable[[Sequence[Any]], Listing], timeout_s: float, *, as_json: bool
 ) -> int:
     with Session() as courier:
         payload = ended(courier, ask(courier), timeout_s=timeout_s, as_json=as_json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from typing import Literal
@@ -13,9 +12,9 @@ import click
 from producer.commands.door import DONE, UNAVAILABLE, as_json_option, conditions, mode_option, plain_failures
 from producer.commands.session import Session
 from producer.errors import CourierError
-from producer.show import errors_console
 from producer.show_studies import json_document, left_out, studies_table, write_csv
 from producer.studies import StudyList, walk
+from producer.terminal import errors_console, print_json, write_out
 
 #: Studies per page while all are listed.
 PAGE = 1000
@@ -38,13 +37,13 @@ def studies(
     with Session() as courier, StudyList() as listed:
         page = min(limit or PAGE, PAGE)
         pages = walk(courier, mode=mode, filters=conditions(filters, called="filter"), limit=page, timeout_s=timeout_s)
-        with errors_console.status("") as progress:
+        with errors_console.busy() as progress:
             try:
                 for count in listed.extend(pages, at_most=limit):
-                    progress.update(f"{count} studies")
+                    progress(f"{count} studies")
             except CourierError as error:
                 if as_json:
-                    click.echo(json.dumps({"status": "failed", "error": error.payload}, ensure_ascii=False))
+                    print_json({"status": "failed", "error": error.payload})
                 raise
         return _show(listed, mode, limit, form)
 
@@ -56,7 +55,7 @@ def _show(listed: StudyList, mode: str, limit: int | None, form: Form) -> int:
         whole = listed.cursor is None and (limit is None or len(listed) <= limit)
         head = {"operation": "list_studies", "mode": mode, "complete": whole, "servers": servers}
         for piece in json_document(head, entries):
-            click.echo(piece, nl=False)
+            write_out(piece)
     elif form == "csv":
         write_csv(entries, sys.stdout)
     else:
@@ -65,7 +64,5 @@ def _show(listed: StudyList, mode: str, limit: int | None, form: Form) -> int:
     for server in servers:
         end = server["error"]["message"] if server["error"] else "all" if server["status"] == "complete" else "and more"
         line = f"{server['server_name']}: {server['count']} studies, {end}{left_out(server)}"
-        errors_console.print(
-            line, style="red" if server in missing else "dim", highlight=False, markup=False, soft_wrap=True
-        )
+        errors_console.print(line, style="red" if server in missing else "dim")
     return UNAVAILABLE if missing else DONE

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import click
 
 from producer.commands.door import DONE, as_json_option, entry, plain_failures, timeout_option, worst
 from producer.commands.session import Interrupted, Session, job_goes_on
 from producer.courier import Handle
 from producer.errors import InvalidRequest
+from producer.inputs import BadRow, Row, rows_of_file
 from producer.show import follow, upload_row, upload_table
+from producer.terminal import console, print_json
 
 
 @click.command()
@@ -36,7 +35,7 @@ def upload(
             return DONE
         reports = follow(courier, jobs, timeout_s=timeout_s, quiet=as_json)
     if as_json:
-        click.echo(json.dumps([entry(handle, reports[handle.id]) for handle in jobs], ensure_ascii=False))
+        print_json([entry(handle, reports[handle.id]) for handle in jobs])
     else:
         rows = [upload_row(url, handle.id, reports[handle.id]) for handle, url in jobs.items()]
         upload_table(rows)
@@ -57,9 +56,9 @@ def result(job_id: str, timeout_s: float | None, as_json: bool) -> int:
         except KeyboardInterrupt:
             raise Interrupted(f"Interrupted. {job_goes_on(job_id)}") from None
     if as_json:
-        click.echo(json.dumps(entry(handle, report), ensure_ascii=False))
+        print_json(entry(handle, report))
     elif report.result is not None and report.result.get("operation") != "upload":
-        click.echo(json.dumps(report.result, ensure_ascii=False, indent=2))
+        print_json(report.result, indent=2)
     else:
         source = (report.result or {}).get("source", "")
         upload_table([upload_row(source, handle.id, report)])
@@ -68,13 +67,22 @@ def result(job_id: str, timeout_s: float | None, as_json: bool) -> int:
 
 def _expanded(urls: tuple[str, ...]) -> list[str]:
     """The URLs with "-" replaced by the lines of standard input."""
-    lines = [line.strip() for line in sys.stdin] if "-" in urls else []
+    lines = [_url(row) for row in rows_of_file("-")] if "-" in urls else []
     expanded = [one for url in urls for one in (lines if url == "-" else [url]) if one]
     if not expanded:
         raise InvalidRequest("No URL was given on standard input.")
     return expanded
 
 
+def _url(row: Row | BadRow) -> str:
+    if isinstance(row, BadRow):
+        raise InvalidRequest(f"Standard input, {row.place}: {row.why}. Nothing was begun.")
+    return row.text
+
+
 def _print_ids(handles: list[Handle], *, as_json: bool) -> None:
     ids = [handle.id for handle in handles]
-    click.echo(json.dumps(ids) if as_json else "\n".join(ids))
+    if as_json:
+        print_json(ids)
+    else:
+        console.print("\n".join(ids))

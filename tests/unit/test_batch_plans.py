@@ -98,7 +98,7 @@ def test_a_refusal_says_what_is_wrong_and_where_and_quotes_nothing(tmp_path: Pat
     case('"do": "skip"', '"do": "DOE^JANE"', "line 3: do:")
     case('{"item": "1.2.4"', 'DOE^JANE{"item": "1.2.4"', "line 3:")
     case('"server": "msdicom"', '"server": 7', "line 2: server:")
-    case('"server": "msdicom"', '"ser\x7fver": "msdicom"', "line 2: ser\ufffdver:")
+    case('"server": "msdicom"', '"ser\x7fver": "msdicom"', "line 2: ser\\x7fver:")
     case('"server": "msdicom"', '"https://u:JANE@h/?sig=JANE": 1', "line 2: https://h/:")
     case('"items": 3', '"items": 4', "line 5: the totals speak of 4 items and there are 3")
     case("pacs-courier/plan", "pacs-courier/repair", "a repair plan of pacs audit")
