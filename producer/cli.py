@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import sys
+from typing import Any
+
 import click
 
 from producer.commands import (
@@ -19,9 +23,22 @@ from producer.commands import (
     trace,
     uploads,
 )
+from producer.commands.door import output_lost
+from producer.terminal import OutputLost
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Pacs(click.Group):
+    def main(self, *args: Any, **how: Any) -> Any:
+        """As click's, which writes help itself, outside of any command, and knows no full disk."""
+        try:
+            return super().main(*args, **how)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            sys.exit(output_lost(OutputLost(error.errno, error.strerror)))
+
+
+@click.group(cls=_Pacs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="pacs-courier")
 def main() -> None:
     """Put images into the right PACS, and ask, move and delete what is there.

@@ -6,7 +6,9 @@ many there are. Nothing of a row's text is ever quoted: a wrong column may hold 
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import re
 import sys
@@ -31,6 +33,9 @@ _LISTED_SCHEMES = ("s3", "az", "file", f"s3{ENCODED}", f"az{ENCODED}")
 _SCHEMES = ("http", "https", *_LISTED_SCHEMES)
 _URL = re.compile(rf"(?i:(?P<zip>zip\+)?(?P<scheme>{'|'.join(map(re.escape, _SCHEMES))})):")
 _MAX_URL = 8192
+#: The first line that Excel reads, and writes, to say what separates columns.
+_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+_MAY_BE_ITEM = re.compile(rf"[\s\"]*(?:{_URL.pattern}|\d+(?:\.\d+){{2,}}[\s\"]*$)").match
 
 #: The item of a row's text; `Unfit` says why there is none.
 Judge = Callable[[str], str]
@@ -97,7 +102,8 @@ def rows_of_file(name: str, *, column: str | None = None) -> Iterator[Row | BadR
     """The rows of a file, or of standard input where ``name`` is ``-``.
 
     Without ``column`` a row is a line; empty ones and those that begin with # are left out. With it the file is CSV
-    with a line of headings (separated by comma, semicolon, tab or bar), or JSON Lines, whose field is meant.
+    with a line of headings (separated by comma, semicolon, tab, bar, or what a first line such as ``sep=;`` names), or
+    JSON Lines, whose field is meant.
 
     Raises
     ------
@@ -119,6 +125,9 @@ def rows_of_stream(file: BinaryIO, shown: str, *, column: str | None) -> Iterato
         yield from _plain(lines)
     elif first.lstrip()[:1] == "{":
         yield from _json_lines(lines, column)
+    elif separator := _SEPARATOR.fullmatch(first):
+        lines.drop()
+        yield from _csv(lines, column, lines.peek(), separator[1])
     else:
         yield from _csv(lines, column, first)
 
@@ -127,11 +136,16 @@ def shown_name(name: str) -> str:
     return "standard input" if name == "-" else Path(name).name
 
 
+def check_standard_input() -> None:
+    """Refuse to read from it if it is closed, as by ``<&-``."""
+    if sys.stdin is None:
+        raise InvalidRequest("Standard input is closed, so there is nothing to read from it.")
+
+
 @contextmanager
 def _opened(name: str) -> Iterator[BinaryIO]:
     if name == "-":
-        if sys.stdin is None:
-            raise InvalidRequest("Standard input is closed, so there is nothing to read from it.")
+        check_standard_input()
         yield sys.stdin.buffer
         return
     try:
@@ -146,13 +160,18 @@ def _opened(name: str) -> Iterator[BinaryIO]:
 
 
 class _Lines:
-    """A file's lines as text, none of them longer than memory; ``number`` is the last one's."""
+    """A file's lines as text, none of them longer than memory; ``number`` is the last one's.
+
+    ``taken`` are those since it was set to an empty list. A line ends at LF, at CR LF or at CR alone. UTF-16, which
+    Excel writes as "Unicode text", and PowerShell, is read as well as UTF-8.
+    """
 
     def __init__(self, file: BinaryIO, shown: str) -> None:
-        self._file = file
+        self._read = _texts(file)
         self._ahead: list[str] = []
         self.shown = shown
         self.number = 0
+        self.taken: list[str] | None = None
 
     @property
     def place(self) -> str:
@@ -160,28 +179,79 @@ class _Lines:
 
     def peek(self) -> str:
         """The first line that is not empty, which will come again."""
-        while (line := self._read()) is not None:
+        for line in self._read:
             self._ahead.append(line)
             if line.strip():
                 return line
         return ""
 
+    def drop(self) -> None:
+        """Leave out what `peek` has seen."""
+        self.number += len(self._ahead)
+        self._ahead.clear()
+
     def __iter__(self) -> Iterator[str]:
-        while (line := self._ahead.pop(0) if self._ahead else self._read()) is not None:
+        while line := self._ahead.pop(0) if self._ahead else next(self._read, ""):
             self.number += 1
+            if self.taken is not None:
+                self.taken.append(line)
             yield line
 
-    def _read(self) -> str | None:
-        data = self._file.readline(MAX_LINE_BYTES)
-        if not data:
-            return None
-        if len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
-            while (rest := self._file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                pass
-            return _TOO_LONG
-        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+
+def _texts(file: BinaryIO) -> Iterator[str]:
+    """The lines of ``file`` with an LF at the end; `_TOO_LONG` stands for one that is longer than a line may be."""
+    head = b""
+    while len(head) < _HEAD_BYTES and (more := file.read(_HEAD_BYTES - len(head))):
+        head += more
+    decoder = _decoder(head)
+    pending, is_too_long, data = "", False, head
+    while data:
+        *lines, pending = (pending + decoder.decode(data)).split("\n")
+        for line in lines:
+            yield _TOO_LONG if is_too_long or len(line) >= MAX_LINE_BYTES else f"{line.removeprefix(_BOM)}\n"
+            is_too_long = False
+        is_too_long = is_too_long or len(pending) >= MAX_LINE_BYTES
+        pending = "" if is_too_long else pending
+        data = _some(file)
+    last = pending + _end(decoder)
+    if is_too_long or last:
+        yield _TOO_LONG if is_too_long else last.removeprefix(_BOM)
 
 
+def _end(decoder: io.IncrementalNewlineDecoder) -> str:
+    """What is left; half a character is told as `_fault` knows it."""
+    try:
+        return decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return _HALF
+
+
+def _some(file: BinaryIO) -> bytes:
+    """What there is: from a pipe, as it comes."""
+    data: bytes = file.read1(MAX_LINE_BYTES) if hasattr(file, "read1") else file.read(MAX_LINE_BYTES)
+    return data
+
+
+def _decoder(head: bytes) -> io.IncrementalNewlineDecoder:
+    """For a file that begins so. Of UTF-16 without its mark every second byte of a URL, or of a number, is zero."""
+    encoding = "utf-8"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif _are_mostly_zero(head[::2]):
+        encoding = "utf-16-be"
+    elif _are_mostly_zero(head[1::2]):
+        encoding = "utf-16-le"
+    errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+    return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(errors), translate=True)
+
+
+def _are_mostly_zero(data: bytes) -> bool:
+    return data.count(0) * 2 > len(data)
+
+
+_HEAD_BYTES = 64
+_BOM = "\ufeff"
+_HALF = "\ud800"
 #: Stands for a line that was too long. It begins with what no text has.
 _TOO_LONG = "\ufffe too long\n"
 
@@ -192,8 +262,9 @@ def _fault(line: str) -> str:
         return ""
     if line.startswith(_TOO_LONG[0]):
         return f"longer than {MAX_LINE_BYTES} bytes"
-    if any("\ud800" <= sign <= "\udfff" for sign in line):
-        return "not UTF-8"
+    halves = [sign for sign in line if "\ud800" <= sign <= "\udfff"]
+    if halves:
+        return "not UTF-8" if all("\udc80" <= sign <= "\udcff" for sign in halves) else "half a character"
     return ""
 
 
@@ -219,14 +290,18 @@ def _json_lines(lines: _Lines, column: str) -> Iterator[Row | BadRow]:
             yield BadRow(lines.place, _fault(line) or "no JSON object")
         elif not isinstance(document.get(column), str):
             yield BadRow(lines.place, f"without a text called {column}")
+        elif fault := _fault(document[column]):
+            yield BadRow(lines.place, fault)
         else:
             yield Row(lines.place, document[column].strip())
 
 
-def _csv(lines: _Lines, column: str, heading: str) -> Iterator[Row | BadRow]:
-    delimiter = next((one for one in _DELIMITERS if column in _cells(heading, one)), None)
+def _csv(lines: _Lines, column: str, heading: str, separator: str = "") -> Iterator[Row | BadRow]:
+    """``separator``: what separates columns, if the file has said so."""
+    delimiters = separator or _DELIMITERS
+    delimiter = next((one for one in delimiters if column in _cells(heading, one)), None)
     if delimiter is None:
-        count = max(len(_cells(heading, one)) for one in _DELIMITERS)
+        count = max(len(_cells(heading, one)) for one in delimiters)
         raise InvalidRequest(
             f"{lines.shown} has no column called {column}: its first line has to name the columns, "
             f"and has {counted(count, 'other', 'others') if heading.strip() else 'none'}."
@@ -236,6 +311,8 @@ def _csv(lines: _Lines, column: str, heading: str) -> Iterator[Row | BadRow]:
     begun = False
     while True:
         place, before = f"line {lines.number + 1}", lines.number
+        taken: list[str] = []
+        lines.taken = taken
         try:
             cells = next(reader, None)
         except csv.Error:
@@ -244,7 +321,7 @@ def _csv(lines: _Lines, column: str, heading: str) -> Iterator[Row | BadRow]:
             continue
         if cells is None:
             return
-        _check_whole(lines, before, whole=_is_one_row(cells, at, delimiter))
+        _check_whole(lines, before, whole=_is_one_row(taken, cells, at, delimiter))
         if not begun:
             begun = bool(cells)
         elif any(cells):
@@ -252,13 +329,24 @@ def _csv(lines: _Lines, column: str, heading: str) -> Iterator[Row | BadRow]:
             yield _cell(cells, at, column, place) if not fault else BadRow(place, fault)
 
 
-def _is_one_row(cells: Sequence[str], at: int, delimiter: str) -> bool:
+def _is_one_row(lines: Sequence[str], cells: Sequence[str], at: int, delimiter: str) -> bool:
     """Whether no further row is within the cells of one: a quote that nobody closes takes in all up to the next one.
 
-    An item is one line; and what another column says in several lines is no row if nothing in it separates columns.
+    An item is one line. What another column says in several lines is no row if nothing in it separates columns, or if
+    its quotes are closed as they have to be and no part of it could be an item.
     """
     long = [(place, cell) for place, cell in enumerate(cells) if "\n" in cell.strip()]
-    return all(place != at and delimiter not in cell for place, cell in long)
+    if any(place == at for place, _ in long):
+        return False
+    columns = [part for _, cell in long if delimiter in cell for part in re.split(rf"[\n{re.escape(delimiter)}]", cell)]
+    return not columns or (_are_quotes_closed(lines, delimiter) and not any(map(_MAY_BE_ITEM, columns)))
+
+
+def _are_quotes_closed(lines: Sequence[str], delimiter: str) -> bool:
+    try:
+        return len(list(csv.reader(lines, delimiter=delimiter, strict=True))) == 1
+    except csv.Error:
+        return False
 
 
 def _check_whole(lines: _Lines, before: int, *, whole: bool) -> None:

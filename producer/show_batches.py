@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from producer.errors import InvalidRequest, NotFound
 from producer.plans import PlanLine
 from producer.progress import Meter, Pace
 from producer.terminal import Column, Kind, Listing, csv_rows, errors_console, json_text, plain
-from worker.batches import ACTIVE, NOT_DONE, PASSES, Batch, Pass
+from worker.batches import ACTIVE, NOT_DONE, PASSES, TROUBLE, Batch, Pass
 from worker.logs import shown_url
 from worker.windows import Window
 
@@ -38,6 +39,8 @@ _STATUSES = (
     "open", "planned", "stored", "already_there", "copied", "downloaded", "deleted", "hidden", "not_there",
     "skipped", "refused", "failed", "verified", "unverified", "differs", "missing", "undone", "kept",
 )  # fmt: skip
+#: An item that ended so in a pass has not become what the pass was to make of it.
+_IN_VAIN = frozenset({"skipped", *TROUBLE, "unverified", "kept"})
 _STYLES = {"done": "green", "undone": "green", "planned": "cyan", "paused": "yellow", "cancelled": "red"}
 
 
@@ -76,7 +79,12 @@ def end_line(batch: Batch) -> str:
     """What a batch came to, in one line."""
     which: Pass = "undo" if batch.state == "undone" else "apply"
     state = batch.of(which)
-    parts = [f"{batch.kind} {batch.state}: {state.settled:,} of {of_how_many(batch, which):,} items"]
+    totals = {status: state.totals.get(status, 0) for status in _STATUSES}
+    otherwise = {status: n for status, n in totals.items() if n and status in _IN_VAIN}
+    done = state.settled - sum(otherwise.values())
+    what = f"undo of {batch.kind}" if which == "undo" else f"{batch.kind} {batch.state}"
+    parts = [f"{what}: {done:,} of {of_how_many(batch, which):,} items"]
+    parts += [f"{n:,} {said(status)}" for status, n in otherwise.items()]
     if state.bytes:
         parts.append(decimal(state.bytes))
     if state.begun_ms and state.ended_ms:
@@ -91,6 +99,24 @@ def of_how_many(batch: Batch, which: Pass | None) -> int:
     if which in ("verify", "undo"):
         return sum(n for status, n in applied.items() if status not in NOT_DONE)
     return batch.items - (applied.get("skipped", 0) if which == "survey" else 0)
+
+
+def undo_question(batch: Batch, reach: Mapping[tuple[str, str], int]) -> str:
+    """What has to be agreed to before ``batch`` is undone; ``reach`` counts by server what that is about."""
+    places: Counter[str] = Counter()
+    for (server, _), count in reach.items():
+        places[server] += count
+    where = ", ".join(
+        f"{count:,} on {server}" if server else f"{count:,} elsewhere" for server, count in places.items()
+    )
+    total = f"{sum(places.values()):,}"
+    if batch.kind == "upload":
+        return f"Undo the upload? {total} images will be deleted for good: {where or 'none'}."
+    if batch.kind == "migrate":
+        order = batch.order
+        back = f", once {order['from_server']} has them all again" if order.get("delete_source") else ""
+        return f"Undo the migration? The copies of {total} studies will be deleted from {order['to_server']}{back}."
+    return f"Undo the {batch.kind}? {total} studies will be brought back: {where or 'none'}."
 
 
 def servers_table(servers: Sequence[Mapping[str, Any]]) -> Listing:

@@ -50,10 +50,29 @@ def _json_sign(sign: str) -> str:
     return sign if sign.isprintable() or shown_text(sign) == sign else json.dumps(sign)[1:-1]
 
 
-def csv_rows(out: TextIO, **dialect: Any) -> Callable[[Iterable[Any]], Any]:
+def csv_rows(out: TextIO, **dialect: Any) -> Callable[[Iterable[Any]], None]:
     """What writes a row of CSV to ``out``; a row is one line."""
-    write = csv.writer(out, **dialect).writerow
-    return lambda cells: write([shown_text(cell) if isinstance(cell, str) else cell for cell in cells])
+    writer = csv.writer(out, **dialect)
+
+    def write(cells: Iterable[Any]) -> None:
+        with _writing():
+            writer.writerow([shown_text(cell) if isinstance(cell, str) else cell for cell in cells])
+
+    return write
+
+
+class OutputLost(OSError):
+    """Standard output does not take what is written to it, as on a full disk."""
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader has left, which is no fault
+    except OSError as error:
+        raise OutputLost(error.errno, error.strerror) from error
 
 
 # --- consoles ---------------------------------------------------------------------------------------------------
@@ -73,7 +92,8 @@ class Terminal(Console):
         return super().render_str("\n".join(map(shown_text, text.split("\n"))), **how)
 
     def print(self, *objects: Any, **how: Any) -> None:
-        super().print(*objects, **{"soft_wrap": True, **how})
+        with _writing():
+            super().print(*objects, **{"soft_wrap": True, **how})
 
     @property
     def columns(self) -> int | None:
@@ -98,7 +118,8 @@ def print_json(document: Any, *, indent: int | None = None) -> None:
 def write_out(text: str) -> None:
     """Write what `json_text` has made to standard output, if there is one."""
     if sys.stdout is not None:
-        sys.stdout.write(text)
+        with _writing():
+            sys.stdout.write(text)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -247,7 +268,7 @@ def _line(style: str) -> Text:
 
 def _wrapped(cell: Text, width: int, console: Console) -> Sequence[Text]:
     """The lines of a cell, none of its words broken."""
-    return cell.wrap(console, max(width, _longest_word(cell)))
+    return list(cell.wrap(console, max(width, _longest_word(cell))))
 
 
 def _longest_word(cell: Text) -> int:
@@ -268,14 +289,16 @@ def prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def output_fault() -> OSError | None:
-    """Why standard output does not take what was written to it."""
-    try:
+def flush_output() -> None:
+    """
+    Raises
+    ------
+    OutputLost, BrokenPipeError
+        Not all that was written has arrived.
+    """
+    with _writing():
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError as error:
-        return error
-    return None
 
 
 def drop_output() -> None:

@@ -120,6 +120,7 @@ def _in_trouble(payload: Mapping[str, Any], passes: Sequence[Pass]) -> int:
 def _show_end(batch: Batch, payload: Mapping[str, Any], passes: Sequence[Pass]) -> None:
     _show_counts(batch)
     console.print(end_line(batch))
+    console.print(f"batch {batch.id}")
     total, told = _in_trouble(payload, passes), [one for one in payload["failures"] if one["pass"] in passes]
     if told:
         console.print(failures_table(told))

@@ -112,7 +112,8 @@ def list_(code: str | None, since: datetime | None, before: datetime | None, lim
     elif found:
         console.print(dead_table(found))
     else:
-        console.print("There is no such dead letter.")
+        chosen = code or since or before
+        console.print("No dead letter matches." if chosen else "There are no dead letters.")
     return DONE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import signal
 import sys
@@ -24,7 +25,7 @@ from producer.errors import (
     StillRunning,
 )
 from producer.show import follow
-from producer.terminal import drop_output, errors_console, output_fault, prepare_output, print_json
+from producer.terminal import OutputLost, drop_output, errors_console, flush_output, prepare_output, print_json
 from worker.settings import SettingsError
 from worker.waits import sentence
 
@@ -92,6 +93,7 @@ def plain_failures(command: Callable[Arguments, int]) -> Callable[Arguments, Non
         try:
             with _terminated_as_interrupted():
                 status = command(*args, **kwargs)
+            flush_output()
         except (Interrupted, KeyboardInterrupt, click.Abort) as error:
             status = _interrupted(error)
         except (SettingsError, InvalidRequest, InvalidUid) as error:
@@ -104,27 +106,21 @@ def plain_failures(command: Callable[Arguments, int]) -> Callable[Arguments, Non
             complain(str(error))
             status = UNAVAILABLE
         except OSError as error:
-            status = _output_lost(error)
-        sys.exit(_all_written(status))
+            status = output_lost(error)
+        sys.exit(status)
 
     return guarded
 
 
-def _output_lost(error: OSError) -> int:
-    """The exit status after an error of writing; one of anything else goes on."""
-    if output_fault() is None and not isinstance(error, BrokenPipeError):
+def output_lost(error: OSError) -> int:
+    """The exit status after an error of writing. A reader that left (`pacs … | head`) gets no sentence."""
+    if isinstance(error, OutputLost):
+        complain(f"Standard output cannot be written: {error.strerror}.")
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        complain(f"A temporary file cannot be written: {error.strerror}. TMPDIR names the folder of temporary files.")
+    elif not isinstance(error, BrokenPipeError):
         raise error
-    return FAILED
-
-
-def _all_written(status: int) -> int:
-    """``status``, unless standard output has not taken all of it. `pacs … | head` gets no sentence."""
-    fault = output_fault()
-    if fault is None:
-        return status
     drop_output()
-    if not isinstance(fault, BrokenPipeError):
-        complain(f"Standard output cannot be written: {fault.strerror}.")
     return FAILED
 
 

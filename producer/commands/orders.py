@@ -58,9 +58,10 @@ from producer.commands.quantities import Bandwidth, Rate, Window
 from producer.commands.session import Session
 from producer.courier import Courier, Handle
 from producer.errors import ConfirmationRequired, InvalidRequest
+from producer.inputs import check_standard_input
 from producer.orders import Given, Order, of_plan_file
 from producer.repairs import check_new
-from producer.show_batches import PlanSummary, failures_table, of_how_many, servers_table
+from producer.show_batches import PlanSummary, failures_table, of_how_many, servers_table, undo_question
 from producer.terminal import console, errors_console, is_asked_on_a_terminal, print_json
 from worker.batches import Batch, Pass
 from worker.filters import check_filters, check_selecting, check_unambiguous
@@ -140,6 +141,8 @@ class _How:
     def given(self, words: Sequence[str]) -> Given | None:
         if not words:
             return None
+        if "-" in words:
+            check_standard_input()
         column, skip_bad = self.options["column"], self.options["skip_bad"]
         return Given(tuple(words), column=column, skip_bad=skip_bad, told=_say)
 
@@ -515,7 +518,8 @@ def undo(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
         found = courier.batch.get(batch_id)
         if dry_run:
             return tell_reach(courier, found, "undo", as_json=options["as_json"])
-        question = f"Undo the {found.kind} of {of_how_many(found, 'undo'):,} items?"
+        must_be_told(yes=yes, as_json=options["as_json"])
+        question = None if yes else undo_question(found, courier.batch.reach(found, "undo"))
         if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
         return _gone_on(courier, courier.batch.undo(batch_id, **_confirmed(options)), options, passes=UNDONE_IN)

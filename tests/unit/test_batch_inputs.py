@@ -119,7 +119,7 @@ def test_what_cannot_be_read_or_has_no_such_column_is_refused_at_once(file, tmp_
         (file("study,name\n1.2.3,A\n", "b.csv"), "uid", "has 2 others"),
         (file("", "c.csv"), "uid", "no column"),
         (file(b"\0\xff" * 1000, "d.csv"), "uid", "no column"),
-        (file(b"uid\r1.2.3\r", "e.csv"), "uid", "no column"),
+        (file(b"other\r1.2.3\r", "e.csv"), "uid", "has 1 other"),
     ):
         with pytest.raises(InvalidRequest, match=says):
             read(name, column)
@@ -240,3 +240,77 @@ def test_words_are_items_or_files_and_a_folder_of_this_machine_is_neither(file, 
         with pytest.raises(InvalidRequest, match=says) as caught:
             list(rows_of_words([word], study_uid))
         assert "token" not in caught.value.message
+
+
+# --- lists of Windows -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lists_of_excel_and_powershell_are_read(file, encoding: str, end: str) -> None:
+    plain = end.join(["# Müller", "1.2.3", "", "1.2.4", "1.2.5", ""])
+    assert list(read(file(plain.encode(encoding)))) == UIDS
+    table = end.join(["name\tstudy", "Müller\t1.2.3", "a\t1.2.4", "\U0001f600\t1.2.5", ""])
+    items = read(file(table.encode(encoding), "a.txt"), "study")
+    assert (list(items), items.bad_total) == (UIDS, 0)
+
+
+def test_a_byte_order_mark_of_either_end_is_known(file) -> None:
+    for encoding, mark in (("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
+        assert list(read(file(mark + "1.2.3\r\n1.2.4\r\n1.2.5".encode(encoding)))) == UIDS
+
+
+@pytest.mark.parametrize("first", ["sep=;", "SEP=;", '"sep=;"', "\ufeffsep=;"])
+def test_the_separator_that_excel_names_is_taken(file, first: str) -> None:
+    items = read(file(f"{first}\r\nname, first;study\r\nA;1.2.3\r\nB;x\r\nC, D;1.2.5\r\n", "a.csv"), "study")
+    assert (list(items), [one.place for one in items.bad]) == (["1.2.3", "1.2.5"], ["line 4"])
+    assert list(read(file("sep=~\nname~study\nA~1.2.3\n", "b.csv"), "study")) == ["1.2.3"]
+
+
+@pytest.mark.parametrize(
+    "note",
+    ['"a; b\nc"', '"a;\r\nb; ""c"";\r\n"', '";\n;\n2.5 mm; 3"'],
+)
+def test_a_closed_quote_may_hold_lines_and_separators(file, note: str) -> None:
+    items = read(file(f"note;study\n{note};1.2.3\nx;1.2.4\n{note};1.2.5\n", "a.csv"), "study")
+    assert (list(items), items.bad_total) == (UIDS, 0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        '"Doe;1.2.3\nRoe;1.2.4\n5";1.2.5\n',
+        '"Doe;1.2.3\nRoe;1.2.4\nx;"y"\n',
+        '"Doe;\nRoe;https://host/a.dcm\n";1.2.5\n',
+        '"a;b\nc" d;1.2.3\n',
+    ],
+)
+def test_a_quote_that_takes_in_rows_is_refused_even_if_a_later_one_closes_it(file, rows: str) -> None:
+    with pytest.raises(InvalidRequest, match="a quote is opened there"):
+        read(file(f"note;study\n{rows}", "a.csv"), "study")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\xff\xfe" + "1.2.3\n1.2.4".encode("utf-16-le") + b"\x00", "half a character"),
+        (b"\xff\xfe" + "1.2.3\n".encode("utf-16-le") + b"\x00\xd8", "half a character"),
+        (b"1.2.3\n1.2.\xe9", "not UTF-8"),
+    ],
+)
+def test_a_cut_file_says_so(file, content: bytes, why: str) -> None:
+    items = read(file(content))
+    assert (list(items), [one.why for one in items.bad]) == (["1.2.3"], [why])
+
+
+def test_half_a_character_in_json_is_a_bad_row(file) -> None:
+    with read(file('{"u": "https://host/\\ud83d.dcm"}\n', "a.jsonl"), "u", image_url) as items:
+        assert [one.why for one in items.bad] == ["half a character"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("length", [65_535, 65_536, 65_537, 131_072, 200_000])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_line_that_is_too_long_is_one_bad_row_wherever_it_is_cut(file, encoding: str, length: int, end: str) -> None:
+    items = read(file(("1.2.3\n" + "7" * length + "\n1.2.4\n1.2.5" + end).encode(encoding)))
+    assert (list(items), [one.place for one in items.bad]) == (UIDS, ["line 2"])

@@ -29,6 +29,7 @@ from producer.show_batches import (
     order_line,
     plan_sentence,
     plan_table,
+    undo_question,
     write_csv,
 )
 from worker.batches import Batch, ItemStatus, PassState
@@ -108,7 +109,8 @@ def test_tables_of_batches_fit_eighty_columns_and_counts_are_in_order() -> None:
     counts = drawn(counts_table(batch()), 80)
     assert counts[0].split() == ["server", "stored", "already", "there", "skipped", "refused"]
     assert [row.split()[0] for row in counts[1:]] == ["–", "msdicom", "dcm4chee"]
-    assert end_line(batch(state="done")) == "upload done: 990,010 of 1,000,000 items, 5.0 MB, 0:00:10, 99,001 items/s"
+    said = "990,007 of 1,000,000 items, 2 skipped, 1 refused, 5.0 MB, 0:00:10, 99,001 items/s"
+    assert end_line(batch(state="done")) == f"upload done: {said}"
 
 
 def test_no_signature_of_a_url_is_shown() -> None:
@@ -201,3 +203,34 @@ def test_quantities_are_read_as_people_write_them(kind: click.ParamType, text: s
             kind.convert(text, None, None)
     else:
         assert kind.convert(text, None, None) == value
+
+
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        ({"msdicom": {"refused": 1}}, "undo of delete: 0 of 1 items, 1 refused"),
+        ({"msdicom": {"undone": 1}}, "undo of delete: 1 of 1 items"),
+        ({"": {"failed": 1}}, "undo of delete: 0 of 1 items, 1 failed"),
+        ({"msdicom": {"kept": 1}}, "undo of delete: 0 of 1 items, 1 kept"),
+    ],
+)
+def test_an_undo_counts_what_was_taken_back_and_names_what_was_not(counts, line: str) -> None:
+    passes = {"apply": PassState(counts={"msdicom": {"deleted": 1}}), "undo": PassState(counts=counts)}
+    assert end_line(batch(kind="delete", state="undone", items=1, passes=passes)) == line
+
+
+def test_what_is_agreed_to_before_an_undo_is_what_it_will_delete_and_where() -> None:
+    reach = {("msdicom", "stored"): 1_200, ("dcm4chee", "stored"): 100}
+    assert undo_question(batch(), reach) == (
+        "Undo the upload? 1,300 images will be deleted for good: 1,200 on msdicom, 100 on dcm4chee."
+    )
+    order = {"from_server": "a", "to_server": "b"}
+    reach = {("b", "copied"): 2}
+    copies = "Undo the migration? The copies of 2 studies will be deleted from b"
+    assert undo_question(batch(kind="migrate", order=order), reach) == f"{copies}."
+    moved = {**order, "delete_source": True}
+    assert undo_question(batch(kind="migrate", order=moved), reach) == f"{copies}, once a has them all again."
+    reach = {("a", "deleted"): 1, ("b", "hidden"): 2}
+    said = "Undo the delete? 3 studies will be brought back: 1 on a, 2 on b."
+    assert undo_question(batch(kind="delete"), reach) == said
+    assert undo_question(batch(), {}).endswith("0 images will be deleted for good: none.")
