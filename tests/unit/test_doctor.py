@@ -164,3 +164,12 @@ def test_with_a_proxy_the_check_of_addresses_rests_with_it_and_its_password_is_n
     assert (finding.check, finding.state) == ("sources.proxy", "warning")
     assert "addresses" in finding.found
     assert "hush-hush" not in str(finding.as_json())
+
+
+def test_a_server_whose_root_lacks_resources_is_up_with_a_warning() -> None:
+    told = {"server_name": "ward", "status": "up", "product": "unknown", "version": "unknown", "latency_ms": 3.0}
+    entry = {**told, "note": "It answers queries.", "error": None, "rate_limit": None}
+    assert _server(entry | {"warnings": []}).state == "ok"
+    finding = _server(entry | {"warnings": ["Its root has no /instances."]})
+    assert (finding.state, "no /instances" in finding.found, "study" in finding.advice) == ("warning", True, True)
+    assert _server(entry).state == "ok", "of an older worker"

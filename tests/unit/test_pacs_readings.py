@@ -17,7 +17,7 @@ from worker.errors import (
     PacsUnavailable,
 )
 from worker.filters import read
-from worker.pacs import dcm4chee, dicomjson, msdicom, orthanc
+from worker.pacs import dcm4chee, dicomjson, msdicom, odd_json, orthanc
 from worker.pacs.connections import idle_limit_s
 from worker.pacs.dicomweb import DicomWeb, path_of
 from worker.pacs.matching import StudyQuery
@@ -295,3 +295,37 @@ def test_json_that_is_brackets_for_the_most_part_is_told_apart_from_the_thinnest
     assert not dicomjson.is_too_dense(b"[" + b",".join([b"{}"] * 900) + b"]"), "small ones cost nothing"
     assert dicomjson.is_too_dense(b"[" + b",".join([b"{}"] * 5_000) + b"]")
     assert dicomjson.is_too_dense(b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"0020000d": {"vr": "UI", "Value": ["1.2"]}},
+        {"0020000D": {"VR": "UI", "value": ["1.2"]}},
+        {"StudyInstanceUID": {"vr": "UI", "Value": "1.2"}},
+    ],
+)
+def test_other_spellings_of_dicom_json_are_read_as_the_standards(document: dict[str, Any]) -> None:
+    assert odd_json.is_odd(json.dumps([document]).encode())
+    assert odd_json.in_standard_spelling([document]) == [{"0020000D": {"vr": "UI", "Value": ["1.2"]}}]
+
+
+def test_items_and_names_of_persons_are_read_in_other_spellings_too() -> None:
+    person = {"vr": "PN", "Value": [{"alphabetic": "Doe^Jane"}]}
+    given = {"0040a730": {"vr": "SQ", "Value": [{"0040a123": person}]}, "00100010": {"vr": "PN", "Value": None}}
+    read = odd_json.in_standard_spelling(given)
+    assert read["0040A730"]["Value"][0]["0040A123"]["Value"] == [{"Alphabetic": "Doe^Jane"}]
+    assert read["00100010"]["Value"] == []
+
+
+def test_the_standards_own_spelling_costs_no_second_reading() -> None:
+    document = [{"0020000D": {"vr": "UI", "Value": ["1.2"]}, "00100010": {"vr": "PN", "Value": [{"Alphabetic": "A"}]}}]
+    assert not odd_json.is_odd(json.dumps(document).encode())
+    assert odd_json.in_standard_spelling(document) == document
+
+
+def test_one_element_in_two_spellings_is_read_only_where_both_say_the_same() -> None:
+    one, other = {"vr": "UI", "Value": ["1.2"]}, {"vr": "UI", "Value": ["1.3"]}
+    assert odd_json.in_standard_spelling({"0020000d": one, "0020000D": one}) == {"0020000D": one}
+    with pytest.raises(ValueError, match="twice"):
+        odd_json.in_standard_spelling({"0020000d": one, "StudyInstanceUID": other})

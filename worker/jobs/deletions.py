@@ -23,11 +23,11 @@ from worker.errors import (
     is_final,
 )
 from worker.jobs.knowledge import server_left
-from worker.jobs.lookups import in_that_study
+from worker.jobs.lookups import find, in_that_study
 from worker.jobs.receipts import Receipts
 from worker.jobs.run import NotYet, Run
 from worker.jobs.tools import Tools
-from worker.pacs.finding import find_in_study, find_known
+from worker.pacs.finding import find_known
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
@@ -133,7 +133,7 @@ def asked(names: Sequence[str] | None, fleet: Fleet) -> list[Pacs]:
 
 def reachable(pacs: Pacs, level: Level, uid: str, *, permanent: bool, study_uid: str | None = None) -> list[Found]:
     """What a deletion can reach: one for good also a study of which all images are hidden."""
-    found = find_in_study(pacs, level, uid, study_uid)
+    found = find(pacs, level, uid, study_uid=study_uid)
     if found or level != "study" or study_uid not in (None, uid) or not permanent or pacs.hiding is None:
         return found
     return pacs.hiding.find_study(uid)

@@ -14,15 +14,18 @@ from typing import Any, Literal
 from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered
 from worker.jobs.described import allowed, place
 from worker.jobs.run import Run
+from worker.jobs.study_lists import Left, walk
 from worker.jobs.tools import Tools
-from worker.pacs.finding import find_in_study
+from worker.pacs.finding import find_in_studies, find_in_study
 from worker.pacs.fleet import Fleet
-from worker.pacs.protocol import Found, Pacs
+from worker.pacs.protocol import NEEDS_STUDY, Found, Pacs
 from worker.payloads import Dataset, ExistsJob, Fault, FoundEntry, FoundPayload, Level, LookupJob, read_job
 from worker.settings import MODES, ResultSettings
 
 #: So much JSON per server may the metadata in a result be.
 MAX_METADATA_BYTES = 8 * 1_048_576
+#: In so many studies an image is looked for, one after the other, where the server cannot be asked otherwise.
+SEARCHED_STUDIES = 100
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def asked(mode: str, fleet: Fleet) -> list[Pacs]:
 def look(level: Level, uid: str, *, mode: str, fleet: Fleet, study_uid: str | None = None) -> list[Reply]:
     """Ask for an object, all servers at the same time; in mode `either` up to the first, in order, that has it."""
     servers = asked(mode, fleet)
-    answers = fleet.in_order([partial(find_in_study, pacs, level, uid, study_uid) for pacs in servers])
+    answers = fleet.in_order([partial(find, pacs, level, uid, study_uid=study_uid) for pacs in servers])
     replies = []
     for pacs, answer in zip(servers, answers, strict=False):
         reply = Reply(pacs, [], answer) if isinstance(answer, CourierError) else Reply(pacs, answer)
@@ -82,6 +85,33 @@ def look(level: Level, uid: str, *, mode: str, fleet: Fleet, study_uid: str | No
         if mode == "either" and reply.found:
             break
     return replies
+
+
+def find(pacs: Pacs, level: Level, uid: str, *, study_uid: str | None = None) -> list[Found]:
+    """Every object of ``level`` with ``uid``; if the study is given, in that study alone.
+
+    A server that finds it only below its study, and has few studies, is asked below each of them.
+    """
+    if study_uid is not None:
+        return find_in_study(pacs, level, uid, study_uid)
+    try:
+        return pacs.find(level, uid)
+    except PacsMisanswered as error:
+        studies = _few_studies(pacs) if error.details.get(NEEDS_STUDY) else None
+        if studies is None:
+            raise
+    return find_in_studies(pacs, level, uid, studies)
+
+
+def _few_studies(pacs: Pacs) -> list[str] | None:
+    """The UIDs of all studies of a server; None if there are more than `SEARCHED_STUDIES`, or may be."""
+    left = Left()
+    found: dict[str, None] = {}
+    for page in walk(pacs, {}, left, limit=SEARCHED_STUDIES + 1):
+        found |= dict.fromkeys(page)
+        if len(found) > SEARCHED_STUDIES:
+            return None
+    return None if left.may_be_cut else list(found)
 
 
 def settle(level: Level, uid: str, replies: Sequence[Reply], *, study_uid: str | None = None) -> Reply:

@@ -5,6 +5,8 @@ For all who know more of an object than its UID. The dialects say what a server 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from worker.errors import PacsMisanswered
 from worker.pacs.protocol import NEEDS_STUDY, Found, Pacs
 from worker.payloads import Level
@@ -23,10 +25,8 @@ def find_known(pacs: Pacs, known: Found) -> list[Found]:
     return _below(pacs, known.level, uid_of(known), known.study_instance_uid)
 
 
-def find_in_study(pacs: Pacs, level: Level, uid: str, study_instance_uid: str | None) -> list[Found]:
-    """Every object of ``level`` with ``uid``; if the study is given, in that study alone."""
-    if study_instance_uid is None:
-        return pacs.find(level, uid)
+def find_in_study(pacs: Pacs, level: Level, uid: str, study_instance_uid: str) -> list[Found]:
+    """The object of ``level`` with ``uid`` in one study, whatever other studies hold."""
     try:
         found = pacs.find(level, uid)
     except PacsMisanswered as error:
@@ -36,7 +36,14 @@ def find_in_study(pacs: Pacs, level: Level, uid: str, study_instance_uid: str | 
     return [one for one in found if one.study_instance_uid == study_instance_uid]
 
 
+def find_in_studies(pacs: Pacs, level: Level, uid: str, study_instance_uids: Iterable[str]) -> list[Found]:
+    """The same in each of several studies, asked below them."""
+    return [one for study_uid in study_instance_uids for one in _below(pacs, level, uid, study_uid)]
+
+
 def _below(pacs: Pacs, level: Level, uid: str, study_instance_uid: str) -> list[Found]:
+    if level == "image" and not pacs.present(study_instance_uid, {uid}):
+        return []
     for image in pacs.instances(Found("study", study_instance_uid)):
         if level == "image" and image.sop_instance_uid == uid:
             return [image]

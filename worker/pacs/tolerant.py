@@ -28,7 +28,7 @@ from worker.payloads import Dataset, Level, check_uid
 _SEARCH = (200, 204, 404)
 _OPTIONAL = (*_SEARCH, 400, 403, 405, 410, 501)
 #: So long a resource that was found missing is not asked for again.
-MISSING_S = 60.0
+MISSING_S = 10.0
 #: A server that was well so short a time ago may be about to restart.
 TROUBLE_S = 10.0
 NUMBER_OF_STUDY_RELATED_INSTANCES = "00201208"
@@ -129,9 +129,8 @@ class TolerantDicomWeb(DicomWeb):
             if self._has_no_studies():
                 return []
             why = f"offers no {query.resource} at its root (status {reply.status})"
-        why = why or f"ignores {query.keyword} in a search of {query.resource}"
-        self._missing_since[level] = (time.monotonic(), why)
-        raise self._needs_study(level, why)
+            self._missing_since[level] = (time.monotonic(), why)
+        raise self._needs_study(level, why or f"ignores {query.keyword} in a search of {query.resource}")
 
     def _needs_study(self, level: Level, why: str) -> PacsMisanswered:
         sentence = (
