@@ -134,6 +134,8 @@ class PacsUnavailable(TryAgain):
 
     code = "pacs_unavailable"
     slow_down: bool = False
+    #: Whether the request had gone out, all of it, and no answer came within the read time-out.
+    hung: bool = False
     is_attempt: bool = True
 
 

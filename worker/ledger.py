@@ -35,6 +35,8 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
     placed        hash    server → number of new studies it was given
     deleting:ID   hash    server and study → since when (ms) this job is told that the study is being deleted there
     stored        hash    server → when (µs) a job of ours last stored an image there
+    hangs:SERVER  hash    file (its SHA-256, or the UID of a copied image) → how often this server hung at it, the first
+                          and the last time (ms), and 1 if it answered other requests to store between
     cancelled:ID  text    a job of which no record exists was cancelled: it ends as soon as a message of it comes
     cancelled_stamps zset digests of stamps whose jobs are cancelled, by the time when that was asked
     returned:ID   text    how often a message of this job was given back while others were done
@@ -57,7 +59,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Literal, cast
@@ -89,6 +91,8 @@ ORDER: Final = {
 }
 #: How long the ledger keeps what a probe of a store found, and the ids of unfinished uploads to it.
 STORES_KNOWN_S: Final = 7 * 86_400
+#: How long a server's hang at a file counts.
+HANGS_KNOWN_S: Final = 86_400
 #: So many records are read at a time.
 PAGE: Final = 200
 #: So many of them are woken at a time when it closes, so far apart; the next ones with the next sweep.
@@ -1040,6 +1044,66 @@ return opened and 1 or 0
 """
 )
 
+# How often a server hung at files. ARGV: times (-1 takes one back), how long it counts, the files. What is older goes.
+# In the field '' is when the server answered a request to store, which proves that it does not hang at all files alike.
+_NOTE_HANG = (
+    _NOW
+    + """
+local oldest = now - tonumber(ARGV[2])
+local rows = redis.call('HGETALL', KEYS[1])
+for i = 1, #rows, 2 do
+  if tonumber(string.match(rows[i + 1], '^%d+ %d+ (%d+)')) < oldest then redis.call('HDEL', KEYS[1], rows[i]) end
+end
+local answered = tonumber(string.match(redis.call('HGET', KEYS[1], '') or '0 0 0', '^%d+ %d+ (%d+)'))
+for i = 3, #ARGV do
+  local known = redis.call('HGET', KEYS[1], ARGV[i]) or '0 0 0 0'
+  local count, first, _, proven = string.match(known, '(%d+) (%d+) (%d+) (%d)')
+  count, first = tonumber(count) + tonumber(ARGV[1]), tonumber(first)
+  if count < 1 then
+    redis.call('HDEL', KEYS[1], ARGV[i])
+  else
+    if first > 0 and answered > first then proven = '1' end
+    first = first > 0 and first or now
+    redis.call('HSET', KEYS[1], ARGV[i], string.format('%d %.0f %.0f %s', count, first, now, proven))
+  end
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+)
+
+_NOTE_ANSWER = (
+    _NOW
+    + """
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], '', string.format('0 0 %.0f 0', now)) end
+"""
+)
+
+# 1 if the server hung at any file; then for each of ARGV how often, and 1 if the server hung at others too since it
+# first hung at this one, and answered no request to store between the two hangs.
+_HANGS = """
+local rows, known = redis.call('HGETALL', KEYS[1]), {}
+local latest, second, latest_file = 0, 0, ''
+for i = 1, #rows, 2 do
+  local count, first, last, proven = string.match(rows[i + 1], '(%d+) (%d+) (%d+) (%d)')
+  last = tonumber(last)
+  if rows[i] ~= '' then
+    known[rows[i]] = {tonumber(count), tonumber(first), proven == '1'}
+    if last > latest then
+      latest, second, latest_file = last, latest, rows[i]
+    elseif last > second then
+      second = last
+    end
+  end
+end
+local told = {#rows > 0 and 1 or 0}
+for _, file in ipairs(ARGV) do
+  local one = known[file]
+  local other = latest_file == file and second or latest
+  told[#told + 1] = one and {one[1], other > one[2] and not one[3] and 1 or 0} or {0, 0}
+end
+return told
+"""
+
 # ARGV: server, job, lifetime, field, what to add. Written before images are copied, and after.
 _COPIES = (
     _NOW_US
@@ -1188,6 +1252,14 @@ class StoredImage:
     series_instance_uid: str
     sha256: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Hang:
+    """How often a server hung at a file. ``others_hung``: at others too since, and it answered nothing between."""
+
+    count: int
+    others_hung: bool = False
 
 
 @dataclass(frozen=True)
@@ -1407,6 +1479,7 @@ class Ledger:
         self._followed = script(_FOLLOWED)
         self._hand_back, self._refused = script(_HAND_BACK), script(_REFUSED)
         self._say_how = script(_SAY_HOW)
+        self._note_hang, self._note_answer, self._hangs = script(_NOTE_HANG), script(_NOTE_ANSWER), script(_HANGS)
 
     @classmethod
     def connect(cls, url: str, *, worker: str = "", prefix: str = PREFIX, **times: float) -> Ledger:
@@ -2043,6 +2116,22 @@ class Ledger:
     def stored_last_s(self, server: str) -> float:
         """When a job of ours last stored an image on ``server``, by the clock of `clock_s`; 0 if none has."""
         return int(self._redis.hget(self.key("stored"), server) or 0) / 1_000_000
+
+    def note_hang(self, server: str, files: Collection[str], *, times: int = 1) -> None:
+        """``server`` hangs at a request with ``files``; -1 ``times``: it does not."""
+        if files:
+            self._note_hang(keys=[self.key("hangs", server)], args=[times, _ms(HANGS_KNOWN_S), *files])
+
+    def note_answer(self, server: str) -> None:
+        """``server``, which hung at some file, has answered a request to store."""
+        self._note_answer(keys=[self.key("hangs", server)])
+
+    def hangs(self, server: str, files: Collection[str]) -> tuple[bool, dict[str, Hang]]:
+        """Whether ``server`` hung at any file within a day, and what is known of those of ``files`` at which it did."""
+        names = list(files)
+        troubled, *rows = self._hangs(keys=[self.key("hangs", server)], args=names)
+        found = {name: Hang(int(count), bool(others)) for name, (count, others) in zip(names, rows, strict=True)}
+        return bool(troubled), {name: one for name, one in found.items() if one.count}
 
     def claimed_server(self, study_instance_uid: str) -> str | None:
         return self._hash(self.key("study", study_instance_uid)).get("server")

@@ -161,6 +161,9 @@ def breakers_and_slots(ledger: Ledger, prefix: str) -> None:
     assert breakers.states(["a", "b"])["a"].closed
     with slots.slot("a", limit=1, wait_s=1):
         slots.tend()
+    ledger.note_hang("a", ["f"])
+    ledger.note_answer("a")
+    assert ledger.hangs("a", ["f"])[1]["f"].count == 1
     rates = ServerRates(ledger.client, prefix=prefix)
     assert rates.lower("a", status=429, retry_after_s=None, cuts=0, measured_per_s=0).cuts == 1
     assert rates.take("a").wait_s > 0

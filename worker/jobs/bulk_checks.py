@@ -144,7 +144,7 @@ def undo(done: Sequence[Settled], desk: Desk, *, resumed: set[int]) -> list[Answ
     run, ledger = desk.run, desk.run.ledger
     stored = [one for one in done if one.status == "stored"]
     begun = resumed & set(desk.memo.get("undoing", ()))
-    unclear = [one for one in done if one.result.get("uncertain")]
+    unclear = [one for one in done if "uncertain" in one.result]
     results: dict[int, Answer] = {one.item.number: None for one in stored}
     results |= {one.item.number: _not_ours(one) for one in done if one.status != "stored"}
     try:

@@ -36,6 +36,7 @@ from worker.instances import Instance, identify
 from worker.jobs.batches import Answer as Result
 from worker.jobs.batches import Command, Desk, Work, order, unbegun
 from worker.jobs.bulk_checks import undo, verify
+from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.knowledge import server_left
 from worker.jobs.placement import (
     NOT_SENT,
@@ -90,7 +91,7 @@ class Pushed:
 
     ``uncertain`` says that it may have arrived although nobody told us so; ``alone`` that the next request has to
     bear it alone, because nobody knows which image of the last one was bad. ``faults`` counts the answers that the
-    server failed at it, since ``faulty_since_s``.
+    server failed at it, since ``faulty_since_s``; ``hangs_seen`` is how often it had hung at it when it was given up.
     """
 
     server: str
@@ -105,6 +106,7 @@ class Pushed:
     pendings: int = 0
     faults: int = 0
     faulty_since_s: float = 0
+    hangs_seen: int = 0
 
     def is_about(self, image: _Image) -> bool:
         return (self.image_uid, self.sha256) == (image.instance.sop_instance_uid, image.fetched.sha256)
@@ -237,9 +239,10 @@ class Uploads:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._run, self._tools = desk.run, desk.tools
+        self._hangs = Hangs(desk.run)
         self._memo = {int(number): Pushed(**row) for number, row in desk.memo.get("pushed", {}).items()}
         for number, row in desk.rows.items():  # tried as often as it may be in another round, and never cleared up
-            if number not in self._memo and row.settled.result.get("uncertain"):
+            if number not in self._memo and "uncertain" in row.settled.result:
                 self._memo[number] = Pushed(server=row.settled.server, **row.settled.result)
         self._others: dict[int, Pushed] = {}  # of items of the chunk that come in another group
         #: Of items whose images another job had: image, study and series.
@@ -528,12 +531,13 @@ class Uploads:
 
     def _push(self, found: Sequence[tuple[_Image, Placement]]) -> None:
         """Write down what goes where, send it, and judge the answers image by image."""
-        placed = self._each_once(found)
+        placed = self._without_hangs(self._each_once(found))
         if not placed:
             return
         resumed = {image.item.number for image, to in placed if self._may_be_ours(image, to.server)}
         for image, to in placed:
             self._memo[image.item.number] = self._pushed(image, to.server)
+        self._send_alone_what_hung(placed)
         self._desk.remember(self._as_json())
         self._written = self._known
         by_server: dict[str, list[_Image]] = {}
@@ -544,7 +548,7 @@ class Uploads:
             for server, images in by_server.items()
             for request in self._requests(images, self._tools.fleet[server])
         ]
-        answers = self._tools.fleet.gather([partial(_store, pacs, request) for pacs, request in requests])
+        answers = self._tools.fleet.gather([partial(_store, pacs, request, self._hangs) for pacs, request in requests])
         for (pacs, request), answer in zip(requests, answers, strict=True):
             if isinstance(answer, CourierError):
                 self._not_answered(request, pacs, answer, resumed)
@@ -569,6 +573,35 @@ class Uploads:
                 self.results[number] = None
         return placed
 
+    def _without_hangs(self, placed: Sequence[tuple[_Image, Placement]]) -> list[tuple[_Image, Placement]]:
+        """Those at whose files their servers have not hung too often; the others have failed."""
+        left = []
+        for server, images in _by_server(placed).items():
+            pacs, seen = self._tools.fleet[server], {one.sha256: one.hangs_seen for one in self._memo.values()}
+            given_up = self._hangs.given_up(pacs, [image.fetched.sha256 for image in images], seen)
+            for image, to in placed:
+                hangs = given_up.get(image.fetched.sha256)
+                if to.server == server and hangs is None:
+                    left.append((image, to))
+                elif to.server == server:
+                    self.results[image.item.number] = self._given_up(image, pacs, int(hangs or 0))
+        return left
+
+    def _given_up(self, image: _Image, pacs: Pacs, hangs: int) -> Settled:
+        """A file that is not sent again. A retry sends it once more, and knows whether it may have arrived before."""
+        error, uncertain = poisoned(pacs, hangs, {}), self._may_be_ours(image, pacs.server.name)
+        receipt = self._pushed(image, pacs.server.name).receipt
+        self._memo.pop(image.item.number, None)
+        result = {**receipt, "uncertain": uncertain, "hangs_seen": hangs}
+        return Settled(image.item, "failed", error.code, error.message, server=pacs.server.name, result=result)
+
+    def _send_alone_what_hung(self, placed: Sequence[tuple[_Image, Placement]]) -> None:
+        for server, images in _by_server(placed).items():
+            counted = self._hangs.counted(self._tools.fleet[server], [one.fetched.sha256 for one in images])
+            for image in images:
+                if image.fetched.sha256 in counted:
+                    self._note(image.item.number, alone=True)
+
     def _pushed(self, image: _Image, server: str) -> Pushed:
         earlier = self._memo.get(image.item.number)
         same = earlier is not None and earlier.is_about(image)
@@ -585,6 +618,7 @@ class Uploads:
             pendings=earlier.pendings if earlier and same else 0,
             faults=earlier.faults if earlier and same else 0,
             faulty_since_s=earlier.faulty_since_s if earlier and same else 0,
+            hangs_seen=earlier.hangs_seen if earlier and same else 0,
         )
 
     def _requests(self, images: Sequence[_Image], pacs: Pacs) -> Iterator[list[_Image]]:
@@ -761,8 +795,16 @@ def _part(image: _Image) -> Part:
     return Part(image.instance, image.fetched.open, image.fetched.size_bytes)
 
 
-def _store(pacs: Pacs, images: Sequence[_Image]) -> list[Outcome]:
-    outcomes = pacs.store([_part(image) for image in images])
+def _by_server(placed: Iterable[tuple[_Image, Placement]]) -> dict[str, list[_Image]]:
+    by_server: dict[str, list[_Image]] = {}
+    for image, to in placed:
+        by_server.setdefault(to.server, []).append(image)
+    return by_server
+
+
+def _store(pacs: Pacs, images: Sequence[_Image], hangs: Hangs) -> list[Outcome]:
+    with hangs.sending(pacs, lambda: [image.fetched.sha256 for image in images]):
+        outcomes = pacs.store([_part(image) for image in images])
     return as_shown(pacs, [image.instance for image in images], outcomes)
 
 

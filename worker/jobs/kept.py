@@ -30,6 +30,7 @@ from worker.fingerprints import Rewrites
 from worker.jobs.batches import Desk
 from worker.jobs.downloads import archived
 from worker.jobs.equality import Compared, Side, compare
+from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.pace import metered
 from worker.jobs.passing import Incoming
 from worker.jobs.placement import check_not_left_alone
@@ -160,7 +161,8 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
         wanted = copy.series_of.keys() - before.keys()
         source = metered(cast(Pacs, copy), desk.spent)
         receipts, look = Receipts.of(desk.run), lambda _: desk.run.check_ours()
-        transfer = Transfer(source, pacs, study_uid, resumed=True, receipts=receipts, look=look)
+        hangs = Hangs(desk.run)
+        transfer = Transfer(source, pacs, study_uid, resumed=True, receipts=receipts, look=look, hangs=hangs)
         if wanted:
             bring(transfer, wanted, on_source=copy.series_of, on_target=before)
         moot = _check_taken(transfer)
@@ -178,6 +180,11 @@ def _check_taken(transfer: Transfer) -> set[str]:
         name, server_type = transfer.target.server.name, transfer.target.server.type
         sentence = f"{name} does not take {len(refused)} images back, {uid} for one: {outcome.message}"
         raise PacsRejected(sentence, server_name=name, server_type=server_type)
+    if transfer.given_up:
+        # An operator who orders the undo again wants them sent.
+        transfer.hangs.forget(transfer.target, transfer.given_up)
+        uid, hangs = min(transfer.given_up.items())
+        raise poisoned(transfer.target, hangs, {"study_uid": transfer.study_uid, "image_uid": uid})
     return moot
 
 

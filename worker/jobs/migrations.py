@@ -13,8 +13,9 @@ from functools import partial
 from typing import Any
 
 from worker.batches import CHUNK_ITEMS, NOT_DONE, Batch, Batches, Item, ItemStatus, Pass, Row, Settled, is_to_undo
-from worker.errors import CourierError, InvalidRequest, NotFound, PacsUnavailable, Refused
+from worker.errors import CourierError, InvalidRequest, NotFound, PacsUnavailable, Poisoned, Refused
 from worker.jobs.batches import Answer, Command, Desk, Work, order, unbegun
+from worker.jobs.hangs import Hangs
 from worker.jobs.moves import (
     Digests,
     Receipt,
@@ -208,6 +209,7 @@ class _Group:
             self.target,
             item.text,
             receipts=Receipts.of(self.desk.run),
+            hangs=Hangs(self.desk.run),
             look=self._look,
             max_spool_bytes=settings.sources.max_bytes,
             pending_wait_s=settings.jobs.pending_wait_s,
@@ -278,6 +280,8 @@ def _apply(item: Item, group: _Group) -> Settled:
     except Refused as error:
         server = error.server_name or target
         return Settled(item, "refused", error.payload["code"], error.message, receipt.as_json(), server=server)
+    except Poisoned as error:
+        return Settled(item, "failed", error.code, error.message, receipt.as_json(), server=target)
     status: ItemStatus = "copied" if figures["added"] else "already_there"
     note = what_is_left_out(receipt.notes, group.source)
     return Settled(item, status, "", note, {**figures, **receipt.as_json()}, server=target)

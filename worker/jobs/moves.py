@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from worker.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered, PacsRejected, StudyConflict
 from worker.jobs.equality import Compared, Side, compare
+from worker.jobs.hangs import poisoned
 from worker.jobs.removals import Removal, hidden_on, remove_images, remove_study
 from worker.jobs.transfers import Transfer, bare_digests_on, bring, digests_on, images_on, listed_on, pending
 from worker.pacs.notes import is_rejection_note
@@ -78,13 +79,23 @@ class Receipt:
     ``before``: what the target had when the pass under way first touched the study; None when none is. ``shared``: what
     both servers had anyway, known once the source's copy goes. ``removing``: what an undo is about to remove.
     ``hidden_before``: while a copy is removed, what its server hid of the study before that; None when none is.
-    ``faults``: how often the target failed at images that it has not got yet, and since when. ``notes``: rejection
-    notes of the source, which are left out. ``save`` is called before anything is done that could not be told from what
-    others do.
+    ``faults``: how often the target failed at images that it has not got yet, and since when; ``hangs``: how often it
+    had hung at those that were given up for it. ``notes``: rejection notes of the source, which are left out. ``save``
+    is called before anything is done that could not be told from what others do.
     """
 
     #: What it is made of as JSON.
-    FIELDS: ClassVar = ("parcels", "before", "shared", "source_deleted", "removing", "hidden_before", "faults", "notes")
+    FIELDS: ClassVar = (
+        "parcels",
+        "before",
+        "shared",
+        "source_deleted",
+        "removing",
+        "hidden_before",
+        "faults",
+        "hangs",
+        "notes",
+    )
 
     parcels: list[Parcel] = field(default_factory=list)
     before: frozenset[str] | None = None
@@ -93,6 +104,7 @@ class Receipt:
     removing: frozenset[str] | None = None
     hidden_before: frozenset[str] | None = None
     faults: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    hangs: Mapping[str, int] = field(default_factory=dict)
     notes: frozenset[str] = frozenset()
     save: Callable[[Receipt], None] = lambda _: None
 
@@ -114,6 +126,7 @@ class Receipt:
             "removing": None if self.removing is None else sorted(self.removing),
             "hidden_before": None if self.hidden_before is None else sorted(self.hidden_before),
             "faults": {uid: list(told) for uid, told in sorted(self.faults.items())},
+            "hangs": dict(sorted(self.hangs.items())),
             "notes": sorted(self.notes),
         }
         return {name: value for name, value in told.items() if value or value == []}
@@ -128,6 +141,7 @@ class Receipt:
             removing=frozenset(told["removing"]) if "removing" in told else None,
             hidden_before=frozenset(told["hidden_before"]) if "hidden_before" in told else None,
             faults={uid: (faults, since_s) for uid, (faults, since_s) in told.get("faults", {}).items()},
+            hangs=dict(told.get("hangs", {})),
             notes=frozenset(told.get("notes", ())),
             save=save,
         )
@@ -180,6 +194,7 @@ def copy_study(transfer: Transfer, receipt: Receipt, *, attempt: int = 1) -> dic
     if seen.missing:
         _bring_missing(transfer, receipt, seen, attempt=attempt)
     added = _note_parcel(transfer, receipt, seen)
+    receipt.hangs = transfer.given_up
     _check_accepted(transfer)
     return {
         "images": len((seen.on_source.keys() | transfer.settled) - transfer.moot),
@@ -199,7 +214,7 @@ def _begin(transfer: Transfer, receipt: Receipt, seen: Seen) -> None:
 
 
 def _bring_missing(transfer: Transfer, receipt: Receipt, seen: Seen, *, attempt: int) -> None:
-    transfer.faults = dict(receipt.faults)
+    transfer.faults, transfer.hangs_seen = dict(receipt.faults), receipt.hangs
     try:
         bring(transfer, seen.missing, on_source=seen.on_source, on_target=seen.on_target)
         receipt.faults = {}
@@ -253,9 +268,10 @@ def _check_found(transfer: Transfer, seen: Seen) -> None:
 
 
 def _check_accepted(transfer: Transfer) -> None:
-    """The first image that the target will never take speaks for the others."""
+    """The first image that the target will never take speaks for the others; then the first that is not sent again."""
     refused = {uid: outcome for uid, outcome in transfer.refused.items() if not outcome.is_moot}
     if not refused:
+        _check_none_given_up(transfer)
         return
     uid, outcome = min(refused.items())
     kind = StudyConflict if outcome.fate is Fate.CONFLICT else PacsRejected
@@ -264,6 +280,12 @@ def _check_accepted(transfer: Transfer) -> None:
     error = transfer.error(kind, transfer.target, f"{name} will not take {count} of the images, {uid} for one. {said}")
     error.payload["details"] |= {**outcome.details, "refused": sorted(refused)[:TOLD]}
     raise error
+
+
+def _check_none_given_up(transfer: Transfer) -> None:
+    if transfer.given_up:
+        uid, hangs = min(transfer.given_up.items())
+        raise poisoned(transfer.target, hangs, {"study_uid": transfer.study_uid, "image_uid": uid})
 
 
 def what_is_left_out(notes: Collection[str], source: Pacs) -> str:
@@ -619,6 +641,7 @@ def _restore(transfer: Transfer, receipt: Receipt) -> set[str]:
         raise transfer.error(StudyConflict, back.source, sentence)
     if wanted:
         bring(back, wanted, on_source=seen.on_source, on_target=seen.on_target)
+        back.hangs.forget(back.target, back.given_up)  # an operator who orders the undo again wants them sent
     moot = back.moot
     back.refused = {uid: outcome for uid, outcome in back.refused.items() if uid not in moot}
     _check_accepted(back)

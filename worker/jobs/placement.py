@@ -311,14 +311,15 @@ def judged_again(outcome: Outcome, faults: int, since_s: float, pacs: Pacs, ledg
         faults < FAULTS_OF_AN_IMAGE
         or ledger is None
         or ledger.stored_last_s(name) <= since_s
-        or not _says_it_is_well(pacs)
+        or not says_it_is_well(pacs)
     ):
         return outcome
     sentence = f"It has failed {faults} times at this image, and stored others meanwhile. {outcome.message}"
     return replace(outcome, fate=Fate.REJECTED, message=sentence.strip(), is_doubtful=False)
 
 
-def _says_it_is_well(pacs: Pacs) -> bool:
+def says_it_is_well(pacs: Pacs) -> bool:
+    """Whether a server answers, and does not say that its storage or database is in trouble."""
     try:
         return pacs.storage().is_well is not False and pacs.database().ok is not False
     except CourierError:

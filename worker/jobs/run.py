@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 
@@ -54,6 +54,12 @@ class ServerUnknown(NotYet):
         self.reason = replace(self.reason, server_name=name)
 
 
+class Lookable(Protocol):
+    """What the heartbeat of a job looks at now and then."""
+
+    def look(self) -> None: ...
+
+
 @dataclass
 class Run:
     """An attempt under way. ``memo`` is what an earlier attempt wrote down before its push, if it came so far.
@@ -83,6 +89,8 @@ class Run:
     owners: dict[str, None] = field(default_factory=dict)
     #: What this attempt wrote down last, whether or not the ledger took it.
     noted: Mapping[str, Any] | None = None
+    #: Requests under way at whose files a server may hang.
+    sends: list[Lookable] = field(default_factory=list)
     #: What the ledger keeps of the job's messages.
     attachments: Attachments = NO_ATTACHMENTS
 
@@ -218,6 +226,8 @@ class Pulse:
         return done
 
     def _renew(self, run: Run, begun: float, renewed: dict[tuple[str, int], Any]) -> None:
+        for send in list(run.sends):
+            send.look()
         now = time.monotonic()
         if now - renewed.get(_attempt(run), begun) >= self._ledger.lease_s / 3:
             if not self._ledger.heartbeat(run.job_id, run.fence):

@@ -26,6 +26,7 @@ from worker.errors import (
 )
 from worker.instances import title_code
 from worker.jobs.downloads import to_ask
+from worker.jobs.hangs import Hangs
 from worker.jobs.passing import Incoming, digest_of
 from worker.jobs.placement import is_refused_whole, judged_again
 from worker.jobs.receipts import Receipts
@@ -79,6 +80,11 @@ class Transfer:
     unanswered: set[str] = field(default_factory=set)
     #: How often the target failed at an image, and since when; earlier attempts included.
     faults: dict[str, tuple[int, float]] = field(default_factory=dict)
+    hangs: Hangs = field(default_factory=Hangs)
+    #: How often the target had hung at images when they were given up for it, by a batch that is tried again.
+    hangs_seen: Mapping[str, int] = field(default_factory=dict)
+    #: Images that are not sent again, and how often the target hung at each.
+    given_up: dict[str, int] = field(default_factory=dict)
     #: What an answer left open.
     unclear: dict[str, Outcome] = field(default_factory=dict)
     #: What both servers were read for in this attempt, and have the same of, so that one copy may go.
@@ -104,7 +110,7 @@ class Transfer:
 
     @property
     def settled(self) -> set[str]:
-        return self.stored.keys() | self.there | self.refused.keys()
+        return self.stored.keys() | self.there | self.refused.keys() | self.given_up.keys()
 
     def error(self, kind: type[ErrorKind], pacs: Pacs, sentence: str, **more: object) -> ErrorKind:
         details = {"study_uid": self.study_uid}
@@ -159,11 +165,15 @@ def _bring(
 ) -> None:
     transfer.listed = dict(on_source)
     transfer.unclear.clear()
-    _pass(transfer, set(wanted), known=on_source.keys() | set(on_target), alone=False)
+    transfer.given_up = transfer.hangs.given_up(transfer.target, wanted, transfer.hangs_seen)
+    hung = transfer.hangs.counted(transfer.target, wanted).keys() - transfer.given_up.keys()
+    first = set(wanted) - hung - transfer.given_up.keys()
+    _pass(transfer, first, known=on_source.keys() | set(on_target), alone=False)
     again = {uid for uid, outcome in transfer.unclear.items() if _is_to_go_alone(outcome, transfer)}
     transfer.unanswered |= again
     for uid in again:
         del transfer.unclear[uid]
+    again |= hung
     _pass(transfer, again, known=transfer.listed.keys() | set(on_target), alone=True)
     _check_all_came(transfer, wanted)
 
@@ -260,7 +270,8 @@ def _send(transfer: Transfer, arriving: _Arriving, *, alone: bool) -> None:
         return
     share = _Share(arriving, 1 if alone else REQUEST_IMAGES)
     try:
-        outcomes = transfer.target.store_passing(share)
+        with transfer.hangs.sending(transfer.target, lambda: [one.instance.sop_instance_uid for one in share.sent]):
+            outcomes = transfer.target.store_passing(share)
     except (PacsRejected, PacsMisanswered) as error:
         if error.details.get("status") == LENGTH_REQUIRED:
             transfer.spooled = True
@@ -276,7 +287,8 @@ def _spool_and_send(transfer: Transfer, image: Incoming) -> None:
     limits = Limits(transfer.max_spool_bytes, time.monotonic() + SPOOL_TIMEOUT_S, SPOOL_TIMEOUT_S)
     with spool(image.chunks(), source=f"An image of {transfer.source.server.name}", limits=limits) as fetched:
         try:
-            (outcome,) = transfer.target.store([Part(image.instance, fetched.open, fetched.size_bytes)])
+            with transfer.hangs.sending(transfer.target, lambda: [image.instance.sop_instance_uid]):
+                (outcome,) = transfer.target.store([Part(image.instance, fetched.open, fetched.size_bytes)])
         except (PacsRejected, PacsMisanswered) as error:
             _refused_as_a_whole(transfer, [image], error)
         else:

@@ -23,6 +23,7 @@ from worker.errors import (
 )
 from worker.instances import Instance, identify
 from worker.jobs.described import allowed
+from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.knowledge import server_left
 from worker.jobs.passing import digest_of
 from worker.jobs.placement import (
@@ -67,6 +68,7 @@ class Memo:
 
     ``uncertain`` says that a push of ours may have arrived although nobody told us so; ``pendings`` counts the answers
     that the server is storing the image already, ``faults`` those that it failed at it, since ``faulty_since_s``.
+    ``hangs_seen`` is how often the server had hung at the file when the job was given up for it.
     """
 
     server: str
@@ -79,6 +81,7 @@ class Memo:
     pendings: int = 0
     faults: int = 0
     faulty_since_s: float = 0
+    hangs_seen: int = 0
     uncertain: bool = False
     stored: bool = False
     study_action: StudyAction = "updated"
@@ -286,6 +289,7 @@ def _memo(instance: Instance, fetched: Fetched, earlier: Memo | None, tools: Too
         pendings=earlier.pendings if earlier else 0,
         faults=earlier.faults if earlier else 0,
         faulty_since_s=earlier.faulty_since_s if earlier else 0,
+        hangs_seen=earlier.hangs_seen if earlier else 0,
         zero_preamble=fetched.starts_with(PREAMBLE),
     )
 
@@ -362,11 +366,14 @@ def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
     """Send the image to its server and judge the answer for this instance."""
     tools = trip.tools
     pacs = tools.fleet[memo.server]
+    hangs = Hangs(trip.run)
+    _check_hangs(hangs, pacs, memo, trip.run, resumed=resumed)
     decision = {"server": memo.server, "study_uid": memo.instance.study_instance_uid, **memo.route.model_dump()}
     trip.run.intend(replace(memo, uncertain=True).as_json(), decision=decision)
     part = Part(memo.instance, fetched.open, fetched.size_bytes)
     try:
-        (outcome,) = pacs.store([part])
+        with hangs.sending(pacs, lambda: [memo.sha256]):
+            (outcome,) = pacs.store([part])
     except CourierError as error:
         if isinstance(error, NeedsPerson) or error.details.get("phase") in NOT_SENT:
             trip.run.intend(replace(memo, uncertain=resumed).as_json())
@@ -376,6 +383,14 @@ def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
     if outcome.is_doubtful:
         outcome = _doubtful(outcome, memo, pacs, trip.run)
     return _judge(outcome, memo, _arrival(memo, fetched), resumed=resumed, tools=tools)
+
+
+def _check_hangs(hangs: Hangs, pacs: Pacs, memo: Memo, run: Run, *, resumed: bool) -> None:
+    """`Poisoned`, if the server has hung at the file so often that it is not sent again, until it is replayed."""
+    count = hangs.given_up(pacs, [memo.sha256], {memo.sha256: memo.hangs_seen}).get(memo.sha256)
+    if count is not None:
+        run.note(replace(memo, uncertain=resumed, hangs_seen=count).as_json())
+        raise poisoned(pacs, count, uids_of(memo.instance))
 
 
 def _judge(outcome: Outcome, memo: Memo, arrival: Arrival, *, resumed: bool, tools: Tools) -> Memo:

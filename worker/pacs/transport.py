@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Protocol, TypeVar
@@ -42,6 +43,26 @@ MAX_ANSWER_BYTES = 256 * 1024**2
 _NGINX_ON_CERTIFICATES = b"SSL certificate"
 
 ErrorKind = TypeVar("ErrorKind", bound=CourierError)
+
+
+#: Called when the whole body of a request has gone out.
+_when_sent: ContextVar[Callable[[], None] | None] = ContextVar("when_sent", default=None)
+
+
+@contextmanager
+def when_sent(call: Callable[[], None]) -> Iterator[None]:
+    """Inside, on this thread, ``call`` is called when a request's whole body has gone out."""
+    token = _when_sent.set(call)
+    try:
+        yield
+    finally:
+        _when_sent.reset(token)
+
+
+def _noticed(body: Iterable[bytes]) -> Iterator[bytes]:
+    yield from body
+    if (call := _when_sent.get()) is not None:
+        call()
 
 
 class Credentials(Protocol):
@@ -105,6 +126,10 @@ class Transport:
                 body = self._whole(response, self._read_timeout_s(request))
                 self._check_certificate(response, body)
                 return Answer(response.status, response.headers, body)
+            except PacsUnavailable as error:
+                error.hung = request.body is not None
+                _discard(response)
+                raise
             except BaseException:  # a task's time limit too
                 _discard(response)
                 raise
@@ -193,7 +218,9 @@ class Transport:
                 raise self._certificate_refused(f"TLS: {alert}") from error
             phase, reason = _reason(error, self.server, self._read_timeout_s(request))
             sentence = f"{self.server.name} did not answer: {reason}."
-            raise self.error(PacsUnavailable, sentence, details={"phase": phase}) from error
+            silent = self.error(PacsUnavailable, sentence, details={"phase": phase})
+            silent.hung = request.body is not None and isinstance(error, wire.ReadTimeoutError)
+            raise silent from error
 
     def _urlopen(self, request: Request, authorization: str | None) -> BaseHTTPResponse:
         headers = {**request.headers, **carrier()}
@@ -203,7 +230,7 @@ class Transport:
         return self._pool.urlopen(
             request.method,
             request.target,
-            body=request.body,
+            body=None if request.body is None else _noticed(request.body),
             headers=headers,
             retries=False,
             redirect=False,
