@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-#: What its list of tasks shows: the redacted job too, which Flower's default leaves out.
-COLUMNS: Final = "name,kwargs,state,received,runtime,worker,uuid"
+#: What its list of tasks shows: the redacted job and its result too, of which Flower's default leaves the job out.
+COLUMNS: Final = "name,kwargs,state,result,received,runtime,worker,uuid"
 _ADVICE: Final = (
     "set FLOWER_BASIC_AUTH to user:password (several with commas between), or FLOWER_AUTH_PROVIDER and in FLOWER_AUTH "
     "whom it lets in, or leave the address out"

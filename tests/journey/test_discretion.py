@@ -12,6 +12,8 @@ from sandbox.synthetic import image, new_uid
 from worker.payloads import StudiesJob
 
 WAIT_S = 30
+#: What Flower's list of tasks asks for.
+TABLE = {"draw": 1, "start": 0, "length": 50, "order[0][column]": 0, "columns[0][data]": "name"}
 SIGNATURE, PATIENT = "SIGNATURE-5f1c", "PLANTED-PATIENT"
 
 
@@ -55,7 +57,17 @@ def test_results_with_metadata_show_none_of_it_in_flower_and_logs(worker, image_
         pages = [f"{flower.url}/task/{handle.id}" for handle in handles]
         assert parts.poll(lambda: all("SUCCESS" in requests.get(page, timeout=10).text for page in pages), timeout_s=15)
         shown = "\n".join(requests.get(page, timeout=10).text for page in pages) + flower.child.log + running.log
+        rows = requests.post(f"{flower.url}/tasks/datatable", timeout=10, data=TABLE).json()["data"]
+        header = requests.get(f"{flower.url}/tasks", timeout=10).text
     assert PATIENT not in shown
+    lines = {row["uuid"]: row["result"] for row in rows}
+    found, listed, stored = (lines[handle.id] for handle in handles)
+    link = results[0]["servers"][0]["viewer_url"]
+    assert found == f"metadata; msdicom found; study {study}; {link}"
+    assert "Result" in header
+    assert listed == "list_studies; msdicom complete, dcm4chee complete"
+    assert stored == f"upload stored; msdicom; study {study}; {results[2]['viewer_url']}"
+    assert study in results[2]["viewer_url"]
 
 
 def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
@@ -88,7 +100,7 @@ def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
 
         assert parts.poll(lambda: all(page(job_id).status_code == 200 for job_id in ids), timeout_s=15)
         pages = "\n".join(page(job_id).text for job_id in ids)
-        pages += requests.post(f"{flower.url}/tasks/datatable", timeout=10, data={"draw": 1}).text
+        pages += requests.post(f"{flower.url}/tasks/datatable", timeout=10, data=TABLE).text
         log_of_flower = flower.child.log
     assert "pacs.upload" in pages
     for name in ("image-0.dcm", "image-1.dcm", "page.html"):

@@ -186,7 +186,8 @@ def pages_of(flower, ids) -> str:
     paths += [f"task/{job_id}" for job_id in ids] + [f"api/task/info/{job_id}" for job_id in ids]
     paths += [f"api/task/result/{job_id}" for job_id in ids]
     pages = [requests.get(f"{flower}/{path}", timeout=30, auth=("ops", "looks")).text for path in paths]
-    table = requests.post(f"{flower}/tasks/datatable", timeout=30, data={"draw": 1}, auth=("ops", "looks")).text
+    columns = {"draw": 1, "start": 0, "length": 500, "order[0][column]": 0, "columns[0][data]": "name"}
+    table = requests.post(f"{flower}/tasks/datatable", timeout=30, data=columns, auth=("ops", "looks")).text
     return "\n".join([*pages, table])
 
 
