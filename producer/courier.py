@@ -335,13 +335,14 @@ class Courier:
         more = {**_in_study(study_uid), **_stated(requested_by, reason)}
         return self.enqueue("pacs.delete", DeleteJob, {**job, **more})
 
-    def studies(
+    def studies(  # noqa: PLR0913 - each option by its name
         self,
         *,
         mode: str = "both",
         filters: Mapping[str, str] | None = None,
         limit: int = 500,
         cursor: str | None = None,
+        newest_first: bool = False,
         requested_by: str | None = None,
         reason: str | None = None,
     ) -> Handle[StudiesResult]:
@@ -350,6 +351,7 @@ class Courier:
         `producer.studies.walk` goes through all pages, `producer.studies.StudyList` merges them.
         """
         job = {"mode": mode, "filters": dict(filters or {}), "limit": limit, "cursor": cursor}
+        job["newest_first"] = newest_first
         return self.enqueue("pacs.list_studies", StudiesJob, {**job, **_stated(requested_by, reason)})
 
     def download(

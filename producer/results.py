@@ -468,6 +468,7 @@ class ListedServerDict(TypedDict):
 
     ``dropped`` rows that it sent do not match the filters and are left out; ``lacking`` are filtered attributes that no
     row of this page has. ``may_be_cut``: the server ignores offset, so it may have more studies than it lists.
+    ``newest_first``: the server was asked to sort its list so, and can.
     """
 
     server_name: str
@@ -477,6 +478,7 @@ class ListedServerDict(TypedDict):
     dropped: int
     lacking: list[str]
     may_be_cut: bool
+    newest_first: bool
     error: FaultDict | None
 
 

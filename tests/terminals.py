@@ -12,9 +12,10 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PACS = str(Path(sys.executable).with_name("pacs"))
 #: What colours a text, moves the cursor and makes a link: all that we send to a terminal beside text.
@@ -50,14 +51,19 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
 
 
 def in_terminal(
-    words: Sequence[str], *, columns: int, env: Mapping[str, str], typed: str = "", argv: Sequence[str] = (PACS,)
+    words: Sequence[str],
+    *,
+    columns: int,
+    env: Mapping[str, str],
+    typed: str = "",
+    argv: Sequence[str] = (PACS,),
+    cwd: Path | None = None,
 ) -> Ended:
     """Run it on a terminal of so many columns, and type ``typed`` into it."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    with subprocess.Popen(
-        [*argv, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment(env), start_new_session=True
-    ) as process:
+    streams: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen([*argv, *words], **streams, env=environment(env), cwd=cwd, start_new_session=True) as process:
         os.close(theirs)
         os.write(ours, typed.encode())
         killer = threading.Timer(_WAIT_S, process.kill)
@@ -85,7 +91,3 @@ def in_pipe(
 def in_shell(line: str, *, env: Mapping[str, str]) -> Ended:
     """Run a line of bash, in which ``pacs`` is the command."""
     return in_pipe(["-c", line.replace("pacs ", f"{PACS} ", 1)], env=env, argv=("bash",))
-
-
-#: 80 and 40 columns, and a pipe.
-Run = Callable[..., Ended]

@@ -37,6 +37,7 @@ SHOWN_FIELDS = frozenset(
         "mode",
         "filters",
         "limit",
+        "newest_first",
         "metadata",
         "places",
         "permanent",

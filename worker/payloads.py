@@ -156,12 +156,16 @@ class DeleteJob(Job):
 
 
 class StudiesJob(Job):
-    """`pacs.list_studies`: one page of at most ``limit`` studies, from where ``cursor`` says."""
+    """`pacs.list_studies`: one page of at most ``limit`` studies, from where ``cursor`` says.
+
+    ``newest_first`` asks the servers that can sort to do so; the result says of each whether its studies come so.
+    """
 
     mode: Mode = "both"
     filters: Filters = {}
     limit: Annotated[int, Field(ge=1, le=5000)] = 500
     cursor: Annotated[str, Field(max_length=16_384)] | None = None
+    newest_first: bool = False
 
 
 class DeleteAllJob(Job):
@@ -628,6 +632,7 @@ class ListedServer(BaseModel):
 
     ``dropped`` rows that it sent do not match the filters and are left out; ``lacking`` are filtered attributes that no
     row of this page has. ``may_be_cut``: the server ignores offset, so it may have more studies than it lists.
+    ``newest_first``: the server was asked to sort its list so, and can.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -639,6 +644,7 @@ class ListedServer(BaseModel):
     dropped: int = 0
     lacking: list[str] = []
     may_be_cut: bool = False
+    newest_first: bool = False
     error: Fault | None = None
 
 

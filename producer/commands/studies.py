@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
 from producer.commands.door import DONE, UNAVAILABLE, as_json_option, conditions, mode_option, plain_failures
 from producer.commands.session import Session
 from producer.errors import CourierError
+from producer.inputs import counted
 from producer.show_studies import json_document, left_out, studies_table, write_csv
 from producer.studies import StudyList, walk
-from producer.terminal import errors_console, print_json, write_out
+from producer.terminal import Terminal, console, errors_console, print_json, write_out
 
-#: Studies per page while all are listed.
-PAGE = 1000
+#: Studies per page while all are listed, and at least in a page of a short list.
+PAGE, SHORT = 1000, 100
 Form = Literal["table", "json", "csv"]
 
 
@@ -35,8 +37,12 @@ def studies(
     """List the studies of all servers, each once. Exit status 3: a server did not answer, its studies are missing."""
     form: Form = "json" if as_json else "csv" if as_csv else "table"
     with Session() as courier, StudyList() as listed:
-        page = min(limit or PAGE, PAGE)
-        pages = walk(courier, mode=mode, filters=conditions(filters, called="filter"), limit=page, timeout_s=timeout_s)
+        # Also of a short list every server is asked, and each that sorts gives as many as are wanted in all.
+        wish: dict[str, Any] = {
+            "limit": min(max(2 * limit, SHORT), PAGE) if limit else PAGE,
+            "newest_first": bool(limit),
+        }
+        pages = walk(courier, mode=mode, filters=conditions(filters, called="filter"), timeout_s=timeout_s, **wish)
         with errors_console.busy() as progress:
             try:
                 for count in listed.extend(pages, at_most=limit):
@@ -49,20 +55,50 @@ def studies(
 
 
 def _show(listed: StudyList, mode: str, limit: int | None, form: Form) -> int:
-    servers = listed.servers()
+    servers = _shown_servers(listed, limit)
     entries = itertools.islice(listed, limit)
     if form == "json":
         whole = listed.cursor is None and (limit is None or len(listed) <= limit)
-        head = {"operation": "list_studies", "mode": mode, "complete": whole, "servers": servers}
+        order = "server" if listed.in_server_order else "newest_first"
+        head = {"operation": "list_studies", "mode": mode, "complete": whole, "order": order, "servers": servers}
         for piece in json_document(head, entries):
             write_out(piece)
+        _say_order(listed, errors_console)
     elif form == "csv":
         write_csv(entries, sys.stdout)
+        _say_order(listed, errors_console)
     else:
+        _say_order(listed, console)
         studies_table(entries)
+    return _say_servers(servers)
+
+
+def _say_order(listed: StudyList, where: Terminal) -> None:
+    """The heading of a list that is not sorted: with a limit there may be newer studies than those that are shown."""
+    if listed.in_server_order:
+        more = (one for one in listed.servers() if one["status"] == "more" and not one.get("newest_first"))
+        names = " and ".join(one["server_name"] for one in more)
+        where.print(f"in server order; newer studies may be missing, because {names} cannot sort", style="bold")
+
+
+def _shown_servers(listed: StudyList, limit: int | None) -> list[dict[str, Any]]:
+    """The servers with what is shown of their lists, which ``limit`` may cut."""
+    servers = listed.servers()
+    if limit is None or len(listed) <= limit:
+        return servers
+    shown = Counter(place["server_name"] for entry in itertools.islice(listed, limit) for place in entry["servers"])
+    return [_cut(server, shown[server["server_name"]]) for server in servers]
+
+
+def _cut(server: dict[str, Any], shown: int) -> dict[str, Any]:
+    is_cut = server["status"] == "complete" and shown < server["count"]
+    return {**server, "count": shown, "status": "more" if is_cut else server["status"]}
+
+
+def _say_servers(servers: Sequence[dict[str, Any]]) -> int:
     missing = [server for server in servers if server["status"] == "unavailable"]
     for server in servers:
         end = server["error"]["message"] if server["error"] else "all" if server["status"] == "complete" else "and more"
-        line = f"{server['server_name']}: {server['count']} studies, {end}{left_out(server)}"
+        line = f"{server['server_name']}: {counted(server['count'], 'study', 'studies')}, {end}{left_out(server)}"
         errors_console.print(line, style="red" if server in missing else "dim")
     return UNAVAILABLE if missing else DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -16,9 +17,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from pydicom import dcmread
 
 from sandbox.processes import Processes, poll
-from sandbox.samples import samples
+from sandbox.samples import STORED, samples
+from tests.terminals import in_terminal
 
 MARK = "COURIER_TEST_RUN"
 pytestmark = [
@@ -176,3 +179,16 @@ def test_make_run_passes_once_on() -> None:
     for options, wanted in (([], False), (["ONCE=1"], True)):
         shown = subprocess.run([*dry, *options], capture_output=True, text=True, check=True, cwd=makefile.parent)
         assert ("sandbox.demo --once" in shown.stdout) is wanted
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_on_a_terminal_its_table_loses_no_digit_of_a_study(tmp_path: Path, columns: int) -> None:
+    run = (sys.executable, "-m", "sandbox.demo")
+    ended = in_terminal(["--once"], columns=columns, env={}, argv=run, cwd=tmp_path)
+    assert ended.status == 0, ended.shown
+    contents = [sample.content for sample in samples() if sample.ending == STORED and sample.content]
+    studies = {dcmread(io.BytesIO(content), stop_before_pixels=True).StudyInstanceUID for content in contents}
+    table = ended.shown.rpartition("images stored")[0]
+    assert [study for study in studies if f" {study}\n" not in table] == []
+    assert "…" not in table.rpartition("file ")[2]
+    assert [number for number in range(1, 9) if f"[{number}] http://" not in ended.shown] == []

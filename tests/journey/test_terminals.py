@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import re
+import signal
+import subprocess
 import uuid
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +28,7 @@ from sandbox.processes import Processes, RedisPart, SandboxPart
 from sandbox.synthetic import image
 from tests.odd_pacs import odd_pacs
 from tests.stow import stow
-from tests.terminals import Ended, in_pipe, in_terminal
+from tests.terminals import PACS, Ended, environment, in_pipe, in_terminal
 from worker.settings import Settings
 
 WAIT_S = 30
@@ -224,3 +229,116 @@ def test_an_id_with_control_characters_is_named_with_escapes(site: Site, words: 
     ended = site.run(*words, columns=80)
     assert ended.status != 0
     assert_is_harmless(ended)
+
+
+def newest(ended: Ended, *studies: str) -> list[str]:
+    """Which of ``studies`` are shown, in the order of the output."""
+    return sorted((study for study in studies if study in ended.shown), key=ended.shown.index)
+
+
+@SCREENS
+def test_a_short_list_shows_the_newest_studies_of_a_server_that_sorts(site: Site, columns: int | None) -> None:
+    old, new, late = ("1.2.1" + long_uid()[5:], "1.2.9" + long_uid()[5:], "1.2.5" + long_uid()[5:])
+    for study, date, time in ((old, "19990101", "1"), (new, "20320101", "080000"), (late, "20320101", "090000")):
+        stow(site.sandbox.dcm4chee, image(study, series=long_uid(), StudyDate=date, StudyTime=time.zfill(6), side=8))
+    ended = site.run("studies", "--server", "dcm4chee", "--limit", "2", columns=columns)
+    assert (ended.status, newest(ended, old, new, late)) == (0, [late, new]), ended
+    assert "server order" not in ended.shown + ended.errors
+    assert "dcm4chee: 2 studies, and more" in ended.shown + ended.errors
+    for study in (old, new, late):
+        assert in_pipe(["delete", "study", study, "--yes"], env=site.env).status == 0
+
+
+@pytest.mark.parametrize("limit", ["1", "3"])
+def test_a_silent_server_is_named_however_short_the_list_is(site: Site, limit: str) -> None:
+    site.sandbox.set_mood("dcm4chee", "*", refuse=True)
+    try:
+        ended = site.run("studies", "--limit", limit, columns=80)
+    finally:
+        site.sandbox.calm()
+    assert ended.status == 3
+    assert "dcm4chee: 0 studies, dcm4chee" in ended.shown
+
+
+@SCREENS
+def test_a_list_that_is_cut_before_a_server_has_sorted_it_says_so(site: Site, columns: int | None) -> None:
+    mine = [long_uid() for _ in range(40)]
+    for study in mine:
+        stow(site.sandbox.msdicom, image(study, series=long_uid(), side=8, StudyDate="20310101"))
+    ended = site.run("studies", "--limit", "4", columns=columns)
+    assert (ended.status, len(newest(ended, *mine, site.split, site.single, ODD_STUDY))) == (0, 4), ended
+    assert ended.shown.lstrip("⠋ ").startswith(
+        "in server order; newer studies may be missing, because msdicom cannot sort"
+    )
+    if columns is None:
+        for form in ("--json", "--csv"):
+            cut = in_pipe(["studies", "--limit", "4", form], env=site.env)
+            assert "in server order" in cut.errors
+            if form == "--json":
+                assert json.loads(cut.raw)["order"] == "server"
+    whole = site.run("studies", columns=columns)
+    assert "server order" not in whole.shown + whole.errors
+    assert len(newest(whole, *mine)) == 40
+
+
+def test_the_answers_of_a_watched_status_come_into_a_pipe_as_they_are_given(site: Site) -> None:
+    with subprocess.Popen(
+        [PACS, "status", "--watch", "0.2"], stdout=subprocess.PIPE, text=True, env=environment(site.env)
+    ) as watched:
+        assert watched.stdout is not None
+        seen = [line for line in itertools.islice(watched.stdout, 10) if line.startswith("dcm4chee")]
+        assert len(seen) >= 2
+        assert watched.poll() is None
+        watched.send_signal(signal.SIGINT)
+        assert watched.wait(timeout=30) == 0
+
+
+def batch_of(ended: Ended) -> str:
+    return re.findall(r"^batch (\S+)$", ended.shown, re.MULTILINE)[-1]
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_a_batch_ends_with_its_id_and_its_undo_asks_what_will_be_deleted_and_where(site: Site, columns: int) -> None:
+    study, series = long_uid(), long_uid()
+    with ImageServer() as images:
+        urls = [images.put(f"{n}[b].dcm", image(study, series=series, side=8)) for n in range(3)]
+        uploaded = site.run("batch", "upload", *urls, "--server", "msdicom", columns=columns)
+    assert (uploaded.status, "upload done: 3 of 3 items" in uploaded.shown) == (0, True), uploaded
+    batch_id = batch_of(uploaded)
+    assert uploaded.selects(batch_id)
+    question = "Undo the upload? 3 images will be deleted for good: 3 on msdicom. [y/N]:"
+    asked = in_terminal(["batch", "undo", batch_id], columns=columns, env=site.env, typed="n\n")
+    assert (asked.status, question in asked.shown, "Nothing was done." in asked.shown) == (1, True, True), asked
+    undone = in_terminal(["batch", "undo", batch_id], columns=columns, env=site.env, typed="y\n")
+    assert (undone.status, question in undone.shown) == (0, True), undone
+    assert "undo of upload: 3 of 3 items" in undone.shown
+    for ended in (uploaded, asked, undone):
+        assert_is_harmless(ended)
+
+
+@pytest.mark.parametrize("columns", [80, None])
+def test_an_undo_that_is_refused_does_not_count_as_one(site: Site, columns: int | None) -> None:
+    study = long_uid()
+    stow(site.sandbox.dcm4chee, image(study, series=long_uid(), side=8))
+    deleted = site.run("batch", "delete", study, "--yes", columns=columns)
+    assert (deleted.status, "delete done: 1 of 1 items" in deleted.shown) == (0, True), deleted
+    undone = site.run("batch", "undo", batch_of(deleted), "--yes", columns=columns)
+    assert (undone.status, "undo of delete: 0 of 1 items, 1 refused" in undone.shown) == (1, True), undone
+    assert undone.selects(study)
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_archive_of_which_nothing_can_be_read_is_no_success_and_says_why(site: Site, packed: int) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", packed) as file:
+        file.writestr("1.dcm", image(long_uid(), series=long_uid(), side=8))
+    with ImageServer() as images:
+        ended = site.run("batch", "upload", images.put("all.zip", archive.getvalue()), columns=80)
+    assert (ended.status, "upload done: 0 of 1 items, 1 refused" in ended.shown) == (1, True), ended
+    assert "it is packed in a way that is not read here" in " ".join(ended.shown.split())
+
+
+def test_an_empty_list_of_dead_letters_says_that_there_are_none(site: Site) -> None:
+    assert "No dead letter matches." in site.run("dead", "list", "--code", "poisoned", columns=80).shown
+    assert site.run("dead", "purge", "--all", "--yes", columns=80).status == 0
+    assert "There are no dead letters." in site.run("dead", "list", columns=80).shown

@@ -409,6 +409,10 @@ def test_dcm4chee_05_pages_are_ordered_and_hold_at_most_1000() -> None:
     page = pacs.studies(filters={}, limit=5000, offset=2000)
     assert page.next_offset == 3000
     assert re.search(r"orderby=StudyInstanceUID&limit=1000&offset=2000", wire.calls[0])
+    pacs, wire = asked("dcm4chee", Reply(200, [study()]), Reply(200, [study()]))
+    assert pacs.newest_studies(filters={}, limit=7, offset=0).is_sorted
+    assert "orderby=-StudyDate%2C-StudyTime%2CStudyInstanceUID&limit=7" in wire.calls[0]
+    assert not pacs.newest_studies(filters={"PatientID": "A,B"}, limit=7, offset=0).is_sorted
     with pytest.raises(InvalidRequest, match="StudyDate"):
         pacs.studies(filters={}, limit=1000, offset=100_000)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import random
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -199,3 +201,49 @@ def test_the_list_is_one_json_document_and_one_csv_table():
 def test_operators_see_what_a_list_is_filtered_by_but_not_for_whom():
     shown = shown_job({"mode": "both", "filters": {"PatientName": "Doe^Jane"}, "cursor": "abc"})
     assert json.loads(shown) == {"mode": "both", "filters": ["PatientName"]}
+
+
+class SortedShelf(Shelf):
+    """A server that sorts its list: its UIDs are in that order."""
+
+    def newest_studies(self, *, filters, limit, offset):
+        return replace(self.studies(filters=filters, limit=limit, offset=offset), is_sorted=True)
+
+
+def dated(page):
+    """The page with the number of each study as its date: 1.2.7 is of 2007."""
+    for entry in page["studies"]:
+        entry["study_date"] = f"20{int(entry['study_uid'].rpartition('.')[2]):02}0101"
+    return page
+
+
+def first(shelves, limit, page):
+    """What is listed first, and whether in the order of servers."""
+    with StudyList() as listed:
+        pages = map(dated, pages_of(tools(*shelves), limit=page, newest_first=True))
+        for _ in listed.extend(pages, at_most=limit):
+            pass
+        return [entry["study_uid"] for entry in itertools.islice(listed, limit)], listed.in_server_order
+
+
+@pytest.mark.parametrize("page", [2, 3, 8, 100])
+def test_of_servers_that_sort_the_newest_of_all_are_listed(page) -> None:
+    odd, even = uids(*range(29, 0, -2)), uids(*range(98, 0, -2))
+    assert first([SortedShelf("a", odd), SortedShelf("b", even)], 4, page) == (uids(98, 96, 94, 92), False)
+    assert first([SortedShelf("a", odd), SortedShelf("b", uids(2, 1))], 3, page) == (uids(29, 27, 25), False)
+
+
+def test_a_server_that_does_not_sort_and_has_more_makes_the_order_that_of_servers() -> None:
+    sorts, does_not = SortedShelf("a", uids(9, 8, 7)), Shelf("b", uids(*range(20, 80)))
+    assert first([sorts, does_not], 4, 10) == (uids(9, 20, 8, 21), True)
+    assert first([sorts, Shelf("b", uids(20, 80, 30))], 4, 10) == (uids(80, 30, 20, 9), False)
+
+
+def test_a_cursor_goes_on_in_the_order_that_it_was_given_for() -> None:
+    both = tools(SortedShelf("a", uids(3, 2, 1)))
+    cursor = ask(both, limit=1, newest_first=True)["cursor"]
+    assert ask(both, limit=1, cursor=cursor, newest_first=True)["servers"][0]["newest_first"] is True
+    with pytest.raises(InvalidRequest, match="another"):
+        ask(both, limit=1, cursor=cursor)
+    cursor = ask(both, limit=1)["cursor"]
+    assert ask(both, limit=1, cursor=cursor)["servers"][0]["newest_first"] is False

@@ -54,6 +54,7 @@ class Part:
     studies: list[Dataset]
     next: Mark | None
     left: Left = field(default_factory=Left)
+    is_sorted: bool = False
 
 
 def list_studies(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _cursor(job: StudiesJob, marks: Mapping[str, Mark], parts: Mapping[str, Part
 
 def _query(job: StudiesJob) -> str:
     """What a cursor belongs to, without saying it: filters may name a patient."""
-    wish = json.dumps([job.mode, job.filters], sort_keys=True)
+    wish = json.dumps([job.mode, job.filters, *(["newest"] if job.newest_first else [])], sort_keys=True)
     return hashlib.sha256(wish.encode()).hexdigest()[:16]
 
 
@@ -144,7 +145,7 @@ def _parts(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str
         return _first_part(job, marks, fleet)
     names = list(marks)[: job.limit]
     share = job.limit // len(names)
-    questions = [partial(_part, fleet[name], job.filters, mark=marks[name], wanted=share) for name in names]
+    questions = [partial(_part, fleet[name], job, mark=marks[name], wanted=share) for name in names]
     parts = dict(zip(names, fleet.gather(questions), strict=True))
     _raise_refusals(parts.values())
     return parts
@@ -153,7 +154,7 @@ def _parts(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str
 def _first_part(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str, Part | CourierError]:
     parts: dict[str, Part | CourierError] = {}
     for name, mark in marks.items():
-        question = partial(_part, fleet[name], job.filters, mark=mark, wanted=job.limit)
+        question = partial(_part, fleet[name], job, mark=mark, wanted=job.limit)
         parts[name] = fleet.gather([question])[0]
         _raise_refusals(parts.values())
         if isinstance(parts[name], Part):
@@ -167,13 +168,13 @@ def _raise_refusals(parts: Any) -> None:
             raise part
 
 
-def _part(pacs: Pacs, filters: Mapping[str, str], *, mark: Mark, wanted: int) -> Part:
+def _part(pacs: Pacs, job: StudiesJob, *, mark: Mark, wanted: int) -> Part:
     """``wanted`` studies from ``mark``, in as many requests as the server's own page size asks for.
 
     Fewer, if the server sends many that do not match: the list goes on with the next job.
     """
     studies: list[Dataset] = []
-    way = Walk(pacs, filters, set(mark.prints))
+    way = Walk(pacs, job.filters, set(mark.prints), newest_first=job.newest_first)
     at: Mark | None = mark
     while at is not None and len(studies) < wanted and way.left.dropped < MAX_DROPPED:
         limit = wanted - len(studies)
@@ -181,7 +182,7 @@ def _part(pacs: Pacs, filters: Mapping[str, str], *, mark: Mark, wanted: int) ->
         studies += further
     if at is not None:
         at = replace(at, prints=(*mark.prints, *filter(None, (way.first,)))[-MAX_PRINTS:])
-    return Part(studies, at, way.left)
+    return Part(studies, at, way.left, way.is_sorted)
 
 
 def merge(parts: Mapping[str, Part], tools: Tools) -> list[StudyEntry]:
@@ -240,4 +241,5 @@ def _listed(pacs: Pacs, part: Part | CourierError) -> ListedServer:
         dropped=part.left.dropped,
         lacking=sorted(part.left.lacking or ()),
         may_be_cut=part.left.may_be_cut,
+        newest_first=part.is_sorted,
     )

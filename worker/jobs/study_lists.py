@@ -10,7 +10,7 @@ from worker.jobs.batches import Desk, in_turns
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 from worker.pacs.dicomweb import fits_path
 from worker.pacs.matching import fingerprint
-from worker.pacs.protocol import Pacs, StudyPage
+from worker.pacs.protocol import ListsNewestFirst, Pacs, StudyPage
 from worker.payloads import Dataset
 from worker.planning import Planned
 
@@ -76,6 +76,16 @@ class Walk:
     #: The fingerprint of the first page.
     first: str = ""
     left: Left = field(default_factory=Left)
+    newest_first: bool = False
+    #: Whether the newest do come first; not every server can sort.
+    is_sorted: bool = False
+
+    def _page(self, limit: int, offset: int) -> StudyPage:
+        if self.newest_first and isinstance(self.pacs, ListsNewestFirst):
+            page = self.pacs.newest_studies(filters=self.filters, limit=limit, offset=offset)
+            self.is_sorted = page.is_sorted
+            return page
+        return self.pacs.studies(filters=self.filters, limit=limit, offset=offset)
 
     def step(self, mark: Mark, *, limit: int, at_most: int | None = None) -> tuple[list[Dataset], Mark | None]:
         """The studies at ``mark``, and where the list goes on; None after its end.
@@ -89,7 +99,7 @@ class Walk:
         """
         if mark.unpaged:
             return self._all_at_once(mark, at_most)
-        page = self.pacs.studies(filters=self.filters, limit=limit, offset=mark.offset)
+        page = self._page(limit, mark.offset)
         seen = _fingerprint(page)
         self.first = self.first or seen
         if not mark.skip and seen and seen in self.prints:
@@ -104,12 +114,12 @@ class Walk:
         if page.is_full or len(page.studies) == limit:
             return self._all_at_once(Mark(page.start, skip=len(page.studies), unpaged=True), at_most)
         if not page.is_over:
-            one = self.pacs.studies(filters=self.filters, limit=1, offset=page.start)
+            one = self._page(1, page.start)
             self.left.may_be_cut |= one.is_full  # it minds the limit, and so may have one of its own
         return [], _mark(page.after)
 
     def _all_at_once(self, mark: Mark, at_most: int | None) -> tuple[list[Dataset], Mark | None]:
-        page = self.pacs.studies(filters=self.filters, limit=PAGE_STUDIES, offset=mark.offset)
+        page = self._page(PAGE_STUDIES, mark.offset)
         if page.is_full or len(page.studies) == PAGE_STUDIES:
             server = self.pacs.server
             sentence = (

@@ -189,13 +189,20 @@ class Dcm4chee:
 
     def studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
         """Ordered, for want of an order otherwise. Oddity: "Pages overlap and end at 100,000"."""
+        return self._studies(filters, limit, offset, order="StudyInstanceUID")
+
+    def newest_studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
+        page = self._studies(filters, limit, offset, order="-StudyDate,-StudyTime,StudyInstanceUID")
+        return replace(page, is_sorted=StudyQuery.of(filters, MATCHING, self.server).is_single)
+
+    def _studies(self, filters: Mapping[str, str], limit: int, offset: int, *, order: str) -> StudyPage:
         query = StudyQuery.of(filters, MATCHING, self.server)
         asked, at = query.parameters(offset)
         if at > MAX_OFFSET:
             sentence = "The archive pages through 100,000 studies at most: narrow the list, e.g. by StudyDate."
             raise InvalidRequest(sentence, details={"field": "cursor"})
         limit = max(1, min(limit, MAX_PAGE))
-        window = (("orderby", "StudyInstanceUID"), ("limit", str(limit)), ("offset", str(at)))
+        window = (("orderby", order), ("limit", str(limit)), ("offset", str(at)))
         description = ("includefield", "StudyDescription")
         found = self._web.studies([*asked, description, *window])
         return query.page(found, offset=offset, limit=limit, step=limit, is_paged=True)

@@ -177,6 +177,11 @@ class StudyQuery:
         )
 
     @property
+    def is_single(self) -> bool:
+        """Whether one query has the whole list, and not one for each of several values."""
+        return len(self._queries) == 1
+
+    @property
     def _wanted(self) -> list[Filter]:
         return [one for one in self.filters if not one.is_universal]
 

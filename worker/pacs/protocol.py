@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 from worker.fingerprints import Rewrites
 from worker.instances import Instance
@@ -98,6 +98,7 @@ class StudyPage:
     ignore ``offset``: then a page has the ``fingerprint`` of the one before (None: that of ``studies``; "": the server
     minds the offset). ``is_full``: it holds as many rows as were asked for; ``is_over``: more. ``start`` is where the
     present query's list begins, and ``after`` where the list goes on behind all that the server has for it.
+    ``is_sorted``: the whole list comes the newest first.
     """
 
     studies: list[Dataset]
@@ -108,6 +109,7 @@ class StudyPage:
     fingerprint: str | None = None
     after: int | None = None
     is_over: bool = False
+    is_sorted: bool = False
     start: int = 0
 
 
@@ -282,3 +284,12 @@ class Pacs(Protocol):
     def storage(self) -> StorageState: ...
 
     def database(self) -> DatabaseState: ...
+
+
+@runtime_checkable
+class ListsNewestFirst(Protocol):
+    """A server that sorts its list."""
+
+    def newest_studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
+        """As `Pacs.studies`, the studies of the latest date and time first."""
+        ...
