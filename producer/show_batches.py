@@ -116,7 +116,7 @@ def undo_question(batch: Batch, reach: Mapping[tuple[str, str], int]) -> str:
         order = batch.order
         back = f", once {order['from_server']} has them all again" if order.get("delete_source") else ""
         return f"Undo the migration? The copies of {total} studies will be deleted from {order['to_server']}{back}."
-    return f"Undo the {batch.kind}? {total} studies will be brought back: {where or 'none'}."
+    return f"Undo the {batch.kind}? {total} studies will be brought back to the servers that had them."
 
 
 def servers_table(servers: Sequence[Mapping[str, Any]]) -> Listing:

@@ -231,6 +231,6 @@ def test_what_is_agreed_to_before_an_undo_is_what_it_will_delete_and_where() -> 
     moved = {**order, "delete_source": True}
     assert undo_question(batch(kind="migrate", order=moved), reach) == f"{copies}, once a has them all again."
     reach = {("a", "deleted"): 1, ("b", "hidden"): 2}
-    said = "Undo the delete? 3 studies will be brought back: 1 on a, 2 on b."
+    said = "Undo the delete? 3 studies will be brought back to the servers that had them."
     assert undo_question(batch(kind="delete"), reach) == said
     assert undo_question(batch(), {}).endswith("0 images will be deleted for good: none.")
