@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -25,9 +27,24 @@ from producer.commands import (
 )
 from producer.commands.door import output_lost
 from producer.terminal import OutputLost
+from worker.logs import shown_text
+
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    """What click quotes of a command line, which may hold anything, as it may reach a terminal."""
+    try:
+        yield
+    except click.UsageError as error:
+        said = "\n".join(map(shown_text, error.format_message().split("\n")))
+        raise click.UsageError(said, ctx=error.ctx) from None
 
 
 class _Pacs(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        with _printable_usage():
+            return super().invoke(ctx)
+
     def main(self, *args: Any, **how: Any) -> Any:
         """As click's, which writes help itself, outside of any command, and knows no full disk."""
         try:

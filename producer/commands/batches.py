@@ -120,7 +120,6 @@ def _in_trouble(payload: Mapping[str, Any], passes: Sequence[Pass]) -> int:
 def _show_end(batch: Batch, payload: Mapping[str, Any], passes: Sequence[Pass]) -> None:
     _show_counts(batch)
     console.print(end_line(batch))
-    console.print(f"batch {batch.id}")
     total, told = _in_trouble(payload, passes), [one for one in payload["failures"] if one["pass"] in passes]
     if told:
         console.print(failures_table(told))
@@ -130,6 +129,7 @@ def _show_end(batch: Batch, payload: Mapping[str, Any], passes: Sequence[Pass]) 
     if missing or batch.of("apply").totals.get("failed"):
         what = "is missing" if missing else "failed"
         console.print(f"What {what} can be tried again: pacs batch retry {batch.id}")
+    console.print(f"batch {batch.id}")
 
 
 def _show_counts(batch: Batch) -> None:

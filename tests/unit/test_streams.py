@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from producer.plans import PlanHeader, PlanLine, write
-from tests.terminals import Ended, in_shell
+from tests.terminals import Ended, in_shell, in_terminal
 
 NO_BROKER = {"BROKER_URL": "redis://127.0.0.1:1/0", "LEDGER_URL": "", "PACS_CONFIG": ""}
 
@@ -80,3 +80,22 @@ def test_urls_on_standard_input_are_read_as_a_list_is(tmp_path: Path, encoding: 
     ended = run(f"pacs upload - < {listed}")
     assert ended.status == (2 if encoding == "latin-1" else 3)
     assert ("line 1: not UTF-8" in ended.errors) == (encoding == "latin-1")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["studies", "\x1b[31mx"],
+        ["\x9b31mx"],
+        ["studies", "--\x1b[31mx"],
+        ["exists", "\x1b[31mx", "1"],
+        ["dead", "\x1b[31mx"],
+    ],
+    ids=repr,
+)
+def test_what_is_quoted_of_a_command_line_does_not_reach_the_terminal_raw(words: list[str]) -> None:
+    ended = in_terminal(words, columns=80, env=NO_BROKER)
+    assert ended.status == 2
+    assert "\x1b[31m" not in ended.raw
+    assert "\x9b" not in ended.raw
+    assert "\\x1b[31mx" in ended.shown or "\\x9b31mx" in ended.shown
