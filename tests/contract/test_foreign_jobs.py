@@ -27,6 +27,7 @@ ODDEST = (
     "ignores-all-but-paths",
     "no-lists-below",
     "caps-and-ignores-offset",
+    "by-levels",
 )
 
 

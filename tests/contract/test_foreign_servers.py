@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from sandbox.synthetic import image, new_uid
 from tests.servers.foreign_dicomweb import (
+    BY_LEVELS,
     DICOM_RST,
     DICOMWEB_PACS,
     GOOGLE,
@@ -45,6 +47,9 @@ PRODUCTS: dict[str, Habits] = {
         lacks=ROOTS | {"/studies/*/instances", "/studies/*/series"}, missing=501, nothing="null", spelling="lower"
     ),
     "no-includefield": Habits(lacks=ROOTS, refuses_includefield=True, only_named=True, missing=405, nothing="{}"),
+    "by-levels": BY_LEVELS,
+    "by-levels-404": replace(BY_LEVELS, nothing="404", spelling="keywords", twice=True),
+    "by-studies": Habits(parents="study", nothing="[]", lacks=frozenset(("/studies/*/metadata",))),
     "caps-and-ignores-offset": Habits(cap=2, ignores_offset=True, nothing="404 []", lacks=ROOTS),
 }
 
@@ -177,6 +182,10 @@ def test_lists_of_studies_hold_each_study(server: Foreign) -> None:
         {"lacks": ROOTS, "missing": 403},
         {"ignores_filters": True},
         {"only_named": True, "includes": frozenset()},
+        {"lacks": ROOTS, "needs_key": True},
+        {"parents": "study"},
+        {"parents": "all", "nothing": "404"},
+        {"parents": "all", "needs_key": True, "nothing": "[]"},
     ],
 )
 @pytest.mark.parametrize("level", ["series", "image"])
@@ -190,6 +199,19 @@ def test_where_only_the_study_leads_to_an_image_the_error_is_lasting_and_asks_fo
             level, new_uid() if "ignores_filters" in habits else list(site.stored)[-1][2 - (level == "series")]
         )
     assert caught.value.is_lasting
+
+
+@pytest.mark.parametrize("level", ["series", "image"])
+def test_a_root_is_believed_to_find_nothing_once_it_has_found_what_is_there(
+    plain: Callable[..., Foreign], level: Level
+) -> None:
+    site = plain()
+    filled(site)
+    pacs = ward(site)
+    assert pacs.find(level, new_uid()) == []
+    asked = len(site.asked)
+    assert pacs.find(level, new_uid()) == []
+    assert len(site.asked) == asked + 1
 
 
 def test_a_server_without_roots_and_without_studies_has_no_image_either(plain: Callable[..., Foreign]) -> None:

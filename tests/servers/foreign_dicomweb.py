@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 import pydicom
@@ -33,6 +33,8 @@ class Habits:
     """``lacks``: resources that it does not offer, as ``/series``, ``/studies/*/instances``, ``/studies/*/metadata``.
 
     ``nothing`` is its answer to a search without matches, ``missing`` its status for what it does not offer.
+    ``parents``: searches of series and images find nothing unless all, or at least the study, above is named.
+    ``needs_key``: a search of studies that names no attribute finds nothing.
     ``only_named``: a row holds what the query names, by filter or by includefield. ``includes``: how includefield may
     name an attribute. ``cap``: the most rows of one answer, whatever is asked for.
     """
@@ -40,6 +42,8 @@ class Habits:
     lacks: frozenset[str] = frozenset()
     missing: int = 404
     nothing: str = "204"
+    parents: Literal["none", "study", "all"] = "none"
+    needs_key: bool = False
     only_named: bool = False
     includes: frozenset[str] = frozenset(("tag", "keyword"))
     refuses_includefield: bool = False
@@ -74,6 +78,9 @@ STATIC_WADO = Habits(
 GOOGLE = Habits(cap=2, counts=False)
 #: An HTTP API that answers for unknown resources as for wrong credentials, as AWS's gateways do.
 HIERARCHICAL = Habits(lacks=ROOTS, missing=403, only_named=True, includes=frozenset(("keyword",)), spelling="lower")
+#: A gateway to an archive that searches by the hierarchical rules of C-FIND alone (PS3.4 C.4.1.3.1.1) and finds nothing
+#: otherwise: images only where their study and their series are named.
+BY_LEVELS = Habits(parents="all", counts=False)
 
 
 @dataclass
@@ -159,12 +166,14 @@ class Foreign:
                 self._json(200, [_dataset(self.stored[uids]) for uids in below]) if below else (404, b"", "text/plain")
             )
         if parts[-1] in LEVELS:
-            return self._search(LEVELS.index(parts[-1]), below, query)
+            return self._search(parts, below, query)
         return self._retrieve(below)
 
-    def _search(self, level: int, below: list[Uids], query: list[tuple[str, str]]) -> tuple[int, bytes, str]:
-        habits, asked = self.habits, dict(query)
+    def _search(self, parts: list[str], below: list[Uids], query: list[tuple[str, str]]) -> tuple[int, bytes, str]:
+        habits, asked, level = self.habits, dict(query), LEVELS.index(parts[-1])
         filters = {_tag(key): value for key, value in query if _tag(key) in (*UID_TAGS, *SHOWN)}
+        if self._lacks_keys(level, parts, filters):
+            return self._nothing()
         if not habits.ignores_filters:
             below = [uids for uids in below if self._matches(uids, filters)]
         named = {*filters, *self._included(query)}
@@ -179,10 +188,16 @@ class Foreign:
         page = [row for row in page for _ in range(1 + habits.twice)]
         return self._json(200, page[0] if habits.one_as_object and len(page) == 1 else page)
 
+    def _lacks_keys(self, level: int, parts: list[str], filters: dict[str, str]) -> bool:
+        if level == 0:
+            return self.habits.needs_key and not filters
+        above = {"none": 0, "study": 1, "all": level}[self.habits.parents]
+        return not all(LEVELS[i] in parts[:-1] or UID_TAGS[i] in filters for i in range(above))
+
     def _matches(self, uids: Uids, filters: dict[str, str]) -> bool:
         ds = pydicom.dcmread(io.BytesIO(self.stored[uids]), stop_before_pixels=True)
         told = {tag: str(ds.get(keyword_for_tag(tag), "")) for tag in filters}
-        return all(value.strip("*") in ("", told[tag]) for tag, value in filters.items())
+        return all(value.strip("*") in ("", told[tag]) or value == "19000101-" for tag, value in filters.items())
 
     def _included(self, query: list[tuple[str, str]]) -> set[str]:
         names = [name for key, value in query if key == "includefield" for name in value.split(",")]

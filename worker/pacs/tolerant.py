@@ -71,6 +71,10 @@ class TolerantDicomWeb(DicomWeb):
         self._missing_since: dict[Level, tuple[float, str]] = {}
         #: Resources, and the statuses by which the server says of them that it found nothing.
         self._ways: set[tuple[str, int]] = set()
+        #: Levels at which the root has found an object that is there, and whether lists below a study have shown one:
+        #: only then does it mean something that they find nothing.
+        self._finds: set[Level] = set()
+        self._lists_images_of_studies = False
 
     # --- one object by its UID --------------------------------------------------------------------------------
 
@@ -118,19 +122,61 @@ class TolerantDicomWeb(DicomWeb):
         reply = self._ask_for(query.resource, [(query.keyword, uid)], tags, optional=True)
         hits = [ds for ds in reply.rows if text(ds, query.tag) == uid]
         if hits and not Reply("rows", 200, hits).lacks(tags):
+            self._finds.add(level)
             return list({path_of(found): found for found in (self._found(level, ds) for ds in hits)}.values())
-        if reply.says == "nothing":
-            return []
         why = f"does not say to which study it belongs ({query.resource})" if hits else ""
         if not reply.rows:
-            if self._ask(query.resource, _ONE, optional=True).rows:
-                self._check_way(reply, query.resource, query.keyword)
+            if not (why := self._why_it_proves_nothing(level, reply)):
                 return []
-            if self._has_no_studies():
-                return []
-            why = f"offers no {query.resource} at its root (status {reply.status})"
             self._missing_since[level] = (time.monotonic(), why)
         raise self._needs_study(level, why or f"ignores {query.keyword} in a search of {query.resource}")
+
+    def _why_it_proves_nothing(self, level: Level, reply: Reply) -> str:
+        """Why the object may still be there, though the root found none; "" if it is not there."""
+        query = QUERIES[level]
+        if reply.says == "nothing":
+            if self._finds_what_is_there(level) is not False:
+                return ""
+            return f"finds nothing in a search of {query.resource} that does not name the study"
+        if there := self._ask_for(query.resource, _ONE, (query.tag,), optional=True).rows:
+            self._check_way(reply, query.resource, query.keyword)
+            if self._finds_uid(level, text(there[0], query.tag)):
+                return ""
+        elif self._has_no_studies():
+            return ""
+        return f"offers no {query.resource} at its root (status {reply.status})"
+
+    def _finds_what_is_there(self, level: Level) -> bool | None:
+        """Whether the root finds one object that is there; None if the server has no studies.
+
+        An archive behind a gateway may search images and series only below what the query names above them (PS3.4
+        C.4.1.3.1.1), and find nothing otherwise.
+        """
+        if level in self._finds:
+            return True
+        studies = [text(ds, STUDY_INSTANCE_UID) for ds in self._some_studies()]
+        for study_uid in filter(fits_path, studies):
+            one = next(self.instances(Found("study", study_uid), page=1), None)
+            if one is not None:
+                return self._finds_uid(
+                    level, str(one.series_instance_uid if level == "series" else one.sop_instance_uid)
+                )
+        return False if studies else None
+
+    def _finds_uid(self, level: Level, uid: str) -> bool:
+        query = QUERIES[level]
+        if level in self._finds or not fits_path(uid):
+            return level in self._finds
+        rows = self._ask_for(query.resource, [(query.keyword, uid)], (query.tag,), optional=True).rows
+        if any(text(ds, query.tag) == uid for ds in rows):
+            self._finds.add(level)
+        return level in self._finds
+
+    def _some_studies(self) -> list[Dataset]:
+        """A few; an archive may send none to a question that names no attribute, so it is asked by date as well."""
+        few = ("limit", str(FEW))
+        ways: list[list[Parameter]] = [[few], [("StudyDate", "19000101-"), few]]
+        return next((rows for asked in ways if (rows := self._ask_for("/studies", asked, _UID_TAGS["study"]).rows)), [])
 
     def _needs_study(self, level: Level, why: str) -> PacsMisanswered:
         sentence = (
@@ -159,7 +205,9 @@ class TolerantDicomWeb(DicomWeb):
         reply = self._ask(query.resource, [(query.keyword, f"2.25.{uuid.uuid4().int}")], optional=True)
         if reply.rows:  # of others: it ignores the filter
             return False
-        if reply.says == "nothing" or self._ask(query.resource, _ONE, optional=True).rows:
+        if reply.says == "nothing":
+            return self._finds_what_is_there(level) is not False
+        if self._ask(query.resource, _ONE, optional=True).rows:
             return True
         return reply.says == "unclear" and self._ask("/studies", _ONE).says == "unclear"  # it has nothing at all
 
@@ -169,7 +217,7 @@ class TolerantDicomWeb(DicomWeb):
         reply = self._ask("/studies", _ONE)
         if reply.says == "unclear":
             self._check_nothing(reply)
-        return not reply.rows
+        return not reply.rows and not self._some_studies()
 
     def _check_nothing(self, reply: Reply) -> None:
         """An unclear answer to a search of ``/studies`` says that nothing was found, if other searches have rows.
@@ -257,9 +305,10 @@ class TolerantDicomWeb(DicomWeb):
         path = f"{path_of(found)}/instances"
         first = self._ask_for(path, window(page, 0), tags, optional=True)
         if first.rows and not first.lacks(tags):
+            self._lists_images_of_studies |= found.level == "study"
             for ds in self._pages(path, first, tags, page, cuts):
                 yield self._image(found, ds)
-        elif first.says == "nothing" or (not first.rows and not self._is_there(found)):
+        elif not first.rows and not self._is_there(found):
             return
         elif found.level == "study":
             yield from self._listed_by_series(found, page, cuts)
@@ -354,7 +403,8 @@ class TolerantDicomWeb(DicomWeb):
             reply = self._ask(path, [("SOPInstanceUID", check_uid(uid))], optional=True)
             if any(text(ds, SOP_INSTANCE_UID) == uid for ds in reply.rows):
                 there.add(uid)
-            elif reply.says != "nothing":
+                self._lists_images_of_studies = True
+            elif reply.says != "nothing" or not self._lists_images_of_studies:
                 return None
         return there
 
