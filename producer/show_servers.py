@@ -49,7 +49,7 @@ def _table(entries: Sequence[Entry], columns: Mapping[str, Callable[[Entry], str
     table = Listing("server", "type", "status", *numbers, Column("note", "text"))
     for entry in entries:
         status = entry["status"]
-        note = entry["error"]["message"] if entry["error"] else entry["note"]
+        note = entry["error"]["message"] if entry["error"] else " ".join([entry["note"], *entry.get("warnings", ())])
         shown = "server not responding" if status == "not responding" else status
         cells = (column(entry) for column in columns.values())
         table.add_row(entry["server_name"], entry["server_type"], plain(shown, _STYLES[status]), *cells, note)

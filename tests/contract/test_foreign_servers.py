@@ -172,6 +172,17 @@ def test_lists_of_studies_hold_each_study(server: Foreign) -> None:
     assert page.studies
 
 
+def test_a_list_of_all_studies_is_no_empty_list_on_a_server_that_wants_a_key(plain: Callable[..., Foreign]) -> None:
+    site = plain(needs_key=True)
+    assert ward(site).studies(filters={}, limit=10, offset=0).studies == [], "it has none yet"
+    study, _ = filled(site)
+    with pytest.raises(PacsMisanswered, match="narrow the list") as caught:
+        ward(site).studies(filters={}, limit=10, offset=0)
+    assert caught.value.is_lasting
+    assert ward(site).studies(filters={"StudyInstanceUID": study}, limit=10, offset=0).studies
+    assert ward(site).studies(filters={"StudyInstanceUID": new_uid()}, limit=10, offset=0).studies == []
+
+
 # --- images by their UID alone ----------------------------------------------------------------------------------
 
 

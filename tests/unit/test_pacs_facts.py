@@ -314,7 +314,7 @@ JSON_OF_DICOM = {"Content-Type": "application/dicom+json"}
 
 def after(server_type: ServerType, query: Reply) -> tuple[ServerState, str]:
     """How a server is that is well and answers ``query`` to a query; the request of that query."""
-    more = [query] * 3 if server_type == "dicomweb" else []  # whose root is looked at more closely
+    more = [query] * 6 if server_type == "dicomweb" else []  # whose root is looked at more closely
     pacs, wire = asked(server_type, *well(server_type), query, *more, Reply(404))  # DCM4CHEE's devices come last
     state = pacs.state()
     return state, next(call for call in wire.calls if "limit=1" in call)

@@ -97,8 +97,7 @@ def find(pacs: Pacs, level: Level, uid: str, *, study_uid: str | None = None) ->
     try:
         return pacs.find(level, uid)
     except PacsMisanswered as error:
-        studies = _few_studies(pacs) if error.details.get(NEEDS_STUDY) else None
-        if studies is None:
+        if not error.details.get(NEEDS_STUDY) or (studies := _few_studies(pacs)) is None:
             raise
     return find_in_studies(pacs, level, uid, studies)
 
@@ -107,10 +106,15 @@ def _few_studies(pacs: Pacs) -> list[str] | None:
     """The UIDs of all studies of a server; None if there are more than `SEARCHED_STUDIES`, or may be."""
     left = Left()
     found: dict[str, None] = {}
-    for page in walk(pacs, {}, left, limit=SEARCHED_STUDIES + 1):
-        found |= dict.fromkeys(page)
-        if len(found) > SEARCHED_STUDIES:
-            return None
+    try:
+        for page in walk(pacs, {}, left, limit=SEARCHED_STUDIES + 1):
+            found |= dict.fromkeys(page)
+            if len(found) > SEARCHED_STUDIES:
+                return None
+    except PacsMisanswered as error:
+        if not error.is_lasting:
+            raise
+        return None
     return None if left.may_be_cut else list(found)
 
 

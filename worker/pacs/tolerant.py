@@ -40,6 +40,10 @@ _UID_TAGS: dict[Level, tuple[str, ...]] = {
 }
 PAGE = 1000
 _ONE: list[Parameter] = [("limit", "1")]
+#: A query that names an attribute, for archives that answer no other.
+_BY_DATE: list[Parameter] = [("StudyDate", "19000101-")]
+#: What names no attribute by which studies are chosen.
+_NO_KEYS = {"limit", "offset", "includefield"}
 
 
 @dataclass(frozen=True)
@@ -174,9 +178,9 @@ class TolerantDicomWeb(DicomWeb):
 
     def _some_studies(self) -> list[Dataset]:
         """A few; an archive may send none to a question that names no attribute, so it is asked by date as well."""
-        few = ("limit", str(FEW))
-        ways: list[list[Parameter]] = [[few], [("StudyDate", "19000101-"), few]]
-        return next((rows for asked in ways if (rows := self._ask_for("/studies", asked, _UID_TAGS["study"]).rows)), [])
+        few = [("limit", str(FEW))]
+        rows = self._ask_for("/studies", few, _UID_TAGS["study"]).rows
+        return rows or self._ask_for("/studies", [*_BY_DATE, *few], _UID_TAGS["study"]).rows
 
     def _needs_study(self, level: Level, why: str) -> PacsMisanswered:
         sentence = (
@@ -275,14 +279,24 @@ class TolerantDicomWeb(DicomWeb):
     # --- lists ------------------------------------------------------------------------------------------------
 
     def studies(self, parameters: Iterable[Parameter]) -> list[Dataset]:
-        reply = self._ask_for("/studies", list(parameters), _UID_TAGS["study"])
+        asked = list(parameters)
+        reply = self._ask_for("/studies", asked, _UID_TAGS["study"])
         if reply.says == "unclear":
             self._check_nothing(reply)
+        if not reply.rows and ("offset", "0") in asked and {name for name, _ in asked} <= _NO_KEYS:
+            self._check_open_list()
         if reply.lacks(_UID_TAGS["study"]):
             raise self.lasting("It lists studies without their UIDs, also where it is asked to include them")
         if any(len(values(ds, STUDY_INSTANCE_UID)) > 1 for ds in reply.rows):
             raise self.misanswered("a study with several UIDs")
         return reply.rows
+
+    def _check_open_list(self) -> None:
+        """An empty list of all studies means that there are none, unless the server answers no query without a key."""
+        if self._ask("/studies", [*_BY_DATE, *_ONE]).rows and not self._ask("/studies", _ONE).rows:
+            raise self.lasting(
+                "It has studies, and lists none where a query names no attribute; narrow the list, as by StudyDate"
+            )
 
     def instances(self, found: Found, *, page: int, order: Sequence[Parameter] = ()) -> Iterator[Found]:  # noqa: ARG002
         """The images below ``found``, each once. Where the server does not page, what it lists is proven to be all."""

@@ -1,0 +1,17 @@
+"""How it looks on a terminal how the servers are."""
+
+from __future__ import annotations
+
+import pytest
+
+from producer.show import console
+from producer.show_servers import status_table
+
+
+def test_what_a_server_that_is_up_lacks_stands_in_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 300)
+    entry = {"server_name": "plain", "server_type": "dicomweb", "status": "up", "latency_ms": 3.0, "error": None}
+    known = {"ready": True, "product": "unknown", "version": "unknown", "note": "It answers queries."}
+    with console.capture() as shown:
+        console.print(status_table([entry | known | {"warnings": ["It finds no images at its root."]}]))
+    assert "It answers queries. It finds no images at its root." in " ".join(shown.get().split())
