@@ -12,6 +12,7 @@ import click
 
 from producer.batches import BatchDesk, Wish
 from producer.commands.door import DONE, FAILED, as_json_option, complain, entry, plain_failures, timeout_option
+from producer.commands.no_worker import said_if_no_worker_answers
 from producer.commands.session import Interrupted, batch_goes_on
 from producer.courier import Courier, Handle, Report
 from producer.errors import Cancelled, StillRunning
@@ -98,7 +99,8 @@ def followed(
     over: Callable[[Report], bool] = lambda report: report.over,
 ) -> None:
     """The live line, which may be left by Ctrl-C: `Session` says what goes on."""
-    watch(courier.batch, handle, timeout_s=timeout_s, quiet=as_json, over=over)
+    with said_if_no_worker_answers(courier):
+        watch(courier.batch, handle, timeout_s=timeout_s, quiet=as_json, over=over)
 
 
 def still_running(handle: Handle, timeout_s: float | None) -> StillRunning:

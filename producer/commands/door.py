@@ -81,6 +81,8 @@ def exit_status(error: CourierError | None) -> int:
     """0 done, 1 refused or failed, 2 wrong usage, 3 a server is unavailable; 130, interrupted, is no error of a job."""
     if error is None:
         return DONE
+    if isinstance(error, InvalidRequest):
+        return WRONG_USAGE
     return UNAVAILABLE if isinstance(error, PacsUnavailable) else FAILED
 
 
@@ -150,11 +152,11 @@ def complain(sentence: str) -> None:
     errors_console.print(f"pacs: {sentence}", style="red")
 
 
-def entry(handle: Handle, report: Report) -> dict[str, Any]:
-    """A job as JSON: its payload, or why there is none."""
+def entry(handle: Handle, report: Report, **about: str) -> dict[str, Any]:
+    """A job as JSON: its payload, or why there is none, with what is known ``about`` the job."""
     if report.result is not None:
         return dict(report.result)
-    entry: dict[str, Any] = {"job_id": handle.id, "status": report.status, "stage": report.stage}
+    entry: dict[str, Any] = {"job_id": handle.id, **about, "status": report.status, "stage": report.stage}
     if report.error is not None:
         entry["error"] = report.error.payload
     elif report.waiting is not None:
@@ -184,6 +186,9 @@ def ended(courier: Courier, handle: Handle, *, timeout_s: float | None, as_json:
 
 
 def worst(reports: list[Report]) -> int:
-    """1 if anything was refused or failed, else 3 if anything is open or a server was unavailable, else 0."""
+    """1 if anything was refused or failed, else 3 if anything is open or a server was unavailable, else 0.
+
+    2 if nothing but wrong requests failed.
+    """
     statuses = [exit_status(report.error) if report.over else UNAVAILABLE for report in reports]
     return FAILED if FAILED in statuses else max(statuses, default=DONE)

@@ -7,14 +7,15 @@ follow and how to cancel them. A deletion that has not begun is cancelled, and o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import click
 import redis
 
-from producer.courier import Courier, Handle
+from producer.commands.no_worker import said_if_no_worker_answers
+from producer.courier import Courier, Handle, Report, Result_co
 from producer.errors import BrokerUnavailable, Cancelled, NotFound
 from worker.batches import Batches
 from worker.ledger import Ledger, job_id_for
@@ -73,6 +74,13 @@ class Session(Courier):
         job_id = job_id or job_id_for(job.get("idempotency_key"))
         self.sent[job_id] = Sent(Handle(job_id, self, batch_id), task, job)
         return super().enqueue(task, kind, job, job_id=job_id, batch_id=batch_id)
+
+    def watch(
+        self, handles: Iterable[Handle[Result_co]], *, timeout_s: float | None = None
+    ) -> Iterator[tuple[Handle[Result_co], Report[Result_co]]]:
+        """As `Courier.watch`; if no worker answers meanwhile, standard error says so."""
+        with said_if_no_worker_answers(self):
+            yield from super().watch(handles, timeout_s=timeout_s)
 
     def __exit__(self, *raised: object) -> None:
         try:

@@ -6,11 +6,12 @@ import click
 
 from producer.commands.door import DONE, as_json_option, entry, plain_failures, timeout_option, worst
 from producer.commands.session import Interrupted, Session, job_goes_on
-from producer.courier import Handle
+from producer.courier import Handle, Report
 from producer.errors import InvalidRequest
 from producer.inputs import BadRow, Row, rows_of_file
 from producer.show import follow, upload_row, upload_table
 from producer.terminal import console, print_json
+from worker.logs import shown_url
 
 
 @click.command()
@@ -35,7 +36,7 @@ def upload(
             return DONE
         reports = follow(courier, jobs, timeout_s=timeout_s, quiet=as_json)
     if as_json:
-        print_json([entry(handle, reports[handle.id]) for handle in jobs])
+        print_json([entry(handle, reports[handle.id], source=shown_url(url)) for handle, url in jobs.items()])
     else:
         rows = [upload_row(url, handle.id, reports[handle.id]) for handle, url in jobs.items()]
         upload_table(rows)
@@ -55,14 +56,26 @@ def result(job_id: str, timeout_s: float | None, as_json: bool) -> int:
             report = follow(courier, {handle: job_id}, timeout_s=timeout_s or 0, quiet=as_json)[handle.id]
         except KeyboardInterrupt:
             raise Interrupted(f"Interrupted. {job_goes_on(job_id)}") from None
+        about = _about(courier, report, job_id)
+    document = entry(handle, report, **about)
     if as_json:
-        print_json(entry(handle, report))
-    elif report.result is not None and report.result.get("operation") != "upload":
-        print_json(report.result, indent=2)
-    else:
-        source = (report.result or {}).get("source", "")
-        upload_table([upload_row(source, handle.id, report)])
+        print_json(document)
+        return worst([report])
+    console.print(f"{about['task']}: {report.status}" if "task" in about else report.status)
+    if about.get("task") == "pacs.upload" or report.result is None:
+        upload_table([upload_row(about.get("source", ""), job_id, report)])
+    if report.over:
+        print_json(document, indent=2)
     return worst([report])
+
+
+def _about(courier: Session, report: Report, job_id: str) -> dict[str, str]:
+    """The task of a job and, of an upload that is over, its URL, as far as they are known."""
+    record = courier.ledger.look(job_id) if courier.ledger else {}
+    operation = report.result.get("operation") if report.result else ""
+    ended = report.result or (report.error.details if report.error else {})
+    known = {"task": record.get("task") or (operation and f"pacs.{operation}"), "source": ended.get("source")}
+    return {name: value for name, value in known.items() if isinstance(value, str) and value}
 
 
 def _expanded(urls: tuple[str, ...]) -> list[str]:

@@ -330,7 +330,7 @@ def test_a_job_that_is_cancelled_before_its_first_push_says_so(desk: Desk) -> No
     assert isinstance(desk.carry("j"), Parked)
     desk.ledger.cancel("j")
     error = refused(desk.carry("j"))
-    assert (error.message, error.details) == ("The job was cancelled before it began.", {})
+    assert (error.message, error.details) == ("The job was cancelled before it began.", {"source": "j"})
 
 
 def test_what_arrives_while_its_job_is_being_refused_is_stored(desk: Desk) -> None:

@@ -45,7 +45,7 @@ from worker.ledger import (
     passes,
     words_of,
 )
-from worker.logs import about, about_study, where_it_broke
+from worker.logs import about, about_study, shown_url, where_it_broke
 from worker.payloads import MESSAGE_BYTES
 from worker.server_rates import SPREAD_S
 from worker.settings import JobSettings
@@ -393,6 +393,13 @@ def _is_attempt(error: CourierError) -> bool:
     return not isinstance(error, Unauthorized) and (not isinstance(error, PacsUnavailable) or error.is_attempt)
 
 
+def _name_source(error: CourierError, task: str, job: Mapping[str, Any]) -> None:
+    """The URL of a failed upload, as the result of one that is done has it: the record of the job loses it now."""
+    url = job.get("image_url")
+    if task == "pacs.upload" and isinstance(url, str):
+        error.payload["details"] = {"source": shown_url(url), **error.details}
+
+
 def _park(error: CourierError, run: Run, limits: JobSettings, rng: random.Random) -> _Park:
     """Back off; what the other side asked for comes first, so that not everybody is back at the same moment."""
     asked_s = (error.retry_after_s or 0) if isinstance(error, TryAgain) else 0
@@ -436,6 +443,7 @@ def _record(verdict: Verdict, run: Run, *, task: str, job: Mapping[str, Any], to
             log.info("Done after %s attempt(s)", run.attempt)
             return Done(payload, pending)
         case Failed(error):
+            _name_source(error, task, job)
             end = ledger.finish if isinstance(error, Refused) else ledger.bury
             ended, code = {"error": error.payload}, error.payload["code"]
             pending = end(run.job_id, run.fence, outcome=ended, code=code, task=task, job=job)
