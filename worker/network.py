@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,9 +111,11 @@ def s3_client(
         # Other stores than Amazon's may know none of the checksums that boto adds of itself.
         request_checksum_calculation="when_required" if settings.endpoint_url else "when_supported",
     )
-    client = boto3.session.Session().client(
-        "s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config
-    )
+    with reading_credentials():
+        client = boto3.session.Session().client(
+            "s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config
+        )
+    _guard_credentials(client)
     if settings.endpoint_url:
         client.meta.events.register("before-call.s3", _to_one_store)
     if network.ca_file:
@@ -121,6 +124,36 @@ def s3_client(
         http._get_ssl_context = lambda: context
         http._manager.connection_pool_kw["ssl_context"] = context
     return client
+
+
+def _guard_credentials(client: Any) -> None:
+    """Credentials that are to be renewed are read anew while a request is signed."""
+    credentials = client._request_signer._credentials
+    if credentials is None:
+        return
+    read = credentials.get_frozen_credentials
+
+    def frozen() -> Any:
+        with reading_credentials():
+            return read()
+
+    credentials.get_frozen_credentials = frozen
+
+
+@contextmanager
+def reading_credentials() -> Iterator[None]:
+    """A file or a program that is to give credentials and does not, told as boto tells its own failures to have some:
+    boto lets the system's errors through, and the worker would take them for the answer of a store.
+    """
+    from botocore import exceptions as boto  # noqa: PLC0415 (as above)
+
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, boto.BotoCoreError):
+            raise
+        why = type(error).__name__
+        raise boto.CredentialRetrievalError(provider="the worker's configuration", error_msg=why) from error
 
 
 def _to_one_store(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:

@@ -117,6 +117,7 @@ def credential_trouble(shown: str, of: str, *, verb: str) -> Iterator[None]:
     from botocore import exceptions as boto  # noqa: PLC0415 (a worker that never sees S3 does not pay for it)
 
     none = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.SSOError)
+    odd = (boto.ConfigNotFound, boto.ConfigParseError, boto.InvalidConfigError, boto.UnknownCredentialError)
     try:
         yield
     except boto.ClientError as error:
@@ -125,7 +126,7 @@ def credential_trouble(shown: str, of: str, *, verb: str) -> Iterator[None]:
         code = str(error.response.get("Error", {}).get("Code", "")) or type(error).__name__
         why = f"{error.operation_name} was answered {code}: {_REFUSED.get(code, 'correct its role')}"
         raise unauthorized(shown, of, code, why, verb=verb) from error
-    except (*none, boto.TokenRetrievalError, boto.ProfileNotFound) as error:
+    except (*none, *odd, boto.TokenRetrievalError, boto.ProfileNotFound) as error:
         name = type(error).__name__
         raise unauthorized(shown, of, name, f"{name}; check the worker's credentials", verb=verb) from error
 

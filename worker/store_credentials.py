@@ -113,6 +113,22 @@ class StoreCredential:
             self._mine.asking = None
             asking.over()
 
+    @contextmanager
+    def reading(self, shown: str) -> Iterator[None]:
+        """Around what reads the credential and asks no store: that it cannot be read is a refusal, that it can is no
+        proof that a store accepts it.
+
+        Raises
+        ------
+        SourceUnauthorized
+            As for `asking`.
+        """
+        try:
+            yield
+        except SourceUnauthorized as error:
+            with self.asking(shown):
+                raise error
+
     # --- what is known of places ----------------------------------------------------------------------------------
 
     def learn(self, place: str, again: Again) -> None:

@@ -40,10 +40,12 @@ from worker.settings import (
     DownloadSettings,
     S3Settings,
     ServerSettings,
+    SettingsError,
     SourceSettings,
 )
 from worker.slots import Slots
 from worker.sources import Sources
+from worker.sources.s3 import check_credentials
 
 KEY_ID, SECRET = "COURIERTESTS", "hush-hush-secret"
 ACCOUNT_KEY = "aHVzaC1odXNoLXNlY3JldA=="
@@ -194,6 +196,66 @@ def test_rights_that_were_taken_away_are_the_credentials_trouble_and_not_the_sen
     assert "AccessDenied" in error.message
 
 
+def of_a_head(images: ImageServer, name: str, status: int, code: str) -> None:
+    """As S3: the code stands in the body, which no answer to a HEAD has."""
+    images.put(f"images/{name}", of_s3(code), status=status)
+
+
+def test_an_object_that_has_gone_meanwhile_shows_that_the_credential_is_in_order(
+    sources: Sources, image_server: ImageServer
+) -> None:
+    image_server.put("images/a.dcm", b"a")
+    sources.fetch("s3://images/a.dcm").close()
+    of_a_head(image_server, "a.dcm", 404, "NoSuchKey")
+    answer(image_server, "denied.dcm", 403, "AccessDenied")
+    for _ in range(8):
+        assert type(error_of(lambda: sources.fetch("s3://images/denied.dcm"))) is SourceDenied
+
+
+@pytest.fixture
+def broken_credentials(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """boto looks for them in the files alone, and finds what the parameter says."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "config"
+    file.write_text(str(request.param))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(file))
+
+
+#: Half-written, of a program that is not there or gives no JSON, of a token and of a profile that are not there.
+BROKEN = [
+    "[default]\naws_access_key_id = A\naws_secret_acc",
+    "[default]\ncredential_process = /nonexistent/program\n",
+    "[default]\ncredential_process = /bin/echo no-json\n",
+    "[default]\nrole_arn = arn:aws:iam::1:role/x\nweb_identity_token_file = /nonexistent/token\n",
+    "[default]\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = nowhere\n",
+]
+
+
+@pytest.mark.parametrize("broken_credentials", BROKEN, indirect=True, ids=range(len(BROKEN)))
+@pytest.mark.usefixtures("broken_credentials")
+def test_credentials_that_cannot_be_read_are_the_workers_trouble_and_jobs_wait_for_them(
+    sources: Sources, image_server: ImageServer, client: fakeredis.FakeRedis
+) -> None:
+    destinations = Destinations(DownloadSettings(s3=s3(image_server)), breakers=Breakers(client))
+    questions: dict[str, list[Callable[[], object]]] = {
+        "sources": [lambda: sources.fetch("s3://images/a.dcm"), lambda: list(sources.pages("s3://images/"))],
+        "downloads": [lambda: destinations.archive("s3://images/a.zip").look()],
+    }
+    for of, asks in questions.items():
+        for ask in asks:
+            error = error_of(ask)
+            assert (error.code, error.resting) == ("source_unauthorized", f"credential:{of}.s3")
+    assert image_server.requests == []
+
+
+@pytest.mark.parametrize("broken_credentials", BROKEN[:3], indirect=True, ids=range(3))
+@pytest.mark.usefixtures("broken_credentials")
+def test_a_worker_with_credentials_that_cannot_be_read_does_not_start() -> None:
+    with pytest.raises(SettingsError, match="cannot be read"):
+        check_credentials()
+
+
 @pytest.mark.parametrize("query", ["?X-Amz-Signature=abc", "?sv=2024&sig=abc"])
 def test_a_signed_url_that_is_refused_is_the_senders_own_credential(
     sources: Sources, image_server: ImageServer, query: str
@@ -265,6 +327,40 @@ def test_a_destination_whose_credential_is_refused_is_not_asked_again(
     for ask in questions:
         assert error_of(ask).resting == f"credential:{of}"
     assert len(image_server.requests) == asked
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "resting"),
+    [
+        (400, "ExpiredToken", "credential:downloads.s3"),
+        (403, "InvalidAccessKeyId", "credential:downloads.s3"),
+        (403, "RequestTimeTooSkewed", "credential:downloads.s3"),
+        (403, "AccessDenied", None),
+    ],
+)
+def test_a_destination_that_is_looked_at_first_says_whose_trouble_it_is(
+    image_server: ImageServer, client: fakeredis.FakeRedis, status: int, code: str, resting: str | None
+) -> None:
+    of_a_head(image_server, "a.zip", status, code)
+    destinations = Destinations(DownloadSettings(s3=s3(image_server)), breakers=Breakers(client))
+    error = error_of(destinations.archive("s3://images/a.zip").look)
+    assert (type(error), error.resting) == (SourceUnauthorized if resting else InvalidRequest, resting)
+    assert code in error.message
+
+
+@pytest.mark.parametrize("scheme", ["s3", "az"])
+def test_that_a_credential_can_be_read_does_not_say_that_a_store_accepts_it(
+    image_server: ImageServer, client: fakeredis.FakeRedis, scheme: str
+) -> None:
+    image_server.put("images/a.zip", of_s3("ExpiredToken"), status=400)
+    image_server.put("account/images/a.zip", status=403, headers={"x-ms-error-code": "AuthenticationFailed"})
+    settings = DownloadSettings(s3=s3(image_server), azure=azure(image_server))
+    name = str(
+        error_of(Destinations(settings, breakers=Breakers(client)).archive(f"{scheme}://images/a.zip").look).resting
+    )
+    client.hset(f"{PREFIX}{BREAKER}{name}", "until_ms", 0)
+    Destinations(settings, breakers=Breakers(client)).archive(f"{scheme}://images/a.zip")
+    assert not Breakers(client).read([name])[name].closed
 
 
 def test_a_destination_that_lets_be_read_and_not_written_is_denied_as_before(

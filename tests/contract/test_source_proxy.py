@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import fakeredis
 import pytest
 import trustme
 from azure.storage.blob import BlobServiceClient
@@ -18,6 +19,7 @@ from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import AZURITE_KEY, HOST, AzuritePart
 from tests.servers.connect_proxy import ConnectProxy
+from worker.breakers import Breakers
 from worker.destinations import Destinations
 from worker.destinations.mark import Mark
 from worker.errors import (
@@ -213,6 +215,19 @@ def test_the_proxy_of_an_http_source_refuses_the_credential_too(
     error = error_of(questions(settings(filled(image_server), proxy=proxy.url), image_server)[which])
     assert type(error) is SourceUnauthorized
     assert "sources.proxy" in error.message
+
+
+def test_a_407_of_the_host_behind_the_proxy_is_the_hosts_own(
+    proxy: ConnectProxy, secure: ImageServer, authority: tuple[trustme.CA, Path]
+) -> None:
+    images = filled(secure)
+    images.put("odd.dcm", status=407)
+    with fakeredis.FakeRedis(decode_responses=True) as client:
+        tree = settings(images, proxy=proxy.url, ca_file=str(authority[1]))
+        sources = Sources(tree.sources, breakers=Breakers(client))
+        error = error_of(lambda: sources.fetch(f"{tree.sources.s3.endpoint_url}/odd.dcm"))
+        assert (type(error), error.resting) == (SourceDenied, None)
+        sources.fetch(f"{tree.sources.s3.endpoint_url}/a.dcm").close()
 
 
 @pytest.mark.parametrize("which", ALL)

@@ -102,7 +102,7 @@ class AzureDestinations:
             sentence = f"The container {container} is not among downloads.azure.containers; add it to write there."
             raise refusal(sentence, "not_allowed")
         shown = f"az://{container}"
-        with self._credential.asking(shown), _translated(shown):
+        with self._credential.reading(shown), _translated(shown):
             client = self._account.service().get_container_client(container)
         if self._pools is None:
             timeout = Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S)

@@ -87,7 +87,7 @@ class Bucket:
         """The object as it is now; None if it is not there."""
         with self._asking(self.shown(key)) as asking:
             try:
-                answer = self._client.head_object(Bucket=self.name, Key=key)
+                answer = self._head(key)
             except self._client.exceptions.ClientError as error:
                 if _status(error.response) != 404:
                     raise
@@ -98,7 +98,17 @@ class Bucket:
 
     def _look(self, key: str) -> None:
         with translated(self.shown(key)):
-            self._client.head_object(Bucket=self.name, Key=key)
+            self._head(key)
+
+    def _head(self, key: str) -> Mapping[str, Any]:
+        """A refusal is asked for again by a GET: to a HEAD, S3 gives no code that says whose trouble it is."""
+        try:
+            answer: Mapping[str, Any] = self._client.head_object(Bucket=self.name, Key=key)
+        except self._client.exceptions.ClientError as error:
+            if _status(error.response) in (400, 401, 403):
+                self._client.get_object(Bucket=self.name, Key=key, Range="bytes=0-0")["Body"].close()
+            raise
+        return answer
 
     @contextmanager
     def _asking(self, shown: str) -> Iterator[Asking]:

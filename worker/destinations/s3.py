@@ -76,15 +76,15 @@ class S3Destinations:
         if not any(fnmatchcase(bucket, pattern) for pattern in self._settings.buckets):
             sentence = f"The bucket {bucket} is not among downloads.s3.buckets; add it if downloads may go there."
             raise refusal(sentence, "not_allowed")
-        with self._lock:
+        shown = f"s3://{bucket}"
+        with self._credential.reading(shown), translated(shown), self._lock:
             if self._client is None:
-                with translated("The S3 endpoint"):
-                    self._client = s3_client(
-                        self._settings,
-                        self._network,
-                        connect_timeout_s=CONNECT_TIMEOUT_S,
-                        read_timeout_s=READ_TIMEOUT_S,
-                    )
+                self._client = s3_client(
+                    self._settings,
+                    self._network,
+                    connect_timeout_s=CONNECT_TIMEOUT_S,
+                    read_timeout_s=READ_TIMEOUT_S,
+                )
             name = f"{self._settings.endpoint_url or self._settings.region or ''} {bucket}"
             place = self._places.setdefault(bucket, Place(name, {}, self._records))
             client = self._client

@@ -60,6 +60,9 @@ Judge = Callable[[int, Mapping[str, str], str], CourierError | None]
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pacs-courier"}
 #: A 101 would change the protocol and is none of them.
 _INTERIM = frozenset((HTTPStatus.PROCESSING, HTTPStatus.EARLY_HINTS))
+#: From a proxy that hands on the request itself. Behind a CONNECT, where its refusal ends the connection, it would be
+#: the host's own word, which no sender may turn against the worker's credential.
+_PROXY_REFUSES = HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _IS_LENGTH = re.compile(r"[0-9]{1,18}").fullmatch
 #: Of a range that begins with the first byte, its last one and how many there are.
@@ -129,7 +132,7 @@ class HttpSource:
         limits.check_time(source)
         with self._of_the_proxy(source):
             response = self._asked(target, limits, source)
-            if self._proxy is not None and response.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            if self._proxy is not None and target.scheme == "http" and response.status == _PROXY_REFUSES:
                 response.close()
                 raise of_proxy(response.status, source)
         return response

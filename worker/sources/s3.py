@@ -31,7 +31,7 @@ from worker.errors import (
     SourceUnreachable,
 )
 from worker.logs import shown_url
-from worker.network import Network, s3_client, unreachable
+from worker.network import Network, reading_credentials, s3_client, unreachable
 from worker.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, credential_trouble, is_code
 from worker.settings import SettingsError, SourceSettings
 from worker.sources.encoding import decoded, is_plain
@@ -86,8 +86,9 @@ class S3Source:
             )
 
     def _look(self, bucket: str, key: str, source: str) -> None:
+        """By a GET of one byte: S3 answers a HEAD that it refuses without a code."""
         with _translated(source):
-            self._connected().head_object(Bucket=bucket, Key=key)
+            self._connected().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
 
     def pages(self, url: str) -> Iterator[list[Listed]]:
         """The objects below ``s3://bucket/prefix/``, a page of S3's at a time."""
@@ -143,8 +144,9 @@ def check_credentials() -> None:
     from botocore.exceptions import BotoCoreError  # noqa: PLC0415
 
     try:
-        if boto3.session.Session().get_credentials() is not None:
-            return
+        with reading_credentials():
+            if boto3.session.Session().get_credentials() is not None:
+                return
         reason = "there are none"
     except BotoCoreError as error:
         reason = f"they cannot be read ({type(error).__name__})"
