@@ -228,7 +228,7 @@ def _end(decoder: io.IncrementalNewlineDecoder) -> str:
 
 def _some(file: BinaryIO) -> bytes:
     """What there is: from a pipe, as it comes."""
-    data: bytes = file.read1(MAX_LINE_BYTES) if hasattr(file, "read1") else file.read(MAX_LINE_BYTES)
+    data: bytes = file.read1(_BLOCK_BYTES) if hasattr(file, "read1") else file.read(_BLOCK_BYTES)
     return data
 
 
@@ -249,9 +249,14 @@ def _are_mostly_zero(data: bytes) -> bool:
     return data.count(0) * 2 > len(data)
 
 
+#: Small, for each empty line of a block is an object.
+_BLOCK_BYTES = 4096
 _HEAD_BYTES = 64
 _BOM = "\ufeff"
 _HALF = "\ud800"
+#: As ``surrogateescape`` has a byte that is not UTF-8; and what is left of a pair of UTF-16.
+_HAS_BYTE = re.compile("[\udc80-\udcff]").search
+_HAS_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]").search
 #: Stands for a line that was too long. It begins with what no text has.
 _TOO_LONG = "\ufffe too long\n"
 
@@ -262,10 +267,9 @@ def _fault(line: str) -> str:
         return ""
     if line.startswith(_TOO_LONG[0]):
         return f"longer than {MAX_LINE_BYTES} bytes"
-    halves = [sign for sign in line if "\ud800" <= sign <= "\udfff"]
-    if halves:
-        return "not UTF-8" if all("\udc80" <= sign <= "\udcff" for sign in halves) else "half a character"
-    return ""
+    if _HAS_HALF(line):
+        return "half a character"
+    return "not UTF-8" if _HAS_BYTE(line) else ""
 
 
 def _plain(lines: _Lines) -> Iterator[Row | BadRow]:
