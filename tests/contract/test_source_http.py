@@ -260,6 +260,7 @@ def test_interim_answers_without_end_are_ended_by_the_total_time(talker: Callabl
     [
         (b"bytes 0-2/3", True),
         (b"bytes 0-2/4", False),
+        (b"bytes 0-9/10", False),
         (b"bytes 1-2/3", False),
         (b"bytes 0-2/*", False),
         (b"items 0-2/3", False),

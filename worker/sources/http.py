@@ -212,6 +212,8 @@ def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str, ju
         raise refusal
     encoding = response.headers.get("Content-Encoding", "")
     announced_bytes = _announced_bytes(response, source) or range_bytes
+    if range_bytes not in (None, announced_bytes):
+        raise SourceTruncated(f"{source} sent less than the whole that it announced; it is fetched again.")
     limits.check_size(announced_bytes or 0, source)
     return spool(
         decoded(_chunks(response, limits, source), encoding, source=source),
