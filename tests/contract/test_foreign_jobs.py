@@ -250,6 +250,13 @@ def test_the_only_server_is_taken_at_its_word_when_it_is_empty(
     assert len(odd.images) == 3
 
 
+def test_an_image_is_not_stored_that_its_server_says_it_has_stored_and_does_not_find(
+    build: Callable[..., Site], file: Callable[[bytes], str]
+) -> None:
+    with foreign(Habits(loses=True)) as odd:
+        assert code(uploaded(build(odd, alone=True), image_url=file(image(new_uid(), side=8)))) == "pacs_misanswered"
+
+
 @pytest.mark.parametrize("answer", [b'{"results": []}', b"<NativeDicomModel/>"])
 def test_items_of_a_batch_whose_server_cannot_be_read_fail_at_once(
     odd: Foreign, build: Callable[..., Site], file: Callable[[bytes], str], answer: bytes

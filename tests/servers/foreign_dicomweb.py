@@ -37,6 +37,7 @@ class Habits:
     ``needs_key``: a search of studies that names no attribute finds nothing.
     ``only_named``: a row holds what the query names, by filter or by includefield. ``includes``: how includefield may
     name an attribute. ``cap``: the most rows of one answer, whatever is asked for.
+    ``loses``: it says that it has stored what it has not.
     """
 
     lacks: frozenset[str] = frozenset()
@@ -56,6 +57,7 @@ class Habits:
     twice: bool = False
     spelling: str = "standard"
     deletes: int = 204
+    loses: bool = False
     web_page: bool = False
 
 
@@ -131,9 +133,11 @@ class Foreign:
         referenced = []
         for part in body.split(b"--" + found[1].encode())[1:-1]:
             content = part.split(b"\r\n\r\n", 1)[1].removesuffix(b"\r\n")
-            _, _, image = self.put(content)
+            uids = self.put(content)
+            if self.habits.loses:
+                del self.stored[uids]
             ds = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
-            referenced.append({"00081150": _element("UI", str(ds.SOPClassUID)), "00081155": _element("UI", image)})
+            referenced.append({"00081150": _element("UI", str(ds.SOPClassUID)), "00081155": _element("UI", uids[2])})
         return self._json(200, {"00081199": {"vr": "SQ", "Value": referenced}})
 
     def _delete(self, parts: list[str]) -> tuple[int, bytes, str]:

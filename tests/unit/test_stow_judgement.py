@@ -153,6 +153,24 @@ def test_the_same_image_twice_stored_twice_is_stored_twice() -> None:
     assert fates(["9.1", "9.1"], answer(ok=[stored("9.1"), stored("9.1")])) == [Fate.STORED] * 2
 
 
+@pytest.mark.parametrize(
+    "ds",
+    [
+        answer(ok=[stored("1.2")], bad=[failed("1.2", 0xA700)]),
+        answer(ok=[stored("1.2"), stored("1.2")], bad=[failed("1.2", 0xA700)]),
+        answer(ok=[stored("1.2") | {"00081197": {"vr": "US", "Value": [0xA700]}}]),
+        answer(ok=[stored("1.2"), stored("1.2") | {"00081197": {"vr": "US", "Value": ["42752"]}}]),
+    ],
+)
+def test_an_image_of_which_an_answer_says_both_is_not_stored(ds: dict[str, Any]) -> None:
+    assert fates(["1.2"], ds) == [Fate.TRY_AGAIN]
+    assert fates(["1.3", "1.2"], answer(ok=[stored("1.3")]) | ds)[1] is Fate.TRY_AGAIN
+
+
+def test_a_reason_of_zero_is_no_failure() -> None:
+    assert fates(["1.2"], answer(ok=[stored("1.2") | {"00081197": {"vr": "US", "Value": [0]}}])) == [Fate.STORED]
+
+
 def test_a_failure_without_uid_belongs_to_the_part_left_over() -> None:
     ds = answer(ok=[stored("9.1"), stored("9.3")], bad=[failed(None, 43264)])
     assert fates(["9.1", "9.2", "9.3"], ds) == [Fate.STORED, Fate.REJECTED, Fate.STORED]

@@ -493,7 +493,8 @@ def _warning_of_unseen(trip: _Trip, memo: Memo) -> str:
     Refused
         It is hidden, or in another study; its receipt is void then.
     PacsMisanswered
-        The server does not say why: it is looked for again. Where a server can hide images, it never counts as stored.
+        The server does not say why: it is looked for again. Where a server can hide images, or does not find it by its
+        UID either, it never counts as stored.
     """
     pacs, instance, run = trip.tools.fleet[memo.server], memo.instance, trip.run
     why = None if pacs.hiding is None else pacs.hiding.why_unseen(instance)
@@ -504,9 +505,17 @@ def _warning_of_unseen(trip: _Trip, memo: Memo) -> str:
     sentence = f"{pacs.server.name} accepted the image but does not show it; it is looked for again."
     details = uids_of(instance)
     error = PacsMisanswered(sentence, server_name=memo.server, server_type=pacs.server.type, details=details)
-    if pacs.hiding is not None or _may_be_cured(error, run):
+    if pacs.hiding is not None or _may_be_cured(error, run) or _is_not_found(pacs, instance):
         raise error
     return "metadata_unavailable"
+
+
+def _is_not_found(pacs: Pacs, instance: Instance) -> bool:
+    """Whether a server says for certain that it does not have the image; not, if it cannot be asked."""
+    try:
+        return not _is_in(find_known(pacs, image_of(instance)), instance.study_instance_uid)
+    except CourierError:
+        return False
 
 
 def _allowed(metadata: Dataset, job: UploadJob, tools: Tools) -> tuple[Dataset, list[str]]:

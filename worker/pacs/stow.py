@@ -7,6 +7,7 @@ given server is a table that its dialect hands in.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -127,6 +128,8 @@ def judge(
 
     ``failure_of`` reads an item of the failed ones, where there is more to it than its code.
 
+    An image counts as failed that stands among the stored ones with a FailureReason, or among the failed ones as well.
+
     Items are matched by SOP Instance UID. Oddity: "A file that cannot be parsed comes back without a name".
     A failed item that bears no UID, or one that was never sent,
     belongs to a file the server could not read: those are matched to the parts left over, in order, if they
@@ -135,8 +138,7 @@ def judge(
     `UNMENTIONED`.
     """
     failure_of = failure_of or partial(failed_by_code, codes=codes)
-    stored = _by_uid(items(answer, REFERENCED_SOP_SEQUENCE))
-    failed = _by_uid(items(answer, FAILED_SOP_SEQUENCE))
+    stored, failed = _told(answer, Counter(part.instance.sop_instance_uid for part in parts))
     outcomes: list[Outcome | None] = []
     for part in parts:
         uid = part.instance.sop_instance_uid
@@ -151,6 +153,21 @@ def judge(
     if others and len({number(item, FAILURE_REASON) for item in nameless}) > 1:
         nameless = []
     return _eliminate(parts, outcomes, nameless, failure_of)
+
+
+def _told(answer: Dataset, sent: Mapping[str, int]) -> tuple[dict[str, list[Dataset]], dict[str, list[Dataset]]]:
+    """The items of the stored and of the failed images by UID. Where they contradict each other, none counts as stored.
+
+    ``sent``: how often each UID was sent.
+    """
+    named = items(answer, REFERENCED_SOP_SEQUENCE)
+    refused = [item for item in named if number(item, FAILURE_REASON)]
+    stored = _by_uid(item for item in named if not number(item, FAILURE_REASON))
+    failed = _by_uid([*items(answer, FAILED_SOP_SEQUENCE), *refused])
+    for uid in stored.keys() & failed.keys():
+        if len(stored[uid]) + len(failed[uid]) > sent.get(uid, 0):
+            del stored[uid]
+    return stored, failed
 
 
 def fate_of(code: int | None, codes: Codes) -> tuple[Fate, str]:
