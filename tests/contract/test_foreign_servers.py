@@ -160,6 +160,23 @@ def test_what_is_stored_is_found_and_what_is_deleted_is_gone(server: Foreign) ->
         assert deletion.fate is DeletionFate.REFUSED, "a 404 to DELETE is no deletion while the study is there"
 
 
+@pytest.mark.parametrize("status", [200, 202])
+@pytest.mark.parametrize("level", ["study", "series", "image"])
+@pytest.mark.parametrize("habits", [Habits(), Habits(lacks=ROOTS), BY_LEVELS])
+def test_what_is_still_there_is_not_deleted_whatever_the_server_answers(
+    plain: Callable[..., Foreign], habits: Habits, level: Level, status: int
+) -> None:
+    site = plain(**vars(habits) | {"deletes": status})
+    _, uids = filled(site)
+    pacs, found = ward(site), found_of(level, uids[0])
+    with pytest.raises(PacsMisanswered, match=f"answered {status} to a deletion and still has the {level}") as caught:
+        pacs.delete(found, permanent=True)
+    assert not caught.value.is_lasting
+    site.set(deletes=204)
+    assert pacs.delete(found, permanent=True) == Deletion(DeletionFate.DELETED)
+    assert pacs.delete(found, permanent=True) == Deletion(DeletionFate.NOT_THERE)
+
+
 def test_lists_of_studies_hold_each_study(server: Foreign) -> None:
     filled(server)
     if server.habits.only_named and (server.habits.refuses_includefield or not server.habits.includes):

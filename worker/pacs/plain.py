@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
+from worker.errors import PacsMisanswered
 from worker.fingerprints import Rewrites
 from worker.pacs.dicomjson import WARNING_REASON, number
 from worker.pacs.dicomweb import path_of
@@ -100,7 +101,13 @@ class PlainDicomWeb:
         return Deletion(DeletionFate.DELETED)
 
     def delete(self, found: Found, *, permanent: bool) -> Deletion:
-        """The standard has no delete; many servers take one on the object's path, which is tried."""
+        """The standard has no delete; many servers take one on the object's path, which is tried.
+
+        Raises
+        ------
+        PacsMisanswered
+            The server says that it has deleted the object, and still finds it: it is to be tried again.
+        """
         expected = self.deletion(found.level, permanent=permanent)
         if expected.fate is DeletionFate.REFUSED:
             return expected
@@ -110,6 +117,9 @@ class PlainDicomWeb:
             return Deletion(DeletionFate.REFUSED, NO_DELETE)
         if answer.status == 404:  # of the object, or of a server that takes no DELETE
             return Deletion(DeletionFate.REFUSED, NO_DELETE) if find_known(self, found) else Deletion(NOT_THERE)
+        if find_known(self, found):  # it deletes later, or never
+            sentence = f"{self.server.name} answered {answer.status} to a deletion and still has the {found.level}."
+            raise self._transport.error(PacsMisanswered, sentence)
         return expected
 
     def retrieve(self, found: Found, *, view: View = "as_set") -> AbstractContextManager[Iterator[Retrieved]]:  # noqa: ARG002
