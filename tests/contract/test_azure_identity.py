@@ -267,6 +267,10 @@ def test_the_same_token_after_a_401_is_not_sent_a_second_time(machine: Endpoint)
     assert machine.used == ["t1"]
 
 
+def _given(token: str) -> bytes:
+    return json.dumps({"access_token": token, "expires_in": 3600, "expires_on": "4102444800"}).encode()
+
+
 @pytest.mark.parametrize("kind", ["machine", "pod"])
 @pytest.mark.parametrize(
     ("answer", "error", "words"),
@@ -282,6 +286,8 @@ def test_the_same_token_after_a_401_is_not_sent_a_second_time(machine: Endpoint)
         ((200, b'{"access_token": "swordfish"}'), PacsMisanswered, "holds no token"),
         ((200, b'{"access_token": "swordfish", "expires_in": "soon"}'), PacsMisanswered, "holds no token"),
         ((200, b""), PacsMisanswered, "holds no token"),
+        ((200, _given("swordfish\r\nX: 1")), PacsMisanswered, "no header can carry"),
+        ((200, _given("swordfish\u20ac")), PacsMisanswered, "no header can carry"),
         ((302, b"swordfish"), PacsMisanswered, "holds no token"),
     ],
 )

@@ -22,7 +22,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
-from worker.errors import CourierError, PacsUnauthorized, PacsUnavailable
+from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
 from worker.pacs.connections import authorities
 from worker.pacs.transport import retry_after_s
 from worker.server_rates import asks_to_slow_down
@@ -116,7 +116,7 @@ class CachedToken:
             raise self._error(self._failure)
         begun_at = self._clock()
         try:
-            token = self._request()
+            token = _fit_for_a_header(self._request())
         except NoToken as failure:
             self._failed_at, self._failure = self._clock(), failure.failure
             # Not "from failure": what is behind it may hold the answer of the token endpoint.
@@ -136,6 +136,18 @@ class CachedToken:
         if isinstance(error, PacsUnauthorized):
             error.scope = "credential"
         return error
+
+
+def _fit_for_a_header(token: Token) -> Token:
+    """
+    Raises
+    ------
+    NoToken
+        No header can carry it; what sends the request would fail, and quote it.
+    """
+    if not (token.value.isascii() and token.value.isprintable()):
+        raise NoToken(PacsMisanswered, "gave a token that no header can carry: check what answers there")
+    return token
 
 
 def bounded_session(server: ServerSettings, timeout_s: float) -> requests.Session:
