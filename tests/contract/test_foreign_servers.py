@@ -177,6 +177,15 @@ def test_what_is_still_there_is_not_deleted_whatever_the_server_answers(
     assert pacs.delete(found, permanent=True) == Deletion(DeletionFate.NOT_THERE)
 
 
+@pytest.mark.parametrize("nothing", ["204", "404", "empty", "null"])
+def test_the_last_study_of_a_server_is_deleted_however_it_then_says_that_it_has_nothing(
+    plain: Callable[..., Foreign], nothing: str
+) -> None:
+    site = plain(nothing=nothing)
+    study, _, _ = site.put(image(new_uid(), side=8))
+    assert ward(site).delete(Found("study", study), permanent=True) == Deletion(DeletionFate.DELETED)
+
+
 def test_lists_of_studies_hold_each_study(server: Foreign) -> None:
     filled(server)
     if server.habits.only_named and (server.habits.refuses_includefield or not server.habits.includes):

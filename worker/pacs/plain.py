@@ -12,6 +12,7 @@ from worker.pacs.dicomweb import path_of
 from worker.pacs.finding import find_known
 from worker.pacs.matching import REQUIRED, Matching, StudyQuery
 from worker.pacs.protocol import (
+    NOTHING_OR_WRONG_URL,
     DatabaseState,
     Deletion,
     DeletionFate,
@@ -117,10 +118,19 @@ class PlainDicomWeb:
             return Deletion(DeletionFate.REFUSED, NO_DELETE)
         if answer.status == 404:  # of the object, or of a server that takes no DELETE
             return Deletion(DeletionFate.REFUSED, NO_DELETE) if find_known(self, found) else Deletion(NOT_THERE)
-        if find_known(self, found):  # it deletes later, or never
+        if self._still_has(found):  # it deletes later, or never
             sentence = f"{self.server.name} answered {answer.status} to a deletion and still has the {found.level}."
             raise self._transport.error(PacsMisanswered, sentence)
         return expected
+
+    def _still_has(self, found: Found) -> bool:
+        """Of a server that has just taken a deletion: that it now answers as one without studies, is what was asked."""
+        try:
+            return bool(find_known(self, found))
+        except PacsMisanswered as error:
+            if not error.details.get(NOTHING_OR_WRONG_URL):
+                raise
+            return False
 
     def retrieve(self, found: Found, *, view: View = "as_set") -> AbstractContextManager[Iterator[Retrieved]]:  # noqa: ARG002
         return self._web.retrieve(found)
