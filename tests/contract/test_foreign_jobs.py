@@ -254,7 +254,9 @@ def test_an_image_is_not_stored_that_its_server_says_it_has_stored_and_does_not_
     build: Callable[..., Site], file: Callable[[bytes], str]
 ) -> None:
     with foreign(Habits(loses=True)) as odd:
-        assert code(uploaded(build(odd, alone=True), image_url=file(image(new_uid(), side=8)))) == "pacs_misanswered"
+        verdict = uploaded(build(odd, alone=True), image_url=file(image(new_uid(), side=8)))
+        assert code(verdict) == "pacs_misanswered"
+        assert "nor does it find it. Look there" in str(verdict)
 
 
 @pytest.mark.parametrize("answer", [b'{"results": []}', b"<NativeDicomModel/>"])

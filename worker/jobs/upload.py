@@ -502,11 +502,17 @@ def _warning_of_unseen(trip: _Trip, memo: Memo) -> str:
         study, series, image = instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid
         run.ledger.void(memo.server, study, series, image, job_id=run.job_id)
         raise refusal(why, instance, pacs, pending_wait_s=trip.tools.settings.jobs.pending_wait_s)
-    sentence = f"{pacs.server.name} accepted the image but does not show it; it is looked for again."
-    details = uids_of(instance)
-    error = PacsMisanswered(sentence, server_name=memo.server, server_type=pacs.server.type, details=details)
-    if pacs.hiding is not None or _may_be_cured(error, run) or _is_not_found(pacs, instance):
+    what, details = f"{pacs.server.name} accepted the image but does not show it", uids_of(instance)
+    error = PacsMisanswered(
+        f"{what}; it is looked for again.", server_name=memo.server, server_type=pacs.server.type, details=details
+    )
+    if pacs.hiding is not None or _may_be_cured(error, run):
         raise error
+    if _is_not_found(pacs, instance):
+        advice = "nor does it find it. Look there for the reason, then replay the job."
+        raise PacsMisanswered(
+            f"{what}, {advice}", server_name=memo.server, server_type=pacs.server.type, details=details
+        )
     return "metadata_unavailable"
 
 
