@@ -83,6 +83,8 @@ _ERRORS_OF_PYDICOM = (
 )
 #: The preamble and the mark behind it, and so much of the rest as it takes to say what a file is that is not DICOM.
 _HEAD_BYTES = 256
+#: No meta group is longer than this, in which the transfer syntax stands.
+_META_BYTES = 1_048_576
 #: Each piece of a deflated dataset costs or gives this many bytes at most.
 _DEFLATED_BYTES = 65_536
 #: A deflated dataset is followed up to here, which takes about a second.
@@ -187,8 +189,10 @@ def title_code(stream: BinaryIO) -> str:
     Raises
     ------
     NotDicom
-        It cannot be read.
+        It cannot be read, or is deflated: pydicom inflates all of it, of whatever size.
     """
+    if _may_be_deflated(stream):
+        raise NotDicom("The title of the document cannot be read, because it is deflated.")
     try:
         with warnings.catch_warnings(action="ignore"):
             dataset = dcmread(stream, stop_before_pixels=True, specific_tags=[_TITLE], force=True)
@@ -201,8 +205,12 @@ def title_code(stream: BinaryIO) -> str:
 
 
 def _found_by_pydicom(stream: BinaryIO) -> dict[int, list[bytes]]:
-    """The UIDs that pydicom's reader finds before the pixels, none where it gives up too."""
-    stream.seek(0)
+    """The UIDs that pydicom's reader finds before the pixels, none where it gives up too.
+
+    It inflates a deflated dataset as a whole, of whatever size, so none is given to it.
+    """
+    if _may_be_deflated(stream):
+        return {}
     try:
         with warnings.catch_warnings(action="ignore"):
             dataset = dcmread(stream, stop_before_pixels=True, specific_tags=list(_DATASET_UIDS), force=True)
@@ -211,6 +219,14 @@ def _found_by_pydicom(stream: BinaryIO) -> dict[int, list[bytes]]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         return {}
+
+
+def _may_be_deflated(stream: BinaryIO) -> bool:
+    """Whether a deflated transfer syntax is named where one stands; ``stream`` is left at byte 0."""
+    stream.seek(0)
+    head = stream.read(_META_BYTES)
+    stream.seek(0)
+    return any(str(uid).encode() in head for uid in _DEFLATED)
 
 
 def _cut_short(cut: CutShort) -> NotDicom:

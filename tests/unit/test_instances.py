@@ -31,7 +31,7 @@ from pydicom.uid import (
 )
 
 from worker.errors import CourierError, InvalidUid, MissingUid, NotDicom
-from worker.instances import Instance, identify
+from worker.instances import Instance, identify, title_code
 
 SAMPLE_FOLDER = Path(str(get_testdata_file("CT_small.dcm"))).parent
 IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
@@ -151,6 +151,19 @@ def test_pydicom_s_reader_is_asked_where_ours_gives_up(monkeypatch: pytest.Monke
     monkeypatch.setattr("worker.structure.Walk.__init__.__kwdefaults__", {"max_steps": 15})
     assert identified(content) == expected
     assert len(files) == 1
+
+
+def test_nothing_deflated_is_given_to_pydicom_s_reader_which_would_inflate_all_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.instances.dcmread", lambda *_, **__: pytest.fail("pydicom was asked"))
+    monkeypatch.setattr("worker.instances._INFLATED_STEPS", 3)
+    monkeypatch.setattr("worker.instances._STEPS_PER_BYTE", 0)
+    whole = sample("image_dfl.dcm")
+    with pytest.raises(NotDicom, match="cannot be followed to their end"):
+        identified(whole)
+    with pytest.raises(NotDicom, match="deflated"):
+        title_code(io.BytesIO(whole))
 
 
 @pytest.mark.parametrize("keep", [0, 128])
