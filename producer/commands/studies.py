@@ -95,10 +95,20 @@ def _cut(server: dict[str, Any], shown: int) -> dict[str, Any]:
     return {**server, "count": shown, "status": "more" if is_cut else server["status"]}
 
 
+def _end(server: dict[str, Any]) -> str:
+    """Whether these are all; a server that ignores offset has ended its list, and may have more."""
+    if server["error"]:
+        return str(server["error"]["message"])
+    if server["status"] != "complete":
+        return "and more"
+    return "as far as it lists" if server.get("may_be_cut") else "all"
+
+
 def _say_servers(servers: Sequence[dict[str, Any]]) -> int:
     missing = [server for server in servers if server["status"] == "unavailable"]
     for server in servers:
-        end = server["error"]["message"] if server["error"] else "all" if server["status"] == "complete" else "and more"
-        line = f"{server['server_name']}: {counted(server['count'], 'study', 'studies')}, {end}{left_out(server)}"
+        line = (
+            f"{server['server_name']}: {counted(server['count'], 'study', 'studies')}, {_end(server)}{left_out(server)}"
+        )
         errors_console.print(line, style="red" if server in missing else "dim")
     return UNAVAILABLE if missing else DONE
