@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from producer.commands.studies import _end
-from producer.show import console
 from producer.show_servers import status_table
+from producer.terminal import console
 
 
 def test_what_a_server_that_is_up_lacks_stands_in_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
