@@ -218,7 +218,7 @@ def test_an_error_that_comes_again_ends_a_job_at_its_first_attempt(
     before = len(odd.asked)
     assert code(single(site, lookups.exists, "pacs.exists", level="image", uid=new_uid())) == "pacs_misanswered"
     assert len(odd.asked) - before <= 4, "the image, any image, and some studies"
-    assert site.ledger.load(overdue_s=60).dead == 1, "it can be replayed when somebody has changed something"
+    assert site.ledger.load(overdue_s=60).dead == 1, "an operator can replay it"
 
 
 def test_a_server_that_answers_404_to_everything_ends_uploads_elsewhere_at_once_and_takes_its_own(

@@ -110,8 +110,8 @@ def test_what_is_there_is_found_at_every_level_and_what_is_not_there_is_not(serv
     pacs = ward(server)
     known = found_of(level, uids[4])
     assert keys(find_known(pacs, known)) == keys([known])
-    nobody = (new_uid(), new_uid(), new_uid())
-    assert find_known(pacs, found_of(level, nobody)) == []
+    unused = (new_uid(), new_uid(), new_uid())
+    assert find_known(pacs, found_of(level, unused)) == []
     if level != "study":
         uid = uids[4][1] if level == "series" else uids[4][2]
         assert keys(find_in_study(pacs, level, uid, uids[4][0])) == keys([known])

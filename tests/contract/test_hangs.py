@@ -72,7 +72,7 @@ def test_a_dead_letter_that_is_replayed_is_sent_again(site: Site, ward: Hanging,
     send(site, url, "j1")
     assert site.ledger.replay("j1")
     assert end(send(site, url, "j1")) == "poisoned"
-    assert ward.seen(sop.encode()) == 4, "two times more, for whoever has replayed it"
+    assert ward.seen(sop.encode()) == 4, "two times more after the replay"
     ward.at = []
     assert site.ledger.replay("j1")
     assert isinstance(send(site, url, "j1"), Done)
