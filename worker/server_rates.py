@@ -5,14 +5,17 @@ is the one place that decides how long a request, and so its job, waits after on
 
 * none is sent before the time in Retry-After, of at most ``jobs.retry_after_cap_s``;
 * after it requests go out one by one, evenly: at first at half the rate at which the server refused one, then faster,
-  within ten seconds (or twenty requests, where that is later) up to nine tenths of that rate, then slowly beyond it;
-* the next such answer to a request that went out at this rate halves it again; ten minutes without one end the limit;
+  so that this rate is reached again after a minute;
+* the next such answer to a request that went out since halves the rate again; once the server accepts requests, a rate
+  that was halved several times in a row doubles with every five of them, up to where the first halving had brought it;
+* ten minutes without such an answer end the limit;
 * a request waits up to `STAY_S` in its worker; if its turn comes later, its job is put aside until about then.
 
 How long a job waits in all is ``jobs.max_wait_s`` (``worker/jobs/carry.py``). Who asks before each request is
 ``worker/pacs/guard.py``. Each decision is one Lua script by the Redis server's clock. Keys, beside the ledger's:
 
-    slowed:NAME     hash   cut (requests per second after the last halving), cuts (how many), from_us (since when that
+    slowed:NAME     hash   cut (requests per second after the last halving), ceiling (the rate at which the server
+                           refused a request, the first of several in a row), cuts (how many), from_us (since when the
                            rate grows), turns (given since), next_us (the next free turn), later_us (when the last job
                            that was put aside looks again), until_us (the end of what Retry-After asked for), status
 """
@@ -36,19 +39,24 @@ SPREAD_S: Final = 60.0
 #: So long after the last such answer a server may be asked as fast as before.
 FORGOTTEN_S: Final = 600.0
 #: Requests per second: the rate is never lowered below this, and first lowered from at least that.
-LOWEST_PER_S: Final = 0.1
+LOWEST_PER_S: Final = 0.5
 FIRST_PER_S: Final = 16.0
+#: So many requests after a halving the next one is no longer in a row with it.
+TURNS_BETWEEN: Final = 5
 
-_RATE = """
+_RATE = (
+    f"local turns_between = {TURNS_BETWEEN}"
+    + """
 local t = redis.call('TIME'); local us = t[1] * 1000000 + t[2]
 local function at(value) return string.format('%.0f', value) end
 local function limit(key)
-  local names = {'cut', 'cuts', 'from_us', 'turns', 'next_us', 'later_us', 'until_us', 'status'}
+  local names = {'cut', 'ceiling', 'cuts', 'from_us', 'turns', 'next_us', 'later_us', 'until_us', 'status'}
   local values, found = redis.call('HMGET', key, unpack(names)), {}
   if not values[1] then return nil end
   for i, name in ipairs(names) do found[name] = tonumber(values[i] or 0) end
   local seconds = math.max(0, us - found.from_us) / 1000000
-  found.per_s = found.cut * (1 + math.min(seconds / 10, found.turns / 20, 0.8) + seconds / 300)
+  local doublings = math.min(seconds / 2, found.turns / turns_between, 30)
+  found.per_s = math.min(found.cut * 2 ^ doublings, found.ceiling / 2) * (1 + seconds / 60)
   found.step_us = 1000000 / found.per_s
   found.free_us = math.max(us, found.next_us, found.until_us)
   return found
@@ -58,6 +66,7 @@ local function told(found, wait_us)
     found.status}
 end
 """
+)
 
 _READ = (
     _RATE
@@ -117,8 +126,10 @@ if not found or tonumber(ARGV[1]) >= found.cuts then
   local processes = math.max(1, redis.call('HLEN', KEYS[2]))
   local per_s = found and found.per_s or math.max(tonumber(ARGV[6]), ARGV[4] * processes)
   local cut = math.max(tonumber(ARGV[5]), per_s / 2)
-  redis.call('HSET', key, 'cut', string.format('%.6f', cut), 'turns', 0, 'next_us', at(us + 1000000 / cut),
-    'later_us', 0)
+  local in_a_row = found and found.turns < turns_between
+  local ceiling = math.max(in_a_row and found.ceiling or per_s, 2 * ARGV[5])
+  redis.call('HSET', key, 'cut', string.format('%.6f', cut), 'ceiling', string.format('%.6f', ceiling), 'turns', 0,
+    'next_us', at(us + 1000000 / cut), 'later_us', 0)
   redis.call('HINCRBY', key, 'cuts', 1)
 end
 redis.call('HSET', key, 'from_us', at(math.max(us, until_us)))
