@@ -92,9 +92,13 @@ def partly(dialect: str) -> Moods:
 
 
 def hanging(dialect: str) -> Moods:
-    """All last calls but a rejection, which may take DCM4CHEE a quarter of an hour and is waited for so long."""
+    """All last calls but a rejection, which may take DCM4CHEE a quarter of an hour and is waited for so long.
+
+    A store hangs once: after two times a file is not sent again.
+    """
     last = {LAST_CALL[operation, dialect] for operation in OPERATIONS}
-    return {operation: {"hang": True} for operation in last - {"reject"}}
+    moods: Moods = {operation: {"hang": True} for operation in last - {"reject"}}
+    return {**moods, "store": {"hang": True, "times": 1}}
 
 
 def dropped(dialect: str) -> Moods:
