@@ -197,6 +197,20 @@ def _settings() -> Settings:
 settings = _settings()
 
 
+def _correct_celerys_options() -> None:
+    """Have Celery read the URLs as the settings give them, in a form that it knows.
+
+    The command `celery` takes these two variables for its options ``-b`` and ``--result-backend``, as they are written,
+    and hands them on by variables of its own, which come before the configuration.
+    """
+    for name, url in (("BROKER_URL", settings.queue.broker_url), ("RESULT_BACKEND", settings.queue.result_backend)):
+        if os.environ.get(name) and os.environ.get(f"CELERY_{name}") == os.environ[name]:
+            os.environ[f"CELERY_{name}"] = url
+
+
+_correct_celerys_options()
+
+
 class PacsCelery(Celery):  # type: ignore[misc]  # celery is untyped
     """Celery, which calls a job failed whose result it could not store; the job may well be done."""
 

@@ -18,6 +18,7 @@ from producer.doctor import Finding, examine
 from sandbox import processes as parts
 from sandbox.processes import HOST, Processes, RedisPart, poll
 from sandbox.synthetic import image, new_uid
+from worker.settings import Settings
 
 WAIT_S = 30
 SERVER = {"name": "a", "type": "dicomweb", "url": f"http://{HOST}:9/dicom-web"}
@@ -76,6 +77,20 @@ def test_a_database_may_be_named_in_the_query(
         assert (
             courier.upload(image_server.put("a.dcm", image(new_uid()))).result(timeout_s=WAIT_S)["status"] == "stored"
         )
+    running.stop()
+
+
+@pytest.mark.parametrize("form", ["redis://{1}?db={2}", "redis://{1}/?db={2}", "unix://{0}?db={2}"])
+def test_a_worker_reads_urls_in_variables_as_those_in_the_file(
+    redises: dict[str, RedisPart], socket: Path, worker: Callable[..., Any], image_server: Any, form: str
+) -> None:
+    """The command `celery` takes two of these variables for options of its own."""
+    urls = [form.format(socket, f"{HOST}:{redises['good'].port}", number) for number in (8, 9, 10)]
+    variables = dict(zip(("BROKER_URL", "RESULT_BACKEND", "LEDGER_URL"), urls, strict=True))
+    running = worker(environ=variables)
+    with Courier(Settings.load({"PACS_CONFIG": str(running.config), **variables})) as courier:
+        stored = courier.upload(image_server.put("a.dcm", image(new_uid()))).result(timeout_s=WAIT_S)
+        assert stored["status"] == "stored"
     running.stop()
 
 
