@@ -283,7 +283,12 @@ def _total(widths: dict[int, int], gap: int) -> int:
 
 
 def prepare_output() -> None:
-    """Have what an output cannot encode (a Latin-1 terminal, ``LANG=C``) escaped instead of ending the command."""
+    """Have what an output cannot encode (a Latin-1 terminal, ``LANG=C``) escaped instead of ending the command.
+
+    What is written to a closed standard output (``>&-``) goes nowhere.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -83,7 +83,7 @@ def _expanded(urls: tuple[str, ...]) -> list[str]:
     lines = [_url(row) for row in rows_of_file("-")] if "-" in urls else []
     expanded = [one for url in urls for one in (lines if url == "-" else [url]) if one]
     if not expanded:
-        raise InvalidRequest("No URL was given on standard input.")
+        raise InvalidRequest("No URL was given on standard input." if "-" in urls else "No URL was given; it is empty.")
     return expanded
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from producer.plans import PlanHeader, PlanLine, write
+from producer.show_studies import write_csv
+from producer.terminal import flush_output, prepare_output
 from tests.terminals import Ended, in_shell, in_terminal
 
 NO_BROKER = {"BROKER_URL": "redis://127.0.0.1:1/0", "LEDGER_URL": "", "PACS_CONFIG": ""}
@@ -65,6 +68,20 @@ def test_what_reads_nothing_goes_on_without_standard_input(plan: Path) -> None:
 def test_closed_outputs_end_in_no_traceback(plan: Path, closed: str) -> None:
     assert run(f"pacs batch apply {plan} --dry-run {closed}").status == 0
     assert run(f"pacs batch apply {plan} --dry-run --json {closed}").status == 0
+
+
+def test_csv_for_a_closed_output_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    prepare_output()
+    with sys.stdout as nowhere:
+        write_csv([], nowhere)
+        flush_output()
+
+
+def test_an_empty_url_is_not_told_as_one_of_standard_input() -> None:
+    ended = run("pacs upload ''")
+    assert (ended.status, "standard input" in ended.errors, "No URL was given" in ended.errors) == (2, False, True)
+    assert "No URL was given on standard input" in run("pacs upload - < /dev/null").errors
 
 
 @pytest.mark.parametrize("words", ["--help", "doctor --json", "batch apply PLAN --dry-run"])
