@@ -160,7 +160,7 @@ def scratch(archive: MsdicomArchive) -> MsdicomArchive:
     Raises
     ------
     RuntimeError
-        There are studies, which may be anybody's: nothing is done.
+        There are studies, which may be patients': nothing is done.
     """
     chosen = archive
     if "/partitions/" not in archive.url and archive._get("/partitions").status_code == 200:

@@ -232,8 +232,8 @@ def test_a_407_of_the_host_behind_the_proxy_is_the_hosts_own(
 
 @pytest.mark.parametrize("which", ALL)
 def test_a_proxy_that_is_down_is_told_apart_from_a_source_that_is(image_server: ImageServer, which: str) -> None:
-    nobody = f"http://proxyuser:hush@{HOST}:{parts.free_port()}"
-    error = error_of(questions(settings(filled(image_server), proxy=nobody), image_server)[which])
+    closed = f"http://proxyuser:hush@{HOST}:{parts.free_port()}"
+    error = error_of(questions(settings(filled(image_server), proxy=closed), image_server)[which])
     assert type(error) is SourceUnreachable
     assert "the proxy (sources.proxy) does not answer" in error.message
 

@@ -72,7 +72,7 @@ class _Failure(NamedTuple):
 class CachedToken:
     """The bearer token of one server's account.
 
-    Whoever needs a token while another thread is fetching one waits for that one, and shares its failure: a hanging
+    A thread that needs a token while another is fetching one waits for that one, and shares its failure: a hanging
     endpoint costs all of them one time-out and not one after the other.
     """
 

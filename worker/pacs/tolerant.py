@@ -241,8 +241,8 @@ class TolerantDicomWeb(DicomWeb):
         way = (resource, reply.status)
         if way in self._ways:
             return
-        nobody = self._ask(resource, [(keyword, f"2.25.{uuid.uuid4().int}")], optional=True)
-        if nobody.rows or nobody.says == "nothing" or nobody.status != reply.status:
+        unheard = self._ask(resource, [(keyword, f"2.25.{uuid.uuid4().int}")], optional=True)
+        if unheard.rows or unheard.says == "nothing" or unheard.status != reply.status:
             raise self.misanswered(f"status {reply.status} to a search, which is not how it says that it found nothing")
         self._ways.add(way)
 
