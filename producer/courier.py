@@ -678,9 +678,14 @@ def _depth(connection: Connection, queue: str) -> int:
 
 def _celery(settings: Settings, queue: QueueSettings) -> Celery:
     app = Celery("pacs-producer", set_as_current=False)
+    app.backend_cls = queue.result_backend
     app.config_from_object("celeryconfig")
     app.conf.update(
         **queue.for_celery,
+        # CELERY_BROKER_URL and CELERY_RESULT_BACKEND of the surrounding program are those of its own Celery, and win
+        # over the plain keys.
+        broker_read_url=queue.broker_url,
+        broker_write_url=queue.broker_url,
         result_expires=settings.results.expires_s,
         task_publish_retry=False,
     )

@@ -40,6 +40,15 @@ def test_urls_given_in_code_are_read_as_those_of_the_settings(name):
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
+def test_variables_of_another_celery_in_the_same_program_are_left_to_it(redis, monkeypatch):
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", "redis://127.0.0.1:1/1")
+    with Courier(Settings.model_validate({"queue": parts.queue_settings(redis)})) as courier:
+        courier.upload("https://images.example/a.dcm")
+        assert courier.queue_depths()["pacs"] == 1
+        courier.check_backend()
+
+
 # --- a job of which the result back-end has no entry (any more) ---------------------------------------------------
 
 TASK = "pacs.trace"
