@@ -35,6 +35,8 @@ class Heedless:
     fixed_page: int | None = None
     #: Lists that it sends instead of its own, one question after the other.
     in_turn: list[list[dict[str, Any]]] = field(default_factory=list)
+    #: Whether each study has an image that is listed.
+    lists_images: bool = False
     #: From this page of studies on it is in trouble.
     fails_at_offset: int | None = None
     asked: list[str] = field(default_factory=list)
@@ -58,7 +60,11 @@ class Heedless:
             before, self.studies = len(self.studies), [ds for ds in self.studies if uid_of(ds) != uid]
             return (204 if len(self.studies) < before else 404), None
         if uid:  # the images of a study
-            return 204, None
+            if not self.lists_images or not uid.endswith("/instances") or int(query.get("offset", 0)):
+                return 204, None
+            study = uid.removesuffix("/instances")
+            parents = {"0020000E": {"vr": "UI", "Value": [f"{study}.1"]}}
+            return 200, [{**row(study), **parents, "00080018": {"vr": "UI", "Value": [f"{study}.1.1"]}}]
         offset = int(query.get("offset", 0))
         if self.fails_at_offset is not None and offset >= self.fails_at_offset:
             return 503, None

@@ -332,6 +332,7 @@ def test_nothing_is_planned_while_a_server_is_silent_also_in_the_middle_of_its_l
 
 def test_an_audit_counts_what_matches_and_says_what_does_not(all_of_them: Site, foreign: Heedless) -> None:
     site, study, patient = all_of_them, new_uid(), new_uid()[-10:]
+    foreign.lists_images = True
     site.put_file("dcm4chee", image(study, PatientID=patient))
     foreign.studies = [row(study, t00100020=("LO", patient)), row("1.2", t00100020=("LO", "other"))]
     told = ask(site, audit, servers=["dcm4chee", "foreign"], filters={"PatientID": patient})
