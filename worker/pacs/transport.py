@@ -216,11 +216,14 @@ class Transport:
         except wire.HTTPError as error:
             if alert := refused_certificate(error):
                 raise self._certificate_refused(f"TLS: {alert}") from error
-            phase, reason = _reason(error, self.server, self._read_timeout_s(request))
-            sentence = f"{self.server.name} did not answer: {reason}."
-            silent = self.error(PacsUnavailable, sentence, details={"phase": phase})
-            silent.hung = request.body is not None and isinstance(error, wire.ReadTimeoutError)
-            raise silent from error
+            raise self._silence(error, request) from error
+
+    def _silence(self, error: wire.HTTPError, request: Request) -> PacsUnavailable:
+        """Made apart from where it is raised: an error in a local variable there would keep itself and the socket."""
+        phase, reason = _reason(error, self.server, self._read_timeout_s(request))
+        silent = self.error(PacsUnavailable, f"{self.server.name} did not answer: {reason}.", details={"phase": phase})
+        silent.hung = request.body is not None and isinstance(error, wire.ReadTimeoutError)
+        return silent
 
     def _urlopen(self, request: Request, authorization: str | None) -> BaseHTTPResponse:
         headers = {**request.headers, **carrier()}
