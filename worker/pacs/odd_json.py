@@ -1,6 +1,6 @@
 """DICOM JSON (PS3.18 F) in other spellings, brought into the standard's where its meaning is certain.
 
-Pure functions over bytes and parsed JSON. What is not certain stays as it is, for the caller to refuse.
+Functions over bytes and parsed JSON. What is not certain stays as it is, for the caller to refuse.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_odd(body: bytes) -> bool:
 
 
 def in_standard_spelling(document: Any) -> Any:
-    """``document`` with tags in upper case, names as PS3.18 writes them, and each Value a list.
+    """``document`` with tags in upper case, names as PS3.18 writes them, and each Value a list; it is used up.
 
     Raises
     ------
@@ -38,7 +38,9 @@ def in_standard_spelling(document: Any) -> Any:
         One element stands there twice, in two spellings and with two meanings.
     """
     if isinstance(document, list):
-        return [in_standard_spelling(one) for one in document]
+        for place, one in enumerate(document):  # in place, so that a long answer is not held twice
+            document[place] = in_standard_spelling(one)
+        return document
     if not isinstance(document, dict):
         return document
     found: dict[str, Any] = {}
