@@ -80,6 +80,9 @@ def run_case(target: Target, case: bytes, tally: Tally) -> None:
             raise Finding(f"takes {seconds:.1f} s of processor time")
         allowance_bytes = target.allowance_bytes(case)
         allowed_bytes = target.factor * len(case) + allowance_bytes
+        for _ in range(3):  # another thread of this process allocates too, such as the one that talks to pytest-xdist
+            if peak_bytes > allowed_bytes:
+                peak_bytes = min(peak_bytes, _measured(act, prepared)[2])
         if peak_bytes > allowed_bytes:
             raise Finding(f"takes {peak_bytes:,} bytes for an input of {len(case):,}; {allowed_bytes:,} are allowed")
         if isinstance(result, CourierError):
