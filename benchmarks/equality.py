@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.images import image
+from courier.settings import ServerSettings
 from sandbox import processes as parts
 from sandbox.processes import Processes
-from worker.fingerprints import fingerprint
-from worker.instances import identify
-from worker.jobs.moves import Digests, Receipt, copy_study, verify_study
-from worker.jobs.transfers import Transfer
+from worker.batches.study_copy import Transfer
+from worker.batches.study_migration import Digests, Receipt, copy_study, verify_study
+from worker.dicom.fingerprints import fingerprint
+from worker.dicom.instances import identify
 from worker.pacs.protocol import Pacs, Part
 from worker.pacs.registry import connect
-from worker.settings import ServerSettings
 
 WAYS = (("msdicom", "dcm4chee"), ("dcm4chee", "msdicom"), ("orthanc", "dcm4chee"), ("orthanc", "msdicom"))
 VERIFIED: tuple[tuple[str, Digests, bool], ...] = (

@@ -31,10 +31,10 @@ from rich.table import Table
 
 from benchmarks.images import huge_image, image
 from benchmarks.uploads import _cpu_s, _spread, _status_kib
+from courier.settings import Settings
 from producer import Courier
 from sandbox import processes as parts
 from sandbox.processes import Child, OrthancPart, Processes
-from worker.settings import Settings
 
 CLONER = "orthanc-tools==0.23.0"
 CLONER_FOLDER = Path(__file__).parents[1] / ".run" / "orthanc-tools"

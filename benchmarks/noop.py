@@ -26,12 +26,12 @@ from typing import Any
 from celery import Task
 
 from benchmarks.listing import listed
+from courier.batches.planner import Planned
+from courier.batches.store import Item, Pass, Settled
+from courier.messages import BatchOrderJob
 from worker.app import app
-from worker.batches import Item, Pass, Settled
-from worker.jobs import batches
-from worker.jobs.batches import Answer, Desk, Work
-from worker.payloads import BatchOrderJob
-from worker.planning import Planned
+from worker.batches import coordinator
+from worker.batches.coordinator import Answer, Desk, Work
 from worker.tasks.batches import KINDS
 from worker.tasks.door import deliver
 
@@ -107,4 +107,4 @@ KINDS["noop"] = NOOP = Noop()
 
 @app.task(name="pacs.batch.noop", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_noop(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
-    return deliver(self, partial(batches.order, kind=NOOP, name="noop", form=BatchOrderJob), job)
+    return deliver(self, partial(coordinator.order, kind=NOOP, name="noop", form=BatchOrderJob), job)

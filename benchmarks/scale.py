@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.listing import listed
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import Batches
+from courier.messages import BatchOrderJob
+from courier.settings import Settings
 from producer import Courier
 from sandbox import processes as parts
 from sandbox.processes import Processes, RedisPart
-from worker.batches import Batches
-from worker.payloads import BatchOrderJob
-from worker.planning import Planned, Planner
-from worker.settings import Settings
 
 SIZES = (10_000, 100_000, 1_000_000)
 WAIT_S = 3600

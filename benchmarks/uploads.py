@@ -31,18 +31,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.images import image
+from courier.ledger.jobs import Ledger
+from courier.settings import Settings
 from producer import Courier
 from sandbox import processes as parts
 from sandbox.processes import Child, Processes
-from worker.jobs.carry import Done, carry
-from worker.jobs.run import Pulse
-from worker.jobs.tools import Tools
+from worker.jobs.attempt import Pulse
+from worker.jobs.runner import Done, carry
+from worker.jobs.services import Tools
 from worker.jobs.upload import upload
-from worker.ledger import Ledger
 from worker.pacs.fleet import Fleet
 from worker.pacs.registry import connect
-from worker.settings import Settings
-from worker.sources import Sources
+from worker.storage.sources import Sources
 
 PER_STUDY = 20
 STEPS = ("fetch", "identify", "check", "route", "push", "describe")

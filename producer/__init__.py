@@ -1,6 +1,7 @@
 """What another program imports: ``from producer import Courier``. Loads no DICOM library and no HTTP client."""
 
-from producer.courier import Courier, Handle, Report
+from producer.client import Courier
+from producer.handle import Handle, Report
 from producer.results import (
     AuditResult,
     BatchResult,

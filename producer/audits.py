@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from producer.courier import Courier
+from producer.client import Courier
 from producer.errors import NotFound
 from producer.results import AuditResult
 

@@ -1,6 +1,6 @@
 """Batches from a program: ordering them, how far they are, steering them, their plan and their report.
 
-What an order is made of is in ``orders.py``; how it looks on a terminal in ``show_batches.py``.
+What an order is made of is in ``orders.py``; how it looks on a terminal in ``cli/batch_tables.py``.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar, cast
 
 import redis
 
+from courier.batches.planner import Planned
+from courier.batches.result import end_payload
+from courier.batches.store import DONE_AGAIN, Batch, Batches, Row, State, is_missing, is_to_undo
+from courier.ledger.jobs import Ledger
+from courier.messages import BatchContinueJob, Job
 from producer.errors import BrokerUnavailable, InvalidRequest, NotFound
 from producer.orders import KINDS, Given, Order, Told, lines_of, of_plan_file, plan
 from producer.plans import PlanFile, PlanHeader, PlanLine, version_of
 from producer.results import BatchResult
-from worker.batch_ends import end_payload
-from worker.batches import DONE_AGAIN, Batch, Batches, Row, State, is_missing, is_to_undo
-from worker.ledger import Ledger
-from worker.payloads import BatchContinueJob, Job
-from worker.planning import Planned
 
 if TYPE_CHECKING:
-    from producer.courier import Handle
+    from producer.handle import Handle
 
 Items = str | Path | Iterable[str]
 Thing = TypeVar("Thing")

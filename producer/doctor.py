@@ -16,14 +16,14 @@ from urllib.parse import urlsplit
 
 import redis
 
-from producer.courier import Courier, refusal
+from courier import tracing
+from courier.ledger.jobs import SCHEMA, SILENT_S, Ledger
+from courier.ledger.peers import Peers, cannot_read, release_of, schema_of
+from courier.messages import StatusJob
+from courier.queues import OLD_QUEUES
+from courier.settings import Settings, SettingsError, TelemetrySettings
+from producer.client import Courier, refusal
 from producer.errors import BrokerUnavailable, CourierError, StillRunning
-from worker import listeners
-from worker.ledger import SCHEMA, SILENT_S, Ledger
-from worker.payloads import StatusJob
-from worker.peers import Peers, cannot_read, release_of, schema_of
-from worker.queues import OLD_QUEUES
-from worker.settings import Settings, SettingsError, TelemetrySettings
 
 #: How long a worker has to carry a question to all servers.
 CARRY_S = 20.0
@@ -101,7 +101,7 @@ def _telemetry(telemetry: TelemetrySettings) -> Iterator[Finding]:
     if telemetry.otlp_endpoint is not None:
         where = urlsplit(telemetry.otlp_endpoint)
         port = where.port or (443 if where.scheme == "https" else 80)
-        if not listeners.can_trace():
+        if not tracing.can_trace():
             advice = "pip install 'pacs-courier[telemetry]', or take telemetry.otlp_endpoint out."
             yield Finding("traces", "warning", "OpenTelemetry is not installed here", advice)
         elif not _listens(where.hostname or "", port):

@@ -1,6 +1,6 @@
 """Every error a result can raise, one class per code, and what can go wrong before there is a result."""
 
-from worker.errors import (
+from courier.errors import (
     Cancelled,
     ConfirmationRequired,
     CourierError,

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Self
 
+from courier.messages import check_uid
+from courier.redaction import shown_text, shown_url
+from courier.urls import ENCODED, NOT_IN_URL, bare
 from producer.errors import InvalidRequest, InvalidUid
-from worker.logs import shown_text, shown_url
-from worker.payloads import check_uid
-from worker.urls import ENCODED, NOT_IN_URL, bare
 
 #: A longer line is no row of anything.
 MAX_LINE_BYTES = 65_536

@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from producer.errors import InvalidRequest, SourceNotAllowed
-from producer.inputs import BadRow, Items, Judge, Row, image_url, is_source, rows_of_words, study_uid
-from producer.plans import PlanFile
-from worker.batches import Batches
-from worker.logs import shown_text
-from worker.payloads import (
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import Batches
+from courier.messages import (
     BatchDeleteJob,
     BatchDownloadJob,
     BatchMigrateJob,
@@ -27,7 +24,10 @@ from worker.payloads import (
     old_spellings,
     read_job,
 )
-from worker.planning import Planned, Planner
+from courier.redaction import shown_text
+from producer.errors import InvalidRequest, SourceNotAllowed
+from producer.inputs import BadRow, Items, Judge, Row, image_url, is_source, rows_of_words, study_uid
+from producer.plans import PlanFile
 
 #: So many chunks of a batch are open at a time unless its order says so.
 WIDTH: Final = 4

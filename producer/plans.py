@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from courier.redaction import shown_text, shown_url
 from producer.errors import InvalidRequest
 from producer.inputs import Judge, Unfit
-from worker.logs import shown_text, shown_url
 
 MANIFEST, VERSION = "pacs-courier/plan", 1
 _VERSION_WITH_BACKUP = 2

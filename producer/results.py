@@ -1,4 +1,4 @@
-"""What `Handle.result` returns; ``python -m worker.schema`` makes it from worker/payloads.py."""
+"""What `Handle.result` returns; ``python -m courier.schema`` makes it from courier/messages.py."""
 
 from typing import Any, Literal
 

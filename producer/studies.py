@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
-from producer.courier import Courier
+from producer.client import Courier
 from producer.results import StudiesResult
 
 Page = Mapping[str, Any]

@@ -22,7 +22,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.text import Text
 
-from worker.logs import shown_text
+from courier.redaction import shown_text
 
 # --- safe text --------------------------------------------------------------------------------------------------
 

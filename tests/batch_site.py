@@ -9,27 +9,27 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from courier.batches.store import Batches, Row
+from courier.ledger.jobs import Ledger
+from courier.settings import Settings
 from sandbox.synthetic import image, new_uid
-from worker.batches import Batches, Row
-from worker.destinations import Destinations
-from worker.instances import identify
-from worker.jobs import batches
-from worker.jobs.batches import Conductor
-from worker.jobs.bulk_deletions import StudyDeletions, delete_many
-from worker.jobs.bulk_downloads import StudyDownloads
-from worker.jobs.bulk_uploads import ImageUploads, upload_all
-from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
-from worker.jobs.chunks import chunk
-from worker.jobs.migrations import StudyMigrations, migrate
-from worker.jobs.run import Pulse
-from worker.jobs.tools import Tools
-from worker.jobs.transfers import images_on
-from worker.ledger import Ledger
+from worker.batches import coordinator
+from worker.batches.chunks import chunk
+from worker.batches.coordinator import Conductor
+from worker.batches.deletions import StudyDeletions, delete_many
+from worker.batches.downloads import StudyDownloads
+from worker.batches.migrations import StudyMigrations, migrate
+from worker.batches.study_copy import images_on
+from worker.batches.uploads import ImageUploads, upload_all
+from worker.dicom.instances import identify
+from worker.jobs.attempt import Pulse
+from worker.jobs.runner import Done, Failed, Parked, Verdict, carry
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Fate, Part
 from worker.pacs.registry import connect
-from worker.settings import Settings
-from worker.sources import Sources
+from worker.storage.destinations import Destinations
+from worker.storage.sources import Sources
 
 KINDS = {
     "migrate": StudyMigrations(),
@@ -102,7 +102,7 @@ class Site:
         )
 
     def go_on(self, wish: Callable[[Conductor], Any], name: str, **more: Any) -> Verdict:
-        work = partial(batches.conducted, kinds=KINDS, wish=wish)
+        work = partial(coordinator.conducted, kinds=KINDS, wish=wish)
         return self.see_to_its_end(f"pacs.batch.{name}", work, new_uid(), {"batch_id": self.batch, **more})
 
     def see_to_its_end(

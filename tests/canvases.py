@@ -22,18 +22,18 @@ from celery import Celery, chain, chord, group, signature
 from celery.canvas import Signature
 from celery.result import AsyncResult
 
-import celeryconfig
+from courier import celery_settings
+from courier.ledger.jobs import Ledger
+from courier.settings import Settings
 from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import Child, Processes, RedisPart, SandboxPart, poll
 from sandbox.synthetic import image, new_uid
 from tests.stow import stow
-from worker.ledger import Ledger
-from worker.settings import Settings
 
 WAIT_S = 60
 #: What a worker of ours has taken and not ended; the other application's has Celery's own name for that.
-UNACKED, UNACKED_INDEX = (celeryconfig.broker_transport_options[f"unacked_{kind}"] for kind in ("key", "index_key"))
+UNACKED, UNACKED_INDEX = (celery_settings.broker_transport_options[f"unacked_{kind}"] for kind in ("key", "index_key"))
 QUICK = {"lease_s": 2, "grace_s": 2, "sweep_s": 0.2, "backoff_base_s": 0.1, "backoff_cap_s": 0.5}
 #: What the tests ask of it, by the primitive that is tested.
 PRIMITIVES = ("link", "link_error", "chain", "chord", "failed chord", "group", "stamps")
@@ -139,7 +139,7 @@ class Canvases:
         url = self._images.put(f"{uuid.uuid4()}.dcm", body)
         job = {"image_url": f"{url}?sig=SECRET", "metadata": False}
         found = signature("pacs.upload", kwargs={"job": job}, app=self.plain, immutable=True)
-        found.set(queue=celeryconfig.task_default_queue, task_id=str(uuid.uuid4()))
+        found.set(queue=celery_settings.task_default_queue, task_id=str(uuid.uuid4()))
         if name:
             self.jobs[name] = found.options["task_id"]
         return found
@@ -178,21 +178,21 @@ class Canvases:
 
     def headers(self) -> dict[str, dict[str, Any]]:
         """Those of each message that waits, by the job's name."""
-        rows = self._broker.lrange(celeryconfig.task_default_queue, 0, -1)
+        rows = self._broker.lrange(celery_settings.task_default_queue, 0, -1)
         by_id = {headers["id"]: headers for headers in (json.loads(row)["headers"] for row in rows)}
         return {name: by_id[job_id] for name, job_id in self.jobs.items() if job_id in by_id}
 
     def copies(self) -> list[bytes]:
         """Each message that waits, as a broker would deliver it a second time."""
         found = []
-        for raw in self._broker.lrange(celeryconfig.task_default_queue, 0, -1):
+        for raw in self._broker.lrange(celery_settings.task_default_queue, 0, -1):
             message = json.loads(raw)
             message["properties"]["delivery_tag"] = str(uuid.uuid4())
             found.append(json.dumps(message).encode())
         return found
 
     def deliver(self, messages: list[bytes]) -> None:
-        self._broker.lpush(celeryconfig.task_default_queue, *messages)
+        self._broker.lpush(celery_settings.task_default_queue, *messages)
 
     def give_back(self) -> None:
         """Messages that workers held when they died, as the broker gives them back after its two hours."""
@@ -204,7 +204,7 @@ class Canvases:
 
     def is_quiet(self) -> bool:
         """No message waits or is at work."""
-        names = (celeryconfig.task_default_queue, "mine")
+        names = (celery_settings.task_default_queue, "mine")
         return not any(self._broker.llen(name) for name in names) and not any(
             self._broker.hlen(name) for name in (UNACKED, "unacked")
         )

@@ -30,10 +30,10 @@ import pytest
 from celery import Celery
 from redis import Redis
 
+from courier.settings import Settings
 from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import AzuritePart, Child, OrthancPart, Processes, RedisPart, SandboxPart
-from worker.settings import Settings
 
 # Tables are as wide as a test says: readline tells child processes, such as xdist's, of a terminal of its own.
 for _name in ("COLUMNS", "LINES"):
@@ -43,7 +43,7 @@ for _name in ("COLUMNS", "LINES"):
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-#: What a worker's log holds when its code, and not its input, is wrong (the second as worker/jobs/carry.py logs it).
+#: What a worker's log holds when its code, and not its input, is wrong (the second as worker/jobs/runner.py logs it).
 SIGNS_OF_A_FAULT = ("Traceback (most recent call last)", "A fault of the worker itself")
 
 

@@ -31,12 +31,12 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
+from courier.settings import ServerSettings
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.stow import stow
 from worker.pacs.credentials import credentials
 from worker.pacs.transport import Credentials
-from worker.settings import ServerSettings
 
 #: What the archive adds for the name and the birth date of `sandbox.synthetic.image`, in its default configuration.
 ISSUER = "DCM4CHEE.48199C56.09F24A43"

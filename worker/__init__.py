@@ -1,3 +1,5 @@
 """What a worker process runs."""
 
-__version__ = "0.2.0.dev0"
+from courier import __version__
+
+__all__ = ["__version__"]

@@ -38,29 +38,33 @@ from celery.result import denied_join_result
 from celery.worker import state
 from celery.worker.request import Request
 
-from worker import consumer, listeners, peers, queues, revokes, shortage, signing, telemetry, watchdog
-from worker.azure import AzureAccount
-from worker.batches import Batches
-from worker.breakers import Breakers
-from worker.destinations import Destinations
-from worker.errors import CourierError, InvalidRequest
-from worker.jobs.run import Pulse
-from worker.jobs.tools import Tools
-from worker.jobs.turns import Turns
-from worker.ledger import Attachment, ClaimState, DueJob, Ledger, passes, words_of
-from worker.lines import configure, quiet
-from worker.logs import shown_job, shown_result
-from worker.network import Network
+from courier import celery_settings, queues, signing, telemetry, tracing
+from courier.batches.store import Batches
+from courier.errors import CourierError, InvalidRequest
+from courier.ledger import peers
+from courier.ledger.breakers import Breakers
+from courier.ledger.jobs import Attachment, ClaimState, DueJob, Ledger, passes, words_of
+from courier.ledger.slots import Slots
+from courier.redaction import shown_job, shown_result
+from courier.settings import ServerSettings, Settings, SettingsError
+from worker.jobs.attempt import Pulse
+from worker.jobs.batch_slots import Turns
+from worker.jobs.services import Tools
+from worker.observability import instrumentation
+from worker.observability.log_format import configure, quiet
 from worker.pacs.fleet import Fleet
 from worker.pacs.guard import Guard
 from worker.pacs.registry import connect
-from worker.server_rates import ServerRates
-from worker.settings import ServerSettings, Settings, SettingsError
-from worker.slots import Slots
-from worker.sources import Sources, s3
+from worker.pacs.server_rates import ServerRates
+from worker.runtime import consumer, revokes, shortage, watchdog
+from worker.storage import s3_source
+from worker.storage.azure import AzureAccount
+from worker.storage.destinations import Destinations
+from worker.storage.network import Network
+from worker.storage.sources import Sources
 
 if TYPE_CHECKING:
-    from worker.metrics import Outlook
+    from worker.observability.metrics import Outlook
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +242,7 @@ def _tell_of_failure(
 
 quiet()
 app = PacsCelery("pacs", task_cls=PacsTask, include=["worker.tasks"])
-app.config_from_object("celeryconfig")
+app.config_from_object(celery_settings)
 app.conf.update(
     **settings.queue.for_celery,
     result_expires=settings.results.expires_s,
@@ -350,7 +354,7 @@ _guards: list[Guard] = []
 
 @functools.cache
 def _tools() -> Tools:
-    listeners.trace(settings.telemetry)
+    tracing.trace(settings.telemetry)
     ledger = _ledger()
     prefix, cap_s = settings.queue.key_prefix, settings.jobs.retry_after_cap_s
     breakers = Breakers(ledger.client, settings.breaker, retry_after_cap_s=cap_s, prefix=prefix)
@@ -736,12 +740,12 @@ def _needs_stores() -> None:
             account.url("container", "blob")  # signed, so that a malformed key shows
             account.close()
     if settings.sources.s3.buckets or settings.downloads.s3.buckets:
-        s3.check_credentials()
+        s3_source.check_credentials()
 
 
 def outlook() -> Outlook:
     """What a scrape asks of the ledger and the broker."""
-    from worker.metrics import Outlook  # noqa: PLC0415 (not where nobody measures)
+    from worker.observability.metrics import Outlook  # noqa: PLC0415 (not where nobody measures)
 
     ledger = _ledger_beside()
     load = ledger.load(overdue_s=OVERDUE_S)
@@ -768,7 +772,7 @@ def _collect_less_often(**_: Any) -> None:
 @signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _measure(**_: Any) -> None:
     try:
-        listeners.measure(settings.telemetry, outlook)
+        instrumentation.measure(settings.telemetry, outlook)
     except SettingsError as error:
         raise SystemExit(f"pacs-courier: {error}") from None
 
@@ -776,7 +780,7 @@ def _measure(**_: Any) -> None:
 @signals.worker_process_shutdown.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _forget_measures(pid: int | None = None, **_: Any) -> None:
     """A child of the prefork pool has ended: what it had in flight is no longer."""
-    listeners.forget(settings.telemetry, pid or os.getpid())
+    instrumentation.forget(settings.telemetry, pid or os.getpid())
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]  # celery is untyped

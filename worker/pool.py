@@ -17,9 +17,9 @@ from celery.concurrency import thread
 from celery.platforms import EX_FAILURE
 from celery.worker import state
 
-from worker import shortage
+from courier.redaction import where_it_broke
 from worker.app import let_go, or_no_start
-from worker.logs import where_it_broke
+from worker.runtime import shortage
 
 log = logging.getLogger(__name__)
 

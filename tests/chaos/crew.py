@@ -18,9 +18,9 @@ from typing import Any
 
 from redis import Redis
 
+from courier.settings import Settings
 from sandbox import processes as parts
 from sandbox.processes import Child, Processes, RedisPart
-from worker.settings import Settings
 
 #: Times that make recovery quick to see. What they are by default is in docs/settings.md.
 QUICK: dict[str, Any] = {"lease_s": 2, "grace_s": 3, "sweep_s": 0.2, "backoff_base_s": 0.2, "backoff_cap_s": 1}

@@ -17,11 +17,11 @@ from typing import Any
 
 from redis import Redis
 
+from courier.ledger.jobs import PREFIX
 from producer import Courier
-from producer.courier import Handle, Report
+from producer.handle import Handle, Report
 from sandbox.processes import SandboxPart, poll
 from sandbox.synthetic import image, new_uid
-from worker.ledger import PREFIX
 
 DIALECTS = ("msdicom", "dcm4chee")
 

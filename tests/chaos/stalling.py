@@ -15,7 +15,7 @@ from typing import Any
 from celery import bootsteps
 
 from worker.app import app
-from worker.jobs.run import Run
+from worker.jobs.attempt import Run
 
 STALL_FILE = Path(os.environ["STALL_FILE"])
 step = Run.step

@@ -13,8 +13,9 @@ from typing import Any
 from celery.concurrency.base import BasePool
 from kombu.exceptions import DecodeError
 
-from worker import app, consumer
-from worker.sources import Sources
+from worker import app
+from worker.runtime import consumer
+from worker.storage.sources import Sources
 from worker.tasks import door
 
 WHERE, ALL = os.environ["STARVE"], "STARVE_ALL" in os.environ

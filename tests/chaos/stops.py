@@ -19,13 +19,14 @@ from typing import Any
 import redis
 from celery.app.amqp import AMQP
 
+from courier.ledger.jobs import Ledger
 from tests.chaos import points
 from worker import app as product
-from worker import follow_ups
 from worker.jobs import upload
-from worker.ledger import Ledger
 from worker.pacs import connections
-from worker.sources import Sources, spool
+from worker.runtime import follow_ups
+from worker.storage import spool
+from worker.storage.sources import Sources
 from worker.tasks import door
 
 app = product.app

@@ -18,13 +18,13 @@ from collections import Counter
 import pytest
 
 from benchmarks.listing import listed
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import Batches
+from courier.messages import BatchOrderJob
+from courier.settings import Settings
 from producer import Courier
 from sandbox import processes as parts
 from sandbox.processes import Processes
-from worker.batches import Batches
-from worker.payloads import BatchOrderJob
-from worker.planning import Planned, Planner
-from worker.settings import Settings
 
 WAIT_S = 120
 ITEMS = 5_000
@@ -34,8 +34,8 @@ PLANNER = """
 import sys, time
 from benchmarks.listing import listed
 from producer import Courier
-from worker.batches import Batches
-from worker.planning import Planned, Planner
+from courier.batches.store import Batches
+from courier.batches.planner import Planned, Planner
 with Courier() as courier, Planner(Batches(courier.ledger), sys.argv[1]) as planner:
     for number in range(int(sys.argv[2])):
         planner.add(Planned(listed(number)))

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 
+from courier.ledger.jobs import job_id_for
 from producer import Courier
 from sandbox.processes import poll
 from tests.chaos.crew import children_of, send
 from tests.chaos.judge import DIALECTS, Picture, judge, kept
 from tests.chaos.points import ANSWER_UNREAD, IDLE, STOPS
-from worker.ledger import job_id_for
 
 WAIT_S = 90
 #: Larger than what is read or sent at a time, so that there is a middle.

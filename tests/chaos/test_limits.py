@@ -15,7 +15,7 @@ from producer import Courier
 from sandbox.processes import poll
 from tests.chaos.crew import children_of
 from tests.chaos.judge import Picture, judge
-from worker.shortage import EXIT_STATUS, MAX_RETURNS
+from worker.runtime.shortage import EXIT_STATUS, MAX_RETURNS
 
 WAIT_S = 90
 AREA = "a worker lacks threads or memory"

@@ -10,11 +10,11 @@ import time
 import pytest
 from redis import Redis
 
+from courier.ledger.jobs import PREFIX
 from producer import Courier
 from sandbox.processes import poll
 from tests.chaos.crew import QUICK
 from tests.chaos.judge import Picture, kept, stores
-from worker.ledger import PREFIX
 
 WAIT_S = 90
 AREA = "Redis"

@@ -9,12 +9,12 @@ import time
 import pytest
 from redis import Redis
 
+from courier.ledger.jobs import PREFIX
+from courier.waits import SERVER_UNKNOWN
 from producer import Courier
 from sandbox.processes import poll
 from sandbox.synthetic import new_uid
 from tests.chaos.judge import Picture, judge, kept, stores
-from worker.ledger import PREFIX
-from worker.waits import SERVER_UNKNOWN
 
 WAIT_S = 120
 AREA = "workers that differ in their servers"

@@ -19,19 +19,19 @@ from typing import Any
 import pytest
 import requests
 
+from courier.ledger.jobs import Ledger
+from courier.settings import Settings
 from producer import Courier
-from producer.courier import Handle
 from producer.errors import CourierError
+from producer.handle import Handle
 from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import Processes, RedisPart, SandboxPart, poll
 from sandbox.synthetic import image, new_uid
 from sandbox.tokens import ENTRA_SCOPE
 from tests.stow import stow
-from worker.ledger import Ledger
 from worker.pacs import dcm4chee, msdicom
 from worker.pacs.protocol import Fate
-from worker.settings import Settings
 
 DIALECTS = ("msdicom", "dcm4chee")
 OPERATIONS = ("upload", "delete", "download")

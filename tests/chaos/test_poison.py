@@ -6,10 +6,10 @@ import time
 
 import pytest
 
+from courier.ledger.jobs import job_id_for
 from producer import Courier
 from tests.chaos.judge import Picture, judge
 from tests.chaos.points import MID_PUSH
-from worker.ledger import job_id_for
 
 WAIT_S = 90
 AREA = "a job that kills its worker"

@@ -7,12 +7,12 @@ import uuid
 
 import pytest
 
+from courier.settings import PREFIX
 from producer import Courier
 from producer.errors import Cancelled
 from sandbox.processes import poll
 from sandbox.synthetic import image, new_uid
 from tests.stow import stow
-from worker.settings import PREFIX
 
 WAIT_S = 90
 AREA = "a revoke"

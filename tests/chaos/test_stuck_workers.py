@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from courier.settings import Settings
 from producer import Courier
 from producer.doctor import examine
 from sandbox import processes as parts
 from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
 from tests.chaos.wires import Wires
-from worker.settings import Settings
-from worker.watchdog import EXIT_STATUS
+from worker.runtime.watchdog import EXIT_STATUS
 
 WAIT_S = 60
 PHASE_S = 6

@@ -23,11 +23,11 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import trustme
 
-from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.settings import AuthSettings, ServerSettings, SettingsError
 from worker.pacs.azure_identity import AzureIdentity
 from worker.pacs.protocol import Pacs
 from worker.pacs.registry import connect
-from worker.settings import AuthSettings, ServerSettings, SettingsError
 
 RESOURCE = "https://dicom.healthcareapis.azure.com"
 SCOPE = f"{RESOURCE}/.default"
@@ -409,7 +409,7 @@ def test_no_other_server_pays_for_loading_the_sdk() -> None:
     import subprocess  # noqa: PLC0415
 
     show = (
-        "import sys; from worker.pacs.registry import connect; from worker.settings import ServerSettings;"
+        "import sys; from worker.pacs.registry import connect; from courier.settings import ServerSettings;"
         "connect(ServerSettings(name='w', type='msdicom', url='http://127.0.0.1:1'));"
         "print('azure.identity' in sys.modules, 'msal' in sys.modules)"
     )

@@ -14,7 +14,7 @@ from sandbox.images import ImageServer
 from sandbox.processes import HOST, SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.jobs.batches import Conductor
+from worker.batches.coordinator import Conductor
 from worker.pacs.protocol import Found, Pacs, Retrieved, View
 
 SIDE = 128

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
+from courier.batches.store import Batches
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.batches import Batches
-from worker.jobs import bulk_deletions
-from worker.jobs.batches import Conductor
-from worker.jobs.bulk_deletions import CONFIRMATION, delete_many
-from worker.jobs.bulk_downloads import download_all
-from worker.jobs.carry import Parked
-from worker.jobs.delete_all import delete_all
-from worker.jobs.kept import keep
-from worker.jobs.migrations import migrate
+from worker.batches import deletions
+from worker.batches.backups import keep
+from worker.batches.coordinator import Conductor
+from worker.batches.delete_all import delete_all
+from worker.batches.deletions import CONFIRMATION, delete_many
+from worker.batches.downloads import download_all
+from worker.batches.migrations import migrate
+from worker.jobs.runner import Parked
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found
 
@@ -119,7 +119,7 @@ def test_a_study_that_has_another_image_than_its_backup_stays(
         site.put_file(server, image(study, sop=sop, side=16, **now))
         return kept
 
-    monkeypatch.setattr(bulk_deletions, "keep", kept_and_replaced)
+    monkeypatch.setattr(deletions, "keep", kept_and_replaced)
     payload(site.delete(study, servers=[server], backup=tmp_path.as_uri()))
     assert site.told() == ["study_conflict"]
     assert name in site.rows[0].settled.message

@@ -11,26 +11,26 @@ from typing import Any, cast
 
 import pytest
 
+from courier.batches.store import CHUNK_ITEMS, Item, Row, Settled
+from courier.errors import CourierError, SourceNotFound, SourceUnreachable
+from courier.ledger.breakers import CHANGES, Breakers
+from courier.ledger.jobs import Ledger, Receipt
+from courier.settings import Settings
 from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import RedisPart, SandboxPart
 from sandbox.synthetic import image, new_uid
-from worker.batches import CHUNK_ITEMS, Item, Row, Settled
-from worker.breakers import CHANGES, Breakers
-from worker.errors import CourierError, SourceNotFound, SourceUnreachable
-from worker.instances import identify
-from worker.jobs.batches import Desk, Notes
-from worker.jobs.bulk_checks import NAMED, undo, verify
-from worker.jobs.bulk_uploads import FIRST_IMAGES, LOAD_IMAGES, Uploads
-from worker.jobs.pace import metered_fleet
-from worker.jobs.run import Run
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger, Receipt
+from worker.batches.coordinator import Desk, Notes
+from worker.batches.throttle import metered_fleet
+from worker.batches.upload_checks import NAMED, undo, verify
+from worker.batches.uploads import FIRST_IMAGES, LOAD_IMAGES, Uploads
+from worker.dicom.instances import identify
+from worker.jobs.attempt import Run
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Outcome, Pacs, Part
 from worker.pacs.registry import connect
-from worker.settings import Settings
-from worker.sources import Sources
+from worker.storage.sources import Sources
 
 _CHUNKS = itertools.count()
 

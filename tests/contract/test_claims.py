@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from worker.ledger import PREFIX, Ledger, Receipt
+from courier.ledger.jobs import PREFIX, Ledger, Receipt
 
 TASK, NAMES, JOBS = "pacs.upload", ("a", "b", "c"), 12
 

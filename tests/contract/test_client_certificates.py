@@ -17,11 +17,11 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from worker.errors import CourierError, PacsUnauthorized, PacsUnavailable
-from worker.instances import Instance
+from courier.errors import CourierError, PacsUnauthorized, PacsUnavailable
+from courier.settings import ServerSettings, SettingsError
+from worker.dicom.instances import Instance
 from worker.pacs.protocol import Pacs, Part
 from worker.pacs.registry import connect
-from worker.settings import ServerSettings, SettingsError
 
 NGINX_PAGE = b"<html>\r\n<head><title>400 %b</title></head>\r\n<body>nginx</body>\r\n</html>\r\n"
 

@@ -9,12 +9,12 @@ import uuid
 import pytest
 from redis import Redis
 
+from courier.ledger.jobs import Ledger
+from courier.settings import Settings, SettingsError
 from producer import Courier
 from producer.errors import ImageAlreadyExists, NotFound, Poisoned, SourceDenied, StillRunning
 from sandbox import processes as parts
 from sandbox.processes import Processes
-from worker.ledger import Ledger
-from worker.settings import Settings, SettingsError
 
 SECRET = "PLANTED"
 
@@ -177,7 +177,7 @@ def test_a_key_whose_job_failed_for_a_reason_that_can_pass_is_sent_again_and_its
     error = SourceDenied("No.").payload
     outcome = {"error": error}
     ledger.finish(handle.id, claim.fence, outcome=outcome, code="source_denied", task="pacs.upload", job=job)
-    told = {"exc_type": "SourceDenied", "exc_module": "worker.errors", "exc_message": [error]}
+    told = {"exc_type": "SourceDenied", "exc_module": "courier.errors", "exc_message": [error]}
     with Redis.from_url(redis.result_backend) as results:
         key = courier._app.backend.get_key_for_task(handle.id)
         results.set(key, json.dumps({"status": "FAILURE", "result": told, "task_id": handle.id}))

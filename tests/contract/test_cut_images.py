@@ -23,24 +23,24 @@ import boto3
 import pytest
 from azure.storage.blob import BlobServiceClient
 
+from courier.errors import PacsMisanswered, SourceUnreachable, StudyConflict
+from courier.settings import DownloadSettings, S3Settings
 from sandbox.processes import HOST, AzuritePart, SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.destinations import Destinations
-from worker.errors import PacsMisanswered, SourceUnreachable, StudyConflict
-from worker.instances import identify
-from worker.jobs import bulk_deletions
-from worker.jobs.batches import Conductor
-from worker.jobs.carry import Done, Failed, Verdict
-from worker.jobs.downloads import download
-from worker.jobs.kept import Kept, keep, prove
-from worker.jobs.moves import Receipt, copy_study, delete_source, undo_study, verify_study
+from worker.batches import deletions
+from worker.batches.backups import Kept, keep, prove
+from worker.batches.coordinator import Conductor
+from worker.batches.study_copy import Transfer, bare_digests_on, digests_on, images_on
+from worker.batches.study_migration import Receipt, copy_study, delete_source, undo_study, verify_study
+from worker.dicom.instances import identify
+from worker.jobs.download import download
+from worker.jobs.runner import Done, Failed, Verdict
 from worker.jobs.same_bytes import Arrival, compare
-from worker.jobs.transfers import Transfer, bare_digests_on, digests_on, images_on
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Pacs
 from worker.pacs.transport import Answer, Request, Transport
-from worker.settings import DownloadSettings, S3Settings
+from worker.storage.destinations import Destinations
 
 Change = Callable[[bytes], bytes]
 WHERE: dict[str, Callable[[pytest.FixtureRequest], str]] = {
@@ -589,7 +589,7 @@ def test_a_study_stays_if_its_backup_is_no_longer_whole_when_it_is_to_be_deleted
         store.write(store.archive, DAMAGE[damage](store.read(store.archive)))
         return kept
 
-    monkeypatch.setattr(bulk_deletions, "keep", kept_and_damaged)
+    monkeypatch.setattr(deletions, "keep", kept_and_damaged)
     payload(site.delete(study, backup=store.url))
     assert site.told() == ["study_conflict"]
     assert "damaged" in site.rows[0].settled.message
@@ -607,7 +607,7 @@ def test_a_study_stays_if_its_backup_is_gone_when_it_is_to_be_deleted(
         store.delete(store.archive)
         return kept
 
-    monkeypatch.setattr(bulk_deletions, "keep", kept_and_lost)
+    monkeypatch.setattr(deletions, "keep", kept_and_lost)
     payload(site.delete(study, backup=store.url))
     assert (site.told(), site.on("ward", study)) == (["study_conflict"], uids)
     assert "not there any more" in site.rows[0].settled.message

@@ -12,20 +12,22 @@ import pydicom
 import pytest
 import requests
 
+from courier.batches.store import CHUNK_ITEMS
+from courier.errors import CourierError, PacsRejected, PacsUnavailable
+from courier.ledger.breakers import CHANGES, Breakers
+from courier.ledger.slots import Slots
+from courier.settings import ServerSettings
 from sandbox.images import ImageServer
 from sandbox.processes import HOST, RedisPart, SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.batches import CHUNK_ITEMS
-from worker.breakers import CHANGES, Breakers
-from worker.errors import CourierError, PacsRejected, PacsUnavailable
-from worker.instances import identify
-from worker.jobs import deleting
-from worker.jobs.batches import Conductor
-from worker.jobs.carry import Done, Failed, Verdict
-from worker.jobs.deletions import delete
+from worker.batches.coordinator import Conductor
+from worker.dicom.instances import identify
+from worker.jobs import delete_lock
+from worker.jobs.attempt import Run
+from worker.jobs.delete import delete
 from worker.jobs.placement import FAULTS_OF_AN_IMAGE
-from worker.jobs.run import Run
+from worker.jobs.runner import Done, Failed, Verdict
 from worker.jobs.servers import status, storage
 from worker.jobs.upload import upload
 from worker.pacs.dcm4chee import storage_state
@@ -34,8 +36,6 @@ from worker.pacs.guard import Guard
 from worker.pacs.protocol import Found, Pacs
 from worker.pacs.registry import connect
 from worker.pacs.transport import kind_of_status
-from worker.settings import ServerSettings
-from worker.slots import Slots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ATTEMPTS = 100
@@ -245,8 +245,8 @@ def residue(ward: Ward) -> str:
 @pytest.fixture
 def minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five minutes pass in a moment."""
-    monkeypatch.setattr(deleting, "DELETING_S", 0.2)
-    monkeypatch.setattr("worker.jobs.carry.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr(delete_lock, "DELETING_S", 0.2)
+    monkeypatch.setattr("worker.jobs.runner.ASK_AGAIN_S", 0.1)
 
 
 def is_residue(error: CourierError) -> bool:
@@ -287,7 +287,7 @@ def test_items_of_batches_fail_with_what_an_administrator_has_to_do(ward: Ward, 
 
 
 def test_a_deletion_that_ends_is_waited_for(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.jobs.carry.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("worker.jobs.runner.ASK_AGAIN_S", 0.1)
     ward.sandbox.set_mood("dcm4chee", "store", failure_reason=0xA77A, times=3)
     study = new_uid()
     assert isinstance(ward.send(image(study, side=8)), Done)
@@ -299,10 +299,10 @@ def test_a_job_waits_five_minutes_by_the_clock_of_redis(ward: Ward) -> None:
         since_ms = int((ward.ledger.clock_s() - minutes_ago * 60) * 1000)
         ward.ledger.client.hset(ward.ledger.key("deleting", job_id), "ward 1.2", since_ms)
         error = PacsUnavailable("x", server_name="ward", details={"study_deleting": True, "study_uid": "1.2"})
-        assert deleting.is_given_up(error, job_id=job_id, ledger=ward.ledger) is over
+        assert delete_lock.is_given_up(error, job_id=job_id, ledger=ward.ledger) is over
         assert ("for 5 minutes" in error.message) is over
     other = PacsUnavailable("x", server_name="ward", details={"study_uid": "1.2"})
-    assert not deleting.is_given_up(other, job_id="B", ledger=ward.ledger, last=True)
+    assert not delete_lock.is_given_up(other, job_id="B", ledger=ward.ledger, last=True)
 
 
 # 1.4: what is hidden, and what is elsewhere

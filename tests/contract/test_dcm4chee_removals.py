@@ -9,13 +9,13 @@ from typing import Any, cast
 import pytest
 import requests
 
+from courier.errors import PacsUnavailable
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.errors import PacsUnavailable
-from worker.jobs import bulk_deletions, moves
-from worker.jobs.batches import Conductor
-from worker.jobs.deletions import delete
+from worker.batches import deletions, study_migration
+from worker.batches.coordinator import Conductor
+from worker.jobs.delete import delete
 from worker.pacs.hiding import Hiding
 from worker.pacs.protocol import DeletionFate, Found
 
@@ -225,7 +225,7 @@ def test_where_nothing_can_be_hidden_an_image_that_came_before_the_last_look_sta
 ) -> None:
     study, late, came = new_uid(), new_uid(), list[str]()
     uids = site.put("dcm4chee" if kind == "undo" else "msdicom", study, 2)
-    module: Any = bulk_deletions if kind == "backup" else moves
+    module: Any = deletions if kind == "backup" else study_migration
     name = {"undo": "remove_images", "move": "remove_study", "backup": "remove_kept"}[kind]
     remove = getattr(module, name)
 

@@ -12,17 +12,17 @@ import pydicom
 import pytest
 import requests
 
+from courier.errors import NotFound, PacsMisanswered
+from courier.settings import ServerSettings
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.errors import NotFound, PacsMisanswered
-from worker.jobs import bulk_deletions, transfers
-from worker.jobs.batches import Conductor
-from worker.jobs.kept import keep
-from worker.jobs.transfers import Transfer
+from worker.batches import deletions, study_copy
+from worker.batches.backups import keep
+from worker.batches.coordinator import Conductor
+from worker.batches.study_copy import Transfer
 from worker.pacs.protocol import Found, Pacs, View
 from worker.pacs.registry import connect
-from worker.settings import ServerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 #: Quality, patient safety, wrong worklist entry. DCM4CHEE shows their notes, and AS_RECEIVED the images too.
@@ -288,7 +288,7 @@ def test_a_key_object_whose_title_cannot_be_told_is_not_sent_to_an_archive_that_
     study = new_uid()
     uids = site.put("msdicom", study, 1)
     site.put_file("msdicom", key_object(study, ConceptNameCodeSequence=title("113000")))
-    monkeypatch.setattr(transfers, "NOTE_BYTES", 100)
+    monkeypatch.setattr(study_copy, "NOTE_BYTES", 100)
     payload(site.order(study))
     assert (site.told(), site.on("dcm4chee", study)) == (["pacs_rejected"], uids)
     assert "Whether it is a rejection note cannot be told" in site.rows[0].settled.message
@@ -406,7 +406,7 @@ def test_a_correction_between_a_backup_and_the_deletion_keeps_the_study(
         put_corrected(sandbox, image(study, sop=sop, side=8, PatientID="OLD"), PatientID="NEW")
         return told
 
-    monkeypatch.setattr(bulk_deletions, "keep", kept_and_corrected)
+    monkeypatch.setattr(deletions, "keep", kept_and_corrected)
     payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
     assert site.told() == ["study_conflict"]
     assert "PatientID (0010,0020)" in site.rows[0].settled.message

@@ -17,10 +17,7 @@ from typing import Any
 import pydicom
 import pytest
 
-from sandbox import processes as parts_of_the_stack
-from sandbox.processes import Processes
-from sandbox.synthetic import image, new_uid
-from worker.errors import (
+from courier.errors import (
     CourierError,
     InvalidRequest,
     InvalidUid,
@@ -29,12 +26,15 @@ from worker.errors import (
     PacsUnauthorized,
     PacsUnavailable,
 )
-from worker.instances import identify
+from courier.messages import Level
+from courier.settings import AuthSettings, ServerSettings, ServerType
+from sandbox import processes as parts_of_the_stack
+from sandbox.processes import Processes
+from sandbox.synthetic import image, new_uid
+from worker.dicom.instances import identify
 from worker.pacs.dicomjson import SOP_INSTANCE_UID, STUDY_INSTANCE_UID, text
 from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs, Part, Passing
 from worker.pacs.registry import DIALECTS, connect
-from worker.payloads import Level
-from worker.settings import AuthSettings, ServerSettings, ServerType
 
 GARBAGE = b"<html>This is no DICOM file</html>" * 20
 LEVELS: tuple[Level, ...] = ("study", "series", "image")

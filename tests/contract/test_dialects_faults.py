@@ -11,13 +11,13 @@ import pydicom
 import pytest
 from pydicom.uid import ImplicitVRLittleEndian
 
+from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.settings import AuthSettings, ServerSettings
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
-from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
-from worker.instances import identify
+from worker.dicom.instances import identify
 from worker.pacs.protocol import DeletionFate, Fate, Found, Outcome, Pacs, Part
 from worker.pacs.registry import connect
-from worker.settings import AuthSettings, ServerSettings
 
 DIALECTS = ("msdicom", "dcm4chee")
 SetMood = Callable[..., None]

@@ -19,12 +19,7 @@ import fakeredis
 import pytest
 from botocore.config import Config
 
-from sandbox import processes as parts
-from sandbox.processes import HOST, SandboxPart
-from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
-from worker.destinations import Destinations
-from worker.errors import (
+from courier.errors import (
     Cancelled,
     CourierError,
     InvalidRequest,
@@ -33,17 +28,22 @@ from worker.errors import (
     PacsUnavailable,
     SourceUnreachable,
 )
-from worker.instances import Instance, Reading, identify
-from worker.jobs.batches import Conductor
-from worker.jobs.bulk_downloads import download_all
-from worker.jobs.downloads import download, to_ask
-from worker.jobs.run import NotYet, Run
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from courier.ledger.jobs import Ledger
+from courier.settings import DownloadSettings, S3Settings, ServerSettings, Settings
+from sandbox import processes as parts
+from sandbox.processes import HOST, SandboxPart
+from sandbox.synthetic import image, new_uid
+from tests.batch_site import Site, payload
+from worker.batches.coordinator import Conductor
+from worker.batches.downloads import download_all
+from worker.dicom.instances import Instance, Reading, identify
+from worker.jobs.attempt import NotYet, Run
+from worker.jobs.download import download, to_ask
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Part
 from worker.pacs.registry import connect
-from worker.settings import DownloadSettings, S3Settings, ServerSettings, Settings
+from worker.storage.destinations import Destinations
 
 S3V4 = Config(signature_version="s3v4")
 SERVERS = {
@@ -368,7 +368,7 @@ def test_a_large_archive_goes_to_s3_in_parts_and_a_failed_one_leaves_none(
     for _ in range(2):
         cloud.store(f"{cloud.study}.3", side=2400)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.jobs.downloads.COMPRESS_LEVEL", 0)
+        patch.setattr("worker.jobs.download.COMPRESS_LEVEL", 0)
         sandbox.set_mood("msdicom", "retrieve", truncate=True)
         with pytest.raises(CourierError):
             cloud.download("s3://out/large.zip")

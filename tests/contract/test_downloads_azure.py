@@ -26,21 +26,21 @@ from azure.storage.blob import (
     generate_container_sas,
 )
 
+from courier.errors import CourierError, InvalidRequest, SourceUnauthorized, SourceUnreachable
+from courier.ledger.jobs import Ledger
+from courier.settings import AzureSettings, DownloadSettings, ServerSettings, Settings
 from sandbox import processes as parts
 from sandbox.processes import AZURITE_ACCOUNT, AZURITE_KEY, HOST, AzuritePart, SandboxPart
 from sandbox.synthetic import image, new_uid
-from worker.destinations import Destinations, Mark
-from worker.destinations.azure import BLOCK_BYTES
-from worker.errors import CourierError, InvalidRequest, SourceUnauthorized, SourceUnreachable
-from worker.instances import identify
-from worker.jobs.downloads import download
-from worker.jobs.run import Run
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from worker.dicom.instances import identify
+from worker.jobs.attempt import Run
+from worker.jobs.download import download
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Part
 from worker.pacs.registry import connect
-from worker.settings import AzureSettings, DownloadSettings, ServerSettings, Settings
+from worker.storage.azure_destination import BLOCK_BYTES
+from worker.storage.destinations import Destinations, Mark
 
 MARK = Mark.of("1.2.3", ["1.2.3.4"])
 
@@ -224,7 +224,7 @@ def test_a_large_archive_goes_in_blocks_and_a_failed_one_is_never_seen(
 ) -> None:
     for _ in range(2):
         desk.store(f"{desk.study}.3", side=2400)
-    monkeypatch.setattr("worker.jobs.downloads.COMPRESS_LEVEL", 0)
+    monkeypatch.setattr("worker.jobs.download.COMPRESS_LEVEL", 0)
     sandbox.set_mood("msdicom", "retrieve", truncate=True)
     with pytest.raises(CourierError):
         desk.download("large.zip")

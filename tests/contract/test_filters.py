@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 
+from courier.batches.store import Batches
+from courier.errors import InvalidRequest, PacsMisanswered, PacsUnavailable
+from courier.ledger.jobs import PREFIX
 from sandbox import synthetic
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from tests.heedless import Heedless, heedless, row
-from worker.batches import Batches
-from worker.errors import InvalidRequest, PacsMisanswered, PacsUnavailable
+from worker.batches.coordinator import Conductor
+from worker.batches.downloads import download_all
+from worker.jobs.attempt import Run
 from worker.jobs.audit import audit
-from worker.jobs.batches import Conductor
-from worker.jobs.bulk_downloads import download_all
-from worker.jobs.carry import Failed, Verdict
-from worker.jobs.run import Run
+from worker.jobs.runner import Failed, Verdict
 from worker.jobs.studies import list_studies
 from worker.jobs.study_lists import PAGE_STUDIES
-from worker.ledger import PREFIX
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 
 

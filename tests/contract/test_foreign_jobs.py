@@ -14,9 +14,9 @@ from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from tests.contract.test_foreign_servers import PRODUCTS
 from tests.servers.foreign_dicomweb import ROOTS, Foreign, Habits, foreign
-from worker.jobs import deletions, downloads, lookups
-from worker.jobs.bulk_downloads import download_all
-from worker.jobs.carry import Failed, Verdict
+from worker.batches.downloads import download_all
+from worker.jobs import delete, download, lookup
+from worker.jobs.runner import Failed, Verdict
 from worker.jobs.upload import upload
 
 #: Those that combine the most habits.
@@ -131,9 +131,7 @@ def test_a_study_is_downloaded_and_deleted(server: Foreign, build: Callable[...,
     site, study = build(server), new_uid()
     uids = [server.put(image(study, side=8)) for _ in range(3)]
     where = (tmp_path / "out").as_uri()
-    told = payload(
-        single(site, downloads.download, "pacs.download", study_uid=study, destination=where, format="files")
-    )
+    told = payload(single(site, download.download, "pacs.download", study_uid=study, destination=where, format="files"))
     assert told["server_name"] == "foreign"
     payload(
         site.see_to_its_end(
@@ -142,7 +140,7 @@ def test_a_study_is_downloaded_and_deleted(server: Foreign, build: Callable[...,
     )
     assert site.told() == ["downloaded"]
     site.batch = "C"
-    verdict = single(site, deletions.delete, "pacs.delete", level="study", uid=study)
+    verdict = single(site, delete.delete, "pacs.delete", level="study", uid=study)
     if server.habits.deletes == 204:
         assert payload(verdict)["servers"][1]["status"] == "deleted"
         assert not server.images & {image for _, _, image in uids}
@@ -163,12 +161,11 @@ def test_among_few_studies_an_image_is_looked_for_in_each(
     for _ in range(3):
         study, series, uid = odd.put(image(new_uid(), side=8))
     for level, wanted in (("series", series), ("image", uid)):
-        told = payload(single(site, lookups.exists, "pacs.exists", level=level, uid=wanted))
+        told = payload(single(site, lookup.exists, "pacs.exists", level=level, uid=wanted))
         assert (told["server_name"], told["servers"][-1]["study_uid"]) == ("foreign", study)
-        assert code(single(site, lookups.exists, "pacs.exists", level=level, uid=new_uid())) == "not_found"
+        assert code(single(site, lookup.exists, "pacs.exists", level=level, uid=new_uid())) == "not_found"
     assert (
-        payload(single(site, deletions.delete, "pacs.delete", level="image", uid=uid))["servers"][1]["status"]
-        == "deleted"
+        payload(single(site, delete.delete, "pacs.delete", level="image", uid=uid))["servers"][1]["status"] == "deleted"
     )
     assert len(odd.images) == 2
 
@@ -179,32 +176,32 @@ def test_a_list_that_may_be_cut_is_no_proof_that_an_image_is_in_no_study(
     odd.set(cap=2, ignores_offset=True)
     for _ in range(3):
         odd.put(image(new_uid(), side=8))
-    verdict = single(build(odd), lookups.exists, "pacs.exists", level="image", uid=list(odd.stored)[-1][2])
+    verdict = single(build(odd), lookup.exists, "pacs.exists", level="image", uid=list(odd.stored)[-1][2])
     assert code(verdict) == "pacs_misanswered"
 
 
 def test_an_image_is_found_described_and_deleted_by_its_uid_and_its_study(
     odd: Foreign, build: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookups, "SEARCHED_STUDIES", 1)
+    monkeypatch.setattr(lookup, "SEARCHED_STUDIES", 1)
     site = build(odd)
     odd.put(image(new_uid(), side=8))
     study, series, uid = odd.put(image(new_uid(), side=8))
     for level, wanted in (("series", series), ("image", uid)):
-        alone = single(site, lookups.exists, "pacs.exists", level=level, uid=wanted)
+        alone = single(site, lookup.exists, "pacs.exists", level=level, uid=wanted)
         assert code(alone) == "pacs_misanswered"
         assert "Name its study as well (--study, study_uid)" in alone.error.message  # type: ignore[union-attr]
-        told = payload(single(site, lookups.exists, "pacs.exists", level=level, uid=wanted, study_uid=study))
+        told = payload(single(site, lookup.exists, "pacs.exists", level=level, uid=wanted, study_uid=study))
         assert (told["server_name"], told["servers"][-1]["study_uid"]) == ("foreign", study)
-        told = payload(single(site, lookups.metadata, "pacs.metadata", level=level, uid=wanted, study_uid=study))
+        told = payload(single(site, lookup.metadata, "pacs.metadata", level=level, uid=wanted, study_uid=study))
         assert told["servers"][-1]["metadata"][0]["00080018"]["Value"] == [uid]
-    missing = single(site, lookups.exists, "pacs.exists", level="image", uid=new_uid(), study_uid=study)
+    missing = single(site, lookup.exists, "pacs.exists", level="image", uid=new_uid(), study_uid=study)
     assert code(missing) == "not_found"
     assert f"in the study {study}" in missing.error.message  # type: ignore[union-attr]
-    elsewhere = single(site, deletions.delete, "pacs.delete", level="image", uid=uid, study_uid=new_uid())
+    elsewhere = single(site, delete.delete, "pacs.delete", level="image", uid=uid, study_uid=new_uid())
     assert code(elsewhere) == "not_found"
     assert uid in odd.images
-    done = payload(single(site, deletions.delete, "pacs.delete", level="image", uid=uid, study_uid=study))
+    done = payload(single(site, delete.delete, "pacs.delete", level="image", uid=uid, study_uid=study))
     assert [entry["status"] for entry in done["servers"]] == ["not_there", "deleted"]
     assert uid not in odd.images
 
@@ -212,11 +209,11 @@ def test_an_image_is_found_described_and_deleted_by_its_uid_and_its_study(
 def test_an_error_that_comes_again_ends_a_job_at_its_first_attempt(
     odd: Foreign, build: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookups, "SEARCHED_STUDIES", 0)
+    monkeypatch.setattr(lookup, "SEARCHED_STUDIES", 0)
     site = build(odd, alone=True)
     odd.put(image(new_uid(), side=8))
     before = len(odd.asked)
-    assert code(single(site, lookups.exists, "pacs.exists", level="image", uid=new_uid())) == "pacs_misanswered"
+    assert code(single(site, lookup.exists, "pacs.exists", level="image", uid=new_uid())) == "pacs_misanswered"
     assert len(odd.asked) - before <= 4, "the image, any image, and some studies"
     assert site.ledger.load(overdue_s=60).dead == 1, "an operator can replay it"
 

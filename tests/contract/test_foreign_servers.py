@@ -9,6 +9,9 @@ from functools import partial
 
 import pytest
 
+from courier.errors import PacsMisanswered
+from courier.messages import Level
+from courier.settings import ServerSettings
 from sandbox.synthetic import image, new_uid
 from tests.servers.foreign_dicomweb import (
     BY_LEVELS,
@@ -22,14 +25,11 @@ from tests.servers.foreign_dicomweb import (
     Habits,
     foreign,
 )
-from worker.errors import PacsMisanswered
-from worker.instances import identify
+from worker.dicom.instances import identify
 from worker.pacs.dicomjson import SOP_INSTANCE_UID, text
 from worker.pacs.finding import find_in_study, find_known
 from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs, Part
 from worker.pacs.registry import connect
-from worker.payloads import Level
-from worker.settings import ServerSettings
 
 PRODUCTS: dict[str, Habits] = {
     "standard": Habits(),

@@ -13,8 +13,8 @@ from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from tests.hanging import Hanging, hanging
-from worker.jobs.batches import Conductor
-from worker.jobs.carry import Done, Failed, Verdict
+from worker.batches.coordinator import Conductor
+from worker.jobs.runner import Done, Failed, Verdict
 from worker.jobs.upload import upload
 
 SOURCES = {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True}

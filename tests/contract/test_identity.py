@@ -10,8 +10,8 @@ import pytest
 import urllib3
 from pydicom.data import get_testdata_file
 
-from worker.errors import CourierError
-from worker.instances import identify
+from courier.errors import CourierError
+from worker.dicom.instances import identify
 
 FOLDER = Path(str(get_testdata_file("CT_small.dcm"))).parent
 MAX_BYTES = 2_000_000

@@ -13,19 +13,19 @@ from redis import Redis, ResponseError
 from redis.commands.core import Script
 from redis.exceptions import ReadOnlyError
 
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import Batches, Settled
+from courier.ledger import peers
+from courier.ledger.breakers import Breakers
+from courier.ledger.jobs import Attachment, ClaimState, LeaseLost, Ledger, PendingFollowUps, Receipt, StoredImage
+from courier.ledger.slots import Slots
+from courier.settings import BreakerSettings, Settings
+from courier.waits import WaitReason
 from producer import Courier, doctor
 from producer.errors import BrokerUnavailable
 from sandbox.processes import RedisPart
-from worker import peers
-from worker.batches import Batches, Settled
-from worker.breakers import Breakers
-from worker.jobs.pace import _limiter
-from worker.ledger import Attachment, ClaimState, LeaseLost, Ledger, PendingFollowUps, Receipt, StoredImage
-from worker.planning import Planned, Planner
-from worker.server_rates import ServerRates
-from worker.settings import BreakerSettings, Settings
-from worker.slots import Slots
-from worker.waits import WaitReason
+from worker.batches.throttle import _limiter
+from worker.pacs.server_rates import ServerRates
 
 TAGGED = "{courier-a}:"
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
+from courier.batches.store import Batches
+from courier.ledger.jobs import PREFIX
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.batches import Batches
-from worker.jobs import transfers
-from worker.jobs.batches import Conductor
-from worker.jobs.carry import Failed, Parked
-from worker.jobs.migrations import StudyMigrations
-from worker.ledger import PREFIX
+from worker.batches import study_copy
+from worker.batches.coordinator import Conductor
+from worker.batches.migrations import StudyMigrations
+from worker.jobs.runner import Failed, Parked
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def site(batch_site: Callable[..., Site], sandbox: SandboxPart, orthanc: str) ->
 def test_what_could_not_be_brought_is_failed_retried_and_taken_back_whole(
     site: Site, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfers, "REQUEST_IMAGES", 1)
+    monkeypatch.setattr(study_copy, "REQUEST_IMAGES", 1)
     study, other = new_uid(), new_uid()
     uids, there = site.put("msdicom", study, 3), site.put("dcm4chee", study, 1)
     site.put("msdicom", other, 3)
@@ -50,7 +50,7 @@ def test_what_could_not_be_brought_is_failed_retried_and_taken_back_whole(
 def test_what_failed_for_good_can_be_taken_back_as_well(
     site: Site, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfers, "REQUEST_IMAGES", 1)
+    monkeypatch.setattr(study_copy, "REQUEST_IMAGES", 1)
     study = new_uid()
     site.put("msdicom", study, 3)
     there = site.put("dcm4chee", study, 1)

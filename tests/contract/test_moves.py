@@ -14,15 +14,23 @@ import pydicom
 import pytest
 from pydicom.uid import BasicTextSRStorage, EncapsulatedPDFStorage, KeyObjectSelectionDocumentStorage
 
+from courier.errors import InvalidRequest, NotFound, PacsMisanswered, PacsRejected, PacsUnavailable, StudyConflict
+from courier.settings import ServerSettings, ServerType
 from sandbox.synthetic import image, new_uid
-from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsRejected, PacsUnavailable, StudyConflict
-from worker.instances import identify
-from worker.jobs import transfers
-from worker.jobs.moves import Receipt, copy_study, delete_source, survey_study, undo_study, verify_moved, verify_study
-from worker.jobs.transfers import Transfer, images_on
+from worker.batches import study_copy
+from worker.batches.study_copy import Transfer, images_on
+from worker.batches.study_migration import (
+    Receipt,
+    copy_study,
+    delete_source,
+    survey_study,
+    undo_study,
+    verify_moved,
+    verify_study,
+)
+from worker.dicom.instances import identify
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
 from worker.pacs.registry import connect
-from worker.settings import ServerSettings, ServerType
 
 WHERE: Mapping[str, Callable[[pytest.FixtureRequest], str]] = {
     "msdicom": lambda request: str(request.getfixturevalue("sandbox").msdicom),
@@ -244,7 +252,9 @@ def test_an_image_that_is_retrieved_without_being_listed_is_brought_along(
     move.put(move.source, 2)
     listed = images_on(move.source, move.study)
     late = move.put(move.source, 1)
-    monkeypatch.setattr("worker.jobs.moves.images_on", lambda pacs, _: listed if pacs is move.source else {})
+    monkeypatch.setattr(
+        "worker.batches.study_migration.images_on", lambda pacs, _: listed if pacs is move.source else {}
+    )
     move.copy()
     assert set(late) <= move.added == move.on_target
 
@@ -757,7 +767,7 @@ FAULTS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
 def test_after_a_fault_the_next_attempt_goes_on_and_ends_clean(
     move: Move, sandbox: Any, monkeypatch: pytest.MonkeyPatch, fault: str, turned: bool
 ) -> None:
-    monkeypatch.setattr(transfers, "REQUEST_IMAGES", 4)
+    monkeypatch.setattr(study_copy, "REQUEST_IMAGES", 4)
     dialect, operation, mood = FAULTS[fault]
     if turned:
         move.source, move.target = move.target, move.source

@@ -25,11 +25,11 @@ from authlib.oauth2.rfc6749 import ClientMixin, TokenMixin, grants
 from authlib.oauth2.rfc6750 import BearerTokenValidator
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.settings import AuthSettings, ServerSettings, SettingsError
 from worker.pacs.oauth2 import ClientCredentials
 from worker.pacs.protocol import Pacs
 from worker.pacs.registry import connect
-from worker.settings import AuthSettings, ServerSettings, SettingsError
 
 SECRET = "swordfish-7c1"
 PATHS = {

@@ -9,13 +9,13 @@ from typing import Any
 import boto3
 import pytest
 
+from courier.batches.result import end_payload
+from courier.batches.store import Batches
+from courier.redaction import shown_job
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.batch_ends import end_payload
-from worker.batches import Batches
 from worker.jobs.upload import upload
-from worker.logs import shown_job
 
 
 @pytest.fixture(autouse=True)

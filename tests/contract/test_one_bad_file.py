@@ -13,7 +13,7 @@ from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
 from tests.poison import poisonous
-from worker.jobs.batches import Conductor
+from worker.batches.coordinator import Conductor
 
 SOURCES = {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True}
 

@@ -16,13 +16,13 @@ from urllib.parse import quote
 import pytest
 import urllib3
 
+from courier.errors import PacsUnauthorized
+from courier.settings import AuthSettings, ServerSettings
 from sandbox import processes as parts
 from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
 from tests.poison import poisonous
-from worker.errors import PacsUnauthorized
 from worker.pacs.registry import connect
-from worker.settings import AuthSettings, ServerSettings
 
 ODDITIES = Path(__file__).parents[2] / "docs" / "pacs-oddities.md"
 DICOM_JSON = {"Accept": "application/dicom+json"}

@@ -13,17 +13,17 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from courier.errors import InvalidRequest, SourceUnreachable
+from courier.ledger.jobs import Ledger
+from courier.settings import DownloadSettings, S3Settings, Settings
 from sandbox.synthetic import new_uid
-from worker.destinations import Archive, Destinations, Mark
-from worker.destinations.bucket import PART_BYTES, PROBE
-from worker.errors import InvalidRequest, SourceUnreachable
-from worker.jobs.run import Run
+from worker.jobs.attempt import Run
 from worker.jobs.servers import status
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
-from worker.settings import DownloadSettings, S3Settings, Settings
-from worker.sources import Sources
+from worker.storage.bucket import PART_BYTES, PROBE
+from worker.storage.destinations import Archive, Destinations, Mark
+from worker.storage.sources import Sources
 
 MARK = Mark.of("1.2.3", ["1.2.3.4"])
 SMALL, LARGE = [b"ours"], [b"x" * PART_BYTES, b"the end"]

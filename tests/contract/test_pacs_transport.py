@@ -23,13 +23,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
-from worker.instances import Instance
+from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.settings import AuthSettings, ServerSettings, SettingsError
+from worker.dicom.instances import Instance
 from worker.pacs import connections
 from worker.pacs import transport as transport_module
 from worker.pacs.protocol import Fate, Found, Pacs, Part
 from worker.pacs.registry import connect
-from worker.settings import AuthSettings, ServerSettings, SettingsError
 
 SECRET = "swordfish"
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Type: application/dicom+json\r\nContent-Length: 2\r\n\r\n[]"

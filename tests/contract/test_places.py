@@ -16,20 +16,20 @@ import pytest
 from azure.storage.blob import AccountSasPermissions, BlobServiceClient, ResourceTypes, generate_account_sas
 from botocore.config import Config
 
+from courier.ledger.jobs import Ledger
+from courier.results import PlaceEntry
+from courier.settings import AzureSettings, DownloadSettings, S3Settings, Settings, SourceSettings
 from sandbox import processes as parts
 from sandbox.processes import AZURITE_ACCOUNT, AZURITE_KEY, AzuritePart
 from sandbox.synthetic import new_uid
 from tests.contract.conftest import S3_KEY_ID, S3_SECRET
-from worker.destinations import Destinations
-from worker.destinations.mark import PROBE
 from worker.jobs import places
 from worker.jobs.places import tried_places
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
-from worker.payloads import PlaceEntry
-from worker.settings import AzureSettings, DownloadSettings, S3Settings, Settings, SourceSettings
-from worker.sources import Sources
+from worker.storage.destinations import Destinations
+from worker.storage.sources import Sources
+from worker.storage.study_marks import PROBE
 
 
 @pytest.fixture(autouse=True)
@@ -224,8 +224,8 @@ def test_a_store_that_nobody_serves_is_silent(tried: Tried) -> None:
 def test_an_object_that_is_listed_and_may_not_be_read_is_told_without_its_key(
     tried: Tried, rclone: str, bucket: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker.errors import SourceDenied  # noqa: PLC0415
-    from worker.sources.s3 import S3Source  # noqa: PLC0415
+    from courier.errors import SourceDenied  # noqa: PLC0415
+    from worker.storage.s3_source import S3Source  # noqa: PLC0415
 
     client, name = bucket
     client.put_object(Bucket=name, Key="Mustermann.dcm", Body=b"x")

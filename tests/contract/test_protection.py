@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import Batches
+from courier.errors import ConfirmationRequired, CourierError, InvalidRequest
 from sandbox.images import ImageServer
 from sandbox.processes import HOST, SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.batches import Batches
-from worker.errors import ConfirmationRequired, CourierError, InvalidRequest
-from worker.jobs.batches import Conductor
-from worker.jobs.carry import Failed
-from worker.jobs.delete_all import delete_all
-from worker.jobs.deletions import delete
+from worker.batches.coordinator import Conductor
+from worker.batches.delete_all import delete_all
+from worker.jobs.delete import delete
+from worker.jobs.runner import Failed
 from worker.jobs.upload import upload
 from worker.pacs.registry import connect
-from worker.planning import Planned, Planner
 
 SENTENCE = "delete all studies"
 

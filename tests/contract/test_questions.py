@@ -6,15 +6,15 @@ import fakeredis
 import pytest
 import requests
 
+from courier.ledger.jobs import Ledger
+from courier.settings import ServerSettings, Settings
 from sandbox import synthetic
 from sandbox.synthetic import image, new_uid
-from worker.jobs import lookups, servers, studies, trace
-from worker.jobs.run import Run
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from worker.jobs import lookup, servers, studies, trace
+from worker.jobs.attempt import Run
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.registry import connect
-from worker.settings import ServerSettings, Settings
 
 NAMES = ["msdicom", "dcm4chee", "orthanc"]
 
@@ -66,7 +66,7 @@ def test_it_is_found_at_every_level_with_what_is_above_it(ask, stored):
         ("series", series, (study, series, None)),
         ("study", study, (study, None, None)),
     ):
-        payload = ask(lookups.exists, level=level, uid=uid, mode="both")
+        payload = ask(lookup.exists, level=level, uid=uid, mode="both")
         assert [entry["server_name"] for entry in payload["servers"]] == NAMES
         (entry,) = [entry for entry in payload["servers"] if entry["status"] == "found"]
         assert (entry["server_name"], payload["server_name"], payload["server_type"]) == (name, name, name)
@@ -75,7 +75,7 @@ def test_it_is_found_at_every_level_with_what_is_above_it(ask, stored):
 
 def test_its_metadata_are_those_of_all_its_images(ask, stored):
     name, study, _, sops = stored
-    payload = ask(lookups.metadata, level="study", uid=study)
+    payload = ask(lookup.metadata, level="study", uid=study)
     described = payload["servers"][-1]
     assert described["server_name"] == name
     assert {ds["00080018"]["Value"][0] for ds in described["metadata"]} == set(sops)

@@ -15,9 +15,9 @@ from sandbox.images import ImageServer
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import Site, payload
-from worker.jobs.batches import Conductor
-from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
-from worker.jobs.deletions import delete
+from worker.batches.coordinator import Conductor
+from worker.jobs.delete import delete
+from worker.jobs.runner import Done, Failed, Parked, Verdict, carry
 from worker.jobs.trace import trace
 from worker.jobs.upload import upload
 from worker.pacs.protocol import Found

@@ -10,14 +10,7 @@ from typing import Any
 import fakeredis
 import pytest
 
-from sandbox.images import ImageServer
-from sandbox.processes import HOST, RedisPart, SandboxPart
-from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
-from worker.breakers import BREAKER, Breakers
-from worker.destinations import Destinations
-from worker.destinations.mark import Mark
-from worker.errors import (
+from courier.errors import (
     CourierError,
     InvalidRequest,
     PacsUnauthorized,
@@ -26,15 +19,9 @@ from worker.errors import (
     SourceUnauthorized,
     SourceUnreachable,
 )
-from worker.jobs.batches import Conductor
-from worker.jobs.bulk_uploads import upload_all
-from worker.jobs.carry import Failed, Parked
-from worker.jobs.tools import Tools
-from worker.pacs.credentials import Fixed
-from worker.pacs.guard import Guard
-from worker.pacs.guarded import GuardedTransport
-from worker.pacs.transport import Request
-from worker.settings import (
+from courier.ledger.breakers import BREAKER, Breakers
+from courier.ledger.slots import Slots
+from courier.settings import (
     PREFIX,
     AzureSettings,
     DownloadSettings,
@@ -43,9 +30,22 @@ from worker.settings import (
     SettingsError,
     SourceSettings,
 )
-from worker.slots import Slots
-from worker.sources import Sources
-from worker.sources.s3 import check_credentials
+from sandbox.images import ImageServer
+from sandbox.processes import HOST, RedisPart, SandboxPart
+from sandbox.synthetic import image, new_uid
+from tests.batch_site import Site, payload
+from worker.batches.coordinator import Conductor
+from worker.batches.uploads import upload_all
+from worker.jobs.runner import Failed, Parked
+from worker.jobs.services import Tools
+from worker.pacs.credentials import Fixed
+from worker.pacs.guard import Guard
+from worker.pacs.guarded import GuardedTransport
+from worker.pacs.transport import Request
+from worker.storage.destinations import Destinations
+from worker.storage.s3_source import check_credentials
+from worker.storage.sources import Sources
+from worker.storage.study_marks import Mark
 
 KEY_ID, SECRET = "COURIERTESTS", "hush-hush-secret"
 ACCOUNT_KEY = "aHVzaC1odXNoLXNlY3JldA=="

@@ -25,10 +25,7 @@ from azure.storage.blob import (
     generate_blob_sas,
 )
 
-from sandbox import processes as parts
-from sandbox.images import ImageServer
-from sandbox.processes import AZURITE_ACCOUNT, AZURITE_KEY, HOST, AzuritePart
-from worker.errors import (
+from courier.errors import (
     CourierError,
     SourceDenied,
     SourceNotAllowed,
@@ -38,8 +35,11 @@ from worker.errors import (
     SourceUnauthorized,
     SourceUnreachable,
 )
-from worker.settings import AzureSettings, SourceSettings
-from worker.sources import Sources
+from courier.settings import AzureSettings, SourceSettings
+from sandbox import processes as parts
+from sandbox.images import ImageServer
+from sandbox.processes import AZURITE_ACCOUNT, AZURITE_KEY, HOST, AzuritePart
+from worker.storage.sources import Sources
 
 BODY = b"0123456789abcdef" * 50_000
 NAME = "2024/a b%20ü+.dcm"
@@ -238,7 +238,7 @@ def test_a_blob_stored_as_gzip_is_unpacked(
 
 def test_nothing_of_azure_is_loaded_before_the_first_such_url() -> None:
     code = (
-        "import sys; from worker.sources import Sources; from worker.settings import SourceSettings; "
+        "import sys; from worker.storage.sources import Sources; from courier.settings import SourceSettings; "
         "Sources(SourceSettings()); sys.exit('azure.storage' in sys.modules or 'azure.core' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -398,7 +398,7 @@ def test_a_prefix_is_listed_page_by_page_with_urls_that_fetch(
     names = [f"many/{number}.dcm" for number in range(12)] + ["many/a b/ü+%20.dcm", "many/DICOMDIR"]
     for name in names:
         container.upload_blob(name, b"0123456789")
-    monkeypatch.setattr("worker.sources.azure.PAGE_ENTRIES", 5)
+    monkeypatch.setattr("worker.storage.azure_source.PAGE_ENTRIES", 5)
     fetching = sources(azurite.url, monkeypatch)
     pages = list(fetching.pages("az://images/many/"))
     assert [len(page) for page in pages] == [5, 5, 4]

@@ -24,8 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from sandbox.images import ImageServer
-from worker.errors import (
+from courier.errors import (
     CourierError,
     SourceDenied,
     SourceNotAllowed,
@@ -34,8 +33,9 @@ from worker.errors import (
     SourceTruncated,
     SourceUnreachable,
 )
-from worker.settings import SourceSettings
-from worker.sources import Sources
+from courier.settings import SourceSettings
+from sandbox.images import ImageServer
+from worker.storage.sources import Sources
 
 HOST = "127.0.0.1"
 OPEN = SourceSettings(allow_hosts=(f"{HOST}:*",), allow_private_networks=True)

@@ -15,23 +15,17 @@ import pytest
 import trustme
 from azure.storage.blob import BlobServiceClient
 
+from courier.errors import CourierError, SourceDenied, SourceNotAllowed, SourceUnauthorized, SourceUnreachable
+from courier.ledger.breakers import Breakers
+from courier.settings import Settings, SettingsError, SourceSettings
 from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import AZURITE_KEY, HOST, AzuritePart
 from tests.servers.connect_proxy import ConnectProxy
-from worker.breakers import Breakers
-from worker.destinations import Destinations
-from worker.destinations.mark import Mark
-from worker.errors import (
-    CourierError,
-    SourceDenied,
-    SourceNotAllowed,
-    SourceUnauthorized,
-    SourceUnreachable,
-)
-from worker.network import Network
-from worker.settings import Settings, SettingsError, SourceSettings
-from worker.sources import Sources
+from worker.storage.destinations import Destinations
+from worker.storage.network import Network
+from worker.storage.sources import Sources
+from worker.storage.study_marks import Mark
 
 NAME, PASSWORD = "images.example", "hush hush/pass"
 BODY = b"an image"
@@ -256,7 +250,9 @@ def test_the_proxy_is_told_the_user_and_the_password_and_nothing_else_is(
     tree = settings(images, proxy=account, ca_file=str(authority[1]))
     questions(tree, images)[which]()
     assert set(proxy.credentials) == {proxy.authorization}
-    assert "hush" not in "".join(record.getMessage() for record in caplog.records if record.name.startswith("worker"))
+    assert "hush" not in "".join(
+        record.getMessage() for record in caplog.records if record.name.startswith(("courier", "worker"))
+    )
     assert "hush%20" not in repr(tree) + str(tree)
 
 

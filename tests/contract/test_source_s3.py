@@ -18,10 +18,7 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from sandbox import processes as parts
-from sandbox.images import ImageServer
-from sandbox.processes import HOST
-from worker.errors import (
+from courier.errors import (
     CourierError,
     SourceDenied,
     SourceNotAllowed,
@@ -31,8 +28,11 @@ from worker.errors import (
     SourceUnauthorized,
     SourceUnreachable,
 )
-from worker.settings import S3Settings, SourceSettings
-from worker.sources import Sources
+from courier.settings import S3Settings, SourceSettings
+from sandbox import processes as parts
+from sandbox.images import ImageServer
+from sandbox.processes import HOST
+from worker.storage.sources import Sources
 
 KEY_ID, SECRET = "COURIERTESTKEY", "couriertestsecret"
 BODY = b"0123456789abcdef" * 5000
@@ -175,7 +175,7 @@ def test_an_object_stored_as_gzip_is_unpacked(filled_moto: str) -> None:
 
 def test_nothing_of_boto_is_loaded_before_the_first_such_url() -> None:
     code = (
-        "import sys; from worker.sources import Sources; from worker.settings import SourceSettings; "
+        "import sys; from worker.storage.sources import Sources; from courier.settings import SourceSettings; "
         "Sources(SourceSettings()); sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -361,7 +361,7 @@ def test_an_unsigned_url_is_denied_and_a_missing_object_is_not_found(filled_rclo
 
 
 def test_a_prefix_is_listed_page_by_page_with_urls_that_fetch(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.sources.s3.PAGE_ENTRIES", 20)
+    monkeypatch.setattr("worker.storage.s3_source.PAGE_ENTRIES", 20)
     writer = client(endpoint)
     keys = [f"many/{number:04}.dcm" for number in range(25)] + ["many/a b/ü+&%.dcm", "many/DICOMDIR"]
     for key in keys:

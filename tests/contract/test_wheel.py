@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("producer", "worker", "sandbox", "celeryconfig.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("courier", "producer", "worker", "sandbox", "celeryconfig.py", "pyproject.toml", "README.md", "LICENSE")
 
 PROGRAM = '''\
 """Upload an image, look at its study, and say where it is."""

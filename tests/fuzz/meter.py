@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis.strategies import SearchStrategy
 
-from worker.errors import CourierError
+from courier.errors import CourierError
 
 LIMIT_S = 1.0
 #: Memory may be so many times the input.

@@ -24,30 +24,31 @@ import pydicom
 from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 
+from courier.errors import CourierError, PacsMisanswered
+from courier.ledger.jobs import content_digest
+from courier.messages import Job, read_job
+from courier.redaction import shown_job, shown_url
+from courier.results import Dataset
+from courier.settings import ServerSettings, SourceSettings
 from producer.inputs import Items, rows_of_stream, study_uid
 from producer.plans import PlanFile, PlanHeader, PlanLine, write
 from sandbox.synthetic import image
 from tests.fuzz.meter import ALLOWANCE_BYTES, Finding, Target, encodes
 from tests.fuzz.secrets import SECRET, hides_it, must_not_show
-from worker.errors import CourierError, PacsMisanswered
-from worker.instances import Instance, Reading, identify
-from worker.ledger import content_digest
-from worker.logs import shown_job, shown_url
+from worker.dicom.instances import Instance, Reading, identify
 from worker.pacs.dcm4chee import Dcm4chee, error_message
 from worker.pacs.dicomjson import items, number, text
 from worker.pacs.dicomweb import DicomWeb, path_of
+from worker.pacs.generic import PlainDicomWeb
 from worker.pacs.msdicom import MsDicom
 from worker.pacs.multipart import read_parts
 from worker.pacs.orthanc import Orthanc
-from worker.pacs.plain import PlainDicomWeb
 from worker.pacs.protocol import Fate, Found, Outcome, Part, Retrieved
 from worker.pacs.transport import Answer, Request, Transport
-from worker.payloads import Dataset, Job, read_job
-from worker.settings import ServerSettings, SourceSettings
-from worker.sources.archives import Archives
-from worker.sources.policy import Policy
-from worker.sources.policy import Target as Url
-from worker.sources.spool import CHUNK_BYTES, Limits, spool
+from worker.storage.policy import Policy
+from worker.storage.policy import Target as Url
+from worker.storage.spool import CHUNK_BYTES, Limits, spool
+from worker.storage.zip_source import Archives
 
 STUDY, SERIES, IMAGE = "1.2.840.99.1", "1.2.840.99.1.1", "1.2.840.99.1.1.1"
 _SEED_BYTES = 64 * 1024

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from courier.errors import CourierError, NotDicom
 from tests.fuzz import meter
 from tests.fuzz.campaign import by_bytes, by_hypothesis
 from tests.fuzz.meter import Tally, Target
 from tests.fuzz.secrets import SECRET
 from tests.fuzz.targets import TARGETS
-from worker.errors import CourierError, NotDicom
 
 CASES = 25
 

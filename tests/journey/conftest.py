@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from courier.settings import Settings
 from producer import Courier
 from producer.cli import main
 from sandbox import processes as parts
 from sandbox.processes import Processes, RedisPart, SandboxPart
 from tests.stow import stow
-from worker.settings import Settings
 
 
 @dataclass(frozen=True)

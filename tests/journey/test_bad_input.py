@@ -17,11 +17,11 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 from redis import Redis
 
+from courier.messages import MESSAGE_BYTES
 from producer import Courier
 from producer.errors import CourierError, InvalidRequest
 from sandbox.processes import poll
 from sandbox.synthetic import image, new_uid
-from worker.payloads import MESSAGE_BYTES
 
 WAIT_S = 60
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from courier.batches.store import Batches
 from producer import Courier
 from producer.cli import main
 from producer.errors import InvalidRequest
 from sandbox.synthetic import image, new_uid
-from worker.batches import Batches
 
 WAIT_S = 60
 QUICK = {"max_attempts": 2, "backoff_base_s": 0.1, "sweep_s": 0.1, "grace_s": 2}

@@ -9,15 +9,15 @@ import pytest
 from celery import Celery
 
 from benchmarks.listing import listed
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import Batches
+from courier.messages import BatchOrderJob
+from courier.settings import Settings
 from producer import Courier
 from producer.errors import Cancelled, InvalidRequest
 from sandbox import processes as parts
 from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
-from worker.batches import Batches
-from worker.payloads import BatchOrderJob
-from worker.planning import Planned, Planner
-from worker.settings import Settings
 
 WAIT_S = 60
 QUICK = {"backoff_base_s": 0.1, "sweep_s": 0.1}

@@ -9,10 +9,10 @@ import zipfile
 import pytest
 import requests
 
+from courier.messages import BatchJob, BatchUploadJob
 from producer import Courier
 from producer.errors import Cancelled, CourierError, ImageAlreadyExists
 from sandbox.synthetic import image, new_uid
-from worker.payloads import BatchJob, BatchUploadJob
 
 WAIT_S = 60
 QUICK = {"max_attempts": 5, "backoff_base_s": 0.1, "sweep_s": 0.1, "lease_s": 1.5, "grace_s": 2, "max_deaths": 5}

@@ -9,13 +9,13 @@ import pytest
 import requests
 from click.testing import CliRunner
 
+from courier.settings import Settings
 from producer import Courier
 from producer.cli import main
 from producer.errors import ImageAlreadyExists, NotFound, SourceUnreachable
 from sandbox import processes as parts
 from sandbox.processes import Processes, poll
 from sandbox.synthetic import image, new_uid
-from worker.settings import Settings
 
 WAIT_S = 30
 

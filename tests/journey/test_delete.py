@@ -8,13 +8,13 @@ import pytest
 import requests
 from click.testing import CliRunner
 
+from courier.ledger.jobs import Ledger
 from producer import Courier
 from producer.cli import main
 from producer.errors import InvalidRequest, InvalidUid, NotFound, PacsRejected, PacsUnavailable
 from sandbox.processes import poll
 from sandbox.synthetic import image, new_uid
 from tests.stow import stow
-from worker.ledger import Ledger
 
 WAIT_S = 30
 QUICK = {"max_attempts": 3, "backoff_base_s": 0.1, "sweep_s": 0.1, "lease_s": 1.5, "grace_s": 2}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import redis as redis_client
 import requests
 
+from courier.messages import StudiesJob
 from producer import Courier
 from sandbox import processes as parts
 from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
-from worker.payloads import StudiesJob
 
 WAIT_S = 30
 #: What Flower's list of tasks asks for.

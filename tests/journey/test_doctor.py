@@ -10,13 +10,13 @@ import pytest
 import redis
 from click.testing import CliRunner
 
+from courier.ledger.jobs import PREFIX, Ledger
+from courier.settings import Settings, TelemetrySettings
 from producer import doctor
 from producer.cli import main
-from producer.courier import Courier
+from producer.client import Courier
 from sandbox import processes as parts
-from worker.ledger import PREFIX, Ledger
-from worker.settings import Settings, TelemetrySettings
-from worker.watchdog import Told
+from worker.runtime.watchdog import Told
 
 
 def states(findings):

@@ -9,13 +9,13 @@ import pytest
 from celery import chain, chord, signature
 from redis import Redis
 
-import celeryconfig
+from courier import celery_settings
+from courier.ledger.jobs import job_id_for
 from producer import Courier
 from sandbox.processes import poll
 from tests.canvases import WAIT_S, stage
-from worker.ledger import job_id_for
 
-QUEUE = celeryconfig.task_default_queue
+QUEUE = celery_settings.task_default_queue
 
 
 @pytest.fixture(scope="module")

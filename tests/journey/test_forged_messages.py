@@ -23,6 +23,7 @@ from celery.security.serialization import SecureSerializer
 from kombu.serialization import registry
 from redis import Redis
 
+from courier.settings import Settings
 from producer import Courier
 from producer.errors import CourierError, InvalidRequest
 from sandbox import processes as parts
@@ -30,10 +31,9 @@ from sandbox.processes import poll
 from sandbox.synthetic import image, new_uid
 from tests.chaos.crew import children_of
 from tests.journey.test_signing import make_pair
-from worker.settings import Settings
 
 WAIT_S = 60
-FORGED = "2026-01-01 00:00:00,000 INFO job-1 worker.jobs.carry: Done after 1 attempt(s)"
+FORGED = "2026-01-01 00:00:00,000 INFO job-1 worker.jobs.runner: Done after 1 attempt(s)"
 FOLLOW_UP = {
     "task": "reports.note",
     "args": [],

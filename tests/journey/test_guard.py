@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import pytest
 import requests
 
+from courier.ledger.breakers import Breakers
+from courier.ledger.jobs import Ledger
+from courier.settings import Settings
 from producer import Courier
 from producer.errors import Cancelled, PacsUnavailable
 from sandbox import processes as parts
 from sandbox.processes import Child, Processes, poll
 from sandbox.synthetic import image, new_uid
-from worker.breakers import Breakers
-from worker.ledger import Ledger
-from worker.server_rates import ServerRates
-from worker.settings import Settings
+from worker.pacs.server_rates import ServerRates
 
 WAIT_S = 60
 LIMIT = 3

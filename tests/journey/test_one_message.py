@@ -7,10 +7,10 @@ import time
 import pytest
 from redis import Redis
 
+from courier.ledger.jobs import PREFIX
 from producer import Courier
 from sandbox import processes as parts
 from sandbox.synthetic import image, new_uid
-from worker.ledger import PREFIX
 
 WAIT_S = 60
 JOBS = 40

@@ -16,11 +16,11 @@ import requests
 from celery import Celery
 from click.testing import CliRunner
 
+from courier.batches.store import Batches
+from courier.messages import BatchDeleteJob
 from producer import Courier
 from producer.cli import main
 from sandbox.synthetic import image, new_uid
-from worker.batches import Batches
-from worker.payloads import BatchDeleteJob
 
 WAIT_S = 60
 WHO, WHY = "Dr. Who", "PLANTED-PATIENT was stored twice"

@@ -23,7 +23,7 @@ WAIT_S = 60
 #: Runs a script where importing anything of ours fails.
 WITHOUT_US = """
 import runpy, sys
-sys.modules |= dict.fromkeys(("producer", "worker", "celeryconfig", "sandbox"))
+sys.modules |= dict.fromkeys(("courier", "producer", "worker", "celeryconfig", "sandbox"))
 script = sys.argv.pop(1)
 sys.argv[0] = script
 runpy.run_path(script, run_name="__main__")

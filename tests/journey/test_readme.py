@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from courier.settings import Settings
 from sandbox.images import ImageServer
 from sandbox.processes import RedisPart
 from sandbox.samples import sample_bytes
-from worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import requests
 
+from courier.ledger.jobs import Ledger
 from producer import Courier
 from producer.errors import ImageAlreadyExists
 from sandbox import processes as parts
 from sandbox.processes import Processes, poll
 from sandbox.synthetic import image, new_uid
-from worker.ledger import Ledger
 
 WAIT_S = 30
 QUICK = {"lease_s": 1.5, "grace_s": 2, "sweep_s": 0.2, "backoff_base_s": 0.1}

@@ -12,13 +12,13 @@ import pytest
 from click.testing import CliRunner
 from redis import Redis
 
+from courier.settings import Settings
 from producer import Courier
 from producer.cli import main
 from producer.doctor import Finding, examine
 from sandbox import processes as parts
 from sandbox.processes import HOST, Processes, RedisPart, poll
 from sandbox.synthetic import image, new_uid
-from worker.settings import Settings
 
 WAIT_S = 30
 SERVER = {"name": "a", "type": "dicomweb", "url": f"http://{HOST}:9/dicom-web"}

@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 import pytest
 import trustme
 
+from courier.settings import Settings
 from producer import Courier
 from producer.errors import BrokerUnavailable
 from sandbox.processes import HOST
 from sandbox.synthetic import image, new_uid
-from worker.settings import Settings
 
 WAIT_S = 30
 

@@ -12,13 +12,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from redis import Redis
 
+from courier.batches.store import Batches
+from courier.settings import PREFIX
 from producer import Courier
 from producer.errors import Cancelled
 from sandbox.processes import poll
 from sandbox.synthetic import image, new_uid
 from tests.stow import stow
-from worker.batches import Batches
-from worker.settings import PREFIX
 
 WAIT_S = 60
 JOBS = {"sweep_s": 0.2, "backoff_base_s": 0.2, "backoff_cap_s": 0.5}

@@ -17,13 +17,13 @@ from celery import Celery
 from click.testing import CliRunner
 from kombu import pools
 
+from courier.messages import StudiesJob
 from producer import Courier
 from producer.cli import main
 from producer.errors import CourierError
 from sandbox import processes as parts
 from sandbox.processes import HOST, Processes, poll
 from sandbox.synthetic import image, new_uid
-from worker.payloads import StudiesJob
 
 WAIT_S = 30
 PATIENT, PATIENT_ID = "PLANTEDNAME^ANNA", "PLANTEDID-4711"

@@ -10,13 +10,13 @@ from celery import Celery, signature
 from kombu.serialization import registry
 from redis import Redis
 
-import celeryconfig
+from courier import celery_settings
 from producer import Courier
 from sandbox.processes import poll
 from tests.canvases import WAIT_S, stage
 from tests.journey.test_signing import make_pair
 
-QUEUE = celeryconfig.task_default_queue
+QUEUE = celery_settings.task_default_queue
 
 
 @pytest.fixture(scope="module")

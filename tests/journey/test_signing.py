@@ -20,13 +20,13 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from kombu.serialization import registry
 from redis import Redis
 
+from courier.settings import Settings, SettingsError
 from producer import Courier
 from producer.doctor import examine
 from producer.errors import InvalidRequest
 from sandbox import processes as parts
 from sandbox.processes import poll
 from sandbox.synthetic import image, new_uid
-from worker.settings import Settings, SettingsError
 
 WAIT_S = 30
 PLANTED = "PLANTED-9a1"

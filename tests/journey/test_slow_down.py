@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
+from courier.ledger.jobs import Ledger
+from courier.settings import Settings
 from producer import Courier, doctor
 from producer.errors import PacsUnavailable
 from sandbox import processes as parts
 from sandbox.processes import Child, Processes, SandboxPart, poll
 from sandbox.synthetic import image, new_uid
 from tests.stow import stow
-from worker.ledger import Ledger
-from worker.server_rates import SLOWED, ServerRates
-from worker.settings import Settings
+from worker.pacs.server_rates import SLOWED, ServerRates
 
 WAIT_S = 60
 #: More answers "fewer requests" than a job has attempts.

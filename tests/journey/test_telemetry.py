@@ -13,14 +13,14 @@ from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
+from courier.ledger.jobs import Ledger
+from courier.messages import UploadJob
+from courier.settings import Settings
 from producer import Courier
 from sandbox import processes as parts
 from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
-from worker.ledger import Ledger
-from worker.metrics import BREAKER_STATES
-from worker.payloads import UploadJob
-from worker.settings import Settings
+from worker.observability.metrics import BREAKER_STATES
 
 WAIT_S = 30
 SIGNATURE, PATIENT = "SIGNATURE-0aa1", "PLANTED-PATIENT"
@@ -235,7 +235,7 @@ def test_the_counts_of_child_processes_add_up(redis, sandbox, image_server, tmp_
 
 
 def test_without_telemetry_nothing_of_it_is_loaded():
-    ours = {"opentelemetry.exporter", "prometheus_client", "worker.traces", "worker.metrics"}
+    ours = {"opentelemetry.exporter", "prometheus_client", "courier.traces", "worker.observability.metrics"}
     show = f"import sys, worker.app, producer; print(*{ours} & set(sys.modules))"  # redis-py loads its part of the API
     command = [sys.executable, "-c", show]
     environ = {"PATH": "", "PYTHONPATH": ":".join(sys.path)}

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from courier.settings import Settings
 from producer import Courier
 from producer.errors import SourceUnreachable
 from sandbox import processes as parts
@@ -29,7 +30,6 @@ from sandbox.synthetic import image
 from tests.odd_pacs import odd_pacs
 from tests.stow import stow
 from tests.terminals import PACS, Ended, environment, in_pipe, in_terminal
-from worker.settings import Settings
 
 WAIT_S = 30
 #: Half a surrogate pair, a title of the window, colours of both kinds of control characters, right-to-left, markup.

@@ -9,10 +9,10 @@ from typing import get_args, get_type_hints
 import pytest
 from pydantic import TypeAdapter
 
+from courier.messages import BatchJob
 from producer import BatchStateResult, Courier, Handle
 from sandbox.synthetic import image, new_uid
 from tests.stow import stow
-from worker.payloads import BatchJob
 
 WAIT_S = 60
 TASKS = Path(__file__).parents[2] / "worker" / "tasks"

@@ -8,12 +8,12 @@ import uuid
 
 import pytest
 
+from courier.redaction import shown_url
 from producer import Courier
-from producer.commands.no_worker import SENTENCE
+from producer.cli.no_worker import SENTENCE
 from sandbox import processes as parts
 from sandbox.synthetic import image, new_uid
 from tests.terminals import in_pipe, in_terminal
-from worker.logs import shown_url
 
 WAIT_S = 30
 

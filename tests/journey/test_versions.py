@@ -13,12 +13,12 @@ import pytest
 from redis import Redis
 
 import worker as package
+from courier.ledger import peers
+from courier.ledger.jobs import PREFIX, SCHEMA
 from producer import Courier
 from producer.errors import BrokerUnavailable
 from sandbox import processes as parts
 from sandbox.processes import Processes, RedisPart, SandboxPart
-from worker import peers
-from worker.ledger import PREFIX, SCHEMA
 
 
 def begun(

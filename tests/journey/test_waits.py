@@ -11,11 +11,11 @@ import pytest
 from celery.events.state import State
 from click.testing import CliRunner
 
+from courier.results import Waiting
 from producer import Courier
 from producer.cli import main
 from sandbox.processes import poll
 from sandbox.synthetic import image, new_uid
-from worker.payloads import Waiting
 
 WAIT_S = 60
 NAMES = set(Waiting.model_fields)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsUnavailable
+from courier.errors import InvalidRequest, NotFound, PacsMisanswered, PacsUnavailable
+from worker.jobs.attempt import Run
 from worker.jobs.audit import PAGE, audit, overlap
-from worker.jobs.run import Run
-from worker.jobs.sightings import Sightings
-from worker.jobs.tools import Tools
+from worker.jobs.services import Tools
+from worker.jobs.uid_index import Sightings
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, StudyPage
 

@@ -10,10 +10,10 @@ from typing import Any
 import fakeredis
 import pytest
 
-from producer.show_batches import write_csv
-from worker.batches import NOWHERE, Batch, Batches, Item, ItemStatus, Pass, Row, Settled, added_up
-from worker.ledger import PREFIX, Ledger
-from worker.planning import Planned, Planner
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import NOWHERE, Batch, Batches, Item, ItemStatus, Pass, Row, Settled, added_up
+from courier.ledger.jobs import PREFIX, Ledger
+from producer.cli.batch_tables import write_csv
 
 TYPES = {"a": "orthanc", "b": "dcm4chee", "c": "msdicom"}
 LISTED, LOOSE = Item(0, "a", "1.2"), Item(0, "", "1.2")

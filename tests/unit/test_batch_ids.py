@@ -10,18 +10,18 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import Batches
+from courier.errors import InvalidRequest, NotFound
+from courier.ledger.jobs import Ledger
+from courier.settings import Settings
 from producer.batches import BatchDesk
-from worker.batches import Batches
-from worker.errors import InvalidRequest, NotFound
-from worker.jobs import batches as batch_jobs
-from worker.jobs import bulk_uploads, delete_all
-from worker.jobs.carry import Failed, Work, carry
-from worker.jobs.run import Pulse
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from worker.batches import coordinator as batch_jobs
+from worker.batches import delete_all, uploads
+from worker.jobs.attempt import Pulse
+from worker.jobs.runner import Failed, Work, carry
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
-from worker.planning import Planned, Planner
-from worker.settings import Settings
 
 BAD = ["B:outcomes:apply", "B:results:apply", "B:", "two words", "B\n", "B\x7f", "B\u2028", "x" * 201]
 
@@ -61,7 +61,7 @@ def test_what_can_be_a_batch_and_is_none_is_not_found(ledger: Ledger) -> None:
 @pytest.mark.parametrize("job_id", BAD[:5])
 def test_an_order_whose_own_id_cannot_be_that_of_a_batch_is_refused_at_once(ledger: Ledger, job_id: str) -> None:
     items = [{"image_url": "http://h/c.dcm"}]
-    assert ended(ledger, bulk_uploads.upload_all, "pacs.batch.upload", {"items": items}, job_id) == "invalid_request"
+    assert ended(ledger, uploads.upload_all, "pacs.batch.upload", {"items": items}, job_id) == "invalid_request"
     wishes = {"confirm": "delete all studies"}
     assert ended(ledger, delete_all.delete_all, "pacs.delete_all", wishes, f"x{job_id}") == "invalid_request"
     assert Batches(ledger).get("B") is not None

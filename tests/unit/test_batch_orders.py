@@ -8,12 +8,12 @@ from typing import Any
 import fakeredis
 import pytest
 
+from courier.batches.store import Batches, Item, Row, Settled
+from courier.ledger.jobs import Ledger
 from producer.batches import BatchDesk, plan_lines
 from producer.errors import InvalidRequest
 from producer.orders import Given, Order
 from producer.plans import PlanHeader, PlanLine, write
-from worker.batches import Batches, Item, Row, Settled
-from worker.ledger import Ledger
 
 URLS = [f"https://images.example.org/{number}.dcm" for number in range(250)]
 

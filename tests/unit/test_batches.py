@@ -11,21 +11,21 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
+from courier.batches.planner import Planned, Planner
+from courier.batches.result import end_payload
+from courier.batches.store import CHUNK_ITEMS, CHUNK_TASK, PASSES, Batch, Batches, Item, Pass, Settled
+from courier.errors import Cancelled, CourierError, InvalidRequest, PacsRejected, PacsUnavailable
+from courier.ledger.jobs import PREFIX, DueJob, LeaseLost, Ledger
+from courier.redaction import shown_job
+from courier.settings import ServerSettings, Settings
 from producer.batches import plan_lines
-from worker.batch_ends import end_payload
-from worker.batches import CHUNK_ITEMS, CHUNK_TASK, PASSES, Batch, Batches, Item, Pass, Settled
-from worker.errors import Cancelled, CourierError, InvalidRequest, PacsRejected, PacsUnavailable
-from worker.jobs.batches import WIDTH, Answer, Conductor, Desk, Work, conducted
-from worker.jobs.bulk_uploads import upload_all
-from worker.jobs.carry import Done, Failed, Parked, carry
-from worker.jobs.chunks import chunk
-from worker.jobs.run import NotYet, Pulse, Run
-from worker.jobs.tools import Tools
-from worker.jobs.turns import Turns
-from worker.ledger import PREFIX, DueJob, LeaseLost, Ledger
-from worker.logs import shown_job
-from worker.planning import Planned, Planner
-from worker.settings import ServerSettings, Settings
+from worker.batches.chunks import chunk
+from worker.batches.coordinator import WIDTH, Answer, Conductor, Desk, Work, conducted
+from worker.batches.uploads import upload_all
+from worker.jobs.attempt import NotYet, Pulse, Run
+from worker.jobs.batch_slots import Turns
+from worker.jobs.runner import Done, Failed, Parked, carry
+from worker.jobs.services import Tools
 
 STUDIES = [f"1.2.{number}" for number in range(CHUNK_ITEMS * (WIDTH + 1) + 7)]
 SERVERS = {"a": "msdicom", "b": "dcm4chee"}

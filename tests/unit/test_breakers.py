@@ -8,9 +8,9 @@ from typing import cast
 import fakeredis
 import pytest
 
-from worker.breakers import BREAKER, CHANGES, FAILURES, Breakers, BreakerState, by_server
-from worker.ledger import PREFIX
-from worker.settings import BreakerSettings
+from courier.ledger.breakers import BREAKER, CHANGES, FAILURES, Breakers, BreakerState, by_server
+from courier.ledger.jobs import PREFIX
+from courier.settings import BreakerSettings
 
 SETTINGS = BreakerSettings(failures=3, window_s=60, pause_s=4, pause_cap_s=10)
 

@@ -17,17 +17,17 @@ import pytest
 import redis
 from celery import Celery
 
+from courier.errors import NotDicom, PacsUnauthorized, PacsUnavailable, SourceUnauthorized
+from courier.ledger.breakers import Breakers
+from courier.ledger.jobs import PREFIX, ClaimState, DueJob, LeaseLost, Ledger, job_id_for
+from courier.messages import MESSAGE_BYTES
+from courier.settings import JobSettings, Settings
 from sandbox.processes import poll
-from worker.breakers import Breakers
-from worker.errors import NotDicom, PacsUnauthorized, PacsUnavailable, SourceUnauthorized
-from worker.jobs.carry import Done, Failed, NotTaken, Parked, Starved, Verdict, backoff_s, carry
-from worker.jobs.follow import follow
-from worker.jobs.run import NotYet, Pulse, Run
-from worker.jobs.tools import Tools
-from worker.ledger import PREFIX, ClaimState, DueJob, LeaseLost, Ledger, job_id_for
-from worker.payloads import MESSAGE_BYTES
-from worker.settings import JobSettings, Settings
-from worker.shortage import MAX_RETURNS
+from worker.jobs.attempt import NotYet, Pulse, Run
+from worker.jobs.idempotency import follow
+from worker.jobs.runner import Done, Failed, NotTaken, Parked, Starved, Verdict, backoff_s, carry
+from worker.jobs.services import Tools
+from worker.runtime.shortage import MAX_RETURNS
 
 JOB = {"image_url": "http://host/a.dcm?sig=SECRET"}
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from producer.cli import main
-from producer.commands import confirm
+from producer.cli import confirm, main
 from producer.plans import PlanHeader, PlanLine, write
 
 OLD, NEW = "StudyDate=20250101-", "StudyDate=-20251231"

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import pytest
 
+from courier.errors import InvalidRequest, StudyConflict
+from courier.settings import DownloadSettings, ServerSettings
 from sandbox.synthetic import image, new_uid
-from worker.destinations import Archive, Destinations, Mark
-from worker.errors import InvalidRequest, StudyConflict
-from worker.instances import identify
-from worker.jobs.kept import Kept, prove
-from worker.settings import DownloadSettings, ServerSettings
+from worker.batches.backups import Kept, prove
+from worker.dicom.instances import identify
+from worker.storage.destinations import Archive, Destinations, Mark
 
 STUDY = new_uid()
 #: Bytes that mean another kind of packing, an encrypted or a patched entry, another version, or a place far away.

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from urllib3 import HTTPResponse
 
-from worker.errors import InvalidUid, PacsMisanswered
+from courier.errors import InvalidUid, PacsMisanswered
+from courier.settings import ServerSettings
 from worker.pacs.dcm4chee import Dcm4chee
 from worker.pacs.protocol import Found
 from worker.pacs.transport import Request, Transport
-from worker.settings import ServerSettings
 
 
 class Wire(Transport):

@@ -13,13 +13,13 @@ import pydicom
 import pytest
 from urllib3 import HTTPResponse
 
+from courier.settings import ServerSettings
 from sandbox.synthetic import image, new_uid
-from worker.instances import Instance, identify
+from worker.dicom.instances import Instance, identify
 from worker.pacs.dcm4chee import NOT_A_DICOM_FILE, Dcm4chee
 from worker.pacs.protocol import Fate, Outcome, Part
 from worker.pacs.transport import Request, Transport
 from worker.pacs.warning_text import MOST_CHARACTERS, warning_text
-from worker.settings import ServerSettings
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 FILE = Instance("1.1", "1.2", "1.3", CT, "1.2.840.10008.1.2.1")

@@ -10,8 +10,9 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-from worker.batches import Batch, Batches, Item, Row, Settled
-from worker.errors import (
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import Batch, Batches, Item, Row, Settled
+from courier.errors import (
     Cancelled,
     CourierError,
     InvalidRequest,
@@ -22,17 +23,16 @@ from worker.errors import (
     PacsUnavailable,
     StudyConflict,
 )
-from worker.jobs.batches import Desk
-from worker.jobs.bulk_deletions import _check_not_elsewhere
-from worker.jobs.delete_all import StudyDeletions
-from worker.jobs.deletions import delete
-from worker.jobs.run import NotYet, Run
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from courier.ledger.jobs import Ledger
+from courier.settings import ServerSettings, Settings
+from worker.batches.coordinator import Desk
+from worker.batches.delete_all import StudyDeletions
+from worker.batches.deletions import _check_not_elsewhere
+from worker.jobs.attempt import NotYet, Run
+from worker.jobs.delete import delete
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Deletion, DeletionFate, Found
-from worker.planning import Planned, Planner
-from worker.settings import ServerSettings, Settings
 
 DELETED, HIDDEN = Deletion(DeletionFate.DELETED), Deletion(DeletionFate.HIDDEN, "Later.")
 GONE, REFUSED = Deletion(DeletionFate.NOT_THERE), Deletion(DeletionFate.REFUSED, "No.")

@@ -6,11 +6,11 @@ from typing import Any, cast
 
 import pytest
 
-from producer.courier import Courier
+from courier.ledger.jobs import SCHEMA
+from courier.settings import Settings
+from producer.client import Courier
 from producer.doctor import Finding, _places, _proxy, _server, _worker
 from producer.errors import CourierError, PacsUnavailable, StillRunning
-from worker.ledger import SCHEMA
-from worker.settings import Settings
 
 
 class Asked:

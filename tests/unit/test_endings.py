@@ -8,9 +8,9 @@ import pytest
 from pydicom import dcmread
 from rich.console import Console
 
+from courier.errors import ImageAlreadyExists, NotDicom
 from sandbox.endings import Upload, as_table, viewer_links
 from sandbox.samples import ALREADY_ON_DCM4CHEE, STORED, Sample, sample_bytes, samples
-from worker.errors import ImageAlreadyExists, NotDicom
 
 STORED_ON_MSDICOM = {
     "status": "stored",

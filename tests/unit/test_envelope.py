@@ -19,8 +19,8 @@ from celery.canvas import Signature as CelerySignature
 from celery.worker.request import Request
 from kombu.messaging import Producer
 
-from worker import envelope
-from worker.consumer import unfit
+from worker.runtime import envelope
+from worker.runtime.consumer import unfit
 
 HEADERS: dict[str, Any] = {"task": "pacs.upload", "id": "order/7"}
 #: One value of each kind that JSON has, and the odd ones among them.
@@ -430,7 +430,7 @@ def test_a_content_type_is_text(field: str, kind: object) -> None:
 
 
 def test_every_field_that_celery_reads_is_known(app: Celery) -> None:
-    """A new one of a new Celery is to be put into worker/envelope.py, with its kind."""
+    """A new one of a new Celery is to be put into worker/runtime/envelope.py, with its kind."""
     known = {*envelope.Headers.model_fields, *envelope.Embed.model_fields}
     fields = {name for name, value in vars(Context).items() if not (name.startswith("_") or callable(value))}
     assert fields - {"children"} - known == set()

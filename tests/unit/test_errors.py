@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import courier.errors
 import producer.errors
-import worker.errors
-from worker.errors import CourierError, NeedsPerson, PacsUnavailable, Refused, TryAgain, from_payload
+from courier.errors import CourierError, NeedsPerson, PacsUnavailable, Refused, TryAgain, from_payload
 
 KINDS = sorted(CourierError.subclasses(), key=lambda kind: kind.code)
 CONTRACT_CODES = [
@@ -43,7 +43,7 @@ def test_there_is_one_class_for_each_code_of_the_contract() -> None:
 
 
 def test_the_drawing_shows_every_class_with_its_code() -> None:
-    drawn = set(re.findall(r"[├└]── (\w+) +(\w+)\n", worker.errors.__doc__ or ""))
+    drawn = set(re.findall(r"[├└]── (\w+) +(\w+)\n", courier.errors.__doc__ or ""))
     assert drawn == {(kind.__name__, kind.code) for kind in KINDS}
 
 
@@ -67,5 +67,5 @@ def test_what_a_server_asks_for_is_kept() -> None:
 
 
 def test_no_error_carries_a_code_that_the_contract_does_not_know() -> None:
-    source = (Path(worker.errors.__file__)).read_text(encoding="utf-8")
+    source = (Path(courier.errors.__file__)).read_text(encoding="utf-8")
     assert set(re.findall(r'code = "(\w+)"', source)) == set(CONTRACT_CODES)

@@ -9,18 +9,18 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
+from courier.batches.store import Item
+from courier.errors import PacsUnavailable
+from courier.ledger.breakers import BREAKER, CHANGES, Breakers
+from courier.ledger.jobs import PREFIX, Ledger
 from sandbox.synthetic import image, new_uid
 from tests.unit.test_upload import Desk, refused, stored
-from worker.batches import Item
-from worker.breakers import BREAKER, CHANGES, Breakers
-from worker.errors import PacsUnavailable
-from worker.jobs.batches import Desk as ChunkDesk
-from worker.jobs.batches import Notes
-from worker.jobs.bulk_uploads import Uploads
-from worker.jobs.carry import Parked
-from worker.jobs.run import Run
-from worker.ledger import PREFIX, Ledger
-from worker.sources import Fetched
+from worker.batches.coordinator import Desk as ChunkDesk
+from worker.batches.coordinator import Notes
+from worker.batches.uploads import Uploads
+from worker.jobs.attempt import Run
+from worker.jobs.runner import Parked
+from worker.storage.sources import Fetched
 
 
 @pytest.fixture

@@ -12,16 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 
-from worker.errors import InvalidRequest
-from worker.filters import VRS, check_filters, check_selecting, read
-from worker.payloads import (
-    AuditJob,
-    BatchDeleteJob,
-    BatchDownloadJob,
-    BatchMigrateJob,
-    StudiesJob,
-    read_job,
-)
+from courier.errors import InvalidRequest
+from courier.filters import VRS, check_filters, check_selecting, read
+from courier.messages import AuditJob, BatchDeleteJob, BatchDownloadJob, BatchMigrateJob, StudiesJob, read_job
 
 VR_OF = {
     "DA": "StudyDate",
@@ -372,5 +365,5 @@ def test_what_a_producer_knows_of_vrs_is_what_the_dictionary_says() -> None:
 
 
 def test_checking_filters_loads_no_dicom() -> None:
-    code = "import producer, producer.cli, worker.filters, sys; sys.exit('pydicom' in sys.modules)"
+    code = "import producer, producer.cli, courier.filters, sys; sys.exit('pydicom' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

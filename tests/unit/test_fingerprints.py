@@ -28,13 +28,13 @@ from pydicom.uid import (
     JPEG2000Lossless,
 )
 
-from worker.errors import InvalidUid, MissingUid, NotDicom
-from worker.fingerprints import Fingerprint, Rewrites, Table, differing, equal, fingerprint, is_of, table
-from worker.instances import identify
+from courier.errors import InvalidUid, MissingUid, NotDicom
+from worker.dicom.fingerprints import Fingerprint, Rewrites, Table, differing, equal, fingerprint, is_of, table
+from worker.dicom.instances import identify
 from worker.pacs.dcm4chee import REWRITES as DCM4CHEE
+from worker.pacs.generic import PlainDicomWeb
 from worker.pacs.msdicom import MsDicom
 from worker.pacs.orthanc import Orthanc
-from worker.pacs.plain import PlainDicomWeb
 
 NOTHING = Rewrites()
 LATERALITY = "Laterality (0020,0060)"

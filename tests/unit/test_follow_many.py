@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from producer import show
-from producer.courier import Handle, Report
+from producer.cli import tables
 from producer.errors import CourierError
+from producer.handle import Handle, Report
 
 
 class Jobs:
@@ -29,9 +29,9 @@ class Jobs:
 
 def test_the_last_report_of_each_is_given_back_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
-    monkeypatch.setattr(show.Progress, "update", lambda *_, **line: lines.append(tuple(line.values())))
+    monkeypatch.setattr(tables.Progress, "update", lambda *_, **line: lines.append(tuple(line.values())))
     jobs = Jobs(3)
-    last = show.follow(cast(Any, jobs), jobs.handles, timeout_s=None, quiet=True)
+    last = tables.follow(cast(Any, jobs), jobs.handles, timeout_s=None, quiet=True)
     assert [report.status for report in last.values()] == ["failed", "done", "done"]
     assert lines == [
         (0, "2 queued, 1 fetch"),
@@ -47,7 +47,7 @@ def test_ten_times_as_many_jobs_take_about_ten_times_as_long_to_show() -> None:
     def took_s(count: int) -> float:
         jobs = Jobs(count)
         begun = time.process_time()
-        show.follow(cast(Any, jobs), jobs.handles, timeout_s=None, quiet=True)
+        tables.follow(cast(Any, jobs), jobs.handles, timeout_s=None, quiet=True)
         return time.process_time() - begun
 
     assert took_s(5000) < 30 * max(took_s(500), 0.005)

@@ -12,10 +12,10 @@ from celery import Celery, chain, chord, group, signature
 from celery.app.task import Context
 from celery.exceptions import ImproperlyConfigured
 
-from worker import envelope, follow_ups
-from worker.errors import NotFound
-from worker.follow_ups import End
-from worker.ledger import Attachment, ClaimState, HandedBack, LeaseLost, Ledger, PendingFollowUps
+from courier.errors import NotFound
+from courier.ledger.jobs import Attachment, ClaimState, HandedBack, LeaseLost, Ledger, PendingFollowUps
+from worker.runtime import envelope, follow_ups
+from worker.runtime.follow_ups import End
 
 TASK = "pacs.upload"
 JOB = {"image_url": "https://x/1.dcm"}

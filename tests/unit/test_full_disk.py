@@ -19,16 +19,16 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
+from courier.errors import NotDicom, SourceTooLarge, SourceUnreachable
+from courier.settings import DownloadSettings, ServerSettings, SourceSettings
 from sandbox.synthetic import image, new_uid
 from tests.unit.test_upload import Desk, stored
-from worker.destinations import Destinations, Mark
-from worker.errors import NotDicom, SourceTooLarge, SourceUnreachable
-from worker.fingerprints import _inflated
-from worker.jobs.carry import Parked
-from worker.jobs.kept import Kept, prove
-from worker.settings import DownloadSettings, ServerSettings, SourceSettings
-from worker.sources import Fetched, Sources
-from worker.sources.spool import Limits, spool
+from worker.batches.backups import Kept, prove
+from worker.dicom.fingerprints import _inflated
+from worker.jobs.runner import Parked
+from worker.storage.destinations import Destinations, Mark
+from worker.storage.sources import Fetched, Sources
+from worker.storage.spool import Limits, spool
 
 
 class FullDisk(io.BytesIO):

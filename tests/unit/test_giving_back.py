@@ -24,10 +24,11 @@ from kombu.exceptions import DecodeError
 from kombu.transport import redis as redis_transport
 from kombu.transport.redis import Transport
 
+from courier.errors import CourierError, NotDicom
 from worker import app as product
-from worker import pool, shortage
-from worker.consumer import PacsChannel, PacsConsumer, PacsQoS
-from worker.errors import CourierError, NotDicom
+from worker import pool
+from worker.runtime import shortage
+from worker.runtime.consumer import PacsChannel, PacsConsumer, PacsQoS
 
 OURS = (
     RuntimeError("can't start new thread"),
@@ -129,7 +130,7 @@ class Worker:
         self.known: set[str] = set()
         self.take: Callable[[Any], None] = lambda _: None
         monkeypatch.setattr(Consumer, "create_task_handler", lambda *_, **__: self.take)
-        monkeypatch.setattr("worker.consumer.time.sleep", lambda _: None)
+        monkeypatch.setattr("worker.runtime.consumer.time.sleep", lambda _: None)
         monkeypatch.setattr(PacsConsumer, "is_written_down", staticmethod(self.is_known))
         monkeypatch.setattr(PacsConsumer, "count_return", staticmethod(self.count))
         monkeypatch.setattr(PacsConsumer, "bury", staticmethod(self.bury))

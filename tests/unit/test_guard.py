@@ -11,15 +11,15 @@ import fakeredis
 import pytest
 import redis
 
+from courier.errors import CourierError, PacsMisanswered, PacsRejected, PacsUnauthorized, PacsUnavailable
+from courier.ledger.breakers import BREAKER, CHANGES, Breakers, BreakerState
+from courier.ledger.jobs import PREFIX
+from courier.ledger.slots import Slots
+from courier.redaction import job_lines
+from courier.settings import BreakerSettings, ServerSettings
 from sandbox.processes import poll
-from worker.breakers import BREAKER, CHANGES, Breakers, BreakerState
-from worker.errors import CourierError, PacsMisanswered, PacsRejected, PacsUnauthorized, PacsUnavailable
-from worker.ledger import PREFIX
-from worker.logs import job_lines
 from worker.pacs.guard import Guard
-from worker.server_rates import ServerRates
-from worker.settings import BreakerSettings, ServerSettings
-from worker.slots import Slots
+from worker.pacs.server_rates import ServerRates
 
 SERVER = ServerSettings(name="a", type="dicomweb", url="http://a", max_concurrency=4, read_timeout_s=5)
 OTHER = ServerSettings(name="b", type="dicomweb", url="http://b")

@@ -11,15 +11,15 @@ import fakeredis
 import pytest
 import redis
 
+from courier.errors import CourierError, PacsRejected, PacsUnavailable
+from courier.ledger.jobs import PREFIX, Ledger
+from courier.settings import ServerSettings
 from sandbox.processes import poll
-from worker.errors import CourierError, PacsRejected, PacsUnavailable
 from worker.jobs import hangs as module
+from worker.jobs.attempt import Pulse, Run
 from worker.jobs.hangs import HANGS_IN_ANY_CASE, Hangs, Waiting
-from worker.jobs.run import Pulse, Run
-from worker.ledger import PREFIX, Ledger
 from worker.pacs.protocol import DatabaseState, Pacs, StorageState
 from worker.pacs.transport import _noticed
-from worker.settings import ServerSettings
 
 KEY = f"{PREFIX}hangs:a"
 

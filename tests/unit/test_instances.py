@@ -30,8 +30,8 @@ from pydicom.uid import (
     JPEG2000Lossless,
 )
 
-from worker.errors import CourierError, InvalidUid, MissingUid, NotDicom
-from worker.instances import Instance, identify, title_code
+from courier.errors import CourierError, InvalidUid, MissingUid, NotDicom
+from worker.dicom.instances import Instance, identify, title_code
 
 SAMPLE_FOLDER = Path(str(get_testdata_file("CT_small.dcm"))).parent
 IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
@@ -147,8 +147,8 @@ def test_pydicom_s_reader_is_asked_where_ours_gives_up(monkeypatch: pytest.Monke
         files.append(args[0])
         return pydicom.dcmread(*args, **options)
 
-    monkeypatch.setattr("worker.instances.dcmread", read)
-    monkeypatch.setattr("worker.structure.Walk.__init__.__kwdefaults__", {"max_steps": 15})
+    monkeypatch.setattr("worker.dicom.instances.dcmread", read)
+    monkeypatch.setattr("worker.dicom.structure.Walk.__init__.__kwdefaults__", {"max_steps": 15})
     assert identified(content) == expected
     assert len(files) == 1
 
@@ -156,9 +156,9 @@ def test_pydicom_s_reader_is_asked_where_ours_gives_up(monkeypatch: pytest.Monke
 def test_nothing_deflated_is_given_to_pydicom_s_reader_which_would_inflate_all_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("worker.instances.dcmread", lambda *_, **__: pytest.fail("pydicom was asked"))
-    monkeypatch.setattr("worker.instances._INFLATED_STEPS", 3)
-    monkeypatch.setattr("worker.instances._STEPS_PER_BYTE", 0)
+    monkeypatch.setattr("worker.dicom.instances.dcmread", lambda *_, **__: pytest.fail("pydicom was asked"))
+    monkeypatch.setattr("worker.dicom.instances._INFLATED_STEPS", 3)
+    monkeypatch.setattr("worker.dicom.instances._STEPS_PER_BYTE", 0)
     whole = sample("image_dfl.dcm")
     with pytest.raises(NotDicom, match="cannot be followed to their end"):
         identified(whole)

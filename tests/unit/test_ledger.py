@@ -9,9 +9,9 @@ from typing import Any
 import fakeredis
 import pytest
 
-import celeryconfig
-from worker.errors import InvalidRequest
-from worker.ledger import (
+from courier import celery_settings
+from courier.errors import InvalidRequest
+from courier.ledger.jobs import (
     PREFIX,
     TRAIL_LENGTH,
     ClaimState,
@@ -165,7 +165,7 @@ def test_an_outcome_that_nobody_was_told_waits_no_longer_than_a_lease(client: fa
 def test_the_record_of_an_ended_job_outlives_every_message_that_may_still_come(client: fakeredis.FakeRedis) -> None:
     ledger = Ledger(client, keep_s=60)
     finish(ledger, claim(ledger).fence)
-    visibility_s = celeryconfig.broker_transport_options["visibility_timeout"]
+    visibility_s = celery_settings.broker_transport_options["visibility_timeout"]
     assert isinstance(visibility_s, int)
     assert client.ttl(f"{PREFIX}job:j1") > 2 * visibility_s
 
@@ -620,7 +620,7 @@ def test_dead_letters_are_listed_by_code_and_time_the_latest_first(ledger: Ledge
 
 
 def test_more_dead_letters_than_a_page_are_all_listed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.ledger.PAGE", 2)
+    monkeypatch.setattr("courier.ledger.jobs.PAGE", 2)
     for number in range(5):
         bury(ledger, f"j{number}")
     assert {letter.job_id for letter in ledger.dead_letters()} == {f"j{number}" for number in range(5)}
@@ -630,7 +630,7 @@ def test_more_dead_letters_than_a_page_are_all_listed(ledger: Ledger, monkeypatc
 def test_no_dead_letter_is_passed_over_when_letters_go_while_they_are_listed(
     ledger: Ledger, client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, apart_s: int
 ) -> None:
-    monkeypatch.setattr("worker.ledger.PAGE", 2)
+    monkeypatch.setattr("courier.ledger.jobs.PAGE", 2)
     for number in range(9):
         bury(ledger, f"j{number}")
     died(client, **{f"j{number}": 100 + number // 4 * apart_s for number in range(9)})

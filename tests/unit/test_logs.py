@@ -13,9 +13,8 @@ import kombu.utils.json
 import pytest
 from celery.utils.saferepr import saferepr
 
-from worker.app import PacsTask, ShownResult
-from worker.lines import OURS, configure
-from worker.logs import (
+from courier.messages import Job
+from courier.redaction import (
     HIDDEN_FIELDS,
     SHOWN_FIELDS,
     about,
@@ -26,8 +25,9 @@ from worker.logs import (
     shown_text,
     shown_url,
 )
+from worker.app import PacsTask, ShownResult
+from worker.observability.log_format import OURS, configure
 from worker.pacs.fleet import Fleet
-from worker.payloads import Job
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_of_a_job_known_fields_are_shown_and_of_others_the_name_at_most() -> Non
 
 
 def test_every_field_of_a_job_is_shown_or_hidden_on_purpose() -> None:
-    """A new one is to be put into `SHOWN_FIELDS` of worker/logs.py if what it holds is fit to be seen in Flower."""
+    """A new one is to be put into `SHOWN_FIELDS` of courier/redaction.py if it may be seen in Flower."""
 
     def kinds(kind: type[Job]) -> Iterator[type[Job]]:
         for child in kind.__subclasses__():
             yield child
             yield from kinds(child)
 
-    fields = {name for kind in kinds(Job) if kind.__module__.startswith("worker.") for name in kind.model_fields}
+    fields = {name for kind in kinds(Job) if kind.__module__.startswith("courier.") for name in kind.model_fields}
     assert fields - SHOWN_FIELDS - HIDDEN_FIELDS == set()
 
 
@@ -233,7 +233,7 @@ def test_a_level_above_info_holds_for_libraries_too(lines: Any) -> None:
     assert [json.loads(line)["message"] for line in written()] == ["y"]
 
 
-FORGED = "2026-01-01 00:00:00,000 INFO job-1 worker.jobs.carry: Done after 1 attempt(s)"
+FORGED = "2026-01-01 00:00:00,000 INFO job-1 worker.jobs.runner: Done after 1 attempt(s)"
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from worker.errors import InvalidRequest, NotFound, PacsMisanswered, PacsUnauthorized, PacsUnavailable
-from worker.jobs import lookups
-from worker.jobs.lookups import exists, look, metadata, settle
-from worker.jobs.run import Run
-from worker.jobs.tools import Tools
+from courier.errors import InvalidRequest, NotFound, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.settings import ServerSettings, Settings
+from worker.jobs import lookup
+from worker.jobs.attempt import Run
+from worker.jobs.lookup import exists, look, metadata, settle
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found
-from worker.settings import ServerSettings, Settings
 
 HERE = Found("study", "1.2")
 DATASET = {"00080018": {"vr": "UI", "Value": ["1.2.3"]}, "00100020": {"vr": "LO", "Value": ["7"]}}
@@ -109,7 +109,7 @@ def test_a_site_that_wants_no_metadata_in_results_asks_for_none():
 
 
 def test_metadata_too_long_for_a_result_are_cut_down_to_uids(monkeypatch):
-    monkeypatch.setattr(lookups, "MAX_METADATA_BYTES", 50)
+    monkeypatch.setattr(lookup, "MAX_METADATA_BYTES", 50)
     payload = ask(metadata, Answering("a", [HERE]))
     assert payload["servers"][0]["metadata"] == [{"00080018": DATASET["00080018"]}]
     assert payload["warnings"] == ["metadata_reduced_to_uids"]

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from worker.errors import InvalidRequest
-from worker.pacs import dcm4chee, msdicom, orthanc, plain
+from courier.errors import InvalidRequest
+from courier.settings import ServerSettings, ServerType
+from worker.pacs import dcm4chee, generic, msdicom, orthanc
 from worker.pacs.matching import Matching, StudyQuery, read_filter, tag_of, vr_of
-from worker.settings import ServerSettings, ServerType
 
 MATCHING: Mapping[ServerType, Matching] = {
     "msdicom": msdicom.MATCHING,
     "dcm4chee": dcm4chee.MATCHING,
     "orthanc": orthanc.MATCHING,
-    "dicomweb": plain.MATCHING,
+    "dicomweb": generic.MATCHING,
 }
 
 

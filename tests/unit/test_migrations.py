@@ -11,9 +11,9 @@ from typing import Any, cast
 
 import pytest
 
-from worker.batches import Item, Settled
-from worker.jobs.migrations import _Book
-from worker.ledger import LeaseLost
+from courier.batches.store import Item, Settled
+from courier.ledger.jobs import LeaseLost
+from worker.batches.migrations import _Book
 
 
 class Slow(_Book):

@@ -10,24 +10,24 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
+from courier.errors import InvalidRequest, PacsUnavailable
+from courier.ledger import peers
+from courier.ledger.breakers import CHANGES, Breakers
+from courier.ledger.jobs import PREFIX, SILENT_S
+from courier.settings import BreakerSettings, ServerSettings
+from courier.waits import SERVER_UNKNOWN
 from producer import doctor
 from sandbox.synthetic import image, new_uid
 from tests.unit.test_upload import Desk
 from worker import app as worker_app
-from worker import peers
-from worker.breakers import CHANGES, Breakers
-from worker.errors import InvalidRequest, PacsUnavailable
-from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
-from worker.jobs.deletions import delete
+from worker.jobs.attempt import Pulse, ServerUnknown
+from worker.jobs.delete import delete
 from worker.jobs.knowledge import check_knows_servers
-from worker.jobs.lookups import exists
-from worker.jobs.run import Pulse, ServerUnknown
+from worker.jobs.lookup import exists
+from worker.jobs.runner import Done, Failed, Parked, Verdict, carry
 from worker.jobs.trace import told
-from worker.ledger import PREFIX, SILENT_S
-from worker.metrics import LedgerCollector, Outlook
+from worker.observability.metrics import LedgerCollector, Outlook
 from worker.pacs.fleet import Fleet
-from worker.settings import BreakerSettings, ServerSettings
-from worker.waits import SERVER_UNKNOWN
 
 
 @pytest.fixture

@@ -20,18 +20,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from courier.errors import CourierError, PacsUnavailable
+from courier.ledger.breakers import BREAKER, CHANGES, Breakers
+from courier.ledger.jobs import PREFIX, Ledger
+from courier.settings import ServerSettings, Settings
 from sandbox.synthetic import image, new_uid
-from worker.breakers import BREAKER, CHANGES, Breakers
-from worker.errors import CourierError, PacsUnavailable
-from worker.instances import identify
-from worker.jobs.carry import Done, Failed, Verdict, carry
-from worker.jobs.tools import Tools
+from worker.dicom.instances import identify
+from worker.jobs.runner import Done, Failed, Verdict, carry
+from worker.jobs.services import Tools
 from worker.jobs.upload import upload
-from worker.ledger import PREFIX, Ledger
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Outcome, Part, Retrieved
-from worker.settings import ServerSettings, Settings
-from worker.sources import Fetched
+from worker.storage.sources import Fetched
 
 STUDY = new_uid()
 IMAGES = [image(STUDY, side=8) for _ in range(8)]

@@ -12,8 +12,8 @@ import pytest
 from celery.worker import state
 from kombu.utils.limits import TokenBucket
 
-from worker import consumer
-from worker.ledger import IN_HAND, PREFIX, ClaimState, DueJob, Ledger
+from courier.ledger.jobs import IN_HAND, PREFIX, ClaimState, DueJob, Ledger
+from worker.runtime import consumer
 
 TASK, JOB = "pacs.upload", {"image_url": "http://host/a.dcm"}
 

@@ -12,28 +12,12 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-from producer import Courier
-from producer.batches import BatchDesk
-from producer.dead import DeadDesk
-from producer.errors import InvalidRequest
-from producer.orders import Order, of_plan_file
-from producer.plans import PlanHeader, PlanLine, write
-from worker import schema
-from worker.batches import CHUNK_TASK, Batches, chunk_job, chunk_pass
-from worker.errors import CourierError
-from worker.jobs.batches import Conductor, conducted, order
-from worker.jobs.bulk_deletions import StudyDeletions, delete_many
-from worker.jobs.bulk_downloads import download_all
-from worker.jobs.delete_all import delete_all
-from worker.jobs.deletions import delete
-from worker.jobs.migrations import migrate
-from worker.jobs.run import NotYet, Run
-from worker.jobs.tools import Tools
-from worker.jobs.trace import MAX_JOBS, _jobs
-from worker.ledger import PREFIX, Known, Ledger, Note, StudyPush, Voided, content_digest
-from worker.logs import REASON_LENGTH, REQUESTED_BY_LENGTH, shown_job, stated
-from worker.pacs.fleet import Fleet
-from worker.payloads import (
+from courier import schema
+from courier.batches.planner import Planned, Planner
+from courier.batches.store import CHUNK_TASK, Batches, chunk_job, chunk_pass
+from courier.errors import CourierError
+from courier.ledger.jobs import PREFIX, Known, Ledger, Note, StudyPush, Voided, content_digest
+from courier.messages import (
     BatchContinueJob,
     BatchDeleteJob,
     BatchDownloadJob,
@@ -49,8 +33,24 @@ from worker.payloads import (
     old_spellings,
     read_job,
 )
-from worker.planning import Planned, Planner
-from worker.settings import Settings
+from courier.redaction import REASON_LENGTH, REQUESTED_BY_LENGTH, shown_job, stated
+from courier.settings import Settings
+from producer import Courier
+from producer.batches import BatchDesk
+from producer.dead_letters import DeadDesk
+from producer.errors import InvalidRequest
+from producer.orders import Order, of_plan_file
+from producer.plans import PlanHeader, PlanLine, write
+from worker.batches.coordinator import Conductor, conducted, order
+from worker.batches.delete_all import delete_all
+from worker.batches.deletions import StudyDeletions, delete_many
+from worker.batches.downloads import download_all
+from worker.batches.migrations import migrate
+from worker.jobs.attempt import NotYet, Run
+from worker.jobs.delete import delete
+from worker.jobs.services import Tools
+from worker.jobs.trace import MAX_JOBS, _jobs
+from worker.pacs.fleet import Fleet
 
 ITEMS = {"items": ["1.2.3"]}
 #: The orders that refuse what they do not know, with the least that each needs.

@@ -11,16 +11,16 @@ from zoneinfo import ZoneInfo
 import fakeredis
 import pytest
 
-from worker.batches import Batch, Item, Settled
-from worker.errors import InvalidRequest
-from worker.jobs.batches import Spent
-from worker.jobs.pace import Pace, Rate
-from worker.jobs.run import NotYet, Run
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
-from worker.payloads import BatchOrderJob, read_job
-from worker.settings import Settings
-from worker.windows import Window
+from courier.batches.store import Batch, Item, Settled
+from courier.batches.windows import Window
+from courier.errors import InvalidRequest
+from courier.ledger.jobs import Ledger
+from courier.messages import BatchOrderJob, read_job
+from courier.settings import Settings
+from worker.batches.coordinator import Spent
+from worker.batches.throttle import Pace, Rate
+from worker.jobs.attempt import NotYet, Run
+from worker.jobs.services import Tools
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

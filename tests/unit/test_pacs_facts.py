@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 import pytest
 from urllib3 import HTTPResponse
 
-from worker.errors import CourierError, InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable, TryAgain
-from worker.instances import Instance
+from courier.errors import CourierError, InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable, TryAgain
+from courier.settings import ServerSettings, ServerType
+from worker.dicom.instances import Instance
 from worker.pacs import registry
 from worker.pacs.connections import idle_limit_s
 from worker.pacs.credentials import Fixed
@@ -27,7 +28,6 @@ from worker.pacs.dicomjson import number, text
 from worker.pacs.protocol import DeletionFate, Fate, Found, Outcome, Pacs, Part, ServerState
 from worker.pacs.stow import PREAMBLE
 from worker.pacs.transport import Request, Transport
-from worker.settings import ServerSettings, ServerType
 
 URLS: Mapping[ServerType, str] = {
     "msdicom": "http://msdicom.invalid/v2",

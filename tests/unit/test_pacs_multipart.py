@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.errors import PacsMisanswered
+from courier.errors import PacsMisanswered
 from worker.pacs.multipart import read_parts
 
 TYPE = 'multipart/related; type="application/dicom"; boundary=BB'

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from worker.errors import (
+from courier.errors import (
     CourierError,
     InvalidRequest,
     InvalidUid,
@@ -16,15 +16,15 @@ from worker.errors import (
     PacsUnauthorized,
     PacsUnavailable,
 )
-from worker.filters import read
+from courier.filters import read
+from courier.messages import check_uid
+from courier.settings import ServerSettings
 from worker.pacs import dcm4chee, dicomjson, msdicom, odd_json, orthanc
 from worker.pacs.connections import idle_limit_s
 from worker.pacs.dicomweb import DicomWeb, path_of
 from worker.pacs.matching import StudyQuery
 from worker.pacs.protocol import Found
 from worker.pacs.transport import Answer, Request, Transport, kind_of_status, retry_after_s
-from worker.payloads import check_uid
-from worker.settings import ServerSettings
 
 SERVER = ServerSettings.model_validate({"name": "one", "type": "msdicom", "url": "http://127.0.0.1:1"})
 

@@ -9,13 +9,13 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-from worker.breakers import BREAKER, CHANGES
-from worker.errors import Cancelled, CourierError, PacsUnavailable
-from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
-from worker.jobs.run import Pulse, Run
-from worker.jobs.tools import Tools
-from worker.ledger import PREFIX, Ledger
-from worker.settings import Settings
+from courier.errors import Cancelled, CourierError, PacsUnavailable
+from courier.ledger.breakers import BREAKER, CHANGES
+from courier.ledger.jobs import PREFIX, Ledger
+from courier.settings import Settings
+from worker.jobs.attempt import Pulse, Run
+from worker.jobs.runner import Done, Failed, Parked, Verdict, carry
+from worker.jobs.services import Tools
 
 JOB = {"image_url": "http://host/a.dcm"}
 SETTINGS = Settings.model_validate({"jobs": {"max_attempts": 2, "max_wait_s": 1000}})

@@ -11,11 +11,11 @@ import fakeredis
 import pytest
 
 import worker
+from courier.ledger import peers
+from courier.ledger.jobs import PREFIX, SCHEMA, Ledger
+from courier.settings import Settings
 from producer import Courier, doctor
 from producer.errors import BrokerUnavailable
-from worker import peers
-from worker.ledger import PREFIX, SCHEMA, Ledger
-from worker.settings import Settings
 
 CHANGELOG = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
 
@@ -27,7 +27,7 @@ def ledger() -> Iterator[Ledger]:
 
 
 def of_version_0_1(ledger: Ledger, name: str = "old@host", *, ago_s: float = 0, every_s: float = 10.0) -> None:
-    """What worker/watchdog.py of 0a602a5 writes."""
+    """What worker/runtime/watchdog.py of 0a602a5 writes."""
     said = {"ok": True, "complaint": "", "every_s": every_s, "at": ledger.clock_s() - ago_s}
     ledger.client.hset(f"{PREFIX}workers", name, json.dumps(said))
 
@@ -178,7 +178,7 @@ def test_a_program_that_enqueues_refuses_a_newer_ledger_in_one_sentence(ledger: 
 
 
 def test_a_program_looks_again_whether_it_can_read_the_ledger(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("producer.courier._SCHEMA_S", 0)
+    monkeypatch.setattr("producer.client._SCHEMA_S", 0)
     courier = Courier(Settings(), broker_url="memory://", result_backend="cache+memory://")
     courier._ledger = ledger
     assert not courier.cancel("j")

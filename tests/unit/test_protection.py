@@ -7,15 +7,15 @@ from typing import Any, cast
 
 import pytest
 
-from worker.errors import CourierError, InvalidRequest, PacsUnavailable
-from worker.jobs.batches import Spent
-from worker.jobs.pace import metered_fleet
+from courier.errors import CourierError, InvalidRequest, PacsUnavailable
+from courier.messages import Level
+from courier.settings import ServerSettings, ServerType
+from worker.batches.coordinator import Spent
+from worker.batches.throttle import metered_fleet
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed, check_two_archives, refusal
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
 from worker.pacs.registry import connect
-from worker.payloads import Level
-from worker.settings import ServerSettings, ServerType
 
 DELETED, HIDDEN = Deletion(DeletionFate.DELETED), Deletion(DeletionFate.HIDDEN)
 IMAGE = Found("image", "1.2", "1.2.3", "1.2.3.4")

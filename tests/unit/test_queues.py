@@ -13,9 +13,9 @@ import pytest
 from celery import Celery
 from redis import ResponseError
 
-from worker import queues, telemetry
-from worker.queues import LOOK, OLD_QUEUES, QUEUE_OF, QUEUES, OldQueues, count, left_by_killed_workers, task_of
-from worker.settings import QueueSettings, Settings, SettingsError
+from courier import queues, telemetry
+from courier.queues import LOOK, OLD_QUEUES, QUEUE_OF, QUEUES, OldQueues, count, left_by_killed_workers, task_of
+from courier.settings import QueueSettings, Settings, SettingsError
 
 ARGUMENTS = "SECRET-SIGNATURE"
 
@@ -69,7 +69,7 @@ def counted() -> Iterator[list[str]]:
 
 def app() -> Celery:
     made = Celery(broker="memory://", set_as_current=False)
-    made.config_from_object("celeryconfig")
+    made.config_from_object("courier.celery_settings")
     return made
 
 

@@ -13,12 +13,12 @@ import pytest
 import redis
 from redis import exceptions
 
-from worker.errors import PacsUnavailable
-from worker.jobs.carry import Done, Failed, NotTaken, Parked, Verdict, carry
-from worker.jobs.run import Pulse, Run
-from worker.jobs.tools import Tools
-from worker.ledger import PREFIX, HandedBack, LeaseLost, Ledger, passes, words_of
-from worker.settings import Settings
+from courier.errors import PacsUnavailable
+from courier.ledger.jobs import PREFIX, HandedBack, LeaseLost, Ledger, passes, words_of
+from courier.settings import Settings
+from worker.jobs.attempt import Pulse, Run
+from worker.jobs.runner import Done, Failed, NotTaken, Parked, Verdict, carry
+from worker.jobs.services import Tools
 
 TASK, JOB = "pacs.upload", {"image_url": "http://host/a.dcm"}
 AWAY: list[redis.RedisError] = [

@@ -8,13 +8,13 @@ import pytest
 from pydantic import TypeAdapter
 
 import producer
+from courier import result_types
+from courier.results import BatchTrouble, Payload, Waiting
 from producer import results
-from worker import result_types
-from worker.payloads import BatchTrouble, Payload, Waiting
 
 
 def test_the_types_are_those_of_the_code() -> None:
-    assert result_types.FILE.read_text(encoding="utf-8") == result_types.module(), "run: python -m worker.schema"
+    assert result_types.FILE.read_text(encoding="utf-8") == result_types.module(), "run: python -m courier.schema"
 
 
 def shape(schema: Any, definitions: dict[str, Any]) -> Any:

@@ -10,13 +10,13 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-from worker.errors import CourierError, InvalidRequest, PacsUnauthorized, SourceDenied, SourceNotFound, from_payload
-from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
-from worker.jobs.follow import follow
-from worker.jobs.run import Pulse, Run
-from worker.jobs.tools import Tools
-from worker.ledger import PREFIX, REUSABLE, Ledger, job_id_for
-from worker.settings import Settings
+from courier.errors import CourierError, InvalidRequest, PacsUnauthorized, SourceDenied, SourceNotFound, from_payload
+from courier.ledger.jobs import PREFIX, REUSABLE, Ledger, job_id_for
+from courier.settings import Settings
+from worker.jobs.attempt import Pulse, Run
+from worker.jobs.idempotency import follow
+from worker.jobs.runner import Done, Failed, Parked, Verdict, carry
+from worker.jobs.services import Tools
 
 TASK, KEY = "pacs.upload", "order-7"
 ID = job_id_for(KEY)

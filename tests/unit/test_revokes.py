@@ -14,16 +14,16 @@ import redis
 from celery.worker import state
 from celery.worker.control import Panel
 
-from producer.courier import _report
+from courier.batches.store import Batches
+from courier.errors import PacsUnavailable
+from courier.ledger.jobs import ClaimState, Ledger
+from courier.settings import PREFIX
 from producer.errors import Cancelled
+from producer.handle import read_result
 from tests.unit.test_carry import JOB, Desk
-from worker import revokes
-from worker.batches import Batches
-from worker.errors import PacsUnavailable
-from worker.jobs.carry import Failed, Parked
-from worker.jobs.run import NotYet
-from worker.ledger import ClaimState, Ledger
-from worker.settings import PREFIX
+from worker.jobs.attempt import NotYet
+from worker.jobs.runner import Failed, Parked
+from worker.runtime import revokes
 
 TASK = "pacs.upload"
 
@@ -271,6 +271,6 @@ def test_a_later_job_of_a_batch_that_has_not_begun_is_cancelled_alone(desk: Desk
 
 
 def test_what_another_celery_worker_wrote_is_asked_of_the_ledger() -> None:
-    report = _report({"status": "REVOKED", "result": {"exc_type": "TaskRevokedError", "exc_message": ["revoked"]}})
+    report = read_result({"status": "REVOKED", "result": {"exc_type": "TaskRevokedError", "exc_message": ["revoked"]}})
     assert report.revoked
     assert isinstance(report.error, Cancelled)

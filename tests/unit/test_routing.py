@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from worker.routing import Answer, Decision, Exists, Follow, New, Open, choose, decide
-from worker.settings import RoutingSettings, ServerSettings
+from courier.settings import RoutingSettings, ServerSettings
+from worker.jobs.routing import Answer, Decision, Exists, Follow, New, Open, choose, decide
 
 YES, NO, SILENT = True, False, None
 

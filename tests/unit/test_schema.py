@@ -10,10 +10,10 @@ from typing import cast
 import click
 import pytest
 
+from courier import schema
+from courier.errors import CourierError, InvalidRequest, NotFound, from_payload
+from courier.messages import StudiesJob, UploadJob, read_job
 from producer.cli import main
-from worker import schema
-from worker.errors import CourierError, InvalidRequest, NotFound, from_payload
-from worker.payloads import StudiesJob, UploadJob, read_job
 
 ROOT = Path(__file__).parents[2]
 JOBS = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def task_names() -> set[str]:
 def test_the_schemas_in_the_docs_are_those_of_the_code() -> None:
     kept = {path.name: path.read_text(encoding="utf-8") for path in schema.FOLDER.glob("*.json")}
     made = {name: schema.written(document) for name, document in schema.schemas().items()}
-    assert kept == made, "run: python -m worker.schema"
+    assert kept == made, "run: python -m courier.schema"
 
 
 def test_writing_them_takes_away_those_whose_class_is_gone(tmp_path: Path) -> None:

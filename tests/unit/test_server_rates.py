@@ -9,9 +9,9 @@ from typing import Any
 import fakeredis
 import pytest
 
-from worker.ledger import PREFIX
-from worker.pacs.transport import retry_after_s
-from worker.server_rates import (
+from courier.ledger.jobs import PREFIX
+from courier.ledger.slots import SLOTS
+from worker.pacs.server_rates import (
     FIRST_PER_S,
     LOWEST_PER_S,
     SLOWED,
@@ -21,7 +21,7 @@ from worker.server_rates import (
     ServerRates,
     asks_to_slow_down,
 )
-from worker.slots import SLOTS
+from worker.pacs.transport import retry_after_s
 
 KEY = f"{PREFIX}{SLOWED}a"
 

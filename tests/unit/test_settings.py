@@ -13,7 +13,7 @@ from celery.app.backends import BACKEND_ALIASES
 from kombu.transport import TRANSPORT_ALIASES
 from pydantic import BaseModel, ValidationError
 
-from worker.settings import BACKENDS, BROKERS, AuthSettings, ServerSettings, Settings, SettingsError
+from courier.settings import BACKENDS, BROKERS, AuthSettings, ServerSettings, Settings, SettingsError
 
 SERVER = '[[servers]]\nname = "msdicom"\ntype = "msdicom"\nurl = "http://localhost:8080/v2/"\n'
 AZURE = "[downloads.azure]\naccount_url = 'https://account.example'\n"

@@ -10,11 +10,8 @@ import click
 import pytest
 from rich.console import Console
 
-from producer.commands.quantities import Bandwidth, Rate, Window
-from producer.errors import InvalidRequest
-from producer.plans import PlanLine
-from producer.progress import Pace
-from producer.show_batches import (
+from courier.batches.store import Batch, ItemStatus, PassState
+from producer.cli.batch_tables import (
     Look,
     PlanSummary,
     batches_table,
@@ -32,7 +29,10 @@ from producer.show_batches import (
     undo_question,
     write_csv,
 )
-from worker.batches import Batch, ItemStatus, PassState
+from producer.cli.quantities import Bandwidth, Rate, Window
+from producer.errors import InvalidRequest
+from producer.plans import PlanLine
+from producer.progress import Pace
 
 BATCH_ID = "3255f323-b5fc-414a-9368-c5f96df9a771"
 APPLIED = PassState(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from producer.commands.studies import _end
-from producer.show_servers import status_table
+from producer.cli.servers import status_table
+from producer.cli.studies import _end
 from producer.terminal import console
 
 

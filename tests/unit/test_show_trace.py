@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from producer.show import console
-from producer.show_trace import show_trace
+from producer.cli.tables import console
+from producer.cli.trace import show_trace
 
 JOB = {"task": "pacs.delete", "state": "done", "attempts": 1, "code": "done", "message": None, "created_at": None}
 

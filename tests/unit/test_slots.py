@@ -13,9 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from courier.ledger.jobs import PREFIX
+from courier.ledger.slots import SLOTS, NoSlot, Slots
 from sandbox.processes import poll
-from worker.ledger import PREFIX
-from worker.slots import SLOTS, NoSlot, Slots
 
 
 class CountingSlots(Slots):

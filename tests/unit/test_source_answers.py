@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.errors import (
+from courier.errors import (
     CourierError,
     SourceDenied,
     SourceNotAllowed,
@@ -23,13 +23,13 @@ from worker.errors import (
     SourceTruncated,
     SourceUnreachable,
 )
-from worker.settings import SettingsError, SourceSettings
-from worker.sources import Sources
-from worker.sources.encoding import decoded, is_plain
-from worker.sources.folder import path_of
-from worker.sources.http import judge_status
-from worker.sources.s3 import bucket_and_key
-from worker.sources.spool import CHUNK_BYTES, MEMORY_BYTES, Limits, spool
+from courier.settings import SettingsError, SourceSettings
+from worker.storage.encoding import decoded, is_plain
+from worker.storage.folder_source import path_of
+from worker.storage.http import judge_status
+from worker.storage.s3_source import bucket_and_key
+from worker.storage.sources import Sources
+from worker.storage.spool import CHUNK_BYTES, MEMORY_BYTES, Limits, spool
 
 
 def limits(max_bytes: int = 1 << 30, total_timeout_s: float = 60) -> Limits:
@@ -168,7 +168,7 @@ def test_what_is_called_gzip_and_is_none_is_taken_as_it_is(data: bytes) -> None:
 def test_compressed_content_that_grows_beyond_all_images_is_cut_off_though_the_size_limit_would_let_it_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("worker.sources.encoding.GROWTH_COUNTS_FROM_BYTES", 1_048_576)
+    monkeypatch.setattr("worker.storage.encoding.GROWTH_COUNTS_FROM_BYTES", 1_048_576)
     bomb = gzip.compress(bytes(2 * 1_048_576))
     content = decoded([bomb], "gzip", source="x")
     with pytest.raises(SourceTooLarge, match="200 times"):
@@ -245,7 +245,7 @@ def test_a_link_swapped_in_after_the_check_is_not_followed(inbox: Path, monkeypa
 
     (inbox / "day one" / "secret.dcm").write_bytes(b"image")
     sources = Sources(SourceSettings(folders=(inbox,)))
-    monkeypatch.setattr("worker.sources.folder.os.path.realpath", then_swap)
+    monkeypatch.setattr("worker.storage.folder_source.os.path.realpath", then_swap)
     with pytest.raises(SourceNotAllowed):
         sources.fetch(f"file://{inbox}/day%20one/secret.dcm")
 

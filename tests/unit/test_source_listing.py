@@ -13,17 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from worker.errors import (
-    CourierError,
-    NotDicom,
-    SourceDenied,
-    SourceNotAllowed,
-    SourceNotFound,
-    SourceTooLarge,
-)
-from worker.settings import SourceSettings
-from worker.sources import Listed, Sources, archives
-from worker.sources.listing import PAGE_ENTRIES
+from courier.errors import CourierError, NotDicom, SourceDenied, SourceNotAllowed, SourceNotFound, SourceTooLarge
+from courier.settings import SourceSettings
+from worker.storage import zip_source
+from worker.storage.listing import PAGE_ENTRIES
+from worker.storage.sources import Listed, Sources
 
 BODY = b"0123456789abcdef" * 2000
 
@@ -179,7 +173,7 @@ def test_an_archive_is_fetched_once_for_all_its_entries_and_let_go_later(
     assert list(sources._archives._kept) == [second, third]
     sources._archives._drop_idle()
     assert len(sources._archives._kept) == 2
-    monkeypatch.setattr(archives, "KEEP_S", -1.0)
+    monkeypatch.setattr(zip_source, "KEEP_S", -1.0)
     sources._archives._drop_idle()
     assert not sources._archives._kept
 
@@ -250,13 +244,13 @@ def test_an_archive_that_would_blow_up_is_refused_before_it_does(
     bomb = packed({"a": bytes(20_000_000)})
     with pytest.raises(SourceTooLarge):
         sources.fetch(f"zip+{bomb}!/a")
-    monkeypatch.setattr(archives, "GROWTH_BYTES", 1_000_000)
+    monkeypatch.setattr(zip_source, "GROWTH_BYTES", 1_000_000)
     sources.close()
     refused(sources, bomb, SourceTooLarge)
-    monkeypatch.setattr(archives, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(zip_source, "MAX_ENTRIES", 3)
     refused(sources, packed({name: b"" for name in "abcd"}), SourceTooLarge)
-    monkeypatch.setattr(archives, "MAX_ENTRIES", 1000)
-    monkeypatch.setattr(archives, "MAX_DIRECTORY_BYTES", 100)
+    monkeypatch.setattr(zip_source, "MAX_ENTRIES", 1000)
+    monkeypatch.setattr(zip_source, "MAX_DIRECTORY_BYTES", 100)
     refused(sources, packed({name: b"" for name in "abcd"}), SourceTooLarge)
 
 

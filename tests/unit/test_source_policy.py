@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from worker.errors import SourceNotAllowed
-from worker.settings import SettingsError, SourceSettings
-from worker.sources.policy import Policy, normal_host
+from courier.errors import SourceNotAllowed
+from courier.settings import SettingsError, SourceSettings
+from worker.storage.policy import Policy, normal_host
 
 ALLOWED = ("images.example.org", "*.blob.core.windows.net", "bücher.example", "ports.example:8080", "93.184.216.34")
 EVERY_HOST = Policy(SourceSettings(allow_hosts=("*",)))

@@ -9,8 +9,7 @@ import fakeredis
 import pytest
 import redis
 
-from worker.breakers import BREAKER, Breakers, BreakerState
-from worker.errors import (
+from courier.errors import (
     CourierError,
     PacsRejected,
     SourceDenied,
@@ -19,9 +18,10 @@ from worker.errors import (
     SourceUnauthorized,
     SourceUnreachable,
 )
-from worker.refusals import check_refusal
-from worker.settings import PREFIX, BreakerSettings
-from worker.store_credentials import FRESH_S, StoreCredential
+from courier.ledger.breakers import BREAKER, Breakers, BreakerState
+from courier.settings import PREFIX, BreakerSettings
+from worker.storage.credentials import FRESH_S, StoreCredential
+from worker.storage.refusals import check_refusal
 
 SETTINGS = BreakerSettings(failures=3, pause_s=60, pause_cap_s=600)
 WHOLE, IMAGES = "credential:sources.s3", "credential:sources.s3/images"

@@ -10,8 +10,8 @@ from typing import BinaryIO
 import pytest
 from python_multipart.multipart import parse_options_header
 
-from worker.errors import PacsUnavailable, SourceTruncated
-from worker.instances import Instance
+from courier.errors import PacsUnavailable, SourceTruncated
+from worker.dicom.instances import Instance
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Part, Passing
 from worker.pacs.stow import PREAMBLE, Once, PassingBody, StowBody

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from worker.instances import Instance
-from worker.pacs import dcm4chee, msdicom, plain
+from worker.dicom.instances import Instance
+from worker.pacs import dcm4chee, generic, msdicom
 from worker.pacs.protocol import Fate, Part
 from worker.pacs.stow import Codes, fate_of, judge, rejected_if_alone, unmentioned
 
@@ -251,7 +251,7 @@ def test_each_cause_is_warned_of_once_and_without_values(item: dict[str, Any], c
 
 @pytest.mark.parametrize(("reason", "word"), [(0xB000, "changed"), (0xB006, "dropped"), (0xB007, "class"), (5, "5")])
 def test_the_standards_warnings_are_put_in_words(reason: int, word: str) -> None:
-    (warning,) = plain.warnings_of({"00081196": {"vr": "US", "Value": [reason]}})
+    (warning,) = generic.warnings_of({"00081196": {"vr": "US", "Value": [reason]}})
     assert word in warning
 
 

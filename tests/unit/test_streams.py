@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from producer.cli.studies import write_csv
 from producer.plans import PlanHeader, PlanLine, write
-from producer.show_studies import write_csv
 from producer.terminal import flush_output, prepare_output
 from tests.terminals import Ended, in_shell, in_terminal
 

@@ -16,9 +16,9 @@ import pydicom
 import pytest
 from pydicom.filereader import data_element_generator
 
-from worker.errors import CourierError, InvalidUid, NotDicom, PacsMisanswered
-from worker.instances import Reading, identify
-from worker.jobs.passing import Incoming, digest_of
+from courier.errors import CourierError, InvalidUid, NotDicom, PacsMisanswered
+from worker.dicom.instances import Reading, identify
+from worker.jobs.streamed_instance import Incoming, digest_of
 
 EXPLICIT, IMPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
 DEFLATED, JPEG, RLE = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.5"

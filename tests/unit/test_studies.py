@@ -12,16 +12,16 @@ from dataclasses import replace
 
 import pytest
 
-from producer.show_studies import COLUMNS, json_document, write_csv
+from courier.errors import InvalidRequest, PacsUnavailable
+from courier.redaction import shown_job
+from courier.settings import ServerSettings, Settings
+from producer.cli.studies import COLUMNS, json_document, write_csv
 from producer.studies import StudyList
-from worker.errors import InvalidRequest, PacsUnavailable
-from worker.jobs.run import Run
+from worker.jobs.attempt import Run
+from worker.jobs.services import Tools
 from worker.jobs.studies import list_studies
-from worker.jobs.tools import Tools
-from worker.logs import shown_job
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import StudyPage
-from worker.settings import ServerSettings, Settings
 
 
 class Shelf:

@@ -8,18 +8,18 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-from worker.batches import Batch
-from worker.errors import InvalidRequest
-from worker.jobs.batches import Desk, Kind
-from worker.jobs.bulk_deletions import StudyDeletions
-from worker.jobs.bulk_downloads import StudyDownloads
-from worker.jobs.migrations import StudyMigrations
-from worker.jobs.run import Run
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from courier.batches.store import Batch
+from courier.errors import InvalidRequest
+from courier.ledger.jobs import Ledger
+from courier.settings import ServerSettings, Settings
+from worker.batches.coordinator import Desk, Kind
+from worker.batches.deletions import StudyDeletions
+from worker.batches.downloads import StudyDownloads
+from worker.batches.migrations import StudyMigrations
+from worker.jobs.attempt import Run
+from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import StudyPage
-from worker.settings import ServerSettings, Settings
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from worker import listeners, telemetry
-from worker.metrics import FRESH_S, LedgerCollector, Metrics, Outlook
-from worker.settings import Settings, SettingsError, TelemetrySettings
-from worker.telemetry import CallSeen, JobSeen, StepSeen
+from courier import telemetry
+from courier.settings import Settings, SettingsError, TelemetrySettings
+from courier.telemetry import CallSeen, JobSeen, StepSeen
+from worker.observability import instrumentation
+from worker.observability.metrics import FRESH_S, LedgerCollector, Metrics, Outlook
 
 DOCS = (Path(__file__).parents[2] / "docs" / "observability.md").read_text(encoding="utf-8")
 OUTLOOK = Outlook(
@@ -125,7 +126,7 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
         taken.listen()
         settings = TelemetrySettings(metrics_port=taken.getsockname()[1])
         with pytest.raises(SettingsError, match=r"telemetry\.metrics_port"):
-            listeners.measure(settings, lambda: OUTLOOK)
+            instrumentation.measure(settings, lambda: OUTLOOK)
 
 
 @pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"])

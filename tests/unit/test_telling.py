@@ -9,9 +9,9 @@ import pytest
 import redis
 from celery.exceptions import BackendStoreError, TimeLimitExceeded
 
+from courier.errors import NotDicom
 from worker import app as product
 from worker.app import app
-from worker.errors import NotDicom
 
 
 @pytest.fixture

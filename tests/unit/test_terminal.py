@@ -139,6 +139,6 @@ def test_all_output_goes_through_one_module(path: Path) -> None:
     modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     past = {module for module in modules if module.partition(".")[0] == "rich"} - HARMLESS
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)} & PAST
-    if path.name == "show_batches.py":
+    if path.name == "batch_tables.py":
         past -= {"rich.console", "rich.table"}  # Group and a grid, for the bar alone
     assert not past | called

@@ -11,14 +11,14 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-import worker.ledger
-from worker.jobs.carry import Done, carry
-from worker.jobs.run import Pulse
-from worker.jobs.tools import Tools
+import courier.ledger.jobs
+from courier.ledger.jobs import ORDER, Ledger, Receipt, Wait
+from courier.settings import Settings
+from worker.jobs.attempt import Pulse
+from worker.jobs.runner import Done, carry
+from worker.jobs.services import Tools
 from worker.jobs.trace import trace
-from worker.ledger import ORDER, Ledger, Receipt, Wait
 from worker.pacs.fleet import Fleet
-from worker.settings import Settings
 
 TASK, JOB = "pacs.upload", {"image_url": "http://host/a.dcm"}
 UID, STUDY = "1.2.3", "1.2"
@@ -119,13 +119,13 @@ def test_a_trace_tells_every_kind_of_event_in_a_sentence(kind: str, ledger: Ledg
 
 
 def test_the_events_above_are_all_that_the_ledger_writes() -> None:
-    written = set(re.findall(r'_note\(\s*"(\w+)"', inspect.getsource(worker.ledger)))
+    written = set(re.findall(r'_note\(\s*"(\w+)"', inspect.getsource(courier.ledger.jobs)))
     assert written == set(ORDER) == {event for _, event, _ in EVENTS.values()}
 
 
 def test_a_note_of_another_version_that_says_less_does_not_end_the_trace(ledger: Ledger) -> None:
     for event in (*ORDER, "of a later version"):
-        ledger.client.rpush(f"{worker.ledger.PREFIX}trail:{UID}", f'1 {{"event":"{event}","job_id":"j"}}')
+        ledger.client.rpush(f"{courier.ledger.jobs.PREFIX}trail:{UID}", f'1 {{"event":"{event}","job_id":"j"}}')
     assert [one["event"] for one in traced(ledger, UID)["timeline"]][:2] == ["claimed", "of a later version"]
 
 
@@ -149,5 +149,5 @@ def test_a_trace_names_jobs_as_they_are_called_whatever_their_ids_hold(job_id: s
 def test_two_decisions_of_one_job_in_the_same_millisecond_are_both_told(ledger: Ledger) -> None:
     for server in "aab":
         note = f'1 {{"event":"claimed","job_id":"j","server":"{server}"}}'
-        ledger.client.rpush(f"{worker.ledger.PREFIX}trail:{STUDY}", note)
+        ledger.client.rpush(f"{courier.ledger.jobs.PREFIX}trail:{STUDY}", note)
     assert [one["details"]["server"] for one in traced(ledger, STUDY)["timeline"]] == ["a", "b"]

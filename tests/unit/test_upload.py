@@ -18,8 +18,7 @@ import fakeredis
 import pydicom
 import pytest
 
-from sandbox.synthetic import image, new_uid
-from worker.errors import (
+from courier.errors import (
     CourierError,
     ImageAlreadyExists,
     NotFound,
@@ -29,16 +28,17 @@ from worker.errors import (
     SourceDenied,
     StudyConflict,
 )
-from worker.fingerprints import Rewrites
-from worker.jobs.carry import Done, Failed, Parked, Verdict, carry
-from worker.jobs.run import Pulse
-from worker.jobs.tools import Tools
+from courier.ledger.jobs import PREFIX, Ledger
+from courier.settings import ServerSettings, Settings
+from sandbox.synthetic import image, new_uid
+from worker.dicom.fingerprints import Rewrites
+from worker.jobs.attempt import Pulse
+from worker.jobs.runner import Done, Failed, Parked, Verdict, carry
+from worker.jobs.services import Tools
 from worker.jobs.upload import MAX_METADATA_BYTES, upload
-from worker.ledger import PREFIX, Ledger
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Fate, Found, Outcome, Part, Retrieved
-from worker.settings import ServerSettings, Settings
-from worker.sources import Fetched
+from worker.storage.sources import Fetched
 
 NO_ANSWER = PacsUnavailable("No answer.", server_name="a", details={"phase": "answer"})
 

@@ -8,18 +8,18 @@ from urllib.parse import unquote
 
 import pytest
 
+from courier.errors import InvalidRequest, SourceNotAllowed
+from courier.ledger.jobs import _wish
+from courier.redaction import shown_job, shown_url, without_queries
+from courier.settings import AzureSettings, DownloadSettings, S3Settings, SourceSettings
+from courier.urls import object_url
 from producer.inputs import image_url, is_source
-from worker.azure import container_and_blob
-from worker.destinations import Destinations
-from worker.errors import InvalidRequest, SourceNotAllowed
-from worker.ledger import _wish
-from worker.logs import shown_job, shown_url, without_queries
-from worker.settings import AzureSettings, DownloadSettings, S3Settings, SourceSettings
-from worker.sources import Sources
-from worker.sources.archives import is_archive
-from worker.sources.listing import listed
-from worker.sources.s3 import bucket_and_key
-from worker.urls import object_url
+from worker.storage.azure import container_and_blob
+from worker.storage.destinations import Destinations
+from worker.storage.listing import listed
+from worker.storage.s3_source import bucket_and_key
+from worker.storage.sources import Sources
+from worker.storage.zip_source import is_archive
 
 #: Each names an object to its last sign.
 OBJECTS = (

@@ -14,21 +14,21 @@ from typing import Any, cast
 import fakeredis
 import pytest
 
-from producer.courier import Report, _newer, _report
-from producer.show import upload_row
+from courier import waits
+from courier.errors import PacsUnavailable, SourceUnreachable
+from courier.ledger.breakers import BREAKER, CHANGES, Breakers
+from courier.ledger.jobs import Ledger
+from courier.ledger.slots import Slots
+from courier.results import Waiting
+from courier.settings import PREFIX, ServerSettings, Settings
+from courier.waits import Meanwhile, WaitReason, noted_in, sentence, utc, waiting_in
+from producer.cli.tables import upload_row
+from producer.handle import Report, newer, read_result
 from sandbox.processes import poll
-from worker import waits
-from worker.breakers import BREAKER, CHANGES, Breakers
-from worker.errors import PacsUnavailable, SourceUnreachable
-from worker.jobs.carry import Parked, Verdict, carry
-from worker.jobs.run import NotYet, Pulse, Run
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from worker.jobs.attempt import NotYet, Pulse, Run
+from worker.jobs.runner import Parked, Verdict, carry
+from worker.jobs.services import Tools
 from worker.pacs.guard import Guard, at_rest
-from worker.payloads import Waiting
-from worker.settings import PREFIX, ServerSettings, Settings
-from worker.slots import Slots
-from worker.waits import Meanwhile, WaitReason, noted_in, sentence, utc, waiting_in
 
 JOBS = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
 JOB = {"image_url": "http://host/a.dcm"}
@@ -224,7 +224,7 @@ OLD = {"status": "PROGRESS", "result": {"stage": "waiting", "attempt": 1, "code"
 
 
 def test_the_entry_of_a_worker_of_version_0_1_can_be_read() -> None:
-    report = _report(OLD)
+    report = read_result(OLD)
     assert (report.status, report.stage) == ("waiting", "waiting")
     waits = {"code": "pacs_unavailable", "message": "No.", "server_name": None, "since": None, "next_try": None}
     assert report.waiting == waits
@@ -289,7 +289,7 @@ UNKNOWN = Report("unknown", "unknown")
     ],
 )
 def test_the_ledger_tells_whether_an_entry_is_outdated(stored: Report | None, known: Report, told: Report) -> None:
-    assert _newer(stored, known) is told
+    assert newer(stored, known) is told
 
 
 def test_every_code_is_told_in_the_docs() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.health import verdict
-from worker.watchdog import Complaint, Progress, Signs, Told, Watchdog, times_woken, write
+from worker.runtime.health import verdict
+from worker.runtime.watchdog import Complaint, Progress, Signs, Told, Watchdog, times_woken, write
 
 LIMIT_S, HUNG_S, EVERY_S = 60.0, 600.0, 10.0
 
@@ -96,9 +96,9 @@ def test_a_process_that_was_suspended_begins_anew() -> None:
 def test_the_watchdog_ends_a_stuck_process_and_says_so_before(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Told] = []
     ended: list[bool] = []
-    monkeypatch.setattr("worker.watchdog.faulthandler.dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr("worker.runtime.watchdog.faulthandler.dump_traceback_later", lambda *_, **__: None)
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("worker.watchdog.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("worker.runtime.watchdog.time.monotonic", lambda: next(clock))
     for watchdog_s in (60.0, 0.0):
         told.clear()
         dog = Watchdog(signs, watchdog_s=watchdog_s, hung_s=1, tell=told.append, end=lambda: ended.append(True))

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from worker.errors import PacsUnavailable, SourceTruncated
-from worker.instances import Instance
+from courier.errors import PacsUnavailable, SourceTruncated
+from worker.dicom.instances import Instance
 from worker.pacs.protocol import Part, Passing
 from worker.pacs.stow import PREAMBLE, Once
-from worker.pacs.zipped import PassingZip, ZipBody
+from worker.pacs.zip_body import PassingZip, ZipBody
 
 MIB = 1024**2
 CONTENTS = [b"abc", b"x" * 600_000, b"PK\3\4"]

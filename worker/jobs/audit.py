@@ -10,17 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from worker.errors import CourierError, InvalidRequest
-from worker.jobs.deletions import asked
-from worker.jobs.lookups import Reply, settle
-from worker.jobs.run import Run
-from worker.jobs.sightings import Sightings
+from courier.errors import CourierError, InvalidRequest
+from courier.messages import AuditJob, read_job
+from courier.results import AuditedServer, AuditPayload, OnlyOn, Overlap, SplitOn, SplitStudy
+from worker.dicom.viewer import viewer_url
+from worker.jobs.attempt import Run
+from worker.jobs.delete import asked
+from worker.jobs.lookup import Reply, settle
+from worker.jobs.services import Tools
 from worker.jobs.study_lists import Left, walk
-from worker.jobs.tools import Tools
+from worker.jobs.uid_index import Sightings
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Pacs
-from worker.payloads import AuditedServer, AuditJob, AuditPayload, OnlyOn, Overlap, SplitOn, SplitStudy, read_job
-from worker.viewer import viewer_url
 
 #: What is asked for at a time; a dialect whose server holds its pages smaller asks for less.
 PAGE = 1000

@@ -19,10 +19,10 @@ from typing import Any, Final
 
 import redis
 
-from worker.errors import CourierError, PacsUnavailable, Poisoned
+from courier.errors import CourierError, PacsUnavailable, Poisoned
+from courier.ledger.jobs import Hang, Ledger
+from worker.jobs.attempt import Run
 from worker.jobs.placement import says_it_is_well
-from worker.jobs.run import Run
-from worker.ledger import Hang, Ledger
 from worker.pacs.protocol import Pacs
 from worker.pacs.transport import when_sent
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from worker.errors import PacsUnavailable
-from worker.jobs.run import ServerUnknown
-from worker.jobs.tools import Tools
-from worker.settings import MODES
+from courier.errors import PacsUnavailable
+from courier.settings import MODES
+from worker.jobs.attempt import ServerUnknown
+from worker.jobs.services import Tools
 
 #: How long a worker keeps a slot for a job that it puts back: an idle one would take most of the messages else.
 LINGER_S: Final = 1.0

@@ -1,7 +1,7 @@
 """Which server an image goes to, and why one will not have it: what a single upload and a batch of them share.
 
-Decided by `worker/routing.py` over what the servers said; here it meets the claims. Nothing is pushed here. A server is
-asked for one thing only: whether an image that it has is the file that came (`same_bytes`).
+Decided by `worker/jobs/routing.py` over what the servers said; here it meets the claims. Nothing is pushed here. A
+server is asked for one thing only: whether an image that it has is the file that came (`same_bytes`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from worker.breakers import CHANGES, CREDENTIAL, BreakerState, server_of
-from worker.errors import (
+from courier.errors import (
     CourierError,
     ImageAlreadyExists,
     PacsMisanswered,
@@ -20,19 +19,20 @@ from worker.errors import (
     StudyConflict,
     first_to_wait_for,
 )
-from worker.instances import Instance
-from worker.jobs.described import place
-from worker.jobs.run import ServerUnknown
+from courier.ledger.breakers import CHANGES, CREDENTIAL, BreakerState, server_of
+from courier.ledger.jobs import Ledger
+from courier.results import Route, RouteReason
+from courier.settings import ServerSettings
+from worker.dicom.instances import Instance
+from worker.dicom.viewer import viewer_url
+from worker.jobs.attempt import ServerUnknown
+from worker.jobs.result_fields import place
+from worker.jobs.routing import Decision, Exists, Follow, New, Open, choose
 from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare, in_words
-from worker.jobs.tools import Tools
-from worker.ledger import Ledger
+from worker.jobs.services import Tools
 from worker.pacs.guard import at_rest, slowed
 from worker.pacs.protocol import NOTHING_OR_WRONG_URL, Fate, Found, Outcome, Pacs
-from worker.payloads import Route, RouteReason
-from worker.routing import Decision, Exists, Follow, New, Open, choose
-from worker.server_rates import STAY_S
-from worker.settings import ServerSettings
-from worker.viewer import viewer_url
+from worker.pacs.server_rates import STAY_S
 
 T = TypeVar("T")
 

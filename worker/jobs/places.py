@@ -13,9 +13,9 @@ from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 
-from worker.errors import CourierError, SourceDenied, TryAgain
-from worker.jobs.tools import Tools
-from worker.payloads import PlaceEntry
+from courier.errors import CourierError, SourceDenied, TryAgain
+from courier.results import PlaceEntry
+from worker.jobs.services import Tools
 
 #: How long a place may take, all at the same time. Less than ``pacs doctor`` waits for.
 TRY_S = 12.0

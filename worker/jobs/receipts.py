@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.jobs.run import Run
-from worker.ledger import Ledger
+from courier.ledger.jobs import Ledger
+from worker.jobs.attempt import Run
 from worker.pacs.protocol import Deletion, Found, Pacs
 
 

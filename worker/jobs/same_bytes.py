@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Literal
 
-from worker.errors import CourierError, NotFound
-from worker.fingerprints import Rewrites, Table, differing, is_of, table
-from worker.instances import Instance, identify
-from worker.jobs.passing import PREAMBLE_BYTES, whole
+from courier.errors import CourierError, NotFound
+from worker.dicom.fingerprints import Rewrites, Table, differing, is_of, table
+from worker.dicom.instances import Instance, identify
+from worker.jobs.streamed_instance import PREAMBLE_BYTES, whole
 from worker.pacs.finding import find_known
 from worker.pacs.protocol import Found, Pacs
 from worker.pacs.stow import PREAMBLE
-from worker.sources.spool import Limits, spool
+from worker.storage.spool import Limits, spool
 
 #: Larger images are not retrieved to be compared.
 COMPARED_BYTES = 64 * 1_048_576

@@ -9,25 +9,23 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from worker.errors import CourierError, PacsUnavailable
-from worker.jobs.places import tried_places
-from worker.jobs.run import Run
-from worker.jobs.tools import Tools
-from worker.pacs.protocol import DatabaseState, Pacs, ServerState, StorageState
-from worker.payloads import (
+from courier.errors import CourierError, PacsUnavailable
+from courier.messages import ServersJob, StatusJob, read_job
+from courier.results import (
     DatabaseEntry,
     DatabasePayload,
     Fault,
     RateLimit,
-    ServersJob,
     StatusEntry,
-    StatusJob,
     StatusPayload,
     StorageEntry,
     StoragePayload,
-    read_job,
 )
-from worker.waits import utc
+from courier.waits import utc
+from worker.jobs.attempt import Run
+from worker.jobs.places import tried_places
+from worker.jobs.services import Tools
+from worker.pacs.protocol import DatabaseState, Pacs, ServerState, StorageState
 
 State = TypeVar("State", ServerState, StorageState, DatabaseState)
 Kind = TypeVar("Kind", StatusEntry, StorageEntry, DatabaseEntry)

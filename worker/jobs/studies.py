@@ -16,17 +16,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from worker.errors import CourierError, InvalidRequest, Refused
-from worker.jobs.lookups import asked
-from worker.jobs.run import Run
+from courier.errors import CourierError, InvalidRequest, Refused
+from courier.messages import StudiesJob, read_job
+from courier.results import Dataset, Fault, ListedServer, StudiesPayload, StudyEntry, StudyOn
+from courier.settings import ResultSettings
+from worker.dicom.viewer import viewer_url
+from worker.jobs.attempt import Run
+from worker.jobs.lookup import asked
+from worker.jobs.services import Tools
 from worker.jobs.study_lists import Left, Mark, Walk
-from worker.jobs.tools import Tools
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, number, text, values
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Pacs
-from worker.payloads import Dataset, Fault, ListedServer, StudiesJob, StudiesPayload, StudyEntry, StudyOn, read_job
-from worker.settings import ResultSettings
-from worker.viewer import viewer_url
 
 _TEXTS = {
     "study_date": "00080020",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from worker.errors import InvalidRequest, PacsMisanswered
-from worker.jobs.batches import Desk, in_turns
+from courier.errors import InvalidRequest, PacsMisanswered
+from courier.results import Dataset
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 from worker.pacs.dicomweb import fits_path
 from worker.pacs.matching import fingerprint
 from worker.pacs.protocol import ListsNewestFirst, Pacs, StudyPage
-from worker.payloads import Dataset
-from worker.planning import Planned
 
 PAGE_STUDIES = 1000
 #: In the details of an error: what was listed before is not all.
@@ -210,15 +208,3 @@ def study_pages(
         warnings.append(f"{limit}; narrow the filters, or run this again.")
     if sentence := left.sentence(pacs.server.name):
         warnings.append(sentence)
-
-
-def planned_studies(desk: Desk, servers: Sequence[Pacs], *, rest_is_reached: bool) -> Iterator[Sequence[Planned]]:
-    """What the batch's order asks for (its ``filters``, or all) on each of ``servers``, in turns; see `study_pages`."""
-    filters = desk.batch.order.get("filters")
-    lists = [study_pages(pacs, desk.warnings, filters, rest_is_reached=rest_is_reached) for pacs in servers]
-    return in_turns([_planned(pacs, found) for pacs, found in zip(servers, lists, strict=True)])
-
-
-def _planned(pacs: Pacs, found: Iterator[list[str]]) -> Iterator[Sequence[Planned]]:
-    for page in found:
-        yield [Planned(study_uid, pacs.server.name) for study_uid in page]

@@ -12,28 +12,26 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from worker.batches import CHUNK_TASK, Batches, chunk_pass
-from worker.errors import CourierError, NotFound
-from worker.jobs.described import place
-from worker.jobs.run import Run
-from worker.jobs.tools import Tools
-from worker.ledger import ORDER, Known, Ledger, Note, StudyPush, Voided
-from worker.logs import stated
-from worker.pacs.protocol import Found, Pacs
-from worker.payloads import (
+from courier.batches.store import CHUNK_TASK, Batches, chunk_pass
+from courier.errors import CourierError, NotFound
+from courier.ledger.jobs import ORDER, Known, Ledger, Note, StudyPush, Voided
+from courier.messages import Level, TraceJob, read_job
+from courier.redaction import stated
+from courier.results import (
     Fault,
-    Level,
     TraceClaim,
     TracedJob,
     TraceEntry,
     TraceEvent,
-    TraceJob,
     TracePayload,
     TracePush,
     TraceReceipt,
     TraceState,
-    read_job,
 )
+from worker.jobs.attempt import Run
+from worker.jobs.result_fields import place
+from worker.jobs.services import Tools
+from worker.pacs.protocol import Found, Pacs
 
 LEVELS: tuple[Level, ...] = ("image", "series", "study")
 _BY_HAND = {

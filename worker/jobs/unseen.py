@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from worker.errors import CourierError
-from worker.instances import Instance
+from courier.errors import CourierError
+from worker.dicom.instances import Instance
 from worker.pacs.hiding import Hiding
 from worker.pacs.protocol import Fate, Outcome, Pacs
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from worker.errors import (
+from courier.errors import (
     Cancelled,
     CourierError,
     ImageAlreadyExists,
@@ -21,11 +21,14 @@ from worker.errors import (
     SourceUnreachable,
     TryAgain,
 )
-from worker.instances import Instance, identify
-from worker.jobs.described import allowed
+from courier.ledger.jobs import Receipt
+from courier.messages import UploadJob, read_job
+from courier.redaction import about
+from courier.results import Dataset, Route, StudyAction, UploadPayload
+from worker.dicom.instances import Instance, identify
+from worker.jobs.attempt import NotYet, Run
 from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.knowledge import server_left
-from worker.jobs.passing import digest_of
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
@@ -43,18 +46,16 @@ from worker.jobs.placement import (
     viewer_of,
 )
 from worker.jobs.receipts import Receipts
-from worker.jobs.run import NotYet, Run
+from worker.jobs.result_fields import allowed
+from worker.jobs.routing import Answer, Decision, Exists, decide
 from worker.jobs.same_bytes import Arrival, compare
-from worker.jobs.tools import Tools
-from worker.ledger import Receipt
-from worker.logs import about
+from worker.jobs.services import Tools
+from worker.jobs.streamed_instance import digest_of
 from worker.pacs.finding import find_known
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part
 from worker.pacs.stow import PREAMBLE
-from worker.payloads import Dataset, Route, StudyAction, UploadJob, UploadPayload, read_job
-from worker.routing import Answer, Decision, Exists, decide
-from worker.sources import Fetched
-from worker.sources.spool import CHUNK_BYTES
+from worker.storage.sources import Fetched
+from worker.storage.spool import CHUNK_BYTES
 
 #: So much JSON may the metadata in a result be: those of an image with 100,000 frames are 32 MB.
 MAX_METADATA_BYTES = 1_048_576

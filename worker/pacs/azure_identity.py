@@ -17,10 +17,10 @@ from azure.core.exceptions import AzureError
 from azure.core.pipeline.transport import RequestsTransport
 from azure.identity import ManagedIdentityCredential
 
-from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.settings import ServerSettings
 from worker.pacs.connections import causes, mistrust
 from worker.pacs.tokens import REASONS, TOKEN_TIMEOUT_S, CachedToken, Clock, NoToken, Token, bounded_session
-from worker.settings import ServerSettings
 
 #: As Azure documents them for its metadata service: time cures these, 404 and 410 while it is being updated.
 _TROUBLE = frozenset((404, 408, 410, 429))

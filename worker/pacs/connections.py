@@ -24,8 +24,8 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ProtocolError
 from urllib3.util import parse_url
 
-from worker.deadlines import TimedReader, timed
-from worker.settings import ServerSettings, SettingsError
+from courier.settings import ServerSettings, SettingsError
+from worker.runtime.deadlines import TimedReader, timed
 
 #: How long an idle connection is trusted when the server does not say how long it keeps one.
 DEFAULT_IDLE_S = 15.0

@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 
+from courier.settings import ServerSettings, SettingsError
 from worker.pacs.transport import Credentials
-from worker.settings import ServerSettings, SettingsError
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from worker.errors import InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable, is_resting
-from worker.filters import Filter
-from worker.fingerprints import Rewrites
-from worker.instances import Instance
-from worker.logs import shown_text
+from courier.errors import InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable, is_resting
+from courier.filters import Filter
+from courier.messages import Level, check_uid
+from courier.redaction import shown_text
+from courier.results import Dataset
+from worker.dicom.fingerprints import Rewrites
+from worker.dicom.instances import Instance
 from worker.pacs.dcm4chee_hidden import REJECTION, Dcm4cheeHidden
 from worker.pacs.dcm4chee_views import Dcm4cheeViews
 from worker.pacs.dicomjson import FAILED_SOP_SEQUENCE, REFERENCED_SOP_CLASS_UID, items, text
@@ -43,7 +45,6 @@ from worker.pacs.stow import Codes, Sent, failed_by_code, judge
 from worker.pacs.study_turns import StudyTurns
 from worker.pacs.transport import Answer, Request, Transport
 from worker.pacs.warning_text import warning_text
-from worker.payloads import Dataset, Level, check_uid
 
 STORE_STATUSES = (200, 202, 409)
 MAX_PAGE = 1000

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, is_resting
-from worker.instances import Instance
+from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, is_resting
+from courier.results import Dataset
+from worker.dicom.instances import Instance
 from worker.pacs.dicomjson import items, text
 from worker.pacs.dicomweb import DicomWeb, path_of
 from worker.pacs.protocol import Deletion, Fate, Found, Outcome
 from worker.pacs.transport import Request, Transport
-from worker.payloads import Dataset
 
 #: Shows everything, hidden or not.
 AS_RECEIVED = "AS_RECEIVED"

@@ -11,15 +11,15 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from worker.errors import InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered, PacsUnauthorized, is_resting
-from worker.fingerprints import Rewrites
-from worker.instances import Reading
+from courier.errors import InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered, PacsUnauthorized, is_resting
+from courier.results import Dataset
+from worker.dicom.fingerprints import Rewrites
+from worker.dicom.instances import Reading
 from worker.pacs.dcm4chee_hidden import AS_RECEIVED
 from worker.pacs.dicomjson import SOP_INSTANCE_UID, text
 from worker.pacs.dicomweb import DicomWeb
 from worker.pacs.protocol import Found, Retrieved, View
 from worker.pacs.transport import Transport
-from worker.payloads import Dataset
 
 _PAGE = 1000
 _ORDER = (("orderby", "SOPInstanceUID"),)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from worker.payloads import Dataset
+from courier.results import Dataset
 
 STUDY_INSTANCE_UID = "0020000D"
 SERIES_INSTANCE_UID = "0020000E"

@@ -15,14 +15,15 @@ from itertools import islice
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from worker.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
-from worker.logs import shown_text
+from courier.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
+from courier.messages import Level, check_uid
+from courier.redaction import shown_text
+from courier.results import Dataset
 from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, is_too_dense, text, values
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Found, Part, Passing, Retrieved
 from worker.pacs.stow import Once, PassingBody, StowBody
 from worker.pacs.transport import Answer, Request, Transport
-from worker.payloads import Dataset, Level, check_uid
 
 DICOM_JSON = {"Accept": "application/dicom+json"}
 #: Long lists and the metadata of many images are worth compressing. A query's few hundred bytes are not, nor are the

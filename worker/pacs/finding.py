@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from worker.errors import PacsMisanswered
+from courier.errors import PacsMisanswered
+from courier.messages import Level
 from worker.pacs.protocol import NEEDS_STUDY, Found, Pacs
-from worker.payloads import Level
 
 
 def find_known(pacs: Pacs, known: Found) -> list[Found]:

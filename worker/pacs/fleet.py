@@ -8,10 +8,10 @@ from contextvars import copy_context
 from copy import copy
 from typing import TypeVar
 
-from worker.errors import CourierError, InvalidRequest
+from courier.errors import CourierError, InvalidRequest
 from worker.pacs.protection import protected
 from worker.pacs.protocol import Pacs
-from worker.shortage import start_threads
+from worker.runtime.shortage import start_threads
 
 Answer = TypeVar("Answer")
 

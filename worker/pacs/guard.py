@@ -20,13 +20,13 @@ from typing import Any
 
 import redis
 
-from worker.breakers import CHANGES, CREDENTIAL, Breakers, BreakerState, breakers_of, circuit_open
-from worker.errors import CourierError, PacsUnauthorized, PacsUnavailable, TryAgain
-from worker.logs import job_in_hand
-from worker.server_rates import ServerRate, ServerRates
-from worker.settings import ServerSettings
-from worker.slots import NoSlot, Slots
-from worker.waits import SERVER_BUSY, WaitReason, waiting_for
+from courier.errors import CourierError, PacsUnauthorized, PacsUnavailable, TryAgain
+from courier.ledger.breakers import CHANGES, CREDENTIAL, Breakers, BreakerState, breakers_of, circuit_open
+from courier.ledger.slots import NoSlot, Slots
+from courier.redaction import job_in_hand
+from courier.settings import ServerSettings
+from courier.waits import SERVER_BUSY, WaitReason, waiting_for
+from worker.pacs.server_rates import ServerRate, ServerRates
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from worker.errors import CourierError, PacsUnauthorized, PacsUnavailable
+from courier.errors import CourierError, PacsUnauthorized, PacsUnavailable
+from courier.settings import ServerSettings
 from worker.pacs.guard import Guard
+from worker.pacs.server_rates import STAY_S
 from worker.pacs.transport import Answer, Credentials, Request, Transport
-from worker.server_rates import STAY_S
-from worker.settings import ServerSettings
 
 Sent = TypeVar("Sent")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from worker.instances import Instance
+from worker.dicom.instances import Instance
 from worker.pacs.protocol import Deletion, Found, Outcome
 
 

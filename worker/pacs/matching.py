@@ -1,7 +1,7 @@
 """Which studies a server is asked for by filters, and which of those it sends match (PS3.4 C.2.2.2).
 
 A server may ignore a filter, or read a value in its own way. So each row is matched again here, and each dialect says
-which keys its server matches: only these narrow its list. No HTTP. What a filter may be: ``worker/filters.py``.
+which keys its server matches: only these narrow its list. No HTTP. What a filter may be: ``courier/filters.py``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Literal
 
 from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_dict, tag_for_keyword
 
-from worker.errors import InvalidRequest
-from worker.filters import Filter, read, refusal, unknown
+from courier.errors import InvalidRequest
+from courier.filters import Filter, read, refusal, unknown
+from courier.results import Dataset
+from courier.settings import ServerSettings
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 from worker.pacs.protocol import StudyPage
-from worker.payloads import Dataset
-from worker.settings import ServerSettings
 
 Parameter = tuple[str, str]
 
@@ -122,7 +122,7 @@ class StudyQuery:
 
     @classmethod
     def of(cls, filters: Mapping[str, str], matching: Matching, server: ServerSettings) -> StudyQuery:
-        """Raises `InvalidRequest` for a filter that is none; see `worker.filters.read`."""
+        """Raises `InvalidRequest` for a filter that is none; see `courier.filters.read`."""
         return cls([read_filter(keyword, value) for keyword, value in filters.items()], matching, server)
 
     def check_order(self) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 
 from pydicom.datadict import keyword_for_tag
 
-from worker.errors import PacsMisanswered
-from worker.filters import Filter
-from worker.fingerprints import Rewrites
+from courier.errors import PacsMisanswered
+from courier.filters import Filter
+from courier.messages import Level
+from courier.results import Dataset
+from worker.dicom.fingerprints import Rewrites
 from worker.pacs.dicomjson import (
     ERROR_COMMENT,
     FAILED_ATTRIBUTES_SEQUENCE,
@@ -43,7 +45,6 @@ from worker.pacs.protocol import (
 )
 from worker.pacs.stow import Codes, Sent, failed_by_code, judge, unmentioned
 from worker.pacs.transport import Answer, Request, Transport
-from worker.payloads import Dataset, Level
 
 #: 400 also means that the server cancelled the call, so time may cure it. Oddity: "A cancelled call is a 400".
 STATUSES = {400: PacsMisanswered}

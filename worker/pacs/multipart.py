@@ -13,7 +13,7 @@ from enum import Enum
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from worker.errors import CourierError
+from courier.errors import CourierError
 from worker.pacs.protocol import Retrieved
 
 #: RFC 2046 5.1.1 allows 70; the parser refuses more than 256.

@@ -5,8 +5,8 @@ Stored in an archive that heeds them, such a note hides what it names. Oddity: "
 
 from __future__ import annotations
 
+from courier.results import Dataset
 from worker.pacs.dicomjson import items, text
-from worker.payloads import Dataset
 
 #: Key Object Selection Document Storage.
 KEY_OBJECT = "1.2.840.10008.5.1.4.1.1.88.59"

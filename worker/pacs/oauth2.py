@@ -12,10 +12,10 @@ import requests
 from requests_oauth2client import OAuth2Client
 from requests_oauth2client.exceptions import EndpointError, InvalidTokenResponse, OAuth2Error, ServerError
 
-from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.settings import ServerSettings
 from worker.pacs.connections import mistrust
 from worker.pacs.tokens import REASONS, TOKEN_TIMEOUT_S, CachedToken, Clock, NoToken, Token, bounded_session
-from worker.settings import ServerSettings
 
 
 class ClientCredentials(CachedToken):

@@ -11,8 +11,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from worker.filters import Filter
-from worker.fingerprints import Rewrites
+from courier.filters import Filter
+from courier.messages import Level, check_uid
+from courier.results import Dataset
+from worker.dicom.fingerprints import Rewrites
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
 from worker.pacs.dicomweb import LISTED, DicomWeb
 from worker.pacs.matching import ANY_LETTERS, REQUIRED, Matching, StudyQuery, tag_of, time_range, vr_of
@@ -33,8 +35,7 @@ from worker.pacs.protocol import (
 )
 from worker.pacs.stow import Sent
 from worker.pacs.transport import Request, Transport
-from worker.pacs.zipped import PassingZip, ZipBody
-from worker.payloads import Dataset, Level, check_uid
+from worker.pacs.zip_body import PassingZip, ZipBody
 
 MAX_PAGE = 1000
 #: Orthanc's words for our levels, and the collections of its REST API.

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from worker.errors import InvalidRequest
+from courier.errors import InvalidRequest
+from courier.messages import Level
 from worker.pacs.finding import find_known
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
-from worker.payloads import Level
 
 
 def refusal(pacs: Pacs, *, permanent: bool) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, runtime_checkable
 
-from worker.fingerprints import Rewrites
-from worker.instances import Instance
-from worker.payloads import Dataset, Level
-from worker.settings import ServerSettings
+from courier.messages import Level
+from courier.results import Dataset
+from courier.settings import ServerSettings
+from worker.dicom.fingerprints import Rewrites
+from worker.dicom.instances import Instance
 
 if TYPE_CHECKING:
     from worker.pacs.hiding import Hiding
@@ -177,7 +178,7 @@ class DatabaseState:
 class Pacs(Protocol):
     """One configured server.
 
-    A dialect SHALL raise only `worker.errors`: `PacsUnavailable` when the server did not answer or said it
+    A dialect SHALL raise only `courier.errors`: `PacsUnavailable` when the server did not answer or said it
     is in trouble, `PacsUnauthorized` on 401 (after one fresh token) and 403, `PacsMisanswered` when an
     answer cannot be what was asked for, `PacsRejected` when the request as a whole was refused for good;
     each names the server. It SHALL NOT sleep, retry, follow a redirect to another host, or read the

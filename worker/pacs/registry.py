@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from worker.errors import CourierError
+from courier.errors import CourierError
+from courier.settings import ServerSettings, ServerType
 from worker.pacs import msdicom
 from worker.pacs.credentials import credentials
 from worker.pacs.dcm4chee import Dcm4chee
+from worker.pacs.generic import PlainDicomWeb
 from worker.pacs.guard import Guard
 from worker.pacs.guarded import GuardedTransport
 from worker.pacs.orthanc import Orthanc
-from worker.pacs.plain import PlainDicomWeb
 from worker.pacs.protocol import Pacs
 from worker.pacs.transport import Transport
-from worker.settings import ServerSettings, ServerType
 
 DIALECTS: Mapping[ServerType, Callable[[Transport], Pacs]] = {
     "msdicom": msdicom.MsDicom,

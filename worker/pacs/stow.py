@@ -13,8 +13,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from worker.errors import CourierError, SourceTruncated
-from worker.instances import Instance
+from courier.errors import CourierError, SourceTruncated
+from courier.results import Dataset
+from worker.dicom.instances import Instance
 from worker.pacs.dicomjson import (
     FAILED_SOP_SEQUENCE,
     FAILURE_REASON,
@@ -26,7 +27,6 @@ from worker.pacs.dicomjson import (
     text,
 )
 from worker.pacs.protocol import Fate, Outcome, Part, Passing
-from worker.payloads import Dataset
 
 BLOCK_BYTES = 256 * 1024
 PREAMBLE = b"\0" * 128 + b"DICM"

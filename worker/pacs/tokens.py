@@ -22,11 +22,11 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
-from worker.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
+from courier.settings import ServerSettings
 from worker.pacs.connections import authorities
+from worker.pacs.server_rates import asks_to_slow_down
 from worker.pacs.transport import retry_after_s
-from worker.server_rates import asks_to_slow_down
-from worker.settings import ServerSettings
 
 #: A token is fetched again this long before it expires, or after two thirds of a shorter life.
 AHEAD_S = 60.0

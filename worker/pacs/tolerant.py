@@ -15,14 +15,15 @@ from itertools import islice
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
-from worker.errors import PacsMisanswered, PacsRejected
+from courier.errors import PacsMisanswered, PacsRejected
+from courier.messages import Level, check_uid
+from courier.results import Dataset
 from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, number, text, values
 from worker.pacs.dicomweb import DICOM_JSON, DICOM_JSON_GZIP, FEW, QUERIES, RAW, DicomWeb, fits_path, path_of, window
 from worker.pacs.matching import Parameter
 from worker.pacs.odd_json import in_standard_spelling, is_dataset, is_odd
 from worker.pacs.protocol import NEEDS_STUDY, NOTHING_OR_WRONG_URL, Found
 from worker.pacs.transport import Answer, Request
-from worker.payloads import Dataset, Level, check_uid
 
 #: What a search of a resource that every server has may be answered with, and one of a resource that a server may lack.
 _SEARCH = (200, 204, 404)

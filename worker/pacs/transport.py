@@ -23,18 +23,11 @@ import urllib3
 from urllib3 import exceptions as wire
 from urllib3.response import BaseHTTPResponse
 
-from worker.errors import (
-    CourierError,
-    PacsMisanswered,
-    PacsRejected,
-    PacsUnauthorized,
-    PacsUnavailable,
-    TryAgain,
-)
+from courier.errors import CourierError, PacsMisanswered, PacsRejected, PacsUnauthorized, PacsUnavailable, TryAgain
+from courier.settings import ServerSettings
+from courier.telemetry import CallSeen, carrier, watching
 from worker.pacs.connections import Stale, allow, mistrust, pool, refused_certificate
-from worker.server_rates import asks_to_slow_down
-from worker.settings import ServerSettings
-from worker.telemetry import CallSeen, carrier, watching
+from worker.pacs.server_rates import asks_to_slow_down
 
 BLOCK_BYTES = 256 * 1024
 #: More than this is no answer to a question; images are streamed and have no such limit.

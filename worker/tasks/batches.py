@@ -8,15 +8,15 @@ from typing import Any
 from celery import Task
 
 from worker.app import app
-from worker.jobs import batches
-from worker.jobs.batches import Conductor, Kind
-from worker.jobs.bulk_deletions import StudyDeletions, delete_many
-from worker.jobs.bulk_downloads import StudyDownloads, download_all
-from worker.jobs.bulk_uploads import KIND as UPLOADS
-from worker.jobs.bulk_uploads import upload_all
-from worker.jobs.chunks import chunk
-from worker.jobs.delete_all import delete_all
-from worker.jobs.migrations import StudyMigrations, migrate
+from worker.batches import coordinator
+from worker.batches.chunks import chunk
+from worker.batches.coordinator import Conductor, Kind
+from worker.batches.delete_all import delete_all
+from worker.batches.deletions import StudyDeletions, delete_many
+from worker.batches.downloads import StudyDownloads, download_all
+from worker.batches.migrations import StudyMigrations, migrate
+from worker.batches.uploads import KIND as UPLOADS
+from worker.batches.uploads import upload_all
 from worker.tasks.door import deliver
 
 KINDS: dict[str, Kind] = {
@@ -66,46 +66,46 @@ def pacs_batch_chunk(self: Task, job: object = None, **_: Any) -> dict[str, Any]
 @app.task(name="pacs.batch.show", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_show(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     """How far a batch is."""
-    return deliver(self, batches.show, job)
+    return deliver(self, coordinator.show, job)
 
 
 @app.task(name="pacs.batch.pause", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_pause(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     """Begin nothing new of a batch for now."""
-    return deliver(self, batches.pause, job)
+    return deliver(self, coordinator.pause, job)
 
 
 @app.task(name="pacs.batch.resume", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_resume(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     """Go on with a paused batch."""
-    return deliver(self, batches.resume, job)
+    return deliver(self, coordinator.resume, job)
 
 
 @app.task(name="pacs.batch.cancel", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_cancel(self: Task, job: object = None, **_: Any) -> dict[str, Any]:
     """End a batch; what was done stays done."""
-    return deliver(self, batches.cancel, job)
+    return deliver(self, coordinator.cancel, job)
 
 
 @app.task(name="pacs.batch.apply", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_apply(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """See a plan through that was looked at."""
-    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.apply), job, beside=beside)
+    return deliver(self, partial(coordinator.conducted, kinds=KINDS, wish=Conductor.apply), job, beside=beside)
 
 
 @app.task(name="pacs.batch.retry", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_retry(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Try again what failed of a batch, or was found missing."""
-    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.retry), job, beside=beside)
+    return deliver(self, partial(coordinator.conducted, kinds=KINDS, wish=Conductor.retry), job, beside=beside)
 
 
 @app.task(name="pacs.batch.verify", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_verify(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Look once more whether what a batch did is so."""
-    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.verify), job, beside=beside)
+    return deliver(self, partial(coordinator.conducted, kinds=KINDS, wish=Conductor.verify), job, beside=beside)
 
 
 @app.task(name="pacs.batch.undo", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_undo(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Take back what a batch did."""
-    return deliver(self, partial(batches.conducted, kinds=KINDS, wish=Conductor.undo), job, beside=beside)
+    return deliver(self, partial(coordinator.conducted, kinds=KINDS, wish=Conductor.undo), job, beside=beside)

@@ -7,7 +7,7 @@ from typing import Any
 from celery import Task
 
 from worker.app import app
-from worker.jobs.deletions import delete
+from worker.jobs.delete import delete
 from worker.tasks.door import deliver
 
 

@@ -13,19 +13,19 @@ import redis
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from worker import follow_ups
+from courier.errors import CourierError, InvalidRequest
+from courier.ledger.jobs import LeaseLost, PendingFollowUps, job_id_for
+from courier.redaction import job_lines
+from courier.telemetry import continued
 from worker.app import BROKER_ERRORS, NOT_BEGUN, WAITS, app, ready
-from worker.errors import CourierError, InvalidRequest
-from worker.follow_ups import End, detach
-from worker.jobs.carry import Done, Failed, NotTaken, Parked, Starved, Verdict, Work, carry
-from worker.jobs.follow import follow
-from worker.jobs.run import Pulse, Run
-from worker.jobs.tools import Tools
-from worker.ledger import LeaseLost, PendingFollowUps, job_id_for
-from worker.logs import job_lines
-from worker.revokes import stamps_of
-from worker.shortage import STARVED, is_shortage
-from worker.telemetry import continued
+from worker.jobs.attempt import Pulse, Run
+from worker.jobs.idempotency import follow
+from worker.jobs.runner import Done, Failed, NotTaken, Parked, Starved, Verdict, Work, carry
+from worker.jobs.services import Tools
+from worker.runtime import follow_ups
+from worker.runtime.follow_ups import End, detach
+from worker.runtime.revokes import stamps_of
+from worker.runtime.shortage import STARVED, is_shortage
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 from celery import Task
 
 from worker.app import app
-from worker.jobs.downloads import download
+from worker.jobs.download import download
 from worker.tasks.door import deliver
 
 

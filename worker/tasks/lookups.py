@@ -7,7 +7,7 @@ from typing import Any
 from celery import Task
 
 from worker.app import app
-from worker.jobs.lookups import exists, metadata
+from worker.jobs.lookup import exists, metadata
 from worker.tasks.door import deliver
 
 

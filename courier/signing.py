@@ -1,0 +1,107 @@
+"""Signed messages: who may have a worker do something, where the broker is not to be trusted.
+
+Celery's own ``auth`` serializer signs (RSA, X.509); here stands what it leaves open: the body alone is signed, so the
+task and the id are written into it, with the time. Celery is named here because the worker and every program that
+enqueues sign alike. What signing does not cover is in docs/signing.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from celery import Celery
+from celery.app.amqp import AMQP
+from celery.exceptions import SecurityError
+from kombu.serialization import registry
+
+from courier.settings import SettingsError, SigningSettings
+
+SERIALIZER: Final = "auth"
+CONTENT_TYPE: Final = "application/data"
+_SIGNED_FOR: Final = "signed_for"
+#: How far the clocks of two machines may be apart.
+_SKEW_S: Final = 300.0
+
+
+class SigningAMQP(AMQP):  # type: ignore[misc]  # celery is untyped
+    """Writes into the body, which is signed, what stands in the headers, which are not."""
+
+    def as_task_v2(self, task_id: str, name: str, *args: Any, **kwargs: Any) -> Any:
+        message = super().as_task_v2(task_id, name, *args, **kwargs)
+        message.body[2][_SIGNED_FOR] = [name, task_id, int(time.time())]
+        return message
+
+
+def install(app: Celery, settings: SigningSettings) -> None:
+    """Have ``app`` sign what it sends, and read nothing that no trusted key has signed; results stay JSON.
+
+    One key per process: the serializer is known to kombu by its name.
+
+    Raises
+    ------
+    SettingsError
+        A key or a certificate is missing, expired, of another kind than RSA, or not the other's.
+    """
+    if not settings.on:
+        return
+    signer = _signer(settings)
+    registry.register(  # type: ignore[no-untyped-call]  # kombu is untyped
+        SERIALIZER, signer.serialize, signer.deserialize, content_type=CONTENT_TYPE, content_encoding="utf-8"
+    )
+    app.amqp_cls = f"{__name__}:{SigningAMQP.__name__}"
+    app.conf.update(task_serializer=SERIALIZER, accept_content=[SERIALIZER], result_accept_content=["json"])
+
+
+def objection(headers: Mapping[str, Any], embedded: Mapping[str, Any], *, good_for_s: float) -> str | None:
+    """Why a message whose signature is good is still not to be followed: it was signed for something else, or long ago.
+
+    A copy of a message is harmless as long as the ledger remembers the job, so a signature is good for that long.
+    """
+    signed_for = embedded.get(_SIGNED_FOR)
+    if not isinstance(signed_for, list) or len(signed_for) != 3 or signed_for[:2] != [headers["task"], headers["id"]]:
+        return "it was signed for another task or id"
+    signed_at_s = signed_for[2]
+    if not isinstance(signed_at_s, int) or not -_SKEW_S <= time.time() - signed_at_s <= good_for_s:
+        return "its signature is too old, or from the future"
+    return None
+
+
+def _signer(settings: SigningSettings) -> Any:
+    from celery.security.certificate import Certificate, FSCertStore  # noqa: PLC0415 (only who signs needs cryptography)
+    from celery.security.key import PrivateKey  # noqa: PLC0415
+    from celery.security.serialization import SecureSerializer  # noqa: PLC0415
+
+    class JsonSerializer(SecureSerializer):  # type: ignore[misc]  # celery is untyped
+        """What is inside is JSON: its content type is not signed, so nothing else is ever read."""
+
+        def _unpack(self, payload: Any, **kwargs: Any) -> Any:
+            fields = super()._unpack(payload, **kwargs)
+            if (fields["content_type"], fields["content_encoding"]) != ("application/json", "utf-8"):
+                raise SecurityError("not JSON")
+            return fields
+
+    def read(key: str, make: Any) -> Any:
+        path: Path = getattr(settings, key)
+        try:
+            return make(path)
+        except OSError as error:
+            raise SettingsError(f"setting queue.signing.{key}: {path} cannot be read: {error.strerror}") from None
+        except (SecurityError, ValueError) as error:
+            reason = "has expired" if "Expired" in str(error) else "is no such file, in PEM and of an RSA key"
+            raise SettingsError(f"setting queue.signing.{key}: {path} {reason}") from None
+
+    key = read("key_file", lambda path: PrivateKey(path.read_text(encoding="utf-8")))
+    certificate = read("certificate_file", lambda path: Certificate(path.read_text(encoding="utf-8")))
+    trusted = read("trusted_folder", lambda path: FSCertStore(str(path / "*.crt")))
+    signer = JsonSerializer(key, certificate, trusted, "sha256", serializer="json")
+    try:
+        signer.deserialize(signer.serialize("ours"))
+    except SecurityError:
+        raise SettingsError(
+            "setting queue.signing: what key_file signs does not verify; certificate_file has to be the certificate of "
+            "that key, not expired, and lie in trusted_folder as *.crt"
+        ) from None
+    return signer

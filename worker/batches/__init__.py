@@ -1,0 +1,1 @@
+"""Batches as a worker does them: one coordinator, one module per kind of batch."""

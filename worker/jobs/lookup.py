@@ -1,0 +1,229 @@
+"""Is it anywhere, and what does it say of itself: `pacs.exists` and `pacs.metadata`.
+
+Whoever else has to find an object first (to download or delete it) asks through `look` and `settle`, so that
+silence means the same everywhere: never "not there". Nothing here changes anything on a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from courier.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered
+from courier.messages import ExistsJob, Level, LookupJob, read_job
+from courier.results import Dataset, Fault, FoundEntry, FoundPayload
+from courier.settings import MODES, ResultSettings
+from worker.jobs.attempt import Run
+from worker.jobs.result_fields import allowed, place
+from worker.jobs.services import Tools
+from worker.jobs.study_lists import Left, walk
+from worker.pacs.finding import find_in_studies, find_in_study
+from worker.pacs.fleet import Fleet
+from worker.pacs.protocol import NEEDS_STUDY, Found, Pacs
+
+#: So much JSON per server may the metadata in a result be.
+MAX_METADATA_BYTES = 8 * 1_048_576
+#: In so many studies an image is looked for, one after the other, where the server cannot be asked otherwise.
+SEARCHED_STUDIES = 100
+
+
+@dataclass(frozen=True)
+class Description:
+    """One server's metadata of what it has, as far as results may hold them."""
+
+    datasets: list[Dataset]
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one server said: what it has, [] if it said that there is nothing, or why it did not answer."""
+
+    pacs: Pacs
+    found: list[Found]
+    error: CourierError | None = None
+
+
+def exists(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """Who has it, by its UID alone (design contract, section 5).
+
+    Raises
+    ------
+    NotFound
+        Every server that had to be asked answered, and none has it.
+    CourierError
+        The error of the first server whose silence leaves the question open.
+    """
+    job = read_job(ExistsJob, message)
+    return _answer("exists", job, run, tools, described=job.metadata)
+
+
+def metadata(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    """As `exists`, with the metadata of every image of the object."""
+    return _answer("metadata", read_job(LookupJob, message), run, tools, described=True)
+
+
+def asked(mode: str, fleet: Fleet) -> list[Pacs]:
+    """The servers that ``mode`` stands for, in order of preference."""
+    if mode in MODES:
+        return list(fleet)
+    if mode not in fleet.names:
+        known = ", ".join((*MODES, *fleet.names))
+        raise InvalidRequest(f"No mode or server is called {mode!r}; there are: {known}.", details={"field": "mode"})
+    return [fleet[mode]]
+
+
+def look(level: Level, uid: str, *, mode: str, fleet: Fleet, study_uid: str | None = None) -> list[Reply]:
+    """Ask for an object, all servers at the same time; in mode `either` up to the first, in order, that has it."""
+    servers = asked(mode, fleet)
+    answers = fleet.in_order([partial(find, pacs, level, uid, study_uid=study_uid) for pacs in servers])
+    replies = []
+    for pacs, answer in zip(servers, answers, strict=False):
+        reply = Reply(pacs, [], answer) if isinstance(answer, CourierError) else Reply(pacs, answer)
+        replies.append(reply)
+        if mode == "either" and reply.found:
+            break
+    return replies
+
+
+def find(pacs: Pacs, level: Level, uid: str, *, study_uid: str | None = None) -> list[Found]:
+    """Every object of ``level`` with ``uid``; if the study is given, in that study alone.
+
+    A server that finds it only below its study, and has few studies, is asked below each of them.
+    """
+    if study_uid is not None:
+        return find_in_study(pacs, level, uid, study_uid)
+    try:
+        return pacs.find(level, uid)
+    except PacsMisanswered as error:
+        if not error.details.get(NEEDS_STUDY) or (studies := _few_studies(pacs)) is None:
+            raise
+    return find_in_studies(pacs, level, uid, studies)
+
+
+def _few_studies(pacs: Pacs) -> list[str] | None:
+    """The UIDs of all studies of a server; None if there are more than `SEARCHED_STUDIES`, or may be."""
+    left = Left()
+    found: dict[str, None] = {}
+    try:
+        for page in walk(pacs, {}, left, limit=SEARCHED_STUDIES + 1):
+            found |= dict.fromkeys(page)
+            if len(found) > SEARCHED_STUDIES:
+                return None
+    except PacsMisanswered as error:
+        if not error.is_lasting:
+            raise
+        return None
+    return None if left.may_be_cut else list(found)
+
+
+def settle(level: Level, uid: str, replies: Sequence[Reply], *, study_uid: str | None = None) -> Reply:
+    """The first reply that has the object.
+
+    Raises
+    ------
+    CourierError
+        Nobody has it and somebody did not answer: the first silent server's error.
+    NotFound
+        Nobody has it.
+    """
+    for reply in replies:
+        if reply.found:
+            return reply
+    for reply in replies:
+        if reply.error is not None:
+            raise reply.error
+    names = [reply.pacs.server.name for reply in replies]
+    only = replies[0].pacs.server if len(replies) == 1 else None
+    raise NotFound(
+        f"The {level} is not on {' or '.join(names)}{in_that_study(level, study_uid)}.",
+        server_name=only.name if only else None,
+        server_type=only.type if only else None,
+        details={"level": level, "uid": uid, "asked": names},
+    )
+
+
+def in_that_study(level: Level, study_uid: str | None) -> str:
+    """What a sentence says of where was looked."""
+    return f", in the study {study_uid}" if study_uid is not None and level != "study" else ""
+
+
+def _answer(
+    operation: Literal["exists", "metadata"], job: LookupJob, run: Run, tools: Tools, *, described: bool
+) -> dict[str, Any]:
+    with run.step("check"):
+        replies = look(job.level, job.uid, mode=job.mode, fleet=tools.fleet, study_uid=job.study_uid)
+        first = settle(job.level, job.uid, replies, study_uid=job.study_uid)
+    descriptions: dict[str, Description | CourierError] = {}
+    if described:
+        with run.step("describe"):
+            descriptions = _describe([reply for reply in replies if reply.found], tools)
+    return FoundPayload(
+        operation=operation,
+        job_id=run.job_id,
+        level=job.level,
+        uid=job.uid,
+        mode=job.mode,
+        server_name=first.pacs.server.name,
+        server_type=first.pacs.server.type,
+        servers=[_entry(reply, descriptions.get(reply.pacs.server.name)) for reply in replies],
+        warnings=_warnings(job.level, replies, descriptions),
+    ).as_json()
+
+
+def _describe(having: Sequence[Reply], tools: Tools) -> dict[str, Description | CourierError]:
+    """The metadata from each server that has the object; one server's trouble is told if another's are there."""
+    results = tools.settings.results
+    questions = [partial(_read, reply, results) for reply in having]
+    answers = tools.fleet.gather(questions)
+    errors = [answer for answer in answers if isinstance(answer, CourierError)]
+    if len(errors) == len(answers):
+        raise errors[0]
+    return {reply.pacs.server.name: answer for reply, answer in zip(having, answers, strict=True)}
+
+
+def _read(reply: Reply, results: ResultSettings) -> Description:
+    if results.metadata == "none":
+        return Description([])
+    datasets = [ds for found in reply.found for ds in reply.pacs.metadata(found)]
+    if not datasets:
+        server = reply.pacs.server
+        raise PacsMisanswered(
+            f"{server.name} lists the object but shows no metadata; it is looked for again.",
+            server_name=server.name,
+            server_type=server.type,
+        )
+    return Description(*allowed(datasets, results, max_bytes=MAX_METADATA_BYTES))
+
+
+def _entry(reply: Reply, description: Description | CourierError | None) -> FoundEntry:
+    server = reply.pacs.server
+    error = description if isinstance(description, CourierError) else reply.error
+    fault = Fault(code=error.payload["code"], message=error.message) if error else None
+    if not reply.found:
+        status: Literal["not_there", "unavailable"] = "unavailable" if reply.error else "not_there"
+        return FoundEntry(server_name=server.name, server_type=server.type, status=status, error=fault)
+    first, *others = [place(found, server) for found in reply.found]
+    return FoundEntry(
+        server_name=server.name,
+        server_type=server.type,
+        status="found",
+        **first.model_dump(),
+        also_in=others,
+        metadata=description.datasets if isinstance(description, Description) else None,
+        error=fault,
+    )
+
+
+def _warnings(
+    level: Level, replies: Sequence[Reply], descriptions: Mapping[str, Description | CourierError]
+) -> list[str]:
+    warnings = []
+    if level == "study" and sum(bool(reply.found) for reply in replies) > 1:
+        warnings.append("study_split")
+    if any(len(reply.found) > 1 for reply in replies):
+        warnings.append("uid_not_unique")
+    told = (one.warnings for one in descriptions.values() if isinstance(one, Description))
+    return warnings + sorted({warning for some in told for warning in some})

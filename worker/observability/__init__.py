@@ -1,0 +1,1 @@
+"""How a worker is observed: log lines, metrics, and what switches them on."""
