@@ -14,10 +14,10 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from courier.batches.windows import check_window
 from courier.errors import InvalidRequest, InvalidUid
 from courier.filters import check_filters, check_selecting, check_unambiguous
 from courier.redaction import REASON_LENGTH, REQUESTED_BY_LENGTH, is_one_line, shown_text, shown_url
+from courier.windows import check_window
 
 VERSION = 1
 #: What a message may weigh: it says where the bytes are and never holds them. A worker throws larger ones away.

@@ -17,8 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from courier.batches.store import ACTIVE, NOT_DONE, PASSES, TROUBLE, Batch, Pass
-from courier.batches.windows import Window
 from courier.redaction import shown_url
+from courier.windows import Window
 from producer.batches import BatchDesk
 from producer.errors import InvalidRequest, NotFound
 from producer.handle import Handle, Report

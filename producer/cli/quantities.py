@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from courier.batches.windows import check_window
+from courier.windows import check_window
 from producer.errors import InvalidRequest
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(?:/(s|m|min|h))?")

@@ -16,8 +16,7 @@ from tests.batch_site import Site, payload
 from worker.batches import deletions, study_migration
 from worker.batches.coordinator import Conductor
 from worker.jobs.delete import delete
-from worker.pacs.hiding import Hiding
-from worker.pacs.protocol import DeletionFate, Found
+from worker.pacs.protocol import DeletionFate, Found, Hiding
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 EXPIRED, SAFETY = "113039%5EDCM", "113037%5EDCM"

@@ -12,11 +12,11 @@ import fakeredis
 import pytest
 
 from courier.batches.store import Batch, Item, Settled
-from courier.batches.windows import Window
 from courier.errors import InvalidRequest
 from courier.ledger.jobs import Ledger
 from courier.messages import BatchOrderJob, read_job
 from courier.settings import Settings
+from courier.windows import Window
 from worker.batches.coordinator import Spent
 from worker.batches.throttle import Pace, Rate
 from worker.jobs.attempt import NotYet, Run

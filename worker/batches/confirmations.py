@@ -7,7 +7,7 @@ more when it is sent (`worker.pacs.protection`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from courier.batches.planner import count_distinct
 from courier.batches.store import Batch, Batches, Row
@@ -15,14 +15,12 @@ from courier.errors import ConfirmationRequired
 from worker.jobs.services import Tools
 from worker.pacs.fleet import Fleet
 
-if TYPE_CHECKING:
-    from worker.batches.coordinator import Command, Kind
-
+Command = Literal["apply", "retry", "verify", "undo"]
 #: How a plan that is frozen is gone on with; an order's own plan is applied.
 _AGAIN = "pacs batch {} {} --confirm-studies {}"
 
 
-def check_may_begin(kind: Kind, command: Command, batch: Batch, tools: Tools, confirm_studies: int | None) -> None:
+def check_may_begin(kind: object, command: Command, batch: Batch, tools: Tools, confirm_studies: int | None) -> None:
     """Refuse a command that deletes what the settings forbid, or more studies than may be deleted unconfirmed.
 
     Raises
@@ -49,7 +47,7 @@ def check_may_begin(kind: Kind, command: Command, batch: Batch, tools: Tools, co
     )
 
 
-def studies_at_stake(kind: Kind, command: Command, batch: Batch, tools: Tools) -> int:
+def studies_at_stake(kind: object, command: Command, batch: Batch, tools: Tools) -> int:
     """The number of studies that a command deletes images of. Reads the whole plan; memory stays flat."""
     at_stake: Callable[[Command, Row, Batch, Fleet], str | None] | None = getattr(kind, "study_at_stake", None)
     if at_stake is None:

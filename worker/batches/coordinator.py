@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import redis
 
@@ -38,7 +38,7 @@ from courier.ledger.jobs import LeaseLost
 from courier.messages import BatchContinueJob, BatchItem, BatchJob, BatchOrderJob, old_spellings, read_job
 from courier.results import BatchStatePayload
 from courier.waits import BATCH_PAUSED, BATCH_RUNNING, BATCH_SLOTS
-from worker.batches.confirmations import check_may_begin
+from worker.batches.confirmations import Command, check_may_begin
 from worker.jobs.attempt import NotYet, Run
 from worker.jobs.services import Tools
 
@@ -54,7 +54,6 @@ IN_LINE_S = 3.0
 #: other leaves it open for another attempt); or None: another job is at it, look again soon.
 Answer = Settled | CourierError | None
 #: What may be asked of a batch whose plan is frozen.
-Command = Literal["apply", "retry", "verify", "undo"]
 
 
 @dataclass

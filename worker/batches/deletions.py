@@ -16,7 +16,8 @@ from courier.batches.store import CHUNK_ITEMS, Batch, Batches, Item, ItemStatus,
 from courier.errors import ConfirmationRequired, CourierError, InvalidRequest, Refused, StudyConflict, first_to_wait_for
 from courier.messages import BatchDeleteJob, check_uid, read_job
 from worker.batches.backups import Kept, has_others, is_all_kept, keep, prove, remove_kept, restore
-from worker.batches.coordinator import Answer, Command, Desk, Work, order, unbegun
+from worker.batches.confirmations import Command
+from worker.batches.coordinator import Answer, Desk, Work, order, unbegun
 from worker.batches.hidden import show_again, what_is_shown
 from worker.batches.study_lists import planned_studies
 from worker.jobs.attempt import Run

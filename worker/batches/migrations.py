@@ -28,7 +28,8 @@ from courier.batches.store import (
 from courier.errors import CourierError, InvalidRequest, NotFound, PacsUnavailable, Poisoned, Refused
 from courier.ledger.jobs import LeaseLost
 from courier.messages import BatchMigrateJob, check_uid, read_job
-from worker.batches.coordinator import Answer, Command, Desk, Work, order, unbegun
+from worker.batches.confirmations import Command
+from worker.batches.coordinator import Answer, Desk, Work, order, unbegun
 from worker.batches.study_copy import Transfer, images_on
 from worker.batches.study_migration import (
     Digests,

@@ -17,8 +17,8 @@ from limits.storage import RedisStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from courier.batches.store import Batch, Item, Settled
-from courier.batches.windows import Window
 from courier.waits import BATCH_RATE, BATCH_WINDOW
+from courier.windows import Window
 from worker.batches.coordinator import Spent
 from worker.jobs.attempt import NotYet, Run
 from worker.jobs.services import Tools

@@ -36,8 +36,9 @@ from courier.errors import (
 from courier.ledger.jobs import StoredImage
 from courier.messages import BatchUploadJob, read_job
 from courier.redaction import shown_url
+from worker.batches.confirmations import Command
 from worker.batches.coordinator import Answer as Result
-from worker.batches.coordinator import Command, Desk, Work, order, unbegun
+from worker.batches.coordinator import Desk, Work, order, unbegun
 from worker.batches.upload_checks import undo, verify
 from worker.dicom.instances import Instance, identify
 from worker.jobs.attempt import Run, ServerUnknown

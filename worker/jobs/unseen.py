@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from courier.errors import CourierError
 from worker.dicom.instances import Instance
-from worker.pacs.hiding import Hiding
-from worker.pacs.protocol import Fate, Outcome, Pacs
+from worker.pacs.protocol import Fate, Hiding, Outcome, Pacs
 
 
 def as_shown(pacs: Pacs, instances: Sequence[Instance], outcomes: Sequence[Outcome]) -> list[Outcome]:

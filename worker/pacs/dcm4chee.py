@@ -24,7 +24,6 @@ from worker.pacs.dcm4chee_hidden import REJECTION, Dcm4cheeHidden
 from worker.pacs.dcm4chee_views import Dcm4cheeViews
 from worker.pacs.dicomjson import FAILED_SOP_SEQUENCE, REFERENCED_SOP_CLASS_UID, items, text
 from worker.pacs.dicomweb import DicomWeb, path_of
-from worker.pacs.hiding import Hiding
 from worker.pacs.matching import REQUIRED, Matching, StudyQuery, widened
 from worker.pacs.protocol import (
     DatabaseState,
@@ -32,6 +31,7 @@ from worker.pacs.protocol import (
     DeletionFate,
     Fate,
     Found,
+    Hiding,
     Outcome,
     Part,
     Passing,

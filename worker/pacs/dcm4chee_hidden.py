@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Dcm4cheeHidden:
-    """See `worker.pacs.hiding.Hiding`. ``archive_path`` is the path above the application entities.
+    """See `worker.pacs.protocol.Hiding`. ``archive_path`` is the path above the application entities.
 
     ``delete_study`` sends the DELETE of a study.
     """

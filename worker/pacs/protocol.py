@@ -10,16 +10,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 from courier.messages import Level
 from courier.results import Dataset
 from courier.settings import ServerSettings
 from worker.dicom.fingerprints import Rewrites
 from worker.dicom.instances import Instance
-
-if TYPE_CHECKING:
-    from worker.pacs.hiding import Hiding
 
 #: How images are read: as the settings say; as the server shows them, whatever the settings say; or for a backup, which
 #: returns to the same server, and must bring back all that the server shows.
@@ -293,4 +290,35 @@ class ListsNewestFirst(Protocol):
 
     def newest_studies(self, *, filters: Mapping[str, str], limit: int, offset: int) -> StudyPage:
         """As `Pacs.studies`, the studies of the latest date and time first."""
+        ...
+
+
+class Hiding(Protocol):
+    """What a server has and does not show, although it called that stored: hidden, or kept in another study."""
+
+    def find_study(self, study_instance_uid: str) -> list[Found]:
+        """The study, although all of its images may be hidden; [] also where the account may not look."""
+        ...
+
+    def why_unseen(self, instance: Instance) -> Outcome | None:
+        """What became of an image that was answered as stored, and is not shown in its study.
+
+        None: it is shown by now, or the server does not say.
+        """
+        ...
+
+    def images(self, study_instance_uid: str) -> list[Found] | None:
+        """The images of the study that deletions which only hide have hidden; None where the account may not look."""
+        ...
+
+    def revoke(self, found: Found) -> int:
+        """Show again what such deletions have hidden of ``found``; how many images that were."""
+        ...
+
+    def delete_hidden(self, study_instance_uid: str) -> Deletion:
+        """Delete for good a study of which all images are hidden. Nothing is hidden for that.
+
+        It SHALL be refused, or find nothing, where one of the images is shown. What the settings protect is not known
+        here: the caller asks `Pacs.deletion` first.
+        """
         ...
