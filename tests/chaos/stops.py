@@ -23,8 +23,7 @@ from courier.ledger.jobs import Ledger
 from tests.chaos import points
 from worker import app as product
 from worker.jobs import upload
-from worker.pacs import connections
-from worker.runtime import follow_ups
+from worker.runtime import follow_ups, urllib3_internals
 from worker.storage import spool
 from worker.storage.sources import Sources
 from worker.tasks import door
@@ -80,7 +79,7 @@ _wrap(upload, "_metadata", before=points.DESCRIBE)
 _wrap(Ledger, "finish", after=points.BEFORE_RESULT)
 
 _carry, _within, _push, _readinto = door.carry, spool._within, upload._push, spool._View.readinto
-_getresponse, _after_return = connections._Patience.getresponse, product.PacsTask.after_return
+_getresponse, _after_return = urllib3_internals.Deadline.getresponse, product.PacsTask.after_return
 
 
 def _named_carry(*args: Any, job_id: str, **kwargs: Any) -> Any:
@@ -145,5 +144,5 @@ door.carry = _named_carry
 spool._within = _stopping_within
 upload._push = _stopping_push
 spool._View.readinto = _stopping_readinto
-connections._Patience.getresponse = _stopping_getresponse
+urllib3_internals.Deadline.getresponse = _stopping_getresponse
 product.PacsTask.after_return = _stopping_after_return

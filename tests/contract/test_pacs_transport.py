@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
 from courier.settings import AuthSettings, ServerSettings, SettingsError
 from worker.dicom.instances import Instance
-from worker.pacs import connections
 from worker.pacs import transport as transport_module
 from worker.pacs.protocol import Fate, Found, Pacs, Part
 from worker.pacs.registry import connect
+from worker.runtime import urllib3_internals
 
 SECRET = "swordfish"
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Type: application/dicom+json\r\nContent-Length: 2\r\n\r\n[]"
@@ -300,7 +300,7 @@ def test_a_connection_is_not_used_when_the_server_may_be_closing_it(
     scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(connections, "_clock", lambda: now[0])
+    monkeypatch.setattr(urllib3_internals, "_clock", lambda: now[0])
     server = scripted(http(200, b"[]", "Keep-Alive: timeout=1"))
     ward = pacs(server.url)
     for now[0] in (100.0, 100.4, 100.95, 101.3):

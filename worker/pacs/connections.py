@@ -1,31 +1,25 @@
 """The pooled connections to one server, how long each is waited for and trusted, and its TLS.
 
-urllib3's pools, with three limits and a rotating client certificate added; what is said over a connection is none of
-this module's business.
+urllib3's pools, with the limits of `worker.runtime.urllib3_internals` and a rotating client certificate added; what is
+said over a connection is none of this module's business.
 """
 
 from __future__ import annotations
 
-import errno
-import http.client
 import logging
 import os
-import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ProtocolError
+from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.util import parse_url
 
 from courier.settings import ServerSettings, SettingsError
-from worker.runtime.deadlines import TimedReader, timed
+from worker.runtime.urllib3_internals import limited_pools
 
 #: How long an idle connection is trusted when the server does not say how long it keeps one.
 DEFAULT_IDLE_S = 15.0
@@ -42,101 +36,7 @@ _REFUSALS = (
     "ACCESS_DENIED",
 )
 
-_clock = time.monotonic
 log = logging.getLogger(__name__)
-
-
-class Stale(ProtocolError):
-    """A connection that had served before was closed by the server without a word to this request."""
-
-
-class _Patience:
-    """Three limits that urllib3 does not have.
-
-    A pooled connection counts as dead before the server is likely to close it: one that is closed at the very
-    moment a STOW is sent leaves it open whether the image was stored or not. Oddity: "Connections are kept for one
-    second". And a body has the time of an answer to be sent in, not that of a connect: DCM4CHEE stores while it reads.
-    And an answer's head has to be whole when that time is over; urllib3 limits the single wait alone. What comes after
-    the head has the time that `allow` gives it.
-    """
-
-    timeout: Any
-    sock: Any
-    _reader: TimedReader
-
-    def __init__(self, *args: Any, send_timeout_s: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._send_timeout_s = send_timeout_s
-        self._trusted_until = float("inf")
-        self._has_served = False
-
-    @property
-    def is_connected(self) -> bool:
-        alive: bool = super().is_connected  # type: ignore[misc]  # a mixin: urllib3's connection comes next
-        return alive and _clock() < self._trusted_until
-
-    def connect(self) -> None:
-        super().connect()  # type: ignore[misc]  # as above
-        self.sock.settimeout(self._send_timeout_s)
-        self._trusted_until = float("inf")
-        self._has_served = False
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        if self.sock is not None:  # connected: what urllib3 sets now is the limit for sending
-            self.timeout = self._send_timeout_s
-        super().request(*args, **kwargs)  # type: ignore[misc]  # as above
-
-    def _answer(self, sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
-        """An answer of which nothing has been read; by now ``timeout`` is the limit for reading."""
-        answer = http.client.HTTPResponse(sock, *args, **kwargs)
-        self._reader = timed(answer, sock, deadline_s=time.monotonic() + self.timeout)
-        return answer
-
-    response_class: Any = _answer  # as http.client calls what makes its answers
-
-    def getresponse(self) -> Any:
-        try:
-            response = super().getresponse()  # type: ignore[misc]  # as above
-        except ConnectionError as error:
-            raise (Stale("closed while idle") if self._has_served else error) from error
-        response.reader = self._reader
-        self._has_served = True
-        self._trusted_until = _clock() + idle_limit_s(response.headers.get("Keep-Alive"))
-        return response
-
-
-class _PlainConnection(_Patience, HTTPConnection):
-    pass
-
-
-class _TlsConnection(_Patience, HTTPSConnection):
-    def __init__(self, *args: Any, tls: Tls, **kwargs: Any) -> None:
-        self._tls = tls
-        super().__init__(*args, ssl_context=tls.context(), **kwargs)
-
-    def connect(self) -> None:
-        self.ssl_context = self._tls.context()
-        super().connect()
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        """As over plain TCP: urllib3 then looks whether the server said something before it closed."""
-        try:
-            super().request(*args, **kwargs)
-        except ssl.SSLEOFError as error:
-            raise BrokenPipeError(errno.EPIPE, "closed while the request was sent") from error
-
-
-def allow(response: Any, timeout_s: float) -> None:
-    """Give what is read of ``response`` from now on so much time, in all."""
-    response.reader.deadline_s = time.monotonic() + timeout_s
-
-
-class _PlainPool(HTTPConnectionPool):
-    ConnectionCls = _PlainConnection
-
-
-class _TlsPool(HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
 
 
 def pool(server: ServerSettings) -> HTTPConnectionPool:
@@ -146,10 +46,11 @@ def pool(server: ServerSettings) -> HTTPConnectionPool:
         "maxsize": server.max_concurrency,
         "block": True,
         "send_timeout_s": server.read_timeout_s,
+        "idle_limit_s": idle_limit_s,
     }
-    if url.scheme == "http":
-        return _PlainPool(str(url.host), url.port, **options)
-    return _TlsPool(str(url.host), url.port, tls=Tls(server), **options)
+    if url.scheme == "https":
+        options["tls"] = Tls(server).context
+    return limited_pools()[str(url.scheme)](str(url.host), url.port, **options)
 
 
 class Tls:

@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
 from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
@@ -27,6 +25,7 @@ from courier.settings import ServerSettings
 from worker.pacs.connections import authorities
 from worker.pacs.server_rates import asks_to_slow_down
 from worker.pacs.transport import retry_after_s
+from worker.runtime.urllib3_internals import noted_pools, use_pools
 
 #: A token is fetched again this long before it expires, or after two thirds of a shorter life.
 AHEAD_S = 60.0
@@ -164,24 +163,8 @@ def bounded_session(server: ServerSettings, timeout_s: float) -> requests.Sessio
 _asking = threading.local()
 
 
-class _PlainConnection(HTTPConnection):
-    def connect(self) -> None:
-        super().connect()
-        _asking.sockets.append(self.sock)
-
-
-class _TlsConnection(HTTPSConnection):
-    def connect(self) -> None:
-        super().connect()
-        _asking.sockets.append(self.sock)
-
-
-class _PlainPool(HTTPConnectionPool):
-    ConnectionCls = _PlainConnection
-
-
-class _TlsPool(HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
+def _note(sock: socket.socket) -> None:
+    _asking.sockets.append(sock)
 
 
 class _Body(io.BytesIO):
@@ -203,7 +186,7 @@ class _Bounded(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+        use_pools(self.poolmanager, noted_pools(_note))
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         request.headers["Connection"] = "close"

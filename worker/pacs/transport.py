@@ -26,8 +26,9 @@ from urllib3.response import BaseHTTPResponse
 from courier.errors import CourierError, PacsMisanswered, PacsRejected, PacsUnauthorized, PacsUnavailable, TryAgain
 from courier.settings import ServerSettings
 from courier.telemetry import CallSeen, carrier, watching
-from worker.pacs.connections import Stale, allow, mistrust, pool, refused_certificate
+from worker.pacs.connections import mistrust, pool, refused_certificate
 from worker.pacs.server_rates import asks_to_slow_down
+from worker.runtime.urllib3_internals import Stale, extend
 
 BLOCK_BYTES = 256 * 1024
 #: More than this is no answer to a question; images are streamed and have no such limit.
@@ -243,7 +244,7 @@ class Transport:
         """The body, if it comes within ``timeout_s`` of its head."""
         body = bytearray()
         with self._reading(f"it was not there within {timeout_s:g} s"):
-            allow(response, timeout_s)
+            extend(response, timeout_s)
             while block := response.read1(BLOCK_BYTES):
                 body += block
                 if len(body) > MAX_ANSWER_BYTES:
@@ -258,7 +259,7 @@ class Transport:
         with self._reading(f"{BLOCK_BYTES // 1024} KiB more were not there within {timeout_s:g} s"):
             left_s, came_bytes = timeout_s, 0
             while True:
-                allow(response, left_s)
+                extend(response, left_s)
                 asked_s = time.monotonic()
                 block = response.read1(BLOCK_BYTES)
                 if not block:

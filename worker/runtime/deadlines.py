@@ -13,6 +13,8 @@ import socket
 import time
 from typing import Any
 
+from worker.runtime.http_client_internals import attach_stream, detach_stream
+
 _BUFFER_BYTES = 65_536
 
 
@@ -47,6 +49,7 @@ def timed(
     answer: http.client.HTTPResponse, sock: socket.socket, *, deadline_s: float, idle_timeout_s: float = math.inf
 ) -> TimedReader:
     """Let ``answer``, none of which has been read, be read from ``sock`` in time only, its head too."""
-    reader = TimedReader(answer.fp.detach(), sock, deadline_s=deadline_s, idle_timeout_s=idle_timeout_s)
-    answer.fp = io.BufferedReader(reader, _BUFFER_BYTES)
+    raw = detach_stream(answer)
+    reader = TimedReader(raw, sock, deadline_s=deadline_s, idle_timeout_s=idle_timeout_s)
+    attach_stream(answer, io.BufferedReader(reader, _BUFFER_BYTES))
     return reader

@@ -10,7 +10,6 @@ import http.client
 import logging
 import re
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +19,6 @@ from typing import Any
 from urllib.parse import urljoin
 
 import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
@@ -46,20 +43,19 @@ from courier.ledger.breakers import Breakers
 from courier.redaction import shown_url
 from courier.settings import SourceSettings
 from worker.runtime.deadlines import timed
+from worker.runtime.http_client_internals import FinalResponse
+from worker.runtime.urllib3_internals import dialled_pools, use_pools
 from worker.storage.credentials import StoreCredential
 from worker.storage.encoding import decoded, is_plain
-from worker.storage.network import Network, of_proxy, proxy_is_away, tls, unreachable
+from worker.storage.network import Network, of_proxy, proxy_is_away, unreachable
 from worker.storage.policy import Policy, Target
 from worker.storage.spool import CHUNK_BYTES, Fetched, Limits, spool
 
 Resolve = Callable[[str, int], list[tuple[Any, ...]]]
-Dial = Callable[[str, int, float | None], socket.socket]
 #: What an answer that is no redirect means, by its status and headers; None where the body is the image.
 Judge = Callable[[int, Mapping[str, str], str], CourierError | None]
 
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pacs-courier"}
-#: A 101 would change the protocol and is none of them.
-_INTERIM = frozenset((HTTPStatus.PROCESSING, HTTPStatus.EARLY_HINTS))
 #: From a proxy that hands on the request itself. Behind a CONNECT, where its refusal ends the connection, it would be
 #: the host's own word, which no sender may turn against the worker's credential.
 _PROXY_REFUSES = HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
@@ -105,10 +101,8 @@ class HttpSource:
         self._policy = policy or Policy(settings)
         self._resolve = resolve
         self._network = Network.of(settings)
-        context = tls(settings.ca_file)
-        self._pools: urllib3.PoolManager = (
-            _Pools(self._dial, context) if settings.proxy is None else _ProxiedPools(self._dial, context, self._network)
-        )
+        self._pools = self._network.pools(num_pools=64, maxsize=32, block=False)
+        use_pools(self._pools, dialled_pools(self._dial, request_target=lambda: str(_fetch.request), answer=_answer))
         self._proxy = None if settings.proxy is None else StoreCredential("sources.proxy", breakers)
 
     def fetch(self, url: str, limits: Limits, judge: Judge | None = None) -> Fetched:
@@ -300,100 +294,8 @@ def _remaining_s() -> float:
     return float(_fetch.deadline_s - time.monotonic())
 
 
-class _TimedResponse(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        _fetch.answer = self
-        timed(self, sock, deadline_s=_fetch.deadline_s, idle_timeout_s=_fetch.idle_timeout_s)
-
-    def _read_status(self) -> tuple[str, int, str]:
-        """The final status: http.client skips a 100, and takes other interim answers (RFC 9110, 15.2) for final."""
-        version, status, reason = super()._read_status()  # type: ignore[misc]
-        while status in _INTERIM:
-            http.client.parse_headers(self.fp)
-            version, status, reason = super()._read_status()  # type: ignore[misc]
-        return version, status, reason
-
-
-def _dialled(connection: HTTPConnection, dial: Dial) -> socket.socket:
-    """A new connection's socket; its failure is told as urllib3 tells it, which takes a bare reset for an answer's."""
-    try:
-        return dial(connection._dns_host, connection.port, connection.timeout)
-    except ConnectionError as error:
-        raise NewConnectionError(connection, "there is no connection") from error
-
-
-class _Connection(HTTPConnection):
-    response_class = _TimedResponse
-
-    def __init__(self, *args: Any, dial: Dial, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._dial = dial
-
-    def _new_conn(self) -> socket.socket:
-        return _dialled(self, self._dial)
-
-    def putrequest(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        super().putrequest(method, _fetch.request, *args, **kwargs)
-
-
-class _TlsConnection(HTTPSConnection):
-    """As above; the name that TLS sends and verifies stays the URL's host."""
-
-    response_class = _TimedResponse
-
-    def __init__(self, *args: Any, dial: Dial, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._dial = dial
-
-    def _new_conn(self) -> socket.socket:
-        return _dialled(self, self._dial)
-
-    def putrequest(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        super().putrequest(method, _fetch.request, *args, **kwargs)
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _TlsPool(HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
-
-
-class _Pools(urllib3.PoolManager):
-    """Connection pools whose connections are made by ``dial``."""
-
-    def __init__(self, dial: Dial, tls: ssl.SSLContext) -> None:
-        super().__init__(num_pools=64, maxsize=32, block=False, ssl_context=tls)
-        self.pool_classes_by_scheme = _POOL_CLASSES
-        self._dial = dial
-
-    def _new_pool(self, scheme: str, host: str, port: int, request_context: Any = None) -> HTTPConnectionPool:
-        pool = super()._new_pool(scheme, host, port, request_context)
-        pool.conn_kw["dial"] = self._dial
-        return pool
-
-
-class _ProxiedPools(urllib3.ProxyManager):
-    """The same through a proxy, to which ``dial`` connects; TLS is spoken with the host, behind a CONNECT."""
-
-    def __init__(self, dial: Dial, tls: ssl.SSLContext, network: Network) -> None:
-        super().__init__(
-            network.proxy or "",
-            proxy_headers=network.proxy_headers,
-            num_pools=64,
-            maxsize=32,
-            block=False,
-            ssl_context=tls,
-        )
-        self.pool_classes_by_scheme = _POOL_CLASSES
-        self._dial = dial
-
-    def _new_pool(self, scheme: str, host: str, port: int, request_context: Any = None) -> HTTPConnectionPool:
-        pool = super()._new_pool(scheme, host, port, request_context)
-        pool.conn_kw["dial"] = self._dial
-        return pool
-
-
-_POOL_CLASSES: dict[str, type[HTTPConnectionPool]] = {"http": _Pool, "https": _TlsPool}
+def _answer(sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
+    """An answer to the calling thread's fetch, which has to keep to its time."""
+    _fetch.answer = answer = FinalResponse(sock, *args, **kwargs)
+    timed(answer, sock, deadline_s=_fetch.deadline_s, idle_timeout_s=_fetch.idle_timeout_s)
+    return answer

@@ -21,6 +21,7 @@ from urllib3.exceptions import ProxyError
 
 from courier.errors import CourierError, SourceNotAllowed, SourceUnauthorized, SourceUnreachable
 from courier.settings import S3Settings, SettingsError, SourceSettings
+from worker.runtime import botocore_internals
 
 if TYPE_CHECKING:
     from azure.core.pipeline.transport import RequestsTransport
@@ -115,29 +116,12 @@ def s3_client(
         client = boto3.session.Session().client(
             "s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config
         )
-    _guard_credentials(client)
+    botocore_internals.read_credentials_within(client, reading_credentials)
     if settings.endpoint_url:
-        client.meta.events.register("before-call.s3", _to_one_store)
+        botocore_internals.keep_to_one_store(client)
     if network.ca_file:
-        http = client._endpoint.http_session
-        context = _tls_of_sdks(network.ca_file)
-        http._get_ssl_context = lambda: context
-        http._manager.connection_pool_kw["ssl_context"] = context
+        botocore_internals.trust(client, _tls_of_sdks(network.ca_file))
     return client
-
-
-def _guard_credentials(client: Any) -> None:
-    """Credentials that are to be renewed are read anew while a request is signed."""
-    credentials = client._request_signer._credentials
-    if credentials is None:
-        return
-    read = credentials.get_frozen_credentials
-
-    def frozen() -> Any:
-        with reading_credentials():
-            return read()
-
-    credentials.get_frozen_credentials = frozen
 
 
 @contextmanager
@@ -154,16 +138,6 @@ def reading_credentials() -> Iterator[None]:
             raise
         why = type(error).__name__
         raise boto.CredentialRetrievalError(provider="the worker's configuration", error_msg=why) from error
-
-
-def _to_one_store(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
-    """Keep boto from what one endpoint of another maker may not know.
-
-    A redirect to another region is not followed: one to itself would be until Python's stack is full. A checksum is
-    not asked for; one that the store gives is compared all the same.
-    """
-    context["s3_redirect"] = {**context.get("s3_redirect", {}), "redirected": True}
-    params["headers"].pop("x-amz-checksum-mode", None)
 
 
 def azure_transport(network: Network, *, connect_timeout_s: float, read_timeout_s: float) -> RequestsTransport:

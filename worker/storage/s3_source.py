@@ -32,6 +32,7 @@ from courier.ledger.breakers import Breakers
 from courier.redaction import shown_url
 from courier.settings import SettingsError, SourceSettings
 from courier.urls import ENCODED, object_name, refusal_reason
+from worker.runtime.botocore_internals import make_answers
 from worker.runtime.deadlines import timed
 from worker.storage.credentials import StoreCredential
 from worker.storage.encoding import decoded, is_plain
@@ -196,21 +197,15 @@ def _client(settings: SourceSettings) -> Any:
         connect_timeout_s=settings.connect_timeout_s,
         read_timeout_s=settings.idle_timeout_s,
     )
-    pools = client._endpoint.http_session._pool_classes_by_scheme
-    pools.update({scheme: _timed_pool(pool, settings.idle_timeout_s) for scheme, pool in pools.items()})
+    make_answers(client, partial(_answer, settings.idle_timeout_s))
     return client
 
 
-def _timed_pool(pool: Any, idle_timeout_s: float) -> Any:
-    """``pool``, a class of boto's, with answers that keep to the fetch's time: boto's time-out is of a single wait."""
-
-    def answer(sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
-        made = http.client.HTTPResponse(sock, *args, **kwargs)
-        timed(made, sock, deadline_s=_asking.deadline_s, idle_timeout_s=idle_timeout_s)
-        return made
-
-    connection = type("_TimedConnection", (pool.ConnectionCls,), {"response_class": staticmethod(answer)})
-    return type("_TimedPool", (pool,), {"ConnectionCls": connection})
+def _answer(idle_timeout_s: float, sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
+    """An answer that keeps to the time of the calling thread's fetch: boto's time-out is of a single wait."""
+    answer = http.client.HTTPResponse(sock, *args, **kwargs)
+    timed(answer, sock, deadline_s=_asking.deadline_s, idle_timeout_s=idle_timeout_s)
+    return answer
 
 
 def _chunks(body: Any, source: str) -> Iterator[bytes]:
