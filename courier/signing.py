@@ -17,6 +17,7 @@ from celery.app.amqp import AMQP
 from celery.exceptions import SecurityError
 from kombu.serialization import registry
 
+from courier import extras
 from courier.settings import SettingsError, SigningSettings
 
 SERIALIZER: Final = "auth"
@@ -43,10 +44,13 @@ def install(app: Celery, settings: SigningSettings) -> None:
     Raises
     ------
     SettingsError
-        A key or a certificate is missing, expired, of another kind than RSA, or not the other's.
+        A key or a certificate is missing, expired, of another kind than RSA, or not the other's; or the extra
+        ``signing`` is not installed.
     """
     if not settings.on:
         return
+    if not extras.SIGNING.is_installed:
+        raise SettingsError(f"setting queue.signing cannot be followed: {extras.SIGNING.remedy}")
     signer = _signer(settings)
     registry.register(  # type: ignore[no-untyped-call]  # kombu is untyped
         SERIALIZER, signer.serialize, signer.deserialize, content_type=CONTENT_TYPE, content_encoding="utf-8"

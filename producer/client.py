@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 
 import kombu
 import kombu.exceptions
+import kombu.pools
 import redis
 from celery import Celery
 from celery.backends.redis import RedisBackend
@@ -579,14 +580,35 @@ def _depth(connection: Connection, queue: str) -> int:
         return 0
 
 
+class GuestCelery(Celery):  # type: ignore[misc]  # celery is untyped
+    """Our Celery app in a program that may have a Celery app of its own: neither app's settings reach the other.
+
+    ``CELERY_BROKER_URL`` and its like in the environment are the program's, and name no broker of ours.
+    """
+
+    #: Celery's Django fix-up would make this app the default app of a Django program, and change ``sys.path``.
+    builtin_fixups = frozenset[str]()
+
+    def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
+        return super().connection_for_read(url or self.conf.get("broker_read_url"), **options)
+
+    def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
+        return super().connection_for_write(url or self.conf.get("broker_write_url"), **options)
+
+    @property
+    def pool(self) -> Any:
+        """Celery would resize the connection pools of all apps, because kombu has one limit per process."""
+        self.conf.broker_pool_limit = kombu.pools.get_limit()  # type: ignore[no-untyped-call]  # kombu is untyped
+        return super().pool
+
+
 def _celery(settings: Settings, queue: QueueSettings) -> Celery:
-    app = Celery("pacs-producer", set_as_current=False)
+    app = GuestCelery("pacs-producer", loader="app", set_as_current=False)
     app.backend_cls = queue.result_backend
     app.config_from_object(celery_settings)
     app.conf.update(
         **queue.for_celery,
-        # CELERY_BROKER_URL and CELERY_RESULT_BACKEND of the surrounding program are those of its own Celery, and win
-        # over the plain keys.
+        # The program's CELERY_BROKER_URL wins over the plain key.
         broker_read_url=queue.broker_url,
         broker_write_url=queue.broker_url,
         result_expires=settings.results.expires_s,

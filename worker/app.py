@@ -38,7 +38,7 @@ from celery.result import denied_join_result
 from celery.worker import state
 from celery.worker.request import Request
 
-from courier import celery_settings, queues, signing, telemetry, tracing
+from courier import celery_settings, extras, queues, signing, telemetry, tracing
 from courier.batches.store import Batches
 from courier.errors import CourierError, InvalidRequest
 from courier.ledger import peers
@@ -691,6 +691,7 @@ def _needs_servers(**_: Any) -> None:
     try:
         for server in settings.servers:
             connect(server)
+        _needs_extras()
         _needs_stores()
     except SettingsError as error:
         raise SystemExit(f"pacs-courier: {error}") from None
@@ -728,6 +729,18 @@ def _no_results() -> str:
     except redis.RedisError:
         pass  # it is away: Celery waits for it
     return ""
+
+
+def _needs_extras() -> None:
+    """The SDKs of those stores that the settings name."""
+    for name, section in (("sources", settings.sources), ("downloads", settings.downloads)):
+        needed = {
+            f"{name}.s3.buckets": (section.s3.buckets, extras.S3),
+            f"{name}.azure.containers": (section.azure.containers, extras.AZURE_BLOBS),
+        }
+        for key, (named, extra) in needed.items():
+            if named and not extra.is_installed:
+                raise SettingsError(f"setting {key} cannot be followed: {extra.remedy}, or leave the key out")
 
 
 def _needs_stores() -> None:

@@ -1,18 +1,16 @@
-"""The wheel, installed as its users have it: their type checker knows what each operation returns."""
+"""The sdist and the wheel: what they hold, and that a user's type checker knows what each operation returns."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
-import sysconfig
-import venv
+import zipfile
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ("courier", "producer", "worker", "sandbox", "celeryconfig.py", "pyproject.toml", "README.md", "LICENSE")
+from tests.packages import LITTER, Distributions, run
 
 PROGRAM = '''\
 """Upload an image, look at its study, and say where it is."""
@@ -49,34 +47,6 @@ def main() -> None:
 '''
 
 
-def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that has the wheel; the other packages are those of this environment."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # building leaves files in the source
-    source.mkdir()
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir")
-    built = run(*pip, "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = folder.glob("*.whl")
-    venv.create(folder / "env", with_pip=False)
-    python = folder / "env" / "bin" / "python"
-    done = run(*pip, "--python", python, "install", "--no-index", "--no-deps", wheel, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (site,) = (folder / "env" / "lib").glob("python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    where = run(python, "-c", "import producer; print(producer.__file__)", cwd=folder)
-    assert where.stdout.startswith(str(site)), where.stderr
-    return python
-
-
 def checked(installed: Path, program: str, folder: Path) -> str:
     """What mypy says of a user's program, which sees nothing but what is installed."""
     (folder / "program.py").write_text(program, encoding="utf-8")
@@ -95,3 +65,43 @@ def test_a_users_program_is_checked_strictly_against_the_installed_wheel(install
     for words in ('"viewer_link"', '"server"', '"ImageAlreadyExists" has no attribute "server"', "'studies'"):
         assert words in answer
     assert "Found 4 errors" in answer
+
+
+def in_folders(files: frozenset[str], *folders: str) -> set[str]:
+    return {name for name in files if name.partition("/")[0] in folders}
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return message_from_bytes(archive.read(name))
+
+
+def test_the_wheel_holds_the_three_packages_whole_and_nothing_else(distributions: Distributions) -> None:
+    with zipfile.ZipFile(distributions.wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == in_folders(distributions.sources, "courier", "producer", "worker")
+    assert {"courier/py.typed", "producer/py.typed", "worker/py.typed"} <= held
+
+
+def test_the_sdist_has_docs_tests_and_what_they_need_and_no_litter(distributions: Distributions) -> None:
+    held = distributions.sdist_files
+    folders = (".ci", "benchmarks", "courier", "docker", "docs", "producer", "sandbox", "tests", "worker")
+    files = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "celeryconfig.py", "constraints.txt"}
+    files |= {"docker-compose.yml", "pyproject.toml", ".dockerignore", ".gitignore"}
+    generated = {"PKG-INFO", "setup.cfg"}
+    found = {name for name in held if not name.startswith("pacs_courier.egg-info/")}
+    assert found == in_folders(distributions.sources, *folders) | files | generated
+    assert not held & set(LITTER)
+
+
+def test_the_metadata_say_who_it_is_for_and_that_s3_and_azure_are_extras(distributions: Distributions) -> None:
+    described = metadata(distributions.wheel)
+    assert described["License-Expression"] == "MIT"
+    assert "Intended Audience :: Healthcare Industry" in described.get_all("Classifier", [])
+    extras: dict[str, set[str]] = {}
+    for line in described.get_all("Requires-Dist", []):
+        wish, _, condition = line.partition(";")
+        extras.setdefault(condition.strip().removeprefix("extra == ").strip('"'), set()).add(wish.split(">=")[0])
+    assert (extras["s3"], extras["azure"]) == ({"boto3"}, {"azure-identity", "azure-storage-blob"})
+    assert not {"boto3", "azure-identity", "azure-storage-blob"} & (extras[""] | extras["worker"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from courier import celery_settings
 from courier.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +84,17 @@ def test_a_program_that_enqueues_loads_no_worker_no_dicom_and_no_http_client() -
     )
     loaded = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True).stdout
     assert loaded.strip() == ""
+
+
+def test_celeryconfig_at_the_top_only_re_exports_and_is_loaded_by_no_package() -> None:
+    source = (ROOT / "celeryconfig.py").read_text(encoding="utf-8")
+    assert [ast.unparse(node) for node in ast.parse(source).body[1:]] == ["from courier.celery_settings import *"]
+    exported = {
+        name: value for name, value in runpy.run_path(str(ROOT / "celeryconfig.py")).items() if not name.startswith("_")
+    }
+    ours = {name: value for name, value in vars(celery_settings).items() if not name.startswith("_")}
+    assert exported == ours
+    assert [name_of(path) for path in MODULES if "celeryconfig" in path.read_text(encoding="utf-8")] == []
 
 
 def test_packaging_names_every_package() -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 
+from courier import extras
 from courier.settings import ServerSettings, SettingsError
 from worker.pacs.transport import Credentials
 
@@ -84,7 +85,7 @@ def credentials(server: ServerSettings) -> Credentials:
     Raises
     ------
     SettingsError
-        A secret is not where the settings say.
+        A secret is not where the settings say, or the extra that the type needs is not installed.
     """
     match server.auth.type:
         case "none":
@@ -99,6 +100,9 @@ def credentials(server: ServerSettings) -> Credentials:
 
             return ClientCredentials(server, _read(server, "client_secret"))
         case "azure_identity":
+            if not extras.AZURE_IDENTITY.is_installed:
+                key = f"servers.{server.name}.auth.type"
+                raise SettingsError(f"setting {key}: azure_identity cannot be used: {extras.AZURE_IDENTITY.remedy}")
             from worker.pacs.azure_identity import AzureIdentity  # noqa: PLC0415 (as above)
 
             return AzureIdentity(server)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import re
 
-from courier.errors import InvalidRequest
+from courier import extras
 from courier.ledger.breakers import Breakers
 from courier.settings import DownloadSettings, places_of
 from worker.storage.azure_destination import AzureDestinations
 from worker.storage.folder_destination import FolderDestinations
 from worker.storage.network import NO_PROXY, Network
 from worker.storage.s3_destination import S3Destinations
-from worker.storage.study_marks import Archive, Files, Mark, Records
+from worker.storage.study_marks import Archive, Files, Mark, Records, refusal
 
 __all__ = ["Archive", "Destinations", "Files", "Mark", "Records"]
 
 _Family = FolderDestinations | S3Destinations | AzureDestinations
+_NEEDED = {"s3": extras.S3, "az": extras.AZURE_BLOBS}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}):").match
 
 
@@ -68,9 +69,13 @@ class Destinations:
 
     def _chosen(self, url: str) -> _Family:
         match = _SCHEME(url)
-        chosen = self._by_scheme.get(match[1].lower() if match else "")
+        scheme = match[1].lower() if match else ""
+        needed = _NEEDED.get(scheme)
+        if needed is not None and not needed.is_installed:
+            raise refusal(f"This worker writes to no {scheme}:// URLs: {needed.remedy}.", "not_allowed")
+        chosen = self._by_scheme.get(scheme)
         if chosen is None:
             spoken = ", ".join(self._by_scheme)
             sentence = f"Downloads are written to {spoken}; this destination starts with none of them."
-            raise InvalidRequest(sentence, details={"field": "destination", "reason": "not_allowed"})
+            raise refusal(sentence, "not_allowed")
         return chosen

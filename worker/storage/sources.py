@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from courier import extras
 from courier.errors import SourceNotAllowed, SourceNotFound, SourceTooLarge
 from courier.ledger.breakers import Breakers
 from courier.redaction import shown_url
@@ -44,6 +45,28 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+class NotInstalled:
+    """The source of a store whose SDK is not installed: each URL is refused."""
+
+    def __init__(self, extra: extras.Extra) -> None:
+        self._extra = extra
+
+    def fetch(self, url: str, limits: Limits) -> Fetched:  # noqa: ARG002 - the Protocol's
+        raise self._refusal(url)
+
+    def pages(self, url: str) -> Iterator[list[Listed]]:
+        raise self._refusal(url)
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+    def _refusal(self, url: str) -> SourceNotAllowed:
+        return SourceNotAllowed(f"This worker reads no {_scheme(url)}:// URLs: {self._extra.remedy}.")
+
+
+_Store = S3Source | AzureSource | NotInstalled
+
+
 class Sources:
     """Every source that a worker may fetch from, behind one door; shared by all threads."""
 
@@ -53,9 +76,10 @@ class Sources:
         """``breakers`` are what all workers know of credentials that stores refuse."""
         self._settings = settings
         http = HttpSource(settings, resolve=resolve, breakers=breakers)
-        s3, azure = S3Source(settings, breakers), AzureSource(settings, breakers)
         folder = FolderSource(settings)
-        stores: dict[str, S3Source | AzureSource] = {"s3": s3, f"s3{ENCODED}": s3, "az": azure, f"az{ENCODED}": azure}
+        s3 = S3Source(settings, breakers) if extras.S3.is_installed else NotInstalled(extras.S3)
+        azure = AzureSource(settings, breakers) if extras.AZURE_BLOBS.is_installed else NotInstalled(extras.AZURE_BLOBS)
+        stores: dict[str, _Store] = {"s3": s3, f"s3{ENCODED}": s3, "az": azure, f"az{ENCODED}": azure}
         self._by_scheme: dict[str, Source] = {"http": http, "https": http, "file": folder, **stores}
         self._listings: dict[str, Listing] = {"file": folder, **stores}
         self._archives = Archives(self._fetch, self._limits)
