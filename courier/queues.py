@@ -187,9 +187,14 @@ def _lists(channel: Any, queue: str, new_queue: str) -> Iterator[tuple[str, str]
     Another application may have something else under such a name.
     """
     for step in channel.priority_steps:
-        key = channel._q_for_pri(queue, step)
+        key = _list_name(channel, queue, step)
         if _is(channel.client, key, b"list"):
-            yield key, channel._q_for_pri(new_queue, step)
+            yield key, _list_name(channel, new_queue, step)
+
+
+def _list_name(channel: Any, queue: str, step: int) -> str:
+    """As Celery's manual has it: the queue's own name for the first step, then that with ``sep`` and the step."""
+    return f"{queue}{channel.sep}{step}" if step else queue
 
 
 def _is(client: Any, key: str, kind: bytes) -> bool:

@@ -56,7 +56,7 @@ from worker.pacs.fleet import Fleet
 from worker.pacs.guard import Guard
 from worker.pacs.registry import connect
 from worker.pacs.server_rates import ServerRates
-from worker.runtime import consumer, revokes, shortage, watchdog
+from worker.runtime import consumer, kombu_internals, revokes, shortage, watchdog
 from worker.storage import s3_source
 from worker.storage.azure import AzureAccount
 from worker.storage.destinations import Destinations
@@ -248,7 +248,7 @@ app.conf.update(
     result_expires=settings.results.expires_s,
     worker_consumer=f"{consumer.__name__}:{consumer.PacsConsumer.__name__}",
 )
-consumer.install()
+kombu_internals.install()
 # Celery's `--pool prefork` means whatever the settings say, which is threads; `--pool processes` means what it says.
 concurrency.ALIASES["threads"] = "worker.pool:ThreadPool"
 try:

@@ -28,7 +28,8 @@ from courier.errors import CourierError, NotDicom
 from worker import app as product
 from worker import pool
 from worker.runtime import shortage
-from worker.runtime.consumer import PacsChannel, PacsConsumer, PacsQoS
+from worker.runtime.consumer import PacsConsumer
+from worker.runtime.kombu_internals import PacsChannel, PacsQoS
 
 OURS = (
     RuntimeError("can't start new thread"),

@@ -24,22 +24,24 @@ class Channel:
     """What of kombu's channel is used."""
 
     priority_steps = (0, 3, 6, 9)
+    sep = "\x06\x16"
 
     def __init__(self) -> None:
         self.client = fakeredis.FakeRedis()
 
-    def _q_for_pri(self, queue: str, step: int) -> str:
-        return f"{queue}\x06\x16{step}" if step else queue
+    @classmethod
+    def named(cls, queue: str, step: int) -> str:
+        return f"{queue}{cls.sep}{step}" if step else queue
 
     def put(self, queue: str, *tasks: str, step: int = 0) -> list[bytes]:
         made = [message(task, f"{task}-{number}", queue) for number, task in enumerate(tasks)]
         for one in made:
-            self.client.lpush(self._q_for_pri(queue, step), one)
+            self.client.lpush(self.named(queue, step), one)
         return made
 
     def list(self, queue: str, step: int = 0) -> list[bytes]:
         """In the order in which they would be taken."""
-        return list(reversed(self.client.lrange(self._q_for_pri(queue, step), 0, -1)))
+        return list(reversed(self.client.lrange(self.named(queue, step), 0, -1)))
 
 
 def message(task: str, job_id: str, queue: str, **headers: Any) -> bytes:

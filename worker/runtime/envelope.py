@@ -15,8 +15,9 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from celery.app.task import Context
 from celery.utils.time import maybe_iso8601
 from kombu.compression import get_encoder
-from kombu.serialization import registry
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from worker.runtime.kombu_internals import knows_serializer
 
 #: The longest id that every broker and result back-end takes.
 ID_LENGTH: Final = 255
@@ -52,7 +53,7 @@ def _moment(text: str) -> str:
 
 
 def _known_serializer(name: str) -> str:
-    if name not in registry.name_to_type:
+    if not knows_serializer(name):
         raise ValueError("no serializer is called so")
     return name
 
