@@ -21,22 +21,16 @@ from typing import TYPE_CHECKING, Any
 import billiard
 import kombu.exceptions
 import redis
-from celery import Celery, Task, bootsteps, concurrency, signals
+from celery import Task, bootsteps, signals
 from celery.backends.redis import RedisBackend
-from celery.concurrency import thread
 from celery.exceptions import (
     BackendError,
-    Ignore,
-    Reject,
-    Retry,
     Terminated,
     TimeLimitExceeded,
     WorkerLostError,
     WorkerShutdown,
 )
 from celery.result import denied_join_result
-from celery.worker import state
-from celery.worker.request import Request
 
 from courier import celery_settings, extras, queues, signing, telemetry, tracing
 from courier.batches.store import Batches
@@ -56,7 +50,8 @@ from worker.pacs.fleet import Fleet
 from worker.pacs.guard import Guard
 from worker.pacs.registry import connect
 from worker.pacs.server_rates import ServerRates
-from worker.runtime import consumer, kombu_internals, revokes, shortage, watchdog
+from worker.runtime import celery_internals, consumer, kombu_internals, revokes, shortage, watchdog
+from worker.runtime.request import ShownRequest
 from worker.storage import s3_source
 from worker.storage.azure import AzureAccount
 from worker.storage.destinations import Destinations
@@ -80,80 +75,10 @@ SOON_S = 10.0
 EVENTS_S = 0.1
 #: So many objects more than before may there be until Python looks for cycles among them.
 NEW_OBJECTS = 5_000
-#: What a task ignores its message for that has to come again, before anything of the job was begun.
-NOT_BEGUN = "not begun"
-#: What a task ignores its message for that waits; why, comes next.
-WAITS = "waits"
-#: What a pool of processes says in the place of a job's own error.
-OF_THE_POOL = (WorkerLostError, TimeLimitExceeded, Terminated, Reject, Ignore, Retry, SystemExit, KeyboardInterrupt)
 #: After these another worker does the job.
 GOES_ON = (WorkerLostError, Terminated)
 #: What Redis, kombu and the result backend raise when they cannot be reached.
 BROKER_ERRORS = (redis.RedisError, kombu.exceptions.OperationalError, BackendError)
-
-
-class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
-    """A message whose arguments are redacted for events and logs, also when its sender did not redact them."""
-
-    acknowledged: bool
-
-    @property
-    def argsrepr(self) -> str:
-        return "()"
-
-    @property
-    def kwargsrepr(self) -> str:
-        kwargs = self.kwargs
-        return shown_job(kwargs.get("job") if isinstance(kwargs, dict) else None)
-
-    def info(self, safe: bool = False) -> dict[str, Any]:  # noqa: ARG002 - Celery's signature
-        """What `inspect` and Flower's page of a worker say of a message: never its bare arguments."""
-        return {**super().info(), "args": self.argsrepr, "kwargs": self.kwargsrepr}
-
-    def acknowledge(self) -> None:
-        """Its job has come to an end in the pool, or is in the ledger's hands."""
-        super().acknowledge()
-        if consumer.PacsConsumer.running is not None:
-            consumer.PacsConsumer.running.returns.succeeded()
-
-    def revoked(self) -> bool:
-        """Whether the message is not to be begun now; see `revokes.heed`."""
-        return revokes.heed(self)
-
-    def send_event(self, type: str, **fields: Any) -> None:
-        """Flower shows as the result of a job in the state RETRY why it waits: no longer once it begins or fails."""
-        if type in ("task-started", "task-failed"):
-            fields.setdefault("result", "")
-        super().send_event(type, **fields)
-
-    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        """What the pool says of a job that has no result. A worker at its limits is no fault of the job's."""
-        error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard wraps one that has a traceback
-        there = consumer.PacsConsumer.running
-        if there is None or self.acknowledged:
-            super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
-        elif isinstance(error, Ignore) and error.args[:1] == (shortage.STARVED,):  # the ledger has put the job aside
-            state.task_ready(self)
-            super().acknowledge()
-            there.returns.given_back()
-            there.end_after_a_few(shortage.STARVED)
-        elif isinstance(error, Ignore) and error.args[:1] == (WAITS,):
-            super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
-            if error.args[1]:
-                self.send_event("task-retried", result=error.args[1])
-        elif (cause := _cause_of_return(error, return_ok=return_ok)) is not None:
-            state.task_ready(self)
-            self.acknowledged = True
-            there.call_soon(there.give_back, self.message, cause)
-        else:
-            super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
-
-
-def _cause_of_return(error: BaseException, *, return_ok: bool) -> BaseException | None:
-    """Why the message has to come again; ``return_ok`` where Celery's code around the job has not failed."""
-    if isinstance(error, Ignore) and error.args[:1] == (NOT_BEGUN,):
-        return shortage.NotBegun()
-    return error if isinstance(error, shortage.Escaped) or not (return_ok or isinstance(error, OF_THE_POOL)) else None
 
 
 class ShownResult(UserDict[str, Any]):
@@ -215,13 +140,11 @@ def _correct_celerys_options() -> None:
 _correct_celerys_options()
 
 
-class PacsCelery(Celery):  # type: ignore[misc]  # celery is untyped
+class PacsCelery(celery_internals.MarkingCelery):
     """Celery, which calls a job failed whose result it could not store; the job may well be done."""
 
-    def _get_backend(self) -> Any:
-        backend = super()._get_backend()
-        backend.mark_as_failure = functools.partial(_tell_of_failure, backend.mark_as_failure)
-        return backend
+    def mark_as_failure(self, mark: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        _tell_of_failure(mark, *args, **kwargs)
 
 
 def _tell_of_failure(
@@ -250,7 +173,7 @@ app.conf.update(
 )
 kombu_internals.install()
 # Celery's `--pool prefork` means whatever the settings say, which is threads; `--pool processes` means what it says.
-concurrency.ALIASES["threads"] = "worker.pool:ThreadPool"
+celery_internals.name_pool("threads", "worker.pool:ThreadPool")
 try:
     signing.install(app, settings.queue.signing)
 except SettingsError as error:
@@ -329,9 +252,7 @@ def batch_slots(pool_size: int) -> int:
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _take_from_no_other_queue(**_: Any) -> None:
-    """Celery would consume each queue that it has once sent a follow-up to, after the next lost connection."""
-    if app.amqp.queues._consume_from is None:
-        app.amqp.queues.select(list(app.amqp.queues))
+    celery_internals.consume_no_other_queue(app)
 
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]  # celery is untyped
@@ -434,7 +355,7 @@ class Threads(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
     """Starts the threads that jobs need, where they run in this process; a child of a pool starts its own."""
 
     def start(self, parent: Any) -> None:
-        if issubclass(parent.pool_cls, thread.TaskPool):
+        if celery_internals.runs_threads(parent):
             with or_no_start():
                 ready()
 
@@ -475,7 +396,7 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
         while not self._stop.wait(settings.jobs.sweep_s):
             try:
                 with _sweeping:
-                    if held := consumer.in_hand(worker):
+                    if held := celery_internals.in_hand(worker):
                         ledger.in_hand(held)
                     sweep(ledger)
                 _look_into_old_queues()
@@ -627,11 +548,11 @@ def _look_at_the_others(ledger: Ledger) -> None:
 
 def _stop(reason: str) -> None:
     """Take no further message, let the jobs under way end, and end."""
-    if state.should_stop in (None, False):
+    if not celery_internals.is_told_to_stop():
         log.critical(
             "%s This worker takes no more jobs and ends itself with exit status %d.", reason, peers.EXIT_STATUS
         )
-        state.should_stop = peers.EXIT_STATUS
+        celery_internals.stop(peers.EXIT_STATUS)
 
 
 def _end_hard() -> None:
@@ -658,7 +579,7 @@ class EventsTogether(bootsteps.StartStopStep):  # type: ignore[misc]  # celery i
     def start(self, parent: Any) -> None:
         self._due = False  # after a lost connection nothing is left of what was due
         if parent.hub is not None and parent.event_dispatcher is not None:
-            parent.event_dispatcher.on_send_buffered = functools.partial(self._gather, parent)
+            celery_internals.gather_events(parent.event_dispatcher, functools.partial(self._gather, parent))
 
     def stop(self, parent: Any) -> None:
         self._send(parent)

@@ -26,8 +26,7 @@ from kombu.transport.redis import Transport
 
 from courier.errors import CourierError, NotDicom
 from worker import app as product
-from worker import pool
-from worker.runtime import shortage
+from worker.runtime import celery_internals, request, shortage
 from worker.runtime.consumer import PacsConsumer
 from worker.runtime.kombu_internals import PacsChannel, PacsQoS
 
@@ -296,11 +295,11 @@ def test_what_comes_out_of_celerys_own_code_around_a_job_is_caught() -> None:
     def trace(*_: Any) -> None:
         raise MemoryError
 
-    failed, info, _ = pool._caught(trace)
+    failed, info, _ = celery_internals._caught(trace)
     assert failed
     assert isinstance(info.exception.exc, shortage.Escaped)
     assert shortage.is_shortage(info.exception.exc)
-    assert pool._caught(lambda *_: (0, "stored", 0.1)) == (0, "stored", 0.1)
+    assert celery_internals._caught(lambda *_: (0, "stored", 0.1)) == (0, "stored", 0.1)
 
 
 def info_of(error: BaseException) -> ExceptionInfo:
@@ -316,7 +315,7 @@ def info_of(error: BaseException) -> ExceptionInfo:
         (shortage.Escaped(TypeError()), True, True),
         (MemoryError(), False, True),
         (TypeError(), False, True),
-        (Ignore(product.NOT_BEGUN), True, True),
+        (Ignore(request.NOT_BEGUN), True, True),
         (Ignore(), True, False),
         (Reject("the ledger cannot be reached", requeue=True), True, False),
         (NotDicom("No."), True, False),
@@ -327,7 +326,7 @@ def info_of(error: BaseException) -> ExceptionInfo:
 def test_a_message_comes_again_when_the_worker_and_not_its_job_has_failed(
     error: BaseException, return_ok: bool, comes_again: bool
 ) -> None:
-    assert (product._cause_of_return(error, return_ok=return_ok) is not None) == comes_again
+    assert (request._cause_of_return(error, return_ok=return_ok) is not None) == comes_again
 
 
 def test_a_follow_up_that_is_wrong_is_named_in_the_result_without_its_value(worker: Worker) -> None:

@@ -13,7 +13,7 @@ from celery.worker import state
 from kombu.utils.limits import TokenBucket
 
 from courier.ledger.jobs import IN_HAND, PREFIX, ClaimState, DueJob, Ledger
-from worker.runtime import consumer
+from worker.runtime import celery_internals
 
 TASK, JOB = "pacs.upload", {"image_url": "http://host/a.dcm"}
 
@@ -188,4 +188,4 @@ def test_a_worker_has_in_hand_what_waits_for_a_slot_or_for_a_rate_limit(monkeypa
     bucket.add((request("limited"), 1))  # type: ignore[no-untyped-call]
     monkeypatch.setattr(state, "reserved_requests", [request("reserved")])
     worker = SimpleNamespace(consumer=SimpleNamespace(task_buckets={"pacs.upload": bucket, "pacs.exists": None}))
-    assert consumer.in_hand(worker) == ["limited", "reserved"]
+    assert celery_internals.in_hand(worker) == ["limited", "reserved"]

@@ -8,7 +8,6 @@ its connection, find the same message again, and so on for ever. Nothing here kn
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import time
@@ -18,9 +17,7 @@ from typing import Any, ClassVar, Final
 
 import redis
 from celery import bootsteps, signals
-from celery.concurrency import thread
 from celery.exceptions import BackendError, SecurityError
-from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed, OperationalError
 from redis.exceptions import OutOfMemoryError
@@ -31,7 +28,7 @@ from courier.ledger.jobs import NOTHING_ATTACHED, Attachment, PendingFollowUps, 
 from courier.messages import MESSAGE_BYTES
 from courier.queues import QUEUES
 from courier.redaction import shown_id, where_it_broke
-from worker.runtime import envelope, follow_ups, shortage
+from worker.runtime import celery_internals, envelope, follow_ups, shortage
 from worker.runtime.follow_ups import End
 from worker.runtime.kombu_internals import decoded_body, is_compressed
 from worker.runtime.watchdog import Signs, times_woken
@@ -174,7 +171,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         PacsConsumer.running = self
         self.returns = shortage.Returns()
         self._to_consume = frozenset(self.app.amqp.queues.consume_from)
-        self._watch_over_the_pool()
+        celery_internals.hand_over_by(self, self._hand_over)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         take = super().create_task_handler(*args, **kwargs)
@@ -318,25 +315,15 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
 
     # --- what is not the message's fault ------------------------------------------------------------------------
 
-    def _watch_over_the_pool(self) -> None:
+    def _hand_over(self, hand_over: Callable[[Any], None], request: Any) -> None:
         """A pool may hand a message over later than it came, when a process is free: outside of `on_message`."""
-        worker = self.controller
-        hand_over = worker._process_task
-
-        def guarded(request: Any) -> None:
-            try:
-                hand_over(request)
-            except Exception as error:
-                if self._is_of_the_broker(error):
-                    raise
-                if self.pool.uses_semaphore and hasattr(worker, "_quick_release"):
-                    worker._quick_release()
-                state.task_ready(request)
-                self.give_back(request.message, error)
-
-        worker._process_task = guarded
-        if self.on_task_request == hand_over:
-            self.on_task_request = guarded
+        try:
+            hand_over(request)
+        except Exception as error:
+            if self._is_of_the_broker(error):
+                raise
+            celery_internals.take_back(self, request)
+            self.give_back(request.message, error)
 
     def give_back(self, message: Any, error: BaseException) -> None:
         """Put it back into its queue, behind the others, and wait; after a few in a row end the worker.
@@ -357,7 +344,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
 
     def end_after_a_few(self, why: str) -> None:
         """End the worker if it has given a few back in a row."""
-        if self.returns.in_a_row >= shortage.IN_A_ROW and state.should_stop in (None, False):
+        if self.returns.in_a_row >= shortage.IN_A_ROW and not celery_internals.is_told_to_stop():
             log.critical(
                 "This worker gave %d messages back in a row, the last one because %s. It ends itself with exit status"
                 " %d; %s, then start it again.",
@@ -366,7 +353,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
                 shortage.EXIT_STATUS,
                 shortage.what_to_do(why),
             )
-            state.should_stop = shortage.EXIT_STATUS
+            celery_internals.stop(shortage.EXIT_STATUS)
 
     def _count(self, name: Named) -> int:
         try:
@@ -414,28 +401,16 @@ class Turns(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
 def look(worker: Any) -> Signs:
     """What Celery's ``worker`` (its controller) shows of its progress; the broker is asked anew each time."""
     consumer = worker.consumer
+    slots, busy = celery_internals.slots(worker)
     return Signs(
         turns=None if consumer.hub is None else consumer.turns,
         taken=consumer.taken,
-        worked=times_woken() if issubclass(worker.pool_cls, thread.TaskPool) else None,
-        slots=worker.pool.num_processes,
-        busy=len(state.active_requests),
+        worked=times_woken() if celery_internals.runs_threads(worker) else None,
+        slots=slots,
+        busy=busy,
         waiting=_waiting(worker.app),
-        stopping=any(asked not in (None, False) for asked in (state.should_stop, state.should_terminate)),
+        stopping=celery_internals.is_told_to_stop() or celery_internals.is_told_to_terminate(),
     )
-
-
-def in_hand(worker: Any) -> list[str]:
-    """The ids of the messages that Celery's ``worker`` has taken: in its slots, or waiting for one or for a rate limit.
-
-    Another thread goes on with them meanwhile.
-    """
-    consumer = getattr(worker, "consumer", None)  # it has none before it is ready
-    buckets = [bucket for bucket in consumer.task_buckets.values() if bucket is not None] if consumer else []
-    with contextlib.suppress(RuntimeError):  # it has changed while it was read; the next look will do
-        limited = [request.id for bucket in buckets for request, _ in list(bucket.contents)]
-        return [*limited, *(request.id for request in list(state.reserved_requests))]
-    return []
 
 
 def _waiting(app: Any) -> int | None:

@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from celery import Celery, states
 from celery.app.task import Context
-from celery.backends.redis import RedisBackend
 from celery.canvas import signature
 from celery.exceptions import CeleryError
 from celery.result import denied_join_result
@@ -26,6 +25,7 @@ from kombu.exceptions import EncodeError
 from courier.errors import CourierError, InvalidRequest
 from courier.ledger.jobs import Attachment, PendingFollowUps
 from courier.redaction import shown_job
+from worker.runtime.celery_internals import fail_chain, is_chord_in_doubt
 from worker.runtime.shortage import is_shortage
 
 log = logging.getLogger(__name__)
@@ -167,25 +167,15 @@ def _count(app: Celery, end: End, canvases: Iterable[Mapping[str, Any]]) -> bool
             backend.store_result(end.job_id, end.outcome, end.state, request=end.request or place)
         parts = [place] if place.chord else []
         if isinstance(end.outcome, CourierError) and place.chain:
-            backend._fail_chain(place.chain, end.outcome, store_result=not place.ignore_result)
+            fail_chain(backend, place.chain, end.outcome, store_result=not place.ignore_result)
             parts += [_member(one) for one in place.chain if one["options"].get("chord")]
         for part in parts:  # one that Celery has counted already counts no more
             backend.on_chord_part_return(part, end.state, end.outcome)
             groups.append(part.group)
-    return not any(_is_in_doubt(backend, group) for group in groups if group)
+    return not any(is_chord_in_doubt(backend, group) for group in groups if group)
 
 
 def _member(one: Mapping[str, Any]) -> Context:
     """A chained task as the member of a chord."""
     options = one["options"]
     return Context({**one, **options, "id": options.get("task_id"), "group": options.get("group_id")})
-
-
-def _is_in_doubt(backend: Any, group: str) -> bool:
-    """Whether all members of a chord are counted and its body may not be sent: Celery has one worker claim that, and
-    others may try after a while.
-    """
-    if not isinstance(backend, RedisBackend):
-        return False
-    claim, size = (backend.get_key_for_group(group, suffix) for suffix in (".c", ".s"))
-    return backend.client.get(claim) not in (None, b"done", "done") and bool(backend.client.exists(size))

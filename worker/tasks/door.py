@@ -17,13 +17,14 @@ from courier.errors import CourierError, InvalidRequest
 from courier.ledger.jobs import LeaseLost, PendingFollowUps, job_id_for
 from courier.redaction import job_lines
 from courier.telemetry import continued
-from worker.app import BROKER_ERRORS, NOT_BEGUN, WAITS, app, ready
+from worker.app import BROKER_ERRORS, app, ready
 from worker.jobs.attempt import Pulse, Run
 from worker.jobs.idempotency import follow
 from worker.jobs.runner import Done, Failed, NotTaken, Parked, Starved, Verdict, Work, carry
 from worker.jobs.services import Tools
 from worker.runtime import follow_ups
 from worker.runtime.follow_ups import End, detach
+from worker.runtime.request import NOT_BEGUN, WAITS
 from worker.runtime.revokes import stamps_of
 from worker.runtime.shortage import STARVED, is_shortage
 
@@ -139,7 +140,7 @@ def _ready() -> tuple[Tools, Pulse]:
         if not is_shortage(error):
             raise
         time.sleep(PAUSE_S)
-        raise Ignore(NOT_BEGUN) from None  # what becomes of the message: worker/app.py
+        raise Ignore(NOT_BEGUN) from None  # what becomes of the message: worker/runtime/request.py
 
 
 def _heeded(task: Task, tools: Tools) -> bool:
