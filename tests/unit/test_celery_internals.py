@@ -1,0 +1,460 @@
+"""The parts of Celery that its manual does not name do what our worker and our programs take them to do.
+
+A test that fails with a new version of Celery names the function of ours that has to be looked at, in
+``worker/runtime/celery_internals.py`` unless another module is named.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import fakeredis
+import pytest
+from celery import Celery, Task, states
+from celery.app.trace import trace_task
+from celery.backends.base import Backend
+from celery.concurrency import get_implementation
+from celery.events.dispatcher import EventDispatcher
+from celery.exceptions import InvalidTaskError, TaskRevokedError, WorkerShutdown, WorkerTerminate
+from celery.utils.time import rate
+from celery.worker import WorkController, components, state
+from celery.worker.consumer import Consumer
+from celery.worker.request import Request, create_request_cls
+from kombu.message import Message
+from kombu.utils.limits import TokenBucket
+
+from worker.runtime import celery_internals, shortage
+from worker.runtime.celery_internals import LeavingThreads, MarkingCelery
+from worker.runtime.request import ShownRequest
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.fixture(autouse=True)
+def _state_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(state, "should_stop", None)
+    monkeypatch.setattr(state, "should_terminate", None)
+    yield
+    state.reset_state()
+
+
+@pytest.fixture
+def app() -> Iterator[Celery]:
+    with MarkingCelery("internals", set_as_current=False, broker="memory://", backend="cache+memory://") as app:
+        yield app
+
+
+class Numbered:
+    """A request, as far as Celery's state knows one."""
+
+    def __init__(self, number: str) -> None:
+        self.id, self.name = number, "pacs.upload"
+
+
+# --- the app ----------------------------------------------------------------------------------------------------------
+
+
+def test_marking_celery_depends_on_who_makes_a_result_back_end_and_marks_a_job_as_failed() -> None:
+    marked: list[Any] = []
+
+    class Asked(MarkingCelery):
+        def mark_as_failure(self, mark: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            marked.append((args[0], type(args[1]), kwargs.get("store_result", True)))
+            mark(*args, **kwargs)
+
+    with Asked("asked", set_as_current=False, broker="memory://", backend="cache+memory://") as app:
+
+        @app.task(name="fails", shared=False)
+        def fails() -> None:
+            raise ValueError
+
+        app.finalize()
+        trace_task(fails, "one", (), {}, {"id": "one", "task": "fails", "is_eager": False}, app=app)
+        assert marked == [("one", ValueError, True)], "Celery marks a failed job past MarkingCelery.mark_as_failure"
+        assert app.backend.get_state("one") == states.FAILURE
+        app.backend.mark_as_failure("two", KeyError(), store_result=False)
+        assert app.backend.get_state("two") == states.PENDING
+
+
+def test_the_app_depends_on_what_keeps_a_failure_from_being_stored_and_followed() -> None:
+    """`worker.app` calls it with ``store_result=False``, and with ``request=None`` so that nothing follows."""
+    assert {"store_result", "request"} <= set(parameters(Backend.mark_as_failure))
+    source = inspect.getsource(Backend.mark_as_failure)
+    assert "if request:" in source, "what follows on a failure follows without a request, too"
+
+
+def test_consume_no_other_queue_depends_on_where_the_selected_queues_are_kept(app: Celery) -> None:
+    assert app.amqp.queues._consume_from is None
+    celery_internals.consume_no_other_queue(app)
+    before = set(app.amqp.queues.consume_from)
+    assert set(app.amqp.queues._consume_from) == before == {"celery"}
+    assert app.amqp.queues["one-that-is-sent-to"].name == "one-that-is-sent-to"
+    assert set(app.amqp.queues.consume_from) == before
+
+
+@pytest.mark.parametrize(("store_result", "there"), [(True, states.FAILURE), (False, states.PENDING)])
+def test_fail_chain_depends_on_what_celery_does_to_the_rest_of_a_chain(
+    app: Celery, store_result: bool, there: str
+) -> None:
+    assert parameters(app.backend._fail_chain)[:4] == ["chain", "exc", "traceback", "store_result"]
+    name = f"follows-{store_result}"
+    celery_internals.fail_chain(
+        app.backend, [{"task": "a", "options": {"task_id": name}}], ValueError(), store_result=store_result
+    )
+    assert app.backend.get_state(name) == there
+
+
+def test_is_chord_in_doubt_depends_on_how_a_worker_claims_the_body_of_a_chord(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Celery("chords", set_as_current=False, broker="memory://", backend="redis://chords.invalid") as app:
+        backend: Any = app.backend
+        backend.__dict__["client"] = fakeredis.FakeRedis()
+        doubts: list[bool] = []
+
+        def publish(*_: Any) -> None:
+            doubts.append(celery_internals.is_chord_in_doubt(backend, "group"))
+
+        monkeypatch.setattr(app.amqp, "_retry_publish", publish)
+        backend.set_chord_size("group", 1)
+        doubts.append(celery_internals.is_chord_in_doubt(backend, "group"))
+        body = app.signature("a.body", task_id="body")
+        request = SimpleNamespace(id="member", group="group", group_index=0, chord=body)
+        backend.on_chord_part_return(request, states.SUCCESS, 1)
+        doubts.append(celery_internals.is_chord_in_doubt(backend, "group"))
+    assert doubts == [False, True, False], "before its members are counted, while its body is sent, and after"
+
+
+def test_gather_events_depends_on_what_is_called_for_an_event_that_is_kept_back(app: Celery) -> None:
+    dispatcher = EventDispatcher(app=app, enabled=False, buffer_group={"task"}, buffer_limit=100)
+    dispatcher.enabled, dispatcher.producer = True, MagicMock()
+    called: list[int] = []
+    celery_internals.gather_events(dispatcher, lambda: called.append(1))
+    dispatcher.send("task-succeeded")
+    dispatcher.send("task-succeeded")
+    assert called == [1, 1]
+    dispatcher.producer.publish.assert_not_called()
+    dispatcher.flush()
+    dispatcher.producer.publish.assert_called_once()
+
+
+# --- the pool ---------------------------------------------------------------------------------------------------------
+
+
+def test_name_pool_depends_on_where_celery_looks_for_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(celery_internals.concurrency, "ALIASES", dict(celery_internals.concurrency.ALIASES))
+    celery_internals.name_pool("threads", f"{LeavingThreads.__module__}:{LeavingThreads.__name__}")
+    assert get_implementation("threads") is LeavingThreads
+
+
+class Pool(LeavingThreads):
+    under_way = 0
+    asked = 0
+
+    def let_go(self) -> int:
+        self.asked += 1
+        return self.under_way
+
+
+def test_leaving_threads_depends_on_when_a_pool_starts_its_threads() -> None:
+    pool = Pool(3)
+    pool.start()
+    try:
+        assert pool.limit == pool.num_processes == 3
+        assert len(pool.executor._threads) == 3
+    finally:
+        pool.stop()
+
+
+def test_leaving_threads_depends_on_how_a_pool_is_given_a_job_and_says_what_came_of_it() -> None:
+    told: list[Any] = []
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    pool = Pool(1)
+    pool.start()
+    try:
+        pool.apply_async(fails, (1,), callback=told.append).get()
+        pool.apply_async(lambda *given: (0, given, 0.1), (1, 2), callback=told.append).get()
+    finally:
+        pool.stop()
+    failed, info, _ = told[0]
+    assert failed
+    assert isinstance(info.exception, shortage.Escaped) or isinstance(info.exception.exc, shortage.Escaped)
+    assert told[1] == (0, (1, 2), 0.1)
+
+
+def test_leaving_threads_depends_on_which_method_a_cold_shutdown_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    pool = Pool(1)
+    pool.start()
+    try:
+        pool.apply_async(release.wait)
+        monkeypatch.setattr(state, "should_terminate", 1)
+        pool.stop()  # returns although a job runs
+        pool.terminate()
+        assert pool.asked == 1
+        pool.terminate_job(1, 9)
+    finally:
+        release.set()
+
+
+def test_the_pool_of_processes_says_of_a_lost_job_what_celery_says() -> None:
+    """`worker.runtime.request` takes these errors for the pool's own words."""
+    source = inspect.getsource(Request.on_failure)
+    for name in ("Terminated", "Reject", "Ignore", "Retry", "WorkerLostError", "TimeLimitExceeded"):
+        assert name in source, name
+
+
+# --- what a worker has in hand ----------------------------------------------------------------------------------------
+
+
+def handing(celerys: Callable[..., None], request: Any) -> None:
+    request.hands.append("ours")
+    celerys(request)
+
+
+class Handed(Numbered):
+    def __init__(self) -> None:
+        super().__init__("handed")
+        self.hands: list[Any] = []
+
+    def execute_using_pool(self, pool: Any) -> None:
+        self.hands.append(pool)
+
+
+@pytest.mark.parametrize("uses_semaphore", [True, False])
+def test_hand_over_by_depends_on_how_a_request_comes_to_the_pool(uses_semaphore: bool) -> None:
+    worker = WorkController.__new__(WorkController)
+    worker.pool = "the pool"
+    worker._quick_acquire = lambda function, request: function(request)
+    process = worker._process_task_sem if uses_semaphore else worker._process_task
+    consumer = SimpleNamespace(controller=worker, on_task_request=process)
+    celery_internals.hand_over_by(consumer, handing)
+    request = Handed()
+    consumer.on_task_request(request)
+    assert request.hands == ["ours", "the pool"]
+
+
+@pytest.mark.parametrize("how", ["apply_eta_task", "_limit_move_to_pool"])
+def test_hand_over_by_depends_on_how_a_request_comes_to_the_pool_later(how: str) -> None:
+    consumer = Consumer.__new__(Consumer)
+    handed: list[Any] = []
+    consumer.on_task_request, consumer.qos = handed.append, MagicMock()
+    request = Numbered("later")
+    getattr(consumer, how)(request)
+    assert handed == [request]
+
+
+def test_take_back_depends_on_who_frees_a_place_in_the_pool() -> None:
+    source = inspect.getsource(components.Pool.create)
+    assert "w._quick_release = w.semaphore.release" in source
+    assert "w._quick_acquire = w.semaphore.acquire" in source
+    assert "w.process_task = w._process_task_sem" in source
+    released: list[int] = []
+    consumer = SimpleNamespace(
+        pool=SimpleNamespace(uses_semaphore=True), controller=SimpleNamespace(_quick_release=lambda: released.append(1))
+    )
+    request = Numbered("taken")
+    state.task_reserved(request)
+    celery_internals.take_back(consumer, request)
+    assert (released, list(state.reserved_requests)) == ([1], [])
+
+
+def test_in_hand_depends_on_where_celery_keeps_what_waits_for_a_slot_or_a_rate_limit() -> None:
+    bucket = TokenBucket(rate("1/h"))
+    consumer = Consumer.__new__(Consumer)
+    consumer.timer, consumer.task_buckets, consumer._limit_order = MagicMock(), {"a": None, "b": bucket}, 0
+    consumer.on_task_request = lambda _: None
+    at_once, limited, reserved = Numbered("at once"), Numbered("limited"), Numbered("reserved")
+    consumer._limit_task(at_once, bucket, 1)
+    consumer._limit_task(limited, bucket, 1)
+    state.reserved_requests.clear()
+    state.task_reserved(reserved)
+    worker = SimpleNamespace(consumer=consumer)
+    assert celery_internals.in_hand(worker) == ["limited", "reserved"]
+    state.task_ready(reserved)
+    assert celery_internals.in_hand(worker) == ["limited"]
+
+
+def test_revokes_depend_on_where_celery_keeps_its_requests_and_revoked_ids() -> None:
+    """`worker.runtime.revokes`, which looks for stamps in all of them."""
+    request = Numbered("kept")
+    state.task_reserved(request)
+    assert list(state.requests.values()) == [request]
+    state.revoked.add("one")
+    assert "one" in state.revoked
+    state.revoked.discard("one")
+    assert "one" not in state.revoked
+
+
+def test_slots_depends_on_where_celery_counts_what_runs() -> None:
+    worker = SimpleNamespace(pool=Pool(4))
+    request = Numbered("runs")
+    state.task_accepted(request)
+    assert celery_internals.slots(worker) == (4, 1)
+    state.task_ready(request)
+    assert celery_internals.slots(worker) == (4, 0)
+
+
+# --- the end of a worker ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [70, 71])
+def test_stop_depends_on_what_ends_a_worker(status: int) -> None:
+    assert not celery_internals.is_told_to_stop()
+    state.maybe_shutdown()
+    celery_internals.stop(status)
+    assert celery_internals.is_told_to_stop()
+    with pytest.raises(WorkerShutdown) as ended:
+        state.maybe_shutdown()
+    assert ended.value.code == status
+
+
+def test_is_told_to_terminate_depends_on_what_begins_a_cold_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not celery_internals.is_told_to_terminate()
+    monkeypatch.setattr(state, "should_terminate", 1)
+    assert celery_internals.is_told_to_terminate()
+    with pytest.raises(WorkerTerminate):
+        state.maybe_shutdown()
+
+
+# --- worker/runtime/consumer.py ---------------------------------------------------------------------------------------
+
+
+def test_pacs_consumer_depends_on_these_methods_and_their_parameters() -> None:
+    expected = {
+        "create_task_handler": ["self", "promise"],
+        "add_task_queue": ["self", "queue", "exchange", "exchange_type", "routing_key", "options"],
+        "on_decode_error": ["self", "message", "exc"],
+        "on_unknown_message": ["self", "body", "message"],
+        "on_unknown_task": ["self", "body", "message", "exc"],
+        "on_invalid_task": ["self", "body", "message", "exc"],
+        "on_connection_error_before_connected": ["self", "exc"],
+        "on_connection_error_after_connected": ["self", "exc"],
+    }
+    assert {name: parameters(getattr(Consumer, name)) for name in expected} == expected
+    assert parameters(Consumer.call_soon)[:2] == ["self", "p"]
+
+
+def test_pacs_consumer_depends_on_whom_celery_asks_about_a_message_that_is_no_job() -> None:
+    asked: list[str] = []
+
+    class Asked(Consumer):  # type: ignore[misc]  # celery is untyped
+        def on_decode_error(self, message: Any, exc: BaseException) -> None:
+            asked.append("decode")
+
+        def on_unknown_message(self, body: object, message: Any) -> None:
+            asked.append("message")
+
+        def on_unknown_task(self, body: object, message: Any, exc: BaseException) -> None:
+            asked.append("task")
+
+        def on_invalid_task(self, body: object, message: Any, exc: BaseException) -> None:
+            asked.append("invalid")
+
+    def invalid(*_: Any) -> None:
+        raise InvalidTaskError
+
+    consumer = Asked.__new__(Asked)
+    consumer.strategies, consumer.on_task_message = {"known": invalid}, set()
+    consumer._maximum_prefetch_restored = True
+    handle = consumer.create_task_handler()
+    handle(MagicMock(headers=None))
+    handle(MagicMock(headers={"task": "unknown"}))
+    handle(MagicMock(headers={"task": "known"}))
+    handle(MagicMock(headers={}, decode=MagicMock(side_effect=ValueError)))
+    assert asked == ["message", "task", "invalid", "decode"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_pacs_consumer_depends_on_whom_celery_asks_when_redis_refuses(when: str) -> None:
+    source = inspect.getsource(Consumer.start)
+    assert f"self.on_connection_error_{when}_connected(exc)" in source
+
+
+# --- worker/runtime/request.py ----------------------------------------------------------------------------------------
+
+
+class Asked(ShownRequest):
+    calls: list[Any]
+
+    def revoked(self) -> bool:
+        self.calls.append("revoked")
+        return True
+
+    def acknowledge(self) -> None:
+        self.calls.append("acknowledge")
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        self.calls.append(("on_failure", return_ok))
+
+
+@pytest.fixture
+def request_of_a_job(app: Celery) -> Any:
+    @app.task(name="pacs.upload", acks_late=True, shared=False)
+    def upload(job: Any) -> None:
+        """Nothing."""
+
+    app.finalize()
+    task = app.amqp.as_task_v2("job-1", "pacs.upload", kwargs={"job": {"image_url": "https://host/a?secret"}})
+    body = json.dumps(task.body)
+    message = Message(
+        body=body, headers=task.headers, content_type="application/json", content_encoding="utf-8", accept=None
+    )
+    pool = SimpleNamespace(apply_async=lambda *_, **__: None)
+    kind = create_request_cls(Asked, upload, pool, "host", None, app=app)
+    made = kind(message, app=app, task=upload)
+    made.calls = []
+    return made
+
+
+def test_shown_request_depends_on_these_methods_and_their_parameters() -> None:
+    assert parameters(Request.on_failure) == ["self", "exc_info", "send_failed_event", "return_ok"]
+    assert parameters(Request.info) == ["self", "safe"]
+    assert parameters(Request.acknowledge) == ["self"]
+    assert parameters(Request.revoked) == ["self"]
+    assert parameters(Request.send_event) == ["self", "type", "fields"]
+    assert isinstance(Request.argsrepr, property)
+    assert isinstance(Request.kwargsrepr, property)
+    assert Request.acknowledged is False
+
+
+def test_shown_request_depends_on_who_asks_whether_a_job_is_begun(request_of_a_job: Any) -> None:
+    with pytest.raises(TaskRevokedError):
+        request_of_a_job.execute_using_pool(SimpleNamespace(apply_async=lambda *_, **__: None))
+    assert request_of_a_job.calls == ["revoked"]
+
+
+def test_shown_request_depends_on_who_is_told_what_came_of_a_job(request_of_a_job: Any) -> None:
+    request_of_a_job.on_success((1, SimpleNamespace(exception=ValueError()), 0.1))
+    request_of_a_job.on_success((0, "stored", 0.1))
+    assert request_of_a_job.calls == [("on_failure", True), "acknowledge"]
+
+
+def test_shown_request_depends_on_what_celery_shows_of_a_job(request_of_a_job: Any) -> None:
+    assert {"args", "kwargs"} <= Request.info(request_of_a_job).keys()
+    assert "secret" not in json.dumps(request_of_a_job.info(), default=repr)
+
+
+def test_the_task_depends_on_being_called_itself(app: Celery) -> None:
+    """`worker.app.PacsTask` shows the result of a job in its own way."""
+
+    class Called(Task):  # type: ignore[misc]  # celery is untyped
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return f"called {self.run(*args, **kwargs)}"
+
+    @app.task(name="called", base=Called, shared=False)
+    def called() -> str:
+        return "once"
+
+    app.finalize()
+    trace_task(called, "id", (), {}, {"id": "id", "task": "called", "is_eager": False}, app=app)
+    assert app.backend.get_result("id") == "called once"
