@@ -29,7 +29,7 @@ from celery.worker.request import Request, create_request_cls
 from kombu.message import Message
 from kombu.utils.limits import TokenBucket
 
-from worker.runtime import celery_internals, shortage
+from worker.runtime import celery_internals, consumer, shortage
 from worker.runtime.celery_internals import LeavingThreads, MarkingCelery
 from worker.runtime.request import ShownRequest
 
@@ -307,7 +307,7 @@ def test_slots_depends_on_where_celery_counts_what_runs() -> None:
 # --- the end of a worker ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [70, 71])
+@pytest.mark.parametrize("status", [0, 71, True])
 def test_stop_depends_on_what_ends_a_worker(status: int) -> None:
     assert not celery_internals.is_told_to_stop()
     state.maybe_shutdown()
@@ -318,9 +318,22 @@ def test_stop_depends_on_what_ends_a_worker(status: int) -> None:
     assert ended.value.code == status
 
 
+@pytest.mark.parametrize("how", ["should_stop", "should_terminate"])
+@pytest.mark.parametrize(("status", "stopping"), [(None, False), (0, True), (1, True)])
+def test_a_worker_that_was_told_to_stop_is_not_taken_for_stuck(
+    monkeypatch: pytest.MonkeyPatch, how: str, status: int | None, stopping: bool
+) -> None:
+    """SIGTERM leaves the exit status 0 there; the worker then waits for its jobs, and its loop turns no more."""
+    monkeypatch.setattr(consumer, "_waiting", lambda _: 0)
+    monkeypatch.setattr(state, how, status)
+    of_celery = SimpleNamespace(hub=object(), turns=1, taken=1)
+    worker = SimpleNamespace(consumer=of_celery, pool=Pool(1), pool_cls=Pool, app=None)
+    assert consumer.look(worker).stopping is stopping
+
+
 def test_is_told_to_terminate_depends_on_what_begins_a_cold_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not celery_internals.is_told_to_terminate()
-    monkeypatch.setattr(state, "should_terminate", 1)
+    monkeypatch.setattr(state, "should_terminate", 0)
     assert celery_internals.is_told_to_terminate()
     with pytest.raises(WorkerTerminate):
         state.maybe_shutdown()

@@ -185,12 +185,17 @@ def slots(worker: Any) -> tuple[int, int]:
 
 def is_told_to_stop() -> bool:
     """Whether this worker takes no further message and ends when its jobs have; a cold shutdown does not count."""
-    return state.should_stop not in (None, False)
+    return _is_told(state.should_stop)
 
 
 def is_told_to_terminate() -> bool:
     """Whether this worker is in a cold shutdown."""
-    return state.should_terminate not in (None, False)
+    return _is_told(state.should_terminate)
+
+
+def _is_told(status: int | bool | None) -> bool:
+    """Celery puts the exit status there: 0, which equals False, in a warm shutdown."""
+    return status is not None and status is not False
 
 
 def stop(exit_status: int) -> None:
