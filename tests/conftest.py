@@ -10,6 +10,8 @@ A server that is not installed fails the test in CI (``CI=true``) and skips it, 
 ``orthanc``       base URL of a real Orthanc's DICOMweb; never emptied, so bring UIDs of your own
 ``azurite``       Azure's emulator of its blob storage, never emptied: ``.url``, ``.connection_string``
 ``moto``          URL of an S3 that takes any credentials, never emptied: bring buckets of your own
+``distributions`` the sdist and the wheel of this working tree
+``installed``     the Python of an environment that has the wheel, and our dependencies
 ``image_server``  for one test; ``.put(path, body, …)`` gives the URL where it is served
 ``worker``        starts real worker processes for one test: ``worker(servers=…, jobs={"lease_s": 2})``
 """
@@ -34,6 +36,7 @@ from courier.settings import Settings
 from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import AzuritePart, Child, OrthancPart, Processes, RedisPart, SandboxPart
+from tests.packages import Distributions, build_distributions, install
 
 # Tables are as wide as a test says: readline tells child processes, such as xdist's, of a terminal of its own.
 for _name in ("COLUMNS", "LINES"):
@@ -161,6 +164,18 @@ def azurite(processes: Processes) -> AzuritePart:
 @pytest.fixture(scope="session")
 def moto(processes: Processes) -> str:
     return parts.moto(processes)
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """The sdist and the wheel of this working tree."""
+    return build_distributions(tmp_path_factory.mktemp("distributions"))
+
+
+@pytest.fixture(scope="session")
+def installed(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has the wheel."""
+    return install(distributions.wheel, tmp_path_factory.mktemp("installed"))
 
 
 @pytest.fixture

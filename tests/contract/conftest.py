@@ -16,7 +16,6 @@ from sandbox.processes import HOST, Processes, RedisPart, SandboxPart
 from sandbox.synthetic import new_uid
 from tests import real_archive
 from tests.batch_site import Site
-from tests.packages import Distributions, build_distributions, install
 
 #: The one account of the S3 that checks signatures.
 S3_KEY_ID, S3_SECRET = "COURIERTESTKEY", "couriertestsecret"
@@ -51,18 +50,6 @@ def batch_site(redis: RedisPart) -> Iterator[Callable[..., Site]]:
     yield build
     for site in opened:
         site.close()
-
-
-@pytest.fixture(scope="session")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
-    """The sdist and the wheel of this working tree."""
-    return build_distributions(tmp_path_factory.mktemp("distributions"))
-
-
-@pytest.fixture(scope="session")
-def installed(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that has the wheel."""
-    return install(distributions.wheel, tmp_path_factory.mktemp("installed"))
 
 
 @pytest.fixture(scope="session")
