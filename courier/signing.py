@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from celery import Celery
-from celery.app.amqp import AMQP
 from celery.exceptions import SecurityError
 from kombu.serialization import registry
 
 from courier import extras
+from courier.celery_internals import EmbeddingAMQP, certificate, certificates, json_signer, private_key
 from courier.settings import SettingsError, SigningSettings
 
 SERIALIZER: Final = "auth"
@@ -27,13 +27,11 @@ _SIGNED_FOR: Final = "signed_for"
 _SKEW_S: Final = 300.0
 
 
-class SigningAMQP(AMQP):  # type: ignore[misc]  # celery is untyped
+class SigningAMQP(EmbeddingAMQP):
     """Writes into the body, which is signed, what stands in the headers, which are not."""
 
-    def as_task_v2(self, task_id: str, name: str, *args: Any, **kwargs: Any) -> Any:
-        message = super().as_task_v2(task_id, name, *args, **kwargs)
-        message.body[2][_SIGNED_FOR] = [name, task_id, int(time.time())]
-        return message
+    def embedded(self, task_id: str, name: str) -> Mapping[str, Any]:
+        return {_SIGNED_FOR: [name, task_id, int(time.time())]}
 
 
 def install(app: Celery, settings: SigningSettings) -> None:
@@ -74,19 +72,6 @@ def objection(headers: Mapping[str, Any], embedded: Mapping[str, Any], *, good_f
 
 
 def _signer(settings: SigningSettings) -> Any:
-    from celery.security.certificate import Certificate, FSCertStore  # noqa: PLC0415 (only who signs needs cryptography)
-    from celery.security.key import PrivateKey  # noqa: PLC0415
-    from celery.security.serialization import SecureSerializer  # noqa: PLC0415
-
-    class JsonSerializer(SecureSerializer):  # type: ignore[misc]  # celery is untyped
-        """What is inside is JSON: its content type is not signed, so nothing else is ever read."""
-
-        def _unpack(self, payload: Any, **kwargs: Any) -> Any:
-            fields = super()._unpack(payload, **kwargs)
-            if (fields["content_type"], fields["content_encoding"]) != ("application/json", "utf-8"):
-                raise SecurityError("not JSON")
-            return fields
-
     def read(key: str, make: Any) -> Any:
         path: Path = getattr(settings, key)
         try:
@@ -97,10 +82,10 @@ def _signer(settings: SigningSettings) -> Any:
             reason = "has expired" if "Expired" in str(error) else "is no such file, in PEM and of an RSA key"
             raise SettingsError(f"setting queue.signing.{key}: {path} {reason}") from None
 
-    key = read("key_file", lambda path: PrivateKey(path.read_text(encoding="utf-8")))
-    certificate = read("certificate_file", lambda path: Certificate(path.read_text(encoding="utf-8")))
-    trusted = read("trusted_folder", lambda path: FSCertStore(str(path / "*.crt")))
-    signer = JsonSerializer(key, certificate, trusted, "sha256", serializer="json")
+    key = read("key_file", lambda path: private_key(path.read_text(encoding="utf-8")))
+    own = read("certificate_file", lambda path: certificate(path.read_text(encoding="utf-8")))
+    trusted = read("trusted_folder", lambda path: certificates(str(path / "*.crt")))
+    signer = json_signer(key, own, trusted)
     try:
         signer.deserialize(signer.serialize("ours"))
     except SecurityError:

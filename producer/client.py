@@ -19,11 +19,10 @@ import kombu.exceptions
 import kombu.pools
 import redis
 from celery import Celery
-from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendError
 from kombu.connection import Connection
 
-from courier import celery_settings, tracing
+from courier import celery_internals, celery_settings, tracing
 from courier.batches.store import Batches
 from courier.ledger import peers
 from courier.ledger.jobs import DueJob, Ledger, job_id_for, words_of
@@ -136,8 +135,7 @@ class Courier:
         """End its connections. Those to the broker stay: Celery shares them among all apps of this program."""
         self._sender.close()
         self._app.close()
-        if isinstance(self._app.backend, RedisBackend):
-            self._app.backend.client.connection_pool.disconnect()
+        celery_internals.disconnect(self._app.backend)
         if self._ledger is not None:
             self._ledger.close()
 
@@ -377,9 +375,8 @@ class Courier:
         self._schema_read_until = time.monotonic() + _SCHEMA_S
 
     def _forget(self, job_id: str) -> None:
-        backend = self._app.backend
         with _reachable():
-            backend.delete(backend.get_key_for_task(job_id))
+            celery_internals.forget_result(self._app.backend, job_id)
 
     def _send(self, due: DueJob) -> None:
         try:
@@ -445,12 +442,9 @@ class Courier:
         BrokerUnavailable
             It does not answer, or refuses.
         """
-        probe = f"probe-{uuid.uuid4()}"
-        self._stored_reports([probe])
-        backend = self._app.backend
-        if isinstance(backend, RedisBackend):
-            with _reachable():
-                backend.client.set(backend.get_key_for_task(probe), "", ex=1)
+        self._stored_reports([f"probe-{uuid.uuid4()}"])
+        with _reachable():
+            celery_internals.store_probe(self._app.backend)
 
     def handle(self, job_id: str, *, batch_id: str = "") -> Handle:
         """The handle of a job that was enqueued by anybody."""
@@ -482,10 +476,9 @@ class Courier:
 
     def _stored_reports(self, ids: Sequence[str]) -> dict[str, Report]:
         """What the result back-end says of those jobs that it has an entry of."""
-        backend = self._app.backend
         with _reachable():
-            rows = backend.mget([backend.get_key_for_task(job_id) for job_id in ids]) if ids else []
-        return {job_id: read_result(backend.decode_result(row)) for job_id, row in zip(ids, rows, strict=True) if row}
+            rows = celery_internals.read_results(self._app.backend, ids)
+        return {job_id: read_result(row) for job_id, row in rows.items()}
 
     def _ledger_reports(self, job_ids: Iterable[str]) -> dict[str, Report]:
         """What the ledger says of jobs that the result back-end has no entry of, or no longer has one."""
@@ -580,30 +573,8 @@ def _depth(connection: Connection, queue: str) -> int:
         return 0
 
 
-class GuestCelery(Celery):  # type: ignore[misc]  # celery is untyped
-    """Our Celery app in a program that may have a Celery app of its own: neither app's settings reach the other.
-
-    ``CELERY_BROKER_URL`` and its like in the environment are the program's, and name no broker of ours.
-    """
-
-    #: Celery's Django fix-up would make this app the default app of a Django program, and change ``sys.path``.
-    builtin_fixups = frozenset[str]()
-
-    def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
-        return super().connection_for_read(url or self.conf.get("broker_read_url"), **options)
-
-    def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
-        return super().connection_for_write(url or self.conf.get("broker_write_url"), **options)
-
-    @property
-    def pool(self) -> Any:
-        """Celery would resize the connection pools of all apps, because kombu has one limit per process."""
-        self.conf.broker_pool_limit = kombu.pools.get_limit()  # type: ignore[no-untyped-call]  # kombu is untyped
-        return super().pool
-
-
 def _celery(settings: Settings, queue: QueueSettings) -> Celery:
-    app = GuestCelery("pacs-producer", loader="app", set_as_current=False)
+    app = celery_internals.GuestCelery("pacs-producer", loader="app", set_as_current=False)
     app.backend_cls = queue.result_backend
     app.config_from_object(celery_settings)
     app.conf.update(

@@ -22,7 +22,6 @@ import billiard
 import kombu.exceptions
 import redis
 from celery import Task, bootsteps, signals
-from celery.backends.redis import RedisBackend
 from celery.exceptions import (
     BackendError,
     Terminated,
@@ -34,6 +33,7 @@ from celery.result import denied_join_result
 
 from courier import celery_settings, extras, queues, signing, telemetry, tracing
 from courier.batches.store import Batches
+from courier.celery_internals import store_probe
 from courier.errors import CourierError, InvalidRequest
 from courier.ledger import peers
 from courier.ledger.breakers import Breakers
@@ -638,10 +638,8 @@ def _joins_the_others(sender: Any = None, **_: Any) -> None:
 
 def _no_results() -> str:
     """Why no result can be stored in a Redis that answers, in one sentence; "" if one can."""
-    if not isinstance(app.backend, RedisBackend):
-        return ""
     try:
-        app.backend.client.set(app.backend.get_key_for_task(f"probe-{uuid.uuid4()}"), "", ex=1)
+        store_probe(app.backend)
     except (redis.AuthenticationError, redis.ResponseError) as error:
         if isinstance(error, redis.AuthenticationError) or not passes(error):
             return (

@@ -36,12 +36,11 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final, Literal, cast, get_args
 
-from redis.client import NEVER_DECODE
-
 from courier.errors import InvalidRequest
 from courier.ledger.jobs import DueJob, LeaseLost, Ledger
 from courier.messages import check_batch_id
 from courier.redaction import shown_url, stated
+from courier.redis_internals import ask_raw
 
 State = Literal["planning", "planned", "running", "verifying", "paused", "cancelled", "done", "undoing", "undone"]
 Pass = Literal["survey", "apply", "verify", "undo"]
@@ -732,7 +731,7 @@ class Batches:
             row: list[Any] = [one.item.number % CHUNK_ITEMS, one.server, one.code, one.message[:300], dict(one.result)]
             if any(row[1:]):
                 new[row[0]] = row
-        blob = _ask_raw(self._redis, "HGET", self._key(batch.id, f":results:{which}"), chunk)
+        blob = ask_raw(self._redis, "HGET", self._key(batch.id, f":results:{which}"), chunk)
         rows: dict[int, list[Any]] = {row[0]: row for row in _rows(cast(bytes | None, blob))}
         for place, row in new.items():  # whoever says nothing of it does not take back what an attempt has written
             row[4] = row[4] or rows.get(place, row)[4]
@@ -745,10 +744,10 @@ class Batches:
             return
         first, last = int(wanted[0]) * CHUNK_ITEMS, (int(wanted[-1]) + 1) * CHUNK_ITEMS - 1
         with self._redis.pipeline(transaction=False) as pipe:
-            _ask_raw(pipe, "HMGET", self._key(batch.id, f":plan:{batch.planner}"), *wanted)
+            ask_raw(pipe, "HMGET", self._key(batch.id, f":plan:{batch.planner}"), *wanted)
             for which in passes:
                 pipe.getrange(self._key(batch.id, f":outcomes:{which}"), first, last)
-                _ask_raw(pipe, "HMGET", self._key(batch.id, f":results:{which}"), *wanted)
+                ask_raw(pipe, "HMGET", self._key(batch.id, f":results:{which}"), *wanted)
             plans, *found = pipe.execute()
         for place, (chunk, plan) in enumerate(zip(wanted, plans, strict=True)):
             items = _items(batch, int(chunk), plan)
@@ -808,10 +807,10 @@ class Batches:
                 args += _counted("apply", row.settled)
             places = {row.item.number % CHUNK_ITEMS for row in lost}
             results, parts = self._key(batch.id, ":results:apply"), (":outcomes:apply", ":ended:apply")
-            blob = _ask_raw(self._redis, "HGET", results, chunk)
+            blob = ask_raw(self._redis, "HGET", results, chunk)
             kept = _packed(row for row in _rows(cast(bytes | None, blob)) if row[0] not in places)
             with self._redis.pipeline() as pipe:  # both, or a server's count would be looked for in vain
-                _ask_raw(pipe, "HSET", results, chunk, kept)
+                ask_raw(pipe, "HSET", results, chunk, kept)
                 self._reopen(
                     keys=[self._key(batch.id), *(self._key(batch.id, part) for part in parts)], args=args, client=pipe
                 )
@@ -865,7 +864,7 @@ class Batches:
 
     def open_chunks(self, batch: Batch, which: Pass) -> list[int]:
         """The chunks that were begun and are not over."""
-        bits = cast(bytes | None, _ask_raw(self._redis, "GET", self._key(batch.id, f":ended:{which}"))) or b""
+        bits = cast(bytes | None, ask_raw(self._redis, "GET", self._key(batch.id, f":ended:{which}"))) or b""
         begun = batch.of(which).begun
         bits = bits.ljust(-(-begun // 8), b"\0")
         full = {place for place, byte in enumerate(bits) if byte == 0xFF}
@@ -988,11 +987,6 @@ class Batches:
         token = cast(str | None, self._redis.hget(self._key(batch_id), "planner"))
         parts = [f":plan:{token}", *(part for which in PASSES for part in _parts(which))]
         return [self._key(batch_id, part) for part in parts]
-
-
-def _ask_raw(client: Any, *command: Any) -> Any:
-    """A command whose answer is bytes and not text, sent by a client or put into a pipeline."""
-    return client.execute_command(*command, **{NEVER_DECODE: True})
 
 
 def _some(chunks: int, at_a_time: int) -> Iterator[range]:

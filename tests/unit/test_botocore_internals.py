@@ -17,6 +17,7 @@ import pytest
 from botocore.awsrequest import AWSHTTPConnectionPool, AWSHTTPSConnectionPool
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from botocore.parsers import create_parser
 
 from tests.servers.peer import OK, peer
 from worker.runtime import botocore_internals as internals
@@ -137,3 +138,9 @@ def test_keep_to_one_store_depends_on_how_a_checksum_is_asked_for(kept: bool) ->
         s3.get_object(Bucket="one", Key="a")["Body"].close()
         s3.close()
     assert ("x-amz-checksum-mode" not in server.heads[0].lower()) is kept
+
+
+def test_unreadable_answer_is_what_boto_raises_of_one() -> None:
+    shape = client().meta.service_model.operation_model("ListObjectsV2").output_shape
+    with pytest.raises(internals.unreadable_answer()):
+        create_parser("rest-xml").parse({"status_code": 200, "headers": {}, "body": b"<html>no S3</html><"}, shape)

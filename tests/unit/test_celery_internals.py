@@ -1,34 +1,54 @@
 """The parts of Celery that its manual does not name do what our worker and our programs take them to do.
 
 A test that fails with a new version of Celery names the function of ours that has to be looked at, in
-``worker/runtime/celery_internals.py`` unless another module is named.
+``worker/runtime/celery_internals.py`` or ``courier/celery_internals.py`` unless another module is named.
 """
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import json
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import fakeredis
+import kombu.pools
 import pytest
 from celery import Celery, Task, states
 from celery.app.trace import trace_task
 from celery.backends.base import Backend
+from celery.backends.redis import RedisBackend
 from celery.concurrency import get_implementation
 from celery.events.dispatcher import EventDispatcher
-from celery.exceptions import InvalidTaskError, TaskRevokedError, WorkerShutdown, WorkerTerminate
+from celery.exceptions import InvalidTaskError, SecurityError, TaskRevokedError, WorkerShutdown, WorkerTerminate
+from celery.security.serialization import SecureSerializer
 from celery.utils.time import rate
 from celery.worker import WorkController, components, state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request, create_request_cls
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from kombu.message import Message
 from kombu.utils.limits import TokenBucket
 
+from courier.celery_internals import (
+    EmbeddingAMQP,
+    GuestCelery,
+    certificate,
+    certificates,
+    disconnect,
+    forget_result,
+    json_signer,
+    private_key,
+    read_results,
+    store_probe,
+)
 from worker.runtime import celery_internals, consumer, shortage
 from worker.runtime.celery_internals import LeavingThreads, MarkingCelery
 from worker.runtime.request import ShownRequest
@@ -337,6 +357,133 @@ def test_is_told_to_terminate_depends_on_what_begins_a_cold_shutdown(monkeypatch
     assert celery_internals.is_told_to_terminate()
     with pytest.raises(WorkerTerminate):
         state.maybe_shutdown()
+
+
+# --- courier/celery_internals.py --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend() -> Iterator[Any]:
+    with Celery("results", set_as_current=False, broker="memory://", backend="redis://results.invalid") as app:
+        app.backend.__dict__["client"] = fakeredis.FakeRedis()
+        yield app.backend
+
+
+@pytest.fixture
+def stored(backend: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Any], None]:
+    """Stores a result as Celery does, without telling subscribers."""
+    monkeypatch.setattr(type(backend), "set", lambda self, key, value, **_: self.client.set(key, value))
+
+    def store(job_id: str, status: str, result: Any) -> None:
+        backend.store_result(job_id, result, status)
+
+    return store
+
+
+def test_read_results_depends_on_how_a_back_end_keeps_what_it_stores(
+    backend: Any, stored: Callable[[str, str, Any], None]
+) -> None:
+    stored("read-1", "SUCCESS", {"a": 1})
+    found = read_results(backend, ["read-0", "read-1"])
+    assert found.keys() == {"read-1"}
+    assert (found["read-1"]["status"], found["read-1"]["result"]) == ("SUCCESS", {"a": 1})
+    assert read_results(backend, []) == {}
+
+
+def test_forget_result_depends_on_the_name_that_an_entry_has(
+    backend: Any, stored: Callable[[str, str, Any], None]
+) -> None:
+    stored("forgotten", "PROGRESS", {"a": 1})
+    assert backend.get_state("forgotten") == "PROGRESS"
+    forget_result(backend, "forgotten")
+    assert backend.get_state("forgotten") == states.PENDING
+
+
+def test_store_probe_depends_on_where_a_back_end_has_its_client(backend: Any) -> None:
+    assert isinstance(backend, RedisBackend)
+    store_probe(backend)
+    (name,) = backend.client.keys()
+    assert name.startswith(b"celery-task-meta-probe-")
+    assert backend.client.ttl(name) == 1
+
+
+def test_disconnect_depends_on_where_a_back_end_has_its_connections() -> None:
+    with Celery("results", set_as_current=False, broker="memory://", backend="redis://results.invalid") as app:
+        pool = app.backend.client.connection_pool
+        pool.disconnect = MagicMock()
+        app.close()
+        pool.disconnect.assert_not_called()
+        disconnect(app.backend)
+        pool.disconnect.assert_called_once()
+
+
+class Embedding(EmbeddingAMQP):
+    def embedded(self, task_id: str, name: str) -> dict[str, Any]:
+        return {"ours": [task_id, name]}
+
+
+def test_embedding_amqp_depends_on_who_makes_the_body_of_a_message() -> None:
+    with Celery("embedding", set_as_current=False, broker="memory://", backend="disabled://") as app:
+        app.amqp_cls = Embedding
+        app.send_task("a.task", task_id="sent", kwargs={"job": {}}, queue="embedding")
+        with app.connection_for_read() as connection:
+            message = connection.default_channel.basic_get("embedding")
+            assert message.payload[2]["ours"] == ["sent", "a.task"]
+
+
+def test_json_signer_depends_on_where_the_kind_of_what_is_signed_is_read(tmp_path: Path) -> None:
+    key = rsa.generate_private_key(65537, 2048)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ours")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+    pem = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+    (tmp_path / "ours.crt").write_text(pem)
+    kinds = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    parts = (
+        private_key(key.private_bytes(serialization.Encoding.PEM, *kinds).decode()),
+        certificate(pem),
+        certificates(str(tmp_path / "*.crt")),
+    )
+    ours = json_signer(*parts)
+    assert ours.deserialize(ours.serialize({"a": 1})) == {"a": 1}
+    pickled = SecureSerializer(*parts, "sha256", serializer="pickle").serialize({"a": 1})
+    with pytest.raises(SecurityError):
+        ours.deserialize(pickled)
+    for wrong in (private_key, certificate):
+        with pytest.raises((SecurityError, ValueError)):
+            wrong("no PEM")
+
+
+def test_guest_celery_depends_on_which_url_of_a_broker_celery_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://of-the-program.invalid")
+    with GuestCelery("guest", loader="app", set_as_current=False) as guest:
+        guest.conf.update(broker_read_url="memory://ours", broker_write_url="memory://ours")
+        assert guest.connection_for_read().transport_cls == guest.connection_for_write().transport_cls == "memory"
+        assert guest.connection_for_write("redis://named.invalid").transport_cls == "redis"
+
+
+def test_guest_celery_depends_on_what_would_make_it_the_app_of_a_django_program() -> None:
+    assert Celery.builtin_fixups, "Celery keeps its fix-ups elsewhere"
+    assert GuestCelery.builtin_fixups == frozenset()
+    with GuestCelery("guest", loader="app", set_as_current=False) as guest:
+        assert guest.fixups == set()
+
+
+def test_guest_celery_depends_on_what_resizes_the_connections_of_all_apps(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = kombu.pools.get_limit()
+    try:
+        kombu.pools.set_limit(7)
+        with Celery("host", set_as_current=False, broker="memory://") as host:
+            host.conf.broker_pool_limit = 9
+            assert host.pool.limit == 9
+        assert kombu.pools.get_limit() == 9, "an app does not resize them any more: GuestCelery.pool is needless"
+        kombu.pools.set_limit(7)
+        with GuestCelery("guest", loader="app", set_as_current=False) as guest:
+            guest.conf.update(broker_read_url="memory://", broker_write_url="memory://")
+            assert guest.pool.limit == 7
+        assert kombu.pools.get_limit() == 7
+    finally:
+        kombu.pools.set_limit(before)
 
 
 # --- worker/runtime/consumer.py ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("courier", "producer", "worker", "sandbox")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 CELERY_LIVES_IN = (
+    "courier/celery_internals.py",
     "courier/celery_settings.py",
     "courier/signing.py",
     "producer/client.py",

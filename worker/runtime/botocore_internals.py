@@ -1,6 +1,6 @@
 """The parts of boto's clients that we set or replace although its manual does not name them; boto has a ceiling.
 
-Each function takes a client of S3 that has sent nothing yet. boto itself is not loaded here.
+A function that takes a client takes one of S3 that has sent nothing yet. boto is not loaded with this module.
 ``tests/unit/test_botocore_internals.py`` fails when one of the parts changes.
 """
 
@@ -56,3 +56,10 @@ def keep_to_one_store(client: Any) -> None:
 def _to_one_store(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
     context["s3_redirect"] = {**context.get("s3_redirect", {}), "redirected": True}
     params["headers"].pop("x-amz-checksum-mode", None)
+
+
+def unreadable_answer() -> type[Exception]:
+    """What boto raises of an answer that it cannot read."""
+    from botocore.parsers import ResponseParserError  # noqa: PLC0415 (a worker that never sees S3 does not pay for it)
+
+    return ResponseParserError  # type: ignore[no-any-return]  # boto is untyped

@@ -32,7 +32,7 @@ from courier.ledger.breakers import Breakers
 from courier.redaction import shown_url
 from courier.settings import SettingsError, SourceSettings
 from courier.urls import ENCODED, object_name, refusal_reason
-from worker.runtime.botocore_internals import make_answers
+from worker.runtime.botocore_internals import make_answers, unreadable_answer
 from worker.runtime.deadlines import timed
 from worker.storage.credentials import StoreCredential
 from worker.storage.encoding import decoded, is_plain
@@ -218,7 +218,6 @@ def _chunks(body: Any, source: str) -> Iterator[bytes]:
 def _translated(source: str) -> Iterator[None]:
     """boto's errors end here; their own text is left out because it may quote more than the address."""
     from botocore import exceptions as boto  # noqa: PLC0415
-    from botocore.parsers import ResponseParserError  # noqa: PLC0415
 
     try:
         with credential_trouble(source, "sources.s3", verb="read"):
@@ -233,7 +232,7 @@ def _translated(source: str) -> Iterator[None]:
         raise unreachable(error, source) from error
     except boto.BotoCoreError as error:
         raise SourceDenied(f"{source} cannot be asked for ({type(error).__name__}); {_CREDENTIALS}.") from error
-    except (ResponseParserError, ValueError) as error:
+    except (unreadable_answer(), ValueError) as error:
         raise _no_s3(source, "an answer that cannot be read") from error
 
 
