@@ -30,8 +30,8 @@ import requests
 
 from benchmarks.images import image
 from benchmarks.uploads import (
-    Bench,
     ChainPass,
+    UploadBench,
     chain_pass,
     cpu_s,
     fresh_images,
@@ -90,7 +90,7 @@ def measure(url: str, folder: Path, *, passes: int, count: int) -> dict[str, Any
         server = {"name": "archive", "type": "dcm4chee", "url": url}
         sources = {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True}
         tree = {"servers": [server], "sources": sources, "queue": parts.queue_settings(redis)}
-        stage = Bench(processes, url, images, parts.write_settings(folder / "pacs.toml", tree))
+        stage = UploadBench(processes, url, images, parts.write_settings(folder / "pacs.toml", tree))
         worker = parts.worker(processes, stage.config, concurrency=CONNECTIONS)
         worker.wait_ready()
 
@@ -125,7 +125,7 @@ def measure(url: str, folder: Path, *, passes: int, count: int) -> dict[str, Any
     }
 
 
-def others_s(stage: Bench) -> float:
+def others_s(stage: UploadBench) -> float:
     """Processor time of all on this machine but us: of the archive and its database, if nothing else runs."""
     _, user, nice, system, _, _, irq, softirq, *_ = Path("/proc/stat").read_text().split()
     return sum(map(int, (user, nice, system, irq, softirq))) / TICKS_PER_S - sum(cpu_s(stage).values())

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.images import image
-from benchmarks.uploads import Bench, bench, chain_pass, cpu_s, fresh_images
+from benchmarks.uploads import UploadBench, bench, chain_pass, cpu_s, fresh_images
 from producer import Courier
 from sandbox import processes as parts
 
@@ -59,7 +59,7 @@ class Turn:
         return sum(self.cpu_ms.values())
 
 
-def turn(stage: Bench, count: int, work: Callable[[], object]) -> Turn:
+def turn(stage: UploadBench, count: int, work: Callable[[], object]) -> Turn:
     before_s, begun = cpu_s(stage), time.perf_counter()
     work()
     took_s, after_s = time.perf_counter() - begun, cpu_s(stage)
@@ -69,7 +69,7 @@ def turn(stage: Bench, count: int, work: Callable[[], object]) -> Turn:
 # --- raw ----------------------------------------------------------------------------------------------------------
 
 
-def raw(stage: Bench, count: int, *, connections: int, per_request: int) -> Turn:
+def raw(stage: UploadBench, count: int, *, connections: int, per_request: int) -> Turn:
     """Bodies are made beforehand; connections stay open and take the next body each time."""
     pairs = fresh_images(count)
     bodies = [_body(pairs[first : first + per_request]) for first in range(0, count, per_request)]
@@ -111,12 +111,14 @@ def _stow_all(url: str, following: Callable[[], bytes | None]) -> int:
 # --- a batch ------------------------------------------------------------------------------------------------------
 
 
-def batch(stage: Bench, courier: Courier, urls: Sequence[str], *, width: int, verify: bool = False) -> tuple[Turn, str]:
+def batch(
+    stage: UploadBench, courier: Courier, urls: Sequence[str], *, concurrency: int, verify: bool = False
+) -> tuple[Turn, str]:
     """From the order to the result that says that it is done."""
     ended: list[dict[str, Any]] = []
 
     def work() -> None:
-        handle = courier.batch.upload(urls, width=width, verify=verify)
+        handle = courier.batch.upload(urls, width=concurrency, verify=verify)
         ended.append(handle.result(timeout_s=900))
 
     measured = turn(stage, len(urls), work)
@@ -126,7 +128,7 @@ def batch(stage: Bench, courier: Courier, urls: Sequence[str], *, width: int, ve
     return measured, ended[0]["batch_id"]
 
 
-def served(stage: Bench, count: int) -> list[str]:
+def served(stage: UploadBench, count: int) -> list[str]:
     return [f"{stage.images}/{study}/{number}.dcm" for study, number in fresh_images(count)]
 
 
@@ -140,7 +142,7 @@ def in_folder(folder: Path, count: int) -> Iterator[str]:
 # --- a script -----------------------------------------------------------------------------------------------------
 
 
-def script(stage: Bench, count: int, servers: Sequence[str]) -> Turn:
+def script(stage: UploadBench, count: int, servers: Sequence[str]) -> Turn:
     """What is written where nobody has a PACS Courier: one image after the other, every call waited for."""
     clients = [DICOMwebClient(url) for url in servers]
     session = requests.Session()
@@ -163,7 +165,7 @@ def script(stage: Bench, count: int, servers: Sequence[str]) -> Turn:
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
-def measure(stage: Bench, folder: Path, *, passes: int, count: int, width: int) -> dict[str, Any]:
+def measure(stage: UploadBench, folder: Path, *, passes: int, count: int, concurrency: int) -> dict[str, Any]:
     """Everything, as plain numbers."""
     few = max(50, count // 8)
     grid = {cell: raw(stage, count // 2, connections=cell[0], per_request=cell[1]).per_s for cell in GRID}
@@ -183,13 +185,15 @@ def measure(stage: Bench, folder: Path, *, passes: int, count: int, width: int) 
     worker.wait_ready()
     servers = [server.url for server in stage.settings.servers]
     with Courier(stage.settings) as courier:
-        batch(stage, courier, served(stage, 200), width=width)  # connections, imports, caches
+        batch(stage, courier, served(stage, 200), concurrency=concurrency)  # connections, imports, caches
         chain_pass(stage, courier, count=20)
         for _ in range(passes):
             limits = [limit()]
-            by_http = note("http", batch(stage, courier, served(stage, count), width=width)[0]).per_s
+            by_http = note("http", batch(stage, courier, served(stage, count), concurrency=concurrency)[0]).per_s
             limits.append(limit())
-            by_folder = note("folder", batch(stage, courier, list(in_folder(folder, count)), width=width)[0]).per_s
+            by_folder = note(
+                "folder", batch(stage, courier, list(in_folder(folder, count)), concurrency=concurrency)[0]
+            ).per_s
             limits.append(limit())
             ratios["http"].append(by_http / statistics.mean(limits[:2]))
             ratios["folder"].append(by_folder / statistics.mean(limits[1:]))
@@ -200,7 +204,9 @@ def measure(stage: Bench, folder: Path, *, passes: int, count: int, width: int) 
             ratios["script"].append(by_http / note("script", script(stage, few, servers)).per_s)
             shutil.rmtree(folder)
             folder.mkdir()
-        verified = _verified(courier, batch(stage, courier, served(stage, count), width=width, verify=True)[1], count)
+        verified = _verified(
+            courier, batch(stage, courier, served(stage, count), concurrency=concurrency, verify=True)[1], count
+        )
     return {
         "grid_per_s": {f"{connections}x{size}": rate for (connections, size), rate in grid.items()},
         "best": f"{best[0]}x{best[1]}",
@@ -281,7 +287,7 @@ def main(passes: int, count: int, width: int, as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="pacs-bench-") as folder:
         try:
             with bench(Path(folder)) as stage, console.status("Measuring …"):
-                figures = measure(stage, Path(folder) / "images", passes=passes, count=count, width=width)
+                figures = measure(stage, Path(folder) / "images", passes=passes, count=count, concurrency=width)
         except (parts.PartMissing, parts.PartFailed) as error:
             raise click.ClickException(str(error)) from error
     if as_json:

@@ -24,7 +24,7 @@ from courier.settings import ServerSettings
 from sandbox import processes as parts
 from sandbox.processes import Processes
 from worker.batches.study_copy import Transfer
-from worker.batches.study_migration import Digests, Receipt, copy_study, verify_study
+from worker.batches.study_migration import Digests, MigrationReceipt, copy_study, verify_study
 from worker.dicom.fingerprints import fingerprint
 from worker.dicom.instances import identify
 from worker.pacs.protocol import Pacs, Part
@@ -51,7 +51,9 @@ def _filled(source: Pacs, contents: list[bytes]) -> str:
     return parts_[0].instance.study_instance_uid
 
 
-def _verified_s(source: Pacs, target: Pacs, study_uid: str, receipt: Receipt, how: tuple[Digests, bool]) -> float:
+def _verified_s(
+    source: Pacs, target: Pacs, study_uid: str, receipt: MigrationReceipt, how: tuple[Digests, bool]
+) -> float:
     digests, moves = how
     begun = time.perf_counter()
     verify_study(Transfer(source, target, study_uid), receipt, digests=digests, moves=moves)
@@ -76,7 +78,7 @@ def main(images: int, passes: int) -> None:
         servers = _connected(processes)
         for number, (source, target) in enumerate(WAYS, start=1):
             contents = [image(number, one) for one in range(images)]
-            receipt, study_uid = Receipt(), _filled(servers[source], contents)
+            receipt, study_uid = MigrationReceipt(), _filled(servers[source], contents)
             copy_study(Transfer(servers[source], servers[target], study_uid), receipt)
             verified = partial(_verified_s, servers[source], servers[target], study_uid, receipt)
             taken = {

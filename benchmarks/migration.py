@@ -62,7 +62,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Bench:
+class MigrationBench:
     """``studies`` are on the source; the target is emptied before each way."""
 
     processes: Processes
@@ -109,7 +109,7 @@ class Bench:
 
 
 @contextmanager
-def bench(folder: Path, *, studies: int, per_study: int) -> Iterator[Bench]:
+def bench(folder: Path, *, studies: int, per_study: int) -> Iterator[MigrationBench]:
     with Processes(folder) as processes:
         redis = parts.redis(processes)
         source, target = (parts.orthanc(processes, name=name) for name in ("source", "target"))
@@ -118,7 +118,7 @@ def bench(folder: Path, *, studies: int, per_study: int) -> Iterator[Bench]:
             "queue": parts.queue_settings(redis),
         }
         config = parts.write_settings(folder / "pacs.toml", tree)
-        stage = Bench(processes, source, target, config, per_study)
+        stage = MigrationBench(processes, source, target, config, per_study)
         stage.fill(studies)
         yield stage
 
@@ -152,7 +152,7 @@ def stow(orthanc: OrthancPart, images: Sequence[bytes]) -> None:
 # --- the three ways ---------------------------------------------------------------------------------------------
 
 
-def raw_s(stage: Bench, *, connections: int) -> float:
+def raw_s(stage: MigrationBench, *, connections: int) -> float:
     """The least that copying takes: nothing is read, compared or written down, a study is held in memory."""
     shares = [stage.studies[first::connections] for first in range(connections)]
     begun = time.perf_counter()
@@ -161,7 +161,7 @@ def raw_s(stage: Bench, *, connections: int) -> float:
     return time.perf_counter() - begun
 
 
-def _copy_all(stage: Bench, studies: Sequence[str]) -> None:
+def _copy_all(stage: MigrationBench, studies: Sequence[str]) -> None:
     ends = [urlsplit(part.url) for part in (stage.source, stage.target)]
     source, target = (http.client.HTTPConnection(str(end.hostname), end.port) for end in ends)
     for study in studies:
@@ -176,7 +176,7 @@ def _copy_all(stage: Bench, studies: Sequence[str]) -> None:
     target.close()
 
 
-def ours_s(stage: Bench, courier: Courier, pass_s: dict[str, list[float]]) -> float:
+def ours_s(stage: MigrationBench, courier: Courier, pass_s: dict[str, list[float]]) -> float:
     """From the order to the result; every study has to be verified, every image compared."""
     begun = time.perf_counter()
     handle = courier.batch.migrate(stage.studies, source="source", target="target")
@@ -201,7 +201,7 @@ def cloner() -> Path | None:
     return python if installed.returncode == 0 else None
 
 
-def cloner_s(stage: Bench, python: Path, *, connections: int) -> float:
+def cloner_s(stage: MigrationBench, python: Path, *, connections: int) -> float:
     command = [python, "-c", CLONE, stage.source.rest, stage.target.rest, str(connections)]
     ran = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
     return float(ran.stdout)
@@ -210,7 +210,7 @@ def cloner_s(stage: Bench, python: Path, *, connections: int) -> float:
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
-def huge(stage: Bench, courier: Courier, worker: Child, *, size_bytes: int) -> dict[str, float]:
+def huge(stage: MigrationBench, courier: Courier, worker: Child, *, size_bytes: int) -> dict[str, float]:
     """How far a warm worker's resident memory grows above its level while one huge image passes, and is compared."""
     before = set(_studies_on(stage.source))
     stow(stage.source, [b"".join(huge_image(size_bytes))])
@@ -227,7 +227,7 @@ def huge(stage: Bench, courier: Courier, worker: Child, *, size_bytes: int) -> d
 # --- the run ----------------------------------------------------------------------------------------------------
 
 
-def measure(stage: Bench, *, passes: int, python: Path | None, huge_bytes: int) -> dict[str, Any]:
+def measure(stage: MigrationBench, *, passes: int, python: Path | None, huge_bytes: int) -> dict[str, Any]:
     ways: dict[str, list[Way]] = {}
     pass_s: dict[str, list[float]] = {}
     worker = parts.worker(stage.processes, stage.config)
@@ -250,7 +250,7 @@ def measure(stage: Bench, *, passes: int, python: Path | None, huge_bytes: int) 
     return figures
 
 
-def _figures(stage: Bench, ways: dict[str, list[Way]], pass_s: dict[str, list[float]]) -> dict[str, Any]:
+def _figures(stage: MigrationBench, ways: dict[str, list[Way]], pass_s: dict[str, list[float]]) -> dict[str, Any]:
     rates = {name: statistics.median(way.images_per_s for way in all_of) for name, all_of in ways.items()}
     ours = [way.images_per_s for way in ways["ours"]]
     cpu = {

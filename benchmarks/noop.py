@@ -27,11 +27,11 @@ from celery import Task
 
 from benchmarks.listing import listed
 from courier.batches.planner import Planned
-from courier.batches.store import Item, Pass, Settled
+from courier.batches.store import Item, ItemOutcome, Pass
 from courier.messages import BatchOrderJob
 from worker.app import app
 from worker.batches import coordinator
-from worker.batches.coordinator import Answer, Desk, Work
+from worker.batches.coordinator import ItemResult, PassContext, PassHandler
 from worker.tasks.batches import KINDS
 from worker.tasks.door import deliver
 
@@ -48,18 +48,18 @@ class Noop:
     group_items = int(os.environ.get("NOOP_GROUP", "100"))
 
     @property
-    def passes(self) -> Mapping[Pass, Work]:
+    def passes(self) -> Mapping[Pass, PassHandler]:
         return {"apply": self.apply, "verify": self.verify, "undo": self.undo}
 
     def check(self, item: Planned) -> Planned:
         return item
 
-    def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:  # noqa: ARG002 - of a kind
+    def pages(self, context: PassContext) -> Iterator[Sequence[Planned]]:  # noqa: ARG002 - of a kind
         for first in range(0, LISTS, 1000):
             time.sleep(LIST_S)
             yield [Planned(listed(number)) for number in range(first, min(first + 1000, LISTS))]
 
-    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
+    def apply(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
         done = _done(items) if resumed else set()
         for item in items:
             if item.text.endswith("!kill"):
@@ -67,13 +67,13 @@ class Noop:
             if LOG and item.text not in done:
                 _write(item.text)
         time.sleep(SLEEP_S)
-        return [Settled(item, "stored", result=_receipt(item) if RECEIPTS else {}, server="here") for item in items]
+        return [ItemOutcome(item, "stored", result=_receipt(item) if RECEIPTS else {}, server="here") for item in items]
 
-    def verify(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
-        return [Settled(item, "verified") for item in items]
+    def verify(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
+        return [ItemOutcome(item, "verified") for item in items]
 
-    def undo(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
-        return [Settled(item, "undone") for item in items]
+    def undo(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
+        return [ItemOutcome(item, "undone") for item in items]
 
 
 def _receipt(item: Item) -> dict[str, Any]:

@@ -28,14 +28,14 @@ PACS = [sys.executable, "-c", "from producer.cli import main; main()", "batch"]
 
 
 @dataclass(frozen=True)
-class Figures:
+class PlanningFigures:
     what: str
     elapsed_s: float
     processor_s: float
     peak_mib: float
 
 
-def run(what: str, words: list[str], environ: Mapping[str, str], out: Path) -> Figures:
+def run(what: str, words: list[str], environ: Mapping[str, str], out: Path) -> PlanningFigures:
     began_s = time.perf_counter()
     with out.open("wb") as file:
         child = subprocess.Popen([*PACS, *words], env=dict(environ), stdout=file)
@@ -43,10 +43,10 @@ def run(what: str, words: list[str], environ: Mapping[str, str], out: Path) -> F
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"{what}: exit status {child.returncode}")
-    return Figures(what, time.perf_counter() - began_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return PlanningFigures(what, time.perf_counter() - began_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def measured(rows: int, folder: Path, environ: Mapping[str, str]) -> list[Figures]:
+def measured(rows: int, folder: Path, environ: Mapping[str, str]) -> list[PlanningFigures]:
     urls, plan, out = folder / "urls.txt", folder / "plan.jsonl", folder / "out"
     with urls.open("w") as file:
         file.writelines(

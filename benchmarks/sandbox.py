@@ -28,7 +28,7 @@ SECONDS = 10.0
 _STUDY, _SOP = "2.25." + "1" * 30, "2.25." + "2" * 30
 
 
-class Connection(threading.Thread):
+class StoringConnection(threading.Thread):
     """One keep-alive connection that stores as fast as it is answered."""
 
     def __init__(self, base: str, content: bytes, number: int, until_s: float) -> None:
@@ -97,7 +97,7 @@ def long_header() -> bytes:
 def measure(base: str, content: bytes) -> str:
     """One line about one dialect."""
     started_s = time.monotonic()
-    connections = [Connection(base, content, number, started_s + SECONDS) for number in range(CONNECTIONS)]
+    connections = [StoringConnection(base, content, number, started_s + SECONDS) for number in range(CONNECTIONS)]
     for connection in connections:
         connection.start()
     for connection in connections:

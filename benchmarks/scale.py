@@ -44,7 +44,7 @@ NOBODY = {"name": "here", "type": "dicomweb", "url": "http://127.0.0.1:9/dicom-w
 
 
 @dataclass(frozen=True)
-class Figures:
+class ScaleFigures:
     items: int
     plan_s: float
     plan_cpu_s: float
@@ -97,7 +97,7 @@ def plan(config: str, batch_id: str, items: int) -> None:
         assert courier.ledger is not None
         batches = Batches(courier.ledger)
         begun, begun_cpu = time.perf_counter(), time.process_time()
-        batches.open(batch_id, kind="noop", order={"verify": False}, width=4, name=f"{items} times nothing")
+        batches.open(batch_id, kind="noop", order={"verify": False}, concurrency=4, name=f"{items} times nothing")
         with Planner(batches, batch_id) as planner:
             planner.add_all(Planned(listed(number)) for number in range(items))
             planner.freeze()
@@ -114,7 +114,7 @@ def running(folder: Path) -> Iterator[tuple[Processes, RedisPart, Path]]:
         yield processes, redis, parts.write_settings(folder / "pacs.toml", tree)
 
 
-def measure(items: int, *, receipts: bool, listed_by_worker: bool) -> Figures:
+def measure(items: int, *, receipts: bool, listed_by_worker: bool) -> ScaleFigures:
     environ = {"NOOP_RECEIPTS": "1"} if receipts else {}
     if listed_by_worker:
         environ["NOOP_LISTS"] = str(items)
@@ -137,7 +137,7 @@ def measure(items: int, *, receipts: bool, listed_by_worker: bool) -> Figures:
         applied = end["passes"]["apply"]
         apply_s = (applied["ended_ms"] - applied["begun_ms"]) / 1000
         plan_s = told["plan_s"] or (applied["begun_ms"] - end["created_ms"]) / 1000
-        return Figures(
+        return ScaleFigures(
             items=items,
             plan_s=plan_s,
             plan_cpu_s=told["cpu_s"],

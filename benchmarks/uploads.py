@@ -36,9 +36,9 @@ from courier.settings import Settings
 from producer import Courier
 from sandbox import processes as parts
 from sandbox.processes import Child, Processes
-from worker.jobs.attempt import Pulse
-from worker.jobs.runner import Done, carry
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Heartbeat
+from worker.jobs.runner import Done, execute
+from worker.jobs.services import Services
 from worker.jobs.upload import upload
 from worker.pacs.fleet import Fleet
 from worker.pacs.registry import connect
@@ -51,7 +51,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
-class Bench:
+class UploadBench:
     processes: Processes
     #: DICOMweb root of the server that is measured.
     server: str
@@ -64,7 +64,7 @@ class Bench:
 
 
 @contextmanager
-def bench(folder: Path) -> Iterator[Bench]:
+def bench(folder: Path) -> Iterator[UploadBench]:
     """Redis, two Orthancs and the image server; workers are started where they are measured."""
     (folder / "images").mkdir()
     with Processes(folder) as processes:
@@ -81,7 +81,7 @@ def bench(folder: Path) -> Iterator[Bench]:
             "queue": parts.queue_settings(redis),
         }
         config = parts.write_settings(folder / "pacs.toml", tree)
-        yield Bench(processes, orthanc.url, images, config)
+        yield UploadBench(processes, orthanc.url, images, config)
 
 
 def serve_images(processes: Processes) -> str:
@@ -151,7 +151,7 @@ class ChainPass:
     payloads: list[dict[str, Any]]
 
 
-def chain_pass(stage: Bench, courier: Courier, *, count: int, studies: Iterator[int] = _studies) -> ChainPass:
+def chain_pass(stage: UploadBench, courier: Courier, *, count: int, studies: Iterator[int] = _studies) -> ChainPass:
     """Enqueue ``count`` jobs and wait for all of them; enqueueing is part of the time."""
     pairs = fresh_images(count, studies)
     before_s, begun = cpu_s(stage), time.perf_counter()
@@ -167,7 +167,7 @@ def chain_pass(stage: Bench, courier: Courier, *, count: int, studies: Iterator[
     )
 
 
-def cpu_s(stage: Bench) -> dict[str, float]:
+def cpu_s(stage: UploadBench) -> dict[str, float]:
     """User and system time of every part so far, all its threads, and of this process as ``bench``."""
     return {"bench": time.process_time(), **{child.name: _cpu_s(child) for child in stage.processes.children}}
 
@@ -181,28 +181,35 @@ def wall_ms_by_step(payloads: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {step: statistics.median(payload["timings_ms"].get(step, 0.0) for payload in payloads) for step in STEPS}
 
 
-def cpu_ms_by_step(stage: Bench, *, count: int) -> dict[str, float]:
+def cpu_ms_by_step(stage: UploadBench, *, count: int) -> dict[str, float]:
     """The same jobs, one at a time in this process, with processor time (of all its threads) as their clock."""
     settings = stage.settings
-    tools = Tools(
+    services = Services(
         settings=settings,
         ledger=Ledger.connect(settings.queue.ledger_url),
         sources=Sources(settings.sources),
         fleet=Fleet([connect(server) for server in settings.servers]),
         clock=time.process_time,
     )
-    pulse = Pulse(tools.ledger, lambda *_: None)
+    heartbeat = Heartbeat(services.ledger, lambda *_: None)
     spent: defaultdict[str, float] = defaultdict(float)
     for study, number in fresh_images(count):
         message = {"image_url": f"{stage.images}/{study}/{number}.dcm"}
         begun = time.process_time()
-        verdict = carry(upload, task="pacs.upload", job_id=str(uuid.uuid4()), message=message, tools=tools, pulse=pulse)
+        result = execute(
+            upload,
+            task="pacs.upload",
+            job_id=str(uuid.uuid4()),
+            message=message,
+            services=services,
+            heartbeat=heartbeat,
+        )
         spent["all"] += (time.process_time() - begun) * 1000
-        if not isinstance(verdict, Done):
-            raise click.ClickException(f"a job ended as {verdict}")
-        for step, took_ms in verdict.payload["timings_ms"].items():
+        if not isinstance(result, Done):
+            raise click.ClickException(f"a job ended as {result}")
+        for step, took_ms in result.payload["timings_ms"].items():
             spent[step] += took_ms
-    tools.fleet.close()
+    services.fleet.close()
     spent["ledger and payload"] = spent["all"] - sum(spent[step] for step in STEPS)
     return {step: total / count for step, total in spent.items()}
 
@@ -217,7 +224,7 @@ class HugeImage:
     size_bytes: int
 
 
-def huge_upload(stage: Bench, *, size_bytes: int) -> HugeImage:
+def huge_upload(stage: UploadBench, *, size_bytes: int) -> HugeImage:
     """How far a warm worker's resident memory grows above its level while it carries one huge image."""
     worker = parts.worker(stage.processes, stage.config, name="huge-worker")
     worker.wait_ready()
@@ -240,7 +247,7 @@ def _status_kib(child: Child, key: str) -> int:
 # --- the run ---------------------------------------------------------------------------------------------
 
 
-def measure(stage: Bench, *, passes: int, count: int, huge_bytes: int) -> dict[str, Any]:
+def measure(stage: UploadBench, *, passes: int, count: int, huge_bytes: int) -> dict[str, Any]:
     """Everything, as plain numbers."""
     raw: dict[int, list[float]] = {4: [], 8: []}
     chain: list[ChainPass] = []

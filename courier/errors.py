@@ -48,7 +48,7 @@ class CourierError(Exception):
     code: ClassVar[str] = ""
     #: The circuit breaker (courier/ledger/breakers.py) that is open, if that is why, or that this error has
     #: opened. Then the job waits until the breaker closes, and not for a time.
-    resting: str | None = None
+    open_circuit: str | None = None
 
     def __init__(
         self,
@@ -231,18 +231,18 @@ class Poisoned(NeedsPerson):
     code = "poisoned"
 
 
-def is_resting(error: CourierError) -> bool:
+def waits_for_server(error: CourierError) -> bool:
     """Whether the job that met ``error`` waits for a circuit breaker to close, or for its turn at a server that has
     asked for fewer requests, rather than tries again or ends.
     """
-    return error.resting is not None or (isinstance(error, PacsUnavailable) and error.slow_down)
+    return error.open_circuit is not None or (isinstance(error, PacsUnavailable) and error.slow_down)
 
 
 def is_final(error: object) -> TypeGuard[CourierError]:
     """Whether ``error`` ends the job, or the item of a batch, that met it."""
     if isinstance(error, TryAgain):
         return error.is_lasting
-    return isinstance(error, Refused | NeedsPerson) and not is_resting(error)
+    return isinstance(error, Refused | NeedsPerson) and not waits_for_server(error)
 
 
 def first_to_wait_for(errors: Sequence[CourierError]) -> CourierError:
@@ -252,7 +252,7 @@ def first_to_wait_for(errors: Sequence[CourierError]) -> CourierError:
     """
 
     def rank(error: CourierError) -> int:
-        if is_resting(error):
+        if waits_for_server(error):
             return 0
         return 2 if is_final(error) else 1
 

@@ -19,7 +19,7 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from courier.errors import InvalidRequest
-from courier.redaction import shown_text, shown_url
+from courier.redaction import printable, redact_url
 
 #: VRs (PS3.6) of what studies are asked for most: what a producer can check without the DICOM dictionary.
 VRS: Final[Mapping[str, str]] = {
@@ -171,7 +171,7 @@ def unknown(keyword: str, keywords: Iterable[str]) -> InvalidRequest:
     by_lower = {one.lower(): one for one in keywords}
     nearest = get_close_matches(keyword.lower(), by_lower, n=1, cutoff=0.8)
     advice = f"; {by_lower[nearest[0]]} is" if nearest else ", such as StudyDate or PatientID"
-    return refusal(f"{shown_text(shown_url(keyword), limit=64)!r} is no DICOM keyword{advice}.")
+    return refusal(f"{printable(redact_url(keyword), limit=64)!r} is no DICOM keyword{advice}.")
 
 
 def refusal(sentence: str) -> InvalidRequest:

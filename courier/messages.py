@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from courier.errors import InvalidRequest, InvalidUid
 from courier.filters import check_filters, check_selecting, check_unambiguous
-from courier.redaction import REASON_LENGTH, REQUESTED_BY_LENGTH, is_one_line, shown_text, shown_url
+from courier.redaction import REASON_LENGTH, REQUESTED_BY_LENGTH, is_one_line, printable, redact_url
 from courier.windows import check_window
 
 VERSION = 1
@@ -423,11 +423,11 @@ def _refusal(kind: type[Job], refused: ValidationError) -> InvalidRequest:
     if unknown is not None:
         return _unknown_field(kind, unknown["loc"])
     first = errors[0]
-    return _wrong_field(".".join(shown_url(str(part)) for part in first["loc"]), first["msg"])
+    return _wrong_field(".".join(redact_url(str(part)) for part in first["loc"]), first["msg"])
 
 
 def _wrong_field(field: str, reason: str) -> InvalidRequest:
-    field, reason = shown_text(field, limit=100), shown_text(reason.removeprefix("Value error, "), limit=300)
+    field, reason = printable(field, limit=100), printable(reason.removeprefix("Value error, "), limit=300)
     sentence = f"Field {field} of the job: {reason}." if field else f"The job: {reason}."
     return InvalidRequest(sentence, details={"field": field or None})
 

@@ -20,14 +20,14 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from courier.settings import TelemetrySettings
-from courier.telemetry import CallSeen, Count, JobSeen, Seen, SendSeen, StepSeen
+from courier.telemetry import CallEvent, Count, JobEvent, SendEvent, StepEvent, TelemetryEvent
 
 PATH: Final = "/v1/traces"
 _W3C: Final = TraceContextTextMapPropagator()
 
 
 class Traces:
-    """A `courier.telemetry.Watcher` that sends spans to ``otlp_endpoint`` over HTTP, in batches, from its own thread.
+    """A `courier.telemetry.Observer` that sends spans to ``otlp_endpoint`` over HTTP, in batches, from its own thread.
 
     Time-outs, headers, certificates, sampling and further attributes of the resource are set by the SDK's own
     ``OTEL_*`` variables. What cannot be delivered is dropped; no job waits for it.
@@ -46,7 +46,7 @@ class Traces:
         self._provider.shutdown()
 
     @contextmanager
-    def watching(self, seen: Seen) -> Iterator[None]:
+    def observe(self, seen: TelemetryEvent) -> Iterator[None]:
         name, kind, attributes = _described(seen)
         with self._tracer.start_as_current_span(
             name, kind=kind, attributes=attributes, record_exception=False, set_status_on_exception=False
@@ -58,7 +58,7 @@ class Traces:
             finally:
                 for key, value in _ended(seen).items():
                     span.set_attribute(key, value)
-                if failed or (isinstance(seen, JobSeen) and seen.end in ("dead", "lost")):
+                if failed or (isinstance(seen, JobEvent) and seen.end in ("dead", "lost")):
                     span.set_status(Status(StatusCode.ERROR))
 
     def count(self, what: Count, number: int) -> None:
@@ -78,25 +78,25 @@ class Traces:
             context.detach(token)
 
 
-def _described(seen: Seen) -> tuple[str, SpanKind, dict[str, str | int]]:
+def _described(seen: TelemetryEvent) -> tuple[str, SpanKind, dict[str, str | int]]:
     match seen:
-        case SendSeen():
+        case SendEvent():
             return f"send {seen.task}", SpanKind.PRODUCER, {"pacs.task": seen.task, "pacs.job_id": seen.job_id}
-        case JobSeen():
+        case JobEvent():
             about: dict[str, str | int] = {"pacs.task": seen.task, "pacs.job_id": seen.job_id}
             return seen.task, SpanKind.CONSUMER, {**about, "pacs.attempt": seen.attempt}
-        case StepSeen():
+        case StepEvent():
             return seen.name, SpanKind.INTERNAL, {"pacs.task": seen.task}
-        case CallSeen():
+        case CallEvent():
             server: dict[str, str | int] = {"pacs.server_name": seen.server_name, "pacs.server_type": seen.server_type}
             return f"{seen.method} {seen.server_name}", SpanKind.CLIENT, {**server, "http.request.method": seen.method}
 
 
-def _ended(seen: Seen) -> dict[str, str | int]:
+def _ended(seen: TelemetryEvent) -> dict[str, str | int]:
     match seen:
-        case JobSeen():
+        case JobEvent():
             return {"pacs.end": seen.end, "pacs.code": seen.code}
-        case CallSeen():
+        case CallEvent():
             answered: dict[str, str | int] = {"http.response.status_code": seen.status} if seen.status else {}
             return {**answered, "error.type": seen.code} if seen.code else answered
         case _:

@@ -114,7 +114,7 @@ def _read(raw: bytes) -> Any:
 
 
 @dataclass(frozen=True)
-class Found:
+class QueueContents:
     """What lies in one old queue; there is ``more`` if not all of it was looked at.
 
     ``foreign`` is the task of the first message that is not ours, "" if none was seen or it names none.
@@ -143,7 +143,7 @@ class Found:
         return "The workers move them; look again in a minute."
 
 
-def count(channel: Any) -> list[Found]:
+def count(channel: Any) -> list[QueueContents]:
     """What lies in the old queues of a Redis broker (``channel`` is kombu's), as far as any of it is ours."""
     return [found for queue in OLD_QUEUES if (found := _count(channel, queue)).ours]
 
@@ -153,7 +153,7 @@ def left_by_killed_workers(channel: Any) -> int:
     return sum(1 for _ in _left_unacknowledged(channel.client))
 
 
-def _count(channel: Any, queue: str) -> Found:
+def _count(channel: Any, queue: str) -> QueueContents:
     ours, others, more, first = 0, 0, False, ""
     for key, _ in _lists(channel, queue, queue):
         seen = 0
@@ -165,7 +165,7 @@ def _count(channel: Any, queue: str) -> Found:
                 first = first if others else task
                 others += 1
         more = more or channel.client.llen(key) > seen
-    return Found(queue, ours, others, more, first)
+    return QueueContents(queue, ours, others, more, first)
 
 
 def _shown(task: str) -> str:
@@ -218,7 +218,7 @@ class OldQueues:
         """Whether there is nothing left to do, so that no channel is needed."""
         return self._reported and not (self.reads and len(self.stopped) < len(OLD_QUEUES))
 
-    def look(self, channel: Any) -> None:
+    def report_and_move(self, channel: Any) -> None:
         """Report, the first time; then move. ``channel`` is kombu's, to a Redis."""
         if not self._reported:
             for found in count(channel):

@@ -1,6 +1,6 @@
 """What may be said of a job in a log: its id and how far it is; never a patient, a credential or the query of a URL.
 
-How a line looks is said in ``lines.py``.
+How a line looks is said in ``worker/observability/log_format.py``.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def where_it_broke(error: BaseException) -> str:
     return f"{type(error).__module__}.{type(error).__qualname__} at\n{frames}"
 
 
-def shown_url(url: str) -> str:
+def redact_url(url: str) -> str:
     """``url`` as it may be shown: without userinfo, query and fragment, which is where credentials travel.
 
     Of an ``s3:``, ``az:`` or ``file:`` URL the whole name is shown: ``?`` and ``#`` belong to it. What only resembles a
@@ -210,10 +210,10 @@ def shown_id(job_id: str) -> str:
     """A job's id as it may stand in a line: in quotation marks where it would not be seen where it ends."""
     if _IS_NAME(job_id):
         return job_id
-    return shown_text(json.dumps(without_queries(job_id)[:300], ensure_ascii=False))
+    return printable(json.dumps(without_queries(job_id)[:300], ensure_ascii=False))
 
 
-def shown_text(text: str, *, limit: int | None = None) -> str:
+def printable(text: str, *, limit: int | None = None) -> str:
     """Text of others as it may stand in a line: what controls a terminal, breaks the line or cannot be encoded is
     written as an escape (``\\x1b``).
     """
@@ -247,7 +247,7 @@ def stated(job: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def shown_job(job: object) -> str:
+def redact_job(job: object) -> str:
     """A job as Flower, events and logs may show it: the fields that are known, and nothing that is nested deeper.
 
     Of a field that nobody knows only the name is shown: whoever sent it may have meant anything by it.
@@ -259,7 +259,7 @@ def shown_job(job: object) -> str:
         for name, value in ((str(name), value) for name, value in job.items())
         if name not in HIDDEN_FIELDS
     }
-    return shown_text(json.dumps(shown, ensure_ascii=False), limit=500)
+    return printable(json.dumps(shown, ensure_ascii=False), limit=500)
 
 
 def shown_result(result: Mapping[str, Any]) -> str:
@@ -281,7 +281,7 @@ def shown_result(result: Mapping[str, Any]) -> str:
         _first(places, "study_uid", "study {}"),
         _USER.sub("://", _first(places, "viewer_url", "{}")),
     )
-    return shown_text("; ".join(part for part in parts if part), limit=1000)
+    return printable("; ".join(part for part in parts if part), limit=1000)
 
 
 def _first(places: Iterable[Mapping[str, Any]], name: str, form: str) -> str:
@@ -299,5 +299,5 @@ def _shown_field(name: str, value: object) -> object:
 
 def _shown_value(value: object) -> object:
     if isinstance(value, str):
-        return shown_url(value) if _MAY_HIDE.search(value) else value
+        return redact_url(value) if _MAY_HIDE.search(value) else value
     return value if value is None or isinstance(value, bool | int | float) else "…"

@@ -17,7 +17,7 @@ End = Literal["done", "refused", "dead", "parked", "lost"]
 
 
 @dataclass(slots=True)
-class JobSeen:
+class JobEvent:
     """One attempt at a job. ``end`` and ``code`` are how it ended, which its door fills in."""
 
     task: str
@@ -28,7 +28,7 @@ class JobSeen:
 
 
 @dataclass(slots=True)
-class StepSeen:
+class StepEvent:
     """One step of a job: ``fetch``, ``push`` …"""
 
     task: str
@@ -36,7 +36,7 @@ class StepSeen:
 
 
 @dataclass(slots=True)
-class CallSeen:
+class CallEvent:
     """One request to a PACS. ``status`` is that of its answer, 0 without one; ``code`` that of the error it became."""
 
     server_name: str
@@ -47,20 +47,20 @@ class CallSeen:
 
 
 @dataclass(slots=True)
-class SendSeen:
+class SendEvent:
     """The message of a job on its way to the broker."""
 
     task: str
     job_id: str
 
 
-Seen = JobSeen | StepSeen | CallSeen | SendSeen
+TelemetryEvent = JobEvent | StepEvent | CallEvent | SendEvent
 
 
-class Watcher(Protocol):
+class Observer(Protocol):
     """Who watches. SHALL be safe for threads, SHALL be quick, and SHALL NOT raise; it sees no URL and no patient."""
 
-    def watching(self, seen: Seen) -> AbstractContextManager[object]:
+    def observe(self, seen: TelemetryEvent) -> AbstractContextManager[object]:
         """Entered when it begins; when it is left, ``seen`` says how it ended."""
         ...
 
@@ -76,51 +76,51 @@ class Watcher(Protocol):
 
 
 _NOBODY: Final = nullcontext()
-_watchers: tuple[Watcher, ...] = ()
+_observers: tuple[Observer, ...] = ()
 
 
-def watch(watcher: Watcher) -> None:
-    """Let ``watcher`` see everything from now on, in this process and those that it forks."""
-    global _watchers  # noqa: PLW0603 - a process is watched or it is not, as with logging
-    _watchers = (*_watchers, watcher)
+def add_observer(observer: Observer) -> None:
+    """Let ``observer`` see everything from now on, in this process and those that it forks."""
+    global _observers  # noqa: PLW0603 - a process is watched or it is not, as with logging
+    _observers = (*_observers, observer)
 
 
-def stop_watching() -> None:
-    global _watchers  # noqa: PLW0603
-    _watchers = ()
+def remove_observers() -> None:
+    global _observers  # noqa: PLW0603
+    _observers = ()
 
 
-def watching(seen: Seen) -> AbstractContextManager[object]:
+def observe(seen: TelemetryEvent) -> AbstractContextManager[object]:
     """Let whoever watches see what happens inside."""
-    return _all(seen) if _watchers else _NOBODY
+    return _all(seen) if _observers else _NOBODY
 
 
 @contextmanager
-def _all(seen: Seen) -> Iterator[None]:
+def _all(seen: TelemetryEvent) -> Iterator[None]:
     with ExitStack() as stack:
-        for watcher in _watchers:
-            stack.enter_context(watcher.watching(seen))
+        for observer in _observers:
+            stack.enter_context(observer.observe(seen))
         yield
 
 
 def count(what: Count, number: int = 1) -> None:
-    for watcher in _watchers:
-        watcher.count(what, number)
+    for observer in _observers:
+        observer.count(what, number)
 
 
 def carrier() -> dict[str, str]:
     """What a message or a request bears so that its receiver can continue here; {} if nobody traces."""
-    return {name: value for watcher in _watchers for name, value in watcher.carrier().items()} if _watchers else {}
+    return {name: value for observer in _observers for name, value in observer.carrier().items()} if _observers else {}
 
 
 def continued(carrier: Mapping[str, str]) -> AbstractContextManager[object]:
     """Inside, what begins continues what ``carrier`` (W3C ``traceparent``, ``tracestate``) names."""
-    return _all_continued(carrier) if _watchers and carrier else _NOBODY
+    return _all_continued(carrier) if _observers and carrier else _NOBODY
 
 
 @contextmanager
 def _all_continued(carrier: Mapping[str, str]) -> Iterator[None]:
     with ExitStack() as stack:
-        for watcher in _watchers:
-            stack.enter_context(watcher.continued(carrier))
+        for observer in _observers:
+            stack.enter_context(observer.continued(carrier))
         yield

@@ -33,4 +33,4 @@ def trace(settings: TelemetrySettings) -> None:
         except ImportError:
             log.warning("No traces: telemetry.otlp_endpoint is set, but not installed is pacs-courier[telemetry]")
             return
-        telemetry.watch(Traces(settings))
+        telemetry.add_observer(Traces(settings))

@@ -1,6 +1,6 @@
 """Why a job waits, since when, and when it is tried next: as programs read it and as one sentence for people.
 
-No Redis here; who waits for what is decided in ``jobs/carry.py`` and kept by ``ledger.py``.
+No Redis here; who waits for what is decided in ``worker/jobs/runner.py`` and kept by ``ledger/jobs.py``.
 """
 
 from __future__ import annotations

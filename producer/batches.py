@@ -23,7 +23,7 @@ from courier.batches.store import DONE_AGAIN, Batch, Batches, Row, State, is_mis
 from courier.ledger.jobs import Ledger
 from courier.messages import BatchContinueJob, Job
 from producer.errors import BrokerUnavailable, InvalidRequest, NotFound
-from producer.orders import KINDS, Given, Order, Told, lines_of, of_plan_file, plan
+from producer.orders import KINDS, InputSource, Notify, Order, lines_of, of_plan_file, plan
 from producer.plans import PlanFile, PlanHeader, PlanLine, version_of
 from producer.results import BatchResult
 
@@ -34,8 +34,8 @@ Items = str | Path | Iterable[str]
 Thing = TypeVar("Thing")
 _POLL_S = 0.5
 #: What a batch that is there may be asked for after a look at what that would be about, and in which states.
-Wish = Literal["apply", "retry", "undo"]
-STATES_OF: Final[Mapping[Wish, Sequence[State]]] = {
+ContinueCommand = Literal["apply", "retry", "undo"]
+STATES_OF: Final[Mapping[ContinueCommand, Sequence[State]]] = {
     "apply": ("planned",),
     "retry": ("done", "cancelled"),
     "undo": ("done", "cancelled", "undone"),
@@ -55,7 +55,7 @@ class Enqueue(Protocol):
 
 
 @dataclass(frozen=True)
-class BatchDesk:
+class BatchClient:
     """All batches of a ledger. A batch's id is that of the job that began it.
 
     ``upload``, ``delete``, ``download`` and ``migrate`` order one. ``items`` are a list (or anything that can be gone
@@ -100,7 +100,7 @@ class BatchDesk:
             "requested_by": requested_by,
             "reason": reason,
         }
-        return self.order(Order("upload", order), _given(items, column=column, skip_bad=skip_bad))
+        return self.order(Order("upload", order), _input_source(items, column=column, skip_bad=skip_bad))
 
     def delete(  # noqa: PLR0913 - each option by its name
         self,
@@ -150,7 +150,7 @@ class BatchDesk:
             "requested_by": requested_by,
             "reason": reason,
         }
-        return self.order(Order("delete", order), _given(items, column=column, skip_bad=skip_bad))
+        return self.order(Order("delete", order), _input_source(items, column=column, skip_bad=skip_bad))
 
     def download(  # noqa: PLR0913 - each option by its name
         self,
@@ -190,7 +190,7 @@ class BatchDesk:
             "requested_by": requested_by,
             "reason": reason,
         }
-        return self.order(Order("download", order), _given(items, column=column, skip_bad=skip_bad))
+        return self.order(Order("download", order), _input_source(items, column=column, skip_bad=skip_bad))
 
     def migrate(  # noqa: PLR0913 - each option by its name
         self,
@@ -241,9 +241,9 @@ class BatchDesk:
             "requested_by": requested_by,
             "reason": reason,
         }
-        return self.order(Order("migrate", order), _given(items, column=column, skip_bad=skip_bad))
+        return self.order(Order("migrate", order), _input_source(items, column=column, skip_bad=skip_bad))
 
-    def order(self, order: Order, given: Given | None = None) -> Handle[BatchResult]:
+    def order(self, order: Order, input_source: InputSource | None = None) -> Handle[BatchResult]:
         """Order a batch of a kind with the fields of its message.
 
         Raises
@@ -252,13 +252,13 @@ class BatchDesk:
             A field, or rows of what was given, are wrong; nothing was begun.
         """
         kind = KINDS[order.kind]
-        source = given.source if given and order.kind == "upload" else None
-        if given is None or source is not None:
+        source = input_source.source if input_source and order.kind == "upload" else None
+        if input_source is None or source is not None:
             job_id = str(uuid.uuid4())
             return self.enqueue(kind.task, kind.form, order.message(source=source), job_id=job_id, batch_id=job_id)
         order.planned()  # what is wrong with it is said before the items are read
-        with given.read(kind.judge) as items:
-            return self._planned(order, given.planned(items), told=given.told)
+        with input_source.read(kind.parse_item) as items:
+            return self._planned(order, input_source.planned(items), notify=input_source.notify)
 
     def apply(
         self,
@@ -271,7 +271,7 @@ class BatchDesk:
         """Do what a plan says: that of a batch, by its id, or a plan file, which becomes a batch of its own."""
         if isinstance(what, str) and not Path(what).exists():
             return self._go_on("apply", what, confirm_studies, requested_by, reason)
-        order, plan_file = of_plan_file(Path(what), told=_deprecated)
+        order, plan_file = of_plan_file(Path(what), notify=_deprecated)
         return self.apply_file(
             order, plan_file, confirm_studies=confirm_studies, requested_by=requested_by, reason=reason
         )
@@ -287,8 +287,8 @@ class BatchDesk:
     ) -> Handle[BatchResult]:
         """Do what a plan file says that has been read by `producer.orders.of_plan_file`."""
         given = {"confirm_studies": confirm_studies, "requested_by": requested_by, "reason": reason}
-        order = Order(order.kind, {**order.wishes, **given})
-        return self._planned(order, lines_of(plan_file), told=lambda _: None)
+        order = Order(order.kind, {**order.fields, **given})
+        return self._planned(order, lines_of(plan_file), notify=lambda _: None)
 
     def retry(
         self,
@@ -323,19 +323,19 @@ class BatchDesk:
         """Take back what was done."""
         return self._go_on("undo", batch_id, confirm_studies, requested_by, reason)
 
-    def _planned(self, order: Order, lines: Iterable[Planned], *, told: Told) -> Handle[BatchResult]:
+    def _planned(self, order: Order, lines: Iterable[Planned], *, notify: Notify) -> Handle[BatchResult]:
         """Plan it here, then have it seen through."""
         kind = KINDS[order.kind]
         with _reachable():
-            batch_id = plan(Batches(self.ledger), order, lines, told=told)
+            batch_id = plan(Batches(self.ledger), order, lines, notify=notify)
         return self.enqueue(kind.task, kind.form, order.message(planned=True), job_id=batch_id, batch_id=batch_id)
 
     def _go_on(
-        self, wish: str, batch_id: str, confirm_studies: int | None, requested_by: str | None, reason: str | None
+        self, command: str, batch_id: str, confirm_studies: int | None, requested_by: str | None, reason: str | None
     ) -> Handle[BatchResult]:
         self.get(batch_id)
         job = {"batch_id": batch_id, "confirm_studies": confirm_studies, "requested_by": requested_by, "reason": reason}
-        return self.enqueue(f"pacs.batch.{wish}", BatchContinueJob, job, batch_id=batch_id)
+        return self.enqueue(f"pacs.batch.{command}", BatchContinueJob, job, batch_id=batch_id)
 
     # --- what there is --------------------------------------------------------------------------------------
 
@@ -352,10 +352,10 @@ class BatchDesk:
             raise NotFound(f"No batch is called {batch_id}; batches are kept as long as results.")
         return batch
 
-    def told(self, batch: Batch) -> dict[str, Any]:
+    def published(self, batch: Batch) -> dict[str, Any]:
         """The batch as JSON, with who requested its order and its passes, and why."""
         with _reachable():
-            return Batches(self.ledger).told(batch)
+            return Batches(self.ledger).published(batch)
 
     def watch(self, batch_id: str, *, every_s: float = _POLL_S) -> Iterator[Batch]:
         """The batch, again and again until it is over."""
@@ -373,13 +373,13 @@ class BatchDesk:
         Between its survey and its first item a batch is ``planned``, and not over for that.
         """
         with _reachable():
-            job = self.ledger.look(batch.conductor) if batch.conductor else {}
+            job = self.ledger.read_record(batch.coordinator) if batch.coordinator else {}
         return batch.over and job.get("state") not in ("queued", "running", "waiting")
 
     def ending(self, batch: Batch) -> BatchResult:
         """What it came to, as the jobs that see batches through have it, whoever ended it and however."""
         with _reachable():
-            return cast(BatchResult, end_payload(batch, Batches(self.ledger), job_id=batch.conductor or batch.id))
+            return cast(BatchResult, end_payload(batch, Batches(self.ledger), job_id=batch.coordinator or batch.id))
 
     def report(self, batch_id: str) -> Iterator[dict[str, Any]]:
         """What became of each item, one after the other, however many there are."""
@@ -400,7 +400,7 @@ class BatchDesk:
         header = PlanHeader(kind=batch.kind, name=batch.name, batch_id=batch.id, order=order, version=version_of(order))
         return header, (line for row in self.rows(batch) for line in plan_lines(row))
 
-    def reach(self, batch: Batch, wish: Wish) -> Mapping[tuple[str, str], int]:
+    def reach(self, batch: Batch, command: ContinueCommand) -> Mapping[tuple[str, str], int]:
         """How many items ``retry`` or ``undo`` would be about, by server and by what became of them.
 
         Raises
@@ -408,11 +408,11 @@ class BatchDesk:
         InvalidRequest
             In the state that the batch is in, it would be refused.
         """
-        check_state(batch, wish)
+        check_state(batch, command)
         rows = self.rows(batch)
-        if wish == "undo":
-            return Counter((row.settled.server_name, row.settled.status) for row in rows if is_to_undo(row))
-        again = ((row.settled.server_name, _to_retry(row, batch.kind)) for row in rows)
+        if command == "undo":
+            return Counter((row.outcome.server_name, row.outcome.status) for row in rows if is_to_undo(row))
+        again = ((row.outcome.server_name, _to_retry(row, batch.kind)) for row in rows)
         return Counter((name, status) for name, status in again if status is not None)
 
     # --- steering -------------------------------------------------------------------------------------------
@@ -435,11 +435,11 @@ class BatchDesk:
         return self.get(batch_id)
 
 
-def _given(items: Items | None, *, column: str | None, skip_bad: bool) -> Given | None:
+def _input_source(items: Items | None, *, column: str | None, skip_bad: bool) -> InputSource | None:
     if items is None:
         return None
     words, others = ((items,), None) if isinstance(items, str | Path) else ((), items)
-    return Given(words, others, column=column, skip_bad=skip_bad)
+    return InputSource(words, others, column=column, skip_bad=skip_bad)
 
 
 def _but(value: Thing, default: Thing) -> Thing | None:
@@ -468,21 +468,21 @@ def _alias(name: str, value: str | None, other: str, alias: str | None) -> str |
 
 
 def _deprecated(sentence: str) -> None:
-    """Warn where a method of `BatchDesk` was called, which called a function that calls this one."""
+    """Warn where a method of `BatchClient` was called, which called a function that calls this one."""
     warnings.warn(sentence, DeprecationWarning, stacklevel=4)
 
 
-def check_state(batch: Batch, wish: Wish) -> None:
+def check_state(batch: Batch, command: ContinueCommand) -> None:
     """Refuse what a worker would refuse for the state of the batch."""
-    states = STATES_OF[wish]
+    states = STATES_OF[command]
     if batch.state not in states:
         raise InvalidRequest(f"The batch is {batch.state}; that can be done when it is {' or '.join(states)}.")
 
 
 def _to_retry(row: Row, kind: str) -> str | None:
     """As what a retry is about the item; None: it is not."""
-    if row.settled.status in ("failed", "open"):
-        return row.settled.status
+    if row.outcome.status in ("failed", "open"):
+        return row.outcome.status
     return "missing" if kind in DONE_AGAIN and is_missing(row) else None
 
 
@@ -491,8 +491,8 @@ def plan_lines(row: Row) -> Iterator[PlanLine]:
 
     A line that named one of them would do it on that one alone, when the plan is applied from its file.
     """
-    line, surveyed = _plan_line(row), row.passes.get("survey")
-    names = surveyed.result.get("on", ()) if surveyed is not None and not row.item.server else ()
+    line, preflight = _plan_line(row), row.passes.get("survey")
+    names = preflight.result.get("on", ()) if preflight is not None and not row.item.server else ()
     if line.do == "skip" or len(names) < 2:
         yield line
         return
@@ -502,8 +502,8 @@ def plan_lines(row: Row) -> Iterator[PlanLine]:
 
 def _plan_line(row: Row) -> PlanLine:
     """At which server, and whether and why it is left out."""
-    surveyed, applied = row.passes.get("survey"), row.settled
-    settled = surveyed if surveyed is not None and surveyed.status != "open" else None
+    preflight, applied = row.passes.get("survey"), row.outcome
+    settled = preflight if preflight is not None and preflight.status != "open" else None
     if settled is None and (applied.status == "skipped" or applied.is_planned_so):
         settled = applied
     server = row.item.server or (settled.server_name if settled else "")

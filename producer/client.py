@@ -42,12 +42,12 @@ from courier.messages import (
     UploadJob,
     read_job,
 )
-from courier.queues import OLD_QUEUES, QUEUES, Found, count, left_by_killed_workers
-from courier.redaction import shown_job
+from courier.queues import OLD_QUEUES, QUEUES, QueueContents, count, left_by_killed_workers
+from courier.redaction import redact_job
 from courier.settings import QueueSettings, Settings
-from courier.telemetry import SendSeen, carrier, watching
-from producer.batches import BatchDesk
-from producer.dead_letters import DeadDesk
+from courier.telemetry import SendEvent, carrier, observe
+from producer.batches import BatchClient
+from producer.dead_letters import DeadLetterClient
 from producer.errors import (
     BrokerUnavailable,
     InvalidRequest,
@@ -323,20 +323,20 @@ class Courier:
         return self.enqueue("pacs.delete_all", DeleteAllJob, job, job_id=job_id, batch_id=job_id)
 
     @property
-    def batch(self) -> BatchDesk:
+    def batch(self) -> BatchClient:
         """Batches: ordering them, how far they are, pausing, resuming, cancelling, undoing, and their reports."""
         if self._ledger is None:
             raise BrokerUnavailable("Batches are in the ledger; give ledger_url.")
         self._check_schema()
-        return BatchDesk(self._ledger, self.enqueue)
+        return BatchClient(self._ledger, self.enqueue)
 
     @property
-    def dead(self) -> DeadDesk:
+    def dead(self) -> DeadLetterClient:
         """Dead letters: listing, showing, replaying and purging them."""
         if self._ledger is None:
             raise BrokerUnavailable("Dead letters are in the ledger; give ledger_url.")
         self._check_schema()
-        return DeadDesk(self._ledger, forget=self._forget, send=self._send)
+        return DeadLetterClient(self._ledger, forget=self._forget, send=self._send)
 
     def enqueue(
         self, task: str, kind: type[Job], job: Mapping[str, Any], *, job_id: str | None = None, batch_id: str = ""
@@ -350,7 +350,7 @@ class Courier:
         if len(json.dumps(job)) > MESSAGE_BYTES - _ENVELOPE_BYTES:
             raise InvalidRequest(f"The job is too large for a message, which is {MESSAGE_BYTES} bytes at most.")
         handle = Handle(job_id or job_id_for(job.get("idempotency_key")), self, batch_id)
-        with watching(SendSeen(task, handle.id)):
+        with observe(SendEvent(task, handle.id)):
             trace = carrier().get("traceparent", "")
             self._check_schema()
             with _reachable():
@@ -386,7 +386,7 @@ class Courier:
                     kwargs={"job": due.job},
                     task_id=due.job_id,
                     argsrepr="()",
-                    kwargsrepr=shown_job(due.job),
+                    kwargsrepr=redact_job(due.job),
                     headers={**due.headers, **({"traceparent": due.trace} if due.trace else {})},
                 )
         except BrokerUnavailable:
@@ -426,7 +426,7 @@ class Courier:
             connection.ensure_connection(max_retries=1, timeout=5)
             return {name: _depth(connection, name) for name in QUEUES}
 
-    def old_queues(self) -> tuple[list[Found], int]:
+    def old_queues(self) -> tuple[list[QueueContents], int]:
         """What of ours lies in queues of version 0.1, and how many messages its workers had taken; Redis alone says."""
         with _reachable(), self._app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=5)

@@ -14,12 +14,12 @@ from typing import Any
 
 import redis
 
-from courier.ledger.jobs import DeadLetter, DueJob, Ledger, Note
+from courier.ledger.jobs import DeadLetter, DueJob, Event, Ledger
 from producer.errors import BrokerUnavailable, NotFound
 
 
 @dataclass(frozen=True)
-class DeadDesk:
+class DeadLetterClient:
     """All dead letters of a ledger. They are kept until somebody replays or purges them."""
 
     ledger: Ledger
@@ -51,11 +51,11 @@ class DeadDesk:
             raise NotFound(f"No dead letter is called {job_id}; pacs result says what became of a job.")
         return letter
 
-    def trail(self, job_id: str) -> tuple[Note, ...]:
+    def history(self, job_id: str) -> tuple[Event, ...]:
         """What was decided about the job, as far as it had got hold of an image, a series or a study."""
         letter = self.get(job_id)
         with _reachable():
-            return tuple(self.ledger.notes_of(letter))
+            return tuple(self.ledger.events_of(letter))
 
     def replay(self, job_id: str) -> bool:
         """Queue the job again under its id, its attempts and deaths forgotten; False if it is no dead letter.
@@ -88,7 +88,7 @@ def letter_json(letter: DeadLetter) -> dict[str, Any]:
         "code": letter.code,
         "message": letter.message,
         "attempts": letter.attempts,
-        "deaths": letter.deaths,
+        "deaths": letter.crash_count,
         "replays": letter.replays,
         "requested_by": letter.requested_by or None,
         "reason": letter.reason or None,

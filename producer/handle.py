@@ -1,6 +1,6 @@
 """What a program holds of a job that it enqueued, and what is known of the job.
 
-The client that asks the result back-end and the ledger is ``client.py``; here it is a `Client`.
+The client that asks the result back-end and the ledger is ``client.py``; here it is a `Reports`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Status = Literal["queued", "running", "waiting", "done", "failed", "unknown"]
 Result_co = TypeVar("Result_co", covariant=True, default=Any)
 
 
-class Client(Protocol):
+class Reports(Protocol):
     """What a handle needs of `Courier`."""
 
     def reports(self, job_ids: Iterable[str]) -> dict[str, Report]: ...
@@ -64,7 +64,7 @@ class Handle(Generic[Result_co]):
     """One enqueued job, by its ``id``, which any program may use to ask for it."""
 
     id: str
-    courier: Client
+    courier: Reports
     #: The batch that the job is about, if it is.
     batch_id: str = ""
 

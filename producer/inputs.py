@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Self
 
 from courier.messages import check_uid
-from courier.redaction import shown_text, shown_url
+from courier.redaction import printable, redact_url
 from courier.urls import ENCODED, NOT_IN_URL, bare
 from producer.errors import InvalidRequest, InvalidUid
 
@@ -37,16 +37,16 @@ _MAX_URL = 8192
 _SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 _MAY_BE_ITEM = re.compile(rf"[\s\"]*(?:{_URL.pattern}|\d+(?:\.\d+){{2,}}[\s\"]*$)").match
 
-#: The item of a row's text; `Unfit` says why there is none.
-Judge = Callable[[str], str]
+#: The item of a row's text; `InvalidRow` says why there is none.
+ParseItem = Callable[[str], str]
 
 
-class Unfit(ValueError):
+class InvalidRow(ValueError):
     """A row that is no item, in half a sentence."""
 
 
 @dataclass(frozen=True)
-class Row:
+class InputRow:
     """Where a row stands, and its text."""
 
     place: str
@@ -64,23 +64,23 @@ def study_uid(text: str) -> str:
     try:
         return check_uid(text)
     except InvalidUid:
-        raise Unfit("no UID: at most 64 digits and dots") from None
+        raise InvalidRow("no UID: at most 64 digits and dots") from None
 
 
 def image_url(text: str) -> str:
     """The URL of one image that ``text`` is, as far as that can be seen."""
     match = _URL.match(text)
     if match is None:
-        raise Unfit(f"no URL: it has to begin with {', '.join(f'{scheme}:' for scheme in _SCHEMES)}")
+        raise InvalidRow(f"no URL: it has to begin with {', '.join(f'{scheme}:' for scheme in _SCHEMES)}")
     if len(text) > _MAX_URL:
-        raise Unfit(f"longer than {_MAX_URL} characters")
+        raise InvalidRow(f"longer than {_MAX_URL} characters")
     if NOT_IN_URL.search(text):
-        raise Unfit("no URL: it has control characters in it")
+        raise InvalidRow("no URL: it has control characters in it")
     if match["zip"]:
         if "!/" not in text:
-            raise Unfit("a whole archive; name it in the command itself, and its entries are found")
+            raise InvalidRow("a whole archive; name it in the command itself, and its entries are found")
     elif is_source(text):
-        raise Unfit("a prefix, a folder or an archive; name it in the command itself, and what it holds is found")
+        raise InvalidRow("a prefix, a folder or an archive; name it in the command itself, and what it holds is found")
     return text
 
 
@@ -98,7 +98,7 @@ def is_source(text: str) -> bool:
 # --- rows -------------------------------------------------------------------------------------------------------
 
 
-def rows_of_file(name: str, *, column: str | None = None) -> Iterator[Row | BadRow]:
+def rows_of_file(name: str, *, column: str | None = None) -> Iterator[InputRow | BadRow]:
     """The rows of a file, or of standard input where ``name`` is ``-``.
 
     Without ``column`` a row is a line; empty ones and those that begin with # are left out. With it the file is CSV
@@ -117,7 +117,7 @@ def rows_of_file(name: str, *, column: str | None = None) -> Iterator[Row | BadR
         yield from rows_of_stream(file, shown, column=column)
 
 
-def rows_of_stream(file: BinaryIO, shown: str, *, column: str | None) -> Iterator[Row | BadRow]:
+def rows_of_stream(file: BinaryIO, shown: str, *, column: str | None) -> Iterator[InputRow | BadRow]:
     """The same of a file that is open and called ``shown``."""
     lines = _Lines(file, shown)
     first = lines.peek()
@@ -272,17 +272,17 @@ def _fault(line: str) -> str:
     return "not UTF-8" if _HAS_BYTE(line) else ""
 
 
-def _plain(lines: _Lines) -> Iterator[Row | BadRow]:
+def _plain(lines: _Lines) -> Iterator[InputRow | BadRow]:
     for line in lines:
         fault = _fault(line)
         text = line.strip()
         if fault:
             yield BadRow(lines.place, fault)
         elif text and not text.startswith("#"):
-            yield Row(lines.place, text)
+            yield InputRow(lines.place, text)
 
 
-def _json_lines(lines: _Lines, column: str) -> Iterator[Row | BadRow]:
+def _json_lines(lines: _Lines, column: str) -> Iterator[InputRow | BadRow]:
     for line in lines:
         if not line.strip():
             continue
@@ -297,10 +297,10 @@ def _json_lines(lines: _Lines, column: str) -> Iterator[Row | BadRow]:
         elif fault := _fault(document[column]):
             yield BadRow(lines.place, fault)
         else:
-            yield Row(lines.place, document[column].strip())
+            yield InputRow(lines.place, document[column].strip())
 
 
-def _csv(lines: _Lines, column: str, heading: str, separator: str = "") -> Iterator[Row | BadRow]:
+def _csv(lines: _Lines, column: str, heading: str, separator: str = "") -> Iterator[InputRow | BadRow]:
     """``separator``: what separates columns, if the file has said so."""
     delimiters = separator or _DELIMITERS
     delimiter = next((one for one in delimiters if column in _cells(heading, one)), None)
@@ -367,11 +367,11 @@ def _check_whole(lines: _Lines, before: int, *, whole: bool) -> None:
         )
 
 
-def _cell(cells: list[str], at: int, column: str, place: str) -> Row | BadRow:
+def _cell(cells: list[str], at: int, column: str, place: str) -> InputRow | BadRow:
     if at >= len(cells) or not cells[at].strip():
         return BadRow(place, f"without a text in the column {column}")
     fault = _fault(cells[at])
-    return BadRow(place, fault) if fault else Row(place, cells[at].strip())
+    return BadRow(place, fault) if fault else InputRow(place, cells[at].strip())
 
 
 def _cells(heading: str, delimiter: str) -> list[str]:
@@ -381,7 +381,9 @@ def _cells(heading: str, delimiter: str) -> list[str]:
         return []
 
 
-def rows_of_words(words: Iterable[str | Path], judge: Judge, *, column: str | None = None) -> Iterator[Row | BadRow]:
+def rows_of_words(
+    words: Iterable[str | Path], parse_item: ParseItem, *, column: str | None = None
+) -> Iterator[InputRow | BadRow]:
     """The rows of what a command was given: items themselves, files, and ``-`` for standard input, in any order.
 
     Raises
@@ -391,12 +393,12 @@ def rows_of_words(words: Iterable[str | Path], judge: Judge, *, column: str | No
     """
     named = list(words)
     for number, word in enumerate(named, start=1):
-        if isinstance(word, str) and word != "-" and _fits(word, judge):
-            yield Row(f"argument {number}", word)
+        if isinstance(word, str) and word != "-" and _fits(word, parse_item):
+            yield InputRow(f"argument {number}", word)
             continue
         if word != "-" and not Path(word).exists():
             raise InvalidRequest(
-                f"{shown_text(shown_url(str(word)), limit=200)} is no file, and {_said_of(word, judge)}."
+                f"{printable(redact_url(str(word)), limit=200)} is no file, and {_said_of(word, parse_item)}."
             )
         if Path(word).is_dir():
             raise InvalidRequest(f"{word} is a folder; one whose images workers can reach is written file:///folder/.")
@@ -405,15 +407,15 @@ def rows_of_words(words: Iterable[str | Path], judge: Judge, *, column: str | No
             yield replace(row, place=shown)
 
 
-def _fits(text: str, judge: Judge) -> bool:
-    return not _said_of(text, judge)
+def _fits(text: str, parse_item: ParseItem) -> bool:
+    return not _said_of(text, parse_item)
 
 
-def _said_of(text: str | Path, judge: Judge) -> str:
+def _said_of(text: str | Path, parse_item: ParseItem) -> str:
     try:
-        judge(str(text))
-    except Unfit as unfit:
-        return str(unfit)
+        parse_item(str(text))
+    except InvalidRow as invalid:
+        return str(invalid)
     return ""
 
 
@@ -446,17 +448,17 @@ class Items:
         for line in self._texts:
             yield line[:-1]
 
-    def add(self, rows: Iterable[Row | BadRow], judge: Judge) -> None:
+    def add(self, rows: Iterable[InputRow | BadRow], parse_item: ParseItem) -> None:
         """Take rows in; what is bad is counted and does not stop it."""
         for row in rows:
             if isinstance(row, BadRow):
                 self._refuse(row)
                 continue
             try:
-                self._texts.write(f"{judge(row.text)}\n")
+                self._texts.write(f"{parse_item(row.text)}\n")
                 self.count += 1
-            except Unfit as unfit:
-                self._refuse(BadRow(row.place, str(unfit)))
+            except InvalidRow as invalid:
+                self._refuse(BadRow(row.place, str(invalid)))
         self._texts.flush()
 
     def check(self, *, skip_bad: bool) -> None:
@@ -468,14 +470,14 @@ class Items:
             The sentence names the first bad rows; ``details`` have them too.
         """
         if self.bad_total and not skip_bad:
-            told = f"{self.told_bad()}\nNothing was begun: correct them, or leave them out with --skip-bad."
+            told = f"{self.describe_bad()}\nNothing was begun: correct them, or leave them out with --skip-bad."
             bad = [vars(one) for one in self.bad]
             raise InvalidRequest(told, details={"bad_rows": bad, "bad_total": self.bad_total})
         if not self.count:
             left = f"; {self.bad_total} bad rows were left out" if self.bad_total else ""
             raise InvalidRequest(f"There is nothing to do: no item was given{left}.")
 
-    def told_bad(self) -> str:
+    def describe_bad(self) -> str:
         """The bad rows as people are told of them: the first with their places, then how many more."""
         lines = "".join(f"\n  {one.place}: {one.why}" for one in self.bad)
         more = self.bad_total - len(self.bad)

@@ -24,18 +24,18 @@ from courier.messages import (
     old_spellings,
     read_job,
 )
-from courier.redaction import shown_text
+from courier.redaction import printable
 from producer.errors import InvalidRequest, SourceNotAllowed
-from producer.inputs import BadRow, Items, Judge, Row, image_url, is_source, rows_of_words, study_uid
+from producer.inputs import BadRow, InputRow, Items, ParseItem, image_url, is_source, rows_of_words, study_uid
 from producer.plans import PlanFile
 
 #: So many chunks of a batch are open at a time unless its order says so.
-WIDTH: Final = 4
+CONCURRENCY: Final = 4
 
 #: After so many rows it is said how many there were.
 STEP: Final = 5_000
 
-Told = Callable[[str], None]
+Notify = Callable[[str], None]
 Thing = TypeVar("Thing")
 
 
@@ -45,7 +45,7 @@ class KindOfOrder:
 
     task: str
     form: type[BatchOrderJob]
-    judge: Judge
+    parse_item: ParseItem
 
 
 KINDS: Final[Mapping[str, KindOfOrder]] = {
@@ -57,18 +57,19 @@ KINDS: Final[Mapping[str, KindOfOrder]] = {
 
 
 @dataclass(frozen=True)
-class Given:
+class InputSource:
     """What a batch is to be about, as it was given: ``words`` are items, files or ``-``; or an ``items`` of a program.
 
-    ``told`` is given a sentence where something was left out, ``step`` how far reading and planning are, now and then.
+    ``notify`` is given a sentence where something was left out, ``step`` now and then how far reading
+    and planning are.
     """
 
     words: tuple[str | Path, ...] = ()
     items: Iterable[str] | None = None
     column: str | None = None
     skip_bad: bool = False
-    told: Told = lambda _: None
-    step: Told = lambda _: None
+    notify: Notify = lambda _: None
+    step: Notify = lambda _: None
 
     @property
     def source(self) -> str | None:
@@ -85,18 +86,18 @@ class Given:
         return found[0] if found else None
 
     @contextmanager
-    def read(self, judge: Judge) -> Iterator[Items]:
+    def read(self, parse_item: ParseItem) -> Iterator[Items]:
         """All items, judged; they are gone afterwards."""
-        rows: Iterator[Row | BadRow]
+        rows: Iterator[InputRow | BadRow]
         if self.items is not None:
-            rows = (Row(f"item {number}", text) for number, text in enumerate(self.items, start=1))
+            rows = (InputRow(f"item {number}", text) for number, text in enumerate(self.items, start=1))
         else:
-            rows = rows_of_words(self.words, judge, column=self.column)
+            rows = rows_of_words(self.words, parse_item, column=self.column)
         with Items() as items:
-            items.add(self._stepping(rows, "rows read"), judge)
+            items.add(self._stepping(rows, "rows read"), parse_item)
             items.check(skip_bad=self.skip_bad)
             if items.bad_total:
-                self.told(f"{items.told_bad()}\nThey are left out.")
+                self.notify(f"{items.describe_bad()}\nThey are left out.")
             yield items
 
     def planned(self, items: Items) -> Iterator[Planned]:
@@ -115,7 +116,7 @@ class Order:
     """A batch of a kind, with the fields of its message."""
 
     kind: str
-    wishes: Mapping[str, Any]
+    fields: Mapping[str, Any]
 
     @property
     def form(self) -> type[BatchOrderJob]:
@@ -131,17 +132,17 @@ class Order:
         return read_job(self.form, self.message(planned=True))
 
     def message(self, **more: Any) -> dict[str, Any]:
-        return {name: value for name, value in {**self.wishes, **more}.items() if value is not None}
+        return {name: value for name, value in {**self.fields, **more}.items() if value is not None}
 
 
-def plan(batches: Batches, order: Order, lines: Iterable[Planned], *, told: Told) -> str:
+def plan(batches: Batches, order: Order, lines: Iterable[Planned], *, notify: Notify) -> str:
     """Write the plan of a batch into the ledger, as its lines come; gives the batch's id.
 
     Nothing of it is done before the batch's own job is there. What is left without one is forgotten.
     """
     job, batch_id = order.planned(), str(uuid.uuid4())
-    wishes = job.model_dump(mode="json", exclude={"version", "items", "planned", "name"}, exclude_none=True)
-    batches.open(batch_id, kind=order.kind, order=wishes, width=job.width or WIDTH, name=job.name)
+    fields = job.model_dump(mode="json", exclude={"version", "items", "planned", "name"}, exclude_none=True)
+    batches.open(batch_id, kind=order.kind, order=fields, concurrency=job.width or CONCURRENCY, name=job.name)
     try:
         with Planner(batches, batch_id) as planner:
             planner.add_all(lines)
@@ -150,14 +151,14 @@ def plan(batches: Batches, order: Order, lines: Iterable[Planned], *, told: Told
         batches.cancel(batch_id)
         raise
     if planner.repeated:
-        told(f"{planner.repeated:,} of them are there more than once, and are done once.")
+        notify(f"{planner.repeated:,} of them are there more than once, and are done once.")
     return batch_id
 
 
-def of_plan_file(path: Path, *, told: Told = lambda _: None) -> tuple[Order, PlanFile]:
+def of_plan_file(path: Path, *, notify: Notify = lambda _: None) -> tuple[Order, PlanFile]:
     """The order that a plan file holds, with the file, which was found whole.
 
-    ``told`` is given a sentence for each field that has an old name.
+    ``notify`` is given a sentence for each field that has an old name.
 
     Raises
     ------
@@ -166,22 +167,22 @@ def of_plan_file(path: Path, *, told: Told = lambda _: None) -> tuple[Order, Pla
         is known here.
     """
 
-    def judge_of(kind: str) -> Judge:
+    def parser_of(kind: str) -> ParseItem:
         if kind not in KINDS:
             raise InvalidRequest(f"{path} is a plan of a kind that is not known here; update pacs-courier.")
-        return KINDS[kind].judge
+        return KINDS[kind].parse_item
 
-    plan_file = PlanFile(path, judge_of)
+    plan_file = PlanFile(path, parser_of)
     if not plan_file.totals.counts["apply"]:
         raise InvalidRequest(f"{path} leaves nothing to do: all its {plan_file.totals.items} items are to be skipped.")
     header = plan_file.header
     order = Order(header.kind, {**header.order, "name": header.name, "dry_run": False})
     if header.model_extra and order.strict:
-        more = shown_text(next(iter(header.model_extra)), limit=100)
+        more = printable(next(iter(header.model_extra)), limit=100)
         raise InvalidRequest(f"{path} says more than is known here ({more}); update pacs-courier, or make a new plan.")
     form = order.planned()
-    for sentence in old_spellings(order.form, order.wishes):
-        told(f"{path}: {sentence}")
+    for sentence in old_spellings(order.form, order.fields):
+        notify(f"{path}: {sentence}")
     return Order(
         order.kind, form.model_dump(mode="json", exclude={"version", "planned"}, exclude_unset=True)
     ), plan_file

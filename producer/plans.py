@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from courier.redaction import shown_text, shown_url
+from courier.redaction import printable, redact_url
 from producer.errors import InvalidRequest
-from producer.inputs import Judge, Unfit
+from producer.inputs import InvalidRow, ParseItem
 
 MANIFEST, VERSION = "pacs-courier/plan", 1
 _VERSION_WITH_BACKUP = 2
@@ -99,7 +99,7 @@ class PlanFile:
         What an item of a plan of that kind has to be; `InvalidRequest` if there is no such kind.
     """
 
-    def __init__(self, path: Path, judged: Callable[[str], Judge] = lambda _: _anything) -> None:
+    def __init__(self, path: Path, parser_of: Callable[[str], ParseItem] = lambda _: _anything) -> None:
         """Read it to its end.
 
         Raises
@@ -111,7 +111,7 @@ class PlanFile:
         self.totals = Totals()
         with self._opened() as file:
             self.header = self._header(file)
-            self._check(file, judged(self.header.kind))
+            self._check(file, parser_of(self.header.kind))
 
     def __iter__(self) -> Iterator[PlanLine]:
         digest = hashlib.sha256()
@@ -147,7 +147,7 @@ class PlanFile:
         self._digest = hashlib.sha256(first)
         return header
 
-    def _check(self, file: BinaryIO, judge: Judge) -> None:
+    def _check(self, file: BinaryIO, parse_item: ParseItem) -> None:
         number = 1
         for number, line in enumerate(_lines(file, self.path, after=1), start=2):
             document = _document(line)
@@ -156,11 +156,11 @@ class PlanFile:
                 return
             try:
                 read = PlanLine.model_validate(document)
-                judge(read.item)
+                parse_item(read.item)
             except ValidationError as error:
                 raise self._refusal(number, _first(error)) from None
-            except Unfit as unfit:
-                raise self._refusal(number, f"its item is {unfit}") from None
+            except InvalidRow as invalid:
+                raise self._refusal(number, f"its item is {invalid}") from None
             self.totals.add(read)
             self._digest.update(line)
         raise InvalidRequest(
@@ -209,5 +209,5 @@ def _document(line: bytes) -> dict[str, Any]:
 def _first(error: ValidationError) -> str:
     """What is wrong, without quoting what is there."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = shown_text(".".join(shown_url(str(part)) for part in first["loc"]), limit=100)
-    return f"{where}: {shown_text(first['msg'], limit=300)}" if where else "no line of a plan"
+    where = printable(".".join(redact_url(str(part)) for part in first["loc"]), limit=100)
+    return f"{where}: {printable(first['msg'], limit=300)}" if where else "no line of a plan"

@@ -10,7 +10,7 @@ WINDOW_S = 30.0
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """``left_s`` is None while nobody can say."""
 
     items_per_s: float = 0.0
@@ -22,24 +22,24 @@ class Meter:
     """Looks at one batch again and again."""
 
     def __init__(self) -> None:
-        self._looks: deque[tuple[float, int, int]] = deque()
+        self._samples: deque[tuple[float, int, int]] = deque()
         self._about: object = None
 
-    def look(self, at_s: float, *, about: object, settled: int, carried_bytes: int, items: int) -> Pace:
+    def measure(self, at_s: float, *, about: object, settled: int, carried_bytes: int, items: int) -> Throughput:
         """The pace, with a further look at ``at_s`` seconds of any clock.
 
         ``about`` is what the counts belong to: when it changes, as from one pass to the next, counting begins anew.
         """
-        if about != self._about or (self._looks and settled < self._looks[-1][1]):
-            self._looks.clear()
+        if about != self._about or (self._samples and settled < self._samples[-1][1]):
+            self._samples.clear()
             self._about = about
-        self._looks.append((at_s, settled, carried_bytes))
-        while len(self._looks) > 2 and self._looks[1][0] <= at_s - WINDOW_S:
-            self._looks.popleft()
-        began_s, began_settled, began_bytes = self._looks[0]
+        self._samples.append((at_s, settled, carried_bytes))
+        while len(self._samples) > 2 and self._samples[1][0] <= at_s - WINDOW_S:
+            self._samples.popleft()
+        began_s, began_settled, began_bytes = self._samples[0]
         elapsed_s = at_s - began_s
         if elapsed_s <= 0:
-            return Pace()
+            return Throughput()
         items_per_s = (settled - began_settled) / elapsed_s
         left_s = (items - settled) / items_per_s if items_per_s > 0 else None
-        return Pace(items_per_s, max(carried_bytes - began_bytes, 0) / elapsed_s, left_s)
+        return Throughput(items_per_s, max(carried_bytes - began_bytes, 0) / elapsed_s, left_s)

@@ -22,19 +22,19 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.text import Text
 
-from courier.redaction import shown_text
+from courier.redaction import printable
 
 # --- safe text --------------------------------------------------------------------------------------------------
 
 
 def plain(text: str, style: str = "") -> Text:
     """``text`` as one line that shows what it holds."""
-    return Text(shown_text(text), style)
+    return Text(printable(text), style)
 
 
 def linked(text: str, url: str) -> Text:
     """The same, and a terminal that knows links opens ``url`` with it."""
-    return Text(shown_text(text), Style(link=shown_text(url)) if url else "")
+    return Text(printable(text), Style(link=printable(url)) if url else "")
 
 
 def json_text(document: Any, *, indent: int | None = None) -> str:
@@ -47,7 +47,7 @@ def json_text(document: Any, *, indent: int | None = None) -> str:
 
 
 def _json_sign(sign: str) -> str:
-    return sign if sign.isprintable() or shown_text(sign) == sign else json.dumps(sign)[1:-1]
+    return sign if sign.isprintable() or printable(sign) == sign else json.dumps(sign)[1:-1]
 
 
 def csv_rows(out: TextIO, **dialect: Any) -> Callable[[Iterable[Any]], None]:
@@ -56,7 +56,7 @@ def csv_rows(out: TextIO, **dialect: Any) -> Callable[[Iterable[Any]], None]:
 
     def write(cells: Iterable[Any]) -> None:
         with _writing():
-            writer.writerow([shown_text(cell) if isinstance(cell, str) else cell for cell in cells])
+            writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
 
     return write
 
@@ -89,7 +89,7 @@ class Terminal(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **how)
 
     def render_str(self, text: str, **how: Any) -> Text:
-        return super().render_str("\n".join(map(shown_text, text.split("\n"))), **how)
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **how)
 
     def print(self, *objects: Any, **how: Any) -> None:
         with _writing():
@@ -130,7 +130,7 @@ _LEAST_TEXT = 16
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a `Listing`.
+    """A column of a `ListingTable`.
 
     ``text`` may be wrapped between words. An ``id`` gets a line of its own where the table would be too wide. Of a list
     that is written in parts, ``least`` keeps the column as wide in each of them.
@@ -150,7 +150,7 @@ class _Layout:
     gap: int = 2
 
 
-class Listing:
+class ListingTable:
     """A table that never loses a digit.
 
     Where it does not fit the screen, long texts are wrapped between words; then ids go to lines of their own below

@@ -19,11 +19,11 @@ from aiohttp import web
 
 from sandbox import dcm4chee, msdicom
 from sandbox.control import Control
-from sandbox.moods import Clock, Mood, MoodError, Moods, parse
+from sandbox.faults import Clock, FaultError, Faults, InjectedFault, parse
 from sandbox.ohif import Ohif, is_site
 from sandbox.tokens import LIFETIME_S, Standing, Tokens, entra, keycloak, refusal
 from sandbox.viewer import Viewer
-from sandbox.web import MOOD, Listener, Site, door, operation
+from sandbox.web import FAULT, Listener, Site, door, operation
 
 #: How often deleted files whose time has come are removed.
 PURGE_EVERY_S = 5.0
@@ -31,22 +31,22 @@ PURGE_EVERY_S = 5.0
 Endpoint = Callable[[web.Request, Tokens, float], Awaitable[web.Response]]
 
 
-def _latency(_context: click.Context, _parameter: click.Parameter, text: str | None) -> Mood:
+def _latency(_context: click.Context, _parameter: click.Parameter, text: str | None) -> InjectedFault:
     if text is None:
-        return Mood()
+        return InjectedFault()
     try:
         numbers = [float(number) for number in text.split("-")]
         return parse({"latency_ms": numbers if len(numbers) == 2 else numbers[0]})[0]
-    except (ValueError, MoodError):
+    except (ValueError, FaultError):
         raise click.BadParameter("give milliseconds, as 100 or 50-300") from None
 
 
 class Sandbox:
     """The three listeners and what they share."""
 
-    def __init__(self, data: Path, usual: Mood, *, host: str, ohif: Path | None = None) -> None:
-        self.moods = Moods(Clock(), usual)
-        self.tokens = Tokens(self.moods.clock)
+    def __init__(self, data: Path, usual: InjectedFault, *, host: str, ohif: Path | None = None) -> None:
+        self.faults = Faults(Clock(), usual)
+        self.tokens = Tokens(self.faults.clock)
         self.stores = {
             "msdicom": msdicom.open_store(data / "msdicom"),
             "dcm4chee": dcm4chee.open_store(data / "dcm4chee"),
@@ -55,21 +55,21 @@ class Sandbox:
         applications = {
             name: module.application(sites[name]) for name, module in (("msdicom", msdicom), ("dcm4chee", dcm4chee))
         }
-        self.control = Control(self.stores, self.moods, {name: site.load for name, site in sites.items()})
+        self.control = Control(self.stores, self.faults, {name: site.load for name, site in sites.items()})
         self.listeners = {name: Listener(application, host=host) for name, application in applications.items()}
         self.listeners["control"] = Listener(self._control_application(ohif), host=host)
 
     def _site(self, dialect: str) -> Site:
-        def authorize(request: web.Request, operation: str, mood: Mood) -> web.Response | None:
+        def authorize(request: web.Request, operation: str, fault: InjectedFault) -> web.Response | None:
             # Health for a load balancer is open; DCM4CHEE's /ctrl and /queue are not.
-            if not mood.bearer or operation == "token" or request.path.startswith("/health"):
+            if not fault.bearer or operation == "token" or request.path.startswith("/health"):
                 return None
             standing = self.tokens.standing(request.headers.get("Authorization"))
             if dialect == "msdicom" and standing is Standing.NO_ROLE and operation in ("store", "delete"):
                 return web.Response(status=403)  # a reader
             return refusal(dialect, standing)
 
-        return Site(dialect, self.stores[dialect], self.moods, authorize, self.tokens.issued_at_s)
+        return Site(dialect, self.stores[dialect], self.faults, authorize, self.tokens.issued_at_s)
 
     def _control_application(self, ohif: Path | None) -> web.Application:
         """The control server, with the viewers and both token endpoints, each under the moods of its dialect."""
@@ -89,7 +89,7 @@ class Sandbox:
     def _issuing(self, endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
         @operation("token")
         async def issue(request: web.Request) -> web.Response:
-            lifetime_s = request[MOOD].token_lifetime_s
+            lifetime_s = request[FAULT].token_lifetime_s
             return await endpoint(request, self.tokens, LIFETIME_S if lifetime_s is None else lifetime_s)
 
         return issue
@@ -108,7 +108,7 @@ class Sandbox:
     async def purge_for_ever(self) -> None:
         while True:
             for store in self.stores.values():
-                store.purge(self.moods.clock.now_s())
+                store.purge(self.faults.clock.now_s())
             await asyncio.sleep(PURGE_EVERY_S)
 
     async def stop(self) -> None:
@@ -118,7 +118,7 @@ class Sandbox:
             store.close()
 
 
-async def serve(data: Path, ports: dict[str, int], usual: Mood, *, host: str, ohif: Path | None) -> None:
+async def serve(data: Path, ports: dict[str, int], usual: InjectedFault, *, host: str, ohif: Path | None) -> None:
     """Serve until SIGTERM or SIGINT; the one line on standard output says that it is ready."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -149,7 +149,7 @@ def main(  # noqa: PLR0913, PLR0917  # one per option
     msdicom_port: int,
     dcm4chee_port: int,
     control_port: int,
-    usual: Mood,
+    usual: InjectedFault,
     ohif: Path | None,
 ) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")

@@ -12,9 +12,9 @@ from typing import Any
 
 from aiohttp import web
 
-from sandbox.moods import MoodError, Moods, parse
+from sandbox.faults import FaultError, Faults, parse
 from sandbox.store import Store
-from sandbox.web import Listener, Load
+from sandbox.web import Listener, RequestLoad
 
 _ABOUT = """<!doctype html><title>PACS Courier sandbox</title><h1>PACS Courier sandbox</h1>
 <p>A tool for development: two stand-in PACS servers with faults on demand. Not for patients' images.</p>
@@ -25,10 +25,10 @@ _ABOUT = """<!doctype html><title>PACS Courier sandbox</title><h1>PACS Courier s
 class Control:
     """The handlers of the control server; ``listeners`` are filled in once the dialects listen."""
 
-    def __init__(self, stores: Mapping[str, Store], moods: Moods, loads: Mapping[str, Load]) -> None:
+    def __init__(self, stores: Mapping[str, Store], faults: Faults, loads: Mapping[str, RequestLoad]) -> None:
         self._stores = stores
         self._loads = loads
-        self._moods = moods
+        self._faults = faults
         self.listeners: dict[str, Listener] = {}
 
     def application(self) -> web.Application:
@@ -37,9 +37,9 @@ class Control:
             [
                 web.get("/", self._about),
                 web.get("/healthz", self._healthz),
-                web.get("/moods", self._get_moods),
-                web.delete("/moods", self._clear_moods),
-                web.put("/moods/{dialect}/{operation}", self._put_mood),
+                web.get("/moods", self._get_faults),
+                web.delete("/moods", self._clear_faults),
+                web.put("/moods/{dialect}/{operation}", self._put_fault),
                 web.get("/clock", self._get_clock),
                 web.put("/clock", self._put_clock),
                 web.post("/reset", self._reset),
@@ -55,42 +55,42 @@ class Control:
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.json_response({"status": "ok", "purpose": "development only"})
 
-    async def _get_moods(self, _request: web.Request) -> web.Response:
-        return web.json_response(self._moods.as_json())
+    async def _get_faults(self, _request: web.Request) -> web.Response:
+        return web.json_response(self._faults.as_json())
 
-    async def _clear_moods(self, _request: web.Request) -> web.Response:
-        self._moods.clear()
+    async def _clear_faults(self, _request: web.Request) -> web.Response:
+        self._faults.clear()
         await self._open_and_close()
-        return web.json_response(self._moods.as_json())
+        return web.json_response(self._faults.as_json())
 
-    async def _put_mood(self, request: web.Request) -> web.Response:
+    async def _put_fault(self, request: web.Request) -> web.Response:
         try:
-            mood, times = parse(await _object(request))
-            self._moods.put(request.match_info["dialect"], request.match_info["operation"], mood, times)
-        except MoodError as error:
+            fault, times = parse(await _object(request))
+            self._faults.put(request.match_info["dialect"], request.match_info["operation"], fault, times)
+        except FaultError as error:
             return web.json_response({"error": str(error)}, status=400)
         await self._open_and_close()
-        return web.json_response(self._moods.as_json())
+        return web.json_response(self._faults.as_json())
 
     async def _open_and_close(self) -> None:
         """A server that refuses everything does not even listen."""
         for dialect, listener in self.listeners.items():
-            if self._moods.refuses_all(dialect):
+            if self._faults.refuses_all(dialect):
                 await listener.close()
             else:
                 await listener.open()
 
     async def _get_clock(self, _request: web.Request) -> web.Response:
-        clock = self._moods.clock
+        clock = self._faults.clock
         return web.json_response({"now_s": clock.now_s(), "ahead_s": clock.ahead_s})
 
     async def _put_clock(self, request: web.Request) -> web.Response:
         """``{"advance_s": 60}`` moves it on, ``{"ahead_s": 0}`` sets it."""
         try:
-            wish = await _object(request)
-            clock = self._moods.clock
-            clock.ahead_s = float(wish.get("ahead_s", clock.ahead_s)) + float(wish.get("advance_s", 0))
-        except (MoodError, TypeError, ValueError) as error:
+            order = await _object(request)
+            clock = self._faults.clock
+            clock.ahead_s = float(order.get("ahead_s", clock.ahead_s)) + float(order.get("advance_s", 0))
+        except (FaultError, TypeError, ValueError) as error:
             return web.json_response({"error": str(error)}, status=400)
         return await self._get_clock(request)
 
@@ -105,15 +105,15 @@ class Control:
     async def _reset(self, _request: web.Request) -> web.Response:
         for store in self._stores.values():
             store.reset()
-        self._moods.clock.ahead_s = 0.0
+        self._faults.clock.ahead_s = 0.0
         return web.json_response({dialect: 0 for dialect in self._stores})
 
 
 async def _object(request: web.Request) -> dict[str, Any]:
     try:
-        wish = await request.json()
+        order = await request.json()
     except JSONDecodeError as error:
-        raise MoodError(f"the body is not JSON: {error}") from None
-    if not isinstance(wish, dict):
-        raise MoodError("the body must be a JSON object")
-    return wish
+        raise FaultError(f"the body is not JSON: {error}") from None
+    if not isinstance(order, dict):
+        raise FaultError("the body must be a JSON object")
+    return order

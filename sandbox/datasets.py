@@ -39,7 +39,7 @@ UNDEFINED = 0xFFFFFFFF
 DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
-class NotDicom(Exception):
+class NotDicomFile(Exception):
     """The bytes are not a complete DICOM file (PS3.10)."""
 
 
@@ -81,23 +81,23 @@ class Header:
 
 
 def parse(file: BinaryIO, **options: Any) -> FileDataset:
-    """What pydicom's reader makes of a file up to its pixels. Raises `NotDicom`."""
+    """What pydicom's reader makes of a file up to its pixels. Raises `NotDicomFile`."""
     try:
         return pydicom.dcmread(file, stop_before_pixels=True, **options)
     except Exception as error:  # pydicom raises whatever its parsing runs into
-        raise NotDicom(f"{type(error).__name__}: {error}") from error
+        raise NotDicomFile(f"{type(error).__name__}: {error}") from error
 
 
 def read_header(source: Path | bytes) -> Header:
-    """Read a file's header; pixels are not read, only that they are all there. Raises `NotDicom`."""
+    """Read a file's header; pixels are not read, only that they are all there. Raises `NotDicomFile`."""
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         dataset = parse(file, defer_size=_DEFER_BYTES)
         position = file.tell()
         if not len(dataset):
-            raise NotDicom("there is no dataset")
+            raise NotDicomFile("there is no dataset")
         syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
         if not syntax:
-            raise NotDicom("the transfer syntax is missing")
+            raise NotDicomFile("the transfer syntax is missing")
         pixels_at = None if syntax == DEFLATED else _pixels(file, position, dataset)
     held = _elements(dataset)
     return Header(dataset, held, syntax, _encodings(held), pixels_at)
@@ -127,9 +127,9 @@ def _pixels(file: BinaryIO, position: int, dataset: FileDataset) -> int | None:
     elif len(head) == 12:
         length, start = struct.unpack(f"{order}L", head[8:12])[0], position + 12
     else:
-        raise NotDicom("the file ends within its pixel data")
+        raise NotDicomFile("the file ends within its pixel data")
     if start + length > size_bytes if length != UNDEFINED else not _has_delimiter(file, start, order):
-        raise NotDicom("the file ends within its pixel data")
+        raise NotDicomFile("the file ends within its pixel data")
     return position
 
 
@@ -142,13 +142,13 @@ def _has_delimiter(file: BinaryIO, start: int, order: str) -> bool:
 def _check_last(dataset: FileDataset, position: int, size_bytes: int) -> None:
     """Without pixels the file has to end where its last element does."""
     if position > size_bytes:
-        raise NotDicom("the file ends within an element")
+        raise NotDicomFile("the file ends within an element")
     last = max(dataset.values(), key=lambda element: int(element.tag))
     if not isinstance(last, RawDataElement) or last.value is None or last.length == UNDEFINED:
         return
     after = size_bytes - last.value_tell - last.length
     if after < 0 or 0 < after < 8:
-        raise NotDicom("the file ends within an element")
+        raise NotDicomFile("the file ends within an element")
 
 
 def _encodings(held: Mapping[int, Element]) -> list[str]:

@@ -1,7 +1,7 @@
 """`make run`: every part of the product on this machine, sample images through it, and what became of them.
 
 A tool for development. Starting and ending of parts lives in `sandbox.processes`, the samples in
-`sandbox.samples`, their judgement and table in `sandbox.endings`.
+`sandbox.samples`, their judgement and table in `sandbox.summary`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from courier.settings import Settings
 from producer import Courier
 from producer.terminal import Terminal, plain
 from sandbox import processes as parts
-from sandbox.endings import Upload, as_table, progress, summary, surprises, viewer_links
 from sandbox.images import ImageServer
 from sandbox.ohif import is_site
 from sandbox.processes import PartFailed, Processes
 from sandbox.samples import ALREADY_ON_DCM4CHEE, sample_bytes, samples
+from sandbox.summary import Upload, as_table, progress, summary, surprises, viewer_links
 
 PATIENCE_S = 60
 #: Where `make viewer` puts OHIF; without it viewer links open on a page of the sandbox.
@@ -91,7 +91,7 @@ def upload_all(stack: Stack, uploads: Sequence[Upload], console: Terminal) -> No
     ):
         while not all(upload.over for upload in uploads) and time.monotonic() < deadline:
             _enqueue_what_is_due(courier, stack, uploads)
-            _look_at(courier, [upload for upload in uploads if upload.job_id and not upload.over])
+            _update_uploads(courier, [upload for upload in uploads if upload.job_id and not upload.over])
             live.update(progress(uploads))
             _complain_of_crashes(stack.processes)
             time.sleep(0.03)
@@ -110,7 +110,7 @@ def _address(stack: Stack, upload: Upload) -> str:
     return stack.images.put(upload.sample.file, upload.sample.content)
 
 
-def _look_at(courier: Courier, uploads: Sequence[Upload]) -> None:
+def _update_uploads(courier: Courier, uploads: Sequence[Upload]) -> None:
     reports = courier.reports(upload.job_id for upload in uploads)
     for upload in uploads:
         report = reports[upload.job_id]

@@ -17,7 +17,7 @@ from sandbox.processes import HOST
 
 
 @dataclass(frozen=True)
-class Answer:
+class StubResponse:
     """What a GET gets. ``headers`` replace the ones that follow from ``body``.
 
     ``behave`` takes over altogether: it receives the request handler and may write, wait or hang up.
@@ -33,10 +33,10 @@ class ImageServer:
     """Serves from the moment it is made, on a free loopback port, until `close`. Unknown paths are 404."""
 
     def __init__(self) -> None:
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, StubResponse] = {}
         #: Path and query of every request, in order of arrival.
         self.requests: list[str] = []
-        self._server = _Server((HOST, 0), _Handler)
+        self._server = _ImageHttpServer((HOST, 0), _ImageRequestHandler)
         self._server.images = self
         self.base = f"http://{HOST}:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
@@ -54,14 +54,14 @@ class ImageServer:
         return f"{self.base}/{quote(path.lstrip('/'))}"
 
     def put(self, path: str, body: bytes = b"", **answer: Any) -> str:
-        """Serve ``body`` (or any `Answer`, by its fields) at ``path``; returns its URL."""
-        self._answers["/" + path.lstrip("/")] = Answer(body, **answer)
+        """Serve ``body`` (or any `StubResponse`, by its fields) at ``path``; returns its URL."""
+        self._answers["/" + path.lstrip("/")] = StubResponse(body, **answer)
         return self.url(path)
 
-    def answer_to(self, path: str) -> Answer:
+    def answer_to(self, path: str) -> StubResponse:
         self.requests.append(path)
         bare = unquote(urlsplit(path).path)
-        return self._answers.get(bare, Answer(b"there is nothing here\n", status=404))
+        return self._answers.get(bare, StubResponse(b"there is nothing here\n", status=404))
 
     def close(self) -> None:
         self._server.shutdown()
@@ -69,7 +69,7 @@ class ImageServer:
         self._thread.join()
 
 
-class _Server(ThreadingHTTPServer):
+class _ImageHttpServer(ThreadingHTTPServer):
     daemon_threads = True
     images: ImageServer
 
@@ -77,10 +77,10 @@ class _Server(ThreadingHTTPServer):
         """A client that hangs up is none of our concern."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _ImageRequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: _Server
+    server: _ImageHttpServer
 
     def do_GET(self) -> None:
         answer = self.server.images.answer_to(self.path)

@@ -354,10 +354,10 @@ class SandboxPart:
     def viewer(self, dialect: str) -> str:
         return f"{self.control}/viewer/{dialect}?StudyInstanceUIDs={{study}}"
 
-    def set_mood(self, dialect: str, operation: str, **mood: object) -> None:
-        self._call("PUT", f"/moods/{dialect}/{operation}", mood)
+    def set_fault(self, dialect: str, operation: str, **fault: object) -> None:
+        self._call("PUT", f"/moods/{dialect}/{operation}", fault)
 
-    def calm(self) -> None:
+    def reset_faults(self) -> None:
         """All moods back to normal."""
         self._call("DELETE", "/moods")
 

@@ -126,7 +126,7 @@ class NewInstance:
 
 
 @dataclass(frozen=True)
-class Row:
+class InstanceRow:
     """One stored instance. ``key`` grows with every store, so it orders instances by arrival.
 
     ``rejection`` and ``pending_until_s`` are None for an ordinary instance; what they mean is the dialect's business.
@@ -163,7 +163,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchHit:
     """One hit of a search, with the UIDs and attributes of its level and of every level above it."""
 
     key: int
@@ -190,7 +190,7 @@ class Tally:
 class Duplicate(Exception):
     """The triple of UIDs is taken, by ``row``."""
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: InstanceRow) -> None:
         super().__init__(row.sop_instance_uid)
         self.row = row
 
@@ -334,7 +334,7 @@ class Store:
         """A new file for bytes that are just arriving."""
         return Spool(self._spools / uuid.uuid4().hex)
 
-    def add(self, new: NewInstance, spool: Spool) -> Row:
+    def add(self, new: NewInstance, spool: Spool) -> InstanceRow:
         """Keep ``spool`` as ``new``: visible to every later call when this returns.
 
         Raises
@@ -355,7 +355,7 @@ class Store:
             self._upsert("study", (new.study_instance_uid,), new.study, new.received_at_s)
             self._upsert("series", (new.study_instance_uid, new.series_instance_uid), new.series, new.received_at_s)
             key = self._insert_instance(new, spool, path)
-        return Row(
+        return InstanceRow(
             key=key,
             study_instance_uid=new.study_instance_uid,
             series_instance_uid=new.series_instance_uid,
@@ -416,7 +416,7 @@ class Store:
 
     # -- look up --------------------------------------------------------------------------------------------------
 
-    def _get(self, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str) -> Row | None:
+    def _get(self, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str) -> InstanceRow | None:
         found = self.instances(
             study_instance_uid=study_instance_uid,
             series_instance_uid=series_instance_uid,
@@ -431,7 +431,7 @@ class Store:
         series_instance_uid: str | None = None,
         sop_instance_uid: str | None = None,
         view: str = EVERYTHING,
-    ) -> list[Row]:
+    ) -> list[InstanceRow]:
         """The instances below what is named, oldest first."""
         uids = zip(_UIDS, (study_instance_uid, series_instance_uid, sop_instance_uid), strict=True)
         named = {name: uid for name, uid in uids if uid is not None}
@@ -441,17 +441,17 @@ class Store:
             for row in self.database.execute(f"SELECT * FROM instances WHERE {where} ORDER BY key", named)
         ]
 
-    def by_sop(self, sop_instance_uid: str, view: str = EVERYTHING) -> list[Row]:
+    def by_sop(self, sop_instance_uid: str, view: str = EVERYTHING) -> list[InstanceRow]:
         """Every instance of that SOP Instance UID, in whatever study; oldest first."""
         return self.instances(sop_instance_uid=sop_instance_uid, view=view)
 
-    def due(self, now_s: float) -> list[Row]:
+    def due(self, now_s: float) -> list[InstanceRow]:
         """The pending instances whose time has come; by their own index, since this is asked before every search."""
         sql = "SELECT * FROM instances INDEXED BY instances_pending WHERE pending_until_s <= ?"
         return [self._row(row) for row in self.database.execute(sql, (now_s,))]
 
-    def _row(self, row: sqlite3.Row) -> Row:
-        return Row(
+    def _row(self, row: sqlite3.Row) -> InstanceRow:
+        return InstanceRow(
             key=row["key"],
             study_instance_uid=row["study_instance_uid"],
             series_instance_uid=row["series_instance_uid"],
@@ -477,7 +477,7 @@ class Store:
         limit: int = -1,
         offset: int = 0,
         ascending: bool = False,
-    ) -> list[Found]:
+    ) -> list[SearchHit]:
         """The objects of ``level`` that fulfil all ``conditions``, newest first (oldest first if ``ascending``)."""
         clauses, parameters = _clauses(conditions)
         clauses.append(_seen(level, view))
@@ -541,7 +541,7 @@ class Store:
         """Replace what a dialect remembers of one instance."""
         self.database.execute("UPDATE instances SET notes = ? WHERE key = ?", (json.dumps(dict(notes)), key))
 
-    def delete(self, rows: Sequence[Row], *, free_at_s: float) -> None:
+    def delete(self, rows: Sequence[InstanceRow], *, free_at_s: float) -> None:
         """Forget instances at once, and series and studies that are empty then; bytes wait until ``free_at_s``."""
         with self.transaction():
             for row in rows:
@@ -693,8 +693,8 @@ def _seen(level: Level, view: str) -> str:
     return f"EXISTS (SELECT 1 FROM instances i WHERE {same} AND ({view}))"
 
 
-def _found(row: sqlite3.Row) -> Found:
-    return Found(
+def _found(row: sqlite3.Row) -> SearchHit:
+    return SearchHit(
         key=row["key"],
         study_instance_uid=row["study_instance_uid"],
         series_instance_uid=row["series_instance_uid"],

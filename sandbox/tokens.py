@@ -16,7 +16,7 @@ from urllib.parse import unquote_plus
 
 from aiohttp import web
 
-from sandbox.moods import Clock
+from sandbox.faults import Clock
 
 LIFETIME_S = 300.0
 ENTRA_SCOPE = "https://dicom.healthcareapis.azure.com/.default"

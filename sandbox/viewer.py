@@ -18,7 +18,7 @@ from pydicom.uid import UID
 
 from sandbox import ohif, pictures
 from sandbox.dcm4chee.aets import APPLICATION_ENTITIES
-from sandbox.store import Attributes, Condition, Found, Row, Store, first_value
+from sandbox.store import Attributes, Condition, InstanceRow, SearchHit, Store, first_value
 
 #: What a client of each dialect sees: neither what is hidden nor what is not complete yet.
 VIEWS = {"msdicom": "pending_until_s IS NULL", "dcm4chee": APPLICATION_ENTITIES["DCM4CHEE"].view}
@@ -129,7 +129,7 @@ class Viewer:
             raise web.HTTPNotFound(text=f"There is no server {dialect}; there are {', '.join(self._stores)}.")
         return dialect, self._stores[dialect]
 
-    def _row(self, request: web.Request) -> tuple[str, Row]:
+    def _row(self, request: web.Request) -> tuple[str, InstanceRow]:
         dialect, store = self._store(request)
         rows = store.instances(view=f"key = {int(request.match_info['key'])} AND ({VIEWS[dialect]})")
         if not rows:
@@ -137,7 +137,7 @@ class Viewer:
         return dialect, rows[0]
 
 
-def _large(dialect: str, row: Row, frame: int) -> str:
+def _large(dialect: str, row: InstanceRow, frame: int) -> str:
     source = f"/viewer/{dialect}/instances/{row.key}/{frame}.png?edge={LARGE_PIXELS}"
     return f'<img src="{source}" alt="frame {frame}">'
 
@@ -146,7 +146,7 @@ def _is_study(study_instance_uid: str) -> Condition:
     return Condition("study_instance_uid", "=", study_instance_uid)
 
 
-def _png(row: Row, frame: int, edge: int) -> bytes:
+def _png(row: InstanceRow, frame: int, edge: int) -> bytes:
     content = io.BytesIO()
     pictures.render(row.path, frame=frame, longest_edge=edge).save(content, "PNG")
     return content.getvalue()
@@ -155,7 +155,7 @@ def _png(row: Row, frame: int, edge: int) -> bytes:
 # -- the study's page -------------------------------------------------------------------------------------------------
 
 
-def _study(dialect: str, store: Store, study: Found) -> str:
+def _study(dialect: str, store: Store, study: SearchHit) -> str:
     tally = store.tally(study.study_instance_uid, view=VIEWS[dialect])
     counts = (
         f"{_count(tally.instances, 'object')} in {_count(tally.series, 'series', 'series')} · {_size(tally.size_bytes)}"
@@ -175,7 +175,7 @@ def _fact(tag: str, attributes: Attributes) -> str:
     return f"<div><dt>{keyword_for_tag(tag)}</dt><dd>{escape(value)}</dd></div>" if value else ""
 
 
-def _series(dialect: str, store: Store, series: Found) -> str:
+def _series(dialect: str, store: Store, series: SearchHit) -> str:
     rows = store.instances(
         study_instance_uid=series.study_instance_uid,
         series_instance_uid=series.series_instance_uid,
@@ -193,12 +193,12 @@ def _series(dialect: str, store: Store, series: Found) -> str:
     )
 
 
-def _instance_number(row: Row) -> tuple[int, int]:
+def _instance_number(row: InstanceRow) -> tuple[int, int]:
     text = first_value(row.attributes.get("00200013")) or ""
     return (int(text) if text.lstrip("-").isdigit() else 1 << 31, row.key)
 
 
-def _tiles(dialect: str, rows: Iterable[Row]) -> Iterator[str]:
+def _tiles(dialect: str, rows: Iterable[InstanceRow]) -> Iterator[str]:
     for row in rows:
         problem = _why_no_picture(row)
         frames = _frame_count(row)
@@ -213,7 +213,7 @@ def _tiles(dialect: str, rows: Iterable[Row]) -> Iterator[str]:
             yield f'<figure><a href="{page}">{picture}</a><figcaption>{caption}</figcaption></figure>'
 
 
-def _caption(row: Row, frame: int, frames: int) -> str:
+def _caption(row: InstanceRow, frame: int, frames: int) -> str:
     number = first_value(row.attributes.get("00200013")) or "–"
     which = f" · frame {frame} of {frames}" if frames > 1 else ""
     columns, rows = (first_value(row.attributes.get(tag)) for tag in ("00280011", "00280010"))
@@ -224,12 +224,12 @@ def _caption(row: Row, frame: int, frames: int) -> str:
     )
 
 
-def _frame_count(row: Row) -> int:
+def _frame_count(row: InstanceRow) -> int:
     text = first_value(row.attributes.get("00280008")) or "1"
     return max(int(text), 1) if text.isdigit() else 1
 
 
-def _why_no_picture(row: Row) -> str | None:
+def _why_no_picture(row: InstanceRow) -> str | None:
     """What a tile says instead of showing a picture; None when there is one."""
     if not row.attributes.get("00280010", {}).get("Value"):
         return f"{UID(row.sop_class_uid).name} has no pixels."

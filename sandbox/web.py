@@ -24,7 +24,7 @@ from aiohttp.typedefs import Middleware
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
-from sandbox.moods import Clock, Mood, Moods
+from sandbox.faults import Clock, Faults, InjectedFault
 from sandbox.store import Spool, Store
 
 log = logging.getLogger(__name__)
@@ -33,19 +33,19 @@ CHUNK_BYTES = 256 * 1024
 #: So much of a request's parts may wait in memory; further ones wait on disk, however small.
 HELD_BYTES = 16 * 1024 * 1024
 DICOM_JSON = "application/dicom+json"
-MOOD: web.RequestKey[Mood] = web.RequestKey("mood", Mood)
+FAULT: web.RequestKey[InjectedFault] = web.RequestKey("mood", InjectedFault)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Authorize = Callable[[web.Request, str, Mood], web.Response | None]
+Authorize = Callable[[web.Request, str, InjectedFault], web.Response | None]
 H = TypeVar("H", bound=Callable[..., Any])
 
 
-def _anyone(_request: web.Request, _operation: str, _mood: Mood) -> web.Response | None:
+def _anyone(_request: web.Request, _operation: str, _fault: InjectedFault) -> web.Response | None:
     return None
 
 
 @dataclass
-class Load:
+class RequestLoad:
     """How many requests a dialect has had, has at this moment, and had at once at most."""
 
     total: int = 0
@@ -77,14 +77,14 @@ class Site:
 
     dialect: str
     store: Store
-    moods: Moods
+    faults: Faults
     authorize: Authorize = _anyone
     token_issued_at_s: Callable[[str | None], float | None] = field(default=lambda _header: None)
-    load: Load = field(default_factory=Load)
+    load: RequestLoad = field(default_factory=RequestLoad)
 
     @property
     def clock(self) -> Clock:
-        return self.moods.clock
+        return self.faults.clock
 
 
 def operation(name: str) -> Callable[[H], H]:
@@ -168,7 +168,7 @@ class TooLarge(Exception):
 
 
 @dataclass
-class Part:
+class BodyPart:
     """One part of a request as it lies on disk; ``headers`` have lower-case names."""
 
     headers: dict[str, str]
@@ -177,7 +177,7 @@ class Part:
 
 async def body(request: web.Request) -> AsyncIterator[bytes]:
     """The request's body as it arrives. Raises `Reset` where the mood says so, ConnectionError if the client goes."""
-    left = request[MOOD].reset_after_bytes
+    left = request[FAULT].reset_after_bytes
     async for chunk in request.content.iter_any():
         if left is not None:
             if len(chunk) >= left:
@@ -205,7 +205,7 @@ async def spool_body(request: web.Request, store: Store, *, max_bytes: int | Non
 
 async def read_parts(
     request: web.Request, boundary: str, store: Store, *, max_bytes: int | None = None
-) -> AsyncIterator[Part]:
+) -> AsyncIterator[BodyPart]:
     """The parts of a multipart body, each as soon as it has arrived.
 
     Raises `BrokenMultipart`, `TooLarge` and what `body` raises; the part that was under way is discarded then. The
@@ -235,7 +235,7 @@ class Splitter:
         self._headers: dict[str, str] = {}
         self._name = self._value = b""
         self._spool: Spool | None = None
-        self._done: list[Part] = []
+        self._done: list[BodyPart] = []
         self._ended = False
         self._held_bytes = 0
         try:
@@ -255,7 +255,7 @@ class Splitter:
         except FormParserError as error:
             raise BrokenMultipart(inside_part=False) from error
 
-    def feed(self, chunk: bytes) -> list[Part]:
+    def feed(self, chunk: bytes) -> list[BodyPart]:
         """The parts that this chunk completes."""
         if self._preamble is not None:
             chunk = self._preamble + chunk
@@ -306,7 +306,7 @@ class Splitter:
         assert self._spool is not None
         self._spool.rest(in_memory=self._held_bytes <= HELD_BYTES)
         self._held_bytes += self._spool.size_bytes
-        self._done.append(Part(self._headers, self._spool))
+        self._done.append(BodyPart(self._headers, self._spool))
         self._spool = None
 
     def _on_finish(self) -> None:
@@ -323,15 +323,15 @@ def door(site: Site) -> Middleware:
     async def through(request: web.Request, handler: Handler) -> web.StreamResponse:
         with site.load.one_more():
             name = getattr(request.match_info.handler, "operation", "*")
-            mood = site.moods.take(site.dialect, name)
-            request[MOOD] = mood
-            early = await _before(site, request, name, mood)
+            fault = site.faults.take(site.dialect, name)
+            request[FAULT] = fault
+            early = await _before(site, request, name, fault)
             if early is not None:
                 return early
             response = await _answer(request, handler)
-            if mood.commit_then_drop:
+            if fault.commit_then_drop:
                 return drop(request)
-            return await _send(request, response, mood)
+            return await _send(request, response, fault)
 
     return through
 
@@ -345,25 +345,25 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         return drop(request)
 
 
-async def _before(site: Site, request: web.Request, name: str, mood: Mood) -> web.StreamResponse | None:
+async def _before(site: Site, request: web.Request, name: str, fault: InjectedFault) -> web.StreamResponse | None:
     """What happens to a request before any handler sees it; None lets it in."""
-    if mood.refuse:
+    if fault.refuse:
         return drop(request)
-    if mood.latency_ms is not None:
-        await asyncio.sleep(mood.latency_s())
-    if mood.hang:
+    if fault.latency_ms is not None:
+        await asyncio.sleep(fault.latency_s())
+    if fault.hang:
         return await _hang(request)
-    if mood.status is not None:
-        headers = {} if mood.retry_after_s is None else {"Retry-After": f"{mood.retry_after_s:g}"}
-        return web.Response(status=mood.status, headers=headers)
-    if mood.unauthorized and _bears_old_token(site, request, name):
+    if fault.status is not None:
+        headers = {} if fault.retry_after_s is None else {"Retry-After": f"{fault.retry_after_s:g}"}
+        return web.Response(status=fault.status, headers=headers)
+    if fault.unauthorized and _bears_old_token(site, request, name):
         return web.Response(status=401, headers={"WWW-Authenticate": 'Bearer error="invalid_token"'})
-    return site.authorize(request, name, mood)
+    return site.authorize(request, name, fault)
 
 
 def _bears_old_token(site: Site, request: web.Request, name: str) -> bool:
     authorization = request.headers.get("Authorization")
-    return site.moods.is_old_token(site.dialect, name, authorization, site.token_issued_at_s(authorization))
+    return site.faults.is_old_token(site.dialect, name, authorization, site.token_issued_at_s(authorization))
 
 
 async def _hang(request: web.Request) -> web.StreamResponse:
@@ -394,21 +394,21 @@ def reset(request: web.Request) -> None:
     transport.abort()
 
 
-async def _send(request: web.Request, response: web.StreamResponse, mood: Mood) -> web.StreamResponse:
+async def _send(request: web.Request, response: web.StreamResponse, fault: InjectedFault) -> web.StreamResponse:
     """Put the answer on the wire, as well or badly as the mood will have it."""
-    if mood.charset and response.headers.get("Content-Type") == DICOM_JSON:
+    if fault.charset and response.headers.get("Content-Type") == DICOM_JSON:
         response.headers["Content-Type"] = f"{DICOM_JSON}; charset=utf-8"
-    cut = mood.reset_answer if mood.truncate is False else mood.truncate
-    spoiled = cut is not False or mood.drip_bytes_per_s is not None
+    cut = fault.reset_answer if fault.truncate is False else fault.truncate
+    spoiled = cut is not False or fault.drip_bytes_per_s is not None
     if not spoiled and not isinstance(response, Streamed):
         return response
     chunks = response.chunks if isinstance(response, Streamed) else once(_content(response))
     if cut is not False:
         chunks = _cut(chunks, cut)
-    if mood.drip_bytes_per_s is not None:
-        chunks = _drip(chunks, mood.drip_bytes_per_s)
+    if fault.drip_bytes_per_s is not None:
+        chunks = _drip(chunks, fault.drip_bytes_per_s)
     outgoing = web.StreamResponse(status=response.status, headers=response.headers)
-    if isinstance(response, Streamed) or mood.truncate == "cleanly":
+    if isinstance(response, Streamed) or fault.truncate == "cleanly":
         outgoing.headers.pop("Content-Length", None)
         outgoing.enable_chunked_encoding()
     else:
@@ -419,7 +419,7 @@ async def _send(request: web.Request, response: web.StreamResponse, mood: Mood) 
             async for chunk in chunks:
                 await outgoing.write(chunk)
         except (_Cut, OSError):
-            if mood.reset_answer:
+            if fault.reset_answer:
                 reset(request)
             return drop(request)
         await outgoing.write_eof()

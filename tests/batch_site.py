@@ -15,16 +15,16 @@ from courier.settings import Settings
 from sandbox.synthetic import image, new_uid
 from worker.batches import coordinator
 from worker.batches.chunks import chunk
-from worker.batches.coordinator import Conductor
+from worker.batches.coordinator import Coordinator
 from worker.batches.deletions import StudyDeletions, delete_many
 from worker.batches.downloads import StudyDownloads
 from worker.batches.migrations import StudyMigrations, migrate
 from worker.batches.study_copy import images_on
 from worker.batches.uploads import ImageUploads, upload_all
 from worker.dicom.instances import identify
-from worker.jobs.attempt import Pulse
-from worker.jobs.runner import Done, Failed, Parked, Verdict, carry
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Heartbeat
+from worker.jobs.runner import Deferred, Done, Failed, JobResult, execute
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Fate, Part
 from worker.pacs.registry import connect
@@ -40,7 +40,7 @@ KINDS = {
 WAIT_S = 60
 
 
-class Site:
+class BatchSite:
     """Servers, a ledger, and whoever does what is due."""
 
     def __init__(self, ledger_url: str, servers: list[dict[str, Any]], **sections: Any) -> None:
@@ -49,7 +49,7 @@ class Site:
         self.ledger = Ledger.connect(ledger_url, grace_s=1)
         self.fleet = Fleet([connect(server) for server in self.settings.servers])
         self.sources = Sources(self.settings.sources)
-        self.pulse = Pulse(self.ledger, lambda *_: None)
+        self.heartbeat = Heartbeat(self.ledger, lambda *_: None)
         self.batch = "B"
         self.now, self.sleep = time.time, time.sleep
         #: How a chunk that is parked is waited for, by a test with a clock of its own; else until it is due.
@@ -61,8 +61,8 @@ class Site:
         self.ledger.client.close()
 
     @property
-    def tools(self) -> Tools:
-        return Tools(
+    def services(self) -> Services:
+        return Services(
             self.settings,
             self.ledger,
             self.sources,
@@ -88,21 +88,21 @@ class Site:
     def on(self, server: str, study: str) -> set[str]:
         return set(images_on(self.fleet[server], study))
 
-    def order(self, *studies: str, until: Callable[[], bool] = lambda: False, **more: Any) -> Verdict:
+    def order(self, *studies: str, until: Callable[[], bool] = lambda: False, **more: Any) -> JobResult:
         message = {"items": list(studies), "from_server": "msdicom", "to_server": "dcm4chee", **more}
         return self.see_to_its_end("pacs.batch.migrate", migrate, self.batch, message, until=until)
 
-    def delete(self, *studies: str, **more: Any) -> Verdict:
+    def delete(self, *studies: str, **more: Any) -> JobResult:
         message = {**({"items": list(studies)} if studies else {}), **more}
         return self.see_to_its_end("pacs.batch.delete", delete_many, self.batch, message)
 
-    def upload(self, *urls: str, **more: Any) -> Verdict:
+    def upload(self, *urls: str, **more: Any) -> JobResult:
         return self.see_to_its_end(
             "pacs.batch.upload", upload_all, self.batch, {**({"items": list(urls)} if urls else {}), **more}
         )
 
-    def go_on(self, wish: Callable[[Conductor], Any], name: str, **more: Any) -> Verdict:
-        work = partial(coordinator.conducted, kinds=KINDS, wish=wish)
+    def go_on(self, command: Callable[[Coordinator], Any], name: str, **more: Any) -> JobResult:
+        work = partial(coordinator.coordinated, kinds=KINDS, command=command)
         return self.see_to_its_end(f"pacs.batch.{name}", work, new_uid(), {"batch_id": self.batch, **more})
 
     def see_to_its_end(
@@ -113,30 +113,37 @@ class Site:
         message: Mapping[str, Any],
         *,
         until: Callable[[], bool] = lambda: False,
-    ) -> Verdict:
+    ) -> JobResult:
         """What workers and sweepers do, one after the other; as long as it is not ``until``."""
         deadline = time.monotonic() + WAIT_S
         while True:
-            verdict = carry(work, task=task, job_id=job_id, message=message, tools=self.tools, pulse=self.pulse)
-            if isinstance(verdict, Done | Failed) or until():
-                return verdict
+            result = execute(
+                work, task=task, job_id=job_id, message=message, services=self.services, heartbeat=self.heartbeat
+            )
+            if isinstance(result, Done | Failed) or until():
+                return result
             # No message is sent here, so each is lost.
             for due in self.ledger.sweep(queues=lambda tasks: dict.fromkeys(tasks, ("", 0))):
                 if due.task == "pacs.batch.chunk":
                     self.do_chunk(due.job_id, due.job)
             assert time.monotonic() < deadline
             time.sleep(0.02)
-            self.ledger.rouse(job_id)
+            self.ledger.wake_now(job_id)
 
-    def do_chunk(self, job_id: str, message: Mapping[str, Any]) -> Verdict:
+    def do_chunk(self, job_id: str, message: Mapping[str, Any]) -> JobResult:
         work = partial(chunk, kinds=KINDS)
-        verdict = carry(
-            work, task="pacs.batch.chunk", job_id=job_id, message=message, tools=self.tools, pulse=self.pulse
+        result = execute(
+            work,
+            task="pacs.batch.chunk",
+            job_id=job_id,
+            message=message,
+            services=self.services,
+            heartbeat=self.heartbeat,
         )
-        if self.wait is not None and isinstance(verdict, Parked):
+        if self.wait is not None and isinstance(result, Deferred):
             self.wait(1.0)
-            self.ledger.rouse(job_id, by_sweeper=True)
-        return verdict
+            self.ledger.wake_now(job_id, by_sweeper=True)
+        return result
 
     @property
     def rows(self) -> list[Row]:
@@ -145,10 +152,10 @@ class Site:
         assert batch is not None
         return list(store.rows(batch))
 
-    def told(self, which: Any = "apply") -> list[str]:
+    def ends(self, which: Any = "apply") -> list[str]:
         return [row.passes[which].code or row.passes[which].status for row in self.rows]
 
 
-def payload(verdict: Verdict) -> dict[str, Any]:
-    assert isinstance(verdict, Done), verdict
-    return verdict.payload
+def payload(result: JobResult) -> dict[str, Any]:
+    assert isinstance(result, Done), result
+    return result.payload

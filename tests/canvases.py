@@ -86,14 +86,14 @@ class Stage:
 
     def sicken(self) -> None:
         for dialect in ("msdicom", "dcm4chee"):
-            self.sandbox.set_mood(dialect, "query", status=503)
+            self.sandbox.set_fault(dialect, "query", status=503)
 
 
 @contextlib.contextmanager
 def stage(redis_part: RedisPart, sandbox: SandboxPart, folder: Path, **queue: Any) -> Iterator[Stage]:
     """All emptied and calm; at the end no worker may have logged a fault. ``queue``: more settings of that section."""
     redis_part.flush()
-    sandbox.calm()
+    sandbox.reset_faults()
     sandbox.empty()
     plain = Celery(broker=redis_part.broker_url, backend=redis_part.result_backend, set_as_current=False)
     with ImageServer() as images, Processes(folder) as processes:
@@ -210,7 +210,7 @@ class Canvases:
         )
 
     def states(self) -> dict[str, str]:
-        return {name: self.ledger.look(job_id).get("state", "") for name, job_id in self.jobs.items()}
+        return {name: self.ledger.read_record(job_id).get("state", "") for name, job_id in self.jobs.items()}
 
     def wait_until_all_are(self, *states: str) -> None:
         found = poll(lambda: set(self.states().values()) <= set(states), timeout_s=WAIT_S)

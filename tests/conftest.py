@@ -6,7 +6,7 @@ A server that is not installed fails the test in CI (``CI=true``) and skips it, 
 ``redis_url``     the ledger's database on it
 ``cluster_url``   the one database of a Redis in cluster mode, emptied for each test
 ``plain``         a Celery client on it that knows nothing of us
-``sandbox``       emptied and calm for each test: ``.msdicom``, ``.dcm4chee``, ``.control``, ``.set_mood(…)``
+``sandbox``       emptied and calm for each test: ``.msdicom``, ``.dcm4chee``, ``.control``, ``.set_fault(…)``
 ``orthanc``       base URL of a real Orthanc's DICOMweb; never emptied, so bring UIDs of your own
 ``azurite``       Azure's emulator of its blob storage, never emptied: ``.url``, ``.connection_string``
 ``moto``          URL of an S3 that takes any credentials, never emptied: bring buckets of your own
@@ -139,7 +139,7 @@ def sandbox_server(processes: Processes) -> SandboxPart:
 
 @pytest.fixture
 def sandbox(sandbox_server: SandboxPart) -> SandboxPart:
-    sandbox_server.calm()
+    sandbox_server.reset_faults()
     sandbox_server.empty()
     return sandbox_server
 

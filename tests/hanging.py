@@ -42,7 +42,7 @@ class Hanging:
         return sum(mark in body for body in self.bodies)
 
 
-class _Server(ThreadingHTTPServer):
+class _HangingServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
@@ -66,7 +66,7 @@ def hanging(behind: str) -> Iterator[Hanging]:
     pool = urllib3.PoolManager(retries=False)
     origin = f"{urlsplit(behind).scheme}://{urlsplit(behind).netloc}"
 
-    class Handler(BaseHTTPRequestHandler):
+    class HangingHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def _any(self) -> None:
@@ -92,7 +92,7 @@ def hanging(behind: str) -> Iterator[Hanging]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with _Server(("127.0.0.1", 0), Handler) as listening:
+    with _HangingServer(("127.0.0.1", 0), HangingHandler) as listening:
         server.port = listening.server_port
         thread = threading.Thread(target=listening.serve_forever, daemon=True)
         thread.start()

@@ -84,7 +84,7 @@ def heedless(**habits: Any) -> Iterator[Heedless]:
     """One that listens on loopback; it matches UIDs of studies, and nothing else."""
     site = Heedless(**habits)
 
-    class Handler(BaseHTTPRequestHandler):
+    class HeedlessHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: Any) -> None:
@@ -102,7 +102,7 @@ def heedless(**habits: Any) -> Iterator[Heedless]:
 
         do_GET = do_DELETE = _answer
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HeedlessHandler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

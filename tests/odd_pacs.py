@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 def odd_pacs(datasets: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Its URL. Halves of surrogate pairs go over the wire as JavaScript writes them: escaped."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class OddPacsHandler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             query = parse_qs(url.query)
@@ -32,7 +32,7 @@ def odd_pacs(datasets: Sequence[dict[str, Any]]) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OddPacsHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

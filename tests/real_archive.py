@@ -64,7 +64,7 @@ def only_the_sandbox(what: str, dialect: str = "dcm4chee") -> None:
         pytest.skip(f"needs the sandbox: {what}")
 
 
-class Archive(Protocol):
+class RealArchive(Protocol):
     """What a real archive is asked to be rid of what a test brought in."""
 
     url: str
@@ -179,9 +179,9 @@ def scratch(archive: MsdicomArchive) -> MsdicomArchive:
 
 
 @functools.cache
-def archives() -> Mapping[str, Archive]:
+def archives() -> Mapping[str, RealArchive]:
     """The real archives that the environment names, by dialect."""
-    found: dict[str, Archive] = {}
+    found: dict[str, RealArchive] = {}
     if url := address("dcm4chee"):
         found["dcm4chee"] = Dcm4cheeArchive(url)
     if url := address("msdicom"):
@@ -203,10 +203,10 @@ class ArchivePart(SandboxPart):
         msdicom, dcm4chee = urls.get("msdicom", part.msdicom), urls.get("dcm4chee", part.dcm4chee)
         return cls(part.child, msdicom, dcm4chee, part.control, recorders)
 
-    def set_mood(self, dialect: str, operation: str, **mood: object) -> None:
+    def set_fault(self, dialect: str, operation: str, **fault: object) -> None:
         if dialect in self.recorders:
-            only_the_sandbox(f"orders {', '.join(mood)} at {operation} from {dialect.upper()}", dialect)
-        super().set_mood(dialect, operation, **mood)
+            only_the_sandbox(f"orders {', '.join(fault)} at {operation} from {dialect.upper()}", dialect)
+        super().set_fault(dialect, operation, **fault)
 
     def empty(self) -> None:
         """Of a real archive, what this test has brought in so far."""
@@ -223,7 +223,7 @@ class ArchivePart(SandboxPart):
 class Recorder:
     """Which studies this process sends to an archive that the archive did not have."""
 
-    def __init__(self, archive: Archive) -> None:
+    def __init__(self, archive: RealArchive) -> None:
         self.archive = archive
         self._seen: set[str] = set()
         self._brought: set[str] = set()
@@ -252,7 +252,7 @@ class Recorder:
 
 
 @contextmanager
-def recorded(archive: Archive) -> Iterator[Recorder]:
+def recorded(archive: RealArchive) -> Iterator[Recorder]:
     """Watch what this process sends to ``archive`` by http.client, which is below urllib3 and requests."""
     recorder, place = Recorder(archive), _place(archive.url)
     send = http.client.HTTPConnection.send
@@ -275,7 +275,7 @@ def recorded(archive: Archive) -> Iterator[Recorder]:
 
 
 @contextmanager
-def logged_in(archive: Archive) -> Iterator[None]:
+def logged_in(archive: RealArchive) -> Iterator[None]:
     """Give every request of this process to ``archive`` that has no ``Authorization`` the archive's account."""
     account, place = archive.credentials, _place(archive.url)
     if account is None:

@@ -37,13 +37,13 @@ from courier.celery_internals import store_probe
 from courier.errors import CourierError, InvalidRequest
 from courier.ledger import peers
 from courier.ledger.breakers import Breakers
-from courier.ledger.jobs import Attachment, ClaimState, DueJob, Ledger, passes, words_of
+from courier.ledger.jobs import Attachment, DueJob, Ledger, TakeState, passes, words_of
 from courier.ledger.slots import Slots
-from courier.redaction import shown_job, shown_result
+from courier.redaction import redact_job, shown_result
 from courier.settings import ServerSettings, Settings, SettingsError
-from worker.jobs.attempt import Pulse
-from worker.jobs.batch_slots import Turns
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Heartbeat
+from worker.jobs.batch_slots import BatchSlots
+from worker.jobs.services import Services
 from worker.observability import instrumentation
 from worker.observability.log_format import configure, quiet
 from worker.pacs.fleet import Fleet
@@ -113,7 +113,7 @@ class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
         ):
             return  # it is not the outcome of the job that bears this id
         with contextlib.suppress(redis.RedisError):
-            tools().ledger.told(task_id)
+            services().ledger.published(task_id)
 
 
 def _settings() -> Settings:
@@ -144,11 +144,16 @@ class PacsCelery(celery_internals.MarkingCelery):
     """Celery, which calls a job failed whose result it could not store; the job may well be done."""
 
     def mark_as_failure(self, mark: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        _tell_of_failure(mark, *args, **kwargs)
+        _publish_failure(mark, *args, **kwargs)
 
 
-def _tell_of_failure(
-    tell: Callable[..., None], job_id: str, error: BaseException, *args: Any, store_result: bool = True, **kwargs: Any
+def _publish_failure(
+    publish: Callable[..., None],
+    job_id: str,
+    error: BaseException,
+    *args: Any,
+    store_result: bool = True,
+    **kwargs: Any,
 ) -> None:
     """Nothing is told where only telling has failed: the outcome is in the ledger, and a sweep tells it.
 
@@ -157,10 +162,10 @@ def _tell_of_failure(
     """
     if isinstance(error, TimeLimitExceeded) and _goes_on(job_id):
         return
-    telling = isinstance(error, BackendError)
-    if telling or isinstance(error, GOES_ON):
+    publishing = isinstance(error, BackendError)
+    if publishing or isinstance(error, GOES_ON):
         kwargs["request"] = None
-    tell(job_id, error, *args, store_result=store_result and not telling, **kwargs)
+    publish(job_id, error, *args, store_result=store_result and not publishing, **kwargs)
 
 
 quiet()
@@ -197,7 +202,7 @@ def _ledger() -> Ledger:
 
 
 def _is_written_down(job_id: str) -> bool:
-    return bool(_ledger_beside().look(job_id))
+    return bool(_ledger_beside().read_record(job_id))
 
 
 def _goes_on(job_id: str) -> bool:
@@ -207,15 +212,15 @@ def _goes_on(job_id: str) -> bool:
         return True
 
 
-def _bury(job_id: str, task: str, job: Mapping[str, Any], attached: Attachment, error: CourierError) -> bool:
+def _dead_letter(job_id: str, task: str, job: Mapping[str, Any], attached: Attachment, error: CourierError) -> bool:
     ledger = _ledger_beside()
     ledger.submit(job_id, task=task, job=job)
-    ledger.rouse(job_id, by_sweeper=True)
-    claim = ledger.claim(job_id, task=task, job=job, attached=attached)
-    if claim.state is ClaimState.YOURS:
+    ledger.wake_now(job_id, by_sweeper=True)
+    taken = ledger.take(job_id, task=task, job=job, attached=attached)
+    if taken.state is TakeState.YOURS:
         outcome = {"error": error.payload}
-        ledger.bury(job_id, claim.fence, outcome=outcome, code=error.code, task=task, job=job)
-    return claim.state is ClaimState.YOURS
+        ledger.end_as_dead_letter(job_id, taken.fence, outcome=outcome, code=error.code, task=task, job=job)
+    return taken.state is TakeState.YOURS
 
 
 @functools.cache
@@ -224,7 +229,7 @@ def _ledger_beside() -> Ledger:
     return _ledger()
 
 
-class _Canceller:
+class _LedgerCanceller:
     def job(self, job_id: str, *, unless_taken: bool = False) -> str:
         ledger = _ledger_beside()
         if unless_taken:
@@ -235,11 +240,11 @@ class _Canceller:
         _ledger_beside().cancel_stamped(header, values)
 
 
-revokes.install(_Canceller())
+revokes.install(_LedgerCanceller())
 consumer.PacsConsumer.is_written_down = staticmethod(_is_written_down)
 consumer.PacsConsumer.count_return = staticmethod(lambda job_id: _ledger_beside().count_return(job_id))
-consumer.PacsConsumer.bury = staticmethod(_bury)
-consumer.PacsConsumer.told = staticmethod(lambda job_id: _ledger_beside().told(job_id))
+consumer.PacsConsumer.dead_letter = staticmethod(_dead_letter)
+consumer.PacsConsumer.published = staticmethod(lambda job_id: _ledger_beside().published(job_id))
 
 #: How many jobs this process does at a time, as far as it has been told.
 _pool_size = int(app.conf.worker_concurrency or 8)
@@ -264,17 +269,17 @@ def _see_pool_size(instance: Any = None, **_: Any) -> None:
 _building = threading.RLock()
 
 
-def tools() -> Tools:
+def services() -> Services:
     """This process's tools, made at its first job: no connection is made before a fork."""
     with _building:  # the first jobs come on several threads at once
-        return _tools()
+        return _services()
 
 
 _guards: list[Guard] = []
 
 
 @functools.cache
-def _tools() -> Tools:
+def _services() -> Services:
     tracing.trace(settings.telemetry)
     ledger = _ledger()
     prefix, cap_s = settings.queue.key_prefix, settings.jobs.retry_after_cap_s
@@ -283,7 +288,7 @@ def _tools() -> Tools:
     guard = Guard(breakers, Slots(ledger.client, prefix=prefix), settings.servers, rates=rates)
     fleet = Fleet([connect(server, guard) for server in settings.servers])
     _guards.append(guard)
-    return Tools(
+    return Services(
         settings=settings,
         ledger=ledger,
         breakers=breakers,
@@ -294,7 +299,7 @@ def _tools() -> Tools:
         probes=Fleet([connect(_impatient(server)) for server in settings.servers], threads=8),
         wake=wake,
         bulk=Fleet(fleet),
-        turns=Turns(batch_slots(_pool_size)),
+        batch_slots=BatchSlots(batch_slots(_pool_size)),
     )
 
 
@@ -304,18 +309,18 @@ def _impatient(server: ServerSettings) -> ServerSettings:
     return server.model_copy(update={"read_timeout_s": read_timeout_s, "max_concurrency": 2})
 
 
-def pulse() -> Pulse:
+def heartbeat() -> Heartbeat:
     """What keeps this process's jobs alive."""
     with _building:
-        return _pulse()
+        return _heartbeat()
 
 
 @functools.cache
-def _pulse() -> Pulse:
-    return Pulse(tools().ledger, _publish)
+def _heartbeat() -> Heartbeat:
+    return Heartbeat(services().ledger, _publish)
 
 
-def ready() -> tuple[Tools, Pulse]:
+def ready() -> tuple[Services, Heartbeat]:
     """This process's tools and its pulse, with all threads that a job needs: before one is claimed.
 
     Raises
@@ -325,16 +330,16 @@ def ready() -> tuple[Tools, Pulse]:
     """
     with _building:
         _start_threads()
-        return _tools(), _pulse()
+        return _services(), _heartbeat()
 
 
 @functools.cache
 def _start_threads() -> None:
-    tool = _tools()
-    _pulse().start()
+    services = _services()
+    _heartbeat().start()
     for guard in _guards:
         guard.start()
-    for fleet in (tool.fleet, tool.probes, tool.bulk):
+    for fleet in (services.fleet, services.probes, services.bulk):
         if fleet is not None:
             fleet.start()
 
@@ -363,10 +368,10 @@ class Threads(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
 _sweeping = threading.Lock()
 
 
-def let_go() -> int:
+def release_jobs() -> int:
     """Give up the jobs that are under way in this process, which is about to end; returns how many."""
     _sweeping.acquire(timeout=LAST_SWEEP_S)  # for good: a sweep of ours would find them due, and die before it says so
-    return pulse().let_go() if _pulse.cache_info().currsize else 0
+    return heartbeat().release() if _heartbeat.cache_info().currsize else 0
 
 
 def _publish(job_id: str, meta: dict[str, Any]) -> None:
@@ -414,7 +419,7 @@ def _look_into_old_queues() -> None:
     try:
         with app.connection_for_write() as connection:
             if connection.transport.driver_type == "redis":  # of others no list can be looked at
-                _old_queues.look(connection.default_channel)
+                _old_queues.report_and_move(connection.default_channel)
     except BROKER_ERRORS as error:
         log.warning("Could not look into the queues of version 0.1: %s; trying again", type(error).__name__)
 
@@ -425,7 +430,7 @@ def sweep(ledger: Ledger) -> int:
     None is sent again that may be in its queue.
     """
     ledger.wake_parked()
-    _hasten(ledger)
+    _requeue_lost(ledger)
     # The other workers say what they have in hand as often as this one.
     due = ledger.sweep(queues=_queues, settle_s=2 * settings.jobs.sweep_s)
     telemetry.count("sweep")
@@ -451,15 +456,15 @@ def _queues(tasks: set[str]) -> dict[str, tuple[str, int]]:
     return {task: (queue, depths[queue]) for task, queue in queue_of.items()}
 
 
-def _hasten(ledger: Ledger) -> None:
+def _requeue_lost(ledger: Ledger) -> None:
     """Look again for what nobody answered to although its queue is empty: the message died with its worker.
 
     Where messages wait in line, theirs may be among them, and another one would only make the line longer.
     """
-    unanswered = ledger.unanswered()
-    if unanswered:
-        queues = _queues(set(unanswered.values()))
-        ledger.hasten(job_id for job_id, task in unanswered.items() if queues.get(task, ("", 1))[1] == 0)
+    dispatched = ledger.dispatched()
+    if dispatched:
+        queues = _queues(set(dispatched.values()))
+        ledger.requeue_lost(job_id for job_id, task in dispatched.items() if queues.get(task, ("", 1))[1] == 0)
 
 
 def _send(job: DueJob) -> None:
@@ -470,7 +475,7 @@ def _send(job: DueJob) -> None:
             kwargs={"job": job.job},
             task_id=job.job_id,
             argsrepr="()",
-            kwargsrepr=shown_job(job.job),
+            kwargsrepr=redact_job(job.job),
             headers={**job.headers, **({"traceparent": trace} if trace else {})},
         )
 
@@ -483,7 +488,7 @@ def wake(jobs: Sequence[DueJob]) -> None:
         except BROKER_ERRORS as error:
             log.warning("Messages could not be sent now: %s", type(error).__name__)
             with contextlib.suppress(redis.RedisError):
-                tools().ledger.unsent(job.job_id for job in jobs[number:])
+                services().ledger.unsent(job.job_id for job in jobs[number:])
             return
 
 
@@ -497,32 +502,32 @@ class WatchedOver(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is u
     def start(self, parent: Any) -> None:
         ledger = _ledger()
         dog = watchdog.Watchdog(
-            functools.partial(consumer.look, parent),
+            functools.partial(consumer.read_signs, parent),
             watchdog_s=settings.worker.watchdog_s,
             hung_s=settings.worker.hung_s,
-            tell=functools.partial(_tell, parent.hostname, ledger),
+            publish=functools.partial(_publish_health, parent.hostname, ledger),
             end=_end_hard,
         )
         with or_no_start():
             dog.start()
 
 
-def _tell(name: str, ledger: Ledger, told: watchdog.Told) -> None:
+def _publish_health(name: str, ledger: Ledger, report: watchdog.HealthReport) -> None:
     if settings.worker.health_file is not None:
-        watchdog.write(settings.worker.health_file, told)
+        watchdog.write(settings.worker.health_file, report)
     with contextlib.suppress(redis.RedisError):
-        told = dataclasses.replace(told, stopped_queues=tuple(_old_queues.stopped))
-        if reason := _say_how(name, ledger, told):
+        report = dataclasses.replace(report, stopped_queues=tuple(_old_queues.stopped))
+        if reason := _report_health(name, ledger, report):
             _stop(reason)
 
 
 _begun = threading.Event()
 
 
-def _say_how(name: str, ledger: Ledger, told: watchdog.Told) -> str:
+def _report_health(name: str, ledger: Ledger, report: watchdog.HealthReport) -> str:
     """Say it to the others; why this worker cannot begin or go on beside them, "" if it can."""
     say = peers.say if _begun.is_set() else peers.begin
-    reason = say(ledger, name, dataclasses.asdict(told), settings.servers)
+    reason = say(ledger, name, dataclasses.asdict(report), settings.servers)
     _begun.set()
     if not reason:
         _look_at_the_others(ledger)
@@ -626,7 +631,7 @@ def _joins_the_others(sender: Any = None, **_: Any) -> None:
     """
     ledger = _ledger()
     try:
-        reason = _say_how(sender.hostname, ledger, watchdog.Told(True, "", SOON_S))
+        reason = _report_health(sender.hostname, ledger, watchdog.HealthReport(True, "", SOON_S))
     except redis.RedisError as error:
         log.warning("The ledger does not serve now (%s); its version is looked at later", words_of(error))
         reason = ""

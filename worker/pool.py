@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from worker.app import let_go, or_no_start
+from worker.app import or_no_start, release_jobs
 from worker.runtime.celery_internals import LeavingThreads
 
 
@@ -19,5 +19,5 @@ class ThreadPool(LeavingThreads):
     def starting(self) -> AbstractContextManager[None]:
         return or_no_start()
 
-    def let_go(self) -> int:
-        return let_go()
+    def release_jobs(self) -> int:
+        return release_jobs()

@@ -43,7 +43,7 @@ class Planner:
 
         with Planner(batches, batch_id) as planner:
             planner.add_all(page)          # as often as there are pages
-            planner.freeze()               # then the batch's conductor may begin
+            planner.freeze()               # then the batch's coordinator may begin
 
     Left without `freeze`, nothing is planned. Not for several threads.
     """
@@ -54,7 +54,7 @@ class Planner:
         self._types = {name: batch.types[name] for name in batch.servers} if batch else {}
         self._positions = {name: str(place) for place, name in enumerate(self._types)}
         self._token = batches.begin_plan(batch_id)
-        self._seen = _Seen()
+        self._seen = _PlannedItems()
         self._lines: list[str] = []
         self._chunks: dict[int, str] = {}
         self._left_out: dict[int, tuple[str, str]] = {}  # code ("": skipped) and reason
@@ -161,14 +161,14 @@ class Planner:
 
 def count_distinct(texts: Iterable[str]) -> int:
     """How many different ``texts`` there are, in memory that does not grow with them."""
-    seen = _Seen()
+    seen = _PlannedItems()
     try:
         return sum(seen.add(text.encode()) for text in texts)
     finally:
         seen.close()
 
 
-class _Seen:
+class _PlannedItems:
     """What has been planned already, in a temporary file: SQLite keeps some of it in memory and unlinks the file."""
 
     def __init__(self) -> None:

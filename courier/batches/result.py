@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from courier.batches.store import TROUBLE, Batch, Batches, Pass, Settled
-from courier.redaction import shown_url
+from courier.batches.store import TROUBLE, Batch, Batches, ItemOutcome, Pass
+from courier.redaction import redact_url
 from courier.results import BatchEndPayload, BatchTrouble
 
 #: A result passes through Redis; the report has them all.
@@ -24,14 +24,14 @@ def end_payload(batch: Batch, batches: Batches, *, job_id: str) -> dict[str, Any
         told += [_trouble(one, which, batch) for one in found]
     total = sum(batch.of(which).totals.get(status, 0) for which in passes for status in TROUBLE)
     return BatchEndPayload.model_validate(
-        {"job_id": job_id, **batches.told(batch), "failures": told, "failures_total": total}
+        {"job_id": job_id, **batches.published(batch), "failures": told, "failures_total": total}
     ).as_json()
 
 
-def _trouble(one: Settled, which: Pass, batch: Batch) -> BatchTrouble:
+def _trouble(one: ItemOutcome, which: Pass, batch: Batch) -> BatchTrouble:
     return BatchTrouble(
         number=one.item.number,
-        item=shown_url(one.item.text),  # a signed URL is shown as in any other result
+        item=redact_url(one.item.text),  # a signed URL is shown as in any other result
         pass_=which,
         server_name=one.server_name or None,
         server_type=batch.types.get(one.server_name) or None,

@@ -39,7 +39,7 @@ from typing import Any, Final, Literal, cast, get_args
 from courier.errors import InvalidRequest
 from courier.ledger.jobs import DueJob, LeaseLost, Ledger
 from courier.messages import check_batch_id
-from courier.redaction import shown_url, stated
+from courier.redaction import redact_url, stated
 from courier.redis_internals import ask_raw
 
 State = Literal["planning", "planned", "running", "verifying", "paused", "cancelled", "done", "undoing", "undone"]
@@ -88,7 +88,7 @@ _CHUNK_ID: Final = re.compile(rf"(?P<batch>.+)\.(?P<which>{'|'.join(PASSES)})\.\
 #: So many chunks are read at a time by who reads them all.
 _CHUNKS_READ: Final = 20
 _NO_SERVER: Final = "-"
-#: In `Settled.server`: the item has come to no server, also if the plan names one.
+#: In `ItemOutcome.server`: the item has come to no server, also if the plan names one.
 NOWHERE: Final = _NO_SERVER
 #: The record of a chunk that ended serves messages of it that come late; there are many such records.
 _RECORD_KEEP_MS: Final = 300_000
@@ -208,7 +208,7 @@ return 1
 """
 
 # KEYS: batch; then all that belongs to it, to be kept. ARGV: job id, pass, state, then the states it may come out of.
-# A conductor that was interrupted finds that it has begun already.
+# A coordinator that was interrupted finds that it has begun already.
 _BEGIN = (
     _NOW
     + """
@@ -238,7 +238,7 @@ return 1
 """
 )
 
-# A batch has one conductor at a time. ARGV: the job that wants to be it, prefix of jobs.
+# A batch has one coordinator at a time. ARGV: the job that wants to be it, prefix of jobs.
 _TAKE = """
 local mine = redis.call('HGET', KEYS[1], 'conductor')
 if mine == ARGV[1] then return '' end
@@ -325,7 +325,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Settled:
+class ItemOutcome:
     """What became of an item in a pass, and why, where that has to be said.
 
     ``server`` is where, if that is not the item's own; `NOWHERE` if it has come to none. ``result`` is what report,
@@ -358,7 +358,7 @@ class Settled:
         return {**first, **{name: _status_there(self, one) for name, one in named.items() if name not in first}}
 
 
-def _status_there(one: Settled, told: object) -> ItemStatus:
+def _status_there(one: ItemOutcome, told: object) -> ItemStatus:
     return cast(ItemStatus, told) if isinstance(told, str) and told in LETTERS else one.status
 
 
@@ -367,24 +367,24 @@ class Row:
     """All that a report says of an item: what became of it in each pass that has come to it."""
 
     item: Item
-    passes: Mapping[Pass, Settled]
+    passes: Mapping[Pass, ItemOutcome]
 
     @property
-    def settled(self) -> Settled:
+    def outcome(self) -> ItemOutcome:
         """What became of it when it was applied."""
-        return self.passes.get("apply", Settled(self.item, "open"))
+        return self.passes.get("apply", ItemOutcome(self.item, "open"))
 
     def as_json(self, types: Mapping[str, str]) -> dict[str, Any]:
-        one = self.settled
-        told = {"number": self.item.number, "item": shown_url(self.item.text), **_told(one, types)}
+        one = self.outcome
+        told = {"number": self.item.number, "item": redact_url(self.item.text), **_outcome_as_json(one, types)}
         if not self.item.text.partition(":")[2]:
             told["study_uid"] = self.item.text
         told["size_bytes"] = one.result.get("size_bytes", self.item.size_bytes)
-        others = {str(name): _told(found, types) for name, found in self.passes.items() if name != "apply"}
+        others = {str(name): _outcome_as_json(found, types) for name, found in self.passes.items() if name != "apply"}
         return {**told, **others}
 
 
-def _told(one: Settled, types: Mapping[str, str]) -> dict[str, Any]:
+def _outcome_as_json(one: ItemOutcome, types: Mapping[str, str]) -> dict[str, Any]:
     several = [
         {"server_name": name, "server_type": types.get(name), "status": status} for name, status in one.outcomes.items()
     ]
@@ -407,7 +407,7 @@ def left_out_as(code: str) -> ItemStatus:
 def is_missing(row: Row) -> bool:
     """Whether what was done of an item is not there any more, as verify saw."""
     seen = row.passes.get("verify")
-    return seen is not None and seen.status == "missing" and row.settled.status not in NOT_DONE
+    return seen is not None and seen.status == "missing" and row.outcome.status not in NOT_DONE
 
 
 def is_to_undo(row: Row) -> bool:
@@ -415,7 +415,7 @@ def is_to_undo(row: Row) -> bool:
     undone = row.passes.get("undo")
     if undone is not None and undone.status not in ("open", "failed", "refused"):
         return False
-    return row.settled.status not in NOT_DONE or bool(row.settled.result)
+    return row.outcome.status not in NOT_DONE or bool(row.outcome.result)
 
 
 @dataclass(frozen=True)
@@ -494,13 +494,13 @@ class Batch:
     items: int = 0
     chunks: int = 0
     bytes: int = 0
-    width: int = 1
+    concurrency: int = 1
     created_ms: int = 0
     frozen: bool = False
     #: Whether the worker that planned it has matched each study against the filters itself; 0.1 did not.
     filters_applied: bool = False
     planner: str = ""
-    conductor: str = ""
+    coordinator: str = ""
     current: Pass | None = None
     planned: Mapping[str, int] = field(default_factory=dict)
     passes: Mapping[Pass, PassState] = field(default_factory=dict)
@@ -589,15 +589,15 @@ class Batches:
         kind: str,
         order: Mapping[str, Any],
         servers: Mapping[str, str] | None = None,
-        width: int,
+        concurrency: int,
         name: str = "",
     ) -> bool:
         """Begin to plan a batch; False if it is known. ``servers`` are those it is about, by name and type.
 
-        What no conductor begins is forgotten after as long as results are kept.
+        What no coordinator begins is forgotten after as long as results are kept.
         """
         keys = [self._key(batch_id), self._ledger.key("batches")]
-        args: list[str | int] = [batch_id, kind, json.dumps(dict(servers or {})), _dumped(order), width, name]
+        args: list[str | int] = [batch_id, kind, json.dumps(dict(servers or {})), _dumped(order), concurrency, name]
         return bool(self._open(keys=keys, args=[*args, self._keep_ms]))
 
     def begin_plan(self, batch_id: str) -> str:
@@ -648,7 +648,7 @@ class Batches:
         left_out: Mapping[tuple[str, ItemStatus], int] | None = None,
         warnings: Sequence[str] = (),
     ) -> bool:
-        """The plan is complete and does not change any more; the batch stays ``planning`` until it has a conductor.
+        """The plan is complete and does not change any more; the batch stays ``planning`` until it has a coordinator.
 
         False: another planner has taken over, or the batch was cancelled meanwhile.
         """
@@ -673,7 +673,7 @@ class Batches:
         items = [one.item for one in found[passes[0]]]
         return [Row(item, {which: found[which][at] for which in passes}) for at, item in enumerate(items)]
 
-    def items(self, batch: Batch, chunk: int, which: Pass = "apply") -> list[Settled]:
+    def items(self, batch: Batch, chunk: int, which: Pass = "apply") -> list[ItemOutcome]:
         """The items of a chunk, in order, with what became of each so far in a pass."""
         return next(self._read(batch, [chunk], [which]))[which]
 
@@ -685,36 +685,36 @@ class Batches:
                 for at, one in enumerate(found[begun[0]]):
                     yield Row(one.item, {which: found[which][at] for which in begun})
 
-    def report(self, batch: Batch, which: Pass = "apply") -> Iterator[Settled]:
+    def report(self, batch: Batch, which: Pass = "apply") -> Iterator[ItemOutcome]:
         """What became of every item in a pass, in the order of the plan."""
         for some in _some(batch.chunks, _CHUNKS_READ):
             for found in self._read(batch, some, [which]):
                 yield from found[which]
 
-    def troubled(self, batch: Batch, which: Pass = "apply") -> Iterator[Settled]:
+    def troubled(self, batch: Batch, which: Pass = "apply") -> Iterator[ItemOutcome]:
         """What failed, was refused, or is not as it should be; only its chunks are read."""
         letters = frozenset(LETTERS[cast(ItemStatus, status)] for status in TROUBLE)
         for chunk in self._chunks_with(batch, which, letters):
             yield from (one for one in self.items(batch, chunk, which) if one.status in TROUBLE)
 
-    def failures(self, batch: Batch, limit: int, which: Pass = "apply") -> list[Settled]:
+    def failures(self, batch: Batch, limit: int, which: Pass = "apply") -> list[ItemOutcome]:
         return list(islice(self.troubled(batch, which), limit))
 
-    def settle(
-        self, batch: Batch, which: Pass, chunk: int, outcomes: Iterable[Settled], *, job_id: str, fence: int
+    def record_outcomes(
+        self, batch: Batch, which: Pass, chunk: int, outcomes: Iterable[ItemOutcome], *, job_id: str, fence: int
     ) -> None:
         """Write outcomes of a chunk down, each once, as the holder of a job; `LeaseLost` if it is another's now.
 
         An outcome that is ``open`` leaves the item open and keeps what it says for who looks, or for the next attempt.
         """
-        settled = list(outcomes)
-        if not settled:
+        recorded = list(outcomes)
+        if not recorded:
             return
-        rows, changed = self._merged(batch, which, chunk, settled)
-        carried = sum(_carried(one) for one in settled)
+        rows, changed = self._merged(batch, which, chunk, recorded)
+        carried = sum(_carried(one) for one in recorded)
         args: list[Any] = [fence, chunk, _packed(rows.values()) if changed else ""]
         args += [f"{which}:bytes", carried]
-        for one in settled:
+        for one in recorded:
             if one.status != "open":
                 args += _counted(which, _as_stored(one, rows))
         parts = (f":outcomes:{which}", f":results:{which}")
@@ -723,11 +723,11 @@ class Batches:
             raise LeaseLost
 
     def _merged(
-        self, batch: Batch, which: Pass, chunk: int, settled: Sequence[Settled]
+        self, batch: Batch, which: Pass, chunk: int, outcomes: Sequence[ItemOutcome]
     ) -> tuple[dict[int, list[Any]], bool]:
         """The rows of a chunk by their places, with what is new in them; whether anything is."""
         new: dict[int, list[Any]] = {}
-        for one in settled:
+        for one in outcomes:
             row: list[Any] = [one.item.number % CHUNK_ITEMS, one.server, one.code, one.message[:300], dict(one.result)]
             if any(row[1:]):
                 new[row[0]] = row
@@ -737,7 +737,9 @@ class Batches:
             row[4] = row[4] or rows.get(place, row)[4]
         return {**rows, **new}, bool(new)
 
-    def _read(self, batch: Batch, chunks: Iterable[int], passes: Sequence[Pass]) -> Iterator[dict[Pass, list[Settled]]]:
+    def _read(
+        self, batch: Batch, chunks: Iterable[int], passes: Sequence[Pass]
+    ) -> Iterator[dict[Pass, list[ItemOutcome]]]:
         """By pass, the items of each of the ``chunks``; all read in one go."""
         wanted = [str(chunk) for chunk in chunks]
         if not wanted:
@@ -753,7 +755,7 @@ class Batches:
             items = _items(batch, int(chunk), plan)
             start = int(chunk) * CHUNK_ITEMS - first
             yield {
-                which: _settled(items, found[2 * n][start : start + len(items)], found[2 * n + 1][place])
+                which: _outcomes(items, found[2 * n][start : start + len(items)], found[2 * n + 1][place])
                 for n, which in enumerate(passes)
             }
 
@@ -771,13 +773,13 @@ class Batches:
     # --- its course -----------------------------------------------------------------------------------------
 
     def take(self, batch_id: str, job_id: str) -> str | None:
-        """Become the batch's conductor; the id of the job that is, if there is another under way."""
+        """Become the batch's coordinator; the id of the job that is, if there is another under way."""
         return str(self._take(keys=[self._key(batch_id)], args=[job_id, self._ledger.key("job", "")])) or None
 
     def begin(self, batch_id: str, which: Pass, *, job_id: str, out_of: Sequence[State]) -> bool:
-        """Begin a pass as the batch's conductor, if the batch is in one of the states ``out_of``.
+        """Begin a pass as the batch's coordinator, if the batch is in one of the states ``out_of``.
 
-        True also if this conductor has begun it before.
+        True also if this coordinator has begun it before.
         """
         keys = [self._key(batch_id), *self._all_keys(batch_id)]
         return bool(self._begin(keys=keys, args=[job_id, which, STATE_OF[which], *out_of]))
@@ -804,7 +806,7 @@ class Batches:
             args: list[Any] = ["apply", chunk]
             lost = [row for row in self.chunk_rows(batch, chunk, ["apply", "verify"]) if is_missing(row)]
             for row in lost:
-                args += _counted("apply", row.settled)
+                args += _counted("apply", row.outcome)
             places = {row.item.number % CHUNK_ITEMS for row in lost}
             results, parts = self._key(batch.id, ":results:apply"), (":outcomes:apply", ":ended:apply")
             blob = ask_raw(self._redis, "HGET", results, chunk)
@@ -891,13 +893,13 @@ class Batches:
     def resume(self, batch_id: str) -> str:
         """Go on where it was paused; the state then."""
         state = str(self._resume(keys=[self._key(batch_id)]))
-        self.rouse(batch_id)
+        self.wake_now(batch_id)
         return state
 
     def cancel(self, batch_id: str) -> str:
         """End it; the state then. A plan that nobody has begun to apply is dropped with it."""
         state = self.steer(batch_id, "cancelled", out_of=[*ACTIVE, "planned", "paused"])
-        self.rouse(batch_id)
+        self.wake_now(batch_id)
         return state
 
     def cancel_job(self, job_id: str, *, mark: bool = False) -> str:
@@ -912,7 +914,7 @@ class Batches:
         self.cancel(batch_id)
         if task != CHUNK_TASK:
             self._ledger.cancel(job_id, unless="taken")
-        return self._ledger.look(job_id).get("state", "")
+        return self._ledger.read_record(job_id).get("state", "")
 
     def _batch_of(self, job_id: str, task: str, named: str) -> str:
         """The batch that a job has under way, or is a piece of, or is called like; "" if there is none.
@@ -927,7 +929,7 @@ class Batches:
             return ""
         return job_id if self.state(job_id) else ""
 
-    def rouse(self, batch_id: str) -> None:
+    def wake_now(self, batch_id: str) -> None:
         """Have all who wait at the batch look again now: it has been steered elsewhere."""
         batch = self.get(batch_id)
         if batch is None:
@@ -937,8 +939,8 @@ class Batches:
             if batch.current
             else []
         )
-        for job_id in (*jobs, batch.conductor):
-            self._ledger.rouse(job_id, by_sweeper=True)
+        for job_id in (*jobs, batch.coordinator):
+            self._ledger.wake_now(job_id, by_sweeper=True)
 
     def expire(self, batch_id: str) -> None:
         """It is over: kept as long as results are."""
@@ -953,19 +955,19 @@ class Batches:
         fields = cast(dict[str, str], self._redis.hgetall(self._key(batch_id)))
         return _batch(batch_id, fields) if "kind" in fields else None
 
-    def told(self, batch: Batch) -> dict[str, Any]:
+    def published(self, batch: Batch) -> dict[str, Any]:
         """The batch as it stands, with who requested its order and each of its passes, and why.
 
         It is not for logs and errors: what people write there may name a patient.
         """
         document = {**batch.as_json(), **batch.stated}
         for which, state in batch.passes.items():
-            record = self._ledger.look(state.begun_by) if state.begun_by else {}
+            record = self._ledger.read_record(state.begun_by) if state.begun_by else {}
             document["passes"][which].update({name: text or None for name, text in stated(record).items()})
         return document
 
     def warn(self, batch: Batch, sentences: Iterable[str]) -> None:
-        """Add what has to be known of its order to the warnings of a batch, once. For its conductor and its planner."""
+        """Add what has to be known of its order to the warnings of a batch, once: for coordinator and planner."""
         new = [sentence for sentence in sentences if sentence not in batch.warnings]
         if new:
             self._redis.hset(self._key(batch.id), "warnings", json.dumps([*batch.warnings, *new]))
@@ -1049,21 +1051,21 @@ def _rows(blob: bytes | None) -> Iterator[list[Any]]:
             yield [at, server, code, message, dict(zip(names, values, strict=True))]
 
 
-def _settled(items: Sequence[Item], letters: str, blob: bytes | None) -> list[Settled]:
+def _outcomes(items: Sequence[Item], letters: str, blob: bytes | None) -> list[ItemOutcome]:
     letters = letters.ljust(len(items), "\0")
-    found = [Settled(item, _STATUSES[letter]) for item, letter in zip(items, letters, strict=True)]
+    found = [ItemOutcome(item, _STATUSES[letter]) for item, letter in zip(items, letters, strict=True)]
     for at, server, code, message, result in _rows(blob):
         found[at] = replace(found[at], server=server, code=code, message=message, result=result)
     return found
 
 
-def _carried(one: Settled) -> int:
+def _carried(one: ItemOutcome) -> int:
     if one.status in NOT_DONE:
         return 0
     return int(one.result.get("size_bytes") or one.item.size_bytes or 0)
 
 
-def _counted(which: Pass, one: Settled) -> list[Any]:
+def _counted(which: Pass, one: ItemOutcome) -> list[Any]:
     """What the scripts need to count an item: once among all, and once more for each further server."""
     number, own = one.item.number, one.server_name
     args: list[Any] = [number, LETTERS[one.status], f"n:{which}:{own or _NO_SERVER}:{one.status}"]
@@ -1073,7 +1075,7 @@ def _counted(which: Pass, one: Settled) -> list[Any]:
     return args
 
 
-def _as_stored(one: Settled, rows: Mapping[int, Sequence[Any]]) -> Settled:
+def _as_stored(one: ItemOutcome, rows: Mapping[int, Sequence[Any]]) -> ItemOutcome:
     """The outcome as a later reader finds it, who has to come to the same counts."""
     row = rows.get(one.item.number % CHUNK_ITEMS)
     return one if row is None else replace(one, server=row[1], result=row[4])
@@ -1102,12 +1104,12 @@ def _batch(batch_id: str, fields: Mapping[str, str]) -> Batch:
         items=int(fields["items"]),
         chunks=int(fields["chunks"]),
         bytes=int(fields.get("bytes", 0)),
-        width=int(fields["width"]),
+        concurrency=int(fields["width"]),
         created_ms=int(fields["created_ms"]),
         frozen="frozen" in fields,
         filters_applied="filters_applied" in fields,
         planner=fields.get("planner", ""),
-        conductor=fields.get("conductor", ""),
+        coordinator=fields.get("conductor", ""),
         current=cast(Pass | None, fields.get("pass")),
         planned=planned,
         passes={

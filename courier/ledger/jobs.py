@@ -69,7 +69,7 @@ from redis.commands.core import Script
 
 from courier.errors import InvalidRequest
 from courier.ledger.breakers import CHANGES, by_server
-from courier.redaction import shown_job, stated, without_queries
+from courier.redaction import redact_job, stated, without_queries
 from courier.redis_urls import is_socket
 from courier.settings import PREFIX
 from courier.urls import is_url, unsigned
@@ -150,7 +150,7 @@ local function is_known(server) return tonumber(redis.call('ZSCORE', prefix .. '
 
 # Notes ride on the scripts that decide, so a trail costs no round trip. A job's own object is what it holds; the study
 # and the series it stores into are told only of trouble, or the images of a study would fill its trail.
-_TRAIL = f"""
+_HISTORY = f"""
 local function note(key, entry, keep_ms)
   redis.call('RPUSH', key, string.format('%.0f', now) .. ' ' .. entry)
   redis.call('LTRIM', key, -{TRAIL_LENGTH}, -1)
@@ -248,7 +248,7 @@ return 1
 # another death is at work beside none that a worker has died on, or it might be buried for what that one does.
 # Follow-ups that the job does not have yet are added to those it has; once it has ended, they are sent all the same.
 # Whoever is given those of a job that has ended has as long as its lease to send them; nobody else is, meanwhile.
-_CLAIM = (
+_TAKE = (
     _NOW
     + _WAITS
     + _SERVERS
@@ -447,7 +447,7 @@ return 1
 
 _PARK = (
     _NOW
-    + _TRAIL
+    + _HISTORY
     + _WAITS
     + f"local server_unknown = '{SERVER_UNKNOWN}'"
     + """
@@ -484,7 +484,7 @@ return 1
 # A breaker that has closed meanwhile wakes nobody any more: then the job is due at once.
 _PARK_FOR = (
     _NOW
-    + _TRAIL
+    + _HISTORY
     + _WAITS
     + """
 local job, due, parked, index, breaker = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
@@ -548,7 +548,7 @@ return total
 # A job that ended and yet may have pushed something goes on following its claims.
 _FINISH = (
     _NOW
-    + _TRAIL
+    + _HISTORY
     + _FOLLOWERS
     + """
 local job, due, dead, deaths = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -582,7 +582,7 @@ return {follow_ups}
 """
 )
 
-_TOLD = """
+_PUBLISHED = """
 local fields = redis.call('HMGET', KEYS[1], 'state', 'telling_ms')
 if (fields[1] ~= 'done' and fields[1] ~= 'dead') or fields[2] then return 0 end
 return redis.call('ZREM', KEYS[2], ARGV[1])
@@ -605,7 +605,7 @@ end
 
 _REPLAY = (
     _NOW
-    + _TRAIL
+    + _HISTORY
     + _ANEW
     + """
 local job = KEYS[1]
@@ -621,7 +621,7 @@ return 1
 # that is kept, wish, 1 if its message is sent now, job, trace, who requested it, why; then the codes that may pass.
 _REUSE = (
     _NOW
-    + _TRAIL
+    + _HISTORY
     + _ANEW
     + """
 local job = KEYS[1]
@@ -642,7 +642,7 @@ return 1
 # A message of it may still be on its way, and would begin a job that nobody knows: so it stays as any job that ended.
 _PURGE = (
     _NOW
-    + _TRAIL
+    + _HISTORY
     + _FOLLOWERS
     + """
 local job = KEYS[1]
@@ -751,7 +751,7 @@ end
 )
 
 # Who is at it just now looks again, when it is put aside.
-_ROUSE = (
+_WAKE_NOW = (
     _NOW
     + """
 local fields = redis.call('HMGET', KEYS[1], 'state', 'task', 'job', 'headers')
@@ -767,7 +767,7 @@ return {fields[2], fields[3] or '{}', fields[4] or ''}
 """
 )
 
-_HASTEN = (
+_REQUEUE_LOST = (
     _NOW
     + """
 for _, id in ipairs(ARGV) do
@@ -797,7 +797,7 @@ return state
 # A job whose source gives another image than it did before gives up the image it held. Whoever holds asks the servers
 # next: what is stored after asked_us may be missing from their answers. Who has to wait is told at the next claim what
 # for (ARGV[3]), before the image is fetched once more.
-_HOLD = (
+_LOCK_IMAGE = (
     _NOW_US
     + """
 if redis.call('HGET', KEYS[2], 'fence') ~= ARGV[2] then return '!lost' end
@@ -831,7 +831,7 @@ return ''
 
 # The same for many images at once, held until they are let go; a job's record lists what it holds so. ARGV: job, fence,
 # then image, study and series of each. What is another's is left out, and nobody waits for it while holding the rest.
-_HOLD_MANY = (
+_LOCK_IMAGES = (
     _NOW_US
     + """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return {'!lost'} end
@@ -871,7 +871,7 @@ return owners
 
 # ARGV: job, fence, how many images stay held, these images, then the studies whose claims are still followed. As long
 # as an image is held, so is what it is stored into.
-_LET_GO_MANY = (
+_RELEASE_IMAGES = (
     _FOLLOWERS
     + """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
@@ -893,14 +893,14 @@ return redis.call('HDEL', KEYS[1], 'holds', 'storing')
 """
 )
 
-_LET_GO_HOLD = """
+_RELEASE_DESTINATION = """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
 local hold = redis.call('HGET', KEYS[1], 'hold')
 if hold and redis.call('HGET', hold, 'job_id') == ARGV[1] then redis.call('DEL', hold) end
 return redis.call('HDEL', KEYS[1], 'hold')
 """
 
-_SHUT = """
+_LOCK_FOR_DELETE = """
 local owner = redis.call('HGET', KEYS[1], 'job_id')
 if owner and owner ~= ARGV[1] then return owner end
 if redis.call('HGET', KEYS[2], 'fence') ~= ARGV[2] then return '!lost' end
@@ -912,7 +912,7 @@ end
 return redis.call('SRANDMEMBER', KEYS[3]) or ''
 """
 
-_LET_GO = """
+_RELEASE = """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
 for gate in string.gmatch(redis.call('HGET', KEYS[1], 'gates') or '', '%S+') do
   if redis.call('HGET', gate, 'job_id') == ARGV[1] then redis.call('DEL', gate) end
@@ -930,9 +930,9 @@ return 1
 )
 
 # Whoever decides to push an image holds it, and every server has said that it has none: a receipt from before is void.
-_INTEND = (
+_WRITE_INTENT = (
     _NOW
-    + _TRAIL
+    + _HISTORY
     + """
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] then return -1 end
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return -1 end
@@ -955,7 +955,7 @@ return 1
 _CLAIM_STUDY = (
     _NOW
     + _NOW_US
-    + _TRAIL
+    + _HISTORY
     + _FOLLOWERS
     + _SERVERS
     + """
@@ -993,7 +993,7 @@ return {redis.call('HGET', claim, 'server'), first and 1 or 0}
 # A study that never was claimed is not claimed by being moved: servers are asked first.
 _MOVE_CLAIM = (
     _NOW
-    + _TRAIL
+    + _HISTORY
     + """
 local server = redis.call('HGET', KEYS[1], 'server')
 if not server or server == ARGV[1] then return 0 end
@@ -1029,7 +1029,7 @@ end
 _STORED = (
     _NOW
     + _NOW_US
-    + _TRAIL
+    + _HISTORY
     + _RECEIPT
     + """
 local opened = false
@@ -1133,7 +1133,7 @@ redis.call('PEXPIRE', pushes, ARGV[3])
 
 # KEYS: schema, workers, servers. ARGV: schema of this release, worker, what it says, the servers that it knows. What is
 # older becomes ours; a newer one is not ours to write into, and neither is what has no number of a schema there (0).
-_SAY_HOW = (
+_REPORT_HEALTH = (
     _NOW
     + """
 local text = redis.pcall('GET', KEYS[1]) or '1'
@@ -1155,7 +1155,7 @@ class LeaseLost(Exception):
     """Another attempt has taken this job over, or Redis has lost its record: `Ledger.hand_back` knows which."""
 
 
-class ClaimState(Enum):
+class TakeState(Enum):
     YOURS = "yours"
     DONE = "done"
     DEAD = "dead"
@@ -1201,7 +1201,7 @@ class PendingFollowUps:
 
 
 @dataclass(frozen=True)
-class Claim:
+class TakeResult:
     """What became of the wish to do a job now. ``memo`` is what an earlier attempt left behind.
 
     ``waited_s`` ago it was first parked for a server that was left alone; 0 if it never was. ``wants`` are the image,
@@ -1209,11 +1209,11 @@ class Claim:
     messages, ``pending`` is what is still to be sent of a job that has ended.
     """
 
-    state: ClaimState
+    state: TakeState
     fence: int = 0
     attempt: int = 0
-    deaths: int = 0
-    memo: dict[str, Any] | None = None
+    crash_count: int = 0
+    checkpoint: dict[str, Any] | None = None
     cancelled: bool = False
     waited_s: float = 0
     wants: tuple[str, ...] = ()
@@ -1294,7 +1294,7 @@ class StudyClaim:
 
 
 @dataclass(frozen=True)
-class Note:
+class Event:
     """One decision on a trail: ``event``, its job, and what belongs to it.
 
     Events: claimed, routed, stored, waiting, ended, replayed, purged.
@@ -1307,16 +1307,16 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Known:
+class UidRecord:
     """What the ledger knows of one UID. ``claim`` and ``receipt`` are the records as they stand, {} without one.
 
     ``holder`` is the job that is storing or deleting it now, ``storing`` are those that are storing into it. ``voided``
     says why the receipt holds no longer, ``pushes`` who has put images there last, if the UID is that of a study.
     """
 
-    trail: list[Note]
+    history: list[Event]
     holder: str | None
-    storing: list[str]
+    writers: list[str]
     claim: dict[str, str]
     receipt: dict[str, str]
     voided: Voided | None = None
@@ -1346,7 +1346,7 @@ class DeadLetter:
     about: str
     error: dict[str, Any]
     attempts: int
-    deaths: int
+    crash_count: int
     replays: int
     created_ms: int
     died_ms: int
@@ -1431,8 +1431,8 @@ def job_id_for(idempotency_key: str | None) -> str:
 
 def content_digest(task: str, job: Mapping[str, Any]) -> str:
     """What a job is about, whatever its id and whoever wants it: deaths are counted by this."""
-    wish = {key: value for key, value in job.items() if key not in ("idempotency_key", *_TOLD_OF_IT)}
-    return hashlib.sha256(f"{task}\n{_dump(wish)}".encode()).hexdigest()
+    order = {key: value for key, value in job.items() if key not in ("idempotency_key", *_TOLD_OF_IT)}
+    return hashlib.sha256(f"{task}\n{_dump(order)}".encode()).hexdigest()
 
 
 class Ledger:
@@ -1462,23 +1462,27 @@ class Ledger:
         def script(text: str) -> Script:
             return client.register_script(f"local prefix = '{prefix}'\n{text}")
 
-        self._submit, self._claim, self._heartbeat = script(_SUBMIT), script(_CLAIM), script(_HEARTBEAT)
+        self._submit, self._take, self._heartbeat = script(_SUBMIT), script(_TAKE), script(_HEARTBEAT)
         self._park, self._finish, self._sweep = script(_PARK), script(_FINISH), script(_SWEEP)
-        self._cancel, self._hold, self._intend = script(_CANCEL), script(_HOLD), script(_INTEND)
+        self._cancel, self._lock_image, self._write_intent = script(_CANCEL), script(_LOCK_IMAGE), script(_WRITE_INTENT)
         self._claim_study, self._stored = script(_CLAIM_STUDY), script(_STORED)
         self._move_claim = script(_MOVE_CLAIM)
-        self._shut, self._let_go, self._forget_study = script(_SHUT), script(_LET_GO), script(_FORGET_STUDY)
-        self._hold_many, self._let_go_many = script(_HOLD_MANY), script(_LET_GO_MANY)
+        self._lock_for_delete, self._release, self._forget_study = (
+            script(_LOCK_FOR_DELETE),
+            script(_RELEASE),
+            script(_FORGET_STUDY),
+        )
+        self._lock_images, self._release_images = script(_LOCK_IMAGES), script(_RELEASE_IMAGES)
         self._foresee = script(_FORESEE)
         self._park_for, self._wake = script(_PARK_FOR), script(_WAKE)
-        self._hasten, self._lost, self._in_hand = script(_HASTEN), script(_LOST), script(_IN_HAND)
-        self._told, self._replay, self._purge = script(_TOLD), script(_REPLAY), script(_PURGE)
-        self._rouse, self._let_go_hold = script(_ROUSE), script(_LET_GO_HOLD)
+        self._requeue_lost, self._lost, self._in_hand = script(_REQUEUE_LOST), script(_LOST), script(_IN_HAND)
+        self._published, self._replay, self._purge = script(_PUBLISHED), script(_REPLAY), script(_PURGE)
+        self._wake_now, self._release_destination = script(_WAKE_NOW), script(_RELEASE_DESTINATION)
         self._reuse = script(_REUSE)
         self._void, self._copies = script(_VOID), script(_COPIES)
         self._followed = script(_FOLLOWED)
         self._hand_back, self._refused = script(_HAND_BACK), script(_REFUSED)
-        self._say_how = script(_SAY_HOW)
+        self._report_health = script(_REPORT_HEALTH)
         self._note_hang, self._note_answer, self._hangs = script(_NOTE_HANG), script(_NOTE_ANSWER), script(_HANGS)
 
     @classmethod
@@ -1520,7 +1524,15 @@ class Ledger:
         """
         keys = [self.key("job", job_id), self.key("due")]
         delay_ms = self.grace_ms if due_in_s is None else _ms(due_in_s)
-        args: list[str | int] = [job_id, task, _dump(job), delay_ms, _wish(task, job), trace, *stated(job).values()]
+        args: list[str | int] = [
+            job_id,
+            task,
+            _dump(job),
+            delay_ms,
+            _order_digest(task, job),
+            trace,
+            *stated(job).values(),
+        ]
         args.append("1" if due_in_s is None else "")
         written = int(self._submit(keys=keys, args=args))
         if written < 0:
@@ -1536,13 +1548,13 @@ class Ledger:
     ) -> bool:
         if not job.get("idempotency_key"):
             return False
-        keys = [self.key("job", job_id), self.key("due"), self.key("dead"), self._deaths(task, job)]
-        note = _note("replayed", job_id, task=task)
-        args: list[str | int] = [job_id, delay_ms, note, self.keep_ms, _wish(task, job)]
+        keys = [self.key("job", job_id), self.key("due"), self.key("dead"), self._crash_count_key(task, job)]
+        event = _event("replayed", job_id, task=task)
+        args: list[str | int] = [job_id, delay_ms, event, self.keep_ms, _order_digest(task, job)]
         args += ["1" if sent else "", _dump(job), trace, *stated(job).values(), *sorted(REUSABLE)]
         return bool(self._reuse(keys=keys, args=args))
 
-    def claim(  # noqa: PLR0913 - all that a message is
+    def take(  # noqa: PLR0913 - all that a message is
         self,
         job_id: str,
         *,
@@ -1552,19 +1564,19 @@ class Ledger:
         trace: str = "",
         queue: str = "",
         attached: Attachment = NOTHING_ATTACHED,
-    ) -> Claim:
+    ) -> TakeResult:
         """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later.
 
         One that has had all its ``max_deaths`` but one waits while another that has had any is at work in the same
         worker, and that one for it. Of a job that nobody wrote down before, ``trace`` is kept too. ``queue`` is the one
         that its message was taken from. What is ``attached`` to that is kept with the job.
         """
-        suspects = self.key("suspects", self._worker)
+        crash_suspects = self.key("suspects", self._worker)
         keys = [
             self.key("job", job_id),
             self.key("due"),
-            self._deaths(task, job),
-            suspects,
+            self._crash_count_key(task, job),
+            crash_suspects,
             self.key("unanswered"),
             self.key("taken"),
         ]
@@ -1577,9 +1589,9 @@ class Ledger:
             max_deaths - 1,
             self.key("job", ""),
         ]
-        args += [self._worker, _wish(task, job), trace, *stated(job).values()]
+        args += [self._worker, _order_digest(task, job), trace, *stated(job).values()]
         args += [attached.digest, attached.follow_ups, attached.headers, queue]
-        return _claimed(self._claim(keys=keys, args=args))
+        return _taken(self._take(keys=keys, args=args))
 
     def heartbeat(self, job_id: str, fence: int) -> bool:
         """Renew the lease, or the time to send follow-ups in; False when it was lost."""
@@ -1608,13 +1620,13 @@ class Ledger:
         """Put the job aside until ``delay_s`` from now; for the rest see `WaitReason`.
 
         Unless the attempt ``counts``, it is given back; ``growing`` waits in a row get longer, up to 8 s; those for a
-        ``server`` add up from the first one on (`Claim.waited_s`).
+        ``server`` add up from the first one on (`TakeResult.waited_s`).
         """
         keys = [self.key("job", job_id), self.key("due")]
         args: list[str | int] = [job_id, fence, _ms(delay_s), code, message, wait]
-        note = _note("waiting", job_id, code=code, message=message, delay_s=round(delay_s, 1))
+        event = _event("waiting", job_id, code=code, message=message, delay_s=round(delay_s, 1))
         reason = WaitReason(code, message, server_name, subject)
-        self._guard(self._park(keys=keys, args=[*args, note, self.keep_ms, server_name, reason.cause]))
+        self._guard(self._park(keys=keys, args=[*args, event, self.keep_ms, server_name, reason.cause]))
 
     def park_for(  # noqa: PLR0913 - as `park`, and for whom
         self,
@@ -1634,8 +1646,8 @@ class Ledger:
         """
         keys = [self.key("job", job_id), self.key("due"), self.key("parked", breaker), self.key("parked")]
         keys.append(self.key("breaker", breaker))
-        note = _note("waiting", job_id, code=code, message=message)
-        args: list[str | int] = [job_id, fence, _ms(max_wait_s), code, message, breaker, note, self.keep_ms]
+        event = _event("waiting", job_id, code=code, message=message)
+        args: list[str | int] = [job_id, fence, _ms(max_wait_s), code, message, breaker, event, self.keep_ms]
         reason = WaitReason(code, message, server_name, breaker)
         args += [_ms(CLOSED_MEANWHILE_S), int(counts), server_name, reason.cause]
         self._guard(self._park_for(keys=keys, args=args))
@@ -1658,18 +1670,18 @@ class Ledger:
         task: str,
         job: Mapping[str, Any],
         attempt: int,
-        memo: Mapping[str, Any] | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
         trace: str = "",
         attachments: Attachments = NO_ATTACHMENTS,
         returned: bool = False,
     ) -> HandedBack:
         """End an attempt that could not be written down, although its worker lives: it counts neither as one nor as a
-        death, and the job is due again soon. Where Redis has lost the record, it is made anew, with ``memo`` and
+        death, and the job is due again soon. Where Redis has lost the record, it is made anew, with ``checkpoint`` and
         ``attachments``; its message may then be ``returned`` to the queue.
         """
-        keys = [self.key("job", job_id), self.key("due"), self._deaths(task, job)]
+        keys = [self.key("job", job_id), self.key("due"), self._crash_count_key(task, job)]
         args: list[str | int] = [job_id, fence, self._worker, task, _dump(job), attempt]
-        args += [_dump(memo) if memo else "", _wish(task, job), trace, *stated(job).values()]
+        args += [_dump(checkpoint) if checkpoint else "", _order_digest(task, job), trace, *stated(job).values()]
         args += ["1", self.grace_ms] if returned else ["", 0]
         args += [attachments.follow_ups, attachments.digests, attachments.headers]
         return HandedBack(self._hand_back(keys=keys, args=args))
@@ -1695,9 +1707,9 @@ class Ledger:
             counts = dict(zip(breakers, pipe.execute(), strict=True))
         return by_server({breaker: count for breaker, count in counts.items() if count})
 
-    def told(self, job_id: str) -> None:
+    def published(self, job_id: str) -> None:
         """The outcome of an ended job is where its client looks for it: nobody has to be woken to bring it there."""
-        self._told(keys=[self.key("job", job_id), self.key("due")], args=[job_id])
+        self._published(keys=[self.key("job", job_id), self.key("due")], args=[job_id])
 
     def finish(
         self,
@@ -1715,9 +1727,11 @@ class Ledger:
         A claim under which no image has been stored is released, unless the error says that an image may still arrive.
         """
         ending = {"code": code, "task": task}
-        return self._end(job_id, fence, "done", outcome=outcome, ending=ending, deaths=self._deaths(task, job))
+        return self._end(
+            job_id, fence, "done", outcome=outcome, ending=ending, crash_count_key=self._crash_count_key(task, job)
+        )
 
-    def bury(
+    def end_as_dead_letter(
         self,
         job_id: str,
         fence: int,
@@ -1729,7 +1743,9 @@ class Ledger:
     ) -> PendingFollowUps | None:
         """End the job as a dead letter, which is kept, with its message, until somebody deals with it."""
         ending = {"code": code, "task": task, "dead": True}
-        return self._end(job_id, fence, "dead", outcome=outcome, ending=ending, deaths=self._deaths(task, job))
+        return self._end(
+            job_id, fence, "dead", outcome=outcome, ending=ending, crash_count_key=self._crash_count_key(task, job)
+        )
 
     def _end(
         self,
@@ -1739,11 +1755,11 @@ class Ledger:
         *,
         outcome: Mapping[str, Any],
         ending: Mapping[str, Any],
-        deaths: str,
+        crash_count_key: str,
     ) -> PendingFollowUps | None:
-        keys = [self.key("job", job_id), self.key("due"), self.key("dead"), deaths]
-        note = _note("ended", job_id, **ending, **_gist(outcome))
-        args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, note]
+        keys = [self.key("job", job_id), self.key("due"), self.key("dead"), crash_count_key]
+        event = _event("ended", job_id, **ending, **_gist(outcome))
+        args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, event]
         untold_ms = min(self.grace_ms, _ms(self.lease_s))
         doubtful = "may_be_on" in outcome.get("error", {}).get("details", {})
         answer = cast(list[str], self._finish(keys=keys, args=[*args, untold_ms, int(doubtful)]))
@@ -1792,10 +1808,10 @@ class Ledger:
         row = cast(list[str | None], self._redis.hmget(self.key("job", job_id), "task", "job"))
         return row[0] or "", json.loads(row[1] or "{}")
 
-    def rouse(self, job_id: str, *, by_sweeper: bool = False) -> DueJob | None:
+    def wake_now(self, job_id: str, *, by_sweeper: bool = False) -> DueJob | None:
         """Have a waiting job look again before its time; the message to send for it, unless the sweeper shall."""
         args: list[str | int] = [job_id, int(by_sweeper)]
-        found = cast(list[str], self._rouse(keys=[self.key("job", job_id), self.key("due")], args=args))
+        found = cast(list[str], self._wake_now(keys=[self.key("job", job_id), self.key("due")], args=args))
         return DueJob(job_id, found[0], json.loads(found[1]), headers=_headers(found[2])) if found else None
 
     def sweep(self, limit: int = 200, *, queues: Queues | None = None, settle_s: float = 0) -> list[DueJob]:
@@ -1831,7 +1847,7 @@ class Ledger:
                 pipe.hdel(self.key("job", job_id), "sent")
             pipe.execute()
 
-    def unanswered(self, limit: int = 200) -> dict[str, str]:
+    def dispatched(self, limit: int = 200) -> dict[str, str]:
         """Jobs that somebody was woken for more than a grace period ago and nobody took up since, with their tasks."""
         latest_ms = _ms(self.clock_s()) - self.grace_ms
         ids = cast(
@@ -1842,11 +1858,11 @@ class Ledger:
                 pipe.hget(self.key("job", job_id), "task")
             return {job_id: task or "" for job_id, task in zip(ids, pipe.execute(), strict=True)}
 
-    def hasten(self, job_ids: Iterable[str]) -> None:
+    def requeue_lost(self, job_ids: Iterable[str]) -> None:
         """The messages of these jobs are lost: they are due now, however often somebody was woken for them."""
-        self._hasten(keys=[self.key("due"), self.key("unanswered")], args=list(job_ids))
+        self._requeue_lost(keys=[self.key("due"), self.key("unanswered")], args=list(job_ids))
 
-    def look(self, job_id: str) -> dict[str, str]:
+    def read_record(self, job_id: str) -> dict[str, str]:
         """The record as it stands, without its messages (which may bear credentials); {} if there is none."""
         record = self._hash(self.key("job", job_id))
         for name in ("job", "follow_ups", "headers"):
@@ -1921,14 +1937,14 @@ class Ledger:
             rows = zip(job_ids, pipe.execute(), strict=True)
         return [_letter(job_id, row) for job_id, row in rows if row.get("state") == "dead"]
 
-    def notes_of(self, letter: DeadLetter) -> list[Note]:
+    def events_of(self, letter: DeadLetter) -> list[Event]:
         """What the trails of all that the job got hold of say of it, each note once, in order."""
         with self._redis.pipeline(transaction=False) as pipe:
             for uid in letter.uids:
                 pipe.lrange(self.key("trail", uid), 0, -1)
-            rows = dict.fromkeys(row for trail in pipe.execute() for row in trail)
-        notes = [note for note in map(_read_note, rows) if note.job_id == letter.job_id]
-        return sorted(notes, key=lambda note: (note.at_ms, ORDER.get(note.event, 0)))
+            rows = dict.fromkeys(row for history in pipe.execute() for row in history)
+        events = [event for event in map(_read_event, rows) if event.job_id == letter.job_id]
+        return sorted(events, key=lambda event: (event.at_ms, ORDER.get(event.event, 0)))
 
     def replay(self, job_id: str) -> DueJob | None:
         """Make a dead letter a queued job again, with its memo and no attempts; None if it is no dead letter.
@@ -1937,8 +1953,8 @@ class Ledger:
         """
         record = self._hash(self.key("job", job_id))
         task, job = record.get("task", ""), json.loads(record.get("job") or "{}")
-        keys = [self.key("job", job_id), self.key("due"), self.key("dead"), self._deaths(task, job)]
-        args: list[str | int] = [job_id, self.grace_ms, _note("replayed", job_id, task=task), self.keep_ms]
+        keys = [self.key("job", job_id), self.key("due"), self.key("dead"), self._crash_count_key(task, job)]
+        args: list[str | int] = [job_id, self.grace_ms, _event("replayed", job_id, task=task), self.keep_ms]
         replayed = self._replay(keys=keys, args=args)
         headers = _headers(record.get("headers", ""))
         return DueJob(job_id, task, job, record.get("trace", ""), headers) if replayed else None
@@ -1949,49 +1965,55 @@ class Ledger:
         Its outcome and its trail are kept as long as those of any ended job.
         """
         keys = [self.key("job", job_id), self.key("dead")]
-        return bool(self._purge(keys=keys, args=[job_id, _note("purged", job_id), self.keep_ms]))
+        return bool(self._purge(keys=keys, args=[job_id, _event("purged", job_id), self.keep_ms]))
 
     # --- images and studies ---------------------------------------------------------------------------------
 
-    def hold_image(self, sop_instance_uid: str, *, job_id: str, fence: int, into: Sequence[str] = ()) -> str | None:
+    def lock_image(self, sop_instance_uid: str, *, job_id: str, fence: int, into: Sequence[str] = ()) -> str | None:
         """Be the one job that may store (or delete) this instance until it ends; otherwise the id of the job that is.
 
         ``into`` are the study and the series that it is stored into: a job that is deleting one of them comes first.
         """
         keys = [self.key("hold", sop_instance_uid), self.key("job", job_id)]
         keys += [self.key("gate", uid) for uid in into] + [self.key("storing", uid) for uid in into]
-        owner = str(self._hold(keys=keys, args=[job_id, fence, " ".join([sop_instance_uid, *into])]))
+        owner = str(self._lock_image(keys=keys, args=[job_id, fence, " ".join([sop_instance_uid, *into])]))
         self._guard(owner != "!lost")
         return owner or None
 
-    def hold_images(self, images: Sequence[tuple[str, str, str]], *, job_id: str, fence: int) -> list[str | None]:
-        """`hold_image` for many, in one step; in their order, the id of the job that has it, or None where we do.
+    def lock_images(self, images: Sequence[tuple[str, str, str]], *, job_id: str, fence: int) -> list[str | None]:
+        """`lock_image` for many, in one step; in their order, the id of the job that has it, or None where we do.
 
         Each is named by its image, study and series UIDs. They are ours until they are let go or the job ends.
         """
         args: list[str | int] = [job_id, fence, *(uid for uids in images for uid in uids)]
-        owners = cast(list[str], self._hold_many(keys=[self.key("job", job_id)], args=args) if images else [])
+        owners = cast(list[str], self._lock_images(keys=[self.key("job", job_id)], args=args) if images else [])
         self._guard(owners != ["!lost"])
         return [owner or None for owner in owners]
 
-    def let_go_images(self, *, job_id: str, fence: int, but: Iterable[str] = (), following: Iterable[str] = ()) -> None:
-        """Let others have the images that `hold_images` gave us, ``but`` those whose fate is not known.
+    def release_images(
+        self, *, job_id: str, fence: int, but: Iterable[str] = (), following: Iterable[str] = ()
+    ) -> None:
+        """Let others have the images that `lock_images` gave us, ``but`` those whose fate is not known.
 
         The claims of other studies than those that the job goes on ``following`` are released, where no image has been
         stored under them.
         """
-        held = list(but)
-        self._let_go_many(keys=[self.key("job", job_id)], args=[job_id, fence, len(held), *held, *following])
+        still_locked = list(but)
+        self._release_images(
+            keys=[self.key("job", job_id)], args=[job_id, fence, len(still_locked), *still_locked, *following]
+        )
 
-    def hold_destination(self, url_sha256: str, *, job_id: str, fence: int) -> str | None:
+    def lock_destination(self, url_sha256: str, *, job_id: str, fence: int) -> str | None:
         """Be the one job that may write to a destination, known by a digest; otherwise the id of the job that is."""
-        owner = str(self._hold(keys=[self.key("hold", url_sha256), self.key("job", job_id)], args=[job_id, fence]))
+        owner = str(
+            self._lock_image(keys=[self.key("hold", url_sha256), self.key("job", job_id)], args=[job_id, fence])
+        )
         self._guard(owner != "!lost")
         return owner or None
 
-    def let_go_destination(self, *, job_id: str, fence: int) -> None:
-        """Let others write to the destination that `hold_destination` gave us, before the job ends."""
-        self._let_go_hold(keys=[self.key("job", job_id)], args=[job_id, fence])
+    def release_destination(self, *, job_id: str, fence: int) -> None:
+        """Let others write to the destination that `lock_destination` gave us, before the job ends."""
+        self._release_destination(keys=[self.key("job", job_id)], args=[job_id, fence])
 
     def upload_begun(self, url: str, upload_id: str) -> None:
         """A multipart upload to ``url`` is one of ours, until `upload_ended`: a later job may abort it."""
@@ -2016,19 +2038,19 @@ class Ledger:
     def note_overwrites(self, place: str, *, prevented: bool) -> None:
         self._redis.set(self._store(place), int(prevented), ex=STORES_KNOWN_S)
 
-    def shut(self, uid: str, *, job_id: str, fence: int) -> str | None:
+    def lock_for_delete(self, uid: str, *, job_id: str, fence: int) -> str | None:
         """Keep new jobs from storing into a study or series until this job ends or lets go.
 
         Returns a job that has to end before anything may be deleted, if there is one; ask again until there is none.
         """
         keys = [self.key("gate", uid), self.key("job", job_id), self.key("storing", uid)]
-        owner = str(self._shut(keys=keys, args=[job_id, fence]))
+        owner = str(self._lock_for_delete(keys=keys, args=[job_id, fence]))
         self._guard(owner != "!lost")
         return owner or None
 
-    def let_go(self, job_id: str, *, fence: int) -> None:
+    def release(self, job_id: str, *, fence: int) -> None:
         """Let others store again into what the job has shut, before its end; a late holder opens nothing."""
-        self._let_go(keys=[self.key("job", job_id)], args=[job_id, fence])
+        self._release(keys=[self.key("job", job_id)], args=[job_id, fence])
 
     def receipt(self, sop_instance_uid: str) -> Receipt | None:
         """What a job of ours stored last as this image; None if nothing, or if the receipt is void."""
@@ -2072,7 +2094,7 @@ class Ledger:
         server: str,
         job_id: str,
         among: Sequence[str] = (),
-        told: bool = True,
+        in_history: bool = True,
         asked_for: bool = False,
     ) -> StudyClaim:
         """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice.
@@ -2080,7 +2102,7 @@ class Ledger:
         A choice that is not ``among`` these servers, if they are given, is void if no worker that runs knows it; where
         one does, it is given back, and the job does not follow the claim. Void is also any other choice if ``server``
         was ``asked_for`` and no job that follows the claim may still push. From now on the job follows the claim, until
-        it ends or lets go of its images. ``told`` leaves a line on the study's trail.
+        it ends or lets go of its images. ``in_history`` leaves a line on the study's trail.
         """
         keys = [
             self.key("study", study_instance_uid),
@@ -2088,16 +2110,16 @@ class Ledger:
             self.key("trail", study_instance_uid),
             self.key("job", job_id),
         ]
-        note = _note("claimed", job_id, server=server) if told else ""
-        args: list[str | int] = [server, job_id, self._claim_ms, note, self.keep_ms, int(asked_for), *among]
+        event = _event("claimed", job_id, server=server) if in_history else ""
+        args: list[str | int] = [server, job_id, self._claim_ms, event, self.keep_ms, int(asked_for), *among]
         chosen, first = self._claim_study(keys=keys, args=args)
         return StudyClaim(str(chosen), bool(first))
 
     def move_claim(self, study_instance_uid: str, *, server: str, job_id: str) -> bool:
         """The study is on ``server`` now and nowhere else: so is its claim, if it has one."""
         keys = [self.key("study", study_instance_uid), self.key("placed"), self.key("trail", study_instance_uid)]
-        note = _note("claimed", job_id, server=server)
-        return bool(self._move_claim(keys=keys, args=[server, note, self.keep_ms]))
+        event = _event("claimed", job_id, server=server)
+        return bool(self._move_claim(keys=keys, args=[server, event, self.keep_ms]))
 
     def deleting_for_s(self, job_id: str, server: str, study_instance_uid: str) -> float:
         """How long it is now that a job was told first that a server is deleting a study."""
@@ -2136,16 +2158,16 @@ class Ledger:
     def claimed_server(self, study_instance_uid: str) -> str | None:
         return self._hash(self.key("study", study_instance_uid)).get("server")
 
-    def intend(
-        self, job_id: str, fence: int, memo: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None
+    def write_intent(
+        self, job_id: str, fence: int, checkpoint: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None
     ) -> bool:
         """Write down what is about to be pushed and where, before the first byte. False: it was cancelled.
 
         ``decision``, to push an image that is on no server, is what a trace will say of it.
         """
-        note = "" if decision is None else _note("routed", job_id, **decision)
-        args: list[str | int] = [fence, _dump(memo), note, self.keep_ms, self.key("receipt", "")]
-        answer = int(self._intend(keys=[self.key("job", job_id)], args=args))
+        event = "" if decision is None else _event("routed", job_id, **decision)
+        args: list[str | int] = [fence, _dump(checkpoint), event, self.keep_ms, self.key("receipt", "")]
+        answer = int(self._write_intent(keys=[self.key("job", job_id)], args=args))
         self._guard(answer >= 0)
         return bool(answer)
 
@@ -2153,8 +2175,8 @@ class Ledger:
         self, sop_instance_uid: str, study_instance_uid: str, receipt: Receipt, *, series_instance_uid: str = ""
     ) -> bool:
         """Write the receipt; True if this job was the first to store anything of the study it had claimed."""
-        note = _note("stored", receipt.job_id, server=receipt.server, study_uid=study_instance_uid)
-        args: list[str | int] = [receipt.job_id, receipt.server, self.keep_ms, note, sop_instance_uid]
+        event = _event("stored", receipt.job_id, server=receipt.server, study_uid=study_instance_uid)
+        args: list[str | int] = [receipt.job_id, receipt.server, self.keep_ms, event, sop_instance_uid]
         args += [study_instance_uid, series_instance_uid, receipt.sha256, receipt.size_bytes]
         return bool(self._stored(keys=[self.key("job", receipt.job_id)], args=args))
 
@@ -2168,7 +2190,7 @@ class Ledger:
             args += [one.sop_instance_uid, one.study_instance_uid, one.series_instance_uid, one.sha256, one.size_bytes]
         self._stored(keys=[self.key("job", job_id)], args=args)
 
-    def known(self, uid: str) -> Known:
+    def uid_record(self, uid: str) -> UidRecord:
         """All that is known of an image, a series or a study."""
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.lrange(self.key("trail", uid), 0, -1)
@@ -2178,10 +2200,10 @@ class Ledger:
             pipe.hgetall(self.key("study", uid))
             pipe.hgetall(self.key("receipt", uid))
             pipe.hgetall(self.key("pushes", uid))
-            trail, holder, deleter, storing, claim, receipt, pushes = pipe.execute()
-        notes = [_read_note(row) for row in trail]
+            history, holder, deleter, writers, claim, receipt, pushes = pipe.execute()
+        events = [_read_event(row) for row in history]
         voided = _voided(receipt, self._pushes(receipt)) if receipt else None
-        return Known(notes, holder or deleter, sorted(storing), claim, receipt, voided, _study_pushes(pushes))
+        return UidRecord(events, holder or deleter, sorted(writers), claim, receipt, voided, _study_pushes(pushes))
 
     def forget_study(self, study_instance_uid: str) -> bool:
         """Every server has said that it does not have the study: so its claim goes, unless a job is storing into it."""
@@ -2196,13 +2218,13 @@ class Ledger:
 
     # --- workers --------------------------------------------------------------------------------------------
 
-    def say_how(self, worker: str, told: str, *, servers: Iterable[str] = ()) -> int:
+    def report_health(self, worker: str, report: str, *, servers: Iterable[str] = ()) -> int:
         """Keep what the watchdog of ``worker`` says (JSON), and which servers it knows; returns the ledger's schema.
 
         An older schema becomes ours; where it is newer, or none (0), nothing is kept.
         """
         keys = [self.key("schema"), self.key("workers"), self.key("servers")]
-        return int(self._say_how(keys=keys, args=[SCHEMA, worker, told, *servers]))
+        return int(self._report_health(keys=keys, args=[SCHEMA, worker, report, *servers]))
 
     def workers(self, *, now_s: float | None = None) -> dict[str, dict[str, Any]]:
         """What the watchdog of each worker said last: ``ok``, ``complaint``, ``every_s``, ``at``; a day old at most.
@@ -2212,10 +2234,10 @@ class Ledger:
         """
         now_s = self.clock_s() if now_s is None else now_s
         rows = {name: _said(row) for name, row in self._hash(self.key("workers")).items()}
-        told = {name: said for name, said in rows.items() if said is not None}
-        gone = [name for name, said in told.items() if now_s - said["at"] > 86_400]
+        reports = {name: said for name, said in rows.items() if said is not None}
+        gone = [name for name, said in reports.items() if now_s - said["at"] > 86_400]
         self.forget_workers(gone)
-        return {name: said for name, said in told.items() if name not in gone}
+        return {name: said for name, said in reports.items() if name not in gone}
 
     def forget_workers(self, workers: Iterable[str]) -> None:
         """These have ended."""
@@ -2269,7 +2291,7 @@ class Ledger:
         """The key in Redis that is named by ``parts``, such as ``job`` and an id."""
         return self._prefix + ":".join(parts)
 
-    def _deaths(self, task: str, job: Mapping[str, Any]) -> str:
+    def _crash_count_key(self, task: str, job: Mapping[str, Any]) -> str:
         return self.key("died", content_digest(task, job))
 
     def _uploads(self, url: str) -> str:
@@ -2287,14 +2309,14 @@ class Ledger:
             raise LeaseLost
 
 
-def _note(event: str, job_id: str, **details: Any) -> str:
+def _event(event: str, job_id: str, **details: Any) -> str:
     return _dump({"event": event, "job_id": job_id, **details})
 
 
-def _read_note(row: str) -> Note:
+def _read_event(row: str) -> Event:
     at_ms, _, text = row.partition(" ")
     details = json.loads(text)
-    return Note(int(at_ms), details.pop("event"), details.pop("job_id"), details)
+    return Event(int(at_ms), details.pop("event"), details.pop("job_id"), details)
 
 
 def _voided(receipt: Mapping[str, str], pushes: Mapping[str, str]) -> Voided | None:
@@ -2329,16 +2351,16 @@ def _study_pushes(pushes: Mapping[str, str]) -> list[StudyPush]:
     return sorted(found, key=lambda push: push.at_ms)
 
 
-def _claimed(answer: Sequence[Any]) -> Claim:
-    state = ClaimState(answer[0])
-    if state is ClaimState.YOURS:
-        fence, attempt, deaths, memo, cancelled, waited_ms, wants, *attachments, servers = answer[1:]
-        known = json.loads(memo) if memo else None
-        return Claim(
+def _taken(answer: Sequence[Any]) -> TakeResult:
+    state = TakeState(answer[0])
+    if state is TakeState.YOURS:
+        fence, attempt, crash_count, checkpoint, cancelled, waited_ms, wants, *attachments, servers = answer[1:]
+        known = json.loads(checkpoint) if checkpoint else None
+        return TakeResult(
             state,
             fence,
             attempt,
-            deaths,
+            crash_count,
             known,
             bool(cancelled),
             waited_ms / 1000,
@@ -2346,12 +2368,12 @@ def _claimed(answer: Sequence[Any]) -> Claim:
             tuple(servers),
             attachments=Attachments(*attachments),
         )
-    if state in (ClaimState.OTHER, ClaimState.FULL):
-        return Claim(state, attachments=Attachments(headers=answer[1]))
+    if state in (TakeState.OTHER, TakeState.FULL):
+        return TakeResult(state, attachments=Attachments(headers=answer[1]))
     outcome = json.loads(answer[1]) if len(answer) > 1 else None
     if len(answer) > 2:
-        return Claim(state, outcome=outcome, pending=PendingFollowUps(answer[3], int(answer[2]), int(answer[4])))
-    return Claim(state, outcome=outcome)
+        return TakeResult(state, outcome=outcome, pending=PendingFollowUps(answer[3], int(answer[2]), int(answer[4])))
+    return TakeResult(state, outcome=outcome)
 
 
 def _headers(text: str) -> dict[str, Any]:
@@ -2407,25 +2429,25 @@ def _grown_ms(delay_ms: int, waits: int) -> float:
 
 
 def _letter(job_id: str, row: Mapping[str, str]) -> DeadLetter:
-    held = " ".join(row.get(name, "") for name in ("hold", "gates", "storing")).split()
+    locks = " ".join(row.get(name, "") for name in ("hold", "gates", "storing")).split()
     return DeadLetter(
         job_id=job_id,
         task=row.get("task", ""),
-        about=shown_job(json.loads(row.get("job") or "{}")),
+        about=redact_job(json.loads(row.get("job") or "{}")),
         error=json.loads(row["outcome"]).get("error", {}),
         attempts=int(row.get("attempts", 0)),
-        deaths=int(row.get("deaths", 0)),
+        crash_count=int(row.get("deaths", 0)),
         replays=int(row.get("replays", 0)),
         created_ms=int(float(row.get("created_ms", 0))),
         died_ms=int(float(row.get("ended_ms", 0))),
         begun="memo" in row,
         requested_by=row.get("requested_by", ""),
         reason=row.get("reason", ""),
-        uids=list(dict.fromkeys(key.rpartition(":")[2] for key in held)),
+        uids=list(dict.fromkeys(key.rpartition(":")[2] for key in locks)),
     )
 
 
-def _wish(task: str, job: Mapping[str, Any]) -> str:
+def _order_digest(task: str, job: Mapping[str, Any]) -> str:
     """What has to be the same in all jobs that bear one idempotency key, or one id.
 
     A job that is sent again may have its URL signed anew, name a field that is as it would be without, or be

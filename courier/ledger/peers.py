@@ -40,10 +40,10 @@ def release_of(said: Mapping[str, Any]) -> str:
     return str(said.get("version", "0.1"))
 
 
-def entry_of(told: Mapping[str, Any], *, at_s: float, servers: Sequence[ServerSettings] = ()) -> str:
+def entry_of(report: Mapping[str, Any], *, at_s: float, servers: Sequence[ServerSettings] = ()) -> str:
     """What a worker of this release has in the ledger (JSON): what its watchdog told ``at_s`` by the clock of Redis."""
     names = [server.name for server in servers]
-    entry = {**told, "at": at_s, "version": __version__, "schema": SCHEMA, "servers": names}
+    entry = {**report, "at": at_s, "version": __version__, "schema": SCHEMA, "servers": names}
     return json.dumps({**entry, "servers_digest": digest_of(servers)})
 
 
@@ -101,10 +101,10 @@ class Peers:
         return [name for name, said in self.said.items() if schema_of(said) < SCHEMA]
 
 
-def begin(ledger: Ledger, worker: str, told: Mapping[str, Any], servers: Sequence[ServerSettings] = ()) -> str:
+def begin(ledger: Ledger, worker: str, report: Mapping[str, Any], servers: Sequence[ServerSettings] = ()) -> str:
     """Say for the first time what there is to say of ``worker``; why it must not begin, "" if it may."""
     try:
-        return objection(ledger) or say(ledger, worker, told, servers)
+        return objection(ledger) or say(ledger, worker, report, servers)
     except redis.exceptions.ClusterCrossSlotError:
         return "The ledger's Redis is in cluster mode; give queue.key_prefix a hash tag, such as {courier-a}:"
     except redis.exceptions.MovedError:
@@ -115,10 +115,10 @@ def begin(ledger: Ledger, worker: str, told: Mapping[str, Any], servers: Sequenc
         return f"The ledger's Redis refuses a command ({words_of(error)}); correct ledger_url, or what its user may do."
 
 
-def say(ledger: Ledger, worker: str, told: Mapping[str, Any], servers: Sequence[ServerSettings] = ()) -> str:
+def say(ledger: Ledger, worker: str, report: Mapping[str, Any], servers: Sequence[ServerSettings] = ()) -> str:
     """Say what there is to say of ``worker``; why it cannot go on, in one sentence, "" if it can."""
-    entry = entry_of(told, at_s=ledger.clock_s(), servers=servers)
-    return cannot_read(ledger.say_how(worker, entry, servers=[server.name for server in servers]))
+    entry = entry_of(report, at_s=ledger.clock_s(), servers=servers)
+    return cannot_read(ledger.report_health(worker, entry, servers=[server.name for server in servers]))
 
 
 def objection(ledger: Ledger, *, sleep: Callable[[float], None] = time.sleep) -> str:

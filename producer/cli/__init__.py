@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from courier.redaction import shown_text
+from courier.redaction import printable
 from producer.cli import (
     audit,
     batches,
@@ -36,11 +36,11 @@ def _printable_usage() -> Iterator[None]:
     try:
         yield
     except click.UsageError as error:
-        said = "\n".join(map(shown_text, error.format_message().split("\n")))
+        said = "\n".join(map(printable, error.format_message().split("\n")))
         raise click.UsageError(said, ctx=error.ctx) from None
 
 
-class _Pacs(click.Group):
+class _PacsGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with _printable_usage():
             return super().invoke(ctx)
@@ -55,7 +55,7 @@ class _Pacs(click.Group):
             sys.exit(output_lost(OutputLost(error.errno, error.strerror)))
 
 
-@click.group(cls=_Pacs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_PacsGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="pacs-courier")
 def main() -> None:
     """Put images into the right PACS, and ask, move and delete what is there.

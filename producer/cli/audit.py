@@ -21,7 +21,7 @@ from producer.errors import CourierError, StillRunning
 from producer.repairs import new_file, repair, write
 from producer.terminal import (
     Column,
-    Listing,
+    ListingTable,
     console,
     csv_rows,
     errors_console,
@@ -35,7 +35,7 @@ Form = Literal["table", "json", "csv"]
 
 
 @dataclass(frozen=True)
-class _Wish:
+class _AuditOrder:
     """Which servers and studies are meant, and how long a page may take."""
 
     servers: Sequence[str] | None
@@ -81,11 +81,11 @@ def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_
     nothing is said.
     """
     form: Form = "json" if how["as_json"] else "csv" if as_csv else "table"
-    wish = _Wish(servers or None, conditions(filters, called="filter"), how["timeout_s"])
+    order = _AuditOrder(servers or None, conditions(filters, called="filter"), how["timeout_s"])
     with Session() as courier, _Pages() as found:
         try:
             with errors_console.busy("comparing the servers"):
-                _collect(courier, wish, found, plan)
+                _collect(courier, order, found, plan)
         except (CourierError, StillRunning) as error:
             if form == "json":
                 print_json(_failed(error))
@@ -94,25 +94,25 @@ def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_
     return DONE
 
 
-def _collect(courier: Courier, wish: _Wish, found: _Pages, plan: Path | None) -> None:
+def _collect(courier: Courier, order: _AuditOrder, found: _Pages, plan: Path | None) -> None:
     if plan is None:
-        for page in pages(courier, servers=wish.servers, filters=wish.filters, timeout_s=wish.timeout_s):
+        for page in pages(courier, servers=order.servers, filters=order.filters, timeout_s=order.timeout_s):
             found.add(page)
         return
     with new_file(plan) as out:
-        _collect(courier, wish, found, None)
+        _collect(courier, order, found, None)
         names = [server["server_name"] for server in found.head["servers"]]
-        totals = write(_repairs(courier, wish, found), out, servers=names)
+        totals = write(_repairs(courier, order, found), out, servers=names)
     _say(
         f"{plan}: a plan for {totals['studies']} studies, {totals['copies']} images to copy, "
         f"{totals['deletions']} to delete. Nothing has been changed."
     )
 
 
-def _repairs(courier: Courier, wish: _Wish, found: _Pages) -> Iterator[dict[str, Any]]:
+def _repairs(courier: Courier, order: _AuditOrder, found: _Pages) -> Iterator[dict[str, Any]]:
     for entries in found:
         for entry in entries:
-            named = whole(courier, entry, servers=wish.servers, timeout_s=wish.timeout_s)
+            named = whole(courier, entry, servers=order.servers, timeout_s=order.timeout_s)
             if named is not None:
                 yield repair(named)
 
@@ -150,9 +150,9 @@ COLUMNS = ("study_uid", "overlap", "images", "keep", "servers", "images_on", "on
 _STYLES = {"equal": "", "partial": "yellow", "none": "red"}
 
 
-def audit_table() -> Listing:
+def audit_table() -> ListingTable:
     """One line per split study, which `add_entries` adds."""
-    return Listing(
+    return ListingTable(
         Column("study", "id", least=64),
         Column("same images", least=11),
         Column("images", right=True, least=6),
@@ -161,7 +161,7 @@ def audit_table() -> Listing:
     )
 
 
-def add_entries(table: Listing, entries: Iterable[Entry]) -> None:
+def add_entries(table: ListingTable, entries: Iterable[Entry]) -> None:
     for entry in entries:
         study = linked(entry["study_uid"], entry["servers"][0]["viewer_url"])
         where = ", ".join(f"{place['server_name']}: {place['images']}" for place in entry["servers"])

@@ -17,14 +17,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from courier.batches.store import ACTIVE, NOT_DONE, PASSES, TROUBLE, Batch, Pass
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from courier.windows import Window
-from producer.batches import BatchDesk
+from producer.batches import BatchClient
 from producer.errors import InvalidRequest, NotFound
 from producer.handle import Handle, Report
 from producer.plans import PlanLine
-from producer.progress import Meter, Pace
-from producer.terminal import Column, Kind, Listing, csv_rows, errors_console, json_text, plain
+from producer.progress import Meter, Throughput
+from producer.terminal import Column, Kind, ListingTable, csv_rows, errors_console, json_text, plain
 
 _POLL_S = 0.5
 #: How often a line is written where there is no terminal.
@@ -48,15 +48,15 @@ def said(status: str) -> str:
     return status.replace("_", " ")
 
 
-def _table(*headings: str, right: Sequence[str] = (), kinds: Mapping[str, Kind] | None = None) -> Listing:
+def _table(*headings: str, right: Sequence[str] = (), kinds: Mapping[str, Kind] | None = None) -> ListingTable:
     kinds = kinds or {}
-    return Listing(*(Column(name, kinds.get(name, "word"), right=name in right) for name in headings))
+    return ListingTable(*(Column(name, kinds.get(name, "word"), right=name in right) for name in headings))
 
 
 # --- counts -----------------------------------------------------------------------------------------------------
 
 
-def counts_table(batch: Batch) -> Listing:
+def counts_table(batch: Batch) -> ListingTable:
     """One line per server, with the outcomes that there are, of all passes: done first, then verified, then undone."""
     found = batch.outcomes
     planned = batch.planned if any(batch.planned.get(name) for name in batch.types) else {}
@@ -119,7 +119,7 @@ def undo_question(batch: Batch, reach: Mapping[tuple[str, str], int]) -> str:
     return f"Undo the {batch.kind}? {total} studies will be brought back to the servers that had them."
 
 
-def servers_table(servers: Sequence[Mapping[str, Any]]) -> Listing:
+def servers_table(servers: Sequence[Mapping[str, Any]]) -> ListingTable:
     """What `pacs.delete_all` says of each server, with the columns that hold anything."""
     known = ("planned", "deleted", "hidden", "not_there", "refused", "failed", "remaining")
     columns = [name for name in known if name == "planned" or any(entry.get(name) for entry in servers)]
@@ -131,17 +131,17 @@ def servers_table(servers: Sequence[Mapping[str, Any]]) -> Listing:
     return table
 
 
-def failures_table(failures: Sequence[Mapping[str, Any]]) -> Listing:
+def failures_table(failures: Sequence[Mapping[str, Any]]) -> ListingTable:
     """The first of what is not as it should be."""
     table = _table("item", "server", "outcome", "why", kinds={"item": "id", "why": "text"})
     for one in failures:
-        item = shown_url(one.get("item") or one["study_uid"])  # its signature is nobody's business on a screen
+        item = redact_url(one.get("item") or one["study_uid"])  # its signature is nobody's business on a screen
         why = f"{one['code']}: {one['message']}" if one["code"] else one["message"]
         table.add_row(item, one["server_name"] or "–", said(one["status"]), why, style="yellow")
     return table
 
 
-def batches_table(batches: Sequence[Batch]) -> Listing:
+def batches_table(batches: Sequence[Batch]) -> ListingTable:
     """One line each, where a terminal of 80 columns is wide enough."""
     named = any(batch.name for batch in batches)
     headings = ("batch", "kind", *(["name"] if named else []), "state", "done", "items", "begun")
@@ -158,11 +158,11 @@ def order_line(batch: Batch) -> str:
     history = ("requested_by", "reason")
     untold = ("confirm", "dry_run", "filters", *history, *(["verify"] if batch.order.get("verify") else []))
     told = ((name, value) for name, value in batch.order.items() if name not in untold)
-    return ", ".join(f"{name} {shown_url(str(value))}" for name, value in told if value not in (None, False, ""))
+    return ", ".join(f"{name} {redact_url(str(value))}" for name, value in told if value not in (None, False, ""))
 
 
 def history_lines(told: Mapping[str, Any]) -> Iterator[str]:
-    """Who requested a batch and each of its passes, and why, of `BatchDesk.told`; what its order says stands once."""
+    """Who requested a batch and each of its passes, and why, of `BatchClient.told`; what its order says stands once."""
     given: Mapping[str, Any] = {}
     for what, one in (("order", told), *told["passes"].items()):
         said = {name: one[name] for name in ("requested_by", "reason") if one.get(name)}
@@ -221,7 +221,7 @@ class PlanSummary:
         return {"items": self.items, "to_do": self.to_do, "bytes": self.bytes, "groups": groups}
 
 
-def plan_table(summary: PlanSummary) -> Listing:
+def plan_table(summary: PlanSummary) -> ListingTable:
     table = _table("do", "server", "items", "bytes", "why", right=("items", "bytes"), kinds={"why": "text"})
     for (do, server, why), (count, size) in sorted(summary.groups.items()):
         style = "" if do == "apply" else "yellow"
@@ -229,7 +229,7 @@ def plan_table(summary: PlanSummary) -> Listing:
     return table
 
 
-def reach_table(reach: Mapping[tuple[str, str], int]) -> Listing:
+def reach_table(reach: Mapping[tuple[str, str], int]) -> ListingTable:
     """By server and outcome, the items that something would be about."""
     table = _table("server", "outcome", "items", right=("items",))
     for (server, status), count in sorted(reach.items()):
@@ -313,7 +313,7 @@ class Look:
 
     batch: Batch | None
     stage: str
-    pace: Pace
+    throughput: Throughput
     #: How long the batch's window stays shut.
     opens_in_s: float = 0.0
 
@@ -348,13 +348,13 @@ class Look:
         if self.opens_in_s:
             opens = timedelta(seconds=round(self.opens_in_s))
             return f"waits for its window {self.batch.order['window']}, which opens in {opens}"
-        if not self.pace.items_per_s:
+        if not self.throughput.items_per_s:
             return ""
-        parts = [f"{self.pace.items_per_s:,.{0 if self.pace.items_per_s >= 10 else 1}f} items/s"]
-        if self.pace.bytes_per_s:
-            parts.append(f"{decimal(int(self.pace.bytes_per_s))}/s")
-        if self.pace.left_s is not None:
-            parts.append(f"{timedelta(seconds=round(self.pace.left_s))} left")
+        parts = [f"{self.throughput.items_per_s:,.{0 if self.throughput.items_per_s >= 10 else 1}f} items/s"]
+        if self.throughput.bytes_per_s:
+            parts.append(f"{decimal(int(self.throughput.bytes_per_s))}/s")
+        if self.throughput.left_s is not None:
+            parts.append(f"{timedelta(seconds=round(self.throughput.left_s))} left")
         return " · ".join(parts)
 
     def done(self) -> str:
@@ -380,7 +380,7 @@ class Look:
 
 
 def watch(
-    desk: BatchDesk, handle: Handle, *, timeout_s: float | None, quiet: bool, over: Callable[[Report], bool]
+    client: BatchClient, handle: Handle, *, timeout_s: float | None, quiet: bool, over: Callable[[Report], bool]
 ) -> None:
     """Show a batch on standard error until it is ``over``, or ``timeout_s`` has passed."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -389,21 +389,21 @@ def watch(
         while True:
             report = handle.report()
             ended = over(report)  # asked before the look, so that the last line shows the end
-            show(_look(desk, handle, report.stage, meter))
+            show(_read_progress(client, handle, report.stage, meter))
             if ended or (deadline is not None and time.monotonic() >= deadline):
                 return
             time.sleep(_POLL_S)
 
 
-def _look(desk: BatchDesk, handle: Handle, stage: str, meter: Meter) -> Look:
+def _read_progress(client: BatchClient, handle: Handle, stage: str, meter: Meter) -> Look:
     try:
-        batch = desk.get(handle.batch_id or handle.id)
+        batch = client.get(handle.batch_id or handle.id)
     except NotFound:
-        return Look(None, stage, Pace())  # its job has not begun yet
-    still = Look(batch, stage, Pace())
+        return Look(None, stage, Throughput())  # its job has not begun yet
+    still = Look(batch, stage, Throughput())
     which = batch.current or "apply"
     state = batch.of(which)
-    pace = meter.look(
+    throughput = meter.measure(
         time.monotonic(),
         about=(which, state.round, batch.state),
         settled=state.settled,
@@ -412,7 +412,7 @@ def _look(desk: BatchDesk, handle: Handle, stage: str, meter: Meter) -> Look:
     )
     window = batch.order.get("window")
     opens_in_s = Window.read(window).opens_in_s(time.time()) if window else 0.0
-    return replace(still, pace=pace, opens_in_s=opens_in_s)
+    return replace(still, throughput=throughput, opens_in_s=opens_in_s)
 
 
 @contextmanager
@@ -424,10 +424,10 @@ def _screen(*, quiet: bool) -> Iterator[Any]:
         with Live(console=errors_console, transient=True, refresh_per_second=4) as live:
             yield lambda look: live.update(look.renderable())
     else:
-        yield _Lines()
+        yield _ProgressLines()
 
 
-class _Lines:
+class _ProgressLines:
     """A line when the state changes, and one now and then."""
 
     def __init__(self) -> None:

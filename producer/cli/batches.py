@@ -11,7 +11,7 @@ from typing import Any, Final
 import click
 
 from courier.batches.store import DONE_AGAIN, TROUBLE, Batch, Pass
-from producer.batches import BatchDesk, Wish
+from producer.batches import BatchClient, ContinueCommand
 from producer.cli.batch_tables import (
     PlanSummary,
     batches_table,
@@ -171,7 +171,7 @@ def watch_batch(batch_id: str, timeout_s: float | None, as_json: bool) -> int:
     """Show a batch until it is over; Ctrl-C leaves it running. Exit status 1: something failed, or it was cancelled."""
     with Courier() as courier:
         found = courier.batch.get(batch_id)
-        handle = courier.handle(found.conductor or batch_id, batch_id=batch_id)
+        handle = courier.handle(found.coordinator or batch_id, batch_id=batch_id)
 
         def over(_: Report) -> bool:
             return courier.batch.is_over(courier.batch.get(batch_id))
@@ -223,12 +223,12 @@ def show_plan(batch_id: str, jsonl: bool, plan_path: Path | None, as_json: bool)
                 write(header, lines, sys.stdout)
                 sys.stdout.flush()
             return DONE
-        return tell_plan(header, lines, plan_path, as_json=as_json)
+        return print_plan(header, lines, plan_path, as_json=as_json)
 
 
-def tell_plan(header: PlanHeader, lines: Iterator[PlanLine], path: Path | None, *, as_json: bool) -> int:
+def print_plan(header: PlanHeader, lines: Iterator[PlanLine], path: Path | None, *, as_json: bool) -> int:
     """What a plan comes to, on standard output."""
-    summary = told_plan(header, lines, path)
+    summary = summarize_plan(header, lines, path)
     if as_json:
         print_json({"batch_id": header.batch_id, "kind": header.kind, **plan_json(summary, path)})
     else:
@@ -236,7 +236,7 @@ def tell_plan(header: PlanHeader, lines: Iterator[PlanLine], path: Path | None, 
     return DONE
 
 
-def told_plan(header: PlanHeader, lines: Iterator[PlanLine], path: Path | None) -> PlanSummary:
+def summarize_plan(header: PlanHeader, lines: Iterator[PlanLine], path: Path | None) -> PlanSummary:
     """What a plan comes to, written to ``path`` on the way if there is one."""
     summary = PlanSummary()
 
@@ -265,16 +265,16 @@ def show_summary(summary: PlanSummary, path: Path | None) -> None:
         console.print(f"{path}: the plan. pacs batch apply {path} does it.")
 
 
-def tell_reach(courier: Courier, found: Batch, wish: Wish, *, as_json: bool) -> int:
+def print_reach(courier: Courier, found: Batch, command: ContinueCommand, *, as_json: bool) -> int:
     """Which items ``retry`` or ``undo`` would be about, on standard output."""
-    reach = courier.batch.reach(found, wish)
+    reach = courier.batch.reach(found, command)
     if as_json:
         groups = [{"server_name": name or None, "status": status, "items": n} for (name, status), n in reach.items()]
         told = {"batch_id": found.id, "kind": found.kind, "state": found.state, "items": sum(reach.values())}
         print_json({**told, "groups": groups})
         return DONE
     console.print(reach_table(reach))
-    console.print(f"{wish} would be about {sum(reach.values()):,} of {found.items:,} items.")
+    console.print(f"{command} would be about {sum(reach.values()):,} of {found.items:,} items.")
     return DONE
 
 
@@ -321,7 +321,7 @@ def _in_vain(name: str, before: Batch, found: Batch) -> bool:
     return found.state != {"pause": "paused", "cancel": "cancelled"}.get(name, found.state)
 
 
-def _add(name: str, act: Callable[[BatchDesk, str], Batch], sentence: str) -> None:
+def _add(name: str, act: Callable[[BatchClient, str], Batch], sentence: str) -> None:
     @batch.command(name, help=sentence)
     @batch_argument
     @as_json_option
@@ -330,7 +330,7 @@ def _add(name: str, act: Callable[[BatchDesk, str], Batch], sentence: str) -> No
         with Courier() as courier:
             before = courier.batch.get(batch_id)
             found = act(courier.batch, batch_id)
-            told = courier.batch.told(found)
+            told = courier.batch.published(found)
         if as_json:
             print_json(told)
         else:
@@ -344,7 +344,7 @@ def _add(name: str, act: Callable[[BatchDesk, str], Batch], sentence: str) -> No
         return DONE
 
 
-_add("show", BatchDesk.get, "How far a batch is.")
-_add("pause", BatchDesk.pause, "Begin nothing new of a batch until it is resumed.")
-_add("resume", BatchDesk.resume, "Go on with a paused batch.")
-_add("cancel", BatchDesk.cancel, "End a batch; what was done stays done.")
+_add("show", BatchClient.get, "How far a batch is.")
+_add("pause", BatchClient.pause, "Begin nothing new of a batch until it is resumed.")
+_add("resume", BatchClient.resume, "Go on with a paused batch.")
+_add("cancel", BatchClient.cancel, "End a batch; what was done stays done.")

@@ -31,8 +31,8 @@ def cancel(job_id: str, as_json: bool) -> int:
         handle = courier.must_know(job_id)
         asked = handle.cancel()
         report = _settled(handle) if asked else handle.report()
-        begun = asked and not report.over and bool(courier.ledger and courier.ledger.look(job_id).get("memo"))
-    told, cancelled = _told(job_id, report, begun=begun)
+        begun = asked and not report.over and bool(courier.ledger and courier.ledger.read_record(job_id).get("memo"))
+    told, cancelled = _cancel_sentence(job_id, report, begun=begun)
     if as_json:
         document: dict[str, Any] = {**entry(handle, report), "job_id": job_id, "cancelled": cancelled}
         print_json(document)
@@ -52,7 +52,7 @@ def _settled(handle: Handle) -> Report:
     return report
 
 
-def _told(job_id: str, report: Report, *, begun: bool) -> tuple[str, bool]:
+def _cancel_sentence(job_id: str, report: Report, *, begun: bool) -> tuple[str, bool]:
     """What is said, and whether the job was cancelled."""
     if isinstance(report.error, Cancelled):
         return f"Job {job_id} was cancelled. {report.error.message}", True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from courier.redaction import REASON_LENGTH, REQUESTED_BY_LENGTH, shown_text
+from courier.redaction import REASON_LENGTH, REQUESTED_BY_LENGTH, printable
 from producer.cli.door import Command
 from producer.errors import ConfirmationRequired, InvalidRequest
 from producer.terminal import console, errors_console, is_asked_on_a_terminal
@@ -41,7 +41,7 @@ def may_ask(*, as_json: bool) -> bool:
     return is_asked_on_a_terminal() and not as_json
 
 
-def must_be_told(*, yes: bool, as_json: bool) -> None:
+def require_confirmation(*, yes: bool, as_json: bool) -> None:
     """Refuse to start what has to be confirmed and was not, where nothing can be asked."""
     if yes or may_ask(as_json=as_json):
         return
@@ -50,12 +50,12 @@ def must_be_told(*, yes: bool, as_json: bool) -> None:
 
 
 def ask(question: str) -> bool:
-    return click.confirm(shown_text(question), err=_is_output_redirected())
+    return click.confirm(printable(question), err=_is_output_redirected())
 
 
 def ask_to_type(request: str) -> str:
     """What is typed in answer."""
-    return str(click.prompt(shown_text(request), default="", show_default=False, err=_is_output_redirected()))
+    return str(click.prompt(printable(request), default="", show_default=False, err=_is_output_redirected()))
 
 
 def _is_output_redirected() -> bool:
@@ -67,7 +67,7 @@ def agreed(question: str | None, *, yes: bool, as_json: bool) -> bool:
     """Whether to go on: nothing has to be asked, ``--yes`` was given, or the answer is yes."""
     if question is None or yes:
         return True
-    must_be_told(yes=yes, as_json=as_json)
+    require_confirmation(yes=yes, as_json=as_json)
     if ask(question):
         return True
     console.print("Nothing was done.")

@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 
-from courier.ledger.jobs import DeadLetter, Note
-from producer.cli.confirm import ask, may_ask, must_be_told, yes_option
+from courier.ledger.jobs import DeadLetter, Event
+from producer.cli.confirm import ask, may_ask, require_confirmation, yes_option
 from producer.cli.door import DONE, FAILED, Command, as_json_option, plain_failures
 from producer.client import Courier
-from producer.dead_letters import DeadDesk, at, letter_json
-from producer.terminal import Column, Listing, console, plain, print_json
+from producer.dead_letters import DeadLetterClient, at, letter_json
+from producer.terminal import Column, ListingTable, console, plain, print_json
 
 #: The tasks that may delete something when they are replayed.
 MAY_DELETE = frozenset(
@@ -65,11 +65,11 @@ class Choice:
         if bool(self.job_ids) + filters + self.all != 1:
             raise click.UsageError("Name dead letters by their ids, or by --code, --since and --before, or say --all.")
 
-    def letters(self, desk: DeadDesk) -> Iterator[DeadLetter]:
+    def letters(self, client: DeadLetterClient) -> Iterator[DeadLetter]:
         """Those that there are; an id that is none raises `NotFound`."""
         if self.job_ids:
-            return (desk.get(job_id) for job_id in dict.fromkeys(self.job_ids))
-        return desk.list(code=self.code, since=self.since, before=self.before)
+            return (client.get(job_id) for job_id in dict.fromkeys(self.job_ids))
+        return client.list(code=self.code, since=self.since, before=self.before)
 
 
 def filters(command: Command) -> Command:
@@ -124,46 +124,46 @@ def list_(code: str | None, since: datetime | None, before: datetime | None, lim
 def show(job_id: str, as_json: bool) -> int:
     """All that is known of one dead letter, with what was decided about it."""
     with Courier() as courier:
-        letter, trail = courier.dead.get(job_id), courier.dead.trail(job_id)
+        letter, events = courier.dead.get(job_id), courier.dead.history(job_id)
     document = {
         "operation": "dead_show",
         **letter_json(letter),
         "error": letter.error,
         "begun": letter.begun,
         "uids": letter.uids,
-        "trail": [{"at": at(note.at_ms), "event": note.event, "details": note.details} for note in trail],
+        "trail": [{"at": at(event.at_ms), "event": event.event, "details": event.details} for event in events],
     }
     if as_json:
         _print(document)
     else:
-        show_letter(document, trail)
+        show_letter(document, events)
     return DONE
 
 
 @dead.command()
 @steering
 @plain_failures
-def replay(**wish: Any) -> int:
+def replay(**order: Any) -> int:
     """Queue dead letters again, under their ids. Each ends like any job: pacs result ID."""
-    return _steer(_choice(wish), "replay", DeadDesk.replay, **wish)
+    return _steer(_choice(order), "replay", DeadLetterClient.replay, **order)
 
 
 @dead.command()
 @steering
 @plain_failures
-def purge(**wish: Any) -> int:
+def purge(**order: Any) -> int:
     """Drop dead letters for good; they cannot be replayed. What was decided about their images stays known."""
-    return _steer(_choice(wish), "purge", DeadDesk.purge, **wish)
+    return _steer(_choice(order), "purge", DeadLetterClient.purge, **order)
 
 
-def _choice(wish: dict[str, Any]) -> Choice:
-    return Choice(*(wish.pop(name) for name in ("job_ids", "code", "since", "before", "everything")))
+def _choice(order: dict[str, Any]) -> Choice:
+    return Choice(*(order.pop(name) for name in ("job_ids", "code", "since", "before", "everything")))
 
 
 def _steer(
     choice: Choice,
     verb: str,
-    act: Callable[[DeadDesk, str], bool],
+    act: Callable[[DeadLetterClient, str], bool],
     *,
     yes: bool,
     dry_run: bool,
@@ -173,7 +173,7 @@ def _steer(
     with Courier() as courier:
         job_ids, first, codes, deletes = _gathered(choice.letters(courier.dead))
         if job_ids and not dry_run and (deletes or verb == "purge"):
-            must_be_told(yes=yes, as_json=as_json)
+            require_confirmation(yes=yes, as_json=as_json)
         asks = may_ask(as_json=as_json) and bool(job_ids) and not (yes or dry_run)
         if asks or (dry_run and not as_json):
             _show(job_ids, first, codes)
@@ -220,8 +220,8 @@ def _print(document: dict[str, Any]) -> None:
     print_json(document)
 
 
-def dead_table(letters: Iterable[DeadLetter]) -> Listing:
-    table = Listing(
+def dead_table(letters: Iterable[DeadLetter]) -> ListingTable:
+    table = ListingTable(
         "died (UTC)",
         Column("job", "id"),
         "task",
@@ -242,12 +242,12 @@ def dead_table(letters: Iterable[DeadLetter]) -> Listing:
             letter.code,
             letter.message,
             str(letter.attempts),
-            str(letter.deaths),
+            str(letter.crash_count),
         )
     return table
 
 
-def show_letter(document: Mapping[str, Any], trail: Iterable[Note]) -> None:
+def show_letter(document: Mapping[str, Any], events: Iterable[Event]) -> None:
     """All that is known of one, a fact per line, then what was decided about it."""
     # What else an error says stands in fields of its own.
     shown = {**document, "about": _about(document["about"]), "error": document["error"].get("details") or None}
@@ -256,9 +256,9 @@ def show_letter(document: Mapping[str, Any], trail: Iterable[Note]) -> None:
     for name, fact in facts.items():
         if fact:
             console.print(plain(f"{name.replace('_', ' '):<{width}}  ", "bold") + plain(fact))
-    table = Listing("when (UTC)", "decision", Column("what", "text"))
-    for note in trail:
-        table.add_row(at(note.at_ms), note.event, _in_words(note.details))
+    table = ListingTable("when (UTC)", "decision", Column("what", "text"))
+    for event in events:
+        table.add_row(at(event.at_ms), event.event, _in_words(event.details))
     if table.row_count:
         console.print()
         console.print(table)

@@ -17,8 +17,8 @@ from producer.cli.confirm import (
     hides,
     history,
     may_ask,
-    must_be_told,
     place,
+    require_confirmation,
     yes_option,
 )
 from producer.cli.door import DONE, FAILED, as_json_option, ended, plain_failures, timeout_option
@@ -26,13 +26,13 @@ from producer.cli.lookups import level_argument, study_option
 from producer.cli.session import Session
 from producer.client import Courier
 from producer.errors import CourierError, InvalidRequest
-from producer.terminal import Column, Listing, console
+from producer.terminal import Column, ListingTable, console
 
 servers_option = click.option("--server", "servers", multiple=True, help="Only on this server; may be repeated.")
 
 
 @dataclass(frozen=True)
-class _Wish:
+class _DeletionOrder:
     """What is to be deleted, and how the command was asked to behave."""
 
     level: Level
@@ -103,21 +103,21 @@ def delete(level: Level, uid: str, servers: Sequence[str], backup: str | None, *
     """
     permanent = not hides(hide=how["hide"], keep=how["keep"])
     more = {name: how[name] for name in ("study_uid", "requested_by", "reason", "timeout_s", "as_json")}
-    wish = _Wish(level, uid, servers, permanent, place(backup), **more)
+    order = _DeletionOrder(level, uid, servers, permanent, place(backup), **more)
     check_uid(uid)
     if backup is not None and level != "study":
         raise InvalidRequest("--backup keeps copies of whole studies; delete the study, or leave it out.")
     if not how["dry_run"]:
-        must_be_told(yes=how["yes"], as_json=wish.as_json)
+        require_confirmation(yes=how["yes"], as_json=order.as_json)
     with Session() as courier:
-        if may_ask(as_json=wish.as_json) and not (how["yes"] or how["dry_run"]):
-            wish.carry_out(courier, dry_run=True, quiet=False)
+        if may_ask(as_json=order.as_json) and not (how["yes"] or how["dry_run"]):
+            order.carry_out(courier, dry_run=True, quiet=False)
             if not ask(f"Delete this {level}?"):
                 console.print("Nothing was deleted.")
                 return FAILED
         if backup is not None and not how["dry_run"]:
-            return wish.back_up_and_delete(courier)
-        payload = wish.carry_out(courier, dry_run=how["dry_run"], quiet=wish.as_json)
+            return order.back_up_and_delete(courier)
+        payload = order.carry_out(courier, dry_run=how["dry_run"], quiet=order.as_json)
     return FAILED if any(entry["status"] == "refused" for entry in payload["servers"]) else DONE
 
 
@@ -132,9 +132,9 @@ _STYLES = {
 }
 
 
-def deletion_table(entries: Sequence[Mapping[str, Any]]) -> Listing:
+def deletion_table(entries: Sequence[Mapping[str, Any]]) -> ListingTable:
     """One line per server."""
-    table = Listing("server", "type", "outcome", Column("images", right=True), Column("note", "text"))
+    table = ListingTable("server", "type", "outcome", Column("images", right=True), Column("note", "text"))
     for entry in entries:
         images = "" if entry["images"] is None else str(entry["images"])
         row = (entry["server_name"], entry["server_type"], entry["status"], images, entry["note"])

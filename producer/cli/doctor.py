@@ -6,7 +6,7 @@ import click
 
 from producer.cli.door import DONE, FAILED, UNAVAILABLE, as_json_option, plain_failures
 from producer.doctor import Finding, examine
-from producer.terminal import Column, Listing, console, errors_console, plain, print_json
+from producer.terminal import Column, ListingTable, console, errors_console, plain, print_json
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "unavailable": "bold red"}
 
@@ -30,8 +30,8 @@ def doctor(as_json: bool) -> int:
     return FAILED if "failed" in states else UNAVAILABLE if "unavailable" in states else DONE
 
 
-def _table(findings: list[Finding]) -> Listing:
-    table = Listing("check", "state", Column("found", "text"), Column("what to do", "text"))
+def _table(findings: list[Finding]) -> ListingTable:
+    table = ListingTable("check", "state", Column("found", "text"), Column("what to do", "text"))
     for finding in findings:
         table.add_row(finding.check, plain(finding.state, _STYLES[finding.state]), finding.found, finding.advice)
     return table

@@ -10,7 +10,7 @@ import click
 from courier.messages import Level
 from producer.cli.door import DONE, as_json_option, ended, mode_option, plain_failures, timeout_option
 from producer.cli.session import Session
-from producer.terminal import Column, Kind, Listing, console
+from producer.terminal import Column, Kind, ListingTable, console
 
 level_argument = click.argument("level", type=click.Choice(["image", "series", "study"]))
 study_option = click.option(
@@ -74,7 +74,7 @@ _KINDS: Mapping[str, Kind] = {"study": "text", "series": "text", "image uid": "i
 def found_table(payload: Mapping[str, Any]) -> None:
     """One line per server."""
     uid_columns = (Column(name, "id") for name in ("study", "series", "image"))
-    table = Listing("server", "type", Column("outcome", "text"), *uid_columns)
+    table = ListingTable("server", "type", Column("outcome", "text"), *uid_columns)
     for entry in payload["servers"]:
         uids = [entry[name] or "" for name in ("study_uid", "series_uid", "image_uid")]
         status = entry["status"] if not entry["error"] else f"{entry['status']}: {entry['error']['message']}"
@@ -92,7 +92,7 @@ def metadata_table(payload: Mapping[str, Any]) -> None:
     for entry in payload["servers"]:
         if not entry["metadata"]:
             continue
-        table = Listing(*(Column(heading, _KINDS.get(heading, "word")) for heading in _SHOWN.values()))
+        table = ListingTable(*(Column(heading, _KINDS.get(heading, "word")) for heading in _SHOWN.values()))
         for dataset in entry["metadata"]:
             table.add_row(*(shown_value(dataset.get(tag)) for tag in _SHOWN))
         console.print(entry["server_name"], style="italic")

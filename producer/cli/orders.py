@@ -22,12 +22,12 @@ from producer.cli.batches import (
     followed,
     plan_json,
     plan_option,
+    print_plan,
+    print_reach,
     seen_through,
     show_summary,
     still_running,
-    tell_plan,
-    tell_reach,
-    told_plan,
+    summarize_plan,
 )
 from producer.cli.confirm import (
     agreed,
@@ -40,8 +40,8 @@ from producer.cli.confirm import (
     hides,
     history,
     may_ask,
-    must_be_told,
     place,
+    require_confirmation,
     warn,
     yes_option,
 )
@@ -57,13 +57,13 @@ from producer.cli.door import (
     plain_failures,
     timeout_option,
 )
-from producer.cli.quantities import Bandwidth, Rate, Window
+from producer.cli.quantities import Bandwidth, RateParam, WindowParam
 from producer.cli.session import Session
 from producer.client import Courier
 from producer.errors import ConfirmationRequired, InvalidRequest
 from producer.handle import Handle
 from producer.inputs import check_standard_input
-from producer.orders import Given, Order, of_plan_file
+from producer.orders import InputSource, Order, of_plan_file
 from producer.repairs import check_new
 from producer.terminal import console, errors_console, is_asked_on_a_terminal, print_json
 
@@ -78,11 +78,17 @@ def ordering(command: Command) -> Command:
             click.option("--skip-bad", is_flag=True, help="Leave bad rows out instead of refusing them all."),
             click.option("--name", metavar="WORDS", help="What the batch is called in lists."),
             click.option(
-                "--width", type=click.IntRange(1, 64), help="Chunks (of 100 items) at a time, over all workers."
+                "--concurrency",
+                "--width",  # its name in version 0.1
+                "concurrency",
+                type=click.IntRange(1, 64),
+                help="Chunks (of 100 items) at a time, over all workers.",
             ),
-            click.option("--rate", type=Rate(), metavar="N/s", help="At most so many requests a second, as 50/s."),
+            click.option("--rate", type=RateParam(), metavar="N/s", help="At most so many requests a second, as 50/s."),
             click.option("--bandwidth", type=Bandwidth(), metavar="SIZE/s", help="At most so much, as 20MB/s."),
-            click.option("--window", type=Window(), metavar="FROM-TO", help='Only then: "20:00-06:00 Europe/Berlin".'),
+            click.option(
+                "--window", type=WindowParam(), metavar="FROM-TO", help='Only then: "20:00-06:00 Europe/Berlin".'
+            ),
             click.option("--no-verify", is_flag=True, help="Do not look afterwards whether all is as it should be."),
             click.option("--dry-run", is_flag=True, help="Stop at the plan and show it."),
             plan_option,
@@ -113,11 +119,11 @@ class _How:
     options: dict[str, Any]
 
     @property
-    def wishes(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         options = self.options
         return {
             "name": options["name"],
-            "width": options["width"],
+            "width": options["concurrency"],
             "requests_per_s": options["rate"],
             "bytes_per_s": options["bandwidth"],
             "window": options["window"],
@@ -139,20 +145,20 @@ class _How:
         timeout_s: float | None = self.options["timeout_s"]
         return timeout_s
 
-    def given(self, words: Sequence[str]) -> Given | None:
+    def input_source(self, words: Sequence[str]) -> InputSource | None:
         if not words:
             return None
         if "-" in words:
             check_standard_input()
         column, skip_bad = self.options["column"], self.options["skip_bad"]
-        return Given(tuple(words), column=column, skip_bad=skip_bad, told=_say)
+        return InputSource(tuple(words), column=column, skip_bad=skip_bad, notify=_say)
 
-    def ordered(self, courier: Courier, order: Order, given: Given | None) -> Handle:
+    def ordered(self, courier: Courier, order: Order, input_source: InputSource | None) -> Handle:
         """Order it; on a terminal it is shown how far reading and planning are."""
         with errors_console.busy() as show:
-            if given is not None and not self.quiet:
-                given = replace(given, step=show)
-            return courier.batch.order(order, given)
+            if input_source is not None and not self.quiet:
+                input_source = replace(input_source, step=show)
+            return courier.batch.order(order, input_source)
 
 
 def _confirmed(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +188,7 @@ def upload(sources: Sequence[str], server: str | None, **options: Any) -> int:
     az://container/prefix/, file:///folder/ and a ZIP file at any URL, whose images a worker finds.
     """
     how = _How(options)
-    return _carried_out(Order("upload", {"server": server, **how.wishes}), how.given(sources), how)
+    return _carried_out(Order("upload", {"server": server, **how.fields}), how.input_source(sources), how)
 
 
 @batch.command()
@@ -203,15 +209,15 @@ def delete(studies: Sequence[str], servers: Sequence[str], backup: str | None, *
     On a terminal the plan is shown first, and you are asked; elsewhere it needs --yes.
     """
     how = _How(options)
-    wishes = {"servers": list(servers) or None, "permanent": options["permanent"]}
-    wishes["confirm_studies"] = options["confirm_studies"]
-    wishes["backup"] = backup_place(backup, options["keep"])
-    wishes.update(_chosen(studies, options))
+    fields = {"servers": list(servers) or None, "permanent": options["permanent"]}
+    fields["confirm_studies"] = options["confirm_studies"]
+    fields["backup"] = backup_place(backup, options["keep"])
+    fields.update(_chosen(studies, options))
     if options["everything"]:
-        wishes["confirm"] = _sentence(options, asks=_asks(how))
-    order = Order("delete", {**wishes, **how.wishes})
+        fields["confirm"] = _sentence(options, asks=_asks(how))
+    order = Order("delete", {**fields, **how.fields})
     told = options["everything"] and options["confirm"]  # the sentence was given with the command: all is said
-    return _carried_out(order, how.given(studies), how, question=None if told else "Delete these studies?")
+    return _carried_out(order, how.input_source(studies), how, question=None if told else "Delete these studies?")
 
 
 @batch.command()
@@ -241,9 +247,9 @@ def download(studies: Sequence[str], servers: Sequence[str], destination: str, f
     Each appears there when it is whole.
     """
     how = _How(options)
-    wishes = {"servers": list(servers) or None, "destination": place(destination), "format": form}
-    order = Order("download", {**wishes, **_chosen(studies, options), **how.wishes})
-    return _carried_out(order, how.given(studies), how)
+    fields = {"servers": list(servers) or None, "destination": place(destination), "format": form}
+    order = Order("download", {**fields, **_chosen(studies, options), **how.fields})
+    return _carried_out(order, how.input_source(studies), how)
 
 
 @batch.command()
@@ -270,11 +276,11 @@ def migrate(studies: Sequence[str], from_server: str, to_server: str, delete_sou
     if delete_source and options["digests"] != "all":
         raise click.UsageError("--delete-source compares all images before it deletes any: leave --digests out.")
     how = _How(options)
-    wishes = {"from_server": from_server, "to_server": to_server, "delete_source": delete_source}
-    wishes.update(digests=options["digests"], confirm_studies=options["confirm_studies"])
-    order = Order("migrate", {**wishes, **_chosen(studies, options), **how.wishes})
+    fields = {"from_server": from_server, "to_server": to_server, "delete_source": delete_source}
+    fields.update(digests=options["digests"], confirm_studies=options["confirm_studies"])
+    order = Order("migrate", {**fields, **_chosen(studies, options), **how.fields})
     question = f"Move these studies, and delete them from {from_server}?" if delete_source else None
-    return _carried_out(order, how.given(studies), how, question=question)
+    return _carried_out(order, how.input_source(studies), how, question=question)
 
 
 def _chosen(words: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
@@ -303,15 +309,15 @@ def _asks(how: _How) -> bool:
     return may_ask(as_json=how.quiet) and not (how.options.get("yes") or how.plans_only)
 
 
-def _carried_out(order: Order, given: Given | None, how: _How, *, question: str | None = None) -> int:
+def _carried_out(order: Order, input_source: InputSource | None, how: _How, *, question: str | None = None) -> int:
     """Order it, and show it to its end; after a look at the plan, if there is a ``question`` to be asked."""
     _check_plan_file(how)
     if question and not how.plans_only:
-        must_be_told(yes=how.options["yes"], as_json=how.quiet)
+        require_confirmation(yes=how.options["yes"], as_json=how.quiet)
     with Session() as courier:
         if question and _asks(how):
-            return _asked_first(courier, order, given, how, question)
-        handle = how.ordered(courier, order, given)
+            return _plan_then_confirm(courier, order, input_source, how, question)
+        handle = how.ordered(courier, order, input_source)
         if how.options["no_wait"]:
             return _left(handle, how)
         if how.plans_only:
@@ -329,8 +335,10 @@ def _check_plan_file(how: _How) -> None:
     check_new(path)
 
 
-def _asked_first(courier: Courier, order: Order, given: Given | None, how: _How, question: str) -> int:
-    handle = how.ordered(courier, Order(order.kind, {**order.wishes, "dry_run": True}), given)
+def _plan_then_confirm(
+    courier: Courier, order: Order, input_source: InputSource | None, how: _How, question: str
+) -> int:
+    handle = how.ordered(courier, Order(order.kind, {**order.fields, "dry_run": True}), input_source)
     status = _planned(courier, handle, how)
     try:
         goes_on = status == DONE and ask(question)
@@ -384,7 +392,7 @@ def _planned(courier: Courier, handle: Handle, how: _How) -> int:
     header, lines = courier.batch.plan(handle.batch_id)
     path: Path | None = how.options["plan_path"]
     try:
-        summary = told_plan(header, lines, path)
+        summary = summarize_plan(header, lines, path)
     except InvalidRequest as error:
         raise InvalidRequest(
             f"{error.message} The batch is planned: pacs batch plan {handle.batch_id} --plan FILE writes its plan."
@@ -448,7 +456,7 @@ def apply(plan: str, yes: bool, dry_run: bool, **options: Any) -> int:
         found = courier.batch.get(plan)
         if dry_run:
             check_state(found, "apply")
-            return tell_plan(*courier.batch.plan(plan), None, as_json=options["as_json"])
+            return print_plan(*courier.batch.plan(plan), None, as_json=options["as_json"])
         question = _question(found.kind, found.order, found.items)
         if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
@@ -456,10 +464,10 @@ def apply(plan: str, yes: bool, dry_run: bool, **options: Any) -> int:
 
 
 def _file_applied(courier: Courier, path: Path, *, yes: bool, dry_run: bool, options: dict[str, Any]) -> int:
-    order, plan_file = of_plan_file(path, told=warn)
+    order, plan_file = of_plan_file(path, notify=warn)
     if dry_run:
-        return tell_plan(plan_file.header, iter(plan_file), None, as_json=options["as_json"])
-    question = _question(order.kind, order.wishes, plan_file.totals.counts["apply"])
+        return print_plan(plan_file.header, iter(plan_file), None, as_json=options["as_json"])
+    question = _question(order.kind, order.fields, plan_file.totals.counts["apply"])
     if question and not yes and is_asked_on_a_terminal():
         show_summary(PlanSummary.of(plan_file), None)
     if not agreed(question, yes=yes, as_json=options["as_json"]):
@@ -481,7 +489,7 @@ def retry(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
     with Session() as courier:
         found = courier.batch.get(batch_id)
         if dry_run:
-            return tell_reach(courier, found, "retry", as_json=options["as_json"])
+            return print_reach(courier, found, "retry", as_json=options["as_json"])
         question = _question(found.kind, found.order, _to_retry(found))
         if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
@@ -518,8 +526,8 @@ def undo(batch_id: str, yes: bool, dry_run: bool, **options: Any) -> int:
     with Session() as courier:
         found = courier.batch.get(batch_id)
         if dry_run:
-            return tell_reach(courier, found, "undo", as_json=options["as_json"])
-        must_be_told(yes=yes, as_json=options["as_json"])
+            return print_reach(courier, found, "undo", as_json=options["as_json"])
+        require_confirmation(yes=yes, as_json=options["as_json"])
         question = None if yes else undo_question(found, courier.batch.reach(found, "undo"))
         if not agreed(question, yes=yes, as_json=options["as_json"]):
             return FAILED
@@ -569,7 +577,7 @@ def delete_all(servers: Sequence[str], confirm: str | None, dry_run: bool, **how
     permanent = not hides(hide=how["hide"], keep=how["keep"])
     with Session() as courier:
         if confirm is None and not (dry_run or how["yes"]) and may_ask(as_json=quiet):
-            confirm = _asked_for(courier, named, how["timeout_s"])
+            confirm = _ask_for_sentence(courier, named, how["timeout_s"])
         if not dry_run and confirm != CONFIRMATION:
             raise ConfirmationRequired(f'Nothing was deleted: add --confirm "{CONFIRMATION}".')
         handle = courier.delete_all(
@@ -590,7 +598,7 @@ def delete_all(servers: Sequence[str], confirm: str | None, dry_run: bool, **how
             return FAILED if again is None else _seen_through(courier, again, how)
 
 
-def _asked_for(courier: Courier, servers: Sequence[str] | None, timeout_s: float | None) -> str:
+def _ask_for_sentence(courier: Courier, servers: Sequence[str] | None, timeout_s: float | None) -> str:
     """Show what would be deleted, then have the sentence typed."""
     _all_deleted(courier, courier.delete_all(servers=servers, dry_run=True), timeout_s=timeout_s, as_json=False)
     return ask_to_type(f'All these studies will be deleted. Type "{CONFIRMATION}" to go on')

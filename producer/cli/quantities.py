@@ -16,7 +16,7 @@ _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?i?)B(?:/s)?")
 _BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
-class Rate(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+class RateParam(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
     """``50/s``, ``600/min`` or ``50``: requests a second."""
 
     name = "rate"
@@ -40,7 +40,7 @@ class Bandwidth(click.ParamType):  # type: ignore[type-arg]
         return float(match[1]) * _BYTES[match[2]]
 
 
-class Window(click.ParamType):  # type: ignore[type-arg]
+class WindowParam(click.ParamType):  # type: ignore[type-arg]
     """``20:00-06:00``, with the name of a time zone if it is not UTC: ``20:00-06:00 Europe/Berlin``."""
 
     name = "window"

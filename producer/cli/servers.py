@@ -17,7 +17,7 @@ from producer.cli.session import Session
 from producer.client import Courier
 from producer.errors import InvalidRequest
 from producer.handle import Handle
-from producer.terminal import Column, Listing, console, plain
+from producer.terminal import Column, ListingTable, console, plain
 
 #: A worker answers such a question within about twenty seconds; later means that none is listening.
 WAIT_S = 30.0
@@ -49,14 +49,14 @@ def status(servers: Sequence[str], every_s: float | None, timeout_s: float, as_j
 
 
 @contextmanager
-def _screen() -> Iterator[Callable[[Listing], None]]:
+def _screen() -> Iterator[Callable[[ListingTable], None]]:
     """What to do with each answer: draw it over the last one, or write it below, with its time, where none is seen."""
     if console.columns is not None:
         with Live(console=console, auto_refresh=False) as live:
             yield lambda table: live.update(table, refresh=True)
         return
 
-    def write(table: Listing) -> None:
+    def write(table: ListingTable) -> None:
         console.print(datetime.now().astimezone().isoformat(timespec="seconds"))
         console.print(table)
 
@@ -84,7 +84,7 @@ def database(servers: Sequence[str], timeout_s: float, as_json: bool) -> int:
 
 
 def _once(
-    ask: Callable[[Courier], Handle], table: Callable[[Sequence[Any]], Listing], timeout_s: float, *, as_json: bool
+    ask: Callable[[Courier], Handle], table: Callable[[Sequence[Any]], ListingTable], timeout_s: float, *, as_json: bool
 ) -> int:
     with Session() as courier:
         payload = ended(courier, ask(courier), timeout_s=timeout_s, as_json=as_json)
@@ -99,7 +99,7 @@ _NUMBERS = ("ms", "total", "free", "used")
 _STYLES = {"up": "green", "degraded": "yellow", "not responding": "bold red"}
 
 
-def status_table(entries: Sequence[Entry]) -> Listing:
+def status_table(entries: Sequence[Entry]) -> ListingTable:
     return _table(
         entries,
         {
@@ -111,12 +111,12 @@ def status_table(entries: Sequence[Entry]) -> Listing:
     )
 
 
-def storage_table(entries: Sequence[Entry]) -> Listing:
+def storage_table(entries: Sequence[Entry]) -> ListingTable:
     columns = {name: _size(f"{name}_bytes") for name in ("total", "free", "used")}
     return _table(entries, columns)
 
 
-def database_table(entries: Sequence[Entry]) -> Listing:
+def database_table(entries: Sequence[Entry]) -> ListingTable:
     return _table(entries, {"database": lambda entry: entry["database"], "ms": _latency})
 
 
@@ -128,9 +128,9 @@ def _size(field: str) -> Callable[[Entry], str]:
     return lambda entry: entry[field] if entry[field] == "unknown" else decimal(entry[field])
 
 
-def _table(entries: Sequence[Entry], columns: Mapping[str, Callable[[Entry], str]]) -> Listing:
+def _table(entries: Sequence[Entry], columns: Mapping[str, Callable[[Entry], str]]) -> ListingTable:
     numbers = (Column(name, right=name in _NUMBERS) for name in columns)
-    table = Listing("server", "type", "status", *numbers, Column("note", "text"))
+    table = ListingTable("server", "type", "status", *numbers, Column("note", "text"))
     for entry in entries:
         status = entry["status"]
         note = entry["error"]["message"] if entry["error"] else " ".join([entry["note"], *entry.get("warnings", ())])

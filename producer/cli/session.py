@@ -35,7 +35,7 @@ class Interrupted(Exception):
 
 
 @dataclass(frozen=True)
-class Sent:
+class EnqueuedJob:
     """A job that the command has enqueued, or was about to."""
 
     handle: Handle
@@ -66,14 +66,14 @@ class Session(Courier):
     def __init__(self) -> None:
         super().__init__()
         self.expects = 0
-        self.sent: dict[str, Sent] = {}
+        self.sent: dict[str, EnqueuedJob] = {}
 
     def enqueue(
         self, task: str, kind: type[Job], job: Mapping[str, Any], *, job_id: str | None = None, batch_id: str = ""
     ) -> Handle:
         """As `Courier.enqueue`; the job is known by its id before it is written down."""
         job_id = job_id or job_id_for(job.get("idempotency_key"))
-        self.sent[job_id] = Sent(Handle(job_id, self, batch_id), task, job)
+        self.sent[job_id] = EnqueuedJob(Handle(job_id, self, batch_id), task, job)
         return super().enqueue(task, kind, job, job_id=job_id, batch_id=batch_id)
 
     def watch(
@@ -122,12 +122,12 @@ def _sentences(session: Session) -> Iterator[str]:
         yield _jobs_go_on(jobs, of=session.expects)
 
 
-def _under_way(session: Session) -> list[Sent]:
+def _under_way(session: Session) -> list[EnqueuedJob]:
     """What was enqueued and has not ended. The last one may not have come as far as the ledger."""
     sent = list(session.sent.values())
-    if sent and session.ledger is not None and not session.ledger.look(sent[-1].handle.id):
+    if sent and session.ledger is not None and not session.ledger.read_record(sent[-1].handle.id):
         del session.sent[sent.pop().handle.id]
-    found: list[Sent] = []
+    found: list[EnqueuedJob] = []
     for first in range(0, len(sent), 1000):
         some = sent[first : first + 1000]
         reports = session.reports(one.handle.id for one in some)
@@ -151,7 +151,7 @@ def _may_go_on(job_ids: Sequence[str]) -> str:
     return f"{which} may have been enqueued and go on: pacs result {job_ids[-1]}"
 
 
-def _jobs_go_on(jobs: Sequence[Sent], *, of: int) -> str:
+def _jobs_go_on(jobs: Sequence[EnqueuedJob], *, of: int) -> str:
     if len(jobs) == 1 and of <= 1:
         return job_goes_on(jobs[0].handle.id)
     how_many = f"{len(jobs):,}" + (f" of {of:,}" if of > len(jobs) else "")
@@ -173,7 +173,7 @@ def batch_goes_on(batch_id: str) -> str:
 # --- deletions ------------------------------------------------------------------------------------------------------
 
 
-def _stopped(sent: Sent, session: Session, ledger: Ledger) -> str:
+def _stopped(sent: EnqueuedJob, session: Session, ledger: Ledger) -> str:
     """What became of a deletion that was to be cancelled; "" where it is none, or goes on like any other job."""
     job_id, batch_id = sent.handle.id, sent.handle.batch_id
     if sent.task in _CONTINUED:
@@ -207,7 +207,7 @@ def _batch_stopped(job_id: str, batch_id: str, ledger: Ledger) -> bool:
     while True:
         state = batches.steer(batch_id, "cancelled", out_of=["planning", "planned"])
         if state:
-            batches.rouse(batch_id)
+            batches.wake_now(batch_id)
             if state == "cancelled":
                 ledger.cancel(job_id, unless="taken")  # its message may not have been sent: it ends at the next sweep
             return state == "cancelled"
@@ -218,7 +218,7 @@ def _batch_stopped(job_id: str, batch_id: str, ledger: Ledger) -> bool:
         time.sleep(_POLL_S)  # a worker is about to open it
 
 
-def _continued_stopped(sent: Sent, session: Session, ledger: Ledger) -> str:
+def _continued_stopped(sent: EnqueuedJob, session: Session, ledger: Ledger) -> str:
     """Of ``apply``, ``retry``, ``verify`` and ``undo`` of a batch, if they delete and no worker has taken them."""
     try:
         batch = session.batch.get(sent.handle.batch_id)

@@ -17,7 +17,7 @@ from producer.inputs import counted
 from producer.studies import StudyList, walk
 from producer.terminal import (
     Column,
-    Listing,
+    ListingTable,
     Terminal,
     console,
     csv_rows,
@@ -48,11 +48,11 @@ def studies(
     form: Form = "json" if as_json else "csv" if as_csv else "table"
     with Session() as courier, StudyList() as listed:
         # Also of a short list every server is asked, and each that sorts gives as many as are wanted in all.
-        wish: dict[str, Any] = {
+        order: dict[str, Any] = {
             "limit": min(max(2 * limit, SHORT), PAGE) if limit else PAGE,
             "newest_first": bool(limit),
         }
-        pages = walk(courier, mode=mode, filters=conditions(filters, called="filter"), timeout_s=timeout_s, **wish)
+        pages = walk(courier, mode=mode, filters=conditions(filters, called="filter"), timeout_s=timeout_s, **order)
         with errors_console.busy() as progress:
             try:
                 for count in listed.extend(pages, at_most=limit):
@@ -145,7 +145,7 @@ COLUMNS = (
 
 def studies_table(entries: Iterable[Entry]) -> None:
     """One line per study; a split one stands out."""
-    table = Listing(
+    table = ListingTable(
         Column("date", least=8),
         Column("patient", least=10),
         Column("modalities", least=10),

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from courier.redaction import shown_text, shown_url
+from courier.redaction import printable, redact_url
 from courier.waits import sentence
 from producer.client import Courier
 from producer.handle import Handle, Report
-from producer.terminal import Column, Listing, console, errors_console, linked
+from producer.terminal import Column, ListingTable, console, errors_console, linked
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def follow(courier: Courier, jobs: Mapping[Handle, str], *, timeout_s: float | N
             over += int(report.over) - int(before.over)
             stages[_label(before)] -= not before.over
             stages[_label(report)] += not report.over
-            progress.update(line, completed=over, description=shown_text(_stages(stages)))
+            progress.update(line, completed=over, description=printable(_stages(stages)))
     return last
 
 
@@ -66,7 +66,7 @@ def _stages(open_jobs: Mapping[str, int]) -> str:
 
 
 def upload_row(url: str, job_id: str, report: Report) -> UploadRow:
-    file = shown_url(url).rstrip("/").rpartition("/")[2] or job_id
+    file = redact_url(url).rstrip("/").rpartition("/")[2] or job_id
     if report.result is not None:
         payload = report.result
         return UploadRow(
@@ -90,7 +90,7 @@ def upload_row(url: str, job_id: str, report: Report) -> UploadRow:
 
 def upload_table(rows: list[UploadRow]) -> None:
     """Print the jobs, one line each."""
-    table = Listing("file", Column("study", "id"), "server", Column("outcome", "text"), Column("ms", right=True))
+    table = ListingTable("file", Column("study", "id"), "server", Column("outcome", "text"), Column("ms", right=True))
     for row in rows:
         elapsed = "" if row.elapsed_ms is None else f"{row.elapsed_ms:.0f}"
         table.add_row(

@@ -9,7 +9,7 @@ import click
 
 from producer.cli.door import DONE, UNAVAILABLE, as_json_option, ended, plain_failures, timeout_option
 from producer.cli.session import Session
-from producer.terminal import Column, Listing, console
+from producer.terminal import Column, ListingTable, console
 
 
 @click.command()
@@ -49,16 +49,16 @@ def show_trace(payload: Mapping[str, Any]) -> None:
         console.print("The ledger holds no decision about it.", style="dim")
 
 
-def _now(payload: Mapping[str, Any]) -> Listing:
-    table = Listing("server", Column("has it?", "text"))
+def _now(payload: Mapping[str, Any]) -> ListingTable:
+    table = ListingTable("server", Column("has it?", "text"))
     for entry in payload["servers"]:
         said = entry["error"]["message"] if entry["error"] else _ANSWERS[entry["status"]]
         table.add_row(entry["server_name"], said)
     return table
 
 
-def _history(payload: Mapping[str, Any]) -> Listing:
-    table = Listing(Column("what", "text"), "where", "when (UTC)", Column("job", "id"), Column("since", "text"))
+def _history(payload: Mapping[str, Any]) -> ListingTable:
+    table = ListingTable(Column("what", "text"), "where", "when (UTC)", Column("job", "id"), Column("since", "text"))
     claim, receipt = payload["claim"], payload["receipt"]
     if receipt:
         table.add_row("stored", receipt["server_name"], receipt["stored_at"] or "", receipt["job_id"], _since(receipt))
@@ -100,8 +100,8 @@ def _since(pushed: Mapping[str, Any]) -> str:
             return _STATES.get(state, "")
 
 
-def _timeline(payload: Mapping[str, Any]) -> Listing:
-    table = Listing("when (UTC)", "decision", Column("what", "text"), Column("job", "id"))
+def _timeline(payload: Mapping[str, Any]) -> ListingTable:
+    table = ListingTable("when (UTC)", "decision", Column("what", "text"), Column("job", "id"))
     for event in payload["timeline"]:
         style = _STYLES.get(event["event"], "" if event["details"].get("code") == "done" else "red")
         table.add_row(event["at"], event["event"], event["text"], event["job_id"], style=style)

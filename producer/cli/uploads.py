@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from producer.cli.door import DONE, as_json_option, entry, plain_failures, timeout_option, worst
 from producer.cli.session import Interrupted, Session, job_goes_on
 from producer.cli.tables import follow, upload_row, upload_table
 from producer.errors import InvalidRequest
 from producer.handle import Handle, Report
-from producer.inputs import BadRow, Row, rows_of_file
+from producer.inputs import BadRow, InputRow, rows_of_file
 from producer.terminal import console, print_json
 
 
@@ -36,7 +36,7 @@ def upload(
             return DONE
         reports = follow(courier, jobs, timeout_s=timeout_s, quiet=as_json)
     if as_json:
-        print_json([entry(handle, reports[handle.id], source=shown_url(url)) for handle, url in jobs.items()])
+        print_json([entry(handle, reports[handle.id], source=redact_url(url)) for handle, url in jobs.items()])
     else:
         rows = [upload_row(url, handle.id, reports[handle.id]) for handle, url in jobs.items()]
         upload_table(rows)
@@ -71,7 +71,7 @@ def result(job_id: str, timeout_s: float | None, as_json: bool) -> int:
 
 def _about(courier: Session, report: Report, job_id: str) -> dict[str, str]:
     """The task of a job and, of an upload that is over, its URL, as far as they are known."""
-    record = courier.ledger.look(job_id) if courier.ledger else {}
+    record = courier.ledger.read_record(job_id) if courier.ledger else {}
     operation = report.result.get("operation") if report.result else ""
     ended = report.result or (report.error.details if report.error else {})
     known = {"task": record.get("task") or (operation and f"pacs.{operation}"), "source": ended.get("source")}
@@ -87,7 +87,7 @@ def _expanded(urls: tuple[str, ...]) -> list[str]:
     return expanded
 
 
-def _url(row: Row | BadRow) -> str:
+def _url(row: InputRow | BadRow) -> str:
     if isinstance(row, BadRow):
         raise InvalidRequest(f"Standard input, {row.place}: {row.why}. Nothing was begun.")
     return row.text

@@ -14,7 +14,7 @@ from pathlib import Path
 from aiohttp import web
 
 from sandbox.dcm4chee import admin, frames, iocm, qido, stow, wado
-from sandbox.dcm4chee.archive import Archive, Refusal, Service
+from sandbox.dcm4chee.archive import ArchiveState, Refusal, Service
 from sandbox.store import Store, first_wins
 from sandbox.web import Handler, Site, Streamed, door, operation
 
@@ -93,7 +93,7 @@ def _fold(tag: str, text: str) -> str:
 
 
 def application(site: Site) -> web.Application:
-    archive = Archive(site)
+    archive = ArchiveState(site)
     app = web.Application(middlewares=[_no_raw_caret, door(site), _cors, _gzip], client_max_size=0)
     # Fixed paths come before those with a placeholder in the same place: /studies/count is no study.
     app.cleanup_ctx.append(_schedulers(archive))
@@ -102,7 +102,7 @@ def application(site: Site) -> web.Application:
     return app
 
 
-def _schedulers(archive: Archive) -> Callable[[web.Application], AsyncIterator[None]]:
+def _schedulers(archive: ArchiveState) -> Callable[[web.Application], AsyncIterator[None]]:
     async def run(_app: web.Application) -> AsyncIterator[None]:
         async def for_ever() -> None:
             while True:
@@ -116,7 +116,7 @@ def _schedulers(archive: Archive) -> Callable[[web.Application], AsyncIterator[N
     return run
 
 
-def _handler(archive: Archive, service: Service) -> Handler:
+def _handler(archive: ArchiveState, service: Service) -> Handler:
     @operation(getattr(service, "operation"))  # noqa: B009  # a function's own attribute
     async def handle(request: web.Request) -> web.StreamResponse:
         try:

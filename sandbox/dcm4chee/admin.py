@@ -13,8 +13,8 @@ from typing import Any
 from aiohttp import web
 
 from sandbox.dcm4chee.aets import APPLICATION_ENTITIES, REJECTION_CODES, REVOKE
-from sandbox.dcm4chee.archive import DEVICE, Archive, need_database, plain_json, refuse
-from sandbox.web import MOOD, operation
+from sandbox.dcm4chee.archive import DEVICE, ArchiveState, need_database, plain_json, refuse
+from sandbox.web import FAULT, operation
 
 #: A disk of a size that its own content can be seen on; the machine's real one is other programs' business.
 TOTAL_BYTES = 100 * 1024**3
@@ -43,12 +43,12 @@ _METRICS = {
 
 
 @operation("health")
-async def status(archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def status(archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     return plain_json({"status": "STOPPED" if archive.stopped else "STARTED"})
 
 
 @operation("health")
-async def control(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def control(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     """``POST /ctrl/{start,stop,reload}``: REST goes on working either way."""
     verb = request.match_info["verb"]
     if verb != "reload":
@@ -57,33 +57,33 @@ async def control(archive: Archive, request: web.Request) -> web.StreamResponse:
 
 
 @operation("health")
-async def server_time(archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def server_time(archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     now = datetime.fromtimestamp(archive.now_s()).astimezone()
     text = now.strftime("%Y-%m-%dT%H:%M:%S.") + f"{now.microsecond // 1000:03d}" + now.strftime("%z")
     return web.Response(text=f'{{"serverTimeWithTimezone": "{text}"}}', content_type="application/json")
 
 
 @operation("health")
-async def time_zone(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def time_zone(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     local = time.localtime()
     return plain_json({"timeZone": local.tm_zone, "offset": local.tm_gmtoff * 1000})
 
 
 @operation("health")
-async def associations(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def associations(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     return plain_json([])
 
 
 @operation("storage")
-async def storage(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def storage(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     """A storage that cannot be opened is left out: an empty list means trouble."""
     wanted = request.query
     ours = wanted.get("uriScheme", "file") == "file" and wanted.get("dicomAETitle", "DCM4CHEE") in APPLICATION_ENTITIES
     usage = wanted.get("usage", "dcmObjectStorageID") == "dcmObjectStorageID"
-    if request[MOOD].storage_down or not (ours and usage) or "dcmStorageClusterID" in wanted:
+    if request[FAULT].storage_down or not (ours and usage) or "dcmStorageClusterID" in wanted:
         return plain_json([])
     used = archive.store.tally().size_bytes + archive.store.waiting_bytes()
-    usable = 0 if request[MOOD].disk_full == "A700" else max(TOTAL_BYTES - used, 0)
+    usable = 0 if request[FAULT].disk_full == "A700" else max(TOTAL_BYTES - used, 0)
     if usable >= _bytes(wanted.get("usableSpaceBelow")):
         return plain_json([])
     entry = {
@@ -96,7 +96,7 @@ async def storage(archive: Archive, request: web.Request) -> web.StreamResponse:
         "usableSpace": usable,
         "totalSpace": TOTAL_BYTES,
     }
-    if request[MOOD].disk_full == "272":
+    if request[FAULT].disk_full == "272":
         entry |= {"storageThreshold": ["90GB"], "dcmStorageThresholdExceeded": True}
     return plain_json([entry])
 
@@ -113,7 +113,7 @@ def _bytes(text: str | None) -> float:
 # -- queues: the store's journal holds one entry per change of a task -------------------------------------------------
 
 
-def queue_task(archive: Archive, queue: str, kind: str, batch_id: str | None, uri: str) -> dict[str, Any]:
+def queue_task(archive: ArchiveState, queue: str, kind: str, batch_id: str | None, uri: str) -> dict[str, Any]:
     """A new task, waiting."""
     now = _timestamp(archive)
     task = {
@@ -132,18 +132,18 @@ def queue_task(archive: Archive, queue: str, kind: str, batch_id: str | None, ur
     return task
 
 
-def finish_task(archive: Archive, task: dict[str, Any], status: str, message: str) -> None:
+def finish_task(archive: ArchiveState, task: dict[str, Any], status: str, message: str) -> None:
     now = _timestamp(archive)
     said = {"errorMessage" if status == "FAILED" else "outcomeMessage": message}
     times = {"updatedTime": now, "processingStartTime": now, "processingEndTime": now}
     archive.store.note({"task": {**task, "status": status, **times, **said}}, at_s=archive.now_s())
 
 
-def _timestamp(archive: Archive) -> str:
+def _timestamp(archive: ArchiveState) -> str:
     return datetime.fromtimestamp(archive.now_s()).astimezone().strftime("%Y-%m-%dT%H:%M:%S.000%z")
 
 
-def _tasks(archive: Archive, request: web.Request) -> list[dict[str, Any]]:
+def _tasks(archive: ArchiveState, request: web.Request) -> list[dict[str, Any]]:
     """Those the query asks for; the queue's name is only a filter, so an unknown one has none."""
     latest = {entry["task"]["taskID"]: entry["task"] for _n, _at, entry in archive.store.journal() if "task" in entry}
     wanted = {"queue": request.match_info["queue"]}
@@ -152,18 +152,18 @@ def _tasks(archive: Archive, request: web.Request) -> list[dict[str, Any]]:
 
 
 @operation("health")
-async def queues(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def queues(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     return plain_json([{"name": name, "description": text} for name, text in QUEUES.items()])
 
 
 @operation("health")
-async def tasks(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def tasks(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     need_database(request)
     return plain_json(_tasks(archive, request))
 
 
 @operation("health")
-async def count_tasks(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def count_tasks(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     need_database(request)
     return plain_json({"count": len(_tasks(archive, request))})
 
@@ -172,7 +172,7 @@ async def count_tasks(archive: Archive, request: web.Request) -> web.StreamRespo
 
 
 @operation("health")
-async def metrics(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def metrics(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     return plain_json(
         [
             {"dcmMetricsName": name, "dicomDescription": name, "dcmMetricsRetentionPeriod": 60, "dcmUnit": unit}
@@ -182,7 +182,7 @@ async def metrics(_archive: Archive, _request: web.Request) -> web.StreamRespons
 
 
 @operation("health")
-async def metric(_archive: Archive, request: web.Request) -> web.StreamResponse:
+async def metric(_archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     name = request.match_info["name"]
     if name not in _METRICS:
         raise refuse(404, f"No such Metrics: {name}")
@@ -190,7 +190,7 @@ async def metric(_archive: Archive, request: web.Request) -> web.StreamResponse:
 
 
 @operation("health")
-async def application_entities(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def application_entities(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     entries = []
     for ae in APPLICATION_ENTITIES.values():
         entry: dict[str, Any] = {"dicomAETitle": ae.title, "dicomDescription": ae.description}
@@ -202,7 +202,7 @@ async def application_entities(_archive: Archive, _request: web.Request) -> web.
 
 
 @operation("health")
-async def devices(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def devices(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     archive = {
         "dicomDeviceName": DEVICE,
         "dicomManufacturer": "dcm4che.org",
@@ -217,7 +217,7 @@ async def devices(_archive: Archive, _request: web.Request) -> web.StreamRespons
 
 
 @operation("health")
-async def web_applications(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def web_applications(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     return plain_json(
         [
             {
@@ -234,24 +234,24 @@ async def web_applications(_archive: Archive, _request: web.Request) -> web.Stre
 
 
 @operation("health")
-async def rejection_codes(_archive: Archive, request: web.Request) -> web.StreamResponse:
+async def rejection_codes(_archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     only_revoke = request.query.get("dcmRevokeRejection") == "true"
     codes = [REVOKE] if only_revoke else list(REJECTION_CODES.values())
     return plain_json([code.as_json() for code in codes])
 
 
 @operation("health")
-async def device_name(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def device_name(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     return plain_json({"dicomDeviceName": DEVICE, "UIConfigurationDeviceName": DEVICE})
 
 
 @operation("health")
-async def exporters(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def exporters(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     return plain_json([])
 
 
 @operation("health")
-async def wildfly_health(_archive: Archive, _request: web.Request) -> web.StreamResponse:
+async def wildfly_health(_archive: ArchiveState, _request: web.Request) -> web.StreamResponse:
     """What WildFly's management port says; it never asks the database."""
     checks: list[dict[str, Any]] = [
         {"name": "server-state", "outcome": True, "data": {"value": "running"}},

@@ -16,7 +16,7 @@ from pydicom.datadict import keyword_for_tag, tag_for_keyword
 from sandbox.dcm4chee.aets import APPLICATION_ENTITIES, ApplicationEntity
 from sandbox.dcm4chee.objects import Attributes, patient_merged
 from sandbox.store import Store, first_value
-from sandbox.web import MOOD, Site
+from sandbox.web import FAULT, Site
 
 DEVICE = "dcm4chee-arc"
 #: Files of deleted instances lie on disk until the purge that runs every five minutes.
@@ -76,7 +76,7 @@ def unknown(request: web.Request) -> Refusal:
 
 
 @dataclass
-class Archive:
+class ArchiveState:
     """One archive: where it keeps things and what is under way in it."""
 
     site: Site
@@ -112,7 +112,7 @@ def identity(attributes: Attributes) -> tuple[str | None, str | None]:
     return first_value(attributes.get("00100020")), first_value(attributes.get("00100021"))
 
 
-Service = Callable[[Archive, web.Request], Awaitable[web.StreamResponse]]
+Service = Callable[[ArchiveState, web.Request], Awaitable[web.StreamResponse]]
 
 
 def entity(request: web.Request, service_class: str) -> ApplicationEntity:
@@ -132,7 +132,7 @@ def entity(request: web.Request, service_class: str) -> ApplicationEntity:
 
 def need_database(request: web.Request) -> None:
     """The crash of a service whose first act is a query, while the database is down."""
-    if request[MOOD].database_down:
+    if request[FAULT].database_down:
         raise database_crash()
 
 

@@ -17,11 +17,11 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from sandbox import pictures, pixels
 from sandbox.datasets import DEFLATED, Header
-from sandbox.dcm4chee.archive import Archive, Refusal, refuse
+from sandbox.dcm4chee.archive import ArchiveState, Refusal, refuse
 from sandbox.dcm4chee.media import ANY, Media, accepted
 from sandbox.dcm4chee.objects import has_pixels, read_header
 from sandbox.dcm4chee.retrieval import OCTETS, Matched, Parts, completeness, match_rows, not_acceptable, related
-from sandbox.store import Row
+from sandbox.store import InstanceRow
 from sandbox.web import CHUNK_BYTES, Streamed, operation
 
 #: The media type of one compressed frame.
@@ -39,7 +39,7 @@ FRAME_TYPES = {
 
 
 @operation("retrieve")
-async def frames(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def frames(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     row, header = _image(archive, request)
     numbers = _frame_numbers(request.match_info["frames"])
     available = int(header.dataset.get("NumberOfFrames") or 1)
@@ -57,7 +57,7 @@ async def frames(archive: Archive, request: web.Request) -> web.StreamResponse:
     return related(parts(), f'"{kind}";transfer-syntax={syntax}', 206 if missing else 200, {})
 
 
-def _image(archive: Archive, request: web.Request) -> tuple[Row, Header]:
+def _image(archive: ArchiveState, request: web.Request) -> tuple[InstanceRow, Header]:
     _ae, matched = match_rows(archive, request)
     header = read_header(matched.rows[0].path)
     if not has_pixels(header):
@@ -75,7 +75,7 @@ def _frame_numbers(text: str) -> list[int]:
     return numbers
 
 
-def _frame_form(request: web.Request, row: Row) -> tuple[str, bool]:
+def _frame_form(request: web.Request, row: InstanceRow) -> tuple[str, bool]:
     """The media type of the frames, and whether they stay compressed."""
     own = FRAME_TYPES.get(row.transfer_syntax_uid)
     for one in accepted(request):
@@ -88,7 +88,7 @@ def _frame_form(request: web.Request, row: Row) -> tuple[str, bool]:
     raise Refusal(not_acceptable())
 
 
-async def _frame(row: Row, header: Header, number: int, compressed: bool) -> AsyncIterator[bytes]:
+async def _frame(row: InstanceRow, header: Header, number: int, compressed: bool) -> AsyncIterator[bytes]:
     """One frame's bytes, as they lie in the file where that is what was asked for."""
     syntax = UID(row.transfer_syntax_uid)
     native = not syntax.is_compressed and syntax.is_little_endian and int(header.dataset.BitsAllocated) % 8 == 0
@@ -99,7 +99,7 @@ async def _frame(row: Row, header: Header, number: int, compressed: bool) -> Asy
         yield await asyncio.to_thread(_decoded_frame, row, number)
 
 
-def _decoded_frame(row: Row, number: int) -> bytes:
+def _decoded_frame(row: InstanceRow, number: int) -> bytes:
     if row.transfer_syntax_uid == DEFLATED:
         array = pixel_array(dcmread(row.path), index=number - 1)
     else:
@@ -133,14 +133,14 @@ def pixel_data(request: web.Request, matched: Matched, asked: Media) -> Streamed
     return related(parts(), f'"{asked.related}"', status, headers)
 
 
-async def _all_frames(row: Row, header: Header, numbers: Sequence[int]) -> AsyncIterator[bytes]:
+async def _all_frames(row: InstanceRow, header: Header, numbers: Sequence[int]) -> AsyncIterator[bytes]:
     for number in numbers:
         async for chunk in _frame(row, header, number, False):
             yield chunk
 
 
 @operation("retrieve")
-async def bulk_data(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def bulk_data(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     """``…/bulkdata/{tag}[/{item}/{tag}…]``."""
     _ae, matched = match_rows(archive, request)
     ds = dcmread(matched.rows[0].path, defer_size=1 << 16)
@@ -171,7 +171,7 @@ def _bulk_value(ds: Dataset, steps: Sequence[str]) -> bytes:
 
 
 @operation("retrieve")
-async def rendered(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def rendered(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     """``/rendered`` and ``/thumbnail`` of an instance or frame: JPEG or PNG."""
     row, header = _image(archive, request)
     number = int(request.match_info.get("frame", 1))

@@ -21,7 +21,7 @@ from sandbox.dcm4chee.aets import EXPIRED, NOTE, REJECTION_CODES, REVOKE, Applic
 from sandbox.dcm4chee.archive import (
     PURGE_INTERVAL_S,
     RESERVED,
-    Archive,
+    ArchiveState,
     Refusal,
     crash,
     entity,
@@ -34,8 +34,8 @@ from sandbox.dcm4chee.archive import (
 )
 from sandbox.dcm4chee.objects import KEY_OBJECT, written
 from sandbox.dcm4chee.qido import UNCOUNTED, rejection_state
-from sandbox.store import Condition, NewInstance, Row
-from sandbox.web import MOOD, operation
+from sandbox.store import Condition, InstanceRow, NewInstance
+from sandbox.web import FAULT, operation
 
 #: deleteStudyChunkSize
 _CHUNK = 100
@@ -56,7 +56,7 @@ def _code(text: str) -> RejectionCode:
 
 
 @operation("reject")
-async def reject(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def reject(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     ae = entity(request, "DCM4CHEE_ARC_AET")
     code = _code(request.match_info["code"])
     need_database(request)
@@ -68,11 +68,15 @@ async def reject(archive: Archive, request: web.Request) -> web.StreamResponse:
         task = queue_task(archive, "Rejection", "REJECT", asked.get("batchID"), str(request.url))
         asyncio.get_running_loop().call_soon(_reject_later, archive, ae, code, named, task)
         return web.Response(status=202)
-    return plain_json({"count": _reject(archive, ae, code, named, half_way=request[MOOD].crash_in_reject)})
+    return plain_json({"count": _reject(archive, ae, code, named, half_way=request[FAULT].crash_in_reject)})
 
 
 def _reject_later(
-    archive: Archive, ae: ApplicationEntity, code: RejectionCode, named: dict[str, str | None], task: dict[str, Any]
+    archive: ArchiveState,
+    ae: ApplicationEntity,
+    code: RejectionCode,
+    named: dict[str, str | None],
+    task: dict[str, Any],
 ) -> None:
     try:
         count = _reject(archive, ae, code, named)
@@ -83,7 +87,7 @@ def _reject_later(
 
 
 def _reject(
-    archive: Archive,
+    archive: ArchiveState,
     ae: ApplicationEntity,
     code: RejectionCode,
     named: dict[str, str | None],
@@ -119,7 +123,7 @@ def _reject(
     return len(rows) + len(notes)  # a revoke counts the notes too
 
 
-def _stopped(archive: Archive, code: RejectionCode, rows: Sequence[Row]) -> Refusal:
+def _stopped(archive: ArchiveState, code: RejectionCode, rows: Sequence[InstanceRow]) -> Refusal:
     """Each instance is rejected in a transaction of its own; that which counts series and study is rolled back."""
     with archive.store.transaction():
         archive.store.reject([row.key for row in rows], code.code)
@@ -128,7 +132,7 @@ def _stopped(archive: Archive, code: RejectionCode, rows: Sequence[Row]) -> Refu
     return crash("jakarta.persistence.OptimisticLockException", "Row was updated or deleted by another transaction")
 
 
-def _count_series(archive: Archive, rows: Sequence[Row]) -> None:
+def _count_series(archive: ArchiveState, rows: Sequence[InstanceRow]) -> None:
     """The series of ``rows`` are counted anew, and so what an earlier rejection has left in them."""
     for study, series in {(row.study_instance_uid, row.series_instance_uid) for row in rows}:
         for row in archive.store.instances(study_instance_uid=study, series_instance_uid=series):
@@ -136,7 +140,7 @@ def _count_series(archive: Archive, rows: Sequence[Row]) -> None:
                 archive.store.annotate(row.key, {name: note for name, note in row.notes.items() if name != UNCOUNTED})
 
 
-def _leave_note(archive: Archive, code: RejectionCode, rows: Sequence[Row]) -> None:
+def _leave_note(archive: ArchiveState, code: RejectionCode, rows: Sequence[InstanceRow]) -> None:
     """The Key Object Selection that says what was rejected, in a new series of the study."""
     study_instance_uid = rows[0].study_instance_uid
     found = archive.store.search("study", [Condition("study_instance_uid", "=", study_instance_uid)])[0]
@@ -186,7 +190,7 @@ def _coded(code: RejectionCode) -> Dataset:
     return item
 
 
-def _evidence(rows: Sequence[Row]) -> Dataset:
+def _evidence(rows: Sequence[InstanceRow]) -> Dataset:
     study = Dataset()
     study.StudyInstanceUID = rows[0].study_instance_uid
     study.ReferencedSeriesSequence = []
@@ -200,7 +204,7 @@ def _evidence(rows: Sequence[Row]) -> Dataset:
     return study
 
 
-def _referenced(row: Row) -> Dataset:
+def _referenced(row: InstanceRow) -> Dataset:
     item = Dataset()
     item.ReferencedSOPClassUID = row.sop_class_uid
     item.ReferencedSOPInstanceUID = row.sop_instance_uid
@@ -211,7 +215,7 @@ def _referenced(row: Row) -> Dataset:
 
 
 @operation("delete")
-async def delete_study(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def delete_study(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     study = request.match_info["study"]
     asked = {parameter.name: parameter.value for parameter in parameters(request)}
     for name in asked:
@@ -231,10 +235,10 @@ async def delete_study(archive: Archive, request: web.Request) -> web.StreamResp
     try:
         for start in range(0, len(rows), _CHUNK):
             # The mood's latency is per chunk here, so that a second request can meet the first one at work.
-            await asyncio.sleep(request[MOOD].latency_s())
+            await asyncio.sleep(request[FAULT].latency_s())
             retained_for_ever = asked.get("retainObj") == "true"
             free_at_s = float("inf") if retained_for_ever else archive.now_s() + PURGE_INTERVAL_S
-            if request[MOOD].crash_in_delete:
+            if request[FAULT].crash_in_delete:
                 archive.cut_off.add(study)
                 raise crash("java.net.SocketException", "Connection reset")
             archive.store.delete(rows[start : start + _CHUNK], free_at_s=free_at_s)
@@ -248,7 +252,7 @@ async def delete_study(archive: Archive, request: web.Request) -> web.StreamResp
 
 
 @operation("delete")
-async def delete_rejected(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def delete_rejected(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     """Archive-wide: every instance rejected with that code, whoever rejected it."""
     asked = {parameter.name: parameter.value for parameter in parameters(request)}
     before_s = _before_s(request, asked.get("rejectedBefore"))
@@ -265,13 +269,13 @@ async def delete_rejected(archive: Archive, request: web.Request) -> web.StreamR
     return plain_json({"deleted": len(rows)})
 
 
-def _rejected_with(archive: Archive, code: str, before_s: float) -> list[Row]:
+def _rejected_with(archive: ArchiveState, code: str, before_s: float) -> list[InstanceRow]:
     """Instances rejected with a code before that time, and the notes that say so."""
     rows = archive.store.instances(view=f"rejection IN ('{code}', '{NOTE}{code}')")
     return [row for row in rows if row.notes.get("rejected_at_s", row.received_at_s) < before_s]
 
 
-def run_schedulers(archive: Archive) -> None:
+def run_schedulers(archive: ArchiveState) -> None:
     """What the archive does by itself: delete what expired a day ago, free the files of what was deleted."""
     if archive.stopped:
         return

@@ -8,9 +8,9 @@ from pydicom import Dataset
 
 from sandbox.datasets import Header
 from sandbox.dcm4chee.aets import NOTE, REJECTION_CODES
-from sandbox.dcm4chee.archive import Archive
+from sandbox.dcm4chee.archive import ArchiveState
 from sandbox.dcm4chee.objects import KEY_OBJECT
-from sandbox.store import NewInstance, Row
+from sandbox.store import InstanceRow, NewInstance
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class RejectionNote:
     code: str
     named: tuple[tuple[str, str], ...]
 
-    def why_not(self, archive: Archive) -> str:
+    def refusal(self, archive: ArchiveState) -> str:
         """Why it cannot take effect; "" if it can."""
         for series, instance in self.named:
             if not self._rows(archive, series, instance):
@@ -29,7 +29,7 @@ class RejectionNote:
                 return f"Failed to reject Instance[uid={instance}] - no such {missing}[uid={uid}]."
         return ""
 
-    def take_effect(self, archive: Archive, note: NewInstance) -> None:
+    def take_effect(self, archive: ArchiveState, note: NewInstance) -> None:
         """Reject what it names, and count it among the notes."""
         rows = [row for series, instance in self.named for row in self._rows(archive, series, instance)]
         with archive.store.transaction():
@@ -38,7 +38,7 @@ class RejectionNote:
                 archive.store.reject([row.key], NOTE + self.code)
 
     @staticmethod
-    def _rows(archive: Archive, series: str, instance: str) -> list[Row]:
+    def _rows(archive: ArchiveState, series: str, instance: str) -> list[InstanceRow]:
         return archive.store.instances(series_instance_uid=series, sop_instance_uid=instance)
 
 

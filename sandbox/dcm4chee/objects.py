@@ -79,7 +79,7 @@ def read_header(source: Path | bytes) -> Header:
     """Raises `Unreadable`."""
     try:
         return datasets.read_header(source)
-    except datasets.NotDicom as error:
+    except datasets.NotDicomFile as error:
         with opened(source) as file:
             is_dicom = file.read(132)[128:] == b"DICM"
         raise Unreadable(is_dicom, str(error)) from error
@@ -90,7 +90,7 @@ def names(source: Path | bytes) -> tuple[str, str] | None:
     with opened(source) as file:
         try:
             ds = datasets.parse(file, specific_tags=["SOPClassUID", "SOPInstanceUID"])
-        except datasets.NotDicom:
+        except datasets.NotDicomFile:
             return None
     found = ds.get("SOPClassUID"), ds.get("SOPInstanceUID")
     return (str(found[0]), str(found[1])) if all(found) else None

@@ -20,7 +20,7 @@ from sandbox.dcm4chee.archive import (
     CREATOR,
     PRIVATE,
     RESERVED,
-    Archive,
+    ArchiveState,
     Parameter,
     Refusal,
     attribute_path,
@@ -35,7 +35,7 @@ from sandbox.dcm4chee.archive import (
 )
 from sandbox.dcm4chee.forms import csv_text, native_xml
 from sandbox.dcm4chee.media import ANY, Media, accepted
-from sandbox.store import COLUMNS, EVERYTHING, Condition, Found, Level, first_value
+from sandbox.store import COLUMNS, EVERYTHING, Condition, Level, SearchHit, first_value
 from sandbox.web import DICOM_JSON, dicom_json, multipart, once, operation
 
 Attributes = dict[str, Any]
@@ -89,7 +89,7 @@ _FORMS = {
 
 
 @dataclass
-class Query:
+class QidoQuery:
     """What a query string asks for, as far as this stand-in understands it."""
 
     level: Level
@@ -112,9 +112,9 @@ def _column(tag: str, level: Level) -> str | None:
     return None
 
 
-def read_query(archive: Archive, request: web.Request, level: Level) -> Query:
+def read_query(archive: ArchiveState, request: web.Request, level: Level) -> QidoQuery:
     """The query string and the UIDs of the path; raises the 400 of anything unknown."""
-    query = Query(level, fields=set(DEFAULTS[level]))
+    query = QidoQuery(level, fields=set(DEFAULTS[level]))
     asked = parameters(request)
     if any(p.name == "includedefaults" and p.value == "false" for p in asked):
         query.fields = set()
@@ -134,7 +134,7 @@ def read_query(archive: Archive, request: web.Request, level: Level) -> Query:
     return query
 
 
-def _apply(archive: Archive, request: web.Request, query: Query, parameter: Parameter) -> None:
+def _apply(archive: ArchiveState, request: web.Request, query: QidoQuery, parameter: Parameter) -> None:
     """One parameter that means something."""
     if parameter.name == "limit":
         query.limit = int(parameter.value)
@@ -153,7 +153,7 @@ def _apply(archive: Archive, request: web.Request, query: Query, parameter: Para
         _filter(archive, query, path, parameter.values)
 
 
-def _include(request: web.Request, query: Query, name: str) -> None:
+def _include(request: web.Request, query: QidoQuery, name: str) -> None:
     if name == "all":
         query.everything = True
         return
@@ -163,14 +163,14 @@ def _include(request: web.Request, query: Query, name: str) -> None:
     query.fields.add(path[0])
 
 
-def _order(request: web.Request, query: Query, name: str) -> None:
+def _order(request: web.Request, query: QidoQuery, name: str) -> None:
     path = attribute_path(name.lstrip("-"))
     if path is None:
         raise invalid(request, f"Unknown orderby: {name}", name)
     query.order.append((path[0], name.startswith("-")))
 
 
-def _filter(archive: Archive, query: Query, path: list[str], values: tuple[str, ...]) -> None:
+def _filter(archive: ArchiveState, query: QidoQuery, path: list[str], values: tuple[str, ...]) -> None:
     """A matching key; one without a value is universal matching.
 
     What the archive does not match, and a value that it cannot read, is ignored without a word.
@@ -216,13 +216,13 @@ def _single(column: str, value: str) -> Iterator[Condition]:
 # -- results --------------------------------------------------------------------------------------------------------
 
 
-def _view(query: Query, ae: ApplicationEntity) -> str:
+def _view(query: QidoQuery, ae: ApplicationEntity) -> str:
     """Instances are filtered in SQL; studies and series only afterwards."""
     return ae.view if query.level == "instance" else EVERYTHING
 
 
 def _shown(
-    archive: Archive, request: web.Request, query: Query, ae: ApplicationEntity, found: Found
+    archive: ArchiveState, request: web.Request, query: QidoQuery, ae: ApplicationEntity, found: SearchHit
 ) -> Attributes | None:
     """One hit as it will be answered, or None if this AE sees nothing of it."""
     everything = {**found.study, **found.series, **found.instance}
@@ -256,7 +256,7 @@ def _vr(tag: str) -> str:
     return dictionary_VR(int(tag, 16)).split(" ")[0]
 
 
-def _counted(archive: Archive, level: Level, ae: ApplicationEntity, found: Found) -> Attributes:
+def _counted(archive: ArchiveState, level: Level, ae: ApplicationEntity, found: SearchHit) -> Attributes:
     """What the archive computes: counts and modalities as this AE sees them."""
     study = archive.store.tally(found.study_instance_uid, view=ae.view)
     computed: Attributes = {
@@ -273,7 +273,7 @@ def _counted(archive: Archive, level: Level, ae: ApplicationEntity, found: Found
     return computed
 
 
-def _private(archive: Archive, level: Level, found: Found) -> Attributes:
+def _private(archive: ArchiveState, level: Level, found: SearchHit) -> Attributes:
     rows = archive.store.instances(
         study_instance_uid=found.study_instance_uid,
         series_instance_uid=found.series_instance_uid,
@@ -325,7 +325,7 @@ def _dt(at_s: float) -> str:
     return datetime.fromtimestamp(at_s, UTC).strftime("%Y%m%d%H%M%S.%f")[:18] + "+0000"
 
 
-def _retrieve_url(request: web.Request, found: Found) -> str:
+def _retrieve_url(request: web.Request, found: SearchHit) -> str:
     url = f"{services_url(request)}/studies/{found.study_instance_uid}"
     if found.series_instance_uid:
         url += f"/series/{found.series_instance_uid}"
@@ -341,7 +341,9 @@ def _matches(element: Attributes | None, values: tuple[str, ...]) -> bool:
     return any(re.fullmatch(pattern, text) for pattern in patterns for text in own)
 
 
-def _page(archive: Archive, query: Query, view: str, show: Callable[[Found], Attributes | None]) -> list[Attributes]:
+def _page(
+    archive: ArchiveState, query: QidoQuery, view: str, show: Callable[[SearchHit], Attributes | None]
+) -> list[Attributes]:
     """One page. With a limit, rows that turn out to be hidden are made up for by the rows behind them."""
     if query.order:
         return _ordered(archive, query, view, show)
@@ -357,7 +359,9 @@ def _page(archive: Archive, query: Query, view: str, show: Callable[[Found], Att
     return page[:wanted]
 
 
-def _ordered(archive: Archive, query: Query, view: str, show: Callable[[Found], Attributes | None]) -> list[Attributes]:
+def _ordered(
+    archive: ArchiveState, query: QidoQuery, view: str, show: Callable[[SearchHit], Attributes | None]
+) -> list[Attributes]:
     found = archive.store.search(query.level, query.conditions, view=view)
     for tag, descending in reversed(query.order):
         found.sort(key=lambda one: _sort_key(one, tag), reverse=descending)
@@ -365,7 +369,7 @@ def _ordered(archive: Archive, query: Query, view: str, show: Callable[[Found], 
     return shown[: min(query.limit or MAX_RESULTS, MAX_RESULTS)]
 
 
-def _sort_key(found: Found, tag: str) -> tuple[bool, int, str]:
+def _sort_key(found: SearchHit, tag: str) -> tuple[bool, int, str]:
     """Numbers by their value, everything else as text; what is missing comes last."""
     text = first_value({**found.study, **found.series, **found.instance}.get(tag))
     number = int(text) if text is not None and re.fullmatch(r"-?\d+", text) and tag in ("00200011", "00200013") else 0
@@ -381,7 +385,7 @@ def _level(request: web.Request) -> Level:
 
 
 @operation("query")
-async def search(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def search(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     form = _form(request)
     query = read_query(archive, request, _level(request))
     ae = entity(request, "QIDO_RS")
@@ -428,7 +432,7 @@ async def _written(page: list[Attributes], form: Media, headers: dict[str, str])
 
 
 @operation("query")
-async def count(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def count(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     """Pure SQL at study and series level: hidden ones are counted."""
     query = read_query(archive, request, _level(request))
     ae = entity(request, "QIDO_COUNT")
@@ -437,7 +441,7 @@ async def count(archive: Archive, request: web.Request) -> web.StreamResponse:
 
 
 @operation("query")
-async def size(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def size(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     query = read_query(archive, request, "study")
     entity(request, "DCM4CHEE_ARC_AET")
     need_database(request)

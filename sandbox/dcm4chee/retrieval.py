@@ -14,10 +14,10 @@ from email.utils import formatdate
 from aiohttp import web
 
 from sandbox.dcm4chee.aets import ApplicationEntity
-from sandbox.dcm4chee.archive import Archive, Refusal, entity, need_database, refuse, warning
+from sandbox.dcm4chee.archive import ArchiveState, Refusal, entity, need_database, refuse, warning
 from sandbox.dcm4chee.objects import Attributes
-from sandbox.store import Condition, Row
-from sandbox.web import MOOD, Streamed
+from sandbox.store import Condition, InstanceRow
+from sandbox.web import FAULT, Streamed
 
 OCTETS = "application/octet-stream"
 #: Headers and content of a multipart answer's parts, each made when its turn comes.
@@ -28,7 +28,7 @@ Parts = AsyncIterator[tuple[dict[str, str], AsyncIterator[bytes]]]
 class Matched:
     """What a URL names, as far as the AE may see it and its file is there."""
 
-    rows: list[Row]
+    rows: list[InstanceRow]
     lost: int
 
     @property
@@ -41,7 +41,7 @@ class Matched:
         }
 
 
-def match_rows(archive: Archive, request: web.Request) -> tuple[ApplicationEntity, Matched]:
+def match_rows(archive: ArchiveState, request: web.Request) -> tuple[ApplicationEntity, Matched]:
     ae = entity(request, "WADO_RS")
     need_database(request)
     info = request.match_info
@@ -53,7 +53,7 @@ def match_rows(archive: Archive, request: web.Request) -> tuple[ApplicationEntit
     )
     if not rows:
         raise refuse(404, "No matches found.")
-    there = [] if request[MOOD].storage_down else [row for row in rows if row.path.exists()]
+    there = [] if request[FAULT].storage_down else [row for row in rows if row.path.exists()]
     if not there:
         raise refuse(410, "No longer accessible.")
     return ae, Matched(there, len(rows) - len(there))
@@ -74,7 +74,7 @@ def check_conditions(request: web.Request, matched: Matched) -> None:
         raise Refusal(web.Response(status=412))
 
 
-def laid_over(archive: Archive, ae: ApplicationEntity, row: Row) -> Attributes:
+def laid_over(archive: ArchiveState, ae: ApplicationEntity, row: InstanceRow) -> Attributes:
     """What is laid over an object: on DCM4CHEE what the store request said, and what the database says."""
     if ae.returns_as_received:
         return {}

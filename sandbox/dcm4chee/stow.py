@@ -22,7 +22,7 @@ from sandbox.dcm4chee.archive import (
     DEVICE,
     PURGE_INTERVAL_S,
     RESERVED,
-    Archive,
+    ArchiveState,
     Refusal,
     attribute_path,
     entity,
@@ -47,8 +47,8 @@ from sandbox.dcm4chee.objects import (
     read_header,
     supplemented_issuer,
 )
-from sandbox.store import Condition, NewInstance, Row, Spool, first_value
-from sandbox.web import DICOM_JSON, MOOD, BrokenMultipart, Part, TooLarge, dicom_json, operation, read_parts
+from sandbox.store import Condition, InstanceRow, NewInstance, Spool, first_value
+from sandbox.web import DICOM_JSON, FAULT, BodyPart, BrokenMultipart, TooLarge, dicom_json, operation, read_parts
 
 #: HTTP_MAX_POST_SIZE of the image.
 MAX_POST_BYTES = 10_000_000_000
@@ -60,7 +60,7 @@ _OPTIONS = {
 }
 
 
-class Failed(Exception):
+class InstanceFailure(Exception):
     """One instance's FailureReason, and what the Warning header will say of it."""
 
     def __init__(self, reason: int, message: str) -> None:
@@ -69,11 +69,11 @@ class Failed(Exception):
 
 
 @dataclass
-class _Transaction:
+class _StowTransaction:
     """One STOW request and what became of its instances so far."""
 
-    archive: Archive
-    mood: Any
+    archive: ArchiveState
+    fault: Any
     url: str
     study_instance_uid: str | None
     coerced: dict[str, Any]
@@ -86,7 +86,7 @@ class _Transaction:
 
 
 @operation("store")
-async def stow(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def stow(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     content_type = media(request.headers.get("Content-Type", ""))
     if content_type.name != "multipart/related":
         raise Refusal(web.Response(status=415))
@@ -97,8 +97,8 @@ async def stow(archive: Archive, request: web.Request) -> web.StreamResponse:
         raise refuse(400, "Missing Boundary Parameter")
     if (request.content_length or 0) > MAX_POST_BYTES:
         raise Refusal(web.Response(status=400, headers={"Connection": "close"}))
-    store_request = _Transaction(
-        archive, request[MOOD], services_url(request), request.match_info.get("study"), coerced
+    store_request = _StowTransaction(
+        archive, request[FAULT], services_url(request), request.match_info.get("study"), coerced
     )
     try:
         await _take_in(store_request, request, content_type.parameters["boundary"])
@@ -144,9 +144,9 @@ def _coerced(request: web.Request) -> dict[str, Any]:
     return keys.to_json_dict()
 
 
-async def _take_in(transaction: _Transaction, request: web.Request, boundary: str) -> None:
+async def _take_in(transaction: _StowTransaction, request: web.Request, boundary: str) -> None:
     arriving = read_parts(request, boundary, transaction.archive.store, max_bytes=MAX_POST_BYTES)
-    if transaction.mood.lose_last_part:
+    if transaction.fault.lose_last_part:
         arriving = _all_but_the_last(arriving)
     async for part in arriving:
         kind = part.headers.get("content-type")
@@ -155,13 +155,13 @@ async def _take_in(transaction: _Transaction, request: web.Request, boundary: st
             sentence = b"RESTEASY003555: MediaType value is null"
             raise Refusal(web.Response(status=500, body=sentence, headers={"Content-Type": DICOM_JSON}))
         if media(kind).name == "application/dicom":
-            _judge(transaction, part.spool)
+            _store_or_refuse(transaction, part.spool)
         else:
             part.spool.discard()
 
 
-async def _all_but_the_last(parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
-    held: Part | None = None
+async def _all_but_the_last(parts: AsyncIterator[BodyPart]) -> AsyncIterator[BodyPart]:
+    held: BodyPart | None = None
     async for part in parts:
         if held is not None:
             yield held
@@ -170,7 +170,7 @@ async def _all_but_the_last(parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
         held.spool.discard()
 
 
-def _judge(transaction: _Transaction, spool: Spool) -> None:
+def _store_or_refuse(transaction: _StowTransaction, spool: Spool) -> None:
     """Store one part, or say why not."""
     sop_class_uid, sop_instance_uid = NOT_A_DICOM_FILE, f"2.25.{uuid.uuid4().int}"
     spool = _with_preamble(transaction.archive, spool)
@@ -181,7 +181,7 @@ def _judge(transaction: _Transaction, spool: Spool) -> None:
         sop_class_uid, sop_instance_uid = new.sop_class_uid, new.sop_instance_uid
         _may_store(transaction, new)
         _keep_or_reject(transaction.archive, header, new, spool)
-    except Failed as failure:
+    except InstanceFailure as failure:
         transaction.last_failure = str(failure)
         transaction.failed.append({**_reference(sop_class_uid, sop_instance_uid), "00081197": _us(failure.reason)})
     else:
@@ -195,7 +195,7 @@ def _judge(transaction: _Transaction, spool: Spool) -> None:
         spool.discard()
 
 
-def _with_preamble(archive: Archive, spool: Spool) -> Spool:
+def _with_preamble(archive: ArchiveState, spool: Spool) -> Spool:
     """The archive takes a file without its preamble, and writes it with one."""
     with opened(spool.source) as file:
         if file.read(8) != b"\2\0\0\0UL\4\0":
@@ -211,15 +211,15 @@ def _read(spool: Spool) -> Header:
     try:
         header = read_header(spool.source)
         if has_a_broken_end(spool.source, header):
-            raise Failed(0x0110, _CUT_OFF)
+            raise InstanceFailure(0x0110, _CUT_OFF)
         return header
     except Unreadable as error:
         if error.is_dicom:
-            raise Failed(0x0110, _CUT_OFF) from error
-        raise Failed(0xC499, "org.dcm4che3.io.DicomStreamException: Not a DICOM Stream") from error
+            raise InstanceFailure(0x0110, _CUT_OFF) from error
+        raise InstanceFailure(0xC499, "org.dcm4che3.io.DicomStreamException: Not a DICOM Stream") from error
 
 
-def _as_new(transaction: _Transaction, header: Header) -> NewInstance:
+def _as_new(transaction: _StowTransaction, header: Header) -> NewInstance:
     """The object as it will be indexed: query parameters win, what is missing of the patient is filled in."""
     found = {name: datasets.elements(header, tags, STYLE) for name, tags in INDEXED.items()}
     for tag, element in transaction.coerced.items():
@@ -237,7 +237,7 @@ def _as_new(transaction: _Transaction, header: Header) -> NewInstance:
         )
     ]
     if any(uid is None for uid in uids):
-        raise Failed(0x0110, "java.lang.NullPointerException: missing Study, Series or SOP Instance UID")
+        raise InstanceFailure(0x0110, "java.lang.NullPointerException: missing Study, Series or SOP Instance UID")
     study_uid, series_uid, sop_uid, class_uid = [uid or "" for uid in uids]
     _check_texts(transaction.archive, header, study_uid, series_uid)
     return NewInstance(
@@ -274,7 +274,7 @@ _NOT_COMMITTED = (
 )
 
 
-def _check_texts(archive: Archive, header: Header, study_uid: str, series_uid: str) -> None:
+def _check_texts(archive: ArchiveState, header: Header, study_uid: str, series_uid: str) -> None:
     """What the database does not take fails when it is written: of a study's or series' own, with its first image."""
     written = set(_COLUMNS)
     if archive.store.instances(study_instance_uid=study_uid):
@@ -283,7 +283,7 @@ def _check_texts(archive: Archive, header: Header, study_uid: str, series_uid: s
         written.discard(0x00080060)
     texts = [header.text(tag) or "" for tag in written]
     if any(_is_too_much(text) for text in (*texts, *_texts_of_items(header))):
-        raise Failed(0x0110, _NOT_COMMITTED)
+        raise InstanceFailure(0x0110, _NOT_COMMITTED)
 
 
 def _is_too_much(text: str) -> bool:
@@ -300,7 +300,7 @@ def _texts_of_items(header: Header) -> Iterator[str]:
                 yield first_value(item.get(column)) or ""
 
 
-def _identified(transaction: _Transaction, study_instance_uid: str, study: dict[str, Any]) -> dict[str, Any]:
+def _identified(transaction: _StowTransaction, study_instance_uid: str, study: dict[str, Any]) -> dict[str, Any]:
     """The study's attributes with a patient id and an issuer, made up where the object has none.
 
     Requests that overlap do not see what the others have made up.
@@ -324,37 +324,39 @@ def _identified(transaction: _Transaction, study_instance_uid: str, study: dict[
     return study
 
 
-def _known_patient(archive: Archive, study_instance_uid: str) -> dict[str, Any]:
+def _known_patient(archive: ArchiveState, study_instance_uid: str) -> dict[str, Any]:
     found = archive.store.search("study", [Condition("study_instance_uid", "=", study_instance_uid)])
     return {tag: element for tag, element in found[0].study.items() if tag in PATIENT_TAGS} if found else {}
 
 
-def _may_store(transaction: _Transaction, new: NewInstance) -> None:
+def _may_store(transaction: _StowTransaction, new: NewInstance) -> None:
     """Everything but duplicates that keeps an instance out, in the archive's order."""
-    mood = transaction.mood
+    fault = transaction.fault
     if transaction.study_instance_uid not in (None, new.study_instance_uid):
-        raise Failed(
+        raise InstanceFailure(
             0xC409,
             f"Study Instance UID[{new.study_instance_uid}] of received object does not match "
             f"Study Instance UID[{transaction.study_instance_uid}] specified in the request URL",
         )
-    if mood.failure_reason is not None:
-        raise Failed(mood.failure_reason, f"Failure {mood.failure_reason:04X}")
-    if mood.storage_down or mood.disk_full == "A700":
-        raise Failed(0xA700, "java.nio.file.FileSystemException: No space left on device")
-    if mood.disk_full == "272":
-        raise Failed(0x0110, "java.io.IOException: No space left on configured storage systems")
-    if mood.database_down:
-        raise Failed(0x0110, "jakarta.ejb.EJBException: Unable to acquire JDBC Connection")
-    if mood.fail_image == new.sop_instance_uid:
-        raise Failed(0x0110, "java.lang.NullPointerException")
-    if mood.transient_272:
-        raise Failed(0x0110, "jakarta.persistence.PersistenceException: duplicate key value violates unique constraint")
+    if fault.failure_reason is not None:
+        raise InstanceFailure(fault.failure_reason, f"Failure {fault.failure_reason:04X}")
+    if fault.storage_down or fault.disk_full == "A700":
+        raise InstanceFailure(0xA700, "java.nio.file.FileSystemException: No space left on device")
+    if fault.disk_full == "272":
+        raise InstanceFailure(0x0110, "java.io.IOException: No space left on configured storage systems")
+    if fault.database_down:
+        raise InstanceFailure(0x0110, "jakarta.ejb.EJBException: Unable to acquire JDBC Connection")
+    if fault.fail_image == new.sop_instance_uid:
+        raise InstanceFailure(0x0110, "java.lang.NullPointerException")
+    if fault.transient_272:
+        raise InstanceFailure(
+            0x0110, "jakarta.persistence.PersistenceException: duplicate key value violates unique constraint"
+        )
     if new.study_instance_uid in transaction.archive.deleting:
-        raise Failed(0xA77A, f"Study[uid={new.study_instance_uid}] is being deleted")
+        raise InstanceFailure(0xA77A, f"Study[uid={new.study_instance_uid}] is being deleted")
 
 
-def _keep(archive: Archive, new: NewInstance, spool: Spool) -> None:
+def _keep(archive: ArchiveState, new: NewInstance, spool: Spool) -> None:
     """Store a first instance; a known SOP Instance UID is ignored, refused or restored instead."""
     known = archive.store.by_sop(new.sop_instance_uid)
     if known:
@@ -362,23 +364,23 @@ def _keep(archive: Archive, new: NewInstance, spool: Spool) -> None:
         return
     patient = _known_patient(archive, new.study_instance_uid)
     if patient and identity(patient) != identity(new.study):
-        raise Failed(0xA778, f"Conflicting Patient ID in Study[uid={new.study_instance_uid}]")
+        raise InstanceFailure(0xA778, f"Conflicting Patient ID in Study[uid={new.study_instance_uid}]")
     archive.store.add(new, spool)
     archive.learn(new.study)
 
 
-def _keep_or_reject(archive: Archive, header: Header, new: NewInstance, spool: Spool) -> None:
+def _keep_or_reject(archive: ArchiveState, header: Header, new: NewInstance, spool: Spool) -> None:
     note = None if archive.store.by_sop(new.sop_instance_uid) else rejection_note(header)
     if note is None:
         _keep(archive, new, spool)
         return
-    if why := note.why_not(archive):
-        raise Failed(0xA772, why)
+    if why := note.refusal(archive):
+        raise InstanceFailure(0xA772, why)
     _keep(archive, new, spool)
     note.take_effect(archive, new)
 
 
-def _keep_again(archive: Archive, new: NewInstance, spool: Spool, known: Row) -> None:
+def _keep_again(archive: ArchiveState, new: NewInstance, spool: Spool, known: InstanceRow) -> None:
     """Overwrite policy SAME_SOURCE: STOW has no calling AE, so what is there stays, and the client hears nothing.
 
     So it is also with what was rejected in another study or series.
@@ -387,16 +389,16 @@ def _keep_again(archive: Archive, new: NewInstance, spool: Spool, known: Row) ->
         return
     if known.rejection.startswith(NOTE):
         if known.sha256 != spool.sha256:
-            raise Failed(0xA770, f"Rejection Note[uid={new.sop_instance_uid}] already received")
+            raise InstanceFailure(0xA770, f"Rejection Note[uid={new.sop_instance_uid}] already received")
         return
     rule = REJECTION_CODES[known.rejection].on_restow
     if rule == "REJECT":
-        raise Failed(0xA771, f"Subsequent occurrence of rejected Object[uid={new.sop_instance_uid}]")
+        raise InstanceFailure(0xA771, f"Subsequent occurrence of rejected Object[uid={new.sop_instance_uid}]")
     if rule == "RESTORE":
         _restore(archive, new, spool, known)
 
 
-def _restore(archive: Archive, new: NewInstance, spool: Spool, known: Row) -> None:
+def _restore(archive: ArchiveState, new: NewInstance, spool: Spool, known: InstanceRow) -> None:
     """Take the rejection back; other bytes replace the stored ones, under the UIDs they had."""
     if known.sha256 == spool.sha256:
         archive.store.reject([known.key], None)
@@ -406,14 +408,14 @@ def _restore(archive: Archive, new: NewInstance, spool: Spool, known: Row) -> No
         archive.store.add(new, spool)
 
 
-def _place(instance: Row | NewInstance) -> tuple[str, str]:
+def _place(instance: InstanceRow | NewInstance) -> tuple[str, str]:
     return instance.study_instance_uid, instance.series_instance_uid
 
 
 # -- the answer -----------------------------------------------------------------------------------------------------
 
 
-def _answer(transaction: _Transaction, *, as_xml: bool) -> web.Response:
+def _answer(transaction: _StowTransaction, *, as_xml: bool) -> web.Response:
     stored, failed = transaction.stored, transaction.failed
     studies = {study for study, _item in stored}
     retrieve_url: dict[str, Any] = {"vr": "UR"}

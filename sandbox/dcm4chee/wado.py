@@ -18,7 +18,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from sandbox.datasets import AttributePath, JsonStyle
 from sandbox.dcm4chee.aets import ApplicationEntity
-from sandbox.dcm4chee.archive import Archive, Refusal, services_url
+from sandbox.dcm4chee.archive import ArchiveState, Refusal, services_url
 from sandbox.dcm4chee.forms import native_xml
 from sandbox.dcm4chee.frames import FRAME_TYPES, pixel_data
 from sandbox.dcm4chee.media import ANY, Media, accepted
@@ -46,7 +46,7 @@ from sandbox.dcm4chee.retrieval import (
     related,
 )
 from sandbox.pictures import can_decode
-from sandbox.store import Row
+from sandbox.store import InstanceRow
 from sandbox.web import DICOM_JSON, Streamed, file_chunks, multipart, once, operation
 
 DICOM = "application/dicom"
@@ -59,7 +59,7 @@ _VIDEO = ("1.2.840.10008.1.2.4.10", "1.2.840.10008.1.2.4.11")
 
 
 @operation("retrieve")
-async def retrieve(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def retrieve(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     ae, matched = match_rows(archive, request)
     for one in accepted(request):
         if one.name == ANY or one.related == DICOM:
@@ -80,7 +80,7 @@ def _keeps(syntax: str, asked: Media) -> bool:
     return syntax.startswith(_VIDEO) or not UID(syntax).is_compressed
 
 
-async def _outgoing(row: Row, over: Attributes, asked: Media) -> Outgoing | None:
+async def _outgoing(row: InstanceRow, over: Attributes, asked: Media) -> Outgoing | None:
     """One object as it will be sent; None if it cannot be had in the form asked for."""
     try:
         if _keeps(row.transfer_syntax_uid, asked):
@@ -90,7 +90,7 @@ async def _outgoing(row: Row, over: Attributes, asked: Media) -> Outgoing | None
         return None
 
 
-async def _bytes_of(row: Row, outgoing: Outgoing) -> AsyncIterator[bytes]:
+async def _bytes_of(row: InstanceRow, outgoing: Outgoing) -> AsyncIterator[bytes]:
     if outgoing.start:
         yield outgoing.start
     if outgoing.rest_at is not None:
@@ -99,7 +99,7 @@ async def _bytes_of(row: Row, outgoing: Outgoing) -> AsyncIterator[bytes]:
 
 
 async def _objects(
-    archive: Archive, request: web.Request, ae: ApplicationEntity, matched: Matched, asked: Media
+    archive: ArchiveState, request: web.Request, ae: ApplicationEntity, matched: Matched, asked: Media
 ) -> web.StreamResponse:
     needs_codec = [row for row in matched.rows if not _keeps(row.transfer_syntax_uid, asked)]
     unacceptable = {row.key for row in needs_codec if not can_decode(row.transfer_syntax_uid)}
@@ -124,7 +124,7 @@ async def _objects(
 
 
 async def _zip(
-    archive: Archive, request: web.Request, ae: ApplicationEntity, matched: Matched, asked: Media
+    archive: ArchiveState, request: web.Request, ae: ApplicationEntity, matched: Matched, asked: Media
 ) -> web.StreamResponse:
     async def content() -> AsyncIterator[bytes]:
         sink = _Sink()
@@ -167,17 +167,17 @@ class _Sink(io.RawIOBase):
         return b"".join(held)
 
 
-def _names(row: Row) -> list[str]:
+def _names(row: InstanceRow) -> list[str]:
     uids = (row.study_instance_uid, row.series_instance_uid, row.sop_instance_uid)
     return ["DICOM", *(f"{java_hash(uid):08X}" for uid in uids)]
 
 
-def _folders(row: Row) -> list[str]:
+def _folders(row: InstanceRow) -> list[str]:
     names = _names(row)
     return ["/".join(names[:depth]) + "/" for depth in (1, 2, 3)]
 
 
-def _entry(row: Row) -> str:
+def _entry(row: InstanceRow) -> str:
     return "/".join(_names(row)) + ".dcm"
 
 
@@ -185,7 +185,7 @@ def _entry(row: Row) -> str:
 
 
 @operation("metadata")
-async def metadata(archive: Archive, request: web.Request) -> web.StreamResponse:
+async def metadata(archive: ArchiveState, request: web.Request) -> web.StreamResponse:
     ae, matched = match_rows(archive, request)
     as_xml = _wants_xml(request)
     check_conditions(request, matched)
@@ -219,7 +219,7 @@ async def _array(datasets: Iterable[Attributes]) -> AsyncIterator[bytes]:
     yield b"]"
 
 
-def _metadata_of(archive: Archive, request: web.Request, ae: ApplicationEntity, row: Row) -> Attributes:
+def _metadata_of(archive: ArchiveState, request: web.Request, ae: ApplicationEntity, row: InstanceRow) -> Attributes:
     url = (
         f"{services_url(request)}/studies/{row.study_instance_uid}/series/{row.series_instance_uid}"
         f"/instances/{row.sop_instance_uid}"

@@ -20,11 +20,11 @@ from typing import Any
 
 from aiohttp import web
 
-from sandbox.datasets import Header, JsonStyle, NotDicom, elements, read_header, whole
-from sandbox.moods import Mood
+from sandbox.datasets import Header, JsonStyle, NotDicomFile, elements, read_header, whole
+from sandbox.faults import InjectedFault
 from sandbox.msdicom import query as queries
 from sandbox.msdicom import rules as rules
-from sandbox.msdicom.feed import FeedError, Window, read_window
+from sandbox.msdicom.feed import FeedError, FeedWindow, read_window
 from sandbox.pictures import NoPicture, render
 from sandbox.pixels import (
     EXPLICIT_LE,
@@ -37,10 +37,10 @@ from sandbox.pixels import (
     frame_count,
     transcode,
 )
-from sandbox.store import Duplicate, Found, NewInstance, Row, Spool, Store, latest_wins
+from sandbox.store import Duplicate, InstanceRow, NewInstance, SearchHit, Spool, Store, latest_wins
 from sandbox.web import (
     DICOM_JSON,
-    MOOD,
+    FAULT,
     BrokenMultipart,
     Site,
     Streamed,
@@ -80,7 +80,7 @@ def open_store(folder: Path) -> Store:
 
 
 def application(site: Site) -> web.Application:
-    return MsDicom(site).application()
+    return MsDicomServer(site).application()
 
 
 class Problem(Exception):
@@ -107,7 +107,7 @@ async def _problems(request: web.Request, handler: Any) -> web.StreamResponse:
 
 
 @dataclass(frozen=True)
-class _Report:
+class _PublishedReport:
     """A published health report. ``changes`` are those of the moods it was made under."""
 
     at_s: float
@@ -116,14 +116,14 @@ class _Report:
     storage_down: bool
 
 
-class MsDicom:
+class MsDicomServer:
     """One server: its handlers and the little it keeps in memory."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
         self._store = site.store
-        self._report = _Report(float("-inf"), (0, 0), database_down=False, storage_down=False)
-        self._frame_rows: dict[tuple[str, str, str], tuple[float, Row]] = {}
+        self._report = _PublishedReport(float("-inf"), (0, 0), database_down=False, storage_down=False)
+        self._frame_rows: dict[tuple[str, str, str], tuple[float, InstanceRow]] = {}
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[door(self._site), _problems], client_max_size=MAX_BODY_BYTES)
@@ -176,7 +176,7 @@ class MsDicom:
         if (request.content_length or 0) > MAX_BODY_BYTES:
             raise Problem(413, "The request body is too large.")
         spools = await self._receive(request, content)
-        if request[MOOD].lose_last_part and spools:
+        if request[FAULT].lose_last_part and spools:
             spools.pop().discard()
         return self._process(request, spools, version, study)
 
@@ -234,12 +234,12 @@ class MsDicom:
         spool.close()
         try:
             header = read_header(spool.source)
-        except NotDicom:
+        except NotDicomFile:
             spool.discard()
             return {"00081197": _us(rules.FAILED)}, False, False
         item = _identity(header)
-        verdict = rules.judge(header, version, study)
-        reason = rules.FAILED if verdict.errors else self._keep(header, verdict, spool, request[MOOD])
+        verdict = rules.check_file(header, version, study)
+        reason = rules.FAILED if verdict.errors else self._keep(header, verdict, spool, request[FAULT])
         if reason is not None:
             spool.discard()
             item["00081197"] = _us(reason)
@@ -254,20 +254,20 @@ class MsDicom:
             item["00741048"] = _comments(verdict.warnings)
         return item, True, any("\\" in (header.text(tag) or "") for tag in rules.SEARCHABLE)
 
-    def _keep(self, header: Header, verdict: rules.Verdict, spool: Spool, mood: Mood) -> int | None:
+    def _keep(self, header: Header, verdict: rules.FileCheck, spool: Spool, fault: InjectedFault) -> int | None:
         """Put the file into the store; the failure reason if that could not be."""
-        if mood.disk_full == "A700":
+        if fault.disk_full == "A700":
             return rules.OUT_OF_RESOURCES
-        if mood.disk_full or mood.transient_272 or mood.database_down or mood.storage_down:
+        if fault.disk_full or fault.transient_272 or fault.database_down or fault.storage_down:
             return rules.TROUBLE
-        if mood.failure_reason is not None:
-            return mood.failure_reason
+        if fault.failure_reason is not None:
+            return fault.failure_reason
         now_s = self._site.clock.now_s()
         uids = [rules.bare_uid(header.text(tag) or "") for tag in rules.TRIPLE]
         self._settle()
         pending_until_s = None
-        if mood.pending_45071 is not None:
-            pending_until_s = 1e12 if isinstance(mood.pending_45071, str) else now_s + mood.pending_45071
+        if fault.pending_45071 is not None:
+            pending_until_s = 1e12 if isinstance(fault.pending_45071, str) else now_s + fault.pending_45071
         new = _new_instance(header, verdict, uids, now_s, pending_until_s)
         try:
             with self._store.transaction():
@@ -286,7 +286,7 @@ class MsDicom:
                 self._store.complete([row.key])
                 self._publish("Create", row, now_s)
 
-    def _publish(self, action: str, row: Row, now_s: float) -> None:
+    def _publish(self, action: str, row: InstanceRow, now_s: float) -> None:
         entry = {
             "action": action,
             "studyInstanceUid": row.study_instance_uid,
@@ -310,7 +310,7 @@ class MsDicom:
             query = queries.parse(resource, version, request.query.items(), path)
         except queries.BadQuery as error:
             raise Problem(400, str(error)) from None
-        self._check_outage(request[MOOD], needs_files=version == 1 or not query.plain or query.level == "instance")
+        self._check_outage(request[FAULT], needs_files=version == 1 or not query.plain or query.level == "instance")
         self._settle()
         found = self._store.search(query.level, query.conditions, view=_CREATED, limit=query.limit, offset=query.offset)
         if query.fuzzy:
@@ -322,7 +322,7 @@ class MsDicom:
             return web.Response(status=204)
         return dicom_json([self._hit(hit, query) for hit in found])
 
-    def _hit(self, found: Found, query: queries.Query) -> dict[str, Any]:
+    def _hit(self, found: SearchHit, query: queries.MsDicomQuery) -> dict[str, Any]:
         known: dict[str, Any] = queries.indexed(found)
         missing = [tag for tag in query.tags if tag not in queries.KEPT and tag not in queries.COMPUTED]
         if missing:
@@ -330,7 +330,7 @@ class MsDicom:
         answer = {f"{tag:08X}": known[f"{tag:08X}"] for tag in sorted(query.tags) if f"{tag:08X}" in known}
         return dict(sorted({**answer, **self._computed(found, query.tags)}.items()))
 
-    def _from_newest_file(self, found: Found, tags: Sequence[int]) -> dict[str, Any]:
+    def _from_newest_file(self, found: SearchHit, tags: Sequence[int]) -> dict[str, Any]:
         rows = self._store.instances(
             study_instance_uid=found.study_instance_uid,
             series_instance_uid=found.series_instance_uid,
@@ -340,7 +340,7 @@ class MsDicom:
         dropped = {path[0] for path in _dropped(rows[-1]) if len(path) == 1}
         return elements(read_header(rows[-1].path), [tag for tag in tags if tag not in dropped], _STYLE)
 
-    def _computed(self, found: Found, tags: frozenset[int]) -> dict[str, Any]:
+    def _computed(self, found: SearchHit, tags: frozenset[int]) -> dict[str, Any]:
         wanted = tags & queries.COMPUTED
         if not wanted:
             return {}
@@ -363,7 +363,7 @@ class MsDicom:
         _version(request)
         single, syntax = _retrieve_choice(request)
         rows = self._rows(request)
-        self._check_outage(request[MOOD], needs_files=True)
+        self._check_outage(request[FAULT], needs_files=True)
         if syntax == "*" or (all(row.transfer_syntax_uid == syntax for row in rows[:1]) and len(rows) == 1):
             bodies = [(row.transfer_syntax_uid, file_chunks(row.path)) for row in rows]
         elif len(rows) > 1:
@@ -375,11 +375,11 @@ class MsDicom:
         parts = [({"Content-Type": _typed("application/dicom", uid)}, chunks) for uid, chunks in bodies]
         return _multipart_answer(parts)
 
-    def _rows(self, request: web.Request) -> list[Row]:
+    def _rows(self, request: web.Request) -> list[InstanceRow]:
         """The instances a URL names; 404 says which level is missing."""
         uids = _uids(request)
-        mood: Mood = request[MOOD]
-        if mood.database_down:
+        fault: InjectedFault = request[FAULT]
+        if fault.database_down:
             raise Problem(503, "The data store operation failed.")
         self._settle()
         rows = self._store.instances(
@@ -392,9 +392,9 @@ class MsDicom:
             raise Problem(404, f"The specified {'instance' if 'instance' in uids else list(uids)[-1]} cannot be found.")
         return rows
 
-    def _check_outage(self, mood: Mood, *, needs_files: bool) -> None:
+    def _check_outage(self, fault: InjectedFault, *, needs_files: bool) -> None:
         """Default searches of version 2 are pure SQL; everything else also reads blobs."""
-        if mood.database_down or (mood.storage_down and needs_files):
+        if fault.database_down or (fault.storage_down and needs_files):
             raise Problem(503, "The data store operation failed.")
 
     @operation("metadata")
@@ -406,7 +406,7 @@ class MsDicom:
         tag = str(rows[0].key) if "instance" in request.match_info else f"{rows[-1].key}-{len(rows)}"
         if request.headers.get("If-None-Match", "").lower() == tag:
             return web.Response(status=304)
-        self._check_outage(request[MOOD], needs_files=True)
+        self._check_outage(request[FAULT], needs_files=True)
         # The file's own header decides, so nothing of it is kept twice.
         headers = {"Content-Type": DICOM_JSON, "ETag": tag}
         return Streamed(_metadata_chunks(rows), headers=headers)
@@ -419,7 +419,7 @@ class MsDicom:
         if single and len(numbers) > 1:
             raise Problem(400, "Several frames cannot be returned as a single part.")
         row = self._frame_row(request)
-        self._check_outage(request[MOOD], needs_files=True)
+        self._check_outage(request[FAULT], needs_files=True)
         try:
             parts = [frame_chunks(row.path, read_header(row.path), number) for number in numbers]
             if syntax not in ("*", row.transfer_syntax_uid):
@@ -445,7 +445,7 @@ class MsDicom:
         finally:
             spool.discard()
 
-    def _frame_row(self, request: web.Request) -> Row:
+    def _frame_row(self, request: web.Request) -> InstanceRow:
         """The instance, from a cache that no deletion clears."""
         uids = _uids(request)
         now_s = self._site.clock.now_s()
@@ -468,7 +468,7 @@ class MsDicom:
             raise Problem(400, "The quality has to be a whole number from 1 to 100.")
         number = _frame_numbers(request.match_info["frames"])[0] if "frames" in request.match_info else 1
         row = self._rows(request)[0]
-        self._check_outage(request[MOOD], needs_files=True)
+        self._check_outage(request[FAULT], needs_files=True)
         if row.size_bytes > MAX_DECODED_BYTES:
             raise Problem(406, "The file is too large to be rendered.")
         try:
@@ -490,7 +490,7 @@ class MsDicom:
     async def delete(self, request: web.Request) -> web.StreamResponse:
         _version(request)
         uids = _uids(request)
-        if request[MOOD].database_down:
+        if request[FAULT].database_down:
             raise Problem(503, "The data store operation failed.")
         now_s = self._site.clock.now_s()
         self._settle()
@@ -516,7 +516,7 @@ class MsDicom:
             window = read_window(request.query, version)
         except FeedError as error:
             raise Problem(400, str(error)) from None
-        self._check_outage(request[MOOD], needs_files=window.with_metadata)
+        self._check_outage(request[FAULT], needs_files=window.with_metadata)
         self._settle()
         entries = [self._entry(entry, window) for entry in window.choose(self._store.journal())]
         return web.json_response(entries)
@@ -528,12 +528,12 @@ class MsDicom:
             window = read_window(request.query, version, latest=True)
         except FeedError as error:
             raise Problem(400, str(error)) from None
-        self._check_outage(request[MOOD], needs_files=window.with_metadata)
+        self._check_outage(request[FAULT], needs_files=window.with_metadata)
         self._settle()
         last = self._store.last_note()
         return web.Response(status=204) if last is None else web.json_response(self._entry(last, window))
 
-    def _entry(self, noted: tuple[int, float, dict[str, Any]], window: Window) -> dict[str, Any]:
+    def _entry(self, noted: tuple[int, float, dict[str, Any]], window: FeedWindow) -> dict[str, Any]:
         sequence, at_s, entry = noted
         rows = self._store.instances(
             study_instance_uid=entry["studyInstanceUid"],
@@ -565,10 +565,10 @@ class MsDicom:
         So that a test need not wait, a mood of this very operation, or the end of all moods, publishes a new one.
         """
         now_s = self._site.clock.now_s()
-        changes = self._site.moods.changes("msdicom", "health")
+        changes = self._site.faults.changes("msdicom", "health")
         if not 0 <= now_s - self._report.at_s < HEALTH_PERIOD_S or changes != self._report.changes:
-            mood: Mood = request[MOOD]
-            self._report = _Report(now_s, changes, mood.database_down, mood.storage_down)
+            fault: InjectedFault = request[FAULT]
+            self._report = _PublishedReport(now_s, changes, fault.database_down, fault.storage_down)
         down = {"DataStoreHealthCheck": self._report.database_down}
         for name in ("DcmHealthCheck", "MetadataHealthCheck", "WorkitemHealthCheck"):
             down[name] = self._report.storage_down
@@ -660,7 +660,7 @@ def _as_problem(error: Exception) -> Problem:
 
 
 def _new_instance(
-    header: Header, verdict: rules.Verdict, uids: Sequence[str], now_s: float, pending_until_s: float | None
+    header: Header, verdict: rules.FileCheck, uids: Sequence[str], now_s: float, pending_until_s: float | None
 ) -> NewInstance:
     dropped = {path[0] for path in verdict.warnings if len(path) == 1}
 
@@ -702,7 +702,7 @@ def _comments(complaints: dict[tuple[int, ...], str]) -> dict[str, Any]:
     return {"vr": "SQ", "Value": items} if items else {"vr": "SQ"}
 
 
-def _dropped(row: Row) -> set[tuple[int, ...]]:
+def _dropped(row: InstanceRow) -> set[tuple[int, ...]]:
     """The attributes that were invalid when the instance was stored, and so are not in its metadata."""
     return {tuple(path) for path in row.notes.get("dropped", ())}
 
@@ -773,7 +773,7 @@ def _multipart_answer(parts: Sequence[tuple[dict[str, str], AsyncIterator[bytes]
     return Streamed(multipart(parts, boundary), headers={"Content-Type": f"multipart/related; boundary={boundary}"})
 
 
-async def _transcoded(row: Row, transfer_syntax_uid: str) -> bytes:
+async def _transcoded(row: InstanceRow, transfer_syntax_uid: str) -> bytes:
     """The one instance in another transfer syntax; 406 where the server cannot."""
     if row.transfer_syntax_uid not in TRANSCODABLE or row.size_bytes > MAX_DECODED_BYTES:
         raise Problem(406, "The instance cannot be transcoded to the requested transfer syntax.")
@@ -789,7 +789,7 @@ def _picture(path: Path, frame: int, media_type: str, quality: int) -> bytes:
     return file.getvalue()
 
 
-async def _metadata_chunks(rows: Sequence[Row]) -> AsyncIterator[bytes]:
+async def _metadata_chunks(rows: Sequence[InstanceRow]) -> AsyncIterator[bytes]:
     opening = b"["
     for row in rows:
         dataset = whole(read_header(row.path), _STYLE, _dropped(row))

@@ -17,7 +17,7 @@ class FeedError(ValueError):
 
 
 @dataclass(frozen=True)
-class Window:
+class FeedWindow:
     """Version 1 goes by sequence numbers (``limit`` bounds their range), version 2 by time."""
 
     version: int
@@ -38,12 +38,12 @@ class Window:
         return list(islice(timely, self.offset, self.offset + self.limit))
 
 
-def read_window(query: Mapping[str, str], version: int, *, latest: bool = False) -> Window:
+def read_window(query: Mapping[str, str], version: int, *, latest: bool = False) -> FeedWindow:
     """Understand a query string. Raises `FeedError`."""
     given = {name.lower(): value for name, value in query.items()}
     with_metadata = _flag(given.get("includemetadata", "true"))
     if latest:
-        return Window(version, 0, 1, float("-inf"), float("inf"), with_metadata)
+        return FeedWindow(version, 0, 1, float("-inf"), float("inf"), with_metadata)
     largest, usual = (100, 10) if version == 1 else (200, 100)
     limit = _whole("limit", given.get("limit", str(usual)))
     if not 1 <= limit <= largest:
@@ -56,7 +56,7 @@ def read_window(query: Mapping[str, str], version: int, *, latest: bool = False)
         start_s, end_s = _time(given, "startTime", start_s), _time(given, "endTime", end_s)
         if start_s >= end_s:
             raise FeedError("The startTime has to be before the endTime.")
-    return Window(version, offset, limit, start_s, end_s, with_metadata)
+    return FeedWindow(version, offset, limit, start_s, end_s, with_metadata)
 
 
 def _flag(text: str) -> bool:

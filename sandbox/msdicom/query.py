@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
 
 from sandbox.msdicom.rules import is_date
-from sandbox.store import Condition, Found, Level
+from sandbox.store import Condition, Level, SearchHit
 
 STUDY_COLUMNS = {
     0x0020000D: "study_instance_uid",
@@ -104,7 +104,7 @@ RESOURCES = {
 
 
 @dataclass(frozen=True)
-class Query:
+class MsDicomQuery:
     """A search that was understood. ``fuzzy`` conditions are answered by an index that lags behind."""
 
     level: Level
@@ -127,7 +127,9 @@ class _Draft:
     filters: dict[int, str] = field(default_factory=dict)
 
 
-def parse(resource: Resource, version: int, parameters: Iterable[tuple[str, str]], path: dict[int, str]) -> Query:
+def parse(
+    resource: Resource, version: int, parameters: Iterable[tuple[str, str]], path: dict[int, str]
+) -> MsDicomQuery:
     """Understand a query string; ``path`` are the UIDs of the URL, by tag. Raises `BadQuery`."""
     draft = _Draft()
     seen: set[str] = set()
@@ -148,7 +150,7 @@ def parse(resource: Resource, version: int, parameters: Iterable[tuple[str, str]
     for level in resource.returned:
         tags |= {*DEFAULTS[version][level], *(ALL[level] if everything else ())}
     names = [tag for tag in draft.filters if dictionary_VR(tag) == "PN"]
-    return Query(
+    return MsDicomQuery(
         level=resource.level,
         conditions=tuple(conditions),
         tags=frozenset(tags),
@@ -264,6 +266,6 @@ def fold(tag: str | int, text: str) -> str:
     return "".join(character for character in decomposed if not unicodedata.combining(character))
 
 
-def indexed(found: Found) -> dict[str, object]:
+def indexed(found: SearchHit) -> dict[str, object]:
     """Everything the index knows of a hit, by tag as text."""
     return {**found.study, **found.series, **found.instance}

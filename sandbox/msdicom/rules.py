@@ -65,7 +65,7 @@ def bare_uid(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FileCheck:
     """What is wrong with a file. ``errors`` keep it out; ``warnings`` do not; both map a path of tags to a sentence."""
 
     errors: dict[AttributePath, str] = field(default_factory=dict)
@@ -77,7 +77,7 @@ def comments(complaints: dict[AttributePath, str]) -> list[str]:
     return [f"DICOM100: ({path[-1] >> 16:04x},{path[-1] & 0xFFFF:04x}) - {text}" for path, text in complaints.items()]
 
 
-def judge(header: Header, version: int, study_instance_uid: str | None) -> Verdict:
+def check_file(header: Header, version: int, study_instance_uid: str | None) -> FileCheck:
     """Judge a file by the rules of API version 1 or 2; ``study_instance_uid`` is the one in the request's path."""
     errors: dict[AttributePath, str] = {}
     warnings: dict[AttributePath, str] = {}
@@ -96,7 +96,7 @@ def judge(header: Header, version: int, study_instance_uid: str | None) -> Verdi
         own = bare_uid(header.text(STUDY_UID) or "")
         if own.lower() != bare_uid(study_instance_uid).lower():
             errors[(STUDY_UID,)] = "The StudyInstanceUID of the file is not the one of the request."
-    return Verdict(errors, warnings)
+    return FileCheck(errors, warnings)
 
 
 def _sentence(tag: int, vr: str, fault: str) -> str:

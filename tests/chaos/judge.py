@@ -41,7 +41,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredInstance:
     """One instance as a sandbox server has it."""
 
     server: str
@@ -50,7 +50,7 @@ class Kept:
     sha256: str
 
 
-def kept(sandbox: SandboxPart) -> list[Kept]:
+def kept(sandbox: SandboxPart) -> list[StoredInstance]:
     """Everything on both servers, read from their own disks."""
     found = []
     for dialect in DIALECTS:
@@ -58,7 +58,7 @@ def kept(sandbox: SandboxPart) -> list[Kept]:
         with sqlite3.connect(f"file:{folder / 'index.sqlite'}?mode=ro", uri=True) as index:
             rows = index.execute("SELECT study_instance_uid, sop_instance_uid, path FROM instances").fetchall()
         index.close()
-        found += [Kept(dialect, study, sop, _sha256(folder / "files" / path)) for study, sop, path in rows]
+        found += [StoredInstance(dialect, study, sop, _sha256(folder / "files" / path)) for study, sop, path in rows]
     return found
 
 
@@ -71,8 +71,8 @@ def stores(sandbox: SandboxPart) -> Counter[str]:
     return Counter(entry["sopInstanceUid"] for entry in entries if entry["action"] == "Create")
 
 
-def judge(
-    wishes: Mapping[Handle, Picture],
+def check_invariant(
+    orders: Mapping[Handle, Picture],
     courier: Courier,
     sandbox: SandboxPart,
     *,
@@ -89,25 +89,25 @@ def judge(
     refusals, dead
         The codes with which jobs may be refused, or be dead letters; all others have to be stored.
     """
-    reports = dict(courier.as_completed(wishes, timeout_s=timeout_s))
-    open_jobs = {handle.id: handle.report().stage for handle in wishes if handle not in reports}
+    reports = dict(courier.as_completed(orders, timeout_s=timeout_s))
+    open_jobs = {handle.id: handle.report().stage for handle in orders if handle not in reports}
     assert open_jobs == {}, f"{len(open_jobs)} jobs have not ended within {timeout_s} s"
     ledger = courier.ledger
     assert ledger is not None
     _nothing_is_left(courier, timeout_s=timeout_s)
-    again = courier.reports(handle.id for handle in wishes)
+    again = courier.reports(handle.id for handle in orders)
     on_servers = kept(sandbox)
     by_sop = {one.sop: [] for one in on_servers}
     for one in on_servers:
         by_sop[one.sop].append(one)
-    changed = {h.id: (reports[h], again[h.id]) for h in wishes if _told(again[h.id]) != _told(reports[h])}
+    changed = {h.id: (reports[h], again[h.id]) for h in orders if _end_of(again[h.id]) != _end_of(reports[h])}
     assert changed == {}, "results have changed after their end"
     assert [sop for sop, copies in by_sop.items() if len(copies) > 1] == [], "stored twice"
     assert [sop for sop, count in stores(sandbox).items() if count > 1] == [], "MSDICOM was given an image twice"
     assert _split(on_servers) == {}, "studies are split"
-    for handle, picture in wishes.items():
+    for handle, picture in orders.items():
         report = reports[handle]
-        record = ledger.look(handle.id)
+        record = ledger.read_record(handle.id)
         outcome = json.loads(record["outcome"])
         if report.error is None:
             assert (record["state"], outcome["payload"]) == ("done", report.result)
@@ -121,18 +121,18 @@ def judge(
     return reports
 
 
-def _told(report: Report) -> Any:
+def _end_of(report: Report) -> Any:
     return report.result if report.error is None else report.error.payload
 
 
-def _is_there(payload: Mapping[str, Any], picture: Picture, copies: Sequence[Kept]) -> None:
+def _is_there(payload: Mapping[str, Any], picture: Picture, copies: Sequence[StoredInstance]) -> None:
     """The one copy is where the payload says, byte for byte what was to be fetched."""
     digest = hashlib.sha256(picture.body).hexdigest()
     assert payload["sha256"] == digest
     assert [(one.server, one.sha256) for one in copies] == [(payload["server_name"], digest)]
 
 
-def _split(on_servers: Iterable[Kept]) -> dict[str, set[str]]:
+def _split(on_servers: Iterable[StoredInstance]) -> dict[str, set[str]]:
     homes: dict[str, set[str]] = {}
     for one in on_servers:
         homes.setdefault(one.study, set()).add(one.server)

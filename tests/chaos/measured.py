@@ -26,7 +26,7 @@ VERSIONS = ("celery", "kombu", "billiard", "redis", "urllib3")
 
 
 @dataclass(frozen=True)
-class Row:
+class FaultRow:
     """One fault at one point and what came of it. ``recovery_s`` is None where there was nothing to wait for."""
 
     area: str
@@ -40,17 +40,17 @@ class Book:
     """The rows of one run."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[FaultRow] = []
 
     def row(self, *, area: str, fault: str, outcome: str, point: str = "", recovery_s: float | None = None) -> None:
         """Write down what was seen. The same fault at the same point again widens its range of recovery times."""
-        self.rows.append(Row(area, fault, point, outcome, recovery_s))
+        self.rows.append(FaultRow(area, fault, point, outcome, recovery_s))
 
 
 BOOK: pytest.StashKey[Book] = pytest.StashKey()
 
 
-def document(rows: Sequence[Row], facts: Mapping[str, str], frame: str) -> str:
+def document(rows: Sequence[FaultRow], facts: Mapping[str, str], frame: str) -> str:
     """The frame with the run's facts and one table per area filled in."""
     named = set(_TABLE.findall(frame))
     areas = list(dict.fromkeys(row.area for row in rows))
@@ -68,8 +68,8 @@ def _facts(facts: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())])
 
 
-def _table(rows: Iterable[Row], area: str) -> str:
-    cells: dict[tuple[str, str], list[Row]] = {}
+def _table(rows: Iterable[FaultRow], area: str) -> str:
+    cells: dict[tuple[str, str], list[FaultRow]] = {}
     for row in rows:
         if row.area == area:
             cells.setdefault((row.fault, row.point), []).append(row)
@@ -84,7 +84,7 @@ def _table(rows: Iterable[Row], area: str) -> str:
     return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
 
 
-def _cell(seen: Sequence[Row]) -> tuple[str, str]:
+def _cell(seen: Sequence[FaultRow]) -> tuple[str, str]:
     """What came of it (all of it, if it differed) and how long that took, at least and at most."""
     times = sorted(round(row.recovery_s, 1) for row in seen if row.recovery_s is not None)
     span = "" if not times else f"{times[0]:g}" if times[0] == times[-1] else f"{times[0]:g} to {times[-1]:g}"

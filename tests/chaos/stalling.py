@@ -15,10 +15,10 @@ from typing import Any
 from celery import bootsteps
 
 from worker.app import app
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 
 STALL_FILE = Path(os.environ["STALL_FILE"])
-step = Run.step
+step = Attempt.step
 
 
 def asked_for(fault: str) -> bool:
@@ -40,11 +40,11 @@ class Stalling(bootsteps.StartStopStep):
             time.sleep(0.1)
 
 
-def hanging(self: Run, name: str) -> Any:
+def hanging(self: Attempt, name: str) -> Any:
     if asked_for("slots"):
         threading.Event().wait()
     return step(self, name)
 
 
-Run.step = hanging  # type: ignore[method-assign]
+Attempt.step = hanging  # type: ignore[method-assign]
 app.steps["consumer"].add(Stalling)

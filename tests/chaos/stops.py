@@ -44,10 +44,10 @@ _pushing: ContextVar[bool] = ContextVar("pushing", default=False)
 def stop(point: str, job_id: str | None = None) -> None:
     """Wait here, if this is where the job shall stop; or die here, each time, if that is what it shall do."""
     job_id = job_id or _job_id.get()
-    wish = _control.hget("stops", job_id)
-    if wish == KILL + point:
+    order = _control.hget("stops", job_id)
+    if order == KILL + point:
         os.kill(os.getpid(), signal.SIGKILL)
-    if wish != point or not _control.hdel("stops", job_id):
+    if order != point or not _control.hdel("stops", job_id):
         return
     _control.rpush("reached", json.dumps({"job_id": job_id, "point": point, "pid": os.getpid()}))
     deadline = time.monotonic() + LONGEST_S
@@ -78,14 +78,14 @@ _wrap(upload, "_receipt", before=points.BEFORE_RECEIPT, after=points.AFTER_RECEI
 _wrap(upload, "_metadata", before=points.DESCRIBE)
 _wrap(Ledger, "finish", after=points.BEFORE_RESULT)
 
-_carry, _within, _push, _readinto = door.carry, spool._within, upload._push, spool._View.readinto
+_execute, _within, _push, _readinto = door.execute, spool._within, upload._push, spool._View.readinto
 _getresponse, _after_return = urllib3_internals.Deadline.getresponse, product.PacsTask.after_return
 
 
-def _named_carry(*args: Any, job_id: str, **kwargs: Any) -> Any:
+def _named_execute(*args: Any, job_id: str, **kwargs: Any) -> Any:
     token = _job_id.set(job_id)
     try:
-        return _carry(*args, job_id=job_id, **kwargs)
+        return _execute(*args, job_id=job_id, **kwargs)
     finally:
         _job_id.reset(token)
 
@@ -140,7 +140,7 @@ def _named_count(app: Any, end: Any, canvases: Any) -> bool:
 follow_ups._send = _stopping_send
 follow_ups._count = _named_count
 _wrap(AMQP, "_retry_publish", before=points.CHORD_COMPLETE)  # so Celery sends the body of a chord
-door.carry = _named_carry
+door.execute = _named_execute
 spool._within = _stopping_within
 upload._push = _stopping_push
 spool._View.readinto = _stopping_readinto

@@ -84,9 +84,9 @@ class Field:
         self.redis.child.kill()
         self.redis = parts.redis(self.children, port=self.redis.port)
 
-    def plan(self, courier, batch_id, items, *, width=4, **order):
+    def plan(self, courier, batch_id, items, *, concurrency=4, **order):
         batches = Batches(courier.ledger)
-        batches.open(batch_id, kind="noop", order=order, width=width)
+        batches.open(batch_id, kind="noop", order=order, concurrency=concurrency)
         with Planner(batches, batch_id) as planner:
             planner.add_all(items)
             planner.freeze()
@@ -108,7 +108,7 @@ def until(condition, timeout_s=WAIT_S):
 
 def kill_a_planner(field, courier, batch_id):
     """One that has written a part of its plan."""
-    Batches(courier.ledger).open(batch_id, kind="noop", order={}, width=4)
+    Batches(courier.ledger).open(batch_id, kind="noop", order={}, concurrency=4)
     environ = {**os.environ, "PACS_CONFIG": str(field.config)}
     planner = subprocess.Popen([sys.executable, "-c", PLANNER, batch_id, str(ITEMS)], env=environ)
     until(lambda: courier.ledger.client.keys(f"courier:batch:{batch_id}:plan:*"))
@@ -190,7 +190,7 @@ def test_an_item_that_kills_its_worker_and_a_server_that_is_gone_cost_nobody_els
         items[106] = Planned("106!kill", "here")
         begun_s = time.monotonic()
         with Courier(field.settings) as courier:
-            handle = field.plan(courier, str(uuid.uuid4()), items, verify=False, width=1)
+            handle = field.plan(courier, str(uuid.uuid4()), items, verify=False, concurrency=1)
             for deaths in range(4):
                 field.work("one")
                 if deaths < 3:

@@ -86,7 +86,7 @@ def test_in_a_storm_of_dying_workers_each_follow_up_comes_and_next_to_none_twice
     with stage(redis_server, sandbox_server, tmp_path / "stage") as made:
         canvases, crew = made.canvases, crew_of(made, tmp_path / "crew")
         for dialect in ("msdicom", "dcm4chee"):
-            made.sandbox.set_mood(dialect, "*", latency_ms=[5, 60])
+            made.sandbox.set_fault(dialect, "*", latency_ms=[5, 60])
         with crew.processes, Courier(crew.loaded(jobs=TIMES)) as courier:
             storm = Storm(crew, random.Random(seed))
             tags = [f"job {number}" for number in range(count)]
@@ -102,7 +102,7 @@ def test_in_a_storm_of_dying_workers_each_follow_up_comes_and_next_to_none_twice
             canvases.give_back()
             came = poll(lambda: len(canvases.calls()) >= count, timeout_s=WAIT_S)
             missing = [tag for tag in tags if not {tag, f"{tag} failed"} & set(canvases.calls())]
-            assert came, {tag: canvases.ledger.look(canvases.jobs[tag]) for tag in missing}
+            assert came, {tag: canvases.ledger.read_record(canvases.jobs[tag]) for tag in missing}
             canvases.wait_for_all()
             dead = {
                 tag

@@ -13,7 +13,7 @@ from courier.ledger.jobs import job_id_for
 from producer import Courier
 from sandbox.processes import poll
 from tests.chaos.crew import children_of, send
-from tests.chaos.judge import DIALECTS, Picture, judge, kept
+from tests.chaos.judge import DIALECTS, Picture, check_invariant, kept
 from tests.chaos.points import ANSWER_UNREAD, IDLE, STOPS
 
 WAIT_S = 90
@@ -22,7 +22,7 @@ SIDE = 700
 
 
 @dataclass(frozen=True)
-class Fault:
+class KillFault:
     """How a worker ends. ``strike`` gets its pid and those of the processes that do the stopped jobs."""
 
     name: str
@@ -64,15 +64,15 @@ def hurry(main: int, _: set[int]) -> None:
 
 
 FAULTS = (
-    Fault("SIGKILL of the child (prefork)", "processes", kill_children, survives=True),
-    Fault("SIGKILL of the worker (threads)", "threads", kill_main),
-    Fault("SIGKILL of all its processes (prefork)", "processes", kill_all, seldom=True),
-    Fault("SIGKILL of the main process alone (prefork)", "processes", kill_main, goes_on=True),
-    Fault("SIGTERM (threads)", "threads", ask, goes_on=True, seldom=True),
-    Fault("SIGTERM (prefork)", "processes", ask, goes_on=True, seldom=True),
-    Fault("SIGTERM to every process (prefork)", "processes", ask_all, goes_on=True),
-    Fault("soft shutdown that is too short (threads)", "threads", hurry),
-    Fault("soft shutdown that is too short (prefork)", "processes", hurry, seldom=True),
+    KillFault("SIGKILL of the child (prefork)", "processes", kill_children, survives=True),
+    KillFault("SIGKILL of the worker (threads)", "threads", kill_main),
+    KillFault("SIGKILL of all its processes (prefork)", "processes", kill_all, seldom=True),
+    KillFault("SIGKILL of the main process alone (prefork)", "processes", kill_main, goes_on=True),
+    KillFault("SIGTERM (threads)", "threads", ask, goes_on=True, seldom=True),
+    KillFault("SIGTERM (prefork)", "processes", ask, goes_on=True, seldom=True),
+    KillFault("SIGTERM to every process (prefork)", "processes", ask_all, goes_on=True),
+    KillFault("soft shutdown that is too short (threads)", "threads", hurry),
+    KillFault("soft shutdown that is too short (prefork)", "processes", hurry, seldom=True),
 )
 
 
@@ -85,7 +85,7 @@ def test_a_worker_that_ends_at_any_point_of_an_upload_leaves_a_job_that_ends_onc
     fault, crew, stops, sandbox, image_server, guarantee, is_running
 ):
     doomed = crew.start(pool=fault.pool, concurrency=len(STOPS), stops=True, environ={"CHAOS_SOFT_SHUTDOWN_S": "1"})
-    wishes, points = {}, {}
+    orders, points = {}, {}
     with Courier(crew.loaded()) as courier:
         for number, point in enumerate(STOPS):
             picture = Picture.new(side=SIDE)
@@ -94,9 +94,9 @@ def test_a_worker_that_ends_at_any_point_of_an_upload_leaves_a_job_that_ends_onc
             url = image_server.put(f"{number}.dcm", picture.body)
             server = DIALECTS[(number + FAULTS.index(fault)) % 2]
             handle = courier.upload(url, idempotency_key=key, server=server)
-            wishes[handle], points[handle.id] = picture, point
+            orders[handle], points[handle.id] = picture, point
         reached = stops.reached(count=len(STOPS), timeout_s=WAIT_S)
-        answered = next(picture.sop for handle, picture in wishes.items() if points[handle.id] == ANSWER_UNREAD)
+        answered = next(picture.sop for handle, picture in orders.items() if points[handle.id] == ANSWER_UNREAD)
         assert poll(lambda: answered in {one.sop for one in kept(sandbox)}, timeout_s=WAIT_S)
         crew.start()
         children = children_of(doomed.pid)
@@ -104,17 +104,17 @@ def test_a_worker_that_ends_at_any_point_of_an_upload_leaves_a_job_that_ends_onc
         struck_s = time.monotonic()
         picture = Picture.new()
         handle = courier.upload(image_server.put("idle.dcm", picture.body))
-        wishes[handle], points[handle.id] = picture, IDLE
+        orders[handle], points[handle.id] = picture, IDLE
         if fault.goes_on:
             time.sleep(0.5)
             stops.go(points)
-        ended_s = {handle.id: time.monotonic() for handle, _ in courier.as_completed(wishes, timeout_s=WAIT_S)}
+        ended_s = {handle.id: time.monotonic() for handle, _ in courier.as_completed(orders, timeout_s=WAIT_S)}
         assert {points[i] for i in points} == {points[i] for i in ended_s}
         print({points[i]: round(t - struck_s, 2) for i, t in ended_s.items()})
-        reports = judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        reports = check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
     assert poll(lambda: doomed.alive is fault.survives, timeout_s=WAIT_S)
     assert poll(lambda: not any(map(is_running, children)), timeout_s=WAIT_S), "its children outlive it"
-    for handle in wishes:
+    for handle in orders:
         guarantee.row(
             area="a worker ends",
             fault=fault.name,

@@ -21,7 +21,7 @@ from producer import Courier, doctor
 from sandbox import processes as parts
 from sandbox.processes import Child, poll
 from tests.chaos.crew import Crew
-from tests.chaos.judge import Picture, judge, kept
+from tests.chaos.judge import Picture, check_invariant, kept
 
 ROOT = Path(__file__).parents[2]
 LAST = ROOT / ".venv-last"
@@ -121,7 +121,7 @@ def waiting(redis: Any) -> int:
 def test_an_upgrade_loses_nothing_and_does_nothing_twice(
     crew: Crew, last: LastVersion, sent_by_celery: Any, sandbox: Any, redis: Any, guarantee: Any, how: str
 ) -> None:
-    sandbox.set_mood("msdicom", "store", latency_ms=300)
+    sandbox.set_fault("msdicom", "store", latency_ms=300)
     old = last.worker("old")
     refused = crew.start(wait=False)
     assert poll(lambda: not refused.alive, timeout_s=WAIT_S)
@@ -141,14 +141,14 @@ def test_an_upgrade_loses_nothing_and_does_nothing_twice(
         assert 0 < len(kept(sandbox)) < 40
         last.enqueue(single=6)
         assert waiting(redis) >= 6
-        sandbox.calm()
+        sandbox.reset_faults()
         begun_s = time.monotonic()
         crew.start(queue={**crew.queue, "read_old_queues": True})
         last.enqueue(single=6)  # programs are upgraded after the workers
-        wishes = {courier.handle(job_id): picture for job_id, picture in last.pictures.items()}
-        assert poll(lambda: all(has_ended(handle) for handle in wishes), timeout_s=WAIT_S, every_s=0.2)
+        orders = {courier.handle(job_id): picture for job_id, picture in last.pictures.items()}
+        assert poll(lambda: all(has_ended(handle) for handle in orders), timeout_s=WAIT_S, every_s=0.2)
         batch = courier.handle(batch_id).result(timeout_s=WAIT_S)
-        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
         took_s = time.monotonic() - begun_s
         assert (batch["state"], batch["totals"]["stored"]) == ("done", 24)
     there = {one.sop for one in kept(sandbox)}

@@ -14,7 +14,7 @@ from redis import Redis
 from producer import Courier
 from sandbox.processes import poll
 from tests.chaos.crew import children_of
-from tests.chaos.judge import Picture, judge
+from tests.chaos.judge import Picture, check_invariant
 from worker.runtime.shortage import EXIT_STATUS, MAX_RETURNS
 
 WAIT_S = 90
@@ -34,18 +34,18 @@ def megabytes_of(pid: int) -> int:
 
 def send(courier: Courier, plain: Celery, image_server: Any, *, count: int) -> dict[Any, Picture]:
     """Jobs of a plain client: a message is all there is of each."""
-    wishes = {}
+    orders = {}
     for _ in range(count):
         picture = Picture.new()
         url = image_server.put(f"{picture.sop}.dcm", picture.body)
-        wishes[courier.handle(plain.send_task("pacs.upload", kwargs={"job": {"image_url": url}}).id)] = picture
-    return wishes
+        orders[courier.handle(plain.send_task("pacs.upload", kwargs={"job": {"image_url": url}}).id)] = picture
+    return orders
 
 
-def judge_all(wishes: dict[Any, Picture], courier: Courier, sandbox: Any) -> None:
+def check_invariant_of_all(orders: dict[Any, Picture], courier: Courier, sandbox: Any) -> None:
     """As `judge`; but a job of a plain client is in the ledger only once a worker has begun it."""
-    assert poll(lambda: all(has_ended(handle) for handle in wishes), timeout_s=WAIT_S, every_s=0.2)
-    judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+    assert poll(lambda: all(has_ended(handle) for handle in orders), timeout_s=WAIT_S, every_s=0.2)
+    check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
 
 
 def has_ended(handle: Any) -> bool:
@@ -61,14 +61,14 @@ def test_a_worker_that_cannot_start_its_threads_takes_no_message(crew, plain, re
     poor = crew.start(wait=False)
     limit(poor.pid, 600)
     with Courier(crew.loaded()) as courier:
-        wishes = send(courier, plain, image_server, count=100)
+        orders = send(courier, plain, image_server, count=100)
         assert poll(lambda: not poor.alive, timeout_s=WAIT_S)
         assert poor.stop() == EXIT_STATUS
         assert poor.log.count("This worker gets no more threads, although it has taken no message yet") == 1
         with Redis.from_url(redis.broker_url) as broker:
-            assert broker.llen("pacs") == len(wishes)
+            assert broker.llen("pacs") == len(orders)
         crew.start()
-        judge_all(wishes, courier, sandbox)
+        check_invariant_of_all(orders, courier, sandbox)
     guarantee.row(area=AREA, fault="no threads at the start", outcome="the worker ends, status 71; all jobs stored")
 
 
@@ -81,13 +81,13 @@ def test_a_worker_whose_processes_get_no_threads_gives_all_back_and_ends_itself(
     crew.start(concurrency=2)
     with Courier(crew.loaded()) as courier:
         begun_s = time.monotonic()
-        wishes = send(courier, plain, image_server, count=100)
-        judge_all(wishes, courier, sandbox)
+        orders = send(courier, plain, image_server, count=100)
+        check_invariant_of_all(orders, courier, sandbox)
         took_s = time.monotonic() - begun_s
         while poor.alive and time.monotonic() - begun_s < 2 * WAIT_S:  # until some of them have come to it
-            wishes |= send(courier, plain, image_server, count=2)
+            orders |= send(courier, plain, image_server, count=2)
             time.sleep(0.3)
-        judge_all(wishes, courier, sandbox)
+        check_invariant_of_all(orders, courier, sandbox)
         assert poor.stop() == EXIT_STATUS
         assert "Threw" not in poor.log
         assert "messages back in a row" in poor.log
@@ -117,14 +117,14 @@ def test_a_worker_that_can_begin_nothing_gives_all_back_and_ends_itself(
 ):
     poor = crew.start(pool=pool, concurrency=2, options=STARVING, environ={"STARVE": where, "STARVE_ALL": "1"})
     with Courier(crew.loaded()) as courier:
-        wishes = send(courier, plain, image_server, count=10)
+        orders = send(courier, plain, image_server, count=10)
         assert poll(lambda: not poor.alive, timeout_s=WAIT_S)
         assert poor.stop() == EXIT_STATUS
         assert "Threw" not in poor.log
         with Redis.from_url(redis.broker_url) as broker:
-            assert broker.llen("pacs") == len(wishes)
+            assert broker.llen("pacs") == len(orders)
         crew.start()
-        judge_all(wishes, courier, sandbox)
+        check_invariant_of_all(orders, courier, sandbox)
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,9 @@ def test_a_job_that_starves_while_others_are_done_is_a_dead_letter(
     with Courier(crew.loaded()) as courier:
         url = image_server.put("starve.dcm", Picture.new().body)
         starving = courier.handle(plain.send_task("pacs.upload", kwargs={"job": {"image_url": url}}).id)
-        begun_s, wishes = time.monotonic(), {}
+        begun_s, orders = time.monotonic(), {}
         while not has_ended(starving) and time.monotonic() - begun_s < WAIT_S:
-            wishes |= send(courier, plain, image_server, count=1)
+            orders |= send(courier, plain, image_server, count=1)
             time.sleep(0.3)
         took_s = time.monotonic() - begun_s
         error = starving.report().error
@@ -156,7 +156,7 @@ def test_a_job_that_starves_while_others_are_done_is_a_dead_letter(
         assert f"given back {MAX_RETURNS} times while other jobs were done" in error.message
         (letter,) = courier.dead.list()
         assert (letter.job_id, letter.task) == (starving.id, "pacs.upload")
-        judge_all(wishes, courier, sandbox)
+        check_invariant_of_all(orders, courier, sandbox)
         assert running.alive
         assert poll(lambda: is_empty(redis), timeout_s=WAIT_S)
     guarantee.row(

@@ -26,7 +26,7 @@ AREA = "Redis"
 def test_the_ledger_is_emptied_in_the_middle_of_30_jobs_and_all_of_them_end(
     crew, redis, sandbox, image_server, guarantee, times, pool
 ):
-    sandbox.set_mood("msdicom", "*", latency_ms=[50, 300])
+    sandbox.set_fault("msdicom", "*", latency_ms=[50, 300])
     crew.forgiven.append("or has lost the job")  # Celery's words on a message that is given back, with a traceback
     crew.start(pool=pool, concurrency=8)
     pictures = [Picture.new() for _ in range(30)]
@@ -70,13 +70,13 @@ def running(ledger: Redis) -> int:
 def test_a_redis_that_stands_still_for_longer_than_a_lease_three_times_makes_no_dead_letter(
     crew, redis, sandbox, image_server, guarantee, pool
 ):
-    sandbox.set_mood("msdicom", "store", latency_ms=14_000)
+    sandbox.set_fault("msdicom", "store", latency_ms=14_000)
     workers = [crew.start(pool=pool, concurrency=2) for _ in range(2)]
     picture = Picture.new()
     crew.forgiven += ["TimeoutError", "ConnectionError"]
     with Courier(crew.loaded()) as courier:
         handle = courier.upload(image_server.put("a.dcm", picture.body))
-        assert poll(lambda: courier.ledger.look(handle.id).get("state") == "running", timeout_s=WAIT_S)
+        assert poll(lambda: courier.ledger.read_record(handle.id).get("state") == "running", timeout_s=WAIT_S)
         for _ in range(3):
             os.kill(redis.child.pid, signal.SIGSTOP)
             time.sleep(1.5 * QUICK["lease_s"])
@@ -85,7 +85,7 @@ def test_a_redis_that_stands_still_for_longer_than_a_lease_three_times_makes_no_
         stood_s = time.monotonic()
         payload = handle.result(timeout_s=WAIT_S)
         took_s = time.monotonic() - stood_s
-        record = courier.ledger.look(handle.id)
+        record = courier.ledger.read_record(handle.id)
         deaths = [key for key in courier.ledger.client.scan_iter(f"{PREFIX}died:*")]
         counted = [courier.ledger.client.hget(key, "count") for key in deaths]
     assert payload["status"] == "stored"

@@ -14,7 +14,7 @@ from courier.waits import SERVER_UNKNOWN
 from producer import Courier
 from sandbox.processes import poll
 from sandbox.synthetic import new_uid
-from tests.chaos.judge import Picture, judge, kept, stores
+from tests.chaos.judge import Picture, check_invariant, kept, stores
 
 WAIT_S = 120
 AREA = "workers that differ in their servers"
@@ -51,14 +51,14 @@ def pictures(seed):
 def test_uploads_of_a_mixed_fleet_split_no_study_and_store_nothing_twice(
     begin, crew, sandbox, image_server, guarantee, seed, rollout, pool
 ):
-    sandbox.set_mood("msdicom", "*", latency_ms=[5, 60])
-    sandbox.set_mood("dcm4chee", "*", latency_ms=[5, 60])
+    sandbox.set_fault("msdicom", "*", latency_ms=[5, 60])
+    sandbox.set_fault("dcm4chee", "*", latency_ms=[5, 60])
     for names in ROLLOUTS[rollout]:
         begin(names, pool=pool)
     with Courier(crew.loaded()) as courier:
         begun_s = time.monotonic()
-        wishes = {courier.upload(image_server.put(f"{one.sop}.dcm", one.body)): one for one in pictures(seed)}
-        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        orders = {courier.upload(image_server.put(f"{one.sop}.dcm", one.body)): one for one in pictures(seed)}
+        check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
         took_s = time.monotonic() - begun_s
     assert len(kept(sandbox)) == STUDIES * IMAGES
     row(guarantee, rollout, f"{STUDIES * IMAGES} uploads of {STUDIES} studies ({pool})", took_s)
@@ -93,10 +93,10 @@ def test_jobs_wait_where_no_worker_knows_all_servers_and_say_so(begin, crew, san
         begin(names)
     wanted = pictures(seed)[:6]
     with Courier(crew.loaded()) as courier:
-        wishes = {courier.upload(image_server.put(f"{one.sop}.dcm", one.body)): one for one in wanted}
+        orders = {courier.upload(image_server.put(f"{one.sop}.dcm", one.body)): one for one in wanted}
         asked = courier.exists("study", new_uid())
         named = courier.exists("study", new_uid(), mode="msdicom")
-        waiting = [handle.id for handle in (*wishes, asked)]
+        waiting = [handle.id for handle in (*orders, asked)]
         assert poll(lambda: codes(courier, waiting) == {SERVER_UNKNOWN}, timeout_s=WAIT_S), codes(courier, waiting)
         assert poll(lambda: named.status() == "failed", timeout_s=WAIT_S), "it is about the one server that is named"
         assert kept(sandbox) == []
@@ -104,7 +104,7 @@ def test_jobs_wait_where_no_worker_knows_all_servers_and_say_so(begin, crew, san
         assert "The [[servers]] of workers differ in names, types or URLs" in log
         begun_s = time.monotonic()
         begin(("msdicom", "dcm4chee"))
-        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
         assert poll(lambda: asked.status() == "failed", timeout_s=WAIT_S)
         took_s = time.monotonic() - begun_s
     assert len(kept(sandbox)) == len(wanted)
@@ -117,7 +117,7 @@ def test_what_the_only_worker_that_knew_a_server_pushed_when_it_was_killed_is_st
 ):
     """Its server counts for 60 s more. Then the jobs end as dead letters, to be replayed when a worker knows it."""
     only = begin(("msdicom", "dcm4chee"))
-    sandbox.set_mood("msdicom", "store", latency_ms=30_000)
+    sandbox.set_fault("msdicom", "store", latency_ms=30_000)
     wanted = pictures(seed)[:4]
     urls = [image_server.put(f"{one.sop}.dcm", one.body) for one in wanted]
     with Courier(crew.loaded()) as courier, Redis.from_url(redis.ledger_url, decode_responses=True) as ledger:
@@ -126,7 +126,7 @@ def test_what_the_only_worker_that_knew_a_server_pushed_when_it_was_killed_is_st
         pushing = [*(job.id for job in jobs), f"{batch.id}.apply.0"]
         assert poll(lambda: all(is_pushing(ledger, job_id) for job_id in pushing), timeout_s=WAIT_S)
         only.kill()
-        sandbox.calm()
+        sandbox.reset_faults()
         begin(("dcm4chee",))
         assert poll(lambda: [job.status() for job in (*jobs, batch)] == ["failed", "failed", "done"], timeout_s=WAIT_S)
         assert {job.report().error.code for job in jobs} == {"pacs_unavailable"}
@@ -151,8 +151,8 @@ def test_what_the_only_worker_that_knew_a_server_pushed_when_it_was_killed_is_st
 
 
 def is_pushing(ledger, job_id):
-    memo = json.loads(ledger.hget(f"{PREFIX}job:{job_id}", "memo") or "{}")
-    return any(one.get("uncertain") for one in (memo, *memo.get("kind", {}).get("pushed", {}).values()))
+    checkpoint = json.loads(ledger.hget(f"{PREFIX}job:{job_id}", "memo") or "{}")
+    return any(one.get("uncertain") for one in (checkpoint, *checkpoint.get("kind", {}).get("pushed", {}).values()))
 
 
 def codes(courier, job_ids):

@@ -59,31 +59,31 @@ TOKENS = {
     "dcm4chee": "keycloak/realms/dcm4che/protocol/openid-connect/token",
 }
 
-Moods = dict[str, dict[str, Any]]
+OperationFaults = dict[str, dict[str, Any]]
 
 
-def everywhere(**mood: Any) -> Callable[[str], Moods]:
+def everywhere(**fault: Any) -> Callable[[str], OperationFaults]:
     """From the moment the jobs come, for whatever they ask."""
-    return lambda dialect: {"*": mood}
+    return lambda dialect: {"*": fault}
 
 
-def at_the_last_call(**mood: Any) -> Callable[[str], Moods]:
+def at_the_last_call(**fault: Any) -> Callable[[str], OperationFaults]:
     """Questions are answered; the store, the deletion and the retrieval are not."""
-    return lambda dialect: {LAST_CALL[operation, dialect]: mood for operation in OPERATIONS}
+    return lambda dialect: {LAST_CALL[operation, dialect]: fault for operation in OPERATIONS}
 
 
-def in_mid_body(*, store: Mapping[str, Any], answer: Mapping[str, Any]) -> Callable[[str], Moods]:
+def in_mid_body(*, store: Mapping[str, Any], answer: Mapping[str, Any]) -> Callable[[str], OperationFaults]:
     """A store, the answer that a deletion needs before, the answer that brings a study."""
     return lambda dialect: {"store": dict(store), "query": dict(answer), "retrieve": dict(answer)}
 
 
-def full(dialect: str) -> Moods:
+def full(dialect: str) -> OperationFaults:
     reason = {"msdicom": "272", "dcm4chee": "A700"}[dialect]
     last = {LAST_CALL[operation, dialect]: {"status": 507} for operation in OPERATIONS}
     return {**last, "store": {"disk_full": reason}}
 
 
-def partly(dialect: str) -> Moods:
+def partly(dialect: str) -> OperationFaults:
     return {
         "store": {"lose_last_part": True},
         LAST_CALL["delete", dialect]: {"status": 202},
@@ -91,24 +91,24 @@ def partly(dialect: str) -> Moods:
     }
 
 
-def hanging(dialect: str) -> Moods:
+def hanging(dialect: str) -> OperationFaults:
     """All last calls but a rejection, which may take DCM4CHEE a quarter of an hour and is waited for so long.
 
     A store hangs once: after two times a file is not sent again.
     """
     last = {LAST_CALL[operation, dialect] for operation in OPERATIONS}
-    moods: Moods = {operation: {"hang": True} for operation in last - {"reject"}}
-    return {**moods, "store": {"hang": True, "times": 1}}
+    faults: OperationFaults = {operation: {"hang": True} for operation in last - {"reject"}}
+    return {**faults, "store": {"hang": True, "times": 1}}
 
 
-def dropped(dialect: str) -> Moods:
+def dropped(dialect: str) -> OperationFaults:
     """A store reset in its body, an answer to a retrieval in its own, a deletion before any answer."""
     last = {LAST_CALL["delete", dialect]: {"refuse": True}}
     return {**last, "store": {"reset_after_bytes": 3000}, "retrieve": {"reset_answer": True}}
 
 
 #: Without an entry in `ENDS` all jobs end as they would without the fault.
-FAULTS: Mapping[str, Callable[[str], Moods]] = {
+FAULTS: Mapping[str, Callable[[str], OperationFaults]] = {
     "port closed": everywhere(refuse=True),
     "hangs": everywhere(hang=True),
     "answers drip": everywhere(drip_bytes_per_s=100),
@@ -169,7 +169,7 @@ class Cell:
 
 
 @dataclass
-class Ward:
+class FaultWard:
     """The worker, its servers and what has come of the faults so far."""
 
     courier: Courier
@@ -191,17 +191,17 @@ class Ward:
             if operation != "upload":
                 stow(self.url(dialect), image(study), image(study))
         for dialect in DIALECTS:
-            for operation, mood in FAULTS[fault](dialect).items():
-                self.sandbox.set_mood(dialect, operation, **mood)
+            for operation, injected in FAULTS[fault](dialect).items():
+                self.sandbox.set_fault(dialect, operation, **injected)
         handles = {cell: self._order(*cell, study) for cell, study in studies.items()}
         if fault not in PASSING:
             met = poll(lambda: all(self._has_met_it(handle) for handle in handles.values()), timeout_s=WAIT_S)
             time.sleep(LASTING.get(fault, 0))
-            assert met, [self.ledger.look(handle.id) for handle in handles.values()]
-            self.sandbox.calm()
+            assert met, [self.ledger.read_record(handle.id) for handle in handles.values()]
+            self.sandbox.reset_faults()
         well_at = time.monotonic()
         cells = {cell: self._ended(handle, well_at) for cell, handle in handles.items()}
-        self.sandbox.calm()
+        self.sandbox.reset_faults()
         for (operation, dialect), cell in cells.items():
             cell.agreed = self._agrees(operation, dialect, studies[operation, dialect], cell)
         return cells
@@ -217,7 +217,7 @@ class Ward:
         return self.courier.download(study, (self.out / f"{study}.zip").as_uri(), mode=dialect)
 
     def _has_met_it(self, handle: Handle) -> bool:
-        record = self.ledger.look(handle.id)
+        record = self.ledger.read_record(handle.id)
         return "outcome" in record or record.get("code", "").startswith("pacs_")
 
     def _ended(self, handle: Handle, well_at: float) -> Cell:
@@ -227,7 +227,7 @@ class Ward:
         except CourierError as error:
             payload, end = {}, error.payload["code"]
         recovery_s = max(0.0, time.monotonic() - well_at)
-        record = self.ledger.look(handle.id)
+        record = self.ledger.read_record(handle.id)
         return Cell(handle.id, end, int(record["attempts"]), recovery_s, payload=payload)
 
     def _agrees(self, operation: str, dialect: str, study: str, cell: Cell) -> bool:
@@ -276,9 +276,9 @@ def with_accounts(sandbox: SandboxPart) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def ward(
     redis_server: RedisPart, sandbox_server: SandboxPart, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Ward]:
+) -> Iterator[FaultWard]:
     redis_server.flush()
-    sandbox_server.calm()
+    sandbox_server.reset_faults()
     sandbox_server.empty()
     out = tmp_path_factory.mktemp("out")
     with Processes(tmp_path_factory.mktemp("ward")) as running, ImageServer() as images:
@@ -295,7 +295,7 @@ def ward(
         child.wait_ready()
         settings = Settings.load({"PACS_CONFIG": str(config)})
         with Courier(settings) as courier:
-            yield Ward(courier, Ledger.connect(settings.queue.ledger_url), sandbox_server, images, out)
+            yield FaultWard(courier, Ledger.connect(settings.queue.ledger_url), sandbox_server, images, out)
         child.stop(grace_s=15)
         assert "Traceback (most recent call last)" not in child.log, child.log_tail(60)
 
@@ -304,7 +304,7 @@ def ward(
     ("fault", "operation"), [cell for cell in itertools.product(FAULTS, OPERATIONS) if cell not in NO_FAULT]
 )
 def test_whatever_a_pacs_does_the_job_ends_and_everybody_agrees(
-    ward: Ward, guarantee: Any, fault: str, operation: str
+    ward: FaultWard, guarantee: Any, fault: str, operation: str
 ) -> None:
     cells = {dialect: ward.under(fault)[operation, dialect] for dialect in DIALECTS}
     expected = ENDS.get((fault, operation), GOOD[operation])
@@ -316,11 +316,11 @@ def test_whatever_a_pacs_does_the_job_ends_and_everybody_agrees(
         )
 
 
-def test_an_expired_token_costs_no_attempt(ward: Ward) -> None:
+def test_an_expired_token_costs_no_attempt(ward: FaultWard) -> None:
     assert {cell.attempts for cell in ward.under("token expired in the middle").values()} == {1}
 
 
-def test_an_image_whose_metadata_is_refused_is_stored_and_says_that_they_are_missing(ward: Ward) -> None:
+def test_an_image_whose_metadata_is_refused_is_stored_and_says_that_they_are_missing(ward: FaultWard) -> None:
     cells = ward.under("metadata refused")
     for dialect in DIALECTS:
         payload = cells["upload", dialect].payload
@@ -328,12 +328,12 @@ def test_an_image_whose_metadata_is_refused_is_stored_and_says_that_they_are_mis
 
 
 @pytest.mark.parametrize("fault", list(LASTING))
-def test_a_server_that_is_left_alone_costs_its_jobs_hardly_an_attempt(ward: Ward, fault: str) -> None:
+def test_a_server_whose_circuit_is_open_costs_its_jobs_hardly_an_attempt(ward: FaultWard, fault: str) -> None:
     """Without the breaker two seconds of this worker's waits are about ten."""
     assert max(cell.attempts for cell in ward.under(fault).values()) <= 5
 
 
-def test_nobody_had_to_do_anything_and_nobody_waits_any_more(ward: Ward) -> None:
+def test_nobody_had_to_do_anything_and_nobody_waits_any_more(ward: FaultWard) -> None:
     for fault in FAULTS:
         ward.under(fault)
     assert list(ward.ledger.dead_letters()) == []
@@ -350,15 +350,15 @@ ENDS_OF_FATES = {
 }
 
 
-def test_each_reason_of_a_409_ends_as_its_code_demands(ward: Ward, guarantee: Any) -> None:
+def test_each_reason_of_a_409_ends_as_its_code_demands(ward: FaultWard, guarantee: Any) -> None:
     reasons = [(name, code, fate) for name, codes in _codes().items() for code, (fate, _) in codes.items()]
     ends = {}
     for name, code, fate in reasons:
         study = new_uid()
-        ward.sandbox.set_mood(name, "store", failure_reason=code, times=2)
+        ward.sandbox.set_fault(name, "store", failure_reason=code, times=2)
         handle = ward.courier.upload(ward.images.put(f"{study}.dcm", image(study)), server=name)
         cell = ward._ended(handle, time.monotonic())
-        ward.sandbox.calm()
+        ward.sandbox.reset_faults()
         ends[name, code] = cell.end
         stored = images_on(ward.url(name), study)
         assert stored == (1 if cell.end == "stored" else 0), (name, code)

@@ -15,7 +15,7 @@ from sandbox import processes as parts
 from sandbox.processes import Processes, poll
 from tests.chaos.cable import Cable
 from tests.chaos.crew import Crew, control_url
-from tests.chaos.judge import Picture, judge
+from tests.chaos.judge import Picture, check_invariant
 
 WAIT_S = 60
 JOBS = 40
@@ -45,15 +45,15 @@ def crew_on(house, tmp_path, redis, sandbox, **urls):
     return crew
 
 
-def upload(courier, image_server, wishes, *, count=JOBS):
+def upload(courier, image_server, orders, *, count=JOBS):
     for _ in range(count):
         picture = Picture.new()
-        wishes[courier.upload(image_server.put(f"{picture.sop}.dcm", picture.body))] = picture
+        orders[courier.upload(image_server.put(f"{picture.sop}.dcm", picture.body))] = picture
 
 
-def some_ended(courier, wishes, *, least=3):
+def some_ended(courier, orders, *, least=3):
     def ended():
-        return sum(report.over for report in courier.reports(handle.id for handle in wishes).values()) >= least
+        return sum(report.over for report in courier.reports(handle.id for handle in orders).values()) >= least
 
     return poll(ended, timeout_s=WAIT_S, every_s=0.05)
 
@@ -64,12 +64,12 @@ def test_redis_is_killed_and_comes_back_with_its_file_while_images_are_uploaded(
 ):
     redis = parts.redis(house.processes, name="mortal")
     crew = crew_on(house, tmp_path, redis, sandbox)
-    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
+    sandbox.set_fault("msdicom", "*", latency_ms=[20, 200])
     workers = [crew.start(pool=pool, concurrency=4) for pool in ("threads", "processes")]
-    wishes = {}
+    orders = {}
     with Courier(crew.loaded()) as courier:
-        upload(courier, image_server, wishes)
-        assert some_ended(courier, wishes)
+        upload(courier, image_server, orders)
+        assert some_ended(courier, orders)
         time.sleep(1.2)  # Redis writes its file once a second: what is older is kept
         redis.child.kill()
         with pytest.raises(BrokerUnavailable):
@@ -77,15 +77,15 @@ def test_redis_is_killed_and_comes_back_with_its_file_while_images_are_uploaded(
         time.sleep(3)
         parts.redis(house.processes, name="mortal", port=redis.port)
         back_s = time.monotonic()
-        upload(courier, image_server, wishes, count=5)
-        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        upload(courier, image_server, orders, count=5)
+        check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
         took_s = time.monotonic() - back_s
     assert all(worker.alive for worker in workers)
     assert crew.faults() == []
     guarantee.row(
         area=AREA,
         fault="killed, and back after 3 s with its append-only file",
-        point=f"{len(wishes)} uploads, since it is back",
+        point=f"{len(orders)} uploads, since it is back",
         outcome="all stored once; meanwhile programs are told `broker_unavailable`",
         recovery_s=took_s,
     )
@@ -110,17 +110,17 @@ def test_the_way_to_redis_is_cut_for_one_worker_and_the_others_do_its_jobs(
     }
     near = crew_on(house, tmp_path, redis, sandbox)
     far = crew_on(house, tmp_path / "far", redis, sandbox, **through)
-    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
-    wishes = {}
+    sandbox.set_fault("msdicom", "*", latency_ms=[20, 200])
+    orders = {}
     with Courier(near.loaded()) as courier:
         cut_off = far.start(concurrency=4)
-        upload(courier, image_server, wishes)
-        assert some_ended(courier, wishes)
+        upload(courier, image_server, orders)
+        assert some_ended(courier, orders)
         getattr(cable, way)()
         cut_at_s = time.monotonic()
         near.start(concurrency=4)
-        upload(courier, image_server, wishes, count=5)
-        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        upload(courier, image_server, orders, count=5)
+        check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
         others_s = time.monotonic() - cut_at_s
         time.sleep(max(0, cut_s - others_s))
         cable.mend()
@@ -129,7 +129,7 @@ def test_the_way_to_redis_is_cut_for_one_worker_and_the_others_do_its_jobs(
             worker.stop()
         later = {}
         upload(courier, image_server, later, count=5)
-        judge(later, courier, sandbox, timeout_s=WAIT_S)
+        check_invariant(later, courier, sandbox, timeout_s=WAIT_S)
         alone_s = time.monotonic() - mended_s
     assert cut_off.alive
     assert near.faults() == far.faults() == []
@@ -147,13 +147,13 @@ def test_a_redis_without_room_refuses_new_jobs_and_does_the_old_ones_when_there_
 ):
     redis = parts.redis(house.processes, name="small")
     crew = crew_on(house, tmp_path, redis, sandbox)
-    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
-    wishes = {}
+    sandbox.set_fault("msdicom", "*", latency_ms=[20, 200])
+    orders = {}
     crew.forgiven.append("OutOfMemoryError")
     with Courier(crew.loaded()) as courier, Redis(host=parts.HOST, port=redis.port) as client:
         worker = crew.start(concurrency=4)
-        upload(courier, image_server, wishes)
-        assert some_ended(courier, wishes)
+        upload(courier, image_server, orders)
+        assert some_ended(courier, orders)
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("maxmemory", 1)
         picture = Picture.new()
@@ -163,15 +163,15 @@ def test_a_redis_without_room_refuses_new_jobs_and_does_the_old_ones_when_there_
         time.sleep(5)
         client.config_set("maxmemory", 0)
         room_s = time.monotonic()
-        wishes[courier.upload(url, idempotency_key="late")] = picture
-        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        orders[courier.upload(url, idempotency_key="late")] = picture
+        check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
         took_s = time.monotonic() - room_s
     assert worker.alive
     assert crew.faults() == []
     guarantee.row(
         area=AREA,
         fault="no memory left for 5 s (`noeviction`)",
-        point=f"{len(wishes)} uploads, since there is room",
+        point=f"{len(orders)} uploads, since there is room",
         outcome="all stored once; meanwhile programs are told `broker_unavailable` and nothing of theirs is half done",
         recovery_s=took_s,
     )
@@ -193,23 +193,23 @@ def test_a_redis_that_refuses_to_write_for_a_while_ends_no_worker_and_costs_a_pl
     redis = parts.redis(house.processes, name="refusing")
     crew = crew_on(house, tmp_path, redis, sandbox)
     crew.forgiven += ["OutOfMemoryError", "ReadOnlyError", "NOREPLICAS", "ResponseError", "ExecAbortError"]
-    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
+    sandbox.set_fault("msdicom", "*", latency_ms=[20, 200])
     plain = house.enter_context(Celery(broker=redis.broker_url, backend=redis.result_backend, set_as_current=False))
     refuse, allow = REFUSALS[refusal]
-    wishes = {}
+    orders = {}
     with Courier(crew.loaded()) as courier, Redis(host=parts.HOST, port=redis.port) as client:
         worker = crew.start(pool=pool, concurrency=4)
         for _ in range(JOBS):
             picture = Picture.new()
             job = {"image_url": image_server.put(f"{picture.sop}.dcm", picture.body)}
-            wishes[courier.handle(plain.send_task("pacs.upload", kwargs={"job": job}, queue="pacs").id)] = picture
-        assert some_ended(courier, wishes)
+            orders[courier.handle(plain.send_task("pacs.upload", kwargs={"job": job}, queue="pacs").id)] = picture
+        assert some_ended(courier, orders)
         client.execute_command(*refuse)
         time.sleep(5)
         client.execute_command(*allow)
         allowed_s = time.monotonic()
-        assert poll(lambda: all(handle.status() == "done" for handle in wishes), timeout_s=WAIT_S, every_s=0.2)
-        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        assert poll(lambda: all(handle.status() == "done" for handle in orders), timeout_s=WAIT_S, every_s=0.2)
+        check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
         took_s = time.monotonic() - allowed_s
         assert poll(lambda: client.hlen("pacs.unacked") == 0, timeout_s=WAIT_S), "a message is kept back for hours"
     assert worker.alive
@@ -230,26 +230,26 @@ def test_results_are_told_when_the_redis_that_keeps_them_is_back(
 ):
     results = parts.redis(house.processes, name="results")
     crew = crew_on(house, tmp_path, redis, sandbox, result_backend=results.url(0))
-    sandbox.set_mood("msdicom", "*", latency_ms=[20, 200])
-    wishes = {}
+    sandbox.set_fault("msdicom", "*", latency_ms=[20, 200])
+    orders = {}
     with Courier(crew.loaded()) as courier:
         worker = crew.start(concurrency=4)
-        upload(courier, image_server, wishes)
-        assert some_ended(courier, wishes)
+        upload(courier, image_server, orders)
+        assert some_ended(courier, orders)
         time.sleep(1.2)
         results.child.kill()
-        upload(courier, image_server, wishes, count=5)
+        upload(courier, image_server, orders, count=5)
         time.sleep(12)
         parts.redis(house.processes, name="results", port=results.port)
         back_s = time.monotonic()
-        judge(wishes, courier, sandbox, timeout_s=WAIT_S)
+        check_invariant(orders, courier, sandbox, timeout_s=WAIT_S)
         took_s = time.monotonic() - back_s
     assert worker.alive
     assert crew.faults() == []
     guarantee.row(
         area=AREA,
         fault="the Redis of the results alone is killed, and back after 12 s",
-        point=f"{len(wishes)} uploads, since it is back",
+        point=f"{len(orders)} uploads, since it is back",
         outcome="all stored once, all outcomes told; new jobs are taken all the time",
         recovery_s=took_s,
     )

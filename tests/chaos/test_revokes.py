@@ -24,7 +24,7 @@ def waiting_deletions(courier, sandbox, count):
     studies = [new_uid() for _ in range(count)]
     for study in studies:
         stow(sandbox.msdicom, image(study))
-    sandbox.set_mood("msdicom", "delete", status=503)
+    sandbox.set_fault("msdicom", "delete", status=503)
     jobs = {courier.delete("study", study): study for study in studies}
     assert poll(lambda: all(one.status() == "waiting" for one in jobs), timeout_s=WAIT_S)
     return jobs
@@ -61,7 +61,7 @@ def test_a_revoke_that_a_worker_has_answered_holds_though_it_is_killed_at_once(
         told = plain.control.revoke([*(job.id for job in jobs), *unknown], reply=True, timeout=20, limit=1)
         worker.kill()
         assert "ok" in str(told)
-        sandbox.calm()
+        sandbox.reset_faults()
         spared = new_uid()
         stow(sandbox.msdicom, image(spared))
         for job_id in unknown:
@@ -94,7 +94,7 @@ def test_a_revoke_that_is_not_waited_for_may_be_lost_with_the_only_worker_and_no
         for job in jobs:
             plain.control.revoke(job.id)
         worker.kill()
-        sandbox.calm()
+        sandbox.reset_faults()
         killed_s = time.monotonic()
         crew.start(concurrency=4, breaker=BREAKER)
         cancelled, done = outcomes(courier, sandbox, jobs)
@@ -120,7 +120,7 @@ def test_a_cancellation_needs_no_worker(crew, plain, sandbox, guarantee, full):
                 plain.control.revoke(job.id)
             else:
                 assert job.cancel()
-        sandbox.calm()
+        sandbox.reset_faults()
         killed_s = time.monotonic()
         crew.start(concurrency=4, breaker=BREAKER)
         cancelled, done = outcomes(courier, sandbox, jobs)

@@ -12,7 +12,7 @@ import pytest
 from producer import Courier
 from sandbox.synthetic import new_uid
 from tests.chaos.crew import QUICK, children_of, send
-from tests.chaos.judge import Picture, judge
+from tests.chaos.judge import Picture, check_invariant
 
 POOLS = ("threads", "threads", "threads", "processes")
 IMAGES_PER_STUDY = 5
@@ -70,24 +70,24 @@ class Storm:
 @pytest.mark.timeout(900)
 def test_uploads_in_a_storm_of_dying_workers_all_end_once(crew, sandbox, image_server, guarantee, full, seed):
     count, rng = 1000 if full else 200, random.Random(seed)
-    sandbox.set_mood("msdicom", "*", latency_ms=[5, 60])
-    sandbox.set_mood("dcm4chee", "*", latency_ms=[5, 60])
-    wishes = {}
+    sandbox.set_fault("msdicom", "*", latency_ms=[5, 60])
+    sandbox.set_fault("dcm4chee", "*", latency_ms=[5, 60])
+    orders = {}
     with Courier(crew.loaded(jobs=TIMES)) as courier:
         for number in range(count // IMAGES_PER_STUDY):
             study = new_uid()
             for image in range(IMAGES_PER_STUDY):
                 picture = Picture.new(study)
-                wishes[courier.upload(image_server.put(f"{number}/{image}.dcm", picture.body))] = picture
+                orders[courier.upload(image_server.put(f"{number}/{image}.dcm", picture.body))] = picture
         begun_s = time.monotonic()
-        storm, still_open = Storm(crew, rng), {handle.id for handle in wishes}
+        storm, still_open = Storm(crew, rng), {handle.id for handle in orders}
         while len(still_open) > count // 20:
             assert time.monotonic() - begun_s < (600 if full else 150), f"{len(still_open)} of {count} are open"
             storm.blow()
             still_open = {job_id for job_id, report in courier.reports(still_open).items() if not report.over}
             time.sleep(0.2)
         storm.calm()
-        reports = judge(wishes, courier, sandbox, timeout_s=AFTERWARDS_S + ROOM_S, dead=["poisoned"])
+        reports = check_invariant(orders, courier, sandbox, timeout_s=AFTERWARDS_S + ROOM_S, dead=["poisoned"])
         ended_s = time.monotonic()
     ends = Counter(report.error.code if report.error else "stored" for report in reports.values())
     attempts = Counter(report.result["attempts"] for report in reports.values() if report.result)

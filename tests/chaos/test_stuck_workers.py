@@ -107,10 +107,10 @@ def test_a_healthy_worker_is_never_ended_idle_or_busy_or_told_to_pause_or_while_
     worker.wait_ready()
     with Courier(settings) as courier:
         time.sleep(PHASE_S)  # idle
-        sandbox.set_mood("msdicom", "store", latency_ms=2500)
+        sandbox.set_fault("msdicom", "store", latency_ms=2500)
         slow = [courier.upload(image_server.put(f"{number}.dcm", image(new_uid()))) for number in range(4)]
         assert [handle.result(timeout_s=WAIT_S)["status"] for handle in slow] == ["stored"] * 4
-        sandbox.calm()
+        sandbox.reset_faults()
         courier._app.control.cancel_consumer("pacs", reply=True)
         waiting = courier.upload(image_server.put("paused.dcm", image(new_uid())))
         time.sleep(PHASE_S)  # it was told not to take what waits

@@ -15,7 +15,7 @@ from sandbox import synthetic
 from sandbox.processes import HOST, Processes, RedisPart, SandboxPart
 from sandbox.synthetic import new_uid
 from tests import real_archive
-from tests.batch_site import Site
+from tests.batch_site import BatchSite
 
 #: The one account of the S3 that checks signatures.
 S3_KEY_ID, S3_SECRET = "COURIERTESTKEY", "couriertestsecret"
@@ -24,7 +24,7 @@ S3_KEY_ID, S3_SECRET = "COURIERTESTKEY", "couriertestsecret"
 @pytest.fixture
 def sandbox(sandbox_server: SandboxPart, monkeypatch: pytest.MonkeyPatch) -> Iterator[SandboxPart]:
     """The sandbox, calm and empty; its servers are the archives that `real_archive.VARIABLES` name, if any is set."""
-    sandbox_server.calm()
+    sandbox_server.reset_faults()
     sandbox_server.empty()
     if not (archives := real_archive.archives()):
         yield sandbox_server
@@ -39,12 +39,12 @@ def sandbox(sandbox_server: SandboxPart, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.fixture
-def batch_site(redis: RedisPart) -> Iterator[Callable[..., Site]]:
+def batch_site(redis: RedisPart) -> Iterator[Callable[..., BatchSite]]:
     """Opens places for batches that are driven by hand: ``batch_site(servers, downloads=…)``."""
-    opened: list[Site] = []
+    opened: list[BatchSite] = []
 
-    def build(servers: list[dict[str, Any]], **sections: Any) -> Site:
-        opened.append(Site(redis.ledger_url, servers, **sections))
+    def build(servers: list[dict[str, Any]], **sections: Any) -> BatchSite:
+        opened.append(BatchSite(redis.ledger_url, servers, **sections))
         return opened[-1]
 
     yield build

@@ -47,7 +47,7 @@ class Endpoint(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), _IdentityHandler)
         if context is not None:
             self.socket = context.wrap_socket(self.socket, server_side=True)
         self.scheme = "https" if context else "http"
@@ -79,7 +79,7 @@ class Endpoint(ThreadingHTTPServer):
         return 200, json.dumps(document).encode()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _IdentityHandler(BaseHTTPRequestHandler):
     server: Endpoint
 
     def do_GET(self) -> None:

@@ -13,8 +13,8 @@ import pytest
 from sandbox.images import ImageServer
 from sandbox.processes import HOST, SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
-from worker.batches.coordinator import Conductor
+from tests.batch_site import BatchSite, payload
+from worker.batches.coordinator import Coordinator
 from worker.pacs.protocol import Found, Pacs, Retrieved, View
 
 SIDE = 128
@@ -23,11 +23,11 @@ RATE = 2.0 * IMAGE_BYTES  # a second
 
 
 @dataclass
-class Reading:
+class RecordingPacs:
     """A server of which it is noted when how many bytes were read; else it is the one behind it."""
 
     pacs: Pacs
-    clock: Clock
+    clock: FakeClock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pacs, name)
@@ -44,7 +44,7 @@ class Reading:
 
 
 @dataclass
-class Clock:
+class FakeClock:
     """Time goes on when somebody sleeps, or would be woken later; ``read`` is what came, and when."""
 
     now_s: float = 1_700_000_000.0
@@ -74,25 +74,27 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
     monkeypatch.setattr("limits.storage.redis.time.time", clock.now)
     return clock
 
 
 @pytest.fixture
-def site(batch_site: Callable[..., Site], sandbox: SandboxPart, orthanc: str, tmp_path: Path, clock: Clock) -> Site:
+def site(
+    batch_site: Callable[..., BatchSite], sandbox: SandboxPart, orthanc: str, tmp_path: Path, clock: FakeClock
+) -> BatchSite:
     site = batch_site(
         [*sandbox.servers(), {"name": "orthanc", "type": "orthanc", "url": orthanc}],
         downloads={"folders": [str(tmp_path)]},
         sources={"allow_hosts": [f"{HOST}:*"], "allow_private_networks": True},
     )
     site.now, site.sleep, site.wait = clock.now, clock.sleep, clock.sleep
-    site.fleet = site.fleet.through(lambda pacs: Reading(pacs, clock))  # type: ignore[arg-type,return-value]
+    site.fleet = site.fleet.through(lambda pacs: RecordingPacs(pacs, clock))  # type: ignore[arg-type,return-value]
     return site
 
 
-def studies(site: Site, server: str, number: int, images: int) -> list[str]:
+def studies(site: BatchSite, server: str, number: int, images: int) -> list[str]:
     uids = [new_uid() for _ in range(number)]
     for study in uids:
         for seed in range(images):
@@ -101,37 +103,39 @@ def studies(site: Site, server: str, number: int, images: int) -> list[str]:
 
 
 def test_what_an_upload_has_stored_is_read_back_as_slowly_as_it_came(
-    site: Site, clock: Clock, image_server: ImageServer
+    site: BatchSite, clock: FakeClock, image_server: ImageServer
 ) -> None:
     study = new_uid()
     urls = [image_server.put(f"{n}.dcm", image(study, sop=f"{study}.{n}", side=SIDE, seed=n)) for n in range(12)]
     payload(site.upload(*urls, server="msdicom", bytes_per_s=RATE, verify=False))
     with clock.holding(images=12):
-        payload(site.go_on(Conductor.verify, "verify"))
-    assert set(site.told("verify")) == {"verified"}
+        payload(site.go_on(Coordinator.verify, "verify"))
+    assert set(site.ends("verify")) == {"verified"}
     with clock.holding(images=12):
-        payload(site.go_on(Conductor.undo, "undo"))
+        payload(site.go_on(Coordinator.undo, "undo"))
 
 
-def test_copies_are_kept_and_compared_again_no_faster_than_that(site: Site, clock: Clock, tmp_path: Path) -> None:
+def test_copies_are_kept_and_compared_again_no_faster_than_that(
+    site: BatchSite, clock: FakeClock, tmp_path: Path
+) -> None:
     uids = studies(site, "msdicom", 4, images=4)
     with clock.holding(images=32, at_once=4):  # each to be kept, and to be compared with what was kept
         payload(site.delete(*uids, servers=["msdicom"], backup=tmp_path.as_uri(), bytes_per_s=RATE))
-    assert site.told() == ["deleted"] * 4
+    assert site.ends() == ["deleted"] * 4
     with clock.holding(images=16, at_once=4):
         begun_s = clock.now_s
-        payload(site.go_on(Conductor.undo, "undo"))
+        payload(site.go_on(Coordinator.undo, "undo"))
         assert clock.now_s - begun_s >= 32 * IMAGE_BYTES / RATE - 1.5, "what is sent counts as what is read back"
-    assert site.told("undo") == ["undone"] * 4
+    assert site.ends("undo") == ["undone"] * 4
 
 
-def test_what_was_migrated_is_read_back_no_faster_than_it_was_brought(site: Site, clock: Clock) -> None:
+def test_what_was_migrated_is_read_back_no_faster_than_it_was_brought(site: BatchSite, clock: FakeClock) -> None:
     uids = studies(site, "msdicom", 4, images=4)
     order = {"from_server": "msdicom", "to_server": "orthanc", "bytes_per_s": RATE, "verify": False}
     with clock.holding(images=16, at_once=4):
         payload(site.order(*uids, **order))
     with clock.holding(images=16, at_once=4):
-        payload(site.go_on(Conductor.verify, "verify"))
-    assert site.told("verify") == ["verified"] * 4
+        payload(site.go_on(Coordinator.verify, "verify"))
+    assert site.ends("verify") == ["verified"] * 4
     with clock.holding(images=16, at_once=4):
-        payload(site.go_on(Conductor.verify, "verify"))
+        payload(site.go_on(Coordinator.verify, "verify"))

@@ -13,21 +13,21 @@ import pytest
 from courier.batches.store import Batches
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
+from tests.batch_site import BatchSite, payload
 from worker.batches import deletions
-from worker.batches.backups import keep
-from worker.batches.coordinator import Conductor
+from worker.batches.backups import back_up
+from worker.batches.coordinator import Coordinator
 from worker.batches.delete_all import delete_all
 from worker.batches.deletions import CONFIRMATION, delete_many
 from worker.batches.downloads import download_all
 from worker.batches.migrations import migrate
-from worker.jobs.runner import Parked
+from worker.jobs.runner import Deferred
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found
 
 
 @pytest.fixture(params=["msdicom", "orthanc"])
-def keeper(request: pytest.FixtureRequest, batch_site: Callable[..., Site], tmp_path: Path) -> Site:
+def keeper(request: pytest.FixtureRequest, batch_site: Callable[..., BatchSite], tmp_path: Path) -> BatchSite:
     """One server, called ward, that keeps bytes."""
     url = (
         request.getfixturevalue("sandbox").msdicom if request.param == "msdicom" else request.getfixturevalue("orthanc")
@@ -36,16 +36,16 @@ def keeper(request: pytest.FixtureRequest, batch_site: Callable[..., Site], tmp_
 
 
 @pytest.fixture
-def site(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) -> Site:
+def site(batch_site: Callable[..., BatchSite], sandbox: SandboxPart, tmp_path: Path) -> BatchSite:
     return batch_site(sandbox.servers(), downloads={"folders": [str(tmp_path)]})
 
 
-def undone(site: Site) -> list[str]:
-    payload(site.go_on(Conductor.undo, "undo"))
-    return site.told("undo")
+def undone(site: BatchSite) -> list[str]:
+    payload(site.go_on(Coordinator.undo, "undo"))
+    return site.ends("undo")
 
 
-def test_nothing_comes_back_beside_another_file_under_one_of_its_uids(keeper: Site, tmp_path: Path) -> None:
+def test_nothing_comes_back_beside_another_file_under_one_of_its_uids(keeper: BatchSite, tmp_path: Path) -> None:
     study, untouched = new_uid(), new_uid()
     replaced, lacking = f"{study}.1.1", f"{study}.1.2"
     for uid in (replaced, lacking):
@@ -66,7 +66,9 @@ def test_nothing_comes_back_beside_another_file_under_one_of_its_uids(keeper: Si
     assert told == {"restored": 1, "compared": "bytes"}
 
 
-def test_where_bytes_are_not_kept_the_elements_are_compared_and_the_result_says_so(site: Site, tmp_path: Path) -> None:
+def test_where_bytes_are_not_kept_the_elements_are_compared_and_the_result_says_so(
+    site: BatchSite, tmp_path: Path
+) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study)
     payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
@@ -84,7 +86,7 @@ def test_where_bytes_are_not_kept_the_elements_are_compared_and_the_result_says_
     ],
 )
 def test_nothing_comes_back_beside_another_image_where_bytes_are_not_kept(
-    site: Site, tmp_path: Path, now: dict[str, Any], name: str
+    site: BatchSite, tmp_path: Path, now: dict[str, Any], name: str
 ) -> None:
     study = new_uid()
     replaced, lacking = f"{study}.1.1", f"{study}.1.2"
@@ -107,27 +109,27 @@ def test_nothing_comes_back_beside_another_image_where_bytes_are_not_kept(
     ],
 )
 def test_a_study_that_has_another_image_than_its_backup_stays(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str, now: dict[str, Any], name: str
+    site: BatchSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str, now: dict[str, Any], name: str
 ) -> None:
     study = new_uid()
     sop = f"{study}.1.1"
     site.put_file(server, image(study, sop=sop, side=16))
 
     def kept_and_replaced(*args: Any) -> Any:
-        kept = keep(*args)
+        kept = back_up(*args)
         site.fleet[server].delete(Found("study", study), permanent=True)
         site.put_file(server, image(study, sop=sop, side=16, **now))
         return kept
 
-    monkeypatch.setattr(deletions, "keep", kept_and_replaced)
+    monkeypatch.setattr(deletions, "back_up", kept_and_replaced)
     payload(site.delete(study, servers=[server], backup=tmp_path.as_uri()))
-    assert site.told() == ["study_conflict"]
-    assert name in site.rows[0].settled.message
+    assert site.ends() == ["study_conflict"]
+    assert name in site.rows[0].outcome.message
     assert site.on(server, study) == {sop}
 
 
 def test_a_study_stays_where_there_is_no_room_for_its_copy(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: BatchSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = new_uid()
     uids = site.put("msdicom", study)
@@ -138,26 +140,26 @@ def test_a_study_stays_where_there_is_no_room_for_its_copy(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         done = payload(site.delete(study, backup=tmp_path.as_uri()))
-    assert [row.settled.status for row in site.rows] == ["refused"]
+    assert [row.outcome.status for row in site.rows] == ["refused"]
     assert done["failures_total"] == 1
-    assert "the disk is full" in site.rows[0].settled.message
+    assert "the disk is full" in site.rows[0].outcome.message
     assert site.on("msdicom", study) == uids
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_study_that_is_nowhere_loses_its_claim_when_a_batch_deletes_it(site: Site) -> None:
+def test_a_study_that_is_nowhere_loses_its_claim_when_a_batch_deletes_it(site: BatchSite) -> None:
     study, listed = new_uid(), new_uid()
     site.put("msdicom", listed)
     for uid in (study, listed):
         site.ledger.claim_study(uid, server="msdicom", job_id="U")
     payload(site.delete(study, listed))
-    assert [row.settled.status for row in site.rows] == ["not_there", "deleted"]
+    assert [row.outcome.status for row in site.rows] == ["not_there", "deleted"]
     assert [site.ledger.claimed_server(uid) for uid in (study, listed)] == [None, None]
 
 
 @pytest.mark.parametrize("name", ["delete", "delete_all", "migrate", "download"])
 def test_a_batch_that_has_begun_is_not_refused_when_a_server_of_it_leaves_the_settings(
-    site: Site, tmp_path: Path, name: str
+    site: BatchSite, tmp_path: Path, name: str
 ) -> None:
     """Its items say so, each for itself; what is on the other server is done."""
     here, gone = new_uid(), new_uid()
@@ -180,10 +182,10 @@ def test_a_batch_that_has_begun_is_not_refused_when_a_server_of_it_leaves_the_se
         batch = store.get(site.batch)
         return batch is not None and batch.of("apply").begun_ms is not None
 
-    assert isinstance(site.see_to_its_end(task, work, site.batch, message, until=has_begun), Parked)
+    assert isinstance(site.see_to_its_end(task, work, site.batch, message, until=has_begun), Deferred)
     fleet, site.fleet = site.fleet, Fleet([site.fleet["dcm4chee"]])
     payload(site.see_to_its_end(task, work, site.batch, message))
-    told = {row.item.text: row.settled for row in site.rows}
+    told = {row.item.text: row.outcome for row in site.rows}
     assert (told[gone].status, told[gone].code) == ("failed", "invalid_request")
     assert "any more" in told[gone].message
     site.fleet = fleet

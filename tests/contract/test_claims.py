@@ -30,9 +30,9 @@ class Servers:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def with_study(self) -> list[str]:
-        return [name for name in NAMES if self.look(name)]
+        return [name for name in NAMES if self.has_study(name)]
 
-    def look(self, name: str) -> bool:
+    def has_study(self, name: str) -> bool:
         with self.lock:
             return bool(self.images[name])
 
@@ -45,17 +45,19 @@ def upload(ledger: Ledger, study: str, job_id: str, servers: Servers, rng: rando
     """As an upload does it: hold, ask each server, claim, push or be refused, receipt, end."""
     wanted, refused = rng.choice([None, None, *NAMES]), rng.random() < 0.5
     image = f"{study}.{job_id}"
-    fence = ledger.claim(job_id, task=TASK, job={}).fence
-    ledger.hold_image(image, job_id=job_id, fence=fence, into=(study,))
+    fence = ledger.take(job_id, task=TASK, job={}).fence
+    ledger.lock_image(image, job_id=job_id, fence=fence, into=(study,))
     there = servers.with_study()
     if there:
         target = there[0] if wanted in (None, there[0]) else None
     else:
         proposal = wanted or rng.choice(NAMES)
-        claim = ledger.claim_study(study, server=proposal, job_id=job_id, asked_for=wanted is not None, told=False)
+        claim = ledger.claim_study(
+            study, server=proposal, job_id=job_id, asked_for=wanted is not None, in_history=False
+        )
         target = claim.server if wanted in (None, claim.server) else None
     if target and not refused:
-        ledger.intend(job_id, fence, {"uncertain": True})
+        ledger.write_intent(job_id, fence, {"uncertain": True})
         servers.store(target, image)
         ledger.stored(image, study, Receipt(job_id, target, "aa", 1))
     ledger.finish(job_id, fence, outcome={}, code="done", task=TASK, job={})
@@ -76,5 +78,5 @@ def test_no_race_of_refusals_and_of_servers_that_are_asked_for_splits_a_study(le
         claimed = ledger.client.hgetall(f"{PREFIX}study:{study}")
         assert not [field for field in claimed if field.startswith("follower:")]
         assert (claimed.get("server") in on) if claimed else not on, "without an image there is no claim"
-    given = {name: sum(servers.look(name) for servers in studies.values()) for name in NAMES}
+    given = {name: sum(servers.has_study(name) for servers in studies.values()) for name in NAMES}
     assert {name: ledger.placed().get(name, 0) for name in NAMES} == given

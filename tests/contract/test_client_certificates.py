@@ -26,13 +26,13 @@ from worker.pacs.registry import connect
 NGINX_PAGE = b"<html>\r\n<head><title>400 %b</title></head>\r\n<body>nginx</body>\r\n</html>\r\n"
 
 
-class Ward(ThreadingHTTPServer):
+class CertificateServer(ThreadingHTTPServer):
     """A DICOMweb root that is empty. ``shown`` has the common name of each request's certificate; ``opened`` counts."""
 
     daemon_threads = True
 
     def __init__(self, context: ssl.SSLContext) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), _CertificateHandler)
         self.context, self.shown, self.opened = context, [], 0
         self.page: bytes | None = None
         self.keeps_connections = True
@@ -52,9 +52,9 @@ class Ward(ThreadingHTTPServer):
         return f"https://127.0.0.1:{self.server_port}/dicom"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _CertificateHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Ward
+    server: CertificateServer
 
     def do_GET(self) -> None:
         subject = dict(pair for part in (self.connection.getpeercert() or {}).get("subject", ()) for pair in part)
@@ -79,20 +79,22 @@ def authority() -> trustme.CA:
     return trustme.CA()
 
 
-Serve = Callable[..., Ward]
+Serve = Callable[..., CertificateServer]
 
 
 @pytest.fixture
 def serve(authority: trustme.CA) -> Iterator[Serve]:
-    running: list[Ward] = []
+    running: list[CertificateServer] = []
 
-    def start(*, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3, asks: ssl.VerifyMode = ssl.CERT_REQUIRED) -> Ward:
+    def start(
+        *, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3, asks: ssl.VerifyMode = ssl.CERT_REQUIRED
+    ) -> CertificateServer:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = context.maximum_version = version
         authority.issue_cert("127.0.0.1").configure_cert(context)
         authority.configure_trust(context)
         context.verify_mode = asks
-        running.append(Ward(context))
+        running.append(CertificateServer(context))
         threading.Thread(target=running[-1].serve_forever, args=(0.02,), daemon=True).start()
         return running[-1]
 
@@ -102,7 +104,7 @@ def serve(authority: trustme.CA) -> Iterator[Serve]:
         server.server_close()
 
 
-class Files:
+class CertificateFiles:
     """The certificate files of one worker."""
 
     def __init__(self, folder: Path, authority: trustme.CA) -> None:
@@ -121,13 +123,13 @@ class Files:
         names = {"ca_file": self.ca, "client_cert_file": self.certificate, "client_key_file": self.key, **changes}
         return ServerSettings(**{"name": "ward", "type": "dicomweb", "url": url, **names})
 
-    def ward(self, server: Ward, **changes: Any) -> Pacs:
+    def ward(self, server: CertificateServer, **changes: Any) -> Pacs:
         return connect(self.settings(server.url, **changes))
 
 
 @pytest.fixture
-def files(tmp_path: Path, authority: trustme.CA) -> Files:
-    made = Files(tmp_path, authority)
+def files(tmp_path: Path, authority: trustme.CA) -> CertificateFiles:
+    made = CertificateFiles(tmp_path, authority)
     made.put(made.leaf("first"))
     return made
 
@@ -150,7 +152,7 @@ def refused(ward: Pacs, kind: type[CourierError] = PacsUnauthorized) -> str:
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_a_client_certificate_is_shown_once_and_its_connection_is_used_again(
-    serve: Serve, files: Files, version: ssl.TLSVersion
+    serve: Serve, files: CertificateFiles, version: ssl.TLSVersion
 ) -> None:
     server = serve(version=version)
     ward = files.ward(server)
@@ -159,14 +161,16 @@ def test_a_client_certificate_is_shown_once_and_its_connection_is_used_again(
     assert (server.shown, server.opened) == (["first"] * 3, 1)
 
 
-def test_certificate_and_key_may_stand_in_one_file(serve: Serve, files: Files) -> None:
+def test_certificate_and_key_may_stand_in_one_file(serve: Serve, files: CertificateFiles) -> None:
     files.leaf("both").private_key_and_cert_chain_pem.write_to_path(files.certificate)
     server = serve()
     ask(files.ward(server, client_key_file=None))
     assert server.shown == ["both"]
 
 
-def test_a_renewed_certificate_is_shown_by_the_next_connection_without_a_restart(serve: Serve, files: Files) -> None:
+def test_a_renewed_certificate_is_shown_by_the_next_connection_without_a_restart(
+    serve: Serve, files: CertificateFiles
+) -> None:
     server = serve()
     ward = files.ward(server)
     ask(ward)
@@ -180,12 +184,12 @@ def test_a_renewed_certificate_is_shown_by_the_next_connection_without_a_restart
 def test_a_renewal_by_links_as_kubernetes_makes_it_is_seen(serve: Serve, tmp_path: Path, authority: trustme.CA) -> None:
     for number, name in enumerate(("old", "new")):
         (tmp_path / str(number)).mkdir()
-        folder = Files(tmp_path / str(number), authority)
+        folder = CertificateFiles(tmp_path / str(number), authority)
         folder.put(folder.leaf(name))
     (tmp_path / "data").symlink_to(tmp_path / "0")
     server = serve()
     server.keeps_connections = False
-    ward = Files(tmp_path / "data", authority).ward(server)
+    ward = CertificateFiles(tmp_path / "data", authority).ward(server)
     ask(ward)
     (tmp_path / "next").symlink_to(tmp_path / "1")
     os.replace(tmp_path / "next", tmp_path / "data")
@@ -195,7 +199,7 @@ def test_a_renewal_by_links_as_kubernetes_makes_it_is_seen(serve: Serve, tmp_pat
 
 @pytest.mark.parametrize("damage", ["gone", "half", "another's"])
 def test_a_pair_that_cannot_be_used_leaves_the_one_before_and_is_told_once(
-    serve: Serve, files: Files, caplog: pytest.LogCaptureFixture, damage: str
+    serve: Serve, files: CertificateFiles, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     server = serve()
     server.keeps_connections = False
@@ -218,7 +222,7 @@ def test_a_pair_that_cannot_be_used_leaves_the_one_before_and_is_told_once(
     assert server.shown == ["first", "first", "first", "second"]
 
 
-def test_many_threads_go_on_while_certificates_are_renewed(serve: Serve, files: Files) -> None:
+def test_many_threads_go_on_while_certificates_are_renewed(serve: Serve, files: CertificateFiles) -> None:
     server = serve()
     server.keeps_connections = False
     ward = files.ward(server, max_concurrency=8)
@@ -263,7 +267,7 @@ def _encrypted(leaf: trustme.LeafCert) -> bytes:
     ],
 )
 def test_a_file_that_cannot_be_used_stops_the_start_and_its_key_is_named(
-    files: Files, spoil: Callable[[Files], object], sentence: str
+    files: CertificateFiles, spoil: Callable[[CertificateFiles], object], sentence: str
 ) -> None:
     spoil(files)
     with pytest.raises(SettingsError, match=sentence) as error:
@@ -271,7 +275,7 @@ def test_a_file_that_cannot_be_used_stops_the_start_and_its_key_is_named(
     assert "\n" not in str(error.value)
 
 
-def test_a_certificate_without_its_key_stops_the_start(files: Files) -> None:
+def test_a_certificate_without_its_key_stops_the_start(files: CertificateFiles) -> None:
     with pytest.raises(SettingsError, match=r"client_cert_file of server ward: .*with its key"):
         connect(files.settings("https://127.0.0.1:1", client_key_file=None))
 
@@ -279,7 +283,7 @@ def test_a_certificate_without_its_key_stops_the_start(files: Files) -> None:
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("which", ["expired", "of another authority"])
 def test_a_certificate_that_the_server_refuses_needs_a_person_and_the_sentence_names_the_setting(
-    serve: Serve, files: Files, which: str, version: ssl.TLSVersion
+    serve: Serve, files: CertificateFiles, which: str, version: ssl.TLSVersion
 ) -> None:
     yesterday = datetime.now(UTC) - timedelta(days=1)
     leaf = files.leaf("old", not_after=yesterday, not_before=yesterday - timedelta(days=9))
@@ -291,7 +295,7 @@ def test_a_certificate_that_the_server_refuses_needs_a_person_and_the_sentence_n
     assert server.shown == []
 
 
-def test_without_a_certificate_the_sentence_says_that_one_is_asked_for(serve: Serve, files: Files) -> None:
+def test_without_a_certificate_the_sentence_says_that_one_is_asked_for(serve: Serve, files: CertificateFiles) -> None:
     none: dict[str, Any] = {"client_cert_file": None, "client_key_file": None}
     sentence = refused(files.ward(serve(), **none))
     assert "without a client certificate" in sentence
@@ -303,7 +307,7 @@ def test_without_a_certificate_the_sentence_says_that_one_is_asked_for(serve: Se
 
 @pytest.mark.parametrize("size", [7, 8_000_000])
 def test_an_image_that_was_sent_with_a_refused_certificate_was_not_stored_and_is_no_fault_of_the_image(
-    serve: Serve, files: Files, size: int
+    serve: Serve, files: CertificateFiles, size: int
 ) -> None:
     files.put(trustme.CA().issue_cert("worker.example"))
     server = serve()
@@ -315,7 +319,7 @@ def test_an_image_that_was_sent_with_a_refused_certificate_was_not_stored_and_is
 @pytest.mark.parametrize("dialect", ["msdicom", "dcm4chee", "orthanc", "dicomweb"])
 @pytest.mark.parametrize("title", [b"No required SSL certificate was sent", b"The SSL certificate error"])
 def test_a_proxys_page_about_the_certificate_is_no_answer_about_an_image(
-    serve: Serve, files: Files, dialect: str, title: bytes
+    serve: Serve, files: CertificateFiles, dialect: str, title: bytes
 ) -> None:
     server = serve(asks=ssl.CERT_OPTIONAL)
     server.page = NGINX_PAGE % title
@@ -326,7 +330,7 @@ def test_a_proxys_page_about_the_certificate_is_no_answer_about_an_image(
         ward.store([part()])
 
 
-def test_any_other_400_stays_what_the_dialect_makes_of_it(serve: Serve, files: Files) -> None:
+def test_any_other_400_stays_what_the_dialect_makes_of_it(serve: Serve, files: CertificateFiles) -> None:
     server = serve()
     server.page = NGINX_PAGE % b"Bad Request"
     with pytest.raises(CourierError) as error:
@@ -341,6 +345,8 @@ def test_any_other_400_stays_what_the_dialect_makes_of_it(serve: Serve, files: F
         ({"url": "http://127.0.0.1:1"}, "client_cert_file needs a url with https"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(files: Files, changes: dict[str, Any], sentence: str) -> None:
+def test_settings_that_make_no_sense_are_refused(
+    files: CertificateFiles, changes: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ValueError, match=sentence):
         files.settings(**{"url": "https://127.0.0.1:1", **changes})

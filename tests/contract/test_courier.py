@@ -71,7 +71,7 @@ def ledger(redis):
 
 def begun(ledger, job_id="j1"):
     ledger.submit(job_id, task=TASK, job=JOB)
-    return ledger.claim(job_id, task=TASK, job=JOB)
+    return ledger.take(job_id, task=TASK, job=JOB)
 
 
 def test_a_job_whose_result_is_lost_is_done_with_the_payload_of_the_ledger(courier, ledger):
@@ -83,7 +83,7 @@ def test_a_job_whose_result_is_lost_is_done_with_the_payload_of_the_ledger(couri
     assert courier.known("j1")
 
 
-@pytest.mark.parametrize("end", ["finish", "bury"])
+@pytest.mark.parametrize("end", ["finish", "end_as_dead_letter"])
 def test_a_job_whose_failure_is_lost_fails_with_the_error_of_the_ledger(courier, ledger, end):
     code, kind = ("image_already_exists", ImageAlreadyExists) if end == "finish" else ("poisoned", Poisoned)
     error = {"code": code, "message": "So it is.", "server_name": "msdicom", "server_type": "msdicom", "details": {}}
@@ -96,7 +96,7 @@ def test_a_job_whose_failure_is_lost_fails_with_the_error_of_the_ledger(courier,
 
 def test_a_purged_dead_letter_still_says_how_it_failed(courier, ledger):
     error = {"code": "poisoned", "message": "It crashed.", "server_name": None, "server_type": None, "details": {}}
-    ledger.bury("j1", begun(ledger).fence, outcome={"error": error}, code="poisoned", task=TASK, job=JOB)
+    ledger.end_as_dead_letter("j1", begun(ledger).fence, outcome={"error": error}, code="poisoned", task=TASK, job=JOB)
     assert ledger.purge("j1")
     assert courier.handle("j1").report().error.payload["message"] == "It crashed."
 
@@ -173,10 +173,10 @@ def test_a_key_whose_job_failed_for_a_reason_that_can_pass_is_sent_again_and_its
 ):
     job = {"version": 1, "image_url": "http://host/a.dcm", "idempotency_key": "k"}
     handle = courier.upload("http://host/a.dcm?sig=old", idempotency_key="k")
-    claim = ledger.claim(handle.id, task="pacs.upload", job=job)
+    taken = ledger.take(handle.id, task="pacs.upload", job=job)
     error = SourceDenied("No.").payload
     outcome = {"error": error}
-    ledger.finish(handle.id, claim.fence, outcome=outcome, code="source_denied", task="pacs.upload", job=job)
+    ledger.finish(handle.id, taken.fence, outcome=outcome, code="source_denied", task="pacs.upload", job=job)
     told = {"exc_type": "SourceDenied", "exc_module": "courier.errors", "exc_message": [error]}
     with Redis.from_url(redis.result_backend) as results:
         key = courier._app.backend.get_key_for_task(handle.id)

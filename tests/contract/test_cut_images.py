@@ -27,15 +27,15 @@ from courier.errors import PacsMisanswered, SourceUnreachable, StudyConflict
 from courier.settings import DownloadSettings, S3Settings
 from sandbox.processes import HOST, AzuritePart, SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
+from tests.batch_site import BatchSite, payload
 from worker.batches import deletions
-from worker.batches.backups import Kept, keep, prove
-from worker.batches.coordinator import Conductor
+from worker.batches.backups import Backup, back_up, prove
+from worker.batches.coordinator import Coordinator
 from worker.batches.study_copy import Transfer, bare_digests_on, digests_on, images_on
-from worker.batches.study_migration import Receipt, copy_study, delete_source, undo_study, verify_study
+from worker.batches.study_migration import MigrationReceipt, copy_study, delete_source, undo_study, verify_study
 from worker.dicom.instances import identify
 from worker.jobs.download import download
-from worker.jobs.runner import Done, Failed, Verdict
+from worker.jobs.runner import Done, Failed, JobResult
 from worker.jobs.same_bytes import Arrival, compare
 from worker.pacs.multipart import read_parts
 from worker.pacs.protocol import Pacs
@@ -108,7 +108,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-class Store:
+class DownloadStore:
     """A place that downloads and backups go to, and what lies there."""
 
     def __init__(self, url: str, settings: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class Store:
         return name
 
 
-class FolderStore(Store):
+class FolderStore(DownloadStore):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder.as_uri(), {"folders": [str(folder)]})
         self.folder = folder
@@ -160,7 +160,7 @@ class FolderStore(Store):
         (self.folder / "study").rename(self.folder / "study.unfinished")
 
 
-class S3Store(Store):
+class S3Store(DownloadStore):
     def __init__(self, endpoint: str) -> None:
         self.bucket = f"cut-{new_uid()[-12:].strip('.')}"
         super().__init__(
@@ -187,7 +187,7 @@ class S3Store(Store):
         self.client.delete_object(Bucket=self.bucket, Key=name)
 
 
-class AzureStore(Store):
+class AzureStore(DownloadStore):
     def __init__(self, azurite: AzuritePart, folder: Path) -> None:
         name = f"cut-{new_uid()[-12:].strip('.')}"
         file = folder / "connection-string"
@@ -213,7 +213,7 @@ class AzureStore(Store):
 
 
 @contextmanager
-def opened_store(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+def opened_store(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DownloadStore]:
     if kind == "folder":
         (tmp_path / "out").mkdir()
         yield FolderStore(tmp_path / "out")
@@ -228,7 +228,7 @@ def opened_store(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> I
 
 
 @pytest.fixture(params=["folder", "s3", "azure"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DownloadStore]:
     with opened_store(request.param, request, tmp_path) as place:
         yield place
 
@@ -240,19 +240,21 @@ def folder(tmp_path: Path) -> FolderStore:
 
 
 @pytest.fixture(params=WHERE)
-def anywhere(request: pytest.FixtureRequest, batch_site: Callable[..., Site], folder: FolderStore) -> Site:
+def anywhere(request: pytest.FixtureRequest, batch_site: Callable[..., BatchSite], folder: FolderStore) -> BatchSite:
     """One server of any dialect, called ward."""
     server = {"name": "ward", "type": request.param, "url": WHERE[request.param](request)}
     return batch_site([server], downloads=folder.settings)
 
 
-def ward(batch_site: Callable[..., Site], sandbox: SandboxPart, store: Store, **sections: Any) -> Site:
+def ward(
+    batch_site: Callable[..., BatchSite], sandbox: SandboxPart, store: DownloadStore, **sections: Any
+) -> BatchSite:
     return batch_site(
         [{"name": "ward", "type": "msdicom", "url": sandbox.msdicom}], downloads=store.settings, **sections
     )
 
 
-def downloaded(site: Site, study: str, url: str, form: str) -> Verdict:
+def downloaded(site: BatchSite, study: str, url: str, form: str) -> JobResult:
     message = {"study_uid": study, "destination": url, "format": form}
     return site.see_to_its_end("pacs.download", download, new_uid(), message)
 
@@ -263,7 +265,7 @@ def downloaded(site: Site, study: str, url: str, form: str) -> Verdict:
 @pytest.mark.parametrize(("missing_bytes", "announced"), [(20, False), (1, False), (20, True), (10_000, True)])
 @pytest.mark.parametrize("form", ["zip", "files"])
 def test_a_download_of_an_image_that_ends_early_is_tried_again_and_nothing_looks_whole(
-    anywhere: Site, folder: FolderStore, spoiler: Spoiler, form: str, missing_bytes: int, announced: bool
+    anywhere: BatchSite, folder: FolderStore, spoiler: Spoiler, form: str, missing_bytes: int, announced: bool
 ) -> None:
     study = new_uid()
     for _ in range(2):
@@ -280,7 +282,7 @@ def test_a_download_of_an_image_that_ends_early_is_tried_again_and_nothing_looks
 
 @pytest.mark.parametrize("form", ["zip", "files"])
 def test_nothing_is_left_in_any_store_that_vouches_for_a_cut_image(
-    store: Store, batch_site: Callable[..., Site], sandbox: SandboxPart, spoiler: Spoiler, form: str
+    store: DownloadStore, batch_site: Callable[..., BatchSite], sandbox: SandboxPart, spoiler: Spoiler, form: str
 ) -> None:
     site, study = ward(batch_site, sandbox, store), new_uid()
     bad, *_ = site.put("ward", study, 3)
@@ -300,7 +302,7 @@ def cut_only(image_uid: str) -> Change:
 
 
 def test_an_image_with_two_study_uids_is_the_servers_fault(
-    folder: FolderStore, batch_site: Callable[..., Site], sandbox: SandboxPart, spoiler: Spoiler
+    folder: FolderStore, batch_site: Callable[..., BatchSite], sandbox: SandboxPart, spoiler: Spoiler
 ) -> None:
     site, study = ward(batch_site, sandbox, folder), new_uid()
     site.put("ward", study, 1)
@@ -315,7 +317,7 @@ def test_an_image_with_two_study_uids_is_the_servers_fault(
 # --- `files` downloads that are resumed -----------------------------------------------------------------------------
 
 
-def resumed(site: Site, study: str, store: Store) -> tuple[dict[str, Any], dict[str, Any]]:
+def resumed(site: BatchSite, study: str, store: DownloadStore) -> tuple[dict[str, Any], dict[str, Any]]:
     told = payload(downloaded(site, study, f"{store.url}/study", "files"))
     (name,) = (name for name in store.names() if name.endswith("manifest.json"))
     return told, json.loads(store.read(name))
@@ -325,7 +327,7 @@ def resumed(site: Site, study: str, store: Store) -> tuple[dict[str, Any], dict[
     "spoil", [lambda c: c[:5000], lambda c: c[:-1], lambda c: c[:200], lambda c: b"", lambda c: c + b"x" * 99]
 )
 def test_what_an_earlier_attempt_has_left_and_is_not_proven_whole_is_written_anew(
-    store: Store, batch_site: Callable[..., Site], sandbox: SandboxPart, spoil: Change
+    store: DownloadStore, batch_site: Callable[..., BatchSite], sandbox: SandboxPart, spoil: Change
 ) -> None:
     site, study = ward(batch_site, sandbox, store), new_uid()
     contents = {}
@@ -417,7 +419,7 @@ WAYS = [("msdicom", "dcm4chee"), ("dcm4chee", "msdicom"), ("orthanc", "msdicom")
 
 
 @pytest.fixture(params=WAYS, ids="-to-".join)
-def way(request: pytest.FixtureRequest, batch_site: Callable[..., Site]) -> tuple[Site, Pacs, Pacs]:
+def way(request: pytest.FixtureRequest, batch_site: Callable[..., BatchSite]) -> tuple[BatchSite, Pacs, Pacs]:
     servers = [{"name": kind, "type": kind, "url": WHERE[kind](request)} for kind in request.param]
     site = batch_site(servers)
     source, target = request.param
@@ -427,7 +429,7 @@ def way(request: pytest.FixtureRequest, batch_site: Callable[..., Site]) -> tupl
 @pytest.mark.parametrize("spooled", [False, True])
 @pytest.mark.parametrize(("missing_bytes", "announced"), [(1, False), (20, True)])
 def test_a_migration_never_pushes_a_cut_image_and_takes_the_others_on_the_next_attempt(
-    way: tuple[Site, Pacs, Pacs], spoiler: Spoiler, spooled: bool, missing_bytes: int, announced: bool
+    way: tuple[BatchSite, Pacs, Pacs], spoiler: Spoiler, spooled: bool, missing_bytes: int, announced: bool
 ) -> None:
     site, source, target = way
     study = new_uid()
@@ -435,7 +437,7 @@ def test_a_migration_never_pushes_a_cut_image_and_takes_the_others_on_the_next_a
     for uid in uids:
         site.put_file(source.server.name, image(study, sop=uid, side=300))
     spoiler.cut(missing_bytes, announced=announced, server=source.server.name)
-    transfer, receipt = Transfer(source, target, study), Receipt()
+    transfer, receipt = Transfer(source, target, study), MigrationReceipt()
     transfer.spooled = spooled
     with pytest.raises(PacsMisanswered) as caught:
         copy_study(transfer, receipt)
@@ -448,13 +450,13 @@ def test_a_migration_never_pushes_a_cut_image_and_takes_the_others_on_the_next_a
 
 
 def test_what_a_server_gives_back_cut_is_no_difference_but_a_bad_answer(
-    way: tuple[Site, Pacs, Pacs], spoiler: Spoiler
+    way: tuple[BatchSite, Pacs, Pacs], spoiler: Spoiler
 ) -> None:
     site, source, target = way
     study = new_uid()
     for _ in range(2):
         site.put_file(source.server.name, image(study, side=64))
-    receipt = Receipt()
+    receipt = MigrationReceipt()
     copy_study(Transfer(source, target, study), receipt)
     spoiler.cut(9, server=target.server.name)
     for ask in (
@@ -469,13 +471,13 @@ def test_what_a_server_gives_back_cut_is_no_difference_but_a_bad_answer(
 
 
 def test_an_undo_of_a_move_removes_nothing_while_the_target_gives_back_cut_images(
-    way: tuple[Site, Pacs, Pacs], spoiler: Spoiler
+    way: tuple[BatchSite, Pacs, Pacs], spoiler: Spoiler
 ) -> None:
     site, source, target = way
     study = new_uid()
     for _ in range(2):
         site.put_file(source.server.name, image(study, side=64))
-    transfer, receipt = Transfer(source, target, study), Receipt()
+    transfer, receipt = Transfer(source, target, study), MigrationReceipt()
     copy_study(transfer, receipt)
     verify_study(transfer, receipt, digests="all")
     delete_source(transfer, receipt)
@@ -494,20 +496,20 @@ def test_an_undo_of_a_move_removes_nothing_while_the_target_gives_back_cut_image
 
 @pytest.mark.parametrize(("missing_bytes", "announced"), [(20, False), (1, False), (20, True)])
 def test_a_study_whose_images_come_cut_is_neither_kept_nor_deleted(
-    anywhere: Site, folder: FolderStore, spoiler: Spoiler, missing_bytes: int, announced: bool
+    anywhere: BatchSite, folder: FolderStore, spoiler: Spoiler, missing_bytes: int, announced: bool
 ) -> None:
     study = new_uid()
     uids = anywhere.put("ward", study)
     spoiler.cut(missing_bytes, announced=announced)
     anywhere.delete(study, backup=folder.url)
-    assert anywhere.told() == ["pacs_misanswered"]
+    assert anywhere.ends() == ["pacs_misanswered"]
     assert anywhere.on("ward", study) == uids
     assert not folder.names()
     assert spoiler.spoiled >= 2, "it was tried again"
     spoiler.calm()
     anywhere.batch = "C"
     payload(anywhere.delete(study, backup=folder.url))
-    assert (anywhere.told(), anywhere.on("ward", study)) == (["deleted"], set())
+    assert (anywhere.ends(), anywhere.on("ward", study)) == (["deleted"], set())
 
 
 def flipped(content: bytes) -> bytes:
@@ -556,7 +558,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def put_two(site: Site, study: str) -> set[str]:
+def put_two(site: BatchSite, study: str) -> set[str]:
     uids = {f"{study}.1.1", f"{study}.1.2"}
     for uid in uids:
         site.put_file("ward", image(study, sop=uid, side=16))
@@ -568,15 +570,15 @@ def put_two(site: Site, study: str) -> set[str]:
     + [(f, d) for f in ("s3", "azure") for d in ("cut", "nothing", "another byte")],
     ids="-".join,
 )
-def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Store, str]]:
+def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[DownloadStore, str]]:
     kind, damage = request.param
     with opened_store(kind, request, tmp_path) as place:
         yield place, damage
 
 
 def test_a_study_stays_if_its_backup_is_no_longer_whole_when_it_is_to_be_deleted(
-    damaged: tuple[Store, str],
-    batch_site: Callable[..., Site],
+    damaged: tuple[DownloadStore, str],
+    batch_site: Callable[..., BatchSite],
     sandbox: SandboxPart,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -584,81 +586,81 @@ def test_a_study_stays_if_its_backup_is_no_longer_whole_when_it_is_to_be_deleted
     site, study = ward(batch_site, sandbox, store), new_uid()
     uids = put_two(site, study)
 
-    def kept_and_damaged(*args: Any) -> Kept | None:
-        kept = keep(*args)
+    def kept_and_damaged(*args: Any) -> Backup | None:
+        kept = back_up(*args)
         store.write(store.archive, DAMAGE[damage](store.read(store.archive)))
         return kept
 
-    monkeypatch.setattr(deletions, "keep", kept_and_damaged)
+    monkeypatch.setattr(deletions, "back_up", kept_and_damaged)
     payload(site.delete(study, backup=store.url))
-    assert site.told() == ["study_conflict"]
-    assert "damaged" in site.rows[0].settled.message
+    assert site.ends() == ["study_conflict"]
+    assert "damaged" in site.rows[0].outcome.message
     assert site.on("ward", study) == uids
 
 
 def test_a_study_stays_if_its_backup_is_gone_when_it_is_to_be_deleted(
-    store: Store, batch_site: Callable[..., Site], sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
+    store: DownloadStore, batch_site: Callable[..., BatchSite], sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, study = ward(batch_site, sandbox, store), new_uid()
     uids = put_two(site, study)
 
-    def kept_and_lost(*args: Any) -> Kept | None:
-        kept = keep(*args)
+    def kept_and_lost(*args: Any) -> Backup | None:
+        kept = back_up(*args)
         store.delete(store.archive)
         return kept
 
-    monkeypatch.setattr(deletions, "keep", kept_and_lost)
+    monkeypatch.setattr(deletions, "back_up", kept_and_lost)
     payload(site.delete(study, backup=store.url))
-    assert (site.told(), site.on("ward", study)) == (["study_conflict"], uids)
-    assert "not there any more" in site.rows[0].settled.message
+    assert (site.ends(), site.on("ward", study)) == (["study_conflict"], uids)
+    assert "not there any more" in site.rows[0].outcome.message
 
 
 def test_a_damaged_backup_brings_nothing_back_and_says_what_is_wrong(
-    damaged: tuple[Store, str], batch_site: Callable[..., Site], sandbox: SandboxPart
+    damaged: tuple[DownloadStore, str], batch_site: Callable[..., BatchSite], sandbox: SandboxPart
 ) -> None:
     store, damage = damaged
     site, study = ward(batch_site, sandbox, store), new_uid()
     uids = put_two(site, study)
     payload(site.delete(study, backup=store.url))
-    assert (site.told(), site.on("ward", study)) == (["deleted"], set())
+    assert (site.ends(), site.on("ward", study)) == (["deleted"], set())
     name = store.archive
     good = store.read(name)
     store.write(name, DAMAGE[damage](good))
-    payload(site.go_on(Conductor.undo, "undo"))
-    assert site.told("undo") == ["study_conflict"]
+    payload(site.go_on(Coordinator.undo, "undo"))
+    assert site.ends("undo") == ["study_conflict"]
     assert f"The backup {store.url}" in site.rows[0].passes["undo"].message
     assert site.on("ward", study) == set()
     store.write(name, good)
-    payload(site.go_on(Conductor.undo, "undo"))
-    assert (site.told("undo"), site.on("ward", study)) == (["undone"], uids)
+    payload(site.go_on(Coordinator.undo, "undo"))
+    assert (site.ends("undo"), site.on("ward", study)) == (["undone"], uids)
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGE if name != "a cut image"])
 def test_a_backup_whose_digest_died_with_its_attempt_is_proven_by_its_manifest(
-    damage: str, folder: FolderStore, batch_site: Callable[..., Site], sandbox: SandboxPart
+    damage: str, folder: FolderStore, batch_site: Callable[..., BatchSite], sandbox: SandboxPart
 ) -> None:
     site, study = ward(batch_site, sandbox, folder), new_uid()
     put_two(site, study)
     payload(site.delete(study, backup=folder.url))
-    told = Kept(**site.rows[0].settled.result["kept"]["ward"])
+    told = Backup(**site.rows[0].outcome.result["kept"]["ward"])
     assert told.archive_sha256
-    unknown, tools = replace(told, archive_sha256=None), site.tools
-    prove(site.fleet["ward"], study, unknown, tools)
+    unknown, services = replace(told, archive_sha256=None), site.services
+    prove(site.fleet["ward"], study, unknown, services)
     folder.write(folder.archive, DAMAGE[damage](folder.read(folder.archive)))
     with pytest.raises(StudyConflict, match="damaged"):
-        prove(site.fleet["ward"], study, unknown, tools)
+        prove(site.fleet["ward"], study, unknown, services)
 
 
 def test_a_cut_image_in_a_backup_of_version_0_1_is_found(
-    folder: FolderStore, batch_site: Callable[..., Site], sandbox: SandboxPart
+    folder: FolderStore, batch_site: Callable[..., BatchSite], sandbox: SandboxPart
 ) -> None:
     site, study = ward(batch_site, sandbox, folder), new_uid()
     put_two(site, study)
     payload(site.delete(study, backup=folder.url))
-    told = Kept(**{**site.rows[0].settled.result["kept"]["ward"], "archive_sha256": None})
+    told = Backup(**{**site.rows[0].outcome.result["kept"]["ward"], "archive_sha256": None})
     folder.write(folder.archive, with_a_cut_image(folder.read(folder.archive)))
     with pytest.raises(StudyConflict, match="cut short"):
-        prove(site.fleet["ward"], study, told, site.tools)
+        prove(site.fleet["ward"], study, told, site.services)
 
 
 # --- uploads in batches ----------------------------------------------------------------------------------------------
@@ -666,7 +668,7 @@ def test_a_cut_image_in_a_backup_of_version_0_1_is_found(
 
 def test_the_verification_of_an_upload_does_not_say_that_a_cut_answer_differs(
     folder: FolderStore,
-    batch_site: Callable[..., Site],
+    batch_site: Callable[..., BatchSite],
     sandbox: SandboxPart,
     spoiler: Spoiler,
     image_server: Any,
@@ -676,16 +678,16 @@ def test_the_verification_of_an_upload_does_not_say_that_a_cut_answer_differs(
     urls = [image_server.put(f"{n}.dcm", image(study, side=64)) for n in range(2)]
     payload(site.upload(*urls))
     spoiler.cut(9)
-    site.go_on(Conductor.verify, "verify")
-    assert site.told("verify") == ["pacs_misanswered"] * 2
+    site.go_on(Coordinator.verify, "verify")
+    assert site.ends("verify") == ["pacs_misanswered"] * 2
     spoiler.calm()
-    assert isinstance(site.go_on(Conductor.verify, "verify"), Done)
-    assert site.told("verify") == ["verified"] * 2
+    assert isinstance(site.go_on(Coordinator.verify, "verify"), Done)
+    assert site.ends("verify") == ["verified"] * 2
 
 
 @pytest.mark.parametrize("missing_bytes", [1, 500])
 def test_a_cut_answer_does_not_say_that_the_bytes_are_others(
-    anywhere: Site, spoiler: Spoiler, missing_bytes: int
+    anywhere: BatchSite, spoiler: Spoiler, missing_bytes: int
 ) -> None:
     study = new_uid()
     content = image(study, side=64)

@@ -20,14 +20,14 @@ from courier.settings import ServerSettings
 from sandbox.images import ImageServer
 from sandbox.processes import HOST, RedisPart, SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
-from worker.batches.coordinator import Conductor
+from tests.batch_site import BatchSite, payload
+from worker.batches.coordinator import Coordinator
 from worker.dicom.instances import identify
 from worker.jobs import delete_lock
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.delete import delete
 from worker.jobs.placement import FAULTS_OF_AN_IMAGE
-from worker.jobs.runner import Done, Failed, Verdict
+from worker.jobs.runner import Done, Failed, JobResult
 from worker.jobs.servers import status, storage
 from worker.jobs.upload import upload
 from worker.pacs.dcm4chee import storage_state
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ATTEMPTS = 100
 
 
-class Ward(Site):
+class Ward(BatchSite):
     """Both sandbox servers behind breakers that a second failure in a row would open, and a server of files."""
 
     def __init__(self, redis: RedisPart, sandbox: SandboxPart, images: ImageServer, folder: Path) -> None:
@@ -62,13 +62,13 @@ class Ward(Site):
     def file(self, content: bytes) -> str:
         return self.images.put(f"{new_uid()}.dcm", content)
 
-    def send(self, content: bytes, server: str | None = "dcm4chee") -> Verdict:
+    def send(self, content: bytes, server: str | None = "dcm4chee") -> JobResult:
         message = {"image_url": self.file(content), **({"server": server} if server else {})}
         return self.see_to_its_end("pacs.upload", upload, new_uid(), message)
 
-    def refusal(self, verdict: Verdict) -> CourierError:
-        assert isinstance(verdict, Failed), verdict
-        return verdict.error
+    def refusal(self, result: JobResult) -> CourierError:
+        assert isinstance(result, Failed), result
+        return result.error
 
     @property
     def failures(self) -> int:
@@ -107,24 +107,24 @@ BAD: dict[str, Callable[[str], bytes]] = {
 
 def test_images_without_patient_id_that_arrive_together_are_all_stored(ward: Ward) -> None:
     study = new_uid()
-    ward.sandbox.set_mood("dcm4chee", "store", latency_ms=[0, 100])
+    ward.sandbox.set_fault("dcm4chee", "store", latency_ms=[0, 100])
     uids = [new_uid() for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         verdicts = list(pool.map(lambda uid: ward.send(without_patient_id(study, uid)), uids))
-    assert all(isinstance(verdict, Done) for verdict in verdicts), verdicts
+    assert all(isinstance(result, Done) for result in verdicts), verdicts
     assert ward.on("dcm4chee", study) == set(uids)
 
 
 def test_images_without_patient_id_in_two_batches_are_all_stored(ward: Ward) -> None:
     study, uids = new_uid(), [new_uid() for _ in range(4)]
-    ward.sandbox.set_mood("dcm4chee", "store", times=1, failure_reason=0xA778)
+    ward.sandbox.set_fault("dcm4chee", "store", times=1, failure_reason=0xA778)
     urls = [ward.file(without_patient_id(study, uid)) for uid in uids]
     payload(ward.upload(*urls, server="dcm4chee"))
-    assert (ward.told(), ward.on("dcm4chee", study)) == (["stored"] * 4, set(uids))
+    assert (ward.ends(), ward.on("dcm4chee", study)) == (["stored"] * 4, set(uids))
 
 
 def test_a_patient_id_of_the_file_that_contradicts_the_study_stays_a_conflict(ward: Ward) -> None:
-    ward.sandbox.set_mood("dcm4chee", "store", failure_reason=0xA778)
+    ward.sandbox.set_fault("dcm4chee", "store", failure_reason=0xA778)
     error = ward.refusal(ward.send(image(new_uid(), side=8)))
     assert error.payload["code"] == "study_conflict"
 
@@ -149,7 +149,7 @@ def test_bad_files_among_good_ones_hold_no_batch(ward: Ward, kind: str) -> None:
     good = [ward.file(image(study, side=8)) for _ in range(4)]
     bad = [ward.file(BAD[kind](study)) for _ in range(3)]
     payload(ward.upload(good[0], *bad, *good[1:], server="dcm4chee"))
-    assert sorted(ward.told()) == ["pacs_rejected"] * 3 + ["stored"] * 4
+    assert sorted(ward.ends()) == ["pacs_rejected"] * 3 + ["stored"] * 4
     assert ward.failures == 0
 
 
@@ -167,18 +167,18 @@ def test_bad_files_are_named_by_a_migration(ward: Ward) -> None:
     ward.put_file("msdicom", image(study, side=8, StudyDescription="x" * 60))
     bad = new_uid()
     ward.put_file("msdicom", image(study, sop=bad, side=8))
-    ward.sandbox.set_mood("dcm4chee", "store", fail_image=bad)
+    ward.sandbox.set_fault("dcm4chee", "store", fail_image=bad)
     payload(ward.order(study))
     (row,) = ward.rows
-    assert row.settled.code == "pacs_rejected"
-    assert bad in row.settled.message
+    assert row.outcome.code == "pacs_rejected"
+    assert bad in row.outcome.message
     assert len(ward.on("dcm4chee", study)) == 4
     assert ward.failures == 0
 
 
 def test_five_failures_at_one_image_while_others_are_stored_are_its_own(ward: Ward) -> None:
     bad = new_uid()
-    ward.sandbox.set_mood("dcm4chee", "store", fail_image=bad)
+    ward.sandbox.set_fault("dcm4chee", "store", fail_image=bad)
     job, message = new_uid(), {"image_url": ward.file(image(new_uid(), sop=bad, side=8)), "server": "dcm4chee"}
     looked: list[int] = []
 
@@ -191,13 +191,13 @@ def test_five_failures_at_one_image_while_others_are_stored_are_its_own(ward: Wa
     error = ward.refusal(ward.see_to_its_end("pacs.upload", upload, job, message, until=others_are_stored))
     assert isinstance(error, PacsRejected)
     assert f"It has failed {FAULTS_OF_AN_IMAGE} times at this image, and stored others meanwhile." in error.message
-    assert ward.ledger.look(job)["attempts"] == str(FAULTS_OF_AN_IMAGE)
+    assert ward.ledger.read_record(job)["attempts"] == str(FAULTS_OF_AN_IMAGE)
     assert ward.failures == 0
 
 
 def test_five_failures_while_nothing_else_is_stored_are_the_archives(ward: Ward) -> None:
     bad = new_uid()
-    ward.sandbox.set_mood("dcm4chee", "store", fail_image=bad)
+    ward.sandbox.set_fault("dcm4chee", "store", fail_image=bad)
     error = ward.refusal(ward.send(image(new_uid(), sop=bad, side=8)))
     assert isinstance(error, PacsUnavailable)
     assert ward.failures == 0
@@ -206,24 +206,24 @@ def test_five_failures_while_nothing_else_is_stored_are_the_archives(ward: Ward)
 @pytest.mark.parametrize("trouble", ["storage", "storage full", "health"])
 def test_an_archive_that_is_in_trouble_blames_no_image(ward: Ward, trouble: str) -> None:
     study, bad = new_uid(), new_uid()
-    ward.sandbox.set_mood("dcm4chee", "store", fail_image=bad)
-    moods: dict[str, Any] = {
+    ward.sandbox.set_fault("dcm4chee", "store", fail_image=bad)
+    faults: dict[str, Any] = {
         "storage": {"storage_down": True},
         "storage full": {"disk_full": "272"},
         "health": {"database_down": True},
     }
-    ward.sandbox.set_mood("dcm4chee", trouble.split(maxsplit=1)[0], **moods[trouble])
+    ward.sandbox.set_fault("dcm4chee", trouble.split(maxsplit=1)[0], **faults[trouble])
     urls = [ward.file(image(study, side=8)), ward.file(image(study, sop=bad, side=8))]
     payload(ward.upload(*urls, server="dcm4chee", verify=False))
-    assert ward.told() == ["stored", "pacs_unavailable"]
+    assert ward.ends() == ["stored", "pacs_unavailable"]
 
 
 def test_one_bad_image_of_a_batch_is_given_up_after_five_times(ward: Ward) -> None:
     study, bad = new_uid(), new_uid()
-    ward.sandbox.set_mood("dcm4chee", "store", fail_image=bad)
+    ward.sandbox.set_fault("dcm4chee", "store", fail_image=bad)
     urls = [ward.file(image(study, side=8)), ward.file(image(study, side=8)), ward.file(image(study, sop=bad, side=8))]
     payload(ward.upload(*urls, server="dcm4chee", verify=False))
-    assert ward.told() == ["stored", "stored", "pacs_rejected"]
+    assert ward.ends() == ["stored", "stored", "pacs_rejected"]
     assert ward.failures == 0
 
 
@@ -235,7 +235,7 @@ def residue(ward: Ward) -> str:
     """A study of two images of which the archive says for ever that it is deleting it."""
     study = new_uid()
     ward.put("dcm4chee", study)
-    ward.sandbox.set_mood("dcm4chee", "delete", crash_in_delete=True, times=1)
+    ward.sandbox.set_fault("dcm4chee", "delete", crash_in_delete=True, times=1)
     with pytest.raises(PacsUnavailable):
         ward.fleet["dcm4chee"].delete(Found("study", study), permanent=True)
     ward.breakers.succeeded("dcm4chee" + CHANGES)
@@ -261,7 +261,7 @@ def test_an_upload_into_a_study_that_is_deleted_for_ever_is_a_dead_letter(ward: 
     assert error.details["study_uid"] == residue
     (letter,) = ward.ledger.dead_letters()
     assert letter.code == "pacs_unavailable"
-    assert 1 < int(ward.ledger.look(letter.job_id)["attempts"]) < ATTEMPTS
+    assert 1 < int(ward.ledger.read_record(letter.job_id)["attempts"]) < ATTEMPTS
     assert ward.failures == 0
 
 
@@ -277,18 +277,18 @@ def test_a_deletion_that_was_cut_off_is_a_dead_letter_when_it_is_ordered_again(w
 def test_items_of_batches_fail_with_what_an_administrator_has_to_do(ward: Ward, residue: str) -> None:
     good = image(new_uid(), side=8)
     payload(ward.upload(ward.file(image(residue, side=8)), ward.file(good), server="dcm4chee", verify=False))
-    assert ward.told() == ["pacs_unavailable", "stored"]
-    assert "an administrator of the archive" in ward.rows[0].settled.message
+    assert ward.ends() == ["pacs_unavailable", "stored"]
+    assert "an administrator of the archive" in ward.rows[0].outcome.message
     ward.batch = "C"
     ward.put("msdicom", residue)
     payload(ward.order(residue))
-    assert ward.told() == ["pacs_unavailable"]
-    assert "an administrator of the archive" in ward.rows[0].settled.message
+    assert ward.ends() == ["pacs_unavailable"]
+    assert "an administrator of the archive" in ward.rows[0].outcome.message
 
 
 def test_a_deletion_that_ends_is_waited_for(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.jobs.runner.ASK_AGAIN_S", 0.1)
-    ward.sandbox.set_mood("dcm4chee", "store", failure_reason=0xA77A, times=3)
+    ward.sandbox.set_fault("dcm4chee", "store", failure_reason=0xA77A, times=3)
     study = new_uid()
     assert isinstance(ward.send(image(study, side=8)), Done)
     assert len(ward.on("dcm4chee", study)) == 1
@@ -334,16 +334,16 @@ def test_an_upload_of_what_was_rejected_for_quality_is_refused_at_once(
     assert isinstance(error, PacsRejected)
     assert error.details["hidden_by"] == "113001^DCM"
     assert "correct the file" not in error.message
-    known = ward.ledger.known(sop)
-    assert known.voided is not None
-    assert [note.event for note in known.trail if note.event == "waiting"] == []
+    record = ward.ledger.uid_record(sop)
+    assert record.voided is not None
+    assert [note.event for note in record.history if note.event == "waiting"] == []
 
 
 def test_a_batch_names_what_is_hidden_and_stores_the_rest(ward: Ward, hidden: tuple[str, str, bytes]) -> None:
     study, _, content = hidden
     payload(ward.upload(ward.file(content), ward.file(image(study, side=8)), server="dcm4chee"))
-    assert ward.told() == ["pacs_rejected", "stored"]
-    assert "113001^DCM" in ward.rows[0].settled.message
+    assert ward.ends() == ["pacs_rejected", "stored"]
+    assert "113001^DCM" in ward.rows[0].outcome.message
 
 
 def test_a_migration_does_not_count_what_is_hidden_as_added(ward: Ward, hidden: tuple[str, str, bytes]) -> None:
@@ -352,10 +352,10 @@ def test_a_migration_does_not_count_what_is_hidden_as_added(ward: Ward, hidden: 
     ward.put_file("msdicom", image(study, side=8))
     payload(ward.order(study))
     (row,) = ward.rows
-    assert row.settled.code == "pacs_rejected"
-    assert sop in row.settled.message
-    assert "113001^DCM" in row.settled.message
-    assert [sop in parcel["uids"] for parcel in row.settled.result["parcels"]] == [False]
+    assert row.outcome.code == "pacs_rejected"
+    assert sop in row.outcome.message
+    assert "113001^DCM" in row.outcome.message
+    assert [sop in copied_set["uids"] for copied_set in row.outcome.result["parcels"]] == [False]
 
 
 def test_what_a_hide_of_ours_has_hidden_comes_back(ward: Ward) -> None:
@@ -394,8 +394,8 @@ def test_a_batch_refuses_what_is_hidden_in_another_study_and_stores_the_rest(
     sop, other, code = hidden_elsewhere
     study = new_uid()
     payload(ward.upload(*(ward.file(image(study, sop=uid, side=8)) for uid in (sop, new_uid())), server="dcm4chee"))
-    assert ward.told() == ["pacs_rejected", "stored"]
-    assert f"another study, {other}: it was rejected with {code}" in ward.rows[0].settled.message
+    assert ward.ends() == ["pacs_rejected", "stored"]
+    assert f"another study, {other}: it was rejected with {code}" in ward.rows[0].outcome.message
 
 
 def test_a_migration_names_what_is_hidden_in_another_study(ward: Ward, hidden_elsewhere: tuple[str, str, str]) -> None:
@@ -404,8 +404,8 @@ def test_a_migration_names_what_is_hidden_in_another_study(ward: Ward, hidden_el
     ward.put_file("msdicom", image(study, sop=sop, side=8))
     payload(ward.order(study))
     (row,) = ward.rows
-    assert row.settled.code == "pacs_rejected"
-    assert f"another study, {other}: it was rejected with {code}" in row.settled.message
+    assert row.outcome.code == "pacs_rejected"
+    assert f"another study, {other}: it was rejected with {code}" in row.outcome.message
 
 
 def test_what_a_hide_of_ours_has_hidden_in_another_series_does_not_come_back(ward: Ward) -> None:
@@ -468,10 +468,10 @@ def test_a_batch_does_not_call_stored_what_is_in_another_study(ward: Ward, elsew
     study = new_uid()
     urls = [ward.file(image(study, side=8)), ward.file(image(study, sop=sop, side=8)), ward.file(image(study, side=8))]
     payload(ward.upload(*urls, server="dcm4chee"))
-    assert ward.told() == ["stored", "study_conflict", "stored"]
-    assert f"in another study: {other}" in ward.rows[1].settled.message
-    assert "holds the study" not in ward.rows[1].settled.message
-    assert "correct its UIDs" in ward.rows[1].settled.message
+    assert ward.ends() == ["stored", "study_conflict", "stored"]
+    assert f"in another study: {other}" in ward.rows[1].outcome.message
+    assert "holds the study" not in ward.rows[1].outcome.message
+    assert "correct its UIDs" in ward.rows[1].outcome.message
 
 
 def test_a_migration_does_not_count_what_is_in_another_study_as_added(ward: Ward, elsewhere: tuple[str, str]) -> None:
@@ -481,10 +481,10 @@ def test_a_migration_does_not_count_what_is_in_another_study_as_added(ward: Ward
     (mine,) = ward.put("msdicom", study, 1)
     payload(ward.order(study))
     (row,) = ward.rows
-    assert row.settled.code == "study_conflict"
-    assert f"in another study: {other}" in row.settled.message
-    assert [parcel["uids"] for parcel in row.settled.result["parcels"]] == [[mine]]
-    assert "grows" not in row.settled.message
+    assert row.outcome.code == "study_conflict"
+    assert f"in another study: {other}" in row.outcome.message
+    assert [copied_set["uids"] for copied_set in row.outcome.result["parcels"]] == [[mine]]
+    assert "grows" not in row.outcome.message
 
 
 def test_an_image_that_the_archive_keeps_in_another_series_is_told_too(ward: Ward) -> None:
@@ -507,11 +507,15 @@ def entity(ward: Ward, title: str) -> Pacs:
 
 
 def test_a_status_names_product_and_version_and_has_asked_the_database(ward: Ward) -> None:
-    (entry,) = status({"servers": ["dcm4chee"]}, Run("j", 1, 1, last=False, ledger=ward.ledger), ward.tools)["servers"]
+    (entry,) = status({"servers": ["dcm4chee"]}, Attempt("j", 1, 1, last=False, ledger=ward.ledger), ward.services)[
+        "servers"
+    ]
     assert (entry["status"], entry["ready"]) == ("up", True)
     assert (entry["product"], entry["version"]) == ("dcm4chee-arc", "5.35.1")
-    ward.sandbox.set_mood("dcm4chee", "health", database_down=True)
-    (entry,) = status({"servers": ["dcm4chee"]}, Run("j", 1, 1, last=False, ledger=ward.ledger), ward.tools)["servers"]
+    ward.sandbox.set_fault("dcm4chee", "health", database_down=True)
+    (entry,) = status({"servers": ["dcm4chee"]}, Attempt("j", 1, 1, last=False, ledger=ward.ledger), ward.services)[
+        "servers"
+    ]
     assert (entry["status"], entry["ready"]) == ("degraded", False)
     assert "its database is in trouble" in entry["note"]
 
@@ -532,8 +536,10 @@ def test_a_status_says_whether_the_entity_of_the_url_may_store(ward: Ward, title
 
 
 def test_a_storage_beyond_its_threshold_is_full_whatever_its_disk_has(ward: Ward) -> None:
-    ward.sandbox.set_mood("dcm4chee", "storage", disk_full="272")
-    (entry,) = storage({"servers": ["dcm4chee"]}, Run("j", 1, 1, last=False, ledger=ward.ledger), ward.tools)["servers"]
+    ward.sandbox.set_fault("dcm4chee", "storage", disk_full="272")
+    (entry,) = storage({"servers": ["dcm4chee"]}, Attempt("j", 1, 1, last=False, ledger=ward.ledger), ward.services)[
+        "servers"
+    ]
     assert (entry["free_bytes"], entry["total_bytes"] > 0, entry["used_bytes"] < entry["total_bytes"]) == (
         0,
         True,
@@ -593,7 +599,7 @@ def test_a_batch_deletes_what_is_hidden_and_keeps_no_copy_of_it(ward: Ward) -> N
     ward.put("dcm4chee", study)
     hide(ward, study, "113039%5EDCM")
     payload(ward.delete(study))
-    assert (ward.told(), ward.told("verify")) == (["deleted"], ["verified"])
+    assert (ward.ends(), ward.ends("verify")) == (["deleted"], ["verified"])
 
 
 def test_no_backup_is_made_of_what_is_hidden_and_nothing_is_deleted(ward: Ward, tmp_path: Path) -> None:
@@ -601,8 +607,8 @@ def test_no_backup_is_made_of_what_is_hidden_and_nothing_is_deleted(ward: Ward, 
     ward.put("dcm4chee", study)
     hide(ward, study, "113039%5EDCM")
     payload(ward.delete(study, backup=tmp_path.as_uri()))
-    assert ward.told() == ["invalid_request"]
-    assert "hides all images of the study" in ward.rows[0].settled.message
+    assert ward.ends() == ["invalid_request"]
+    assert "hides all images of the study" in ward.rows[0].outcome.message
     hiding = ward.fleet["dcm4chee"].hiding
     assert hiding is not None
     assert hiding.find_study(study) != []
@@ -612,7 +618,7 @@ def test_no_backup_is_made_of_what_is_hidden_and_nothing_is_deleted(ward: Ward, 
 
 
 def undo(ward: Ward) -> dict[str, Any]:
-    return payload(ward.go_on(Conductor.undo, "undo"))
+    return payload(ward.go_on(Coordinator.undo, "undo"))
 
 
 def reject(ward: Ward, study: str, sop: str, code: str) -> None:
@@ -635,9 +641,9 @@ def test_an_undo_of_a_hide_shows_the_same_images_again(ward: Ward) -> None:
     study = new_uid()
     uids = ward.put("dcm4chee", study, 3)
     payload(ward.delete(study, permanent=False, servers=["dcm4chee"]))
-    assert (ward.told(), ward.told("verify"), ward.on("dcm4chee", study)) == (["hidden"], ["verified"], set())
+    assert (ward.ends(), ward.ends("verify"), ward.on("dcm4chee", study)) == (["hidden"], ["verified"], set())
     undo(ward)
-    assert (ward.told("undo"), ward.on("dcm4chee", study)) == (["undone"], uids)
+    assert (ward.ends("undo"), ward.on("dcm4chee", study)) == (["undone"], uids)
 
 
 @pytest.mark.parametrize("code", ["113037%5EDCM", "113038%5EDCM", "113039%5EDCM"])
@@ -648,7 +654,7 @@ def test_what_others_have_hidden_before_stays_hidden(ward: Ward, code: str) -> N
     reject(ward, study, theirs, code)
     payload(ward.delete(study, permanent=False, servers=["dcm4chee"]))
     undo(ward)
-    assert ward.told("undo") == ["undone"]
+    assert ward.ends("undo") == ["undone"]
     assert ward.on("dcm4chee", study) >= uids - {theirs}
     assert theirs not in ward.on("dcm4chee", study)
 
@@ -656,9 +662,9 @@ def test_what_others_have_hidden_before_stays_hidden(ward: Ward, code: str) -> N
 def test_a_hide_that_died_halfway_is_undone_too(ward: Ward) -> None:
     study = new_uid()
     uids = ward.put("dcm4chee", study, 2)
-    ward.sandbox.set_mood("dcm4chee", "reject", commit_then_drop=True, times=1)
+    ward.sandbox.set_fault("dcm4chee", "reject", commit_then_drop=True, times=1)
     payload(ward.delete(study, permanent=False, servers=["dcm4chee"]))
-    assert (ward.told(), ward.on("dcm4chee", study)) == (["hidden"], set())
+    assert (ward.ends(), ward.on("dcm4chee", study)) == (["hidden"], set())
     undo(ward)
     assert ward.on("dcm4chee", study) == uids
 
@@ -671,7 +677,7 @@ def test_a_hide_is_not_undone_where_the_archive_has_deleted_some_since(ward: War
     ward.put_file("dcm4chee", image(study, sop=late, side=8))
     reject(ward, study, late, "113039%5EDCM")
     undo(ward)
-    assert ward.told("undo") == ["study_conflict"]
+    assert ward.ends("undo") == ["study_conflict"]
     assert "revoke the rejection of its images" in ward.rows[0].passes["undo"].message
     assert ward.on("dcm4chee", study) == set()
 
@@ -681,7 +687,7 @@ def test_a_deletion_for_good_has_no_undo_without_a_backup(ward: Ward) -> None:
     ward.put("dcm4chee", study, 1)
     payload(ward.delete(study, servers=["dcm4chee"]))
     undo(ward)
-    assert ward.told("undo") == ["invalid_request"]
+    assert ward.ends("undo") == ["invalid_request"]
 
 
 def test_an_undo_of_an_upload_hides_a_study_at_once_also_across_chunks(ward: Ward) -> None:
@@ -690,7 +696,7 @@ def test_an_undo_of_an_upload_hides_a_study_at_once_also_across_chunks(ward: War
     payload(ward.upload(*(ward.file(image(study, side=8)) for _ in range(number)), server="dcm4chee", verify=False))
     assert len(ward.on("dcm4chee", study)) == number
     undo(ward)
-    assert set(ward.told("undo")) == {"undone"}
+    assert set(ward.ends("undo")) == {"undone"}
     assert (ward.on("dcm4chee", study), notes(ward, study)) == (set(), 1)
 
 
@@ -699,7 +705,7 @@ def test_an_undo_of_an_upload_leaves_what_others_have_stored_in_the_study(ward: 
     theirs = ward.put("dcm4chee", study, 1)
     payload(ward.upload(*(ward.file(image(study, side=8)) for _ in range(3)), server="dcm4chee", verify=False))
     undo(ward)
-    assert (ward.told("undo"), ward.on("dcm4chee", study)) == (["undone"] * 3, theirs)
+    assert (ward.ends("undo"), ward.on("dcm4chee", study)) == (["undone"] * 3, theirs)
     assert notes(ward, study) == 3
 
 
@@ -715,7 +721,7 @@ def test_what_came_in_between_is_shown_again_and_reported(ward: Ward, monkeypatc
 
     monkeypatch.setattr(pacs, "delete", delete_late)
     undo(ward)
-    assert (ward.told("undo"), ward.on("dcm4chee", study)) == (["undone"] * 3, {late})
+    assert (ward.ends("undo"), ward.on("dcm4chee", study)) == (["undone"] * 3, {late})
     assert f"shown again: {late}" in ward.rows[0].passes["undo"].message
 
 
@@ -725,4 +731,4 @@ def test_what_others_have_hidden_of_the_study_before_stays_hidden_by_an_undo(war
     reject(ward, study, theirs, "113039%5EDCM")
     payload(ward.upload(*(ward.file(image(study, side=8)) for _ in range(2)), server="dcm4chee", verify=False))
     undo(ward)
-    assert (ward.told("undo"), ward.on("dcm4chee", study)) == (["undone"] * 2, set())
+    assert (ward.ends("undo"), ward.on("dcm4chee", study)) == (["undone"] * 2, set())

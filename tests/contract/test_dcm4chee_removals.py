@@ -12,9 +12,9 @@ import requests
 from courier.errors import PacsUnavailable
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
+from tests.batch_site import BatchSite, payload
 from worker.batches import deletions, study_migration
-from worker.batches.coordinator import Conductor
+from worker.batches.coordinator import Coordinator
 from worker.jobs.delete import delete
 from worker.pacs.protocol import DeletionFate, Found, Hiding
 
@@ -23,18 +23,18 @@ EXPIRED, SAFETY = "113039%5EDCM", "113037%5EDCM"
 
 
 @pytest.fixture
-def site(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) -> Site:
+def site(batch_site: Callable[..., BatchSite], sandbox: SandboxPart, tmp_path: Path) -> BatchSite:
     jobs = {"max_attempts": 4, "backoff_base_s": 0.01, "backoff_cap_s": 0.05, "grace_s": 1}
     return batch_site(sandbox.servers(), downloads={"folders": [str(tmp_path)]}, jobs=jobs)
 
 
-def hiding(site: Site) -> Hiding:
+def hiding(site: BatchSite) -> Hiding:
     found = site.fleet["dcm4chee"].hiding
     assert found is not None
     return found
 
 
-def hidden(site: Site, study: str) -> set[str]:
+def hidden(site: BatchSite, study: str) -> set[str]:
     return {str(one.sop_instance_uid) for one in hiding(site).images(study) or ()}
 
 
@@ -51,7 +51,9 @@ def shown_by(sandbox: SandboxPart, study: str, aet: str) -> int:
 class Late:
     """An image of another program that comes before a call to the server, once; the other calls pass."""
 
-    def __init__(self, site: Site, study: str, monkeypatch: pytest.MonkeyPatch, *, at: str, series: str = "") -> None:
+    def __init__(
+        self, site: BatchSite, study: str, monkeypatch: pytest.MonkeyPatch, *, at: str, series: str = ""
+    ) -> None:
         self.uid, self.came, self._series = new_uid(), False, series or f"{study}.9"
         pacs = cast(Any, site.fleet["dcm4chee"])
         holder = pacs.hiding if at == "delete_hidden" else pacs
@@ -66,8 +68,8 @@ class Late:
         monkeypatch.setattr(holder, at, late)
 
 
-def undo(site: Site) -> None:
-    payload(site.go_on(Conductor.undo, "undo"))
+def undo(site: BatchSite) -> None:
+    payload(site.go_on(Coordinator.undo, "undo"))
 
 
 # What comes in between
@@ -75,31 +77,31 @@ def undo(site: Site) -> None:
 
 @pytest.mark.parametrize("at", ["delete", "delete_hidden"])
 def test_the_undo_of_a_migration_leaves_what_came_in_between_and_reports_it(
-    site: Site, monkeypatch: pytest.MonkeyPatch, at: str
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     study = new_uid()
     ours = site.put("msdicom", study, 3)
     payload(site.order(study))
     late = Late(site, study, monkeypatch, at=at)
     undo(site)
-    assert (site.told("undo"), site.on("dcm4chee", study), site.on("msdicom", study)) == (["undone"], {late.uid}, ours)
+    assert (site.ends("undo"), site.on("dcm4chee", study), site.on("msdicom", study)) == (["undone"], {late.uid}, ours)
     row = site.rows[0].passes["undo"]
     assert ("shown again: " if at == "delete" else "and stay: ") + late.uid in row.message
     assert (row.result["removed"], row.result["left"], row.result["hidden"]) == (3, 1, True)
     assert hidden(site, study) == ours
 
 
-def test_the_undo_of_a_migration_without_late_images_deletes_for_good(site: Site, sandbox: SandboxPart) -> None:
+def test_the_undo_of_a_migration_without_late_images_deletes_for_good(site: BatchSite, sandbox: SandboxPart) -> None:
     study = new_uid()
     site.put("msdicom", study, 2)
     payload(site.order(study))
     undo(site)
-    assert (site.told("undo"), shown_by(sandbox, study, "AS_RECEIVED")) == (["undone"], 0)
+    assert (site.ends("undo"), shown_by(sandbox, study, "AS_RECEIVED")) == (["undone"], 0)
     assert site.rows[0].passes["undo"].result["hidden"] is False
 
 
 def test_the_undo_of_a_migration_leaves_what_came_into_a_whole_series(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = new_uid()
     theirs = {site_put(site, "dcm4chee", study, series=f"{study}.5")}
@@ -111,7 +113,7 @@ def test_the_undo_of_a_migration_leaves_what_came_into_a_whole_series(
     assert hidden(site, study) == ours
 
 
-def site_put(site: Site, server: str, study: str, *, series: str) -> str:
+def site_put(site: BatchSite, server: str, study: str, *, series: str) -> str:
     uid = new_uid()
     site.put_file(server, image(study, series=series, sop=uid, side=8))
     return uid
@@ -119,32 +121,32 @@ def site_put(site: Site, server: str, study: str, *, series: str) -> str:
 
 @pytest.mark.parametrize("at", ["delete", "delete_hidden"])
 def test_a_move_brings_what_came_in_between_before_its_source_goes(
-    site: Site, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch, at: str
+    site: BatchSite, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study, 3)
     late = Late(site, study, monkeypatch, at=at)
     payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=True))
-    assert (site.told("verify"), late.came) == (["verified"], True)
+    assert (site.ends("verify"), late.came) == (["verified"], True)
     assert site.on("msdicom", study) == uids | {late.uid}
     assert (site.on("dcm4chee", study), shown_by(sandbox, study, "AS_RECEIVED")) == (set(), 0)
 
 
 @pytest.mark.parametrize("at", ["delete", "delete_hidden"])
 def test_a_deletion_with_a_backup_deletes_nothing_that_came_after_the_backup(
-    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str
 ) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study, 3)
     late = Late(site, study, monkeypatch, at=at)
     payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
-    assert (site.told(), site.on("dcm4chee", study)) == (["invalid_request"], uids | {late.uid})
-    assert late.uid in site.rows[0].settled.message
+    assert (site.ends(), site.on("dcm4chee", study)) == (["invalid_request"], uids | {late.uid})
+    assert late.uid in site.rows[0].outcome.message
     assert hidden(site, study) == set()
 
 
 def test_what_others_have_hidden_before_stays_hidden_when_a_removal_is_taken_back(
-    site: Site, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    site: BatchSite, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study, 2)
@@ -157,7 +159,7 @@ def test_what_others_have_hidden_before_stays_hidden_when_a_removal_is_taken_bac
 
 @pytest.mark.parametrize("kind", ["undo", "move", "backup"])
 def test_an_attempt_that_died_between_hiding_and_deleting_deletes_no_late_image(
-    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
     study = new_uid()
     server = "msdicom" if kind == "undo" else "dcm4chee"
@@ -183,16 +185,16 @@ def test_an_attempt_that_died_between_hiding_and_deleting_deletes_no_late_image(
         payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
     assert died
     if kind == "move":
-        assert (site.told("verify"), site.on("msdicom", study)) == (["verified"], uids | {late.uid})
+        assert (site.ends("verify"), site.on("msdicom", study)) == (["verified"], uids | {late.uid})
     elif kind == "undo":
-        assert (site.told("undo"), site.on("dcm4chee", study)) == (["undone"], {late.uid})
+        assert (site.ends("undo"), site.on("dcm4chee", study)) == (["undone"], {late.uid})
     else:
-        assert (site.told(), site.on("dcm4chee", study)) == (["invalid_request"], uids | {late.uid})
+        assert (site.ends(), site.on("dcm4chee", study)) == (["invalid_request"], uids | {late.uid})
 
 
 @pytest.mark.parametrize("kind", ["undo", "move", "backup", "hide", "upload"])
 def test_an_archive_that_does_not_say_what_it_hides_is_asked_image_by_image(
-    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
     study = new_uid()
     monkeypatch.setattr(hiding(site), "images", lambda _: None)
@@ -202,17 +204,17 @@ def test_an_archive_that_does_not_say_what_it_hides_is_asked_image_by_image(
     late = Late(site, study, monkeypatch, at="delete")
     if kind == "undo":
         undo(site)
-        assert (site.told("undo"), site.on("dcm4chee", study)) == (["undone"], {late.uid})
+        assert (site.ends("undo"), site.on("dcm4chee", study)) == (["undone"], {late.uid})
     elif kind == "move":
         payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=True))
-        assert (site.told("verify"), site.on("msdicom", study)) == (["verified"], uids | {late.uid})
+        assert (site.ends("verify"), site.on("msdicom", study)) == (["verified"], uids | {late.uid})
     elif kind == "backup":
         payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
-        assert (site.told(), site.on("dcm4chee", study)) == (["invalid_request"], {late.uid})
+        assert (site.ends(), site.on("dcm4chee", study)) == (["invalid_request"], {late.uid})
     else:
         late.came = True
         payload(site.delete(study, servers=["dcm4chee"], permanent=False))
-        assert (site.told(), site.on("dcm4chee", study)) == (["hidden"], set())
+        assert (site.ends(), site.on("dcm4chee", study)) == (["hidden"], set())
 
 
 # On servers that cannot hide: the study is looked at again directly before
@@ -220,7 +222,7 @@ def test_an_archive_that_does_not_say_what_it_hides_is_asked_image_by_image(
 
 @pytest.mark.parametrize("kind", ["undo", "move", "backup"])
 def test_where_nothing_can_be_hidden_an_image_that_came_before_the_last_look_stays(
-    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
     study, late, came = new_uid(), new_uid(), list[str]()
     uids = site.put("dcm4chee" if kind == "undo" else "msdicom", study, 2)
@@ -239,15 +241,15 @@ def test_where_nothing_can_be_hidden_an_image_that_came_before_the_last_look_sta
     monkeypatch.setattr(module, name, after_another)
     if kind == "undo":
         undo(site)
-        assert (site.told("undo"), site.on("msdicom", study)) == (["undone"], {late})
+        assert (site.ends("undo"), site.on("msdicom", study)) == (["undone"], {late})
         assert site.rows[0].passes["undo"].result["left"] == 1
     elif kind == "move":
         payload(site.order(study, delete_source=True))
-        assert (site.told("verify"), site.on("msdicom", study)) == (["verified"], set())
+        assert (site.ends("verify"), site.on("msdicom", study)) == (["verified"], set())
         assert site.on("dcm4chee", study) == uids | {late}
     else:
         payload(site.delete(study, servers=["msdicom"], backup=tmp_path.as_uri()))
-        assert (site.told(), site.on("msdicom", study)) == (["invalid_request"], uids | {late})
+        assert (site.ends(), site.on("msdicom", study)) == (["invalid_request"], uids | {late})
 
 
 # A rejection that stops half-way
@@ -255,11 +257,11 @@ def test_where_nothing_can_be_hidden_an_image_that_came_before_the_last_look_sta
 
 @pytest.mark.parametrize("servers", [None, ["dcm4chee"]], ids=["everywhere", "named"])
 def test_a_deletion_whose_rejection_stopped_half_way_is_completed(
-    site: Site, sandbox: SandboxPart, servers: list[str] | None
+    site: BatchSite, sandbox: SandboxPart, servers: list[str] | None
 ) -> None:
     study = new_uid()
     site.put("dcm4chee", study, 2)
-    sandbox.set_mood("dcm4chee", "reject", crash_in_reject=True, times=1)
+    sandbox.set_fault("dcm4chee", "reject", crash_in_reject=True, times=1)
     message = {"level": "study", "uid": study, **({"servers": servers} if servers else {})}
     done = payload(site.see_to_its_end("pacs.delete", delete, new_uid(), message))
     assert "deleted" in [one["status"] for one in done["servers"]]
@@ -268,32 +270,32 @@ def test_a_deletion_whose_rejection_stopped_half_way_is_completed(
 
 @pytest.mark.parametrize("kind", ["batch", "backup", "move", "undo"])
 def test_batches_complete_a_rejection_that_stopped_half_way(
-    site: Site, sandbox: SandboxPart, tmp_path: Path, kind: str
+    site: BatchSite, sandbox: SandboxPart, tmp_path: Path, kind: str
 ) -> None:
     study = new_uid()
     uids = site.put("msdicom" if kind == "undo" else "dcm4chee", study, 2)
     if kind == "undo":
         payload(site.order(study))
-    sandbox.set_mood("dcm4chee", "reject", crash_in_reject=True, times=1)
+    sandbox.set_fault("dcm4chee", "reject", crash_in_reject=True, times=1)
     if kind == "undo":
         undo(site)
-        assert site.told("undo") == ["undone"]
+        assert site.ends("undo") == ["undone"]
     elif kind == "move":
         payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=True))
-        assert (site.told("verify"), site.on("msdicom", study)) == (["verified"], uids)
+        assert (site.ends("verify"), site.on("msdicom", study)) == (["verified"], uids)
     else:
         more = {"backup": tmp_path.as_uri()} if kind == "backup" else {}
         payload(site.delete(study, servers=["dcm4chee"], **more))
-        assert site.told() == ["deleted"]
+        assert site.ends() == ["deleted"]
     assert shown_by(sandbox, study, "AS_RECEIVED") == 0
 
 
 def half_way(sandbox: SandboxPart, path: str) -> None:
-    sandbox.set_mood("dcm4chee", "reject", crash_in_reject=True, times=1)
+    sandbox.set_fault("dcm4chee", "reject", crash_in_reject=True, times=1)
     assert reject(sandbox, path) == 500
 
 
-def test_a_series_that_was_left_half_way_holds_no_deletion_of_its_study(site: Site, sandbox: SandboxPart) -> None:
+def test_a_series_that_was_left_half_way_holds_no_deletion_of_its_study(site: BatchSite, sandbox: SandboxPart) -> None:
     study = new_uid()
     site.put("dcm4chee", study, 2)
     site_put(site, "dcm4chee", study, series=f"{study}.2")
@@ -302,7 +304,7 @@ def test_a_series_that_was_left_half_way_holds_no_deletion_of_its_study(site: Si
     assert (deletion.fate, shown_by(sandbox, study, "AS_RECEIVED")) == (DeletionFate.DELETED, 0)
 
 
-def test_a_rejection_that_is_completed_hides_and_shows_nothing_else(site: Site, sandbox: SandboxPart) -> None:
+def test_a_rejection_that_is_completed_hides_and_shows_nothing_else(site: BatchSite, sandbox: SandboxPart) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study, 2)
     unsafe = site_put(site, "dcm4chee", study, series=f"{study}.2")
@@ -316,7 +318,7 @@ def test_a_rejection_that_is_completed_hides_and_shows_nothing_else(site: Site, 
     assert hiding(site).delete_hidden(study).fate is DeletionFate.REFUSED
 
 
-def test_a_study_that_is_not_hidden_is_not_completed(site: Site, sandbox: SandboxPart) -> None:
+def test_a_study_that_is_not_hidden_is_not_completed(site: BatchSite, sandbox: SandboxPart) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study, 2)
     assert cast(Any, hiding(site)).complete(study) is False

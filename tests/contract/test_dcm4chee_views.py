@@ -16,10 +16,10 @@ from courier.errors import NotFound, PacsMisanswered
 from courier.settings import ServerSettings
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
+from tests.batch_site import BatchSite, payload
 from worker.batches import deletions, study_copy
-from worker.batches.backups import keep
-from worker.batches.coordinator import Conductor
+from worker.batches.backups import back_up
+from worker.batches.coordinator import Coordinator
 from worker.batches.study_copy import Transfer
 from worker.pacs.protocol import Found, Pacs, View
 from worker.pacs.registry import connect
@@ -32,15 +32,15 @@ Noted = Callable[..., tuple[str, set[str], str]]
 
 
 @pytest.fixture
-def site(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) -> Site:
+def site(batch_site: Callable[..., BatchSite], sandbox: SandboxPart, tmp_path: Path) -> BatchSite:
     return batch_site(sandbox.servers(), downloads={"folders": [str(tmp_path)]})
 
 
 @pytest.fixture
-def open_site(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) -> Callable[..., Site]:
+def open_site(batch_site: Callable[..., BatchSite], sandbox: SandboxPart, tmp_path: Path) -> Callable[..., BatchSite]:
     """``open_site(retrieve_aet=…)``: DCM4CHEE with such a setting."""
 
-    def opened(**more: Any) -> Site:
+    def opened(**more: Any) -> BatchSite:
         servers = [one | (more if one["type"] == "dcm4chee" else {}) for one in sandbox.servers()]
         return batch_site(servers, downloads={"folders": [str(tmp_path)]})
 
@@ -94,7 +94,7 @@ def kept(folder: Path) -> dict[str, pydicom.Dataset]:
 @pytest.mark.parametrize("view", ["as_set", "as_shown", "to_return"])
 @pytest.mark.parametrize("aet", [None, "AS_RECEIVED", "IOCM_REGULAR_USE"])
 def test_no_image_is_read_that_is_not_listed(
-    open_pacs: Callable[..., Pacs], sandbox: SandboxPart, site: Site, aet: str | None, view: View
+    open_pacs: Callable[..., Pacs], sandbox: SandboxPart, site: BatchSite, aet: str | None, view: View
 ) -> None:
     study, pacs = new_uid(), open_pacs(retrieve_aet=aet)
     uids = sorted(site.put("dcm4chee", study, 4))
@@ -131,7 +131,7 @@ def test_listed_images_are_read_where_the_setting_says_and_else_as_they_are_show
 
 @pytest.mark.parametrize("aet", ["NOPE", "WORKLIST", "IOCM_PAT_SAFETY"])
 def test_an_application_entity_that_does_not_give_what_is_listed_is_named(
-    open_pacs: Callable[..., Pacs], site: Site, aet: str
+    open_pacs: Callable[..., Pacs], site: BatchSite, aet: str
 ) -> None:
     study, pacs = new_uid(), open_pacs(retrieve_aet=aet)
     uids = site.put("dcm4chee", study)
@@ -156,21 +156,21 @@ def test_the_state_tells_of_an_application_entity_that_gives_no_images(
 @pytest.mark.parametrize("aet", [None, "AS_RECEIVED"])
 @pytest.mark.parametrize("code", CODES)
 def test_a_rejected_image_does_not_come_back_to_life_through_a_move(
-    open_site: Callable[..., Site], sandbox: SandboxPart, code: str, aet: str | None
+    open_site: Callable[..., BatchSite], sandbox: SandboxPart, code: str, aet: str | None
 ) -> None:
     site, study = open_site(retrieve_aet=aet), new_uid()
     dead, *alive = sorted(site.put("dcm4chee", study, 3))
     reject(sandbox, study, dead, code)
     (note,) = notes_of(site, "dcm4chee", study)
     payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=True))
-    assert (site.told(), site.told("verify")) == (["copied"], ["verified"])
-    for told in (site.rows[0].settled, site.rows[0].passes["verify"]):
+    assert (site.ends(), site.ends("verify")) == (["copied"], ["verified"])
+    for told in (site.rows[0].outcome, site.rows[0].passes["verify"]):
         assert f"1 rejection note of dcm4chee is left out, {note} for one" in told.message
     assert site.on("msdicom", study) == set(alive), "the note of the archive is no image"
     assert site.on("dcm4chee", study) == set()
 
-    payload(site.go_on(Conductor.undo, "undo"))
-    assert site.told("undo") == ["undone"]
+    payload(site.go_on(Coordinator.undo, "undo"))
+    assert site.ends("undo") == ["undone"]
     assert site.on("dcm4chee", study) == set(alive)
     row = site.rows[0].passes["undo"]
     assert (row.result["left_out"], row.message) == (0, "")
@@ -178,7 +178,7 @@ def test_a_rejected_image_does_not_come_back_to_life_through_a_move(
         retrieved(site.fleet["dcm4chee"], Found("image", study, f"{study}.1", dead))
 
 
-def notes_of(site: Site, server: str, study: str) -> dict[str, bytes]:
+def notes_of(site: BatchSite, server: str, study: str) -> dict[str, bytes]:
     """The notes of rejections that a server shows."""
     with site.fleet[server].retrieve(Found("study", study)) as parts:
         contents = [b"".join(part.chunks) for part in parts]
@@ -188,7 +188,7 @@ def notes_of(site: Site, server: str, study: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def noted(
-    site: Site, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
+    site: BatchSite, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[str, set[str], str]]:
     """A study that version 0.1.0 has taken from DCM4CHEE to MSDICOM, with the note of a rejection; its images."""
 
@@ -207,39 +207,41 @@ def noted(
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_a_study_is_migrated_back_without_the_note_that_came_with_it(site: Site, noted: Noted, code: str) -> None:
+def test_a_study_is_migrated_back_without_the_note_that_came_with_it(site: BatchSite, noted: Noted, code: str) -> None:
     study, alive, note = noted(code)
     site.batch = "BACK"
     payload(site.order(study, from_server="msdicom", to_server="dcm4chee"))
-    assert (site.told(), site.told("verify"), site.on("dcm4chee", study)) == (["copied"], ["verified"], alive)
-    for told in (site.rows[0].settled, site.rows[0].passes["verify"]):
+    assert (site.ends(), site.ends("verify"), site.on("dcm4chee", study)) == (["copied"], ["verified"], alive)
+    for told in (site.rows[0].outcome, site.rows[0].passes["verify"]):
         assert f"1 rejection note of msdicom is left out, {note} for one" in told.message
-    assert site.rows[0].settled.result["notes"] == [note]
+    assert site.rows[0].outcome.result["notes"] == [note]
 
 
-def test_a_study_keeps_its_copy_where_a_move_would_lose_a_note(site: Site, noted: Noted) -> None:
+def test_a_study_keeps_its_copy_where_a_move_would_lose_a_note(site: BatchSite, noted: Noted) -> None:
     study, alive, note = noted()
     site.batch = "BACK"
     payload(site.order(study, from_server="msdicom", to_server="dcm4chee", delete_source=True))
-    assert (site.told(), site.told("verify")) == (["copied"], ["pacs_rejected"])
+    assert (site.ends(), site.ends("verify")) == (["copied"], ["pacs_rejected"])
     assert "msdicom keeps its copy, which is whole on both. 1 rejection note" in site.rows[0].passes["verify"].message
     assert (site.on("dcm4chee", study), site.on("msdicom", study)) == (alive, {*alive, note})
 
 
 @pytest.mark.parametrize("moves", [False, True], ids=["copied", "moved"])
 def test_what_version_0_1_0_has_taken_away_is_undone(
-    site: Site, sandbox: SandboxPart, noted: Noted, moves: bool
+    site: BatchSite, sandbox: SandboxPart, noted: Noted, moves: bool
 ) -> None:
     study, alive, note = noted(moves=moves)
-    payload(site.go_on(Conductor.undo, "undo"))
-    assert site.told("undo") == ["undone"]
+    payload(site.go_on(Coordinator.undo, "undo"))
+    assert site.ends("undo") == ["undone"]
     assert images_of(site.fleet["dcm4chee"], study).keys() == alive
     row = site.rows[0].passes["undo"]
     assert (site.on("msdicom", study), row.result["left_out"]) == (({note}, 1) if moves else (set(), 0))
     assert ("notes of rejections" in row.message) is moves
 
 
-def test_a_note_hides_nothing_on_the_server_that_its_study_is_migrated_to(site: Site, sandbox: SandboxPart) -> None:
+def test_a_note_hides_nothing_on_the_server_that_its_study_is_migrated_to(
+    site: BatchSite, sandbox: SandboxPart
+) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study, 2)
     reject(sandbox, study, min(uids))
@@ -249,11 +251,11 @@ def test_a_note_hides_nothing_on_the_server_that_its_study_is_migrated_to(site: 
     assert requests.post(revoke, timeout=60).status_code == 200
     assert site.on("dcm4chee", study) > uids, "images and note are shown"
     payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=True))
-    assert (site.told("verify"), site.on("msdicom", study)) == (["verified"], uids)
+    assert (site.ends("verify"), site.on("msdicom", study)) == (["verified"], uids)
     site.put_file("msdicom", note)
     site.batch = "BACK"
     payload(site.order(study, from_server="msdicom", to_server="dcm4chee"))
-    assert (site.told(), site.on("dcm4chee", study)) == (["copied"], uids)
+    assert (site.ends(), site.on("dcm4chee", study)) == (["copied"], uids)
 
 
 def key_object(study: str, note: bytes | None = None, **values: Any) -> bytes:
@@ -273,28 +275,28 @@ def title(value: str, scheme: str = "DCM") -> list[pydicom.Dataset]:
 
 
 @pytest.mark.parametrize("values", [{}, {"113000": "DCM"}, {"113037": "99LOCAL"}], ids=["none", "113000", "local"])
-def test_a_key_object_with_another_title_is_copied_as_an_image(site: Site, values: dict[str, str]) -> None:
+def test_a_key_object_with_another_title_is_copied_as_an_image(site: BatchSite, values: dict[str, str]) -> None:
     study = new_uid()
     titles = {"ConceptNameCodeSequence": title(*next(iter(values.items())))} if values else {}
     site.put_file("msdicom", key_object(study, **titles))
     payload(site.order(study))
-    assert (site.told(), site.told("verify")) == (["copied"], ["verified"])
+    assert (site.ends(), site.ends("verify")) == (["copied"], ["verified"])
     assert len(site.on("dcm4chee", study)) == 1
 
 
 def test_a_key_object_whose_title_cannot_be_told_is_not_sent_to_an_archive_that_heeds_notes(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = new_uid()
     uids = site.put("msdicom", study, 1)
     site.put_file("msdicom", key_object(study, ConceptNameCodeSequence=title("113000")))
     monkeypatch.setattr(study_copy, "NOTE_BYTES", 100)
     payload(site.order(study))
-    assert (site.told(), site.on("dcm4chee", study)) == (["pacs_rejected"], uids)
-    assert "Whether it is a rejection note cannot be told" in site.rows[0].settled.message
+    assert (site.ends(), site.on("dcm4chee", study)) == (["pacs_rejected"], uids)
+    assert "Whether it is a rejection note cannot be told" in site.rows[0].outcome.message
 
 
-def test_a_plan_counts_no_notes(site: Site, sandbox: SandboxPart) -> None:
+def test_a_plan_counts_no_notes(site: BatchSite, sandbox: SandboxPart) -> None:
     study = new_uid()
     uids = site.put("dcm4chee", study, 3)
     reject(sandbox, study, min(uids))
@@ -311,30 +313,30 @@ def test_a_plan_counts_no_notes(site: Site, sandbox: SandboxPart) -> None:
 )
 @pytest.mark.parametrize("moves", [False, True], ids=["copied", "moved"])
 def test_what_was_corrected_in_the_archive_survives_a_migration_and_the_way_back(
-    site: Site, sandbox: SandboxPart, moves: bool, values: dict[str, str]
+    site: BatchSite, sandbox: SandboxPart, moves: bool, values: dict[str, str]
 ) -> None:
     study, (keyword, value) = new_uid(), next(iter(values.items()))
     put_corrected(sandbox, image(study, side=8), **values)
     payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=moves))
-    assert site.told("verify") == ["verified"]
+    assert site.ends("verify") == ["verified"]
     (there,) = images_of(site.fleet["msdicom"], study).values()
     assert str(there[keyword].value) == value
-    payload(site.go_on(Conductor.undo, "undo"))
-    assert (site.told("undo"), site.on("msdicom", study)) == (["undone"], set())
+    payload(site.go_on(Coordinator.undo, "undo"))
+    assert (site.ends("undo"), site.on("msdicom", study)) == (["undone"], set())
     (back,) = images_of(site.fleet["dcm4chee"], study).values()
     assert str(back[keyword].value) == value
 
 
 @pytest.mark.parametrize("corrected", [True, False])
 def test_a_source_whose_corrections_the_setting_leaves_behind_stays(
-    open_site: Callable[..., Site], sandbox: SandboxPart, corrected: bool
+    open_site: Callable[..., BatchSite], sandbox: SandboxPart, corrected: bool
 ) -> None:
     site, study = open_site(retrieve_aet="AS_RECEIVED"), new_uid()
     put_corrected(sandbox, image(study, side=8, PatientID="OLD"), **({"PatientID": "NEW"} if corrected else {}))
     payload(site.order(study, from_server="dcm4chee", to_server="msdicom", delete_source=True))
     (there,) = images_of(site.fleet["msdicom"], study).values()
     assert (str(there.PatientID), "IssuerOfPatientID" in there) == ("OLD", False)
-    assert site.told("verify") == (["study_conflict"] if corrected else ["verified"])
+    assert site.ends("verify") == (["study_conflict"] if corrected else ["verified"])
     assert bool(site.on("dcm4chee", study)) is corrected
     if corrected:
         assert "PatientID (0010,0020)" in site.rows[0].passes["verify"].message
@@ -345,29 +347,29 @@ def test_a_source_whose_corrections_the_setting_leaves_behind_stays(
 
 @pytest.mark.parametrize("code", CODES)
 def test_a_rejected_image_does_not_come_back_to_life_by_a_backup(
-    site: Site, sandbox: SandboxPart, tmp_path: Path, code: str
+    site: BatchSite, sandbox: SandboxPart, tmp_path: Path, code: str
 ) -> None:
     study = new_uid()
     dead, *alive = sorted(site.put("dcm4chee", study, 3))
     reject(sandbox, study, dead, code)
     payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
     assert {uid for uid, ds in kept(tmp_path).items() if ds.SOPClassUID != KEY_OBJECT} == set(alive)
-    payload(site.go_on(Conductor.undo, "undo"))
-    assert site.told("undo") == ["undone"]
+    payload(site.go_on(Coordinator.undo, "undo"))
+    assert site.ends("undo") == ["undone"]
     assert images_of(site.fleet["dcm4chee"], study).keys() == set(alive)
     told = site.rows[0].passes["undo"].result["servers"]["dcm4chee"]
     assert (told["restored"], len(told["left_out"])) == (2, 1)
 
 
-def test_a_backup_holds_what_was_stored_and_not_what_the_archive_adds(site: Site, tmp_path: Path) -> None:
+def test_a_backup_holds_what_was_stored_and_not_what_the_archive_adds(site: BatchSite, tmp_path: Path) -> None:
     study, sop = new_uid(), new_uid()
     site.put_file("dcm4chee", image(study, sop=sop, side=8))
     assert "IssuerOfPatientID" in retrieved(site.fleet["dcm4chee"], Found("study", study))[sop]
     payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
-    assert site.told() == ["deleted"]
+    assert site.ends() == ["deleted"]
     assert "IssuerOfPatientID" not in kept(tmp_path)[sop]
-    payload(site.go_on(Conductor.undo, "undo"))
-    assert (site.told("undo"), site.on("dcm4chee", study)) == (["undone"], {sop})
+    payload(site.go_on(Coordinator.undo, "undo"))
+    assert (site.ends("undo"), site.on("dcm4chee", study)) == (["undone"], {sop})
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def test_a_backup_holds_what_was_stored_and_not_what_the_archive_adds(site: Site
     ids=["PatientID", "AccessionNumber", "a PatientID that the archive made up"],
 )
 def test_what_was_corrected_in_the_archive_comes_back_with_a_backup(
-    site: Site, sandbox: SandboxPart, tmp_path: Path, own: dict[str, str], corrected: dict[str, str]
+    site: BatchSite, sandbox: SandboxPart, tmp_path: Path, own: dict[str, str], corrected: dict[str, str]
 ) -> None:
     study, sop, keyword = new_uid(), new_uid(), next(iter(own))
     put_corrected(sandbox, image(study, sop=sop, side=8, **own), **corrected)
@@ -388,26 +390,26 @@ def test_what_was_corrected_in_the_archive_comes_back_with_a_backup(
     shown = str(retrieved(site.fleet["dcm4chee"], study_of)[sop][keyword].value)
     assert shown == corrected.get(keyword, shown) != own[keyword]
     payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
-    assert site.told() == ["deleted"]
-    payload(site.go_on(Conductor.undo, "undo"))
-    assert site.told("undo") == ["undone"]
+    assert site.ends() == ["deleted"]
+    payload(site.go_on(Coordinator.undo, "undo"))
+    assert site.ends("undo") == ["undone"]
     assert str(retrieved(site.fleet["dcm4chee"], study_of)[sop][keyword].value) == shown
 
 
 def test_a_correction_between_a_backup_and_the_deletion_keeps_the_study(
-    site: Site, sandbox: SandboxPart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: BatchSite, sandbox: SandboxPart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, sop = new_uid(), new_uid()
     site.put_file("dcm4chee", image(study, sop=sop, side=8, PatientID="OLD"))
 
     def kept_and_corrected(*args: Any) -> Any:
-        told = keep(*args)
+        told = back_up(*args)
         site.fleet["dcm4chee"].delete(Found("study", study), permanent=True)
         put_corrected(sandbox, image(study, sop=sop, side=8, PatientID="OLD"), PatientID="NEW")
         return told
 
-    monkeypatch.setattr(deletions, "keep", kept_and_corrected)
+    monkeypatch.setattr(deletions, "back_up", kept_and_corrected)
     payload(site.delete(study, servers=["dcm4chee"], backup=tmp_path.as_uri()))
-    assert site.told() == ["study_conflict"]
-    assert "PatientID (0010,0020)" in site.rows[0].settled.message
+    assert site.ends() == ["study_conflict"]
+    assert "PatientID (0010,0020)" in site.rows[0].outcome.message
     assert site.on("dcm4chee", study) == {sop}

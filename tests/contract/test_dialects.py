@@ -33,7 +33,7 @@ from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
 from worker.dicom.instances import identify
 from worker.pacs.dicomjson import SOP_INSTANCE_UID, STUDY_INSTANCE_UID, text
-from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs, Part, Passing
+from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs, Part, StreamedInstance
 from worker.pacs.registry import DIALECTS, connect
 
 GARBAGE = b"<html>This is no DICOM file</html>" * 20
@@ -42,7 +42,7 @@ DELETED, HIDDEN, REFUSED = DeletionFate.DELETED, DeletionFate.HIDDEN, DeletionFa
 
 
 @dataclass(frozen=True)
-class Habits:
+class ProductHabits:
     """Where one product may differ from another."""
 
     server_type: ServerType
@@ -56,13 +56,13 @@ class Habits:
     knows_storage: bool = False
 
 
-HABITS: Mapping[str, Habits] = {
-    "sandbox-msdicom": Habits(
+HABITS: Mapping[str, ProductHabits] = {
+    "sandbox-msdicom": ProductHabits(
         "msdicom",
         lambda request: str(request.getfixturevalue("sandbox").msdicom),
         duplicate=Fate.ALREADY_THERE,
     ),
-    "sandbox-dcm4chee": Habits(
+    "sandbox-dcm4chee": ProductHabits(
         "dcm4chee",
         lambda request: str(request.getfixturevalue("sandbox").dcm4chee),
         deletes={"study": DELETED, "series": HIDDEN, "image": HIDDEN},
@@ -70,14 +70,14 @@ HABITS: Mapping[str, Habits] = {
         knows_storage=True,
         knows_version=True,
     ),
-    "orthanc": Habits(
+    "orthanc": ProductHabits(
         "orthanc",
         lambda request: str(request.getfixturevalue("orthanc")),
         duplicate=Fate.ALREADY_THERE,
         knows_version=True,
         knows_storage=True,
     ),
-    "orthanc-as-plain-dicomweb": Habits(
+    "orthanc-as-plain-dicomweb": ProductHabits(
         "dicomweb",
         lambda request: str(request.getfixturevalue("orthanc")),
         deletes=dict.fromkeys(LEVELS, REFUSED),
@@ -88,21 +88,21 @@ HABITS: Mapping[str, Habits] = {
 
 
 @pytest.fixture(params=HABITS)
-def habits(request: pytest.FixtureRequest) -> Habits:
+def habits(request: pytest.FixtureRequest) -> ProductHabits:
     return HABITS[request.param]
 
 
 @pytest.fixture
-def url(habits: Habits, request: pytest.FixtureRequest) -> str:
+def url(habits: ProductHabits, request: pytest.FixtureRequest) -> str:
     return habits.where(request)
 
 
 @pytest.fixture
-def pacs(habits: Habits, url: str) -> Pacs:
+def pacs(habits: ProductHabits, url: str) -> Pacs:
     return server(habits, url)
 
 
-def server(habits: Habits, url: str, **settings: Any) -> Pacs:
+def server(habits: ProductHabits, url: str, **settings: Any) -> Pacs:
     return connect(ServerSettings(name="ward", type=habits.server_type, url=url, **settings))
 
 
@@ -168,7 +168,7 @@ def test_what_is_no_uid_is_not_asked_for(pacs: Pacs, uid: str) -> None:
 # Storing
 
 
-def test_an_image_that_is_there_already_is_judged_as_the_product_documents(pacs: Pacs, habits: Habits) -> None:
+def test_an_image_that_is_there_already_is_judged_as_the_product_documents(pacs: Pacs, habits: ProductHabits) -> None:
     content = image(new_uid())
     (one,) = stored(pacs, content)
     assert [outcome.fate for outcome in pacs.store([one])] == [habits.duplicate]
@@ -234,25 +234,25 @@ def test_many_threads_may_store_and_find_at_once(pacs: Pacs) -> None:
 # Storing what arrives from elsewhere
 
 
-def passing(content: bytes, *, block_bytes: int = 1000) -> Passing:
+def streamed(content: bytes, *, block_bytes: int = 1000) -> StreamedInstance:
     blocks = (content[at : at + block_bytes] for at in range(0, len(content), block_bytes))
-    return Passing(part(content).instance, blocks)
+    return StreamedInstance(part(content).instance, blocks)
 
 
-def test_images_that_pass_by_once_are_stored_whole_and_judged_one_by_one(pacs: Pacs, habits: Habits) -> None:
+def test_images_that_pass_by_once_are_stored_whole_and_judged_one_by_one(pacs: Pacs, habits: ProductHabits) -> None:
     study = new_uid()
     images = [image(study), image(study, side=600), image(study)[132:]]
-    outcomes = pacs.store_passing(passing(content) for content in images)
+    outcomes = pacs.store_stream(streamed(content) for content in images)
     assert [outcome.sop_instance_uid for outcome in outcomes] == [uid_of("image", part(one)) for one in images]
     assert [outcome.fate for outcome in outcomes] == [Fate.STORED] * 3
     came = retrieved(pacs, Found("study", study))
     assert [pydicom.dcmread(io.BytesIO(came[outcome.sop_instance_uid])).Rows for outcome in outcomes] == [64, 600, 64]
-    (again,) = pacs.store_passing([passing(images[0])])
+    (again,) = pacs.store_stream([streamed(images[0])])
     assert again.fate is habits.duplicate
 
 
 def test_what_breaks_off_while_it_passes_is_not_stored(pacs: Pacs) -> None:
-    study, broken = new_uid(), passing(image(new_uid(), side=600))
+    study, broken = new_uid(), streamed(image(new_uid(), side=600))
 
     def breaking() -> Iterator[bytes]:
         yield next(broken.chunks)
@@ -260,9 +260,9 @@ def test_what_breaks_off_while_it_passes_is_not_stored(pacs: Pacs) -> None:
         raise PacsUnavailable("the other server is gone")
 
     with pytest.raises(PacsUnavailable, match="the other server is gone"):
-        pacs.store_passing([passing(image(study)), Passing(broken.instance, breaking())])
+        pacs.store_stream([streamed(image(study)), StreamedInstance(broken.instance, breaking())])
     assert pacs.find("image", broken.instance.sop_instance_uid) == []
-    (outcome,) = pacs.store_passing([passing(image(study))])
+    (outcome,) = pacs.store_stream([streamed(image(study))])
     assert outcome.fate is Fate.STORED, "and nothing is stuck"
 
 
@@ -309,7 +309,7 @@ def test_every_study_is_on_some_page(pacs: Pacs) -> None:
     ],
 )
 def test_studies_are_filtered_by_keywords_with_any_characters(
-    pacs: Pacs, habits: Habits, keyword: str, value: str, other: str
+    pacs: Pacs, habits: ProductHabits, keyword: str, value: str, other: str
 ) -> None:
     if not habits.decodes_queries and value != "{n}":
         pytest.skip("Orthanc does not decode a query's values, which plain DICOMweb cannot know")
@@ -382,7 +382,7 @@ def test_what_is_gone_cannot_be_retrieved(pacs: Pacs) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_delete_ends_as_the_product_documents_and_takes_nothing_else_with_it(
-    pacs: Pacs, habits: Habits, level: Level
+    pacs: Pacs, habits: ProductHabits, level: Level
 ) -> None:
     study = new_uid()
     (one, *_) = stored(pacs, image(study), image(study), image(study, series=new_uid()), image(new_uid()))
@@ -401,7 +401,7 @@ def test_a_delete_ends_as_the_product_documents_and_takes_nothing_else_with_it(
         assert pacs.delete(found, permanent=True).fate is DeletionFate.NOT_THERE
 
 
-def test_what_was_deleted_can_be_stored_again(pacs: Pacs, habits: Habits) -> None:
+def test_what_was_deleted_can_be_stored_again(pacs: Pacs, habits: ProductHabits) -> None:
     if habits.deletes["study"] is REFUSED:
         pytest.skip("this server deletes nothing over DICOMweb")
     content = image(new_uid())
@@ -411,7 +411,7 @@ def test_what_was_deleted_can_be_stored_again(pacs: Pacs, habits: Habits) -> Non
     assert len(pacs.metadata(found_once(pacs, "study", one))) == 1
 
 
-def test_a_delete_that_can_be_undone_is_hidden_or_refused_with_a_reason(pacs: Pacs, habits: Habits) -> None:
+def test_a_delete_that_can_be_undone_is_hidden_or_refused_with_a_reason(pacs: Pacs, habits: ProductHabits) -> None:
     content = image(new_uid())
     (one,) = stored(pacs, content)
     deletion = pacs.delete(found_once(pacs, "study", one), permanent=False)
@@ -426,7 +426,7 @@ def test_a_delete_that_can_be_undone_is_hidden_or_refused_with_a_reason(pacs: Pa
 # Its own state
 
 
-def test_a_server_tells_what_it_can_and_never_invents_the_rest(pacs: Pacs, habits: Habits) -> None:
+def test_a_server_tells_what_it_can_and_never_invents_the_rest(pacs: Pacs, habits: ProductHabits) -> None:
     state, storage, database = pacs.state(), pacs.storage(), pacs.database()
     assert state.ready is True
     assert (state.version is not None) is habits.knows_version
@@ -453,7 +453,7 @@ CALLS: Mapping[str, Callable[[Pacs], object]] = {
     "find": lambda pacs: pacs.find("study", "1.2"),
     "present": lambda pacs: pacs.present("1.2", ["1.2.3"]),
     "store": lambda pacs: pacs.store([part(image("1.2"))]),
-    "store_passing": lambda pacs: pacs.store_passing([passing(image("1.2"))]),
+    "store_stream": lambda pacs: pacs.store_stream([streamed(image("1.2"))]),
     "metadata": lambda pacs: pacs.metadata(Found("study", "1.2")),
     "studies": lambda pacs: pacs.studies(filters={}, limit=1, offset=0),
     "instances": lambda pacs: list(pacs.instances(Found("study", "1.2"))),
@@ -490,12 +490,12 @@ def test_a_server_that_is_down_is_unavailable_and_never_empty(name: str, call: s
 
 
 @pytest.mark.parametrize("call", ["find", "store", "studies"])
-def test_a_wrong_path_is_misanswered_and_never_empty(habits: Habits, url: str, call: str) -> None:
+def test_a_wrong_path_is_misanswered_and_never_empty(habits: ProductHabits, url: str, call: str) -> None:
     with pytest.raises(PacsMisanswered):
         CALLS[call](server(habits, f"{url}/elsewhere"))
 
 
-def test_a_page_of_another_server_is_misanswered(habits: Habits, request: pytest.FixtureRequest) -> None:
+def test_a_page_of_another_server_is_misanswered(habits: ProductHabits, request: pytest.FixtureRequest) -> None:
     url = request.getfixturevalue("image_server").put("/studies", b"<html>It works!</html>")
     with pytest.raises(CourierError) as error:
         server(habits, url.removesuffix("/studies")).find("study", "1.2")
@@ -524,7 +524,7 @@ def test_a_real_server_takes_the_right_password_and_no_other(
         return connect(ServerSettings(name="ward", type=server_type, url=guarded_orthanc, auth=auth))
 
     stored(with_password("secret"), image(new_uid()))
-    for call in ("find", "store", "store_passing", "metadata", "retrieve"):
+    for call in ("find", "store", "store_stream", "metadata", "retrieve"):
         with pytest.raises(PacsUnauthorized):
             CALLS[call](with_password("wrong"))
 
@@ -548,7 +548,7 @@ def test_of_many_images_of_a_study_those_are_named_that_are_there(pacs: Pacs, se
     assert pacs.present(study, absent) == pacs.present(new_uid(), uids) == pacs.present(study, []) == set()
 
 
-def test_one_request_may_be_as_large_as_the_product_documents(pacs: Pacs, habits: Habits) -> None:
+def test_one_request_may_be_as_large_as_the_product_documents(pacs: Pacs, habits: ProductHabits) -> None:
     documented = {"msdicom": 2_147_483_647, "dcm4chee": 10_000_000_000, "orthanc": None, "dicomweb": None}
     assert pacs.request_bytes == documented[habits.server_type]
 

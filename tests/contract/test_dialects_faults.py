@@ -20,7 +20,7 @@ from worker.pacs.protocol import DeletionFate, Fate, Found, Outcome, Pacs, Part
 from worker.pacs.registry import connect
 
 DIALECTS = ("msdicom", "dcm4chee")
-SetMood = Callable[..., None]
+SetFault = Callable[..., None]
 
 
 @pytest.fixture(params=DIALECTS)
@@ -34,11 +34,11 @@ def pacs(sandbox: SandboxPart, dialect: str) -> Pacs:
 
 
 @pytest.fixture
-def mood(sandbox: SandboxPart, dialect: str) -> SetMood:
-    def set_mood(operation: str, **fields: Any) -> None:
-        sandbox.set_mood(dialect, operation, **fields)
+def set_fault_here(sandbox: SandboxPart, dialect: str) -> SetFault:
+    def set_fault(operation: str, **fields: Any) -> None:
+        sandbox.set_fault(dialect, operation, **fields)
 
-    return set_mood
+    return set_fault
 
 
 def ward(sandbox: SandboxPart, dialect: str, **settings: Any) -> Pacs:
@@ -74,25 +74,25 @@ def whole(pacs: Pacs, study: str) -> int:
     ],
 )
 def test_a_study_that_is_there_is_never_taken_for_missing(
-    pacs: Pacs, mood: SetMood, fields: dict[str, Any], kind: type[CourierError]
+    pacs: Pacs, set_fault_here: SetFault, fields: dict[str, Any], kind: type[CourierError]
 ) -> None:
     study = new_uid()
     outcome(pacs, image(study))
-    mood("query", **fields)
+    set_fault_here("query", **fields)
     with pytest.raises(kind) as error:
         pacs.find("study", study)
     assert getattr(error.value, "retry_after_s", None) == fields.get("retry_after_s")
-    mood("query")
+    set_fault_here("query")
     assert len(pacs.find("study", study)) == 1
 
 
 @pytest.mark.parametrize("fields", [{"commit_then_drop": True}, {"truncate": True}])
 def test_a_push_whose_answer_is_lost_is_open_and_the_next_one_tells(
-    pacs: Pacs, mood: SetMood, dialect: str, fields: dict[str, Any]
+    pacs: Pacs, set_fault_here: SetFault, dialect: str, fields: dict[str, Any]
 ) -> None:
     study = new_uid()
     content = image(study)
-    mood("store", times=1, **fields)
+    set_fault_here("store", times=1, **fields)
     with pytest.raises((PacsUnavailable, PacsMisanswered)):
         outcome(pacs, content)
     again = {"msdicom": Fate.ALREADY_THERE, "dcm4chee": Fate.STORED}[dialect]
@@ -100,36 +100,38 @@ def test_a_push_whose_answer_is_lost_is_open_and_the_next_one_tells(
     assert len(pacs.metadata(Found("study", study))) == 1
 
 
-def test_a_connection_reset_while_we_push_is_unavailable(pacs: Pacs, mood: SetMood) -> None:
-    mood("store", times=1, reset_after_bytes=100_000)
+def test_a_connection_reset_while_we_push_is_unavailable(pacs: Pacs, set_fault_here: SetFault) -> None:
+    set_fault_here("store", times=1, reset_after_bytes=100_000)
     content = image(new_uid(), side=1024)
     with pytest.raises(PacsUnavailable):
         outcome(pacs, content)
     assert outcome(pacs, content).fate is Fate.STORED
 
 
-def test_the_part_that_the_answer_does_not_mention_is_not_stored(pacs: Pacs, mood: SetMood) -> None:
+def test_the_part_that_the_answer_does_not_mention_is_not_stored(pacs: Pacs, set_fault_here: SetFault) -> None:
     study = new_uid()
     parts = [part(image(study)), part(image(study))]
-    mood("store", times=2, lose_last_part=True)
+    set_fault_here("store", times=2, lose_last_part=True)
     assert [each.fate for each in pacs.store(parts)] == [Fate.STORED, Fate.UNMENTIONED]
     assert [each.fate for each in pacs.store(parts[1:])] == [Fate.UNMENTIONED]
     assert [each.fate for each in pacs.store(parts[1:])] == [Fate.STORED]
 
 
 @pytest.mark.parametrize("fields", [{"disk_full": "A700"}, {"disk_full": "272"}, {"transient_272": True}])
-def test_a_server_without_room_is_tried_again(pacs: Pacs, mood: SetMood, dialect: str, fields: dict[str, Any]) -> None:
+def test_a_server_without_room_is_tried_again(
+    pacs: Pacs, set_fault_here: SetFault, dialect: str, fields: dict[str, Any]
+) -> None:
     if (dialect, fields.get("disk_full")) == ("msdicom", "A700"):
         pytest.skip("MSDICOM has no such code")
     content = image(new_uid())
-    mood("store", times=1, **fields)
+    set_fault_here("store", times=1, **fields)
     assert outcome(pacs, content).fate is Fate.TRY_AGAIN
     assert outcome(pacs, content).fate is Fate.STORED
 
 
-def test_a_charset_behind_the_type_of_json_changes_nothing(pacs: Pacs, mood: SetMood) -> None:
+def test_a_charset_behind_the_type_of_json_changes_nothing(pacs: Pacs, set_fault_here: SetFault) -> None:
     """Oddity: "The type of its JSON has a charset"."""
-    mood("*", charset=True)
+    set_fault_here("*", charset=True)
     study, content = new_uid(), image(new_uid(), PatientName="Müller^Zoë", SpecificCharacterSet="ISO_IR 192")
     assert outcome(pacs, content).fate is Fate.STORED
     assert outcome(pacs, image(study)).fate is Fate.STORED
@@ -138,11 +140,11 @@ def test_a_charset_behind_the_type_of_json_changes_nothing(pacs: Pacs, mood: Set
     assert study in str(pacs.studies(filters={"StudyInstanceUID": study}, limit=10, offset=0))
 
 
-def test_a_retrieval_cut_in_the_middle_is_no_study(pacs: Pacs, mood: SetMood) -> None:
+def test_a_retrieval_cut_in_the_middle_is_no_study(pacs: Pacs, set_fault_here: SetFault) -> None:
     study = new_uid()
     outcome(pacs, image(study))
     for truncate in (True, "cleanly"):
-        mood("retrieve", times=1, truncate=truncate)
+        set_fault_here("retrieve", times=1, truncate=truncate)
         with pytest.raises(PacsMisanswered):
             whole(pacs, study)
     assert whole(pacs, study) > 0
@@ -150,7 +152,7 @@ def test_a_retrieval_cut_in_the_middle_is_no_study(pacs: Pacs, mood: SetMood) ->
 
 def test_a_store_left_behind_is_pending_until_it_is_deleted(sandbox: SandboxPart) -> None:
     msdicom, content = ward(sandbox, "msdicom"), image(new_uid())
-    sandbox.set_mood("msdicom", "store", pending_45071="never", times=1)
+    sandbox.set_fault("msdicom", "store", pending_45071="never", times=1)
     assert outcome(msdicom, content).fate is Fate.PENDING
     assert outcome(msdicom, content).fate is Fate.PENDING
     instance = part(content).instance
@@ -207,12 +209,12 @@ def with_account(sandbox: SandboxPart, dialect: str, secret: str, monkeypatch: p
 
 
 def test_a_token_is_fetched_and_fetched_again_when_it_is_refused(
-    sandbox: SandboxPart, dialect: str, mood: SetMood, monkeypatch: pytest.MonkeyPatch
+    sandbox: SandboxPart, dialect: str, set_fault_here: SetFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mood("*", bearer=True)
+    set_fault_here("*", bearer=True)
     pacs = with_account(sandbox, dialect, "courier-secret", monkeypatch)
     assert outcome(pacs, image(new_uid())).fate is Fate.STORED
-    mood("store", unauthorized=True)
+    set_fault_here("store", unauthorized=True)
     assert outcome(pacs, image(new_uid())).fate is Fate.STORED
     with pytest.raises(PacsUnauthorized):
         ward(sandbox, dialect).find("study", "1.2")
@@ -226,8 +228,10 @@ def test_a_wrong_secret_gets_no_token_and_is_not_told(
     assert "swordfish" not in str(error.value.payload)
 
 
-def test_a_database_that_is_down_is_told_by_the_call_that_touches_it(pacs: Pacs, mood: SetMood, dialect: str) -> None:
-    mood("*", database_down=True)
+def test_a_database_that_is_down_is_told_by_the_call_that_touches_it(
+    pacs: Pacs, set_fault_here: SetFault, dialect: str
+) -> None:
+    set_fault_here("*", database_down=True)
     assert pacs.database().ok is False
     state = pacs.state()
     assert state.ready is False
@@ -235,7 +239,7 @@ def test_a_database_that_is_down_is_told_by_the_call_that_touches_it(pacs: Pacs,
 
 
 def test_a_storage_that_cannot_be_opened_is_no_storage_of_zero_bytes(sandbox: SandboxPart) -> None:
-    sandbox.set_mood("dcm4chee", "storage", storage_down=True)
+    sandbox.set_fault("dcm4chee", "storage", storage_down=True)
     storage = ward(sandbox, "dcm4chee").storage()
     assert (storage.total_bytes, storage.free_bytes) == (None, None)
     assert "none can be opened" in storage.note
@@ -246,7 +250,7 @@ def test_a_storage_that_cannot_be_opened_is_no_storage_of_zero_bytes(sandbox: Sa
 
 def stored_at_once(sandbox: SandboxPart, pacs: Pacs, studies: list[str]) -> int:
     """The most stores that were at DCM4CHEE at once, of one image into each of ``studies``."""
-    sandbox.set_mood("dcm4chee", "store", latency_ms=100)
+    sandbox.set_fault("dcm4chee", "store", latency_ms=100)
     sandbox.load(anew=True)
     with ThreadPoolExecutor(len(studies)) as pool:
         fates = list(pool.map(lambda study: outcome(pacs, image(study, side=8)).fate, studies))

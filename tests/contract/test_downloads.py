@@ -33,13 +33,13 @@ from courier.settings import DownloadSettings, S3Settings, ServerSettings, Setti
 from sandbox import processes as parts
 from sandbox.processes import HOST, SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
-from worker.batches.coordinator import Conductor
+from tests.batch_site import BatchSite, payload
+from worker.batches.coordinator import Coordinator
 from worker.batches.downloads import download_all
 from worker.dicom.instances import Instance, Reading, identify
-from worker.jobs.attempt import NotYet, Run
+from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.download import download, to_ask
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Part
 from worker.pacs.registry import connect
@@ -54,10 +54,10 @@ SERVERS = {
 
 
 @dataclass
-class Desk:
+class DownloadBench:
     """One server, one folder that downloads may go to, and a ledger."""
 
-    tools: Tools
+    services: Services
     folder: Path
     jobs: int = 0
     study: str = field(default_factory=new_uid)
@@ -67,22 +67,22 @@ class Desk:
         """One more image of the study on the server; its name in a download."""
         sop = new_uid()
         content = image(self.study, series=series, sop=sop, side=side)
-        (pacs,) = self.tools.fleet
+        (pacs,) = self.services.fleet
         pacs.store([Part(identify(io.BytesIO(content)), lambda: io.BytesIO(content), len(content))])
         self.files[f"{series}/{sop}.dcm"] = content
         return f"{series}/{sop}.dcm"
 
-    def run(self) -> Run:
+    def run(self) -> Attempt:
         self.jobs += 1
-        claim = self.tools.ledger.claim(f"j{self.jobs}", task="pacs.download", job={"n": self.jobs})
-        return Run(f"j{self.jobs}", claim.fence, 1, last=False, ledger=self.tools.ledger)
+        taken = self.services.ledger.take(f"j{self.jobs}", task="pacs.download", job={"n": self.jobs})
+        return Attempt(f"j{self.jobs}", taken.fence, 1, last=False, ledger=self.services.ledger)
 
     def download(self, destination: str, **more: object) -> dict[str, Any]:
-        run = self.run()
+        attempt = self.run()
         try:
-            return download({"study_uid": self.study, "destination": destination, **more}, run, self.tools)
+            return download({"study_uid": self.study, "destination": destination, **more}, attempt, self.services)
         finally:
-            self.tools.ledger.finish(run.job_id, run.fence, outcome={}, code="", task="", job={})
+            self.services.ledger.finish(attempt.job_id, attempt.fence, outcome={}, code="", task="", job={})
 
     def url(self, name: str) -> str:
         return (self.folder / name).as_uri()
@@ -100,13 +100,13 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def desk_on(kind: str, url: str, folder: Path, s3: str | None = None) -> Desk:
+def bench_on(kind: str, url: str, folder: Path, s3: str | None = None) -> DownloadBench:
     server = ServerSettings.model_validate({"name": "ward", "type": kind, "url": url, "read_timeout_s": 5})
     downloads = DownloadSettings(
         folders=(folder,), s3=S3Settings(buckets=("out", "absent"), endpoint_url=s3, region="us-east-1")
     )
     ledger = Ledger(fakeredis.FakeRedis(decode_responses=True))
-    tools = Tools(
+    services = Services(
         settings=Settings(downloads=downloads),
         ledger=ledger,
         sources=None,  # type: ignore[arg-type]  # nothing is fetched here
@@ -114,15 +114,15 @@ def desk_on(kind: str, url: str, folder: Path, s3: str | None = None) -> Desk:
         destinations=Destinations(downloads, ledger),
         rng=random.Random(1),
     )
-    desk = Desk(tools, folder)
+    bench = DownloadBench(services, folder)
     for series in ("1", "1", "2"):
-        desk.store(f"{desk.study}.{series}")
-    return desk
+        bench.store(f"{bench.study}.{series}")
+    return bench
 
 
 @pytest.fixture
-def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
-    return desk_on("msdicom", request.getfixturevalue("sandbox").msdicom, tmp_path)
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> DownloadBench:
+    return bench_on("msdicom", request.getfixturevalue("sandbox").msdicom, tmp_path)
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ def bucket(moto: str) -> Iterator[Any]:
 
 
 @pytest.fixture
-def cloud(bucket: Any, moto: str, request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
-    return desk_on("msdicom", request.getfixturevalue("sandbox").msdicom, tmp_path, s3=moto)
+def cloud(bucket: Any, moto: str, request: pytest.FixtureRequest, tmp_path: Path) -> DownloadBench:
+    return bench_on("msdicom", request.getfixturevalue("sandbox").msdicom, tmp_path, s3=moto)
 
 
 def opened(content: bytes | Path) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -157,19 +157,19 @@ def everything_below(folder: Path) -> set[str]:
 def test_a_study_comes_as_an_archive_with_a_manifest_that_is_true(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    desk = desk_on(kind, SERVERS[kind](request), tmp_path)
-    payload = desk.download(desk.url("new/folder/study.zip"))
+    bench = bench_on(kind, SERVERS[kind](request), tmp_path)
+    payload = bench.download(bench.url("new/folder/study.zip"))
     target = tmp_path / "new/folder/study.zip"
     files, manifest = opened(target)
-    assert files.keys() == desk.files.keys()
-    assert manifest["study_uid"] == desk.study
+    assert files.keys() == bench.files.keys()
+    assert manifest["study_uid"] == bench.study
     for entry in manifest["instances"]:
         content = files[entry["file"]]
         assert entry["file"] == f"{entry['series_uid']}/{entry['image_uid']}.dcm"
         assert (entry["size_bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
         assert identify(io.BytesIO(content)).sop_instance_uid == entry["image_uid"]
     if kind != "dcm4chee":
-        assert files == desk.files
+        assert files == bench.files
     assert (payload["status"], payload["instances"], payload["format"]) == ("downloaded", 3, "zip")
     assert (payload["server_name"], payload["server_type"]) == ("ward", kind)
     assert payload["size_bytes"] == manifest["size_bytes"] == sum(map(len, files.values()))
@@ -179,50 +179,52 @@ def test_a_study_comes_as_an_archive_with_a_manifest_that_is_true(
 
 
 @pytest.mark.parametrize("form", ["zip", "files"])
-def test_the_same_download_again_changes_nothing_and_another_is_never_laid_over_it(desk: Desk, form: str) -> None:
-    desk.download(desk.url("a"), format=form)
-    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in desk.folder.rglob("*")}
-    assert desk.download(desk.url("a"), format=form)["status"] == "already_there"
-    desk.store(f"{desk.study}.1")
+def test_the_same_download_again_changes_nothing_and_another_is_never_laid_over_it(
+    bench: DownloadBench, form: str
+) -> None:
+    bench.download(bench.url("a"), format=form)
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in bench.folder.rglob("*")}
+    assert bench.download(bench.url("a"), format=form)["status"] == "already_there"
+    bench.store(f"{bench.study}.1")
     with pytest.raises(InvalidRequest, match="something else") as caught:
-        desk.download(desk.url("a"), format=form)
+        bench.download(bench.url("a"), format=form)
     assert caught.value.details["reason"] == "exists"
-    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in desk.folder.rglob("*")} == before
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in bench.folder.rglob("*")} == before
 
 
-def test_a_folder_of_files_holds_what_the_archive_would(desk: Desk) -> None:
-    payload = desk.download(desk.url("study"), format="files")
-    assert everything_below(desk.folder) == {f"study/{name}" for name in (*desk.files, "manifest.json")}
-    assert all((desk.folder / "study" / name).read_bytes() == content for name, content in desk.files.items())
-    assert (payload["size_bytes"], payload["resumed"]) == (sum(map(len, desk.files.values())), 0)
+def test_a_folder_of_files_holds_what_the_archive_would(bench: DownloadBench) -> None:
+    payload = bench.download(bench.url("study"), format="files")
+    assert everything_below(bench.folder) == {f"study/{name}" for name in (*bench.files, "manifest.json")}
+    assert all((bench.folder / "study" / name).read_bytes() == content for name, content in bench.files.items())
+    assert (payload["size_bytes"], payload["resumed"]) == (sum(map(len, bench.files.values())), 0)
 
 
 @pytest.mark.parametrize("cut", ["cleanly", True])
 @pytest.mark.parametrize("form", ["zip", "files"])
 def test_an_answer_that_was_cut_off_leaves_nothing_that_looks_whole(
-    desk: Desk, sandbox: Any, form: str, cut: object
+    bench: DownloadBench, sandbox: Any, form: str, cut: object
 ) -> None:
-    sandbox.set_mood("msdicom", "retrieve", truncate=cut)
+    sandbox.set_fault("msdicom", "retrieve", truncate=cut)
     with pytest.raises((PacsMisanswered, PacsUnavailable)):
-        desk.download(desk.url("study"), format=form)
-    assert not (desk.folder / "study").exists()
+        bench.download(bench.url("study"), format=form)
+    assert not (bench.folder / "study").exists()
     if form == "zip":
-        assert everything_below(desk.folder) == set()
-    sandbox.calm()
-    assert desk.download(desk.url("study"), format=form)["status"] == "downloaded"
-    assert not list(desk.folder.glob("*unfinished"))
+        assert everything_below(bench.folder) == set()
+    sandbox.reset_faults()
+    assert bench.download(bench.url("study"), format=form)["status"] == "downloaded"
+    assert not list(bench.folder.glob("*unfinished"))
 
 
-def test_files_that_an_earlier_attempt_left_are_checked_and_kept(desk: Desk) -> None:
-    first, second, _ = desk.files
-    left = desk.folder / "study.unfinished"
-    for name, content in ((first, desk.files[first]), (second, b"half of"), (f"{first}.unfinished", b"")):
+def test_files_that_an_earlier_attempt_left_are_checked_and_kept(bench: DownloadBench) -> None:
+    first, second, _ = bench.files
+    left = bench.folder / "study.unfinished"
+    for name, content in ((first, bench.files[first]), (second, b"half of"), (f"{first}.unfinished", b"")):
         (left / name).parent.mkdir(parents=True, exist_ok=True)
         (left / name).write_bytes(content)
-    payload = desk.download(desk.url("study"), format="files")
+    payload = bench.download(bench.url("study"), format="files")
     assert payload["resumed"] == 1
-    assert (desk.folder / "study" / second).read_bytes() == desk.files[second]
-    assert len(json.loads((desk.folder / "study/manifest.json").read_text())["instances"]) == 3
+    assert (bench.folder / "study" / second).read_bytes() == bench.files[second]
+    assert len(json.loads((bench.folder / "study/manifest.json").read_text())["instances"]) == 3
 
 
 def test_what_is_missing_is_asked_for_in_the_largest_pieces() -> None:
@@ -234,31 +236,33 @@ def test_what_is_missing_is_asked_for_in_the_largest_pieces() -> None:
 
 
 def test_a_study_that_changes_while_it_is_downloaded_is_not_delivered(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    bench: DownloadBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (pacs,) = desk.tools.fleet
-    listed = list(pacs.instances(Found("study", desk.study)))
-    desk.store(f"{desk.study}.2")
+    (pacs,) = bench.services.fleet
+    listed = list(pacs.instances(Found("study", bench.study)))
+    bench.store(f"{bench.study}.2")
     monkeypatch.setattr(pacs, "instances", lambda _: iter(listed))
     with pytest.raises(PacsMisanswered, match="did not list"):
-        desk.download(desk.url("a.zip"))
+        bench.download(bench.url("a.zip"))
     monkeypatch.undo()
-    listed = list(pacs.instances(Found("study", desk.study)))
+    listed = list(pacs.instances(Found("study", bench.study)))
     pacs.delete(next(one for one in listed), permanent=True)
     monkeypatch.setattr(pacs, "instances", lambda _: iter(listed))
     with pytest.raises(PacsMisanswered, match="3 of 4 images"):
-        desk.download(desk.url("a.zip"))
-    assert everything_below(desk.folder) == set()
+        bench.download(bench.url("a.zip"))
+    assert everything_below(bench.folder) == set()
 
 
-def test_only_the_folders_of_the_settings_are_written_to(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_only_the_folders_of_the_settings_are_written_to(
+    bench: DownloadBench, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     outside = tmp_path_factory.mktemp("outside")
-    (desk.folder / "link").symlink_to(outside)
+    (bench.folder / "link").symlink_to(outside)
     for url in (
         (outside / "a.zip").as_uri(),
-        desk.url("link/a.zip"),
-        desk.url("../a.zip"),
-        desk.folder.as_uri(),
+        bench.url("link/a.zip"),
+        bench.url("../a.zip"),
+        bench.folder.as_uri(),
         "file://elsewhere/a.zip",
         "file:a.zip",
         "s3://elsewhere/a.zip",
@@ -268,20 +272,20 @@ def test_only_the_folders_of_the_settings_are_written_to(desk: Desk, tmp_path_fa
         "a.zip",
     ):
         with pytest.raises(InvalidRequest) as caught:
-            desk.download(url)
+            bench.download(url)
         assert caught.value.details["reason"] == "not_allowed"
-    assert everything_below(outside) == everything_below(desk.folder) == set()
+    assert everything_below(outside) == everything_below(bench.folder) == set()
 
 
 def test_a_link_that_is_put_in_the_way_later_leads_nowhere(
-    desk: Desk, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    bench: DownloadBench, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outside = tmp_path_factory.mktemp("outside")
-    archive = desk.tools.destinations.archive(desk.url("sub/a.zip"))
-    (desk.folder / "sub").symlink_to(outside)
-    monkeypatch.setattr(desk.tools.destinations, "archive", lambda _: archive)
+    archive = bench.services.destinations.archive(bench.url("sub/a.zip"))
+    (bench.folder / "sub").symlink_to(outside)
+    monkeypatch.setattr(bench.services.destinations, "archive", lambda _: archive)
     with pytest.raises(InvalidRequest) as caught:
-        desk.download(desk.url("sub/a.zip"))
+        bench.download(bench.url("sub/a.zip"))
     assert caught.value.details["reason"] == "not_allowed"
     assert everything_below(outside) == set()
 
@@ -292,66 +296,66 @@ def test_a_link_that_is_put_in_the_way_later_leads_nowhere(
 )
 @pytest.mark.parametrize("form", ["zip", "files"])
 def test_a_disk_that_takes_no_more_is_named_and_left_clean(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, number: int, reason: str, form: str
+    bench: DownloadBench, monkeypatch: pytest.MonkeyPatch, number: int, reason: str, form: str
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InvalidRequest) as caught:
-        desk.download(desk.url("a"), format=form)
+        bench.download(bench.url("a"), format=form)
     assert caught.value.details["reason"] == reason
-    assert everything_below(desk.folder) == set()
+    assert everything_below(bench.folder) == set()
 
 
-def test_trouble_that_may_pass_is_tried_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trouble_that_may_pass_is_tried_again(bench: DownloadBench, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(descriptor: int) -> None:
         raise OSError(errno.EIO, "trouble")
 
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(SourceUnreachable):
-        desk.download(desk.url("a.zip"))
+        bench.download(bench.url("a.zip"))
 
 
-def test_a_file_of_somebody_else_is_left_alone(desk: Desk) -> None:
-    (desk.folder / "a.zip").write_bytes(b"mine")
-    (desk.folder / "b").mkdir()
-    (desk.folder / "b/mine.txt").write_bytes(b"mine")
+def test_a_file_of_somebody_else_is_left_alone(bench: DownloadBench) -> None:
+    (bench.folder / "a.zip").write_bytes(b"mine")
+    (bench.folder / "b").mkdir()
+    (bench.folder / "b/mine.txt").write_bytes(b"mine")
     for name, form in (("a.zip", "zip"), ("a.zip", "files"), ("b", "files"), ("b", "zip")):
         with pytest.raises(InvalidRequest) as caught:
-            desk.download(desk.url(name), format=form)
+            bench.download(bench.url(name), format=form)
         assert caught.value.details["reason"] == "exists"
-    assert everything_below(desk.folder) == {"a.zip", "b/mine.txt"}
+    assert everything_below(bench.folder) == {"a.zip", "b/mine.txt"}
 
 
-def test_two_jobs_do_not_write_to_one_place_at_once(desk: Desk) -> None:
-    url = desk.url("a.zip")
-    holder = desk.run()
-    desk.tools.ledger.hold_destination(
+def test_two_jobs_do_not_write_to_one_place_at_once(bench: DownloadBench) -> None:
+    url = bench.url("a.zip")
+    holder = bench.run()
+    bench.services.ledger.lock_destination(
         hashlib.sha256(url.encode()).hexdigest(), job_id=holder.job_id, fence=holder.fence
     )
-    with pytest.raises(NotYet, match="j1"):
-        desk.download(url)
+    with pytest.raises(Postpone, match="j1"):
+        bench.download(url)
 
 
-def test_a_cancelled_job_ends_while_it_transfers(desk: Desk) -> None:
-    run = desk.run()
-    desk.tools.ledger.cancel(run.job_id)
+def test_a_cancelled_job_ends_while_it_transfers(bench: DownloadBench) -> None:
+    attempt = bench.run()
+    bench.services.ledger.cancel(attempt.job_id)
     with pytest.raises(Cancelled):
-        download({"study_uid": desk.study, "destination": desk.url("a.zip")}, run, desk.tools)
-    assert everything_below(desk.folder) == set()
+        download({"study_uid": bench.study, "destination": bench.url("a.zip")}, attempt, bench.services)
+    assert everything_below(bench.folder) == set()
 
 
-def test_a_study_that_nobody_has_and_fields_that_are_wrong_are_refused(desk: Desk) -> None:
-    desk.study = new_uid()
+def test_a_study_that_nobody_has_and_fields_that_are_wrong_are_refused(bench: DownloadBench) -> None:
+    bench.study = new_uid()
     with pytest.raises(NotFound):
-        desk.download(desk.url("a.zip"))
+        bench.download(bench.url("a.zip"))
     for wrong in ({"format": "tar"}, {"mode": "elsewhere"}, {"destination": ""}):
         with pytest.raises(InvalidRequest):
-            desk.download(**{"destination": desk.url("a.zip"), **wrong})
+            bench.download(**{"destination": bench.url("a.zip"), **wrong})
 
 
-def test_an_archive_in_s3_appears_whole_and_is_known_again(cloud: Desk, bucket: Any) -> None:
+def test_an_archive_in_s3_appears_whole_and_is_known_again(cloud: DownloadBench, bucket: Any) -> None:
     payload = cloud.download("s3://out/2026/study.zip")
     content = bucket.get_object(Bucket="out", Key="2026/study.zip")["Body"].read()
     assert opened(content)[0] == cloud.files
@@ -363,20 +367,20 @@ def test_an_archive_in_s3_appears_whole_and_is_known_again(cloud: Desk, bucket: 
 
 
 def test_a_large_archive_goes_to_s3_in_parts_and_a_failed_one_leaves_none(
-    cloud: Desk, bucket: Any, sandbox: Any
+    cloud: DownloadBench, bucket: Any, sandbox: Any
 ) -> None:
     for _ in range(2):
         cloud.store(f"{cloud.study}.3", side=2400)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("worker.jobs.download.COMPRESS_LEVEL", 0)
-        sandbox.set_mood("msdicom", "retrieve", truncate=True)
+        sandbox.set_fault("msdicom", "retrieve", truncate=True)
         with pytest.raises(CourierError):
             cloud.download("s3://out/large.zip")
         assert bucket.list_objects_v2(Bucket="out").get("Contents", []) == []
         assert bucket.list_multipart_uploads(Bucket="out").get("Uploads", []) == []
-        sandbox.calm()
+        sandbox.reset_faults()
         killed, theirs = (bucket.create_multipart_upload(Bucket="out", Key="large.zip")["UploadId"] for _ in range(2))
-        cloud.tools.ledger.upload_begun("s3://out/large.zip", killed)
+        cloud.services.ledger.upload_begun("s3://out/large.zip", killed)
         payload = cloud.download("s3://out/large.zip")
     assert payload["archive_bytes"] > 2 * 8 * 1_048_576
     assert bucket.head_object(Bucket="out", Key="large.zip")["ETag"].strip('"').endswith("-3")
@@ -401,36 +405,36 @@ def test_a_download_says_whether_its_store_prevents_that_anything_is_overwritten
     bucket: Any, moto: str, ignoring: str, sandbox: Any, tmp_path: Path, form: str
 ) -> None:
     for endpoint, warnings in ((moto, []), (ignoring, ["overwrite_not_prevented"])):
-        desk = desk_on("msdicom", sandbox.msdicom, tmp_path, s3=endpoint)
-        place = f"s3://out/{desk.study}/a?b"
-        assert desk.download(place, format=form)["warnings"] == warnings
-        again = desk.download(place, format=form)
+        bench = bench_on("msdicom", sandbox.msdicom, tmp_path, s3=endpoint)
+        place = f"s3://out/{bench.study}/a?b"
+        assert bench.download(place, format=form)["warnings"] == warnings
+        again = bench.download(place, format=form)
         assert (again["status"], again["warnings"], again["destination"]) == ("already_there", [], place)
 
 
-def overtaken(desk: Desk, place: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def overtaken(bench: DownloadBench, place: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next download finds that another attempt has brought the same while it was at work."""
-    (pacs,) = desk.tools.fleet
+    (pacs,) = bench.services.fleet
     retrieve = pacs.retrieve
 
     def overtake(found: Found, **view: Any) -> Any:
         monkeypatch.setattr(pacs, "retrieve", retrieve)
-        monkeypatch.setattr(desk.tools.ledger, "hold_destination", lambda *_, **__: None)  # it has lost its lease
-        assert desk.download(place, format=form)["status"] == "downloaded"
+        monkeypatch.setattr(bench.services.ledger, "lock_destination", lambda *_, **__: None)  # it has lost its lease
+        assert bench.download(place, format=form)["status"] == "downloaded"
         return retrieve(found, **view)
 
     monkeypatch.setattr(pacs, "retrieve", overtake)
 
 
 def test_the_same_archive_that_another_attempt_brings_meanwhile_is_already_there(
-    cloud: Desk, monkeypatch: pytest.MonkeyPatch
+    cloud: DownloadBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overtaken(cloud, "s3://out/twice.zip", "zip", monkeypatch)
     assert cloud.download("s3://out/twice.zip")["status"] == "already_there"
 
 
 def test_files_that_another_attempt_brings_meanwhile_are_looked_at_again_and_then_already_there(
-    cloud: Desk, monkeypatch: pytest.MonkeyPatch
+    cloud: DownloadBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overtaken(cloud, "s3://out/twice", "files", monkeypatch)
     with pytest.raises(SourceUnreachable, match="tried again"):
@@ -438,7 +442,7 @@ def test_files_that_another_attempt_brings_meanwhile_are_looked_at_again_and_the
     assert cloud.download("s3://out/twice", format="files")["status"] == "already_there"
 
 
-def test_files_in_s3_are_resumed_and_whole_with_their_manifest(cloud: Desk, bucket: Any) -> None:
+def test_files_in_s3_are_resumed_and_whole_with_their_manifest(cloud: DownloadBench, bucket: Any) -> None:
     first, *_ = cloud.files
     bucket.put_object(Bucket="out", Key=f"study/{first}", Body=cloud.files[first])
     payload = cloud.download("s3://out/study", format="files")
@@ -453,18 +457,18 @@ def test_files_in_s3_are_resumed_and_whole_with_their_manifest(cloud: Desk, buck
 
 @pytest.mark.parametrize("form", ["zip", "files"])
 def test_a_bucket_that_is_missing_and_an_endpoint_that_is_down_are_told_apart(
-    cloud: Desk, moto: str, sandbox: Any, tmp_path: Path, form: str
+    cloud: DownloadBench, moto: str, sandbox: Any, tmp_path: Path, form: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
         cloud.download("s3://absent/a", format=form)
     assert caught.value.details["reason"] == "missing"
-    down = desk_on("msdicom", sandbox.msdicom, tmp_path, s3=f"http://{HOST}:{parts.free_port()}")
+    down = bench_on("msdicom", sandbox.msdicom, tmp_path, s3=f"http://{HOST}:{parts.free_port()}")
     with pytest.raises(SourceUnreachable):
         down.download("s3://out/a", format=form)
 
 
 def test_a_study_that_a_batch_deletes_is_kept_in_s3_and_comes_back(
-    batch_site: Callable[..., Site], bucket: Any, moto: str, sandbox: SandboxPart
+    batch_site: Callable[..., BatchSite], bucket: Any, moto: str, sandbox: SandboxPart
 ) -> None:
     s3 = {"buckets": ["out"], "endpoint_url": moto, "region": "us-east-1"}
     site, study = batch_site(sandbox.servers(), downloads={"s3": s3}), new_uid()
@@ -473,12 +477,12 @@ def test_a_study_that_a_batch_deletes_is_kept_in_s3_and_comes_back(
     (entry,) = bucket.list_objects_v2(Bucket="out")["Contents"]
     assert entry["Key"].startswith(f"kept/{site.batch}/msdicom/{study}-")
     assert site.on("msdicom", study) == set()
-    payload(site.go_on(Conductor.undo, "undo"))
-    assert (site.told("undo"), site.on("msdicom", study)) == (["undone"], uids)
+    payload(site.go_on(Coordinator.undo, "undo"))
+    assert (site.ends("undo"), site.on("msdicom", study)) == (["undone"], uids)
 
 
 def test_what_a_batch_writes_to_a_store_that_prevents_nothing_has_the_warning(
-    batch_site: Callable[..., Site], ignoring: str, sandbox: SandboxPart
+    batch_site: Callable[..., BatchSite], ignoring: str, sandbox: SandboxPart
 ) -> None:
     s3 = {"buckets": ["out"], "endpoint_url": ignoring, "region": "us-east-1"}
     site, study = batch_site(sandbox.servers(), downloads={"s3": s3}), new_uid()
@@ -486,11 +490,11 @@ def test_what_a_batch_writes_to_a_store_that_prevents_nothing_has_the_warning(
     message = {"items": [study], "destination": f"s3://out/{study}"}
     payload(site.see_to_its_end("pacs.batch.download", download_all, site.batch, message))
     (row,) = site.rows
-    assert (row.settled.status, row.settled.result["warnings"]) == ("downloaded", ["overwrite_not_prevented"])
+    assert (row.outcome.status, row.outcome.result["warnings"]) == ("downloaded", ["overwrite_not_prevented"])
     site.batch = "backups"
     payload(site.delete(study, servers=["msdicom"], backup="s3://out/kept"))
     (row,) = site.rows
-    assert (row.settled.status, row.settled.result["warnings"]) == ("deleted", ["overwrite_not_prevented"])
+    assert (row.outcome.status, row.outcome.result["warnings"]) == ("deleted", ["overwrite_not_prevented"])
 
 
 def test_the_first_bytes_of_a_file_say_whose_it_is() -> None:

@@ -33,16 +33,16 @@ from sandbox import processes as parts
 from sandbox.processes import AZURITE_ACCOUNT, AZURITE_KEY, HOST, AzuritePart, SandboxPart
 from sandbox.synthetic import image, new_uid
 from worker.dicom.instances import identify
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.download import download
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Part
 from worker.pacs.registry import connect
 from worker.storage.azure_destination import BLOCK_BYTES
-from worker.storage.destinations import Destinations, Mark
+from worker.storage.destinations import Destinations, StudyFingerprint
 
-MARK = Mark.of("1.2.3", ["1.2.3.4"])
+MARK = StudyFingerprint.of("1.2.3", ["1.2.3.4"])
 
 
 def downloads(**azure: Any) -> DownloadSettings:
@@ -50,10 +50,10 @@ def downloads(**azure: Any) -> DownloadSettings:
 
 
 @dataclass
-class Desk:
+class AzureDownloadBench:
     """One server that has one study, one container, and a ledger."""
 
-    tools: Tools
+    services: Services
     container: ContainerClient
     jobs: int = 0
     study: str = field(default_factory=new_uid)
@@ -62,20 +62,20 @@ class Desk:
     def store(self, series: str, *, side: int = 64) -> None:
         sop = new_uid()
         content = image(self.study, series=series, sop=sop, side=side)
-        (pacs,) = self.tools.fleet
+        (pacs,) = self.services.fleet
         pacs.store([Part(identify(io.BytesIO(content)), lambda: io.BytesIO(content), len(content))])
         self.files[f"{series}/{sop}.dcm"] = content
 
     def download(self, name: str, *, form: str = "zip", container: str | None = None) -> dict[str, Any]:
         self.jobs += 1
         job_id = f"j{self.jobs}"
-        claim = self.tools.ledger.claim(job_id, task="pacs.download", job={"n": self.jobs})
-        run = Run(job_id, claim.fence, 1, last=False, ledger=self.tools.ledger)
+        taken = self.services.ledger.take(job_id, task="pacs.download", job={"n": self.jobs})
+        attempt = Attempt(job_id, taken.fence, 1, last=False, ledger=self.services.ledger)
         url = f"az://{container or self.container.container_name}/{name}"
         try:
-            return download({"study_uid": self.study, "destination": url, "format": form}, run, self.tools)
+            return download({"study_uid": self.study, "destination": url, "format": form}, attempt, self.services)
         finally:
-            self.tools.ledger.finish(run.job_id, run.fence, outcome={}, code="", task="", job={})
+            self.services.ledger.finish(attempt.job_id, attempt.fence, outcome={}, code="", task="", job={})
 
     def refusal(self, name: str, *, form: str = "zip", container: str | None = None) -> str:
         """The reason why a destination is refused."""
@@ -103,13 +103,13 @@ def container(account: BlobServiceClient) -> ContainerClient:
 
 
 @pytest.fixture
-def desk_with(sandbox: SandboxPart, container: ContainerClient) -> Callable[..., Desk]:
-    def start(**azure: Any) -> Desk:
+def bench_with(sandbox: SandboxPart, container: ContainerClient) -> Callable[..., AzureDownloadBench]:
+    def start(**azure: Any) -> AzureDownloadBench:
         server = ServerSettings.model_validate(
             {"name": "ward", "type": "msdicom", "url": sandbox.msdicom, "read_timeout_s": 5}
         )
         settings = Settings(downloads=downloads(**azure))
-        tools = Tools(
+        services = Services(
             settings=settings,
             ledger=Ledger(fakeredis.FakeRedis(decode_responses=True)),
             sources=None,  # type: ignore[arg-type]  # nothing is fetched here
@@ -117,18 +117,20 @@ def desk_with(sandbox: SandboxPart, container: ContainerClient) -> Callable[...,
             destinations=Destinations(settings.downloads),
             rng=random.Random(1),
         )
-        desk = Desk(tools, container)
+        bench = AzureDownloadBench(services, container)
         for series in ("1", "1", "2"):
-            desk.store(f"{desk.study}.{series}")
-        return desk
+            bench.store(f"{bench.study}.{series}")
+        return bench
 
     return start
 
 
 @pytest.fixture
-def desk(desk_with: Callable[..., Desk], azurite: AzuritePart, monkeypatch: pytest.MonkeyPatch) -> Desk:
+def bench(
+    bench_with: Callable[..., AzureDownloadBench], azurite: AzuritePart, monkeypatch: pytest.MonkeyPatch
+) -> AzureDownloadBench:
     monkeypatch.setenv("AZURE_SECRET", azurite.connection_string)
-    return desk_with(connection_string_env="AZURE_SECRET")
+    return bench_with(connection_string_env="AZURE_SECRET")
 
 
 def opened(content: bytes) -> dict[str, bytes]:
@@ -137,156 +139,162 @@ def opened(content: bytes) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist() if name != "manifest.json"}
 
 
-def test_an_archive_appears_whole_and_is_known_again_and_nothing_is_laid_over_it(desk: Desk) -> None:
-    payload = desk.download("2026/ein study ü.zip")
-    content = desk.read("2026/ein study ü.zip")
-    assert opened(content) == desk.files
+def test_an_archive_appears_whole_and_is_known_again_and_nothing_is_laid_over_it(bench: AzureDownloadBench) -> None:
+    payload = bench.download("2026/ein study ü.zip")
+    content = bench.read("2026/ein study ü.zip")
+    assert opened(content) == bench.files
     assert (payload["archive_bytes"], payload["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    properties = desk.container.get_blob_client("2026/ein study ü.zip").get_blob_properties()
+    properties = bench.container.get_blob_client("2026/ein study ü.zip").get_blob_properties()
     assert properties.content_settings.content_type == "application/zip"
-    assert desk.download("2026/ein study ü.zip")["status"] == "already_there"
-    desk.store(f"{desk.study}.2")
-    assert desk.refusal("2026/ein study ü.zip") == "exists"
-    desk.container.upload_blob("mine.zip", b"mine")
-    assert desk.refusal("mine.zip") == "exists"
-    assert (desk.read("2026/ein study ü.zip"), desk.read("mine.zip")) == (content, b"mine")
+    assert bench.download("2026/ein study ü.zip")["status"] == "already_there"
+    bench.store(f"{bench.study}.2")
+    assert bench.refusal("2026/ein study ü.zip") == "exists"
+    bench.container.upload_blob("mine.zip", b"mine")
+    assert bench.refusal("mine.zip") == "exists"
+    assert (bench.read("2026/ein study ü.zip"), bench.read("mine.zip")) == (content, b"mine")
 
 
-def test_what_somebody_else_put_there_meanwhile_is_left_alone(desk: Desk) -> None:
-    url = f"az://{desk.container.container_name}/a.zip"
+def test_what_somebody_else_put_there_meanwhile_is_left_alone(bench: AzureDownloadBench) -> None:
+    url = f"az://{bench.container.container_name}/a.zip"
 
     def chunks() -> Iterator[bytes]:
         yield b"ours"
-        desk.container.upload_blob("a.zip", b"mine", overwrite=True)
+        bench.container.upload_blob("a.zip", b"mine", overwrite=True)
 
     with pytest.raises(InvalidRequest, match="something else"):
-        desk.tools.destinations.archive(url).write(chunks(), MARK)
-    assert desk.read("a.zip") == b"mine"
+        bench.services.destinations.archive(url).write(chunks(), MARK)
+    assert bench.read("a.zip") == b"mine"
 
 
 @pytest.mark.parametrize("block_id", ["1", "0f5e8a52-7a36-4a7f-9d0e-3c1b7c1d2e4f-1", "x" * 38])
-def test_what_another_program_is_uploading_there_is_left_alone(desk: Desk, block_id: str) -> None:
-    theirs = desk.container.get_blob_client("a.zip")
+def test_what_another_program_is_uploading_there_is_left_alone(bench: AzureDownloadBench, block_id: str) -> None:
+    theirs = bench.container.get_blob_client("a.zip")
     theirs.stage_block(block_id, b"theirs")
-    assert desk.refusal("a.zip") == "exists"
+    assert bench.refusal("a.zip") == "exists"
     theirs.commit_block_list([BlobBlock(block_id)])
-    assert desk.read("a.zip") == b"theirs"
+    assert bench.read("a.zip") == b"theirs"
 
 
-def test_the_question_whether_a_destination_exists_leaves_uploads_to_it_alone(desk: Desk) -> None:
+def test_the_question_whether_a_destination_exists_leaves_uploads_to_it_alone(bench: AzureDownloadBench) -> None:
     for name in ("a.zip", "study/manifest.json", "study/1/2.dcm"):
-        desk.container.get_blob_client(name).stage_block("1", b"theirs")
-    url = f"az://{desk.container.container_name}"
-    assert desk.tools.destinations.archive(f"{url}/a.zip").look() is None
-    files = desk.tools.destinations.files(f"{url}/study")
-    assert (files.look(), files.names()) == (None, set())
+        bench.container.get_blob_client(name).stage_block("1", b"theirs")
+    url = f"az://{bench.container.container_name}"
+    assert bench.services.destinations.archive(f"{url}/a.zip").read_fingerprint() is None
+    files = bench.services.destinations.files(f"{url}/study")
+    assert (files.read_fingerprint(), files.names()) == (None, set())
     for name in ("a.zip", "study/manifest.json", "study/1/2.dcm"):
-        desk.container.get_blob_client(name).commit_block_list([BlobBlock("1")])
+        bench.container.get_blob_client(name).commit_block_list([BlobBlock("1")])
 
 
-def test_a_file_that_another_program_wrote_or_is_uploading_meanwhile_stays(desk: Desk) -> None:
-    place = desk.tools.destinations.files(f"az://{desk.container.container_name}/study")
-    desk.container.upload_blob("study/1/seen.dcm", b"half of it")
+def test_a_file_that_another_program_wrote_or_is_uploading_meanwhile_stays(bench: AzureDownloadBench) -> None:
+    place = bench.services.destinations.files(f"az://{bench.container.container_name}/study")
+    bench.container.upload_blob("study/1/seen.dcm", b"half of it")
     assert place.names() == {"1/seen.dcm"}
 
     def chunks(name: str) -> Iterator[bytes]:
         yield b"ours"
-        desk.container.upload_blob(name, b"theirs", overwrite=True)
+        bench.container.upload_blob(name, b"theirs", overwrite=True)
 
     for name in ("1/new.dcm", "1/seen.dcm"):
         with pytest.raises(SourceUnreachable, match=rf"study/{name}"):
             place.write(name, chunks(f"study/{name}"))
-        assert desk.read(f"study/{name}") == b"theirs"
-    theirs = desk.container.get_blob_client("study/1/other.dcm")
+        assert bench.read(f"study/{name}") == b"theirs"
+    theirs = bench.container.get_blob_client("study/1/other.dcm")
     theirs.stage_block("x" * 38, b"theirs")
     with pytest.raises(SourceUnreachable):
         place.write("1/other.dcm", iter([b"ours"]))
     theirs.commit_block_list([BlobBlock("x" * 38)])
     with pytest.raises(InvalidRequest, match="something else"):
         place.finish(b"".join(chunks("study/manifest.json")))
-    assert desk.read("study/manifest.json") == b"theirs"
+    assert bench.read("study/manifest.json") == b"theirs"
     assert place.names() == {"1/new.dcm", "1/seen.dcm", "1/other.dcm", "manifest.json"}
     place.write("1/seen.dcm", iter([b"ours"]))  # as it was seen
-    assert desk.read("study/1/seen.dcm") == b"ours"
+    assert bench.read("study/1/seen.dcm") == b"ours"
 
 
 @pytest.mark.parametrize("form", ["zip", "files"])
-def test_a_name_with_a_question_mark_and_a_hash_is_told_whole(desk: Desk, form: str) -> None:
+def test_a_name_with_a_question_mark_and_a_hash_is_told_whole(bench: AzureDownloadBench, form: str) -> None:
     name = "day?1/order#2?x=1"
-    payload = desk.download(name, form=form)
-    assert payload["destination"] == f"az://{desk.container.container_name}/{name}"
-    assert desk.blobs() == ({name} if form == "zip" else {f"{name}/{file}" for file in (*desk.files, "manifest.json")})
-    assert desk.download(name, form=form)["status"] == "already_there"
+    payload = bench.download(name, form=form)
+    assert payload["destination"] == f"az://{bench.container.container_name}/{name}"
+    assert bench.blobs() == (
+        {name} if form == "zip" else {f"{name}/{file}" for file in (*bench.files, "manifest.json")}
+    )
+    assert bench.download(name, form=form)["status"] == "already_there"
 
 
 def test_a_large_archive_goes_in_blocks_and_a_failed_one_is_never_seen(
-    desk: Desk, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
+    bench: AzureDownloadBench, sandbox: SandboxPart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(2):
-        desk.store(f"{desk.study}.3", side=2400)
+        bench.store(f"{bench.study}.3", side=2400)
     monkeypatch.setattr("worker.jobs.download.COMPRESS_LEVEL", 0)
-    sandbox.set_mood("msdicom", "retrieve", truncate=True)
+    sandbox.set_fault("msdicom", "retrieve", truncate=True)
     with pytest.raises(CourierError):
-        desk.download("large.zip")
-    assert desk.blobs() == set()
-    sandbox.calm()
+        bench.download("large.zip")
+    assert bench.blobs() == set()
+    sandbox.reset_faults()
     # What a worker that was killed had staged.
-    desk.container.get_blob_client("large.zip").stage_block(f"{uuid4().hex}-00000", b"half of it")
-    assert desk.blobs() == set()
-    payload = desk.download("large.zip")
+    bench.container.get_blob_client("large.zip").stage_block(f"{uuid4().hex}-00000", b"half of it")
+    assert bench.blobs() == set()
+    payload = bench.download("large.zip")
     assert payload["archive_bytes"] > 2 * BLOCK_BYTES
-    listed, left = desk.container.get_blob_client("large.zip").get_block_list("all")
+    listed, left = bench.container.get_blob_client("large.zip").get_block_list("all")
     assert ([block.size for block in listed][:2], len(listed), left) == ([BLOCK_BYTES, BLOCK_BYTES], 3, [])
-    assert opened(desk.read("large.zip")) == desk.files
+    assert opened(bench.read("large.zip")) == bench.files
 
 
-def test_files_are_resumed_and_whole_with_their_manifest(desk: Desk) -> None:
-    first, second, _ = desk.files
-    desk.container.upload_blob(f"study/{first}", desk.files[first])
-    desk.container.upload_blob(f"study/{second}", b"half of it")
+def test_files_are_resumed_and_whole_with_their_manifest(bench: AzureDownloadBench) -> None:
+    first, second, _ = bench.files
+    bench.container.upload_blob(f"study/{first}", bench.files[first])
+    bench.container.upload_blob(f"study/{second}", b"half of it")
     # An account with folders lists these too.
-    desk.container.upload_blob(f"study/{first.partition('/')[0]}", b"", metadata={"hdi_isfolder": "true"})
-    payload = desk.download("study", form="files")
+    bench.container.upload_blob(f"study/{first.partition('/')[0]}", b"", metadata={"hdi_isfolder": "true"})
+    payload = bench.download("study", form="files")
     assert payload["resumed"] == 1
-    assert {name: desk.read(f"study/{name}") for name in desk.files} == desk.files
-    manifest = json.loads(desk.read("study/manifest.json"))
-    assert {entry["file"] for entry in manifest["instances"]} == set(desk.files)
-    assert desk.download("study/", form="files")["status"] == "already_there"
-    desk.container.upload_blob("mixed/mine.txt", b"mine")
-    assert desk.refusal("mixed", form="files") == "exists"
-    assert {name for name in desk.blobs() if name.startswith("mixed/")} == {"mixed/mine.txt"}
+    assert {name: bench.read(f"study/{name}") for name in bench.files} == bench.files
+    manifest = json.loads(bench.read("study/manifest.json"))
+    assert {entry["file"] for entry in manifest["instances"]} == set(bench.files)
+    assert bench.download("study/", form="files")["status"] == "already_there"
+    bench.container.upload_blob("mixed/mine.txt", b"mine")
+    assert bench.refusal("mixed", form="files") == "exists"
+    assert {name for name in bench.blobs() if name.startswith("mixed/")} == {"mixed/mine.txt"}
 
 
-def test_files_that_were_cut_off_are_no_download_until_the_rest_has_come(desk: Desk, sandbox: SandboxPart) -> None:
-    sandbox.set_mood("msdicom", "retrieve", truncate=True)
+def test_files_that_were_cut_off_are_no_download_until_the_rest_has_come(
+    bench: AzureDownloadBench, sandbox: SandboxPart
+) -> None:
+    sandbox.set_fault("msdicom", "retrieve", truncate=True)
     with pytest.raises(CourierError):
-        desk.download("study", form="files")
-    assert "study/manifest.json" not in desk.blobs()
-    sandbox.calm()
-    assert desk.download("study", form="files")["status"] == "downloaded"
-    assert desk.blobs() == {f"study/{name}" for name in (*desk.files, "manifest.json")}
+        bench.download("study", form="files")
+    assert "study/manifest.json" not in bench.blobs()
+    sandbox.reset_faults()
+    assert bench.download("study", form="files")["status"] == "downloaded"
+    assert bench.blobs() == {f"study/{name}" for name in (*bench.files, "manifest.json")}
 
 
-def test_a_manifest_that_is_none_of_ours_is_something_else(desk: Desk) -> None:
-    desk.container.upload_blob("study/manifest.json", b"{}")
-    assert desk.refusal("study", form="files") == "exists"
+def test_a_manifest_that_is_none_of_ours_is_something_else(bench: AzureDownloadBench) -> None:
+    bench.container.upload_blob("study/manifest.json", b"{}")
+    assert bench.refusal("study", form="files") == "exists"
 
 
 @pytest.mark.parametrize("form", ["zip", "files"])
 def test_a_container_that_is_missing_and_an_endpoint_that_is_down_are_told_apart(
-    desk: Desk, desk_with: Callable[..., Desk], form: str
+    bench: AzureDownloadBench, bench_with: Callable[..., AzureDownloadBench], form: str
 ) -> None:
-    assert desk.refusal("a", form=form, container="absent") == "missing"
-    down = desk_with(account_url=f"http://{HOST}:{parts.free_port()}/{AZURITE_ACCOUNT}")
+    assert bench.refusal("a", form=form, container="absent") == "missing"
+    down = bench_with(account_url=f"http://{HOST}:{parts.free_port()}/{AZURITE_ACCOUNT}")
     with pytest.raises(SourceUnreachable):
         down.download("a", form=form)
 
 
-def test_only_the_containers_of_the_settings_are_written_to(desk: Desk, account: BlobServiceClient) -> None:
+def test_only_the_containers_of_the_settings_are_written_to(
+    bench: AzureDownloadBench, account: BlobServiceClient
+) -> None:
     account.create_container(name := f"private-{random.randrange(10**9)}")
     for container in (name, "Out-1", "out-1/..", f"out-1/../{name}"):
-        assert desk.refusal("a.zip", container=container) == "not_allowed"
-    assert desk.refusal("a.zip?sig=secret") == "not_allowed"
+        assert bench.refusal("a.zip", container=container) == "not_allowed"
+    assert bench.refusal("a.zip?sig=secret") == "not_allowed"
     assert list(account.get_container_client(name).list_blob_names()) == []
     with pytest.raises(InvalidRequest):
         Destinations(DownloadSettings()).archive("az://out-1/a.zip")
@@ -294,36 +302,38 @@ def test_only_the_containers_of_the_settings_are_written_to(desk: Desk, account:
 
 @pytest.mark.parametrize("form", ["zip", "files"])
 def test_a_credential_that_may_not_write_is_denied_and_leaves_nothing(
-    desk_with: Callable[..., Desk], azurite: AzuritePart, tmp_path: Path, form: str
+    bench_with: Callable[..., AzureDownloadBench], azurite: AzuritePart, tmp_path: Path, form: str
 ) -> None:
     secret = tmp_path / "secret"
-    desk = desk_with(account_url=azurite.url, sas_token_file=secret)
-    name = desk.container.container_name
+    bench = bench_with(account_url=azurite.url, sas_token_file=secret)
+    name = bench.container.container_name
     secret.write_text(container_sas(name, ContainerSasPermissions(read=True, list=True)), encoding="utf-8")
-    assert desk.refusal("a", form=form) == "denied"
+    assert bench.refusal("a", form=form) == "denied"
     secret.write_text(container_sas(name, all_of_it(), minutes=-1), encoding="utf-8")
     with pytest.raises(SourceUnauthorized, match=r"downloads\.azure \(Auth"):
-        desk.download("a", form=form)
-    assert desk.blobs() == set()
-    secret.write_text(container_sas(desk.container.container_name, all_of_it()), encoding="utf-8")
-    assert desk.download("a", form=form)["status"] == "downloaded"
+        bench.download("a", form=form)
+    assert bench.blobs() == set()
+    secret.write_text(container_sas(bench.container.container_name, all_of_it()), encoding="utf-8")
+    assert bench.download("a", form=form)["status"] == "downloaded"
 
 
 @pytest.mark.parametrize("key", ["d3Jvbmc=", "no base64!"])
 def test_a_key_that_is_wrong_is_trouble_of_the_worker_and_not_told(
-    desk_with: Callable[..., Desk], azurite: AzuritePart, monkeypatch: pytest.MonkeyPatch, key: str
+    bench_with: Callable[..., AzureDownloadBench], azurite: AzuritePart, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("AZURE_SECRET", key)
-    desk = desk_with(account_url=azurite.url, account_key_env="AZURE_SECRET")
+    bench = bench_with(account_url=azurite.url, account_key_env="AZURE_SECRET")
     with pytest.raises(SourceUnauthorized) as caught:
-        desk.download("a.zip")
+        bench.download("a.zip")
     assert key not in str(caught.value)
 
 
-def test_a_credential_that_is_not_set_is_named(desk_with: Callable[..., Desk], azurite: AzuritePart) -> None:
-    desk = desk_with(account_url=azurite.url, account_key_env="NOT_SET")
+def test_a_credential_that_is_not_set_is_named(
+    bench_with: Callable[..., AzureDownloadBench], azurite: AzuritePart
+) -> None:
+    bench = bench_with(account_url=azurite.url, account_key_env="NOT_SET")
     with pytest.raises(SourceUnauthorized, match="NOT_SET"):
-        desk.download("a.zip")
+        bench.download("a.zip")
 
 
 def all_of_it() -> ContainerSasPermissions:

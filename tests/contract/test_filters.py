@@ -16,13 +16,13 @@ from courier.ledger.jobs import PREFIX
 from sandbox import synthetic
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
+from tests.batch_site import BatchSite, payload
 from tests.heedless import Heedless, heedless, row
-from worker.batches.coordinator import Conductor
+from worker.batches.coordinator import Coordinator
 from worker.batches.downloads import download_all
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.audit import audit
-from worker.jobs.runner import Failed, Verdict
+from worker.jobs.runner import Failed, JobResult
 from worker.jobs.studies import list_studies
 from worker.jobs.study_lists import PAGE_STUDIES
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, text
@@ -35,14 +35,14 @@ def foreign() -> Iterator[Heedless]:
 
 
 @pytest.fixture
-def site(batch_site: Callable[..., Site], foreign: Heedless) -> Site:
+def site(batch_site: Callable[..., BatchSite], foreign: Heedless) -> BatchSite:
     return batch_site([{"name": "foreign", "type": "dicomweb", "url": foreign.url}])
 
 
 @pytest.fixture
 def all_of_them(
-    batch_site: Callable[..., Site], sandbox: SandboxPart, orthanc: str, foreign: Heedless, tmp_path: Path
-) -> Site:
+    batch_site: Callable[..., BatchSite], sandbox: SandboxPart, orthanc: str, foreign: Heedless, tmp_path: Path
+) -> BatchSite:
     servers = [
         *sandbox.servers(),
         {"name": "orthanc", "type": "orthanc", "url": orthanc},
@@ -58,7 +58,7 @@ def by_filters(**filters: str) -> dict[str, Any]:
     return {"items": None, "filters": filters}
 
 
-def listed(site: Site, server: str, **filters: str) -> list[str]:
+def listed(site: BatchSite, server: str, **filters: str) -> list[str]:
     """What matches on one server, over all pages."""
     found: dict[str, None] = {}
     offset: int | None = 0
@@ -69,24 +69,26 @@ def listed(site: Site, server: str, **filters: str) -> list[str]:
     return list(found)
 
 
-def refusal(verdict: Verdict) -> InvalidRequest:
-    assert isinstance(verdict, Failed), verdict
-    assert isinstance(verdict.error, InvalidRequest), verdict.error
-    return verdict.error
+def refusal(result: JobResult) -> InvalidRequest:
+    assert isinstance(result, Failed), result
+    assert isinstance(result.error, InvalidRequest), result.error
+    return result.error
 
 
-def ask(site: Site, work: Any, **job: Any) -> dict[str, Any]:
-    fence = site.ledger.claim(new_uid(), task="t", job={}).fence
-    run = Run("j", fence, 1, last=False, ledger=site.ledger)
-    run.intend = lambda _: None  # type: ignore[method-assign]  # nothing is written down of a question
-    result: dict[str, Any] = work(job, run, site.tools)
+def ask(site: BatchSite, work: Any, **job: Any) -> dict[str, Any]:
+    fence = site.ledger.take(new_uid(), task="t", job={}).fence
+    attempt = Attempt("j", fence, 1, last=False, ledger=site.ledger)
+    attempt.write_intent = lambda _: None  # type: ignore[method-assign]  # nothing is written down of a question
+    result: dict[str, Any] = work(job, attempt, site.services)
     return result
 
 
 # --- a server that ignores filters ------------------------------------------------------------------------------
 
 
-def test_a_deletion_reaches_only_what_matches_on_a_server_that_ignores_filters(site: Site, foreign: Heedless) -> None:
+def test_a_deletion_reaches_only_what_matches_on_a_server_that_ignores_filters(
+    site: BatchSite, foreign: Heedless
+) -> None:
     foreign.studies = [row(f"1.{number}", t00100020=("LO", str(number % 2))) for number in range(64)]
     foreign.studies.append(row("1.99"))
     done = payload(site.delete(**by_filters(PatientID="1")))
@@ -96,7 +98,7 @@ def test_a_deletion_reaches_only_what_matches_on_a_server_that_ignores_filters(s
 
 
 @pytest.mark.parametrize("command", ["apply", "retry"])
-def test_a_plan_by_filters_that_0_1_made_is_not_carried_out(site: Site, foreign: Heedless, command: str) -> None:
+def test_a_plan_by_filters_that_0_1_made_is_not_carried_out(site: BatchSite, foreign: Heedless, command: str) -> None:
     foreign.studies = [row("1.1", t00100020=("LO", "1")), row("1.2", t00100020=("LO", "1"))]
     payload(site.delete(**by_filters(PatientID="1"), dry_run=True))
     key = f"{PREFIX}batch:{site.batch}"
@@ -105,21 +107,21 @@ def test_a_plan_by_filters_that_0_1_made_is_not_carried_out(site: Site, foreign:
     if command == "retry":
         site.ledger.client.hset(key, "state", "cancelled")
     site.ledger.client.hdel(key, "filters_applied")  # as 0.1 leaves it
-    assert "Order it again" in refusal(site.go_on(getattr(Conductor, command), command)).message
+    assert "Order it again" in refusal(site.go_on(getattr(Coordinator, command), command)).message
     assert foreign.uids == ["1.1", "1.2"]
     site.ledger.client.hset(key, "filters_applied", 1)
-    payload(site.go_on(getattr(Conductor, command), command))
+    payload(site.go_on(getattr(Coordinator, command), command))
     assert foreign.uids == []
 
 
 @pytest.mark.parametrize("value", ["-18991231", "20260101-", "20260101"])
-def test_a_study_without_the_attribute_is_never_deleted(site: Site, foreign: Heedless, value: str) -> None:
+def test_a_study_without_the_attribute_is_never_deleted(site: BatchSite, foreign: Heedless, value: str) -> None:
     foreign.studies = [row("1.1", t00080020=("DA", "")), row("1.2"), {**row("1.3"), "00080020": {"vr": "DA"}}]
     assert "holds no item" in refusal(site.delete(**by_filters(StudyDate=value))).message
     assert foreign.uids == ["1.1", "1.2", "1.3"]
 
 
-def test_where_no_row_has_the_attribute_the_plan_says_so(site: Site, foreign: Heedless) -> None:
+def test_where_no_row_has_the_attribute_the_plan_says_so(site: BatchSite, foreign: Heedless) -> None:
     foreign.studies = [row("1.1", t00100020=("LO", "1")), row("1.2", t00100020=("LO", "2"))]
     error = refusal(site.delete(**by_filters(PatientID="1", Manufacturer="Acme")))
     assert foreign.uids == ["1.1", "1.2"]
@@ -127,26 +129,30 @@ def test_where_no_row_has_the_attribute_the_plan_says_so(site: Site, foreign: He
 
 
 @pytest.mark.parametrize("uid", ["1.2?x", "1.2/../1.3", "1.2/series/1.3", "1.2#"])
-def test_a_uid_that_would_name_something_else_in_a_url_is_not_planned(site: Site, foreign: Heedless, uid: str) -> None:
+def test_a_uid_that_would_name_something_else_in_a_url_is_not_planned(
+    site: BatchSite, foreign: Heedless, uid: str
+) -> None:
     foreign.studies = [row("1.2", t00100020=("LO", "2")), row(uid, t00100020=("LO", "1"))]
-    verdict = site.delete(**by_filters(PatientID="1"))
-    assert isinstance(verdict, Failed)
-    assert verdict.error.payload["code"] == "pacs_misanswered"
+    result = site.delete(**by_filters(PatientID="1"))
+    assert isinstance(result, Failed)
+    assert result.error.payload["code"] == "pacs_misanswered"
     assert foreign.uids == ["1.2", uid]
     assert all(call.startswith("GET ") for call in foreign.asked)
 
 
-def test_a_row_with_two_study_uids_is_no_answer(site: Site, foreign: Heedless) -> None:
+def test_a_row_with_two_study_uids_is_no_answer(site: BatchSite, foreign: Heedless) -> None:
     """Which of the two is deleted would be a guess."""
     both = {**row("1.2", t00100020=("LO", "1")), "0020000D": {"vr": "UI", "Value": ["1.2", "1.3"]}}
     foreign.studies = [both]
-    verdict = site.delete(**by_filters(PatientID="1"))
-    assert isinstance(verdict, Failed)
-    assert verdict.error.payload["code"] == "pacs_misanswered"
+    result = site.delete(**by_filters(PatientID="1"))
+    assert isinstance(result, Failed)
+    assert result.error.payload["code"] == "pacs_misanswered"
     assert foreign.studies == [both]
 
 
-def test_a_key_that_it_need_not_match_is_refused_alone_and_taken_beside_another(site: Site, foreign: Heedless) -> None:
+def test_a_key_that_it_need_not_match_is_refused_alone_and_taken_beside_another(
+    site: BatchSite, foreign: Heedless
+) -> None:
     foreign.studies = [
         row("1.1", t00100020=("LO", "1"), t00081030=("LO", "head")),
         row("1.2", t00100020=("LO", "1"), t00081030=("LO", "knee")),
@@ -161,7 +167,7 @@ def test_a_key_that_it_need_not_match_is_refused_alone_and_taken_beside_another(
     assert foreign.uids == ["1.2", "1.3"]
 
 
-def test_a_list_drops_what_does_not_match_and_says_how_many(site: Site, foreign: Heedless) -> None:
+def test_a_list_drops_what_does_not_match_and_says_how_many(site: BatchSite, foreign: Heedless) -> None:
     foreign.studies = [row(f"1.{number}", t00100010=("PN", {"Alphabetic": f"Hall^{number}"})) for number in range(5)]
     page = ask(site, list_studies, filters={"PatientName": "hall^3"})
     assert [entry["study_uid"] for entry in page["studies"]] == ["1.3"]
@@ -173,7 +179,7 @@ def test_a_list_drops_what_does_not_match_and_says_how_many(site: Site, foreign:
 
 
 def test_a_list_of_little_that_matches_is_read_in_pieces(
-    site: Site, foreign: Heedless, monkeypatch: pytest.MonkeyPatch
+    site: BatchSite, foreign: Heedless, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.jobs.studies.MAX_DROPPED", 10)
     foreign.studies = [row(f"1.{number}", t00100020=("LO", str(number))) for number in range(35)]
@@ -190,7 +196,7 @@ def test_a_list_of_little_that_matches_is_read_in_pieces(
 
 
 @pytest.mark.parametrize("heeds_limit", [True, False])
-def test_a_server_without_paging_is_listed_once(site: Site, foreign: Heedless, heeds_limit: bool) -> None:
+def test_a_server_without_paging_is_listed_once(site: BatchSite, foreign: Heedless, heeds_limit: bool) -> None:
     foreign.heeds_offset, foreign.heeds_limit = False, heeds_limit
     foreign.studies = [row(f"1.{number}", t00100020=("LO", "7")) for number in range(3)]
     page = ask(site, list_studies, limit=100)
@@ -203,7 +209,7 @@ def test_a_server_without_paging_is_listed_once(site: Site, foreign: Heedless, h
     assert (len(page["studies"]), page["cursor"]) == (3, None)
 
 
-def pages_of(site: Site, *, limit: int, **job: Any) -> list[list[str]]:
+def pages_of(site: BatchSite, *, limit: int, **job: Any) -> list[list[str]]:
     """The studies of each page of the list."""
     pages: list[list[str]] = []
     cursor: str | None = ""
@@ -219,7 +225,7 @@ def pages_of(site: Site, *, limit: int, **job: Any) -> list[list[str]]:
 @pytest.mark.parametrize("heeds_offset", [True, False])
 @pytest.mark.parametrize("fixed_page", [None, 7])
 def test_a_list_over_several_jobs_holds_each_study_once_whatever_the_server_ignores(
-    site: Site, foreign: Heedless, heeds_limit: bool, heeds_offset: bool, fixed_page: int | None
+    site: BatchSite, foreign: Heedless, heeds_limit: bool, heeds_offset: bool, fixed_page: int | None
 ) -> None:
     foreign.heeds_offset, foreign.heeds_limit, foreign.fixed_page = heeds_offset, heeds_limit, fixed_page
     foreign.studies = [row(f"1.{number}", t00100020=("LO", str(number % 2))) for number in range(18)]
@@ -233,7 +239,7 @@ def test_a_list_over_several_jobs_holds_each_study_once_whatever_the_server_igno
     assert set(few) == set(foreign.uids[1:shown:2])
 
 
-def test_pages_that_come_in_turn_are_no_endless_list(site: Site, foreign: Heedless) -> None:
+def test_pages_that_come_in_turn_are_no_endless_list(site: BatchSite, foreign: Heedless) -> None:
     """As behind a balancer, whose servers have different lists."""
     foreign.studies = [row(f"1.{number}") for number in range(3)]
     foreign.in_turn = [[row(f"2.{number}") for number in range(3)], [row(f"3.{number}") for number in range(3)]]
@@ -243,7 +249,7 @@ def test_pages_that_come_in_turn_are_no_endless_list(site: Site, foreign: Heedle
 
 
 def test_more_than_one_page_of_a_server_that_ignores_the_offset_is_ordered_in_pieces(
-    site: Site, foreign: Heedless
+    site: BatchSite, foreign: Heedless
 ) -> None:
     foreign.heeds_offset = False
     foreign.studies = [row(f"1.{number}") for number in range(PAGE_STUDIES + 20)]
@@ -259,7 +265,7 @@ def test_more_than_one_page_of_a_server_that_ignores_the_offset_is_ordered_in_pi
     assert foreign.studies == []
 
 
-def test_a_plan_says_where_the_list_may_be_one_page_of_a_longer_one(site: Site, foreign: Heedless) -> None:
+def test_a_plan_says_where_the_list_may_be_one_page_of_a_longer_one(site: BatchSite, foreign: Heedless) -> None:
     foreign.heeds_offset, foreign.fixed_page = False, 7
     foreign.studies = [row(f"1.{number}") for number in range(18)]
     order = {"items": None, "everything": True, "confirm": "delete all studies", "dry_run": True}
@@ -270,7 +276,7 @@ def test_a_plan_says_where_the_list_may_be_one_page_of_a_longer_one(site: Site, 
     assert payload(site.delete(**order))["warnings"] == [], "it sends all that it has to every question"
 
 
-def test_its_plan_comes_to_an_end(site: Site, foreign: Heedless) -> None:
+def test_its_plan_comes_to_an_end(site: BatchSite, foreign: Heedless) -> None:
     foreign.heeds_offset = False
     foreign.studies = [row(f"1.{number}", t00100020=("LO", str(number))) for number in range(3)]
     payload(site.delete(**by_filters(PatientID="1")))
@@ -284,11 +290,11 @@ def test_its_plan_comes_to_an_end(site: Site, foreign: Heedless) -> None:
 
 
 def test_an_order_is_refused_as_a_whole_if_one_of_its_servers_cannot_answer(
-    all_of_them: Site, foreign: Heedless, tmp_path: Path
+    all_of_them: BatchSite, foreign: Heedless, tmp_path: Path
 ) -> None:
     site, study = all_of_them, new_uid()
     site.put_file("dcm4chee", image(study, StudyID="X9"))
-    orders: Mapping[str, Callable[[], Verdict]] = {
+    orders: Mapping[str, Callable[[], JobResult]] = {
         "delete": lambda: site.delete(**by_filters(StudyID="X9")),
         "backup": lambda: site.delete(**by_filters(StudyID="X9"), backup=tmp_path.as_uri()),
         "hide": lambda: site.delete(**by_filters(StudyID="X9"), permanent=False),
@@ -313,16 +319,16 @@ def test_an_order_is_refused_as_a_whole_if_one_of_its_servers_cannot_answer(
 
 @pytest.mark.parametrize("fails_at_offset", [0, 2])
 def test_nothing_is_planned_while_a_server_is_silent_also_in_the_middle_of_its_list(
-    all_of_them: Site, foreign: Heedless, fails_at_offset: int
+    all_of_them: BatchSite, foreign: Heedless, fails_at_offset: int
 ) -> None:
     site, study, patient = all_of_them, new_uid(), new_uid()[-10:]
     site.put_file("dcm4chee", image(study, PatientID=patient))
     foreign.studies = [row("1.1", t00100020=("LO", patient)), row("1.2", t00100020=("LO", patient))]
     foreign.fails_at_offset = fails_at_offset
     order = {**by_filters(PatientID=patient), "servers": ["dcm4chee", "foreign"]}
-    verdict = site.delete(**order)
-    assert isinstance(verdict, Failed)
-    assert isinstance(verdict.error, PacsUnavailable)
+    result = site.delete(**order)
+    assert isinstance(result, Failed)
+    assert isinstance(result.error, PacsUnavailable)
     assert (len(site.on("dcm4chee", study)), foreign.uids) == (1, ["1.1", "1.2"])
     foreign.fails_at_offset = None
     site.batch = "C"
@@ -330,7 +336,7 @@ def test_nothing_is_planned_while_a_server_is_silent_also_in_the_middle_of_its_l
     assert (site.on("dcm4chee", study), foreign.uids) == (set(), [])
 
 
-def test_an_audit_counts_what_matches_and_says_what_does_not(all_of_them: Site, foreign: Heedless) -> None:
+def test_an_audit_counts_what_matches_and_says_what_does_not(all_of_them: BatchSite, foreign: Heedless) -> None:
     site, study, patient = all_of_them, new_uid(), new_uid()[-10:]
     foreign.lists_images = True
     site.put_file("dcm4chee", image(study, PatientID=patient))
@@ -344,7 +350,7 @@ def test_an_audit_counts_what_matches_and_says_what_does_not(all_of_them: Site, 
 
 
 @pytest.mark.parametrize("server", REAL)
-def test_each_finds_patients_by_a_list_of_their_ids(all_of_them: Site, server: str) -> None:
+def test_each_finds_patients_by_a_list_of_their_ids(all_of_them: BatchSite, server: str) -> None:
     n = new_uid()[-10:]
     studies = {patient: new_uid() for patient in (f"A{n}", f"B{n}", f"C{n}")}
     for patient, study in studies.items():
@@ -364,7 +370,7 @@ def test_each_finds_patients_by_a_list_of_their_ids(all_of_them: Site, server: s
 
 
 @pytest.mark.parametrize("server", REAL)
-def test_names_are_found_with_all_their_letters_and_no_others(all_of_them: Site, server: str) -> None:
+def test_names_are_found_with_all_their_letters_and_no_others(all_of_them: BatchSite, server: str) -> None:
     n = new_uid()[-10:]
     names = {
         "umlaut": f"Müller^Jörg{n}",
@@ -393,7 +399,9 @@ def test_names_are_found_with_all_their_letters_and_no_others(all_of_them: Site,
 
 
 @pytest.mark.parametrize("server", ["orthanc"])
-def test_orthanc_finds_a_name_without_any_letter_of_ascii_and_deletes_it_alone(all_of_them: Site, server: str) -> None:
+def test_orthanc_finds_a_name_without_any_letter_of_ascii_and_deletes_it_alone(
+    all_of_them: BatchSite, server: str
+) -> None:
     n, study, other = new_uid()[-10:], new_uid(), new_uid()
     names = ("山田^太郎", "山田^花子")
     for uid, name in zip((study, other), names, strict=True):
@@ -404,7 +412,7 @@ def test_orthanc_finds_a_name_without_any_letter_of_ascii_and_deletes_it_alone(a
 
 
 @pytest.mark.parametrize("server", REAL)
-def test_a_study_without_a_date_is_in_no_range(all_of_them: Site, server: str) -> None:
+def test_a_study_without_a_date_is_in_no_range(all_of_them: BatchSite, server: str) -> None:
     dated, undated, patient = new_uid(), new_uid(), new_uid()[-10:]
     all_of_them.put_file(server, image(dated, StudyDate="18981231", PatientID=patient))
     all_of_them.put_file(server, image(undated, StudyDate="", PatientID=patient))
@@ -414,7 +422,7 @@ def test_a_study_without_a_date_is_in_no_range(all_of_them: Site, server: str) -
 
 
 @pytest.mark.parametrize("server", REAL)
-def test_case_counts_in_texts_and_not_in_names(all_of_them: Site, server: str) -> None:
+def test_case_counts_in_texts_and_not_in_names(all_of_them: BatchSite, server: str) -> None:
     n, upper, lower = new_uid()[-10:], new_uid(), new_uid()
     for uid, sign in ((upper, "A"), (lower, "a")):
         all_of_them.put_file(server, image(uid, PatientID=f"{sign}{n}", PatientName=f"Hall^{sign}{n}"))
@@ -426,7 +434,7 @@ def test_case_counts_in_texts_and_not_in_names(all_of_them: Site, server: str) -
     "filters", [{"Modality": "CT"}, {"Manufacturer": "Acme"}, {"NumberOfStudyRelatedInstances": "1"}]
 )
 def test_what_dcm4chee_ignores_lists_nothing_wrong_and_deletes_nothing(
-    all_of_them: Site, filters: dict[str, str]
+    all_of_them: BatchSite, filters: dict[str, str]
 ) -> None:
     site, study = all_of_them, new_uid()
     site.put("dcm4chee", study)
@@ -439,7 +447,9 @@ def test_what_dcm4chee_ignores_lists_nothing_wrong_and_deletes_nothing(
 
 
 @pytest.mark.parametrize("value", ["2004", "2004-01-01", "abc"])
-def test_a_date_that_dcm4chee_cannot_read_is_every_study_there_and_is_never_sent(all_of_them: Site, value: str) -> None:
+def test_a_date_that_dcm4chee_cannot_read_is_every_study_there_and_is_never_sent(
+    all_of_them: BatchSite, value: str
+) -> None:
     study = new_uid()
     all_of_them.put("dcm4chee", study)
     raw = all_of_them.fleet["dcm4chee"]._web.studies([("StudyDate", value)])  # type: ignore[attr-defined]
@@ -449,7 +459,7 @@ def test_a_date_that_dcm4chee_cannot_read_is_every_study_there_and_is_never_sent
 
 
 @pytest.mark.parametrize("server", REAL)
-def test_a_minute_is_all_its_seconds(all_of_them: Site, server: str) -> None:
+def test_a_minute_is_all_its_seconds(all_of_them: BatchSite, server: str) -> None:
     patient, inside, outside = new_uid()[-10:], new_uid(), new_uid()
     all_of_them.put_file(server, image(inside, StudyTime="072730.5", PatientID=patient))
     all_of_them.put_file(server, image(outside, StudyTime="072800", PatientID=patient))

@@ -71,7 +71,7 @@ def test_it_reads_of_each_image_whether_it_was_stored(client: DICOMwebClient, di
 @pytest.mark.parametrize("dialect", ["msdicom"], indirect=True)
 def test_with_a_charset_behind_the_type_it_reads_an_empty_answer(client: DICOMwebClient, sandbox: SandboxPart) -> None:
     """It compares the whole Content-Type. docs/pacs-oddities.md: "The type of its JSON has a charset"."""
-    sandbox.set_mood("msdicom", "*", charset=True)
+    sandbox.set_fault("msdicom", "*", charset=True)
     assert len(client.store_instances([dataset(new_uid())])) == 0
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
+from tests.batch_site import BatchSite, payload
 from tests.contract.test_foreign_servers import PRODUCTS
 from tests.servers.foreign_dicomweb import ROOTS, Foreign, Habits, foreign
 from worker.batches.downloads import download_all
 from worker.jobs import delete, download, lookup
-from worker.jobs.runner import Failed, Verdict
+from worker.jobs.runner import Failed, JobResult
 from worker.jobs.upload import upload
 
 #: Those that combine the most habits.
@@ -44,10 +44,10 @@ def odd() -> Iterator[Foreign]:
 
 
 @pytest.fixture
-def build(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) -> Callable[..., Site]:
+def build(batch_site: Callable[..., BatchSite], sandbox: SandboxPart, tmp_path: Path) -> Callable[..., BatchSite]:
     """A site of MSDICOM and the foreign server, in an order that a test names."""
 
-    def at(site: Foreign, *, alone: bool = False, first: bool = False) -> Site:
+    def at(site: Foreign, *, alone: bool = False, first: bool = False) -> BatchSite:
         (tmp_path / "out").mkdir(exist_ok=True)
         own = {"name": "foreign", "type": "dicomweb", "url": site.url}
         other = {"name": "msdicom", "type": "msdicom", "url": sandbox.msdicom}
@@ -68,20 +68,20 @@ def file(tmp_path: Path) -> Callable[[bytes], str]:
     return write
 
 
-def single(site: Site, work: Any, task: str, **job: Any) -> Verdict:
+def single(site: BatchSite, work: Any, task: str, **job: Any) -> JobResult:
     return site.see_to_its_end(task, work, new_uid(), job)
 
 
 uploaded = partial(single, work=upload, task="pacs.upload")
 
 
-def code(verdict: Verdict) -> str:
-    assert isinstance(verdict, Failed), verdict
-    return str(verdict.error.payload["code"])
+def code(result: JobResult) -> str:
+    assert isinstance(result, Failed), result
+    return str(result.error.payload["code"])
 
 
 def test_single_images_go_where_their_study_is(
-    server: Foreign, build: Callable[..., Site], file: Callable[[bytes], str]
+    server: Foreign, build: Callable[..., BatchSite], file: Callable[[bytes], str]
 ) -> None:
     site, study = build(server), new_uid()
     server.put(image(study, side=8))
@@ -96,26 +96,26 @@ def test_single_images_go_where_their_study_is(
 
 
 def test_batches_of_uploads_go_where_their_studies_are(
-    server: Foreign, build: Callable[..., Site], file: Callable[[bytes], str]
+    server: Foreign, build: Callable[..., BatchSite], file: Callable[[bytes], str]
 ) -> None:
     site, study = build(server), new_uid()
     server.put(image(study, side=8))
     contents = [image(study, side=8) for _ in range(5)] + [image(new_uid(), side=8)]
     urls = [file(content) for content in contents]
     payload(site.upload(*urls, urls[0]))
-    assert site.told() == ["stored"] * 6, [row.passes["apply"].message for row in site.rows]
-    assert [row.settled.server for row in site.rows] == ["foreign"] * 5 + ["msdicom"]
+    assert site.ends() == ["stored"] * 6, [row.passes["apply"].message for row in site.rows]
+    assert [row.outcome.server for row in site.rows] == ["foreign"] * 5 + ["msdicom"]
     assert len(server.images) == 6
-    payload(site.go_on(lambda conductor: conductor.verify(), "verify"))
-    assert set(site.told("verify")) == {"verified"}
+    payload(site.go_on(lambda coordinator: coordinator.verify(), "verify"))
+    assert set(site.ends("verify")) == {"verified"}
 
 
-def test_studies_are_migrated_to_it_and_from_it(server: Foreign, build: Callable[..., Site]) -> None:
+def test_studies_are_migrated_to_it_and_from_it(server: Foreign, build: Callable[..., BatchSite]) -> None:
     site, study = build(server), new_uid()
     server.put(image(new_uid(), side=8))
     uids = site.put("msdicom", study, 3)
     payload(site.order(study, from_server="msdicom", to_server="foreign", delete_source=True))
-    assert site.told() == ["copied"], [row.passes["apply"].message for row in site.rows]
+    assert site.ends() == ["copied"], [row.passes["apply"].message for row in site.rows]
     assert uids <= server.images
     assert not site.on("msdicom", study)
     site.batch = "C"
@@ -123,11 +123,11 @@ def test_studies_are_migrated_to_it_and_from_it(server: Foreign, build: Callable
     for _ in range(3):
         server.put(image(other, side=8))
     payload(site.order(other, from_server="foreign", to_server="msdicom", delete_source=False))
-    assert site.told() == ["copied"], [row.passes["apply"].message for row in site.rows]
+    assert site.ends() == ["copied"], [row.passes["apply"].message for row in site.rows]
     assert len(site.on("msdicom", other)) == 3
 
 
-def test_a_study_is_downloaded_and_deleted(server: Foreign, build: Callable[..., Site], tmp_path: Path) -> None:
+def test_a_study_is_downloaded_and_deleted(server: Foreign, build: Callable[..., BatchSite], tmp_path: Path) -> None:
     site, study = build(server), new_uid()
     uids = [server.put(image(study, side=8)) for _ in range(3)]
     where = (tmp_path / "out").as_uri()
@@ -138,14 +138,14 @@ def test_a_study_is_downloaded_and_deleted(server: Foreign, build: Callable[...,
             "pacs.batch.download", download_all, "B", {"items": [study], "destination": where, "format": "zip"}
         )
     )
-    assert site.told() == ["downloaded"]
+    assert site.ends() == ["downloaded"]
     site.batch = "C"
-    verdict = single(site, delete.delete, "pacs.delete", level="study", uid=study)
+    result = single(site, delete.delete, "pacs.delete", level="study", uid=study)
     if server.habits.deletes == 204:
-        assert payload(verdict)["servers"][1]["status"] == "deleted"
+        assert payload(result)["servers"][1]["status"] == "deleted"
         assert not server.images & {image for _, _, image in uids}
     else:
-        assert code(verdict) == "pacs_rejected"
+        assert code(result) == "pacs_rejected"
         assert len(server.images) == 3
 
 
@@ -154,7 +154,7 @@ def test_a_study_is_downloaded_and_deleted(server: Foreign, build: Callable[...,
 
 @pytest.mark.parametrize("missing", [404, 400])
 def test_among_few_studies_an_image_is_looked_for_in_each(
-    odd: Foreign, build: Callable[..., Site], missing: int
+    odd: Foreign, build: Callable[..., BatchSite], missing: int
 ) -> None:
     odd.set(missing=missing)
     site = build(odd)
@@ -171,17 +171,17 @@ def test_among_few_studies_an_image_is_looked_for_in_each(
 
 
 def test_a_list_that_may_be_cut_is_no_proof_that_an_image_is_in_no_study(
-    odd: Foreign, build: Callable[..., Site]
+    odd: Foreign, build: Callable[..., BatchSite]
 ) -> None:
     odd.set(cap=2, ignores_offset=True)
     for _ in range(3):
         odd.put(image(new_uid(), side=8))
-    verdict = single(build(odd), lookup.exists, "pacs.exists", level="image", uid=list(odd.stored)[-1][2])
-    assert code(verdict) == "pacs_misanswered"
+    result = single(build(odd), lookup.exists, "pacs.exists", level="image", uid=list(odd.stored)[-1][2])
+    assert code(result) == "pacs_misanswered"
 
 
 def test_an_image_is_found_described_and_deleted_by_its_uid_and_its_study(
-    odd: Foreign, build: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+    odd: Foreign, build: Callable[..., BatchSite], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "SEARCHED_STUDIES", 1)
     site = build(odd)
@@ -207,7 +207,7 @@ def test_an_image_is_found_described_and_deleted_by_its_uid_and_its_study(
 
 
 def test_an_error_that_comes_again_ends_a_job_at_its_first_attempt(
-    odd: Foreign, build: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+    odd: Foreign, build: Callable[..., BatchSite], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "SEARCHED_STUDIES", 0)
     site = build(odd, alone=True)
@@ -219,50 +219,50 @@ def test_an_error_that_comes_again_ends_a_job_at_its_first_attempt(
 
 
 def test_a_server_that_answers_404_to_everything_ends_uploads_elsewhere_at_once_and_takes_its_own(
-    odd: Foreign, build: Callable[..., Site], file: Callable[[bytes], str]
+    odd: Foreign, build: Callable[..., BatchSite], file: Callable[[bytes], str]
 ) -> None:
     odd.set(lacks=frozenset(), nothing="404")
     site = build(odd)
-    verdict = uploaded(site, image_url=file(image(new_uid(), side=8)))
-    assert code(verdict) == "pacs_misanswered"
-    assert "--server foreign" in verdict.error.message  # type: ignore[union-attr]
+    result = uploaded(site, image_url=file(image(new_uid(), side=8)))
+    assert code(result) == "pacs_misanswered"
+    assert "--server foreign" in result.error.message  # type: ignore[union-attr]
     urls = [file(image(new_uid(), side=8)) for _ in range(2)]
     payload(site.upload(*urls))
-    assert site.told() == ["pacs_misanswered"] * 2
+    assert site.ends() == ["pacs_misanswered"] * 2
     assert odd.images == set()
     told = payload(uploaded(site, image_url=file(image(new_uid(), side=8)), server="foreign"))
     assert told["server_name"] == "foreign"
-    payload(site.go_on(lambda conductor: conductor.retry(), "retry"))
-    assert site.told() == ["stored"] * 2, "it has a study now, and says 404 only where there is none"
+    payload(site.go_on(lambda coordinator: coordinator.retry(), "retry"))
+    assert site.ends() == ["stored"] * 2, "it has a study now, and says 404 only where there is none"
     assert len(odd.images) == 1
 
 
 def test_the_only_server_is_taken_at_its_word_when_it_is_empty(
-    odd: Foreign, build: Callable[..., Site], file: Callable[[bytes], str]
+    odd: Foreign, build: Callable[..., BatchSite], file: Callable[[bytes], str]
 ) -> None:
     odd.set(nothing="404")
     site = build(odd, alone=True)
     payload(site.upload(*[file(image(new_uid(), side=8)) for _ in range(3)]))
-    assert site.told() == ["stored"] * 3
+    assert site.ends() == ["stored"] * 3
     assert len(odd.images) == 3
 
 
 def test_an_image_is_not_stored_that_its_server_says_it_has_stored_and_does_not_find(
-    build: Callable[..., Site], file: Callable[[bytes], str]
+    build: Callable[..., BatchSite], file: Callable[[bytes], str]
 ) -> None:
     with foreign(Habits(loses=True)) as odd:
-        verdict = uploaded(build(odd, alone=True), image_url=file(image(new_uid(), side=8)))
-        assert code(verdict) == "pacs_misanswered"
-        assert "nor does it find it. Look there" in str(verdict)
+        result = uploaded(build(odd, alone=True), image_url=file(image(new_uid(), side=8)))
+        assert code(result) == "pacs_misanswered"
+        assert "nor does it find it. Look there" in str(result)
 
 
 @pytest.mark.parametrize("answer", [b'{"results": []}', b"<NativeDicomModel/>"])
 def test_items_of_a_batch_whose_server_cannot_be_read_fail_at_once(
-    odd: Foreign, build: Callable[..., Site], file: Callable[[bytes], str], answer: bytes
+    odd: Foreign, build: Callable[..., BatchSite], file: Callable[[bytes], str], answer: bytes
 ) -> None:
     site = build(odd)
     kind = "application/json" if answer.startswith(b"{") else "application/dicom+xml"
     odd.instead = [(200, answer, kind)] * 100
     payload(site.upload(*[file(image(new_uid(), side=8)) for _ in range(3)]))
-    assert site.told() == ["pacs_misanswered"] * 3
+    assert site.ends() == ["pacs_misanswered"] * 3
     assert len(odd.asked) <= 6, "one attempt"

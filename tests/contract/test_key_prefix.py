@@ -14,10 +14,10 @@ from redis.commands.core import Script
 from redis.exceptions import ReadOnlyError
 
 from courier.batches.planner import Planned, Planner
-from courier.batches.store import Batches, Settled
+from courier.batches.store import Batches, ItemOutcome
 from courier.ledger import peers
 from courier.ledger.breakers import Breakers
-from courier.ledger.jobs import Attachment, ClaimState, LeaseLost, Ledger, PendingFollowUps, Receipt, StoredImage
+from courier.ledger.jobs import Attachment, LeaseLost, Ledger, PendingFollowUps, Receipt, StoredImage, TakeState
 from courier.ledger.slots import Slots
 from courier.settings import BreakerSettings, Settings
 from courier.waits import WaitReason
@@ -54,25 +54,25 @@ JOB = {"image_url": "https://a/b"}
 
 
 def take(ledger: Ledger, job_id: str, **more: Any) -> int:
-    ledger.rouse(job_id, by_sweeper=True)
-    claim = ledger.claim(job_id, task="t", job={**JOB, **more})
-    assert claim.state is ClaimState.YOURS, claim
-    return claim.fence
+    ledger.wake_now(job_id, by_sweeper=True)
+    taken = ledger.take(job_id, task="t", job={**JOB, **more})
+    assert taken.state is TakeState.YOURS, taken
+    return taken.fence
 
 
 def end(ledger: Ledger, job_id: str, fence: int, **more: Any) -> None:
     ledger.finish(job_id, fence, outcome={"payload": {}}, code="done", task="t", job={**JOB, **more})
-    ledger.told(job_id)
+    ledger.published(job_id)
 
 
 def live_jobs(ledger: Ledger) -> None:
     ledger.submit("u", task="t", job=JOB)
     fence = take(ledger, "u")
     assert ledger.heartbeat("u", fence)
-    assert ledger.hold_image("1.2.1.1", job_id="u", fence=fence, into=["1.2", "1.2.1"]) is None
+    assert ledger.lock_image("1.2.1.1", job_id="u", fence=fence, into=["1.2", "1.2.1"]) is None
     assert ledger.claim_study("1.2", server="a", job_id="u").first
     assert ledger.claim_study("1.2", server="a", job_id="u", among=["a"], asked_for=True).server == "a"
-    assert ledger.intend("u", fence, {"pending": "a"}, decision={"server": "a"})
+    assert ledger.write_intent("u", fence, {"pending": "a"}, decision={"server": "a"})
     assert ledger.stored("1.2.1.1", "1.2", Receipt("u", "a", "00", 1), series_instance_uid="1.2.1")
     assert ledger.foresee("u", fence, WaitReason("c", "m"), delay_s=0)["code"] == "c"
     ledger.park("u", fence, delay_s=0, code="c", message="m")
@@ -84,7 +84,7 @@ def live_jobs(ledger: Ledger) -> None:
     ledger.cancel_stamped("ward", ["7"])
     assert ledger.is_cancelled_by_stamp([("ward", "7")])
     assert ledger.deleting_for_s("u", "a", "1.2") < 60
-    assert [note.event for note in ledger.known("1.2.1.1").trail] == ["routed", "stored", "waiting", "ended"]
+    assert [note.event for note in ledger.uid_record("1.2.1.1").history] == ["routed", "stored", "waiting", "ended"]
     assert ledger.move_claim("1.2", server="b", job_id="u")
     ledger.forget_study("1.2")
     ledger.copying("b", "1.2", job_id="u")
@@ -95,25 +95,25 @@ def live_jobs(ledger: Ledger) -> None:
 
 
 def follow_ups(ledger: Ledger) -> None:
-    claim = ledger.claim("f", task="t", job=JOB, attached=Attachment("[1]", "h"))
-    pending = ledger.finish("f", claim.fence, outcome={"payload": {}}, code="done", task="t", job=JOB)
+    taken = ledger.take("f", task="t", job=JOB, attached=Attachment("[1]", "h"))
+    pending = ledger.finish("f", taken.fence, outcome={"payload": {}}, code="done", task="t", job=JOB)
     assert pending is not None
     ledger.followed("f", pending, sent=1, all_of_them=True)
-    ledger.told("f")
+    ledger.published("f")
 
 
 def jobs_over_many_images(ledger: Ledger) -> None:
     fence = take(ledger, "many")
     images = [("1.3.1.1", "1.3", "1.3.1"), ("1.4.1.1", "1.4", "1.4.1")]
-    assert ledger.hold_images(images, job_id="many", fence=fence) == [None, None]
+    assert ledger.lock_images(images, job_id="many", fence=fence) == [None, None]
     ledger.claim_study("1.3", server="a", job_id="many")
     ledger.stored_many("a", [StoredImage(image, study, series, "00", 1) for image, study, series in images], job_id="m")
-    assert ledger.shut("1.3", job_id="other", fence=take(ledger, "other")) == "many"
-    ledger.let_go("other", fence=1)
-    ledger.let_go_images(job_id="many", fence=fence, but=["1.4.1.1"], following=["1.4"])
-    ledger.let_go_images(job_id="many", fence=fence)
-    assert ledger.hold_destination("ab", job_id="many", fence=fence) is None
-    ledger.let_go_destination(job_id="many", fence=fence)
+    assert ledger.lock_for_delete("1.3", job_id="other", fence=take(ledger, "other")) == "many"
+    ledger.release("other", fence=1)
+    ledger.release_images(job_id="many", fence=fence, but=["1.4.1.1"], following=["1.4"])
+    ledger.release_images(job_id="many", fence=fence)
+    assert ledger.lock_destination("ab", job_id="many", fence=fence) is None
+    ledger.release_destination(job_id="many", fence=fence)
     end(ledger, "many", fence)
     end(ledger, "other", 1)
 
@@ -123,22 +123,22 @@ def lost_and_dead_jobs(ledger: Ledger) -> None:
     fence = take(ledger, "d", **keyed)
     ledger.hand_back("d", fence, task="t", job={**JOB, **keyed}, attempt=1)
     fence = take(ledger, "d", **keyed)
-    ledger.bury("d", fence, outcome={"error": {"code": "c"}}, code="c", task="t", job={**JOB, **keyed})
+    ledger.end_as_dead_letter("d", fence, outcome={"error": {"code": "c"}}, code="c", task="t", job={**JOB, **keyed})
     (letter,) = ledger.dead_letters()
     assert letter.job_id == "d"
     assert ledger.submit("d", task="t", job={**JOB, **keyed}, again=True)
     fence = take(ledger, "d", **keyed)
-    ledger.bury("d", fence, outcome={"error": {"code": "c"}}, code="c", task="t", job={**JOB, **keyed})
+    ledger.end_as_dead_letter("d", fence, outcome={"error": {"code": "c"}}, code="c", task="t", job={**JOB, **keyed})
     assert ledger.replay("d")
     fence = take(ledger, "d", **keyed)
-    ledger.bury("d", fence, outcome={"error": {"code": "c"}}, code="c", task="t", job={**JOB, **keyed})
+    ledger.end_as_dead_letter("d", fence, outcome={"error": {"code": "c"}}, code="c", task="t", job={**JOB, **keyed})
     assert ledger.purge("d")
     ledger.submit("w", task="t", job=JOB)
     ledger.in_hand(["w"])
-    ledger.rouse("w")
+    ledger.wake_now("w")
     ledger.client.zadd(ledger.key("due"), {"w": 0})
     ledger.sweep(queues=lambda _: {"t": ("q", 0)})
-    ledger.hasten(ledger.unanswered())
+    ledger.requeue_lost(ledger.dispatched())
     assert ledger.cancel("w") == "queued"
     assert ledger.count_return("w") == 1
     assert set(ledger.standing(["u", "w"])) == {"u", "w"}
@@ -172,7 +172,7 @@ def breakers_and_slots(ledger: Ledger, prefix: str) -> None:
 
 def batches(ledger: Ledger) -> None:
     store = Batches(ledger)
-    store.open("B", kind="noop", order={}, servers={"a": "msdicom"}, width=4)
+    store.open("B", kind="noop", order={}, servers={"a": "msdicom"}, concurrency=4)
     assert store.take("B", "B") is None
     with Planner(store, "B") as planner:
         planner.add_all([Planned("1.2", "a"), Planned("1.3", "a", skip="not ours")])
@@ -183,10 +183,10 @@ def batches(ledger: Ledger) -> None:
     batch = store.get("B")
     assert batch is not None
     (job,) = store.fill(batch, "apply")
-    chunk_fence = ledger.claim(job.job_id, task=job.task, job=job.job).fence
+    chunk_fence = ledger.take(job.job_id, task=job.task, job=job.job).fence
     (row, _) = store.chunk_rows(batch, 0, ["apply"])
-    failed = Settled(row.item, "failed", "c", "m", {"size_bytes": 1})
-    store.settle(batch, "apply", 0, [failed], job_id=job.job_id, fence=chunk_fence)
+    failed = ItemOutcome(row.item, "failed", "c", "m", {"size_bytes": 1})
+    store.record_outcomes(batch, "apply", 0, [failed], job_id=job.job_id, fence=chunk_fence)
     assert store.end_chunk("B", "apply", 0)
     assert store.open_chunks(batch, "apply") == []
     assert store.end_pass("B", "apply", "done")
@@ -206,7 +206,7 @@ def whole_life(ledger: Ledger, prefix: str) -> None:
     lost_and_dead_jobs(ledger)
     breakers_and_slots(ledger, prefix)
     batches(ledger)
-    ledger.say_how("w", '{"at": 1e12, "every_s": 10, "ok": true, "complaint": ""}')
+    ledger.report_health("w", '{"at": 1e12, "every_s": 10, "ok": true, "complaint": ""}')
     ledger.upload_begun("s3://b/k", "1")
     ledger.note_overwrites("s3://b", prevented=True)
 
@@ -282,7 +282,7 @@ def test_two_deployments_on_one_database_do_not_see_each_other(redis_url: str, u
 
 def test_rates_are_counted_below_the_prefix(redis_url: str) -> None:
     ledger = Ledger.connect(redis_url, prefix=TAGGED)
-    tools: Any = SimpleNamespace(ledger=ledger)
-    assert _limiter(tools).hit(RateLimitItemPerSecond(5), "B", "items")
+    services: Any = SimpleNamespace(ledger=ledger)
+    assert _limiter(services).hit(RateLimitItemPerSecond(5), "B", "items")
     assert all(str(key).startswith(TAGGED) for key in ledger.client.scan_iter("*"))
     ledger.close()

@@ -20,16 +20,16 @@ from sandbox.synthetic import image, new_uid
 from worker.batches import study_copy
 from worker.batches.study_copy import Transfer, images_on
 from worker.batches.study_migration import (
-    Receipt,
+    MigrationReceipt,
     copy_study,
     delete_source,
-    survey_study,
+    preflight_study,
     undo_study,
     verify_moved,
     verify_study,
 )
 from worker.dicom.instances import identify
-from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
+from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, StreamedInstance
 from worker.pacs.registry import connect
 
 WHERE: Mapping[str, Callable[[pytest.FixtureRequest], str]] = {
@@ -84,13 +84,13 @@ class Move:
         self.attempts += 1
         return Transfer(self.source, self.target, self.study)
 
-    def receipt(self) -> Receipt:
+    def receipt(self) -> MigrationReceipt:
         """As the last attempt has left it, if it lived on or not."""
 
-        def save(receipt: Receipt) -> None:
+        def save(receipt: MigrationReceipt) -> None:
             self.written = json.dumps(receipt.as_json())
 
-        return Receipt.from_json(json.loads(self.written), save=save)
+        return MigrationReceipt.from_json(json.loads(self.written), save=save)
 
     def copy(self, attempt: int = 1) -> dict[str, Any]:
         receipt = self.receipt()
@@ -184,16 +184,16 @@ def test_what_was_stored_without_an_answer_is_ours_when_it_is_sent_again(
 ) -> None:
     move = Move(*(server(kind, WHERE[kind](request)) for kind in ("dcm4chee", target)))  # type: ignore[arg-type]
     uids = set(move.put(move.source, 3))
-    store, forgotten = move.target.store_passing, []
+    store, forgotten = move.target.store_stream, []
 
-    def forgetful(passing: Iterable[Passing]) -> list[Outcome]:
-        outcomes = store(passing)
+    def forgetful(stream: Iterable[StreamedInstance]) -> list[Outcome]:
+        outcomes = store(stream)
         if forgotten:
             return outcomes
         forgotten.extend(outcomes)
         return [Outcome(one.sop_instance_uid, Fate.UNMENTIONED) for one in outcomes]
 
-    monkeypatch.setattr(move.target, "store_passing", forgetful)
+    monkeypatch.setattr(move.target, "store_stream", forgetful)
     assert move.copy()["added"] == 3
     assert move.added == move.on_target == uids
     assert move.undo()["removed"] == 3
@@ -205,12 +205,12 @@ def test_a_study_that_the_source_does_not_have_is_not_found(move: Move) -> None:
         move.copy()
     move.put(move.target)
     with pytest.raises(NotFound, match="dcm4chee has 1 images"):
-        survey_study(move.transfer(), {})
+        preflight_study(move.transfer(), {})
 
 
-def test_a_survey_counts_and_warns(move: Move) -> None:
+def test_a_preflight_counts_and_warns(move: Move) -> None:
     move.put(move.source, 3)
-    found = survey_study(move.transfer(), {"third": True, "fourth": None, "fifth": False})
+    found = preflight_study(move.transfer(), {"third": True, "fourth": None, "fifth": False})
     assert (found["images"], found["images_on_target"], found["missing"]) == (3, 0, 3)
     assert [warning.split(" ")[0] for warning in found["warnings"]] == ["study_split:", "fourth"]
 
@@ -476,7 +476,7 @@ def test_what_the_target_has_lost_of_a_moved_study_is_found(move: Move) -> None:
 def test_what_an_attempt_has_brought_that_never_ended_is_taken_back_too(move: Move, sandbox: Any) -> None:
     uids = move.put(move.source, 3)
     there = move.put(move.target, 1)
-    sandbox.set_mood("dcm4chee", "store", commit_then_drop=True, times=1)
+    sandbox.set_fault("dcm4chee", "store", commit_then_drop=True, times=1)
     with pytest.raises(PacsUnavailable):
         move.copy()
     assert move.on_target == {*uids, *there}
@@ -768,14 +768,14 @@ def test_after_a_fault_the_next_attempt_goes_on_and_ends_clean(
     move: Move, sandbox: Any, monkeypatch: pytest.MonkeyPatch, fault: str, turned: bool
 ) -> None:
     monkeypatch.setattr(study_copy, "REQUEST_IMAGES", 4)
-    dialect, operation, mood = FAULTS[fault]
+    dialect, operation, injected = FAULTS[fault]
     if turned:
         move.source, move.target = move.target, move.source
         dialect = {"msdicom": "dcm4chee", "dcm4chee": "msdicom"}[dialect]
-        mood = {**mood, "disk_full": "272"} if "disk_full" in mood else mood
+        injected = {**injected, "disk_full": "272"} if "disk_full" in injected else injected
     uids = move.put(move.source, 10)
     there = move.put(move.target, 1)
-    sandbox.set_mood(dialect, operation, **mood)
+    sandbox.set_fault(dialect, operation, **injected)
     attempts(move)
     assert move.attempts > 1 or fault == "last part lost"
     assert move.added == set(uids), "what an attempt before has brought is ours too"
@@ -832,22 +832,22 @@ def test_several_bad_images_in_one_request_do_not_take_the_others_with_them(
 ) -> None:
     """A real Orthanc tells all of an archive; by STOW it answers 400 and names none, so those are sent again, alone."""
     keepers.target = server(kind, WHERE["orthanc"](request))
-    monkeypatch.setattr(keepers.target, "takes_passing", True)
+    monkeypatch.setattr(keepers.target, "accepts_streams", True)
     uids = keepers.put(keepers.source, 4)
     seen: list[int] = []
-    send = keepers.target.store_passing
+    send = keepers.target.store_stream
 
-    def spoiling(passing: Iterable[Passing]) -> Any:
-        def spoiled() -> Iterator[Passing]:
-            for number, one in enumerate(passing):
+    def spoiling(stream: Iterable[StreamedInstance]) -> Any:
+        def spoiled() -> Iterator[StreamedInstance]:
+            for number, one in enumerate(stream):
                 seen.append(number)
                 bad = one.instance.sop_instance_uid in uids[:2]
                 content = b"".join(one.chunks)
-                yield Passing(one.instance, iter([b"<html>" * 50 if bad else content]))
+                yield StreamedInstance(one.instance, iter([b"<html>" * 50 if bad else content]))
 
         return send(spoiled())
 
-    monkeypatch.setattr(keepers.target, "store_passing", spoiling)
+    monkeypatch.setattr(keepers.target, "store_stream", spoiling)
     with pytest.raises(PacsRejected) as caught:
         keepers.copy()
     assert caught.value.details["refused"] == sorted(uids[:2])
@@ -858,7 +858,7 @@ def test_several_bad_images_in_one_request_do_not_take_the_others_with_them(
 def test_a_store_that_was_left_behind_is_cleared_after_some_attempts(move: Move, sandbox: Any) -> None:
     move.source, move.target = move.target, move.source
     uids = move.put(move.source, 2)
-    sandbox.set_mood("msdicom", "store", pending_45071="never", times=1)
+    sandbox.set_fault("msdicom", "store", pending_45071="never", times=1)
     attempts(move)
     assert move.attempts == 4
     assert move.added == set(uids) == move.on_target
@@ -878,7 +878,7 @@ def test_images_are_spooled_one_by_one_where_lengths_have_to_be_announced(
     guarded: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uids = guarded.put(guarded.source, 3)
-    monkeypatch.setattr(guarded.target, "store_passing", None)
+    monkeypatch.setattr(guarded.target, "store_stream", None)
     guarded.copy()
     assert guarded.added == set(uids) == guarded.on_target
     assert guarded.verify()["not_kept_by"] == ["dcm4chee", "plain"]
@@ -886,7 +886,7 @@ def test_images_are_spooled_one_by_one_where_lengths_have_to_be_announced(
 
 def test_a_target_that_wants_to_know_the_length_is_given_spooled_images_from_then_on(move: Move, sandbox: Any) -> None:
     uids = move.put(move.source, 3)
-    sandbox.set_mood("dcm4chee", "store", status=411, times=1)
+    sandbox.set_fault("dcm4chee", "store", status=411, times=1)
     move.copy()
     assert move.added == set(uids) == move.on_target
     assert move.attempts == 1

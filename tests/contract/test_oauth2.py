@@ -40,7 +40,7 @@ SCOPES = {"msdicom": "https://dicom.healthcareapis.azure.com/.default", "dcm4che
 DIALECTS = tuple(PATHS)
 
 
-class Client(ClientMixin):
+class OAuthClient(ClientMixin):
     def get_client_id(self) -> str:
         return "courier"
 
@@ -58,7 +58,7 @@ class Client(ClientMixin):
 
 
 @dataclass
-class Token(TokenMixin):
+class OAuthToken(TokenMixin):
     access_token: str
     good_until_s: float
 
@@ -77,7 +77,7 @@ class Provider:
     """``life_s`` is that of the next tokens; ``before`` runs before an answer."""
 
     life_s: float = 3600
-    issued: dict[str, Token] = field(default_factory=dict)
+    issued: dict[str, OAuthToken] = field(default_factory=dict)
     used: list[str] = field(default_factory=list)
     before: Callable[[], Any] = lambda: None
     server: BaseWSGIServer | None = None
@@ -91,7 +91,7 @@ class Provider:
     def app(self) -> flask.Flask:
         app = flask.Flask("provider")
         app.config["OAUTH2_TOKEN_EXPIRES_IN"] = {"client_credentials": 3600}
-        server = AuthorizationServer(app, query_client=lambda client_id: Client(), save_token=self._save)
+        server = AuthorizationServer(app, query_client=lambda client_id: OAuthClient(), save_token=self._save)
 
         class Grant(grants.ClientCredentialsGrant):
             TOKEN_ENDPOINT_AUTH_METHODS = ("client_secret_basic", "client_secret_post")
@@ -100,7 +100,7 @@ class Provider:
         provider, protected = self, ResourceProtector()
 
         class Validator(BearerTokenValidator):
-            def authenticate_token(self, token_string: str) -> Token | None:
+            def authenticate_token(self, token_string: str) -> OAuthToken | None:
                 return provider.issued.get(token_string)
 
         protected.register_token_validator(Validator())
@@ -122,7 +122,7 @@ class Provider:
 
     def _save(self, token: dict[str, Any], _request: Any) -> None:
         token["expires_in"] = self.life_s
-        self.issued[token["access_token"]] = Token(token["access_token"], time.monotonic() + self.life_s)
+        self.issued[token["access_token"]] = OAuthToken(token["access_token"], time.monotonic() + self.life_s)
 
 
 @pytest.fixture(scope="module")

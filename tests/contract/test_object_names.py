@@ -11,10 +11,10 @@ import pytest
 
 from courier.batches.result import end_payload
 from courier.batches.store import Batches
-from courier.redaction import shown_job
+from courier.redaction import redact_job
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
+from tests.batch_site import BatchSite, payload
 from worker.jobs.upload import upload
 
 
@@ -32,7 +32,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("pattern", ["order?{}.dcm", "order#{}.dcm", "day?x=1/order?{}&y"])
 def test_two_objects_whose_names_begin_alike_are_two_items_and_two_jobs_named_whole(
-    batch_site: Callable[..., Site], moto: str, sandbox: SandboxPart, pattern: str
+    batch_site: Callable[..., BatchSite], moto: str, sandbox: SandboxPart, pattern: str
 ) -> None:
     s3 = {"buckets": ["imgs-*"], "endpoint_url": moto, "region": "us-east-1"}
     site, study = batch_site(sandbox.servers(), sources={"s3": s3}), new_uid()
@@ -61,5 +61,5 @@ def test_two_objects_whose_names_begin_alike_are_two_items_and_two_jobs_named_wh
     assert batch is not None
     (failure,) = end_payload(batch, store, job_id=site.batch)["failures"]
     assert failure["item"] == missing
-    assert shown_job({"image_url": single}) == f'{{"image_url": "{single}"}}'
+    assert redact_job({"image_url": single}) == f'{{"image_url": "{single}"}}'
     assert site.on("msdicom", study) | site.on("dcm4chee", study) == set(uids.values())

@@ -17,15 +17,15 @@ from courier.errors import InvalidRequest, SourceUnreachable
 from courier.ledger.jobs import Ledger
 from courier.settings import DownloadSettings, S3Settings, Settings
 from sandbox.synthetic import new_uid
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.servers import status
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.storage.bucket import PART_BYTES, PROBE
-from worker.storage.destinations import Archive, Destinations, Mark
+from worker.storage.destinations import Archive, Destinations, StudyFingerprint
 from worker.storage.sources import Sources
 
-MARK = Mark.of("1.2.3", ["1.2.3.4"])
+MARK = StudyFingerprint.of("1.2.3", ["1.2.3.4"])
 SMALL, LARGE = [b"ours"], [b"x" * PART_BYTES, b"the end"]
 
 
@@ -41,7 +41,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-class Store:
+class SharedBucket:
     """A new bucket, another program that uses it, and workers that may write to it."""
 
     def __init__(self, endpoint_url: str) -> None:
@@ -94,18 +94,18 @@ class Store:
 
 
 @pytest.fixture
-def keeping(moto: str) -> Store:
-    return Store(moto)
+def keeping(moto: str) -> SharedBucket:
+    return SharedBucket(moto)
 
 
 @pytest.fixture
-def ignoring(rclone: str) -> Store:
-    return Store(rclone)
+def ignoring(rclone: str) -> SharedBucket:
+    return SharedBucket(rclone)
 
 
 @pytest.fixture(params=["keeping", "ignoring"])
-def store(request: pytest.FixtureRequest) -> Store:
-    found: Store = request.getfixturevalue(request.param)
+def store(request: pytest.FixtureRequest) -> SharedBucket:
+    found: SharedBucket = request.getfixturevalue(request.param)
     return found
 
 
@@ -125,11 +125,11 @@ def reason(write: Callable[[], object]) -> str:
 # --- a question changes nothing -------------------------------------------------------------------------------------
 
 
-def test_the_question_whether_a_destination_exists_leaves_uploads_to_it_alone(keeping: Store) -> None:
+def test_the_question_whether_a_destination_exists_leaves_uploads_to_it_alone(keeping: SharedBucket) -> None:
     theirs = {keeping.begin_upload(key) for key in ("a.zip", "a.zip/manifest.json", "a.zip/1/2.dcm")}
     worker = keeping.worker()
-    assert worker.archive(keeping.url("a.zip")).look() is None
-    assert worker.files(keeping.url("a.zip")).look() is None
+    assert worker.archive(keeping.url("a.zip")).read_fingerprint() is None
+    assert worker.files(keeping.url("a.zip")).read_fingerprint() is None
     assert worker.files(keeping.url("a.zip")).names() == set()
     assert keeping.uploads() == theirs
     assert not {one for one in keeping.sent if one.startswith(("Abort", "Delete", "Put", "Create", "ListMultipart"))}
@@ -137,7 +137,7 @@ def test_the_question_whether_a_destination_exists_leaves_uploads_to_it_alone(ke
 
 @pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
 def test_a_download_leaves_the_uploads_of_another_program_to_the_same_name_alone(
-    keeping: Store, chunks: list[bytes]
+    keeping: SharedBucket, chunks: list[bytes]
 ) -> None:
     theirs = keeping.begin_upload("a.zip")
     keeping.worker().archive(keeping.url("a.zip")).write(iter(chunks), MARK)
@@ -145,7 +145,9 @@ def test_a_download_leaves_the_uploads_of_another_program_to_the_same_name_alone
     assert keeping.read("a.zip") == b"".join(chunks)
 
 
-def test_an_upload_that_a_killed_worker_left_is_ended_by_the_next_write_and_no_other_one_is(keeping: Store) -> None:
+def test_an_upload_that_a_killed_worker_left_is_ended_by_the_next_write_and_no_other_one_is(
+    keeping: SharedBucket,
+) -> None:
     ours, theirs = keeping.begin_upload("a.zip"), keeping.begin_upload("a.zip")
     elsewhere = keeping.begin_upload("b.zip")
     for key, upload_id in (("a.zip", ours), ("b.zip", elsewhere), ("a.zip", "gone")):
@@ -156,7 +158,7 @@ def test_an_upload_that_a_killed_worker_left_is_ended_by_the_next_write_and_no_o
     assert keeping.ledger.uploads_begun(keeping.url("b.zip")) == {elsewhere}
 
 
-def test_a_worker_that_is_killed_has_recorded_its_upload_and_one_that_fails_has_ended_it(keeping: Store) -> None:
+def test_a_worker_that_is_killed_has_recorded_its_upload_and_one_that_fails_has_ended_it(keeping: SharedBucket) -> None:
     archive = keeping.worker().archive(keeping.url("a.zip"))
     seen: set[str] = set()
 
@@ -179,15 +181,15 @@ def test_a_worker_that_is_killed_has_recorded_its_upload_and_one_that_fails_has_
 
 @pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
 @pytest.mark.parametrize("key", ["a.zip", "day?1/a#b.zip"])
-def test_what_another_program_wrote_meanwhile_stays(store: Store, chunks: list[bytes], key: str) -> None:
+def test_what_another_program_wrote_meanwhile_stays(store: SharedBucket, chunks: list[bytes], key: str) -> None:
     archive = store.worker().archive(store.url(key))
-    assert archive.look() is None
+    assert archive.read_fingerprint() is None
     assert reason(lambda: archive.write(then(chunks, lambda: store.put(key)), MARK)) == "exists"
     assert (store.read(key), store.keys(), store.uploads()) == (b"theirs", {key}, set())
     assert store.ledger.uploads_begun(store.url(key)) == set()
 
 
-def test_a_manifest_of_another_program_stays_and_the_download_is_none(store: Store) -> None:
+def test_a_manifest_of_another_program_stays_and_the_download_is_none(store: SharedBucket) -> None:
     files = store.worker().files(store.url("study"))
     files.write("1/2.dcm", iter([b"ours"]))
     store.put("study/manifest.json")
@@ -197,7 +199,7 @@ def test_a_manifest_of_another_program_stays_and_the_download_is_none(store: Sto
 
 @pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
 def test_a_file_that_appears_meanwhile_stays_and_is_looked_at_by_the_next_attempt(
-    store: Store, chunks: list[bytes]
+    store: SharedBucket, chunks: list[bytes]
 ) -> None:
     files = store.worker().files(store.url("study"))
     assert files.names() == set()
@@ -207,7 +209,9 @@ def test_a_file_that_appears_meanwhile_stays_and_is_looked_at_by_the_next_attemp
 
 
 @pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
-def test_a_file_of_an_unfinished_download_is_replaced_only_as_it_was_seen(store: Store, chunks: list[bytes]) -> None:
+def test_a_file_of_an_unfinished_download_is_replaced_only_as_it_was_seen(
+    store: SharedBucket, chunks: list[bytes]
+) -> None:
     store.put("study/1/2.dcm", b"half of it")
     files = store.worker().files(store.url("study"))
     assert files.names() == {"1/2.dcm"}
@@ -222,14 +226,16 @@ def test_a_file_of_an_unfinished_download_is_replaced_only_as_it_was_seen(store:
 # --- stores that ignore the condition -------------------------------------------------------------------------------
 
 
-def test_a_write_says_whether_the_store_prevents_that_anything_is_replaced(keeping: Store, ignoring: Store) -> None:
+def test_a_write_says_whether_the_store_prevents_that_anything_is_replaced(
+    keeping: SharedBucket, ignoring: SharedBucket
+) -> None:
     for store, prevented in ((keeping, True), (ignoring, False)):
         for chunks in (SMALL, LARGE):
             archive: Archive = store.worker().archive(store.url(f"{len(chunks)}.zip"))
             archive.write(iter(chunks), MARK)
             assert archive.overwrites_prevented is prevented
             assert store.read(f"{len(chunks)}.zip") == b"".join(chunks)
-            assert archive.look() == MARK
+            assert archive.read_fingerprint() == MARK
         files = store.worker().files(store.url("study"))
         files.write("1/2.dcm", iter(SMALL))
         files.finish(b"{}")
@@ -238,7 +244,7 @@ def test_a_write_says_whether_the_store_prevents_that_anything_is_replaced(keepi
 
 @pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
 def test_where_nothing_is_prevented_what_another_program_wrote_after_ours_is_never_told_as_ours(
-    ignoring: Store, monkeypatch: pytest.MonkeyPatch, chunks: list[bytes]
+    ignoring: SharedBucket, monkeypatch: pytest.MonkeyPatch, chunks: list[bytes]
 ) -> None:
     worker = ignoring.worker()
     client = ignoring.client_of(worker)
@@ -257,7 +263,7 @@ def test_where_nothing_is_prevented_what_another_program_wrote_after_ours_is_nev
     assert ignoring.read("a.zip") == b"later"
 
 
-def test_a_store_that_keeps_one_condition_and_ignores_the_other_is_told_for_each(keeping: Store) -> None:
+def test_a_store_that_keeps_one_condition_and_ignores_the_other_is_told_for_each(keeping: SharedBucket) -> None:
     worker = keeping.worker()
 
     def strip(request: Any, **_: Any) -> None:
@@ -270,7 +276,7 @@ def test_a_store_that_keeps_one_condition_and_ignores_the_other_is_told_for_each
     assert (small.overwrites_prevented, large.overwrites_prevented) == (True, False)
 
 
-def test_a_place_is_probed_once_for_all_workers_and_nothing_is_left_of_it(store: Store) -> None:
+def test_a_place_is_probed_once_for_all_workers_and_nothing_is_left_of_it(store: SharedBucket) -> None:
     first, second = store.worker(), store.worker()
     for worker in (first, first, second):
         number = len(store.keys())
@@ -281,13 +287,13 @@ def test_a_place_is_probed_once_for_all_workers_and_nothing_is_left_of_it(store:
     assert store.uploads() == set()
 
 
-def test_only_places_with_a_name_are_probed_by_the_doctor(keeping: Store, ignoring: Store) -> None:
+def test_only_places_with_a_name_are_probed_by_the_doctor(keeping: SharedBucket, ignoring: SharedBucket) -> None:
     assert keeping.worker().places == [keeping.url("")]
     assert (keeping.worker().probe(keeping.url("")), ignoring.worker().probe(ignoring.url(""))) == (True, False)
     assert keeping.keys() == ignoring.keys() == set()
 
 
-def test_a_prefix_that_is_a_destination_is_never_probed_within(keeping: Store) -> None:
+def test_a_prefix_that_is_a_destination_is_never_probed_within(keeping: SharedBucket) -> None:
     worker, names = keeping.worker(), []
     client = keeping.client_of(worker)
     client.meta.events.register("before-parameter-build.s3.PutObject", lambda params, **_: names.append(params["Key"]))
@@ -299,7 +305,7 @@ def test_a_prefix_that_is_a_destination_is_never_probed_within(keeping: Store) -
 
 
 def test_a_probe_that_may_not_be_removed_is_named_in_the_log(
-    keeping: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    keeping: SharedBucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = keeping.worker()
     monkeypatch.setattr(keeping.client_of(worker), "delete_object", failing(403, "AccessDenied"))
@@ -312,7 +318,7 @@ def test_a_probe_that_may_not_be_removed_is_named_in_the_log(
 
 @pytest.mark.parametrize("may_delete_versions", [True, False])
 def test_of_a_probe_in_a_bucket_with_versions_no_version_is_left_that_may_be_removed(
-    keeping: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, may_delete_versions: bool
+    keeping: SharedBucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, may_delete_versions: bool
 ) -> None:
     enabled = {"Status": "Enabled"}
     keeping.theirs.put_bucket_versioning(Bucket=keeping.bucket, VersioningConfiguration=enabled)
@@ -344,7 +350,7 @@ def failing(status: int, code: str) -> Callable[..., Any]:
     [(403, "AccessDenied", True), (501, "NotImplemented", False), (400, "InvalidArgument", False)],
 )
 def test_where_a_probe_is_not_taken_nothing_counts_as_prevented(
-    keeping: Store, monkeypatch: pytest.MonkeyPatch, status: int, code: str, may_write: bool
+    keeping: SharedBucket, monkeypatch: pytest.MonkeyPatch, status: int, code: str, may_write: bool
 ) -> None:
     worker = keeping.worker()
     client = keeping.client_of(worker)
@@ -365,7 +371,7 @@ def test_where_a_probe_is_not_taken_nothing_counts_as_prevented(
 
 @pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
 def test_a_bucket_whose_policy_requires_the_condition_of_every_write_is_probed_and_written_to(
-    keeping: Store, monkeypatch: pytest.MonkeyPatch, chunks: list[bytes]
+    keeping: SharedBucket, monkeypatch: pytest.MonkeyPatch, chunks: list[bytes]
 ) -> None:
     worker = keeping.worker()
     client = keeping.client_of(worker)
@@ -384,7 +390,7 @@ def test_a_bucket_whose_policy_requires_the_condition_of_every_write_is_probed_a
 
 @pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
 def test_a_store_that_could_not_be_probed_is_asked_for_the_condition_all_the_same(
-    keeping: Store, monkeypatch: pytest.MonkeyPatch, chunks: list[bytes]
+    keeping: SharedBucket, monkeypatch: pytest.MonkeyPatch, chunks: list[bytes]
 ) -> None:
     worker = keeping.worker()
     client = keeping.client_of(worker)
@@ -392,14 +398,14 @@ def test_a_store_that_could_not_be_probed_is_asked_for_the_condition_all_the_sam
     monkeypatch.setattr(client, "put_object", lambda **asked: (fail if PROBE in asked["Key"] else inner)(**asked))
     head = client.head_object
 
-    def looked_at(**asked: Any) -> Any:
+    def head_then_write(**asked: Any) -> Any:
         """Another program writes just after the object was looked for."""
         try:
             return head(**asked)
         finally:
             keeping.put(asked["Key"])
 
-    monkeypatch.setattr(client, "head_object", looked_at)
+    monkeypatch.setattr(client, "head_object", head_then_write)
     archive = worker.archive(keeping.url("a.zip"))
     assert reason(lambda: archive.write(iter(chunks), MARK)) == "exists"
     assert keeping.read("a.zip") == b"theirs"
@@ -418,7 +424,12 @@ def test_a_store_that_could_not_be_probed_is_asked_for_the_condition_all_the_sam
 )
 @pytest.mark.parametrize("chunks", [SMALL, LARGE], ids=["put", "parts"])
 def test_an_answer_to_a_conditional_write_is_judged(
-    keeping: Store, monkeypatch: pytest.MonkeyPatch, status: int, code: str, kind: type[Exception], chunks: list[bytes]
+    keeping: SharedBucket,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str,
+    kind: type[Exception],
+    chunks: list[bytes],
 ) -> None:
     worker = keeping.worker()
     worker.probe(keeping.url(""))
@@ -429,17 +440,19 @@ def test_an_answer_to_a_conditional_write_is_judged(
     assert keeping.uploads() == set()
 
 
-def test_a_worker_tells_of_each_bucket_of_its_settings_if_it_is_asked(keeping: Store, ignoring: Store) -> None:
+def test_a_worker_tells_of_each_bucket_of_its_settings_if_it_is_asked(
+    keeping: SharedBucket, ignoring: SharedBucket
+) -> None:
     for store, overwrites in ((keeping, "prevented"), (ignoring, "not_prevented")):
         named = [store.bucket, "missing-bucket", "pattern-*"]
         s3 = store.settings.s3.model_copy(update={"buckets": tuple(named)})
         settings = Settings(downloads=DownloadSettings(s3=s3))
         destinations = Destinations(settings.downloads, store.ledger)
-        tools = Tools(settings, store.ledger, Sources(settings.sources), Fleet([]), destinations=destinations)
-        claim = store.ledger.claim("j1", task="pacs.status", job={})
-        run = Run("j1", claim.fence, 1, last=False, ledger=store.ledger)
-        assert status({}, run, tools)["places"] == []
-        there, missing = status({"places": True}, run, tools)["places"]
+        services = Services(settings, store.ledger, Sources(settings.sources), Fleet([]), destinations=destinations)
+        taken = store.ledger.take("j1", task="pacs.status", job={})
+        attempt = Attempt("j1", taken.fence, 1, last=False, ledger=store.ledger)
+        assert status({}, attempt, services)["places"] == []
+        there, missing = status({"places": True}, attempt, services)["places"]
         assert (there["place"], there["overwrites"]) == (store.url(""), overwrites)
         assert (missing["place"], missing["overwrites"]) == ("s3://missing-bucket/", "unknown")
         assert "no such bucket" in missing["message"]
@@ -451,7 +464,7 @@ def test_a_worker_tells_of_each_bucket_of_its_settings_if_it_is_asked(keeping: S
 
 def test_a_file_that_appears_meanwhile_in_a_folder_stays(tmp_path: Path) -> None:
     archive = Destinations(DownloadSettings(folders=(tmp_path,))).archive((tmp_path / "a.zip").as_uri())
-    assert archive.look() is None
+    assert archive.read_fingerprint() is None
     act = lambda: (tmp_path / "a.zip").write_bytes(b"theirs")  # noqa: E731
     assert reason(lambda: archive.write(then([b"a", b"b"], act), MARK)) == "exists"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.zip": b"theirs"}

@@ -56,7 +56,7 @@ def hang(server: Scripted, _: socket.socket) -> None:
 
 
 @dataclass
-class Asked:
+class ReceivedRequest:
     line: str
     headers: dict[str, str]
     body: bytes
@@ -68,7 +68,7 @@ class Scripted:
 
     replies: list[Reply]
     tls: ssl.SSLContext | None = None
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[ReceivedRequest] = field(default_factory=list)
     connections: int = 0
     ending: threading.Event = field(default_factory=threading.Event)
 
@@ -125,7 +125,7 @@ class Scripted:
             headers[name.lower()] = value.strip()
         body = stream.read(int(headers.get("content-length", 0)))
         with self._lock:
-            self.asked.append(Asked(line, headers, body))
+            self.asked.append(ReceivedRequest(line, headers, body))
             reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         if callable(reply):
             reply(self, connection)

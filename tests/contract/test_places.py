@@ -25,7 +25,7 @@ from sandbox.synthetic import new_uid
 from tests.contract.conftest import S3_KEY_ID, S3_SECRET
 from worker.jobs import places
 from worker.jobs.places import tried_places
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.storage.destinations import Destinations
 from worker.storage.sources import Sources
@@ -60,15 +60,15 @@ def tried() -> Iterator[Tried]:
         ledger = Ledger(fakeredis.FakeRedis(decode_responses=True))
         opened.append(Sources(settings.sources))
         destinations = Destinations(settings.downloads, ledger)
-        tools = Tools(settings, ledger, opened[-1], Fleet([]), destinations=destinations, rng=random.Random(1))
-        return tried_places(tools, wait_s=wait_s)
+        services = Services(settings, ledger, opened[-1], Fleet([]), destinations=destinations, rng=random.Random(1))
+        return tried_places(services, wait_s=wait_s)
 
     yield find
     for one in opened:
         one.close()
 
 
-def told(entries: list[PlaceEntry]) -> list[tuple[str, str, str]]:
+def entries_of(entries: list[PlaceEntry]) -> list[tuple[str, str, str]]:
     return [(entry.use, entry.state, entry.overwrites) for entry in entries]
 
 
@@ -84,7 +84,7 @@ def test_a_folder_of_images_is_listed_and_read_and_one_of_downloads_is_left_as_i
     (images / "deep" / "a.dcm").write_bytes(b"x" * 5000)
     (out / "theirs.zip").write_bytes(b"theirs")
     entries = tried({"folders": (images, empty)}, {"folders": (out,)})
-    assert told(entries) == [
+    assert entries_of(entries) == [
         ("source", "usable", "unknown"),
         ("source", "empty", "unknown"),
         ("download", "usable", "prevented"),
@@ -134,13 +134,15 @@ def test_a_mount_that_hangs_costs_the_others_nothing_and_one_thread_in_all(
 
     monkeypatch.setattr(Sources, "first_listed", listed)
     settings = Settings(sources=SourceSettings(folders=(hanging, well)))
-    tools = Tools(settings, Ledger(fakeredis.FakeRedis(decode_responses=True)), Sources(settings.sources), Fleet([]))
+    services = Services(
+        settings, Ledger(fakeredis.FakeRedis(decode_responses=True)), Sources(settings.sources), Fleet([])
+    )
     begun = time.monotonic()
     try:
         for _ in range(3):
-            assert [entry.state for entry in tried_places(tools, wait_s=0.3)] == ["silent", "empty"]
+            assert [entry.state for entry in tried_places(services, wait_s=0.3)] == ["silent", "empty"]
         assert [thread.name for thread in threading.enumerate()].count(f"try {hanging.as_uri()}/") == 1
-        (silent, _) = tried_places(tools, wait_s=0.3)
+        (silent, _) = tried_places(services, wait_s=0.3)
         assert "did not answer" in silent.message
     finally:
         gate.set()
@@ -179,10 +181,10 @@ def test_a_bucket_is_listed_and_read_and_written_and_left_as_it_was(
     tried: Tried, rclone: str, bucket: tuple[Any, str]
 ) -> None:
     client, name = bucket
-    assert told(tried(s3(rclone, name))) == [("source", "empty", "unknown")]
+    assert entries_of(tried(s3(rclone, name))) == [("source", "empty", "unknown")]
     client.put_object(Bucket=name, Key="2024/a b.dcm", Body=b"x" * 100_000)
     entries = tried(s3(rclone, name, "scans-*"), s3(rclone, name))
-    assert told(entries) == [("source", "usable", "unknown"), ("download", "usable", "not_prevented")]
+    assert entries_of(entries) == [("source", "usable", "unknown"), ("download", "usable", "not_prevented")]
     assert keys(client, name) == ["2024/a b.dcm"]
 
 
@@ -192,7 +194,7 @@ def test_no_more_than_the_beginning_of_an_object_is_asked_for(
     client, name = bucket
     client.put_object(Bucket=name, Key="large.dcm", Body=bytes(64 * 1024**2))
     begun = time.monotonic()
-    assert told(tried(s3(rclone, name))) == [("source", "usable", "unknown")]
+    assert entries_of(tried(s3(rclone, name))) == [("source", "usable", "unknown")]
     assert time.monotonic() - begun < 10
 
 
@@ -258,9 +260,9 @@ def test_a_container_is_listed_and_read_and_written_and_left_as_it_was(
     tried: Tried, azurite: AzuritePart, container: Any
 ) -> None:
     place = azure(azurite.url, container.container_name)
-    assert told(tried(place)) == [("source", "empty", "unknown")]
+    assert entries_of(tried(place)) == [("source", "empty", "unknown")]
     container.upload_blob("a/b.dcm", b"x" * 100_000)
-    assert told(tried(place, place)) == [("source", "usable", "unknown"), ("download", "usable", "prevented")]
+    assert entries_of(tried(place, place)) == [("source", "usable", "unknown"), ("download", "usable", "prevented")]
     assert [blob.name for blob in container.list_blobs()] == ["a/b.dcm"]
     assert PROBE not in str(list(container.list_blobs()))
 

@@ -11,8 +11,8 @@ from courier.settings import ServerSettings, Settings
 from sandbox import synthetic
 from sandbox.synthetic import image, new_uid
 from worker.jobs import lookup, servers, studies, trace
-from worker.jobs.attempt import Run
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Attempt
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.pacs.registry import connect
 
@@ -25,7 +25,7 @@ def urls(sandbox, orthanc):
 
 
 @pytest.fixture
-def tools(urls):
+def services(urls):
     settings = Settings.model_validate(
         {
             "servers": [
@@ -35,14 +35,14 @@ def tools(urls):
     )
     fleet = Fleet([connect(server) for server in settings.servers])
     with fakeredis.FakeRedis(decode_responses=True) as client:
-        yield Tools(settings, ledger=Ledger(client), sources=None, fleet=fleet)
+        yield Services(settings, ledger=Ledger(client), sources=None, fleet=fleet)
     fleet.close()
 
 
 @pytest.fixture
-def ask(tools):
+def ask(services):
     def run(work, **job):
-        return work(job, Run("j1", 1, 1, last=False, ledger=tools.ledger), tools)
+        return work(job, Attempt("j1", 1, 1, last=False, ledger=services.ledger), services)
 
     return run
 
@@ -132,9 +132,9 @@ def test_a_server_whose_url_is_no_root_of_dicomweb_is_not_up(urls, name, wrong):
     server = ServerSettings(name=name, type=name, url=wrong(urls[name]))
     fleet = Fleet([connect(server)])
     with fakeredis.FakeRedis(decode_responses=True) as client:
-        tools = Tools(Settings(servers=[server]), ledger=Ledger(client), sources=None, fleet=fleet)
-        run = Run("j1", 1, 1, last=False, ledger=tools.ledger)
-        (entry,) = servers.status({}, run, tools)["servers"]
+        services = Services(Settings(servers=[server]), ledger=Ledger(client), sources=None, fleet=fleet)
+        attempt = Attempt("j1", 1, 1, last=False, ledger=services.ledger)
+        (entry,) = servers.status({}, attempt, services)["servers"]
     fleet.close()
     assert entry["status"] == "degraded"
     assert "check the server's url" in f"{entry['note']} {entry['error']}".lower()

@@ -41,7 +41,7 @@ def elsewhere_server(processes: Processes) -> SandboxPart:
 @pytest.fixture
 def elsewhere(elsewhere_server: SandboxPart) -> SandboxPart:
     """A server that demands tokens, empty."""
-    elsewhere_server.calm()
+    elsewhere_server.reset_faults()
     elsewhere_server.empty()
     return elsewhere_server
 
@@ -69,7 +69,7 @@ def rows(*numbers: str) -> list[str]:
 
 
 def studies_at(server: SandboxPart) -> list[str]:
-    server.calm()
+    server.reset_faults()
     found = requests.get(f"{server.msdicom}/studies", headers={"Accept": "application/dicom+json"}, timeout=10)
     return [one["0020000D"]["Value"][0] for one in found.json()] if found.status_code == 200 else []
 
@@ -77,7 +77,7 @@ def studies_at(server: SandboxPart) -> list[str]:
 def test_the_rows_run_against_the_server_that_the_variable_names_and_leave_nothing_there(
     elsewhere: SandboxPart,
 ) -> None:
-    elsewhere.set_mood("msdicom", "*", bearer=True)
+    elsewhere.set_fault("msdicom", "*", bearer=True)
     elsewhere.load(anew=True)
     chosen = [
         *rows("S04", "D01", "Q01", "R01", "M01", "C01"),
@@ -91,7 +91,7 @@ def test_the_rows_run_against_the_server_that_the_variable_names_and_leave_nothi
 
 
 def test_a_test_that_only_the_sandbox_can_serve_is_skipped_and_says_why(elsewhere: SandboxPart) -> None:
-    elsewhere.set_mood("msdicom", "*", bearer=True)
+    elsewhere.set_fault("msdicom", "*", bearer=True)
     ended = run(environment(elsewhere), *rows("A01", "N15", "N09"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     reasons = re.findall(r"needs the sandbox: (.*)", ended.stdout)
@@ -100,7 +100,7 @@ def test_a_test_that_only_the_sandbox_can_serve_is_skipped_and_says_why(elsewher
 
 
 def test_a_wrong_secret_ends_the_run_without_a_trace_of_the_secret(elsewhere: SandboxPart) -> None:
-    elsewhere.set_mood("msdicom", "*", bearer=True)
+    elsewhere.set_fault("msdicom", "*", bearer=True)
     ended = run(environment(elsewhere, **{SECRET: "swordfish-1"}), *rows("S04"))
     assert ended.returncode != 0
     assert "gives no token" in ended.stdout
@@ -133,7 +133,7 @@ class Partitions(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), _PartitionHandler)
         self.known = {"Microsoft.Default"}
         self.studies: dict[str, int] = {"Microsoft.Default": 7}
         self.asked: list[tuple[str, str]] = []
@@ -143,7 +143,7 @@ class Partitions(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v2"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _PartitionHandler(BaseHTTPRequestHandler):
     server: Partitions
 
     def do_GET(self) -> None:
@@ -207,17 +207,17 @@ def test_a_partition_that_holds_studies_is_not_touched(partitions: Partitions) -
 
 def test_every_request_to_the_server_and_none_to_another_bears_the_account(partitions: Partitions) -> None:
     sent: list[str | None] = []
-    heard = _Handler._answer
+    heard = _PartitionHandler._answer
     other = Partitions()
     threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
 
-    def answer(handler: _Handler, method: str) -> None:
+    def answer(handler: _PartitionHandler, method: str) -> None:
         sent.append(handler.headers["Authorization"])
         heard(handler, method)
 
     account = MsdicomArchive(partitions.url, Fixed("Bearer t1"))
     with pytest.MonkeyPatch.context() as patch, real_archive.logged_in(account):
-        patch.setattr(_Handler, "_answer", answer)
+        patch.setattr(_PartitionHandler, "_answer", answer)
         requests.get(f"{partitions.url}/partitions", timeout=10)
         requests.get(f"{partitions.url}/partitions", headers={"Authorization": "Bearer own"}, timeout=10)
         requests.get(f"{other.url}/partitions", timeout=10)

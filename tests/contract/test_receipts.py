@@ -14,10 +14,10 @@ from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
-from worker.batches.coordinator import Conductor
+from tests.batch_site import BatchSite, payload
+from worker.batches.coordinator import Coordinator
 from worker.jobs.delete import delete
-from worker.jobs.runner import Done, Failed, Parked, Verdict, carry
+from worker.jobs.runner import Deferred, Done, Failed, JobResult, execute
 from worker.jobs.trace import trace
 from worker.jobs.upload import upload
 from worker.pacs.protocol import Found
@@ -26,7 +26,7 @@ SIDE = 16
 
 
 @pytest.fixture
-def site(batch_site: Callable[..., Site], sandbox: SandboxPart, tmp_path: Path) -> Site:
+def site(batch_site: Callable[..., BatchSite], sandbox: SandboxPart, tmp_path: Path) -> BatchSite:
     return batch_site(
         sandbox.servers(),
         downloads={"folders": [str(tmp_path)]},
@@ -39,54 +39,57 @@ def put(image_server: ImageServer) -> Callable[[bytes], str]:
     return lambda content: image_server.put(f"{hashlib.sha256(content).hexdigest()}.dcm", content)
 
 
-def did(site: Site, work: Any, task: str, job_id: str | None = None, **job: Any) -> Verdict:
+def did(site: BatchSite, work: Any, task: str, job_id: str | None = None, **job: Any) -> JobResult:
     job_id = job_id or new_uid()
     while isinstance(
-        verdict := carry(work, task=task, job_id=job_id, message=job, tools=site.tools, pulse=site.pulse), Parked
+        result := execute(
+            work, task=task, job_id=job_id, message=job, services=site.services, heartbeat=site.heartbeat
+        ),
+        Deferred,
     ):
-        site.ledger.rouse(job_id)
-    return verdict
+        site.ledger.wake_now(job_id)
+    return result
 
 
-def uploaded(site: Site, url: str, **job: Any) -> dict[str, Any]:
-    verdict = did(site, upload, "pacs.upload", image_url=url, **job)
-    assert isinstance(verdict, Done), verdict
-    return verdict.payload
+def uploaded(site: BatchSite, url: str, **job: Any) -> dict[str, Any]:
+    result = did(site, upload, "pacs.upload", image_url=url, **job)
+    assert isinstance(result, Done), result
+    return result.payload
 
 
-def refused(site: Site, url: str, **job: Any) -> dict[str, Any]:
-    verdict = did(site, upload, "pacs.upload", image_url=url, **job)
-    assert isinstance(verdict, Failed), verdict
-    assert verdict.error.payload["code"] == "image_already_exists"
-    return dict(verdict.error.details)
+def refused(site: BatchSite, url: str, **job: Any) -> dict[str, Any]:
+    result = did(site, upload, "pacs.upload", image_url=url, **job)
+    assert isinstance(result, Failed), result
+    assert result.error.payload["code"] == "image_already_exists"
+    return dict(result.error.details)
 
 
-def traced(site: Site, uid: str) -> dict[str, Any]:
-    verdict = did(site, trace, "pacs.trace", uid=uid)
-    assert isinstance(verdict, Done), verdict
-    return verdict.payload
+def traced(site: BatchSite, uid: str) -> dict[str, Any]:
+    result = did(site, trace, "pacs.trace", uid=uid)
+    assert isinstance(result, Done), result
+    return result.payload
 
 
-def deleted(site: Site, level: str, uid: str, **job: Any) -> Verdict:
+def deleted(site: BatchSite, level: str, uid: str, **job: Any) -> JobResult:
     return did(site, delete, "pacs.delete", level=level, uid=uid, **job)
 
 
 # --- every deletion voids, at every level --------------------------------------------------------------------------
 
 
-def _single(level: str, site: Site, uids: dict[str, str]) -> None:
+def _single(level: str, site: BatchSite, uids: dict[str, str]) -> None:
     assert isinstance(deleted(site, level, uids[level]), Done)
 
 
-def _hidden(site: Site, uids: dict[str, str]) -> None:
+def _hidden(site: BatchSite, uids: dict[str, str]) -> None:
     assert isinstance(deleted(site, "study", uids["study"], permanent=False, servers=["dcm4chee"]), Done)
 
 
-def _in_a_batch(site: Site, uids: dict[str, str]) -> None:
+def _in_a_batch(site: BatchSite, uids: dict[str, str]) -> None:
     payload(site.delete(uids["study"]))
 
 
-def _moved(site: Site, uids: dict[str, str]) -> None:
+def _moved(site: BatchSite, uids: dict[str, str]) -> None:
     payload(site.order(uids["study"], from_server="msdicom", to_server="dcm4chee", delete_source=True))
 
 
@@ -104,7 +107,7 @@ def _moved(site: Site, uids: dict[str, str]) -> None:
     ],
 )
 def test_a_receipt_does_not_outlive_its_image(
-    site: Site, put: Callable[[bytes], str], server: str, delete_it: Callable[[Site, dict[str, str]], None]
+    site: BatchSite, put: Callable[[bytes], str], server: str, delete_it: Callable[[BatchSite, dict[str, str]], None]
 ) -> None:
     study, sop = new_uid(), new_uid()
     stored = uploaded(site, put(image(study, sop=sop, side=SIDE)), server=server)
@@ -117,7 +120,9 @@ def test_a_receipt_does_not_outlive_its_image(
     assert server not in told["present"]
 
 
-def test_a_deletion_voids_what_was_stored_on_its_server_and_before_it(site: Site, put: Callable[[bytes], str]) -> None:
+def test_a_deletion_voids_what_was_stored_on_its_server_and_before_it(
+    site: BatchSite, put: Callable[[bytes], str]
+) -> None:
     study, sop, other = new_uid(), new_uid(), new_uid()
     content = image(study, sop=sop, side=SIDE)
     uploaded(site, put(content), server="dcm4chee")
@@ -134,18 +139,18 @@ def test_a_deletion_voids_what_was_stored_on_its_server_and_before_it(site: Site
 
 
 def test_a_worker_that_dies_before_its_deletion_leaves_no_receipt_that_may_be_wrong(
-    site: Site, put: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
+    site: BatchSite, put: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
+    class KilledBeforeDeletion(BaseException):
         pass
 
     def die(*_: object, **__: object) -> None:
-        raise Killed
+        raise KilledBeforeDeletion
 
     study, sop = new_uid(), new_uid()
     uploaded(site, put(image(study, sop=sop, side=SIDE)))
     monkeypatch.setattr(type(site.fleet["msdicom"]), "delete", die)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledBeforeDeletion):
         deleted(site, "study", study)
     assert site.ledger.receipt(sop) is None
     told = traced(site, sop)
@@ -154,7 +159,9 @@ def test_a_worker_that_dies_before_its_deletion_leaves_no_receipt_that_may_be_wr
     assert "what is there now was not removed, or has been stored since" in told["why"]
 
 
-def test_an_undone_batch_of_uploads_voids_the_receipt_that_it_renewed(site: Site, put: Callable[[bytes], str]) -> None:
+def test_an_undone_batch_of_uploads_voids_the_receipt_that_it_renewed(
+    site: BatchSite, put: Callable[[bytes], str]
+) -> None:
     study, sop = new_uid(), new_uid()
     content = image(study, sop=sop, side=SIDE)
     uploaded(site, put(content))
@@ -163,12 +170,12 @@ def test_an_undone_batch_of_uploads_voids_the_receipt_that_it_renewed(site: Site
     receipt = site.ledger.receipt(sop)
     assert receipt is not None
     assert receipt.job_id.startswith(f"{site.batch}.apply")
-    payload(site.go_on(Conductor.undo, "undo"))
+    payload(site.go_on(Coordinator.undo, "undo"))
     assert site.ledger.receipt(sop) is None
 
 
 def test_a_migration_leaves_a_receipt_of_the_study_which_its_undo_voids(
-    site: Site, put: Callable[[bytes], str]
+    site: BatchSite, put: Callable[[bytes], str]
 ) -> None:
     study, sop = new_uid(), new_uid()
     uploaded(site, put(image(study, sop=sop, side=SIDE)), server="msdicom")
@@ -178,14 +185,14 @@ def test_a_migration_leaves_a_receipt_of_the_study_which_its_undo_voids(
     assert (copied["kind"], copied["images"], copied["state"]) == ("copy", 1, "there")
     assert copied["job_id"].startswith(site.batch)
     assert (by_server["msdicom"]["kind"], by_server["msdicom"]["state"]) == ("upload", "there")
-    payload(site.go_on(Conductor.undo, "undo"))
+    payload(site.go_on(Coordinator.undo, "undo"))
     (copied,) = (push for push in traced(site, study)["pushes"] if push["kind"] == "copy")
     assert copied["state"] == "deleted"
     assert traced(site, study)["present"] == ["msdicom"]
 
 
 def test_a_copy_over_an_image_that_others_deleted_makes_its_receipt_doubtful(
-    site: Site, put: Callable[[bytes], str]
+    site: BatchSite, put: Callable[[bytes], str]
 ) -> None:
     study, sop = new_uid(), new_uid()
     uploaded(site, put(image(study, sop=sop, side=SIDE, seed=1)), server="dcm4chee")
@@ -197,13 +204,13 @@ def test_a_copy_over_an_image_that_others_deleted_makes_its_receipt_doubtful(
 
 
 def test_what_is_brought_back_from_a_backup_leaves_a_receipt_of_the_study(
-    site: Site, put: Callable[[bytes], str], tmp_path: Path
+    site: BatchSite, put: Callable[[bytes], str], tmp_path: Path
 ) -> None:
     study, sop = new_uid(), new_uid()
     uploaded(site, put(image(study, sop=sop, side=SIDE)))
     payload(site.delete(study, backup=tmp_path.as_uri()))
     assert site.ledger.receipt(sop) is None
-    payload(site.go_on(Conductor.undo, "undo"))
+    payload(site.go_on(Coordinator.undo, "undo"))
     pushes = {push["kind"]: push for push in traced(site, study)["pushes"]}
     assert (pushes["copy"]["images"], pushes["copy"]["state"]) == (1, "there")
     assert pushes["upload"]["state"] == "deleted"
@@ -217,7 +224,7 @@ def test_what_is_brought_back_from_a_backup_leaves_a_receipt_of_the_study(
 @pytest.mark.parametrize("stored_by", ["another program", "a batch", "a migration"])
 @pytest.mark.parametrize("same", [True, False])
 def test_same_bytes_is_right_whatever_has_replaced_the_image_since(
-    site: Site, put: Callable[[bytes], str], stored_by: str, same: bool
+    site: BatchSite, put: Callable[[bytes], str], stored_by: str, same: bool
 ) -> None:
     """A job stores file 1; another program deletes it; file 2 is stored by others; then file 2, or 1, comes again."""
     study, sop = new_uid(), new_uid()
@@ -251,7 +258,7 @@ def test_same_bytes_is_right_whatever_has_replaced_the_image_since(
     ids=["the issuer", "a PatientID that was made up", "another file", "more than the archive adds"],
 )
 def test_the_original_of_a_copy_that_came_from_dcm4chee_differs_in_elements_that_are_named(
-    site: Site, put: Callable[[bytes], str], own: dict[str, Any], then: dict[str, Any], tags: list[str]
+    site: BatchSite, put: Callable[[bytes], str], own: dict[str, Any], then: dict[str, Any], tags: list[str]
 ) -> None:
     """``then``: what is said otherwise in the file that comes once the archive's copy is on the other server."""
     study, sop = new_uid(), new_uid()
@@ -263,7 +270,7 @@ def test_the_original_of_a_copy_that_came_from_dcm4chee_differs_in_elements_that
     assert (details["tags"], details["made_by"]) == (tags, [] if then else ["dcm4chee"])
 
 
-def test_where_files_are_rewritten_nothing_is_said_of_bytes(site: Site, put: Callable[[bytes], str]) -> None:
+def test_where_files_are_rewritten_nothing_is_said_of_bytes(site: BatchSite, put: Callable[[bytes], str]) -> None:
     content = image(new_uid(), side=SIDE)
     uploaded(site, put(content), server="dcm4chee")
     details = refused(site, put(content))
@@ -272,7 +279,7 @@ def test_where_files_are_rewritten_nothing_is_said_of_bytes(site: Site, put: Cal
 
 
 def test_orthanc_gives_back_the_bytes_that_are_compared(
-    batch_site: Callable[..., Site], orthanc: str, put: Callable[[bytes], str]
+    batch_site: Callable[..., BatchSite], orthanc: str, put: Callable[[bytes], str]
 ) -> None:
     sources = {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True}
     site = batch_site([{"name": "ward", "type": "orthanc", "url": orthanc}], sources=sources)
@@ -288,7 +295,7 @@ def test_orthanc_gives_back_the_bytes_that_are_compared(
 
 
 def test_a_trace_says_where_an_image_is_by_the_servers_alone(
-    site: Site, sandbox: SandboxPart, put: Callable[[bytes], str]
+    site: BatchSite, sandbox: SandboxPart, put: Callable[[bytes], str]
 ) -> None:
     study, sop = new_uid(), new_uid()
     stored = uploaded(site, put(image(study, sop=sop, side=SIDE)))
@@ -309,14 +316,14 @@ def test_a_trace_says_where_an_image_is_by_the_servers_alone(
     assert (elsewhere["receipt"]["server_name"], elsewhere["receipt"]["state"]) == ("msdicom", "gone")
     assert stored["job_id"] not in elsewhere["why"]
 
-    sandbox.set_mood("msdicom", "*", refuse=True)
+    sandbox.set_fault("msdicom", "*", refuse=True)
     site.fleet["dcm4chee"].delete(Found("study", study), permanent=True)
     silent = traced(site, sop)
     assert (silent["present"], silent["receipt"]["state"]) == ([], "unknown")
     assert silent["why"].startswith("No server that answered has it, and msdicom did not answer.")
 
 
-def test_a_trace_of_a_deleted_study_tells_who_deleted_it_and_when(site: Site, put: Callable[[bytes], str]) -> None:
+def test_a_trace_of_a_deleted_study_tells_who_deleted_it_and_when(site: BatchSite, put: Callable[[bytes], str]) -> None:
     study, sop = new_uid(), new_uid()
     stored = uploaded(site, put(image(study, sop=sop, side=SIDE)))
     ended = deleted(site, "study", study)

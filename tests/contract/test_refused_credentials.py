@@ -33,11 +33,11 @@ from courier.settings import (
 from sandbox.images import ImageServer
 from sandbox.processes import HOST, RedisPart, SandboxPart
 from sandbox.synthetic import image, new_uid
-from tests.batch_site import Site, payload
-from worker.batches.coordinator import Conductor
+from tests.batch_site import BatchSite, payload
+from worker.batches.coordinator import Coordinator
 from worker.batches.uploads import upload_all
-from worker.jobs.runner import Failed, Parked
-from worker.jobs.services import Tools
+from worker.jobs.runner import Deferred, Failed
+from worker.jobs.services import Services
 from worker.pacs.credentials import Fixed
 from worker.pacs.guard import Guard
 from worker.pacs.guarded import GuardedTransport
@@ -45,7 +45,7 @@ from worker.pacs.transport import Request
 from worker.storage.destinations import Destinations
 from worker.storage.s3_source import check_credentials
 from worker.storage.sources import Sources
-from worker.storage.study_marks import Mark
+from worker.storage.study_marks import StudyFingerprint
 
 KEY_ID, SECRET = "COURIERTESTS", "hush-hush-secret"
 ACCOUNT_KEY = "aHVzaC1odXNoLXNlY3JldA=="
@@ -145,7 +145,7 @@ def test_a_refusal_is_quoted_with_its_remedy_and_without_secrets(
     assert type(error) is kind
     assert advice in error.message
     assert code in error.message
-    assert (error.resting is not None) == (kind is SourceUnauthorized)
+    assert (error.open_circuit is not None) == (kind is SourceUnauthorized)
 
 
 @pytest.mark.parametrize("scheme", ["s3", "az"])
@@ -158,17 +158,17 @@ def test_while_a_credential_is_refused_neither_fetches_nor_lists_are_sent_and_an
     asked = len(image_server.requests)
     again = error_of(lambda: sources.fetch(f"{scheme}://other/b.dcm"))
     listing = error_of(lambda: list(sources.pages(f"{scheme}://images/")))
-    assert again.resting == listing.resting == f"credential:sources.{'s3' if scheme == 's3' else 'azure'}"
+    assert again.open_circuit == listing.open_circuit == f"credential:sources.{'s3' if scheme == 's3' else 'azure'}"
     assert len(image_server.requests) == asked
     sources.fetch(image_server.put("by-http.dcm", b"x")).close()
     other = "az" if scheme == "s3" else "s3"
     image_server.put("images/b.dcm", b"b")
     image_server.put("account/images/b.dcm", b"b")
     sources.fetch(f"{other}://images/b.dcm").close()
-    client.hset(f"{PREFIX}{BREAKER}{again.resting}", "until_ms", 0)
+    client.hset(f"{PREFIX}{BREAKER}{again.open_circuit}", "until_ms", 0)
     fresh = Sources(source_settings(image_server), breakers=Breakers(client))
     fresh.fetch(f"{scheme}://images/b.dcm").close()
-    assert not client.exists(f"{PREFIX}{BREAKER}{again.resting}")
+    assert not client.exists(f"{PREFIX}{BREAKER}{again.open_circuit}")
     fresh.close()
 
 
@@ -192,7 +192,7 @@ def test_rights_that_were_taken_away_are_the_credentials_trouble_and_not_the_sen
     for name in ("a.dcm", "b.dcm"):
         answer(image_server, name, 403, "AccessDenied")
     error = error_of(lambda: sources.fetch("s3://images/b.dcm"))
-    assert (error.code, error.resting) == ("source_unauthorized", "credential:sources.s3/images")
+    assert (error.code, error.open_circuit) == ("source_unauthorized", "credential:sources.s3/images")
     assert "AccessDenied" in error.message
 
 
@@ -240,12 +240,12 @@ def test_credentials_that_cannot_be_read_are_the_workers_trouble_and_jobs_wait_f
     destinations = Destinations(DownloadSettings(s3=s3(image_server)), breakers=Breakers(client))
     questions: dict[str, list[Callable[[], object]]] = {
         "sources": [lambda: sources.fetch("s3://images/a.dcm"), lambda: list(sources.pages("s3://images/"))],
-        "downloads": [lambda: destinations.archive("s3://images/a.zip").look()],
+        "downloads": [lambda: destinations.archive("s3://images/a.zip").read_fingerprint()],
     }
     for of, asks in questions.items():
         for ask in asks:
             error = error_of(ask)
-            assert (error.code, error.resting) == ("source_unauthorized", f"credential:{of}.s3")
+            assert (error.code, error.open_circuit) == ("source_unauthorized", f"credential:{of}.s3")
     assert image_server.requests == []
 
 
@@ -262,7 +262,7 @@ def test_a_signed_url_that_is_refused_is_the_senders_own_credential(
 ) -> None:
     url = image_server.put("images/a.dcm", of_s3("ExpiredToken"), status=403) + query
     error = error_of(lambda: sources.fetch(url))
-    assert (type(error), error.resting) == (SourceDenied, None)
+    assert (type(error), error.open_circuit) == (SourceDenied, None)
 
 
 @pytest.mark.parametrize("body", [b"<html>nothing here</html>", b"nothing here", b"", b"<html><p>unclosed"])
@@ -300,7 +300,7 @@ def test_a_redirect_to_itself_is_no_fault_of_the_worker(
         assert f"status {status}" in error.message
     assert len(image_server.requests) == 2
     archive = Destinations(DownloadSettings(s3=s3(image_server))).archive("s3://images/a.dcm")
-    assert type(error_of(archive.look)) is SourceUnreachable
+    assert type(error_of(archive.read_fingerprint)) is SourceUnreachable
 
 
 # --- downloads ------------------------------------------------------------
@@ -317,15 +317,15 @@ def test_a_destination_whose_credential_is_refused_is_not_asked_again(
     image_server.put("account/images/a.zip", status=403, headers={"x-ms-error-code": "AuthenticationFailed"})
     destinations = Destinations(settings, breakers=Breakers(client))
     error = error_of(lambda: list(destinations.archive(url).read()))
-    assert (error.code, error.resting) == ("source_unauthorized", f"credential:{of}")
+    assert (error.code, error.open_circuit) == ("source_unauthorized", f"credential:{of}")
     asked = len(image_server.requests)
     questions: list[Callable[[], object]] = [
-        lambda: destinations.archive(url).look(),
-        lambda: destinations.archive(url).write(iter([b"x"]), Mark("1.2", 1, "")),
+        lambda: destinations.archive(url).read_fingerprint(),
+        lambda: destinations.archive(url).write(iter([b"x"]), StudyFingerprint("1.2", 1, "")),
         lambda: destinations.files(url).names(),
     ]
     for ask in questions:
-        assert error_of(ask).resting == f"credential:{of}"
+        assert error_of(ask).open_circuit == f"credential:{of}"
     assert len(image_server.requests) == asked
 
 
@@ -343,8 +343,8 @@ def test_a_destination_that_is_looked_at_first_says_whose_trouble_it_is(
 ) -> None:
     of_a_head(image_server, "a.zip", status, code)
     destinations = Destinations(DownloadSettings(s3=s3(image_server)), breakers=Breakers(client))
-    error = error_of(destinations.archive("s3://images/a.zip").look)
-    assert (type(error), error.resting) == (SourceUnauthorized if resting else InvalidRequest, resting)
+    error = error_of(destinations.archive("s3://images/a.zip").read_fingerprint)
+    assert (type(error), error.open_circuit) == (SourceUnauthorized if resting else InvalidRequest, resting)
     assert code in error.message
 
 
@@ -356,7 +356,9 @@ def test_that_a_credential_can_be_read_does_not_say_that_a_store_accepts_it(
     image_server.put("account/images/a.zip", status=403, headers={"x-ms-error-code": "AuthenticationFailed"})
     settings = DownloadSettings(s3=s3(image_server), azure=azure(image_server))
     name = str(
-        error_of(Destinations(settings, breakers=Breakers(client)).archive(f"{scheme}://images/a.zip").look).resting
+        error_of(
+            Destinations(settings, breakers=Breakers(client)).archive(f"{scheme}://images/a.zip").read_fingerprint
+        ).open_circuit
     )
     client.hset(f"{PREFIX}{BREAKER}{name}", "until_ms", 0)
     Destinations(settings, breakers=Breakers(client)).archive(f"{scheme}://images/a.zip")
@@ -371,11 +373,11 @@ def test_a_destination_that_lets_be_read_and_not_written_is_denied_as_before(
     archive = Destinations(DownloadSettings(azure=azure(image_server)), breakers=Breakers(client)).archive(
         "az://images/a.zip"
     )
-    assert archive.look() is None
+    assert archive.read_fingerprint() is None
     image_server.put("account/images/b.zip", status=403, headers=denied)
     other = Destinations(DownloadSettings(azure=azure(image_server)), breakers=Breakers(client))
-    other.archive("az://images/a.zip").look()
-    error = error_of(other.archive("az://images/b.zip").look)
+    other.archive("az://images/a.zip").read_fingerprint()
+    error = error_of(other.archive("az://images/b.zip").read_fingerprint)
     assert isinstance(error, InvalidRequest)
     assert error.details["reason"] == "denied"
 
@@ -395,7 +397,7 @@ def get(pacs: GuardedTransport, path: str) -> str | None:
     try:
         pacs.exchange(Request("GET", f"/dicom-web/{path}"))
     except PacsUnauthorized as error:
-        return error.resting or ""
+        return error.open_circuit or ""
     return None
 
 
@@ -433,12 +435,12 @@ def test_a_403_of_something_beside_dicomweb_is_not_the_credentials(
 # --- a batch ------------------------------------------------------------
 
 
-class GuardedSite(Site):
+class GuardedSite(BatchSite):
     """With what all workers know of credentials and servers."""
 
     @property
-    def tools(self) -> Tools:
-        return replace(super().tools, breakers=Breakers(self.ledger.client))
+    def services(self) -> Services:
+        return replace(super().services, breakers=Breakers(self.ledger.client))
 
     def wake(self) -> bool:
         """What the sweeper does for those that wait for a circuit breaker; never the end."""
@@ -474,15 +476,15 @@ def test_the_items_of_a_batch_wait_for_a_credential_and_none_is_refused(
         return bool(site.ledger.parked())
 
     parked = site.see_to_its_end("pacs.batch.upload", upload_all, site.batch, message, until=waits)
-    assert isinstance(parked, Parked)
-    assert set(site.told()) <= {"stored", "open"}
+    assert isinstance(parked, Deferred)
+    assert set(site.ends()) <= {"stored", "open"}
     assert len(image_server.requests) < 40
     for name, content in files.items():
         image_server.put(f"images/{name}", content)
     site.ledger.client.hset(f"{PREFIX}{BREAKER}credential:sources.s3", "until_ms", 0)
     ended = site.see_to_its_end("pacs.batch.upload", upload_all, site.batch, message, until=site.wake)
     assert payload(ended)["state"] == "done"
-    assert set(site.told()) == {"stored"}
+    assert set(site.ends()) == {"stored"}
 
 
 def test_items_that_waited_in_vain_have_failed_and_retry_finds_them(
@@ -495,8 +497,8 @@ def test_items_that_waited_in_vain_have_failed_and_retry_finds_them(
     )
     site.upload("s3://images/a.dcm", server="msdicom")
     (row,) = site.rows
-    assert (row.settled.status, row.settled.code) == ("failed", "source_unauthorized")
+    assert (row.outcome.status, row.outcome.code) == ("failed", "source_unauthorized")
     image_server.put("images/a.dcm", content)
     site.ledger.client.delete(f"{PREFIX}{BREAKER}credential:sources.s3")
-    assert not isinstance(site.go_on(Conductor.retry, "retry"), Failed)
-    assert site.told() == ["stored"]
+    assert not isinstance(site.go_on(Coordinator.retry, "retry"), Failed)
+    assert site.ends() == ["stored"]

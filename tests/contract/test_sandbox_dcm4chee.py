@@ -45,7 +45,7 @@ NATIVE = "{http://dicom.nema.org/PS3.19/models/NativeDICOM}"
 
 
 @dataclass
-class Archive:
+class SandboxArchive:
     """The sandbox's DCM4CHEE, over HTTP."""
 
     part: SandboxPart
@@ -154,7 +154,7 @@ def sample(name: str, study: str) -> bytes:
     return content.getvalue()
 
 
-Row = Callable[[Archive], None]
+Row = Callable[[SandboxArchive], None]
 ROWS: dict[str, Row] = {}
 
 
@@ -168,8 +168,8 @@ def row(identity: str) -> Callable[[Row], Row]:
 
 
 @pytest.fixture
-def archive(sandbox: SandboxPart, processes: Processes) -> Iterator[Archive]:
-    one = Archive(sandbox, processes.folder / "sandbox-data" / "dcm4chee" / "files")
+def archive(sandbox: SandboxPart, processes: Processes) -> Iterator[SandboxArchive]:
+    one = SandboxArchive(sandbox, processes.folder / "sandbox-data" / "dcm4chee" / "files")
     with one.http:
         yield one
         if real_archive.address() is None:
@@ -181,7 +181,7 @@ def archive(sandbox: SandboxPart, processes: Processes) -> Iterator[Archive]:
 
 
 @row("1")
-def one_new_object_is_stored(archive: Archive) -> None:
+def one_new_object_is_stored(archive: SandboxArchive) -> None:
     study = new_uid()
     answer = archive.stow(image(study))
     assert answer.status_code == 200
@@ -192,7 +192,7 @@ def one_new_object_is_stored(archive: Archive) -> None:
 
 
 @row("2")
-def posting_to_the_study_gives_its_url(archive: Archive) -> None:
+def posting_to_the_study_gives_its_url(archive: SandboxArchive) -> None:
     study = new_uid()
     answer = archive.stow(image(study), path=f"/studies/{study}")
     assert answer.status_code == 200
@@ -200,7 +200,7 @@ def posting_to_the_study_gives_its_url(archive: Archive) -> None:
 
 
 @row("3")
-def another_study_in_the_url_is_a_conflict(archive: Archive) -> None:
+def another_study_in_the_url_is_a_conflict(archive: SandboxArchive) -> None:
     answer = archive.stow(image(new_uid()), path=f"/studies/{new_uid()}")
     assert answer.status_code == 409
     assert reasons(answer) == [50185]
@@ -210,7 +210,7 @@ def another_study_in_the_url_is_a_conflict(archive: Archive) -> None:
 
 
 @row("4")
-def one_of_two_in_the_wrong_study_is_a_202(archive: Archive) -> None:
+def one_of_two_in_the_wrong_study_is_a_202(archive: SandboxArchive) -> None:
     study = new_uid()
     answer = archive.stow(image(study), image(new_uid()), path=f"/studies/{study}")
     assert answer.status_code == 202
@@ -219,7 +219,7 @@ def one_of_two_in_the_wrong_study_is_a_202(archive: Archive) -> None:
 
 
 @row("5")
-def two_studies_have_no_common_url(archive: Archive) -> None:
+def two_studies_have_no_common_url(archive: SandboxArchive) -> None:
     answer = archive.stow(image(new_uid()), image(new_uid()))
     assert answer.status_code == 200
     assert len(stored(answer)) == 2
@@ -227,7 +227,7 @@ def two_studies_have_no_common_url(archive: Archive) -> None:
 
 
 @row("6")
-def the_same_object_again_is_a_silent_success(archive: Archive) -> None:
+def the_same_object_again_is_a_silent_success(archive: SandboxArchive) -> None:
     study = new_uid()
     one = image(study)
     archive.stow(one)
@@ -240,7 +240,7 @@ def the_same_object_again_is_a_silent_success(archive: Archive) -> None:
 
 
 @row("7")
-def other_pixels_under_the_same_uid_are_ignored(archive: Archive) -> None:
+def other_pixels_under_the_same_uid_are_ignored(archive: SandboxArchive) -> None:
     study, sop = new_uid(), new_uid()
     archive.stow(image(study, sop=sop, seed=1))
     answer = archive.stow(image(study, sop=sop, seed=2))
@@ -251,7 +251,7 @@ def other_pixels_under_the_same_uid_are_ignored(archive: Archive) -> None:
 
 
 @row("8")
-def the_same_uid_in_another_study_is_a_success_that_stores_nothing(archive: Archive) -> None:
+def the_same_uid_in_another_study_is_a_success_that_stores_nothing(archive: SandboxArchive) -> None:
     first, second, sop = new_uid(), new_uid(), new_uid()
     archive.stow(image(first, sop=sop))
     answer = archive.stow(image(second, sop=sop))
@@ -261,7 +261,7 @@ def the_same_uid_in_another_study_is_a_success_that_stores_nothing(archive: Arch
 
 
 @row("9")
-def bytes_that_are_no_dicom_fail_under_a_made_up_uid(archive: Archive) -> None:
+def bytes_that_are_no_dicom_fail_under_a_made_up_uid(archive: SandboxArchive) -> None:
     answer = archive.stow(b"this is not DICOM at all")
     assert answer.status_code == 409
     assert reasons(answer) == [50329]
@@ -273,14 +273,14 @@ def bytes_that_are_no_dicom_fail_under_a_made_up_uid(archive: Archive) -> None:
 
 
 @row("10")
-def garbage_beside_a_valid_object_is_a_202(archive: Archive) -> None:
+def garbage_beside_a_valid_object_is_a_202(archive: SandboxArchive) -> None:
     answer = archive.stow(b"garbage", image(new_uid()))
     assert answer.status_code == 202
     assert (len(stored(answer)), reasons(answer)) == (1, [50329])
 
 
 @row("11")
-def only_text_parts_are_a_409_with_nothing_in_it(archive: Archive) -> None:
+def only_text_parts_are_a_409_with_nothing_in_it(archive: SandboxArchive) -> None:
     answer = archive.post("/studies", body_of(part(b"hello", "text/plain"), part(b"there", "text/plain")))
     assert answer.status_code == 409
     assert answer.json() == {"00081190": {"vr": "UR"}}
@@ -288,7 +288,7 @@ def only_text_parts_are_a_409_with_nothing_in_it(archive: Archive) -> None:
 
 
 @row("12")
-def a_text_part_beside_an_object_is_not_mentioned(archive: Archive) -> None:
+def a_text_part_beside_an_object_is_not_mentioned(archive: SandboxArchive) -> None:
     answer = archive.post("/studies", body_of(part(image(new_uid())), part(b"hello", "text/plain")))
     assert answer.status_code == 200
     assert len(stored(answer)) == 1
@@ -296,7 +296,7 @@ def a_text_part_beside_an_object_is_not_mentioned(archive: Archive) -> None:
 
 
 @row("13")
-def a_part_without_content_type_is_a_500_after_the_parts_before_it(archive: Archive) -> None:
+def a_part_without_content_type_is_a_500_after_the_parts_before_it(archive: SandboxArchive) -> None:
     study = new_uid()
     answer = archive.post("/studies", body_of(part(image(study)), part(image(study), None)))
     assert answer.status_code == 500
@@ -305,7 +305,7 @@ def a_part_without_content_type_is_a_500_after_the_parts_before_it(archive: Arch
 
 
 @row("14")
-def a_missing_boundary_is_a_400(archive: Archive) -> None:
+def a_missing_boundary_is_a_400(archive: SandboxArchive) -> None:
     answer = archive.post("/studies", body_of(part(image(new_uid()))), MULTIPART)
     assert answer.status_code == 400
     assert answer.headers["Content-Type"].startswith("text/plain")
@@ -313,12 +313,12 @@ def a_missing_boundary_is_a_400(archive: Archive) -> None:
 
 
 @row("15")
-def an_empty_body_is_a_500(archive: Archive) -> None:
+def an_empty_body_is_a_500(archive: SandboxArchive) -> None:
     assert archive.post("/studies", b"").status_code == 500
 
 
 @row("16")
-def a_truncated_body_leaves_its_first_part_stored(archive: Archive) -> None:
+def a_truncated_body_leaves_its_first_part_stored(archive: SandboxArchive) -> None:
     study = new_uid()
     answer = archive.post("/studies", part(image(study)) + part(image(study))[:-2000])
     assert answer.status_code == 500
@@ -327,17 +327,17 @@ def a_truncated_body_leaves_its_first_part_stored(archive: Archive) -> None:
 
 
 @row("17")
-def a_single_part_body_is_a_415(archive: Archive) -> None:
+def a_single_part_body_is_a_415(archive: SandboxArchive) -> None:
     assert archive.post("/studies", image(new_uid()), "application/dicom").status_code == 415
 
 
 @row("18")
-def plain_json_is_not_an_answer_it_can_give(archive: Archive) -> None:
+def plain_json_is_not_an_answer_it_can_give(archive: SandboxArchive) -> None:
     assert archive.stow(image(new_uid()), accept="application/json").status_code == 406
 
 
 @row("19")
-def the_answer_can_be_xml(archive: Archive) -> None:
+def the_answer_can_be_xml(archive: SandboxArchive) -> None:
     study = new_uid()
     answer = archive.stow(image(study), accept="application/dicom+xml")
     assert answer.status_code == 200
@@ -348,7 +348,7 @@ def the_answer_can_be_xml(archive: Archive) -> None:
 
 
 @row("20")
-def only_the_ae_dcm4chee_stores(archive: Archive) -> None:
+def only_the_ae_dcm4chee_stores(archive: SandboxArchive) -> None:
     answer = archive.stow(image(new_uid()), aet="AS_RECEIVED")
     assert answer.status_code == 404
     wanted = "No Web Application with STOW_RS service class found for Application Entity: AS_RECEIVED"
@@ -356,14 +356,14 @@ def only_the_ae_dcm4chee_stores(archive: Archive) -> None:
 
 
 @row("21")
-def an_unknown_ae_is_a_404(archive: Archive) -> None:
+def an_unknown_ae_is_a_404(archive: SandboxArchive) -> None:
     answer = archive.stow(image(new_uid()), aet="XYZ")
     assert answer.status_code == 404
     assert answer.json() == {"errorMessage": "No such Application Entity: XYZ"}
 
 
 @row("22")
-def an_unknown_parameter_of_a_store_is_a_400(archive: Archive) -> None:
+def an_unknown_parameter_of_a_store_is_a_400(archive: SandboxArchive) -> None:
     study = new_uid()
     answer = archive.stow(image(study), path="/studies?foo=bar")
     assert answer.status_code == 400
@@ -372,7 +372,7 @@ def an_unknown_parameter_of_a_store_is_a_400(archive: Archive) -> None:
 
 
 @row("23")
-def a_keyword_in_the_url_is_written_into_the_database_and_not_into_the_object(archive: Archive) -> None:
+def a_keyword_in_the_url_is_written_into_the_database_and_not_into_the_object(archive: SandboxArchive) -> None:
     study = new_uid()
     assert archive.stow(image(study, PatientID="OLD"), path="/studies?PatientID=NEW").status_code == 200
     listed = archive.get("/studies", params={"StudyInstanceUID": study}).json()[0]
@@ -382,7 +382,7 @@ def a_keyword_in_the_url_is_written_into_the_database_and_not_into_the_object(ar
 
 
 @row("24")
-def a_missing_patient_id_is_made_up(archive: Archive) -> None:
+def a_missing_patient_id_is_made_up(archive: SandboxArchive) -> None:
     study = new_uid()
     assert archive.stow(image(study, PatientID="")).status_code == 200
     listed = archive.get("/studies", params={"StudyInstanceUID": study}).json()[0]
@@ -392,7 +392,7 @@ def a_missing_patient_id_is_made_up(archive: Archive) -> None:
 
 
 @row("25")
-def another_name_for_the_patient_of_a_study_is_a_conflict(archive: Archive) -> None:
+def another_name_for_the_patient_of_a_study_is_a_conflict(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study))
     answer = archive.stow(image(study, PatientName="Somebody^Else"))
@@ -402,16 +402,16 @@ def another_name_for_the_patient_of_a_study_is_a_conflict(archive: Archive) -> N
 
 
 @row("26")
-def a_failing_disk_is_reason_a700(archive: Archive) -> None:
-    archive.part.set_mood("dcm4chee", "store", disk_full="A700")
+def a_failing_disk_is_reason_a700(archive: SandboxArchive) -> None:
+    archive.part.set_fault("dcm4chee", "store", disk_full="A700")
     answer = archive.stow(image(new_uid()))
     assert answer.status_code == 409
     assert reasons(answer) == [42752]
 
 
 @row("27")
-def a_storage_over_its_threshold_is_reason_272(archive: Archive) -> None:
-    archive.part.set_mood("dcm4chee", "store", disk_full="272")
+def a_storage_over_its_threshold_is_reason_272(archive: SandboxArchive) -> None:
+    archive.part.set_fault("dcm4chee", "store", disk_full="272")
     answer = archive.stow(image(new_uid()))
     assert answer.status_code == 409
     assert reasons(answer) == [272]
@@ -419,10 +419,10 @@ def a_storage_over_its_threshold_is_reason_272(archive: Archive) -> None:
 
 
 @row("28")
-def a_collision_in_the_database_is_a_272_that_passes(archive: Archive) -> None:
+def a_collision_in_the_database_is_a_272_that_passes(archive: SandboxArchive) -> None:
     study = new_uid()
     one = image(study)
-    archive.part.set_mood("dcm4chee", "store", transient_272=True, times=1)
+    archive.part.set_fault("dcm4chee", "store", transient_272=True, times=1)
     answer = archive.stow(one)
     assert answer.status_code == 409
     assert reasons(answer) == [272]
@@ -431,7 +431,7 @@ def a_collision_in_the_database_is_a_272_that_passes(archive: Archive) -> None:
 
 
 @row("29")
-def a_body_announced_as_too_long_is_a_400(archive: Archive) -> None:
+def a_body_announced_as_too_long_is_a_400(archive: SandboxArchive) -> None:
     url = urlsplit(archive.rs() + "/studies")
     with socket.create_connection((url.hostname, url.port), timeout=10) as connection:
         connection.sendall(
@@ -442,7 +442,7 @@ def a_body_announced_as_too_long_is_a_400(archive: Archive) -> None:
 
 
 @row("30")
-def a_method_that_is_not_there_is_a_405(archive: Archive) -> None:
+def a_method_that_is_not_there_is_a_405(archive: SandboxArchive) -> None:
     answer = archive.http.patch(archive.rs() + "/studies")
     assert answer.status_code == 405
     assert {"GET", "POST"} <= {method.strip() for method in answer.headers["Allow"].split(",")}
@@ -456,7 +456,7 @@ STUDY_DEFAULTS = (
 )
 
 
-def studies(archive: Archive, count: int) -> list[str]:
+def studies(archive: SandboxArchive, count: int) -> list[str]:
     """So many new studies of one small image each, in one request."""
     uids = [new_uid() for _ in range(count)]
     assert archive.stow(*(image(uid, side=2) for uid in uids)).status_code == 200
@@ -464,7 +464,7 @@ def studies(archive: Archive, count: int) -> list[str]:
 
 
 @row("31")
-def a_known_study_is_listed_with_the_default_attributes(archive: Archive) -> None:
+def a_known_study_is_listed_with_the_default_attributes(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study), image(study), image(study))
     answer = archive.get("/studies", params={"StudyInstanceUID": study})
@@ -480,23 +480,23 @@ def a_known_study_is_listed_with_the_default_attributes(archive: Archive) -> Non
 
 
 @row("32")
-def an_unknown_study_is_a_204(archive: Archive) -> None:
+def an_unknown_study_is_a_204(archive: SandboxArchive) -> None:
     answer = archive.get("/studies", params={"StudyInstanceUID": new_uid()})
     assert (answer.status_code, answer.content) == (204, b"")
 
 
 @row("33")
-def a_limit_of_zero_is_a_400(archive: Archive) -> None:
+def a_limit_of_zero_is_a_400(archive: SandboxArchive) -> None:
     assert archive.get("/studies?limit=0").status_code == 400
 
 
 @row("34")
-def an_offset_of_six_digits_is_a_400(archive: Archive) -> None:
+def an_offset_of_six_digits_is_a_400(archive: SandboxArchive) -> None:
     assert archive.get("/studies?offset=100000").status_code == 400
 
 
 @row("35")
-def a_limit_gives_no_warning(archive: Archive) -> None:
+def a_limit_gives_no_warning(archive: SandboxArchive) -> None:
     studies(archive, 3)
     answer = archive.get("/studies?limit=1")
     assert answer.status_code == 200
@@ -505,7 +505,7 @@ def a_limit_gives_no_warning(archive: Archive) -> None:
 
 
 @row("36")
-def a_list_without_a_limit_ends_at_a_thousand(archive: Archive) -> None:
+def a_list_without_a_limit_ends_at_a_thousand(archive: SandboxArchive) -> None:
     studies(archive, 1001)
     answer = archive.get("/studies")
     assert answer.status_code == 200
@@ -514,7 +514,7 @@ def a_list_without_a_limit_ends_at_a_thousand(archive: Archive) -> None:
 
 
 @row("37")
-def a_limit_above_a_thousand_is_a_thousand(archive: Archive) -> None:
+def a_limit_above_a_thousand_is_a_thousand(archive: SandboxArchive) -> None:
     studies(archive, 1001)
     answer = archive.get("/studies?limit=2000")
     assert len(answer.json()) == 1000
@@ -522,14 +522,14 @@ def a_limit_above_a_thousand_is_a_thousand(archive: Archive) -> None:
 
 
 @row("38")
-def an_offset_behind_the_last_one_is_a_204(archive: Archive) -> None:
+def an_offset_behind_the_last_one_is_a_204(archive: SandboxArchive) -> None:
     studies(archive, 2)
     assert archive.get("/studies?offset=1").status_code == 200
     assert archive.get("/studies?offset=2").status_code == 204
 
 
 @row("39")
-def an_unknown_parameter_of_a_search_is_a_400(archive: Archive) -> None:
+def an_unknown_parameter_of_a_search_is_a_400(archive: SandboxArchive) -> None:
     answer = archive.get("/studies?Foo=1", "application/json")
     assert answer.status_code == 400
     assert answer.headers["validation-exception"] == "true"
@@ -541,7 +541,7 @@ def an_unknown_parameter_of_a_search_is_a_400(archive: Archive) -> None:
 
 
 @row("39a")
-def a_list_of_uids_is_split_at_commas_as_written(archive: Archive) -> None:
+def a_list_of_uids_is_split_at_commas_as_written(archive: SandboxArchive) -> None:
     first, second, _third = studies(archive, 3)
     assert len(archive.get(f"/studies?StudyInstanceUID={first},{second}").json()) == 2
     repeated = [("StudyInstanceUID", first), ("StudyInstanceUID", second)]
@@ -549,19 +549,19 @@ def a_list_of_uids_is_split_at_commas_as_written(archive: Archive) -> None:
 
 
 @row("39b")
-def an_encoded_comma_makes_one_odd_value(archive: Archive) -> None:
+def an_encoded_comma_makes_one_odd_value(archive: SandboxArchive) -> None:
     first, second = studies(archive, 2)
     assert archive.get(f"/studies?StudyInstanceUID={first}%2C{second}").status_code == 204
 
 
 @row("39c")
-def a_retrieve_ignores_unknown_parameters(archive: Archive) -> None:
+def a_retrieve_ignores_unknown_parameters(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     assert archive.get(f"/studies/{study}?Foo=1").status_code == 200
 
 
 @row("39d")
-def a_delete_refuses_unknown_parameters(archive: Archive) -> None:
+def a_delete_refuses_unknown_parameters(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     archive.reject(f"/studies/{study}")
     assert archive.delete(f"/studies/{study}?Foo=1").status_code == 400
@@ -569,7 +569,7 @@ def a_delete_refuses_unknown_parameters(archive: Archive) -> None:
 
 
 @row("40")
-def includefield_all_gives_private_attributes_too(archive: Archive) -> None:
+def includefield_all_gives_private_attributes_too(archive: SandboxArchive) -> None:
     study = new_uid()
     one = image(study, StudyDescription="A square")
     archive.stow(one)
@@ -581,7 +581,7 @@ def includefield_all_gives_private_attributes_too(archive: Archive) -> None:
 
 
 @row("41")
-def the_study_description_has_to_be_asked_for(archive: Archive) -> None:
+def the_study_description_has_to_be_asked_for(archive: SandboxArchive) -> None:
     archive.stow(image(new_uid(), StudyDescription="A square"))
     listed = archive.get("/studies").json()[0]
     assert "00081030" not in listed
@@ -590,13 +590,13 @@ def the_study_description_has_to_be_asked_for(archive: Archive) -> None:
 
 
 @row("42")
-def a_list_cannot_be_html(archive: Archive) -> None:
+def a_list_cannot_be_html(archive: SandboxArchive) -> None:
     studies(archive, 1)
     assert archive.get("/studies", "text/html").status_code == 406
 
 
 @row("43")
-def a_list_can_be_csv(archive: Archive) -> None:
+def a_list_can_be_csv(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     answer = archive.get("/studies", "text/csv")
     assert answer.headers["Content-Type"].startswith("text/csv")
@@ -607,7 +607,7 @@ def a_list_can_be_csv(archive: Archive) -> None:
 
 
 @row("44")
-def studies_are_counted(archive: Archive) -> None:
+def studies_are_counted(archive: SandboxArchive) -> None:
     studies(archive, 2)
     answer = archive.get("/studies/count")
     assert answer.headers["Content-Type"].startswith("application/json")
@@ -615,21 +615,21 @@ def studies_are_counted(archive: Archive) -> None:
 
 
 @row("45")
-def studies_are_measured(archive: Archive) -> None:
+def studies_are_measured(archive: SandboxArchive) -> None:
     one = image(new_uid())
     archive.stow(one)
     assert archive.get("/studies/size").json() == {"size": own_size(one)}
 
 
 @row("46")
-def the_worklist_ae_has_no_search(archive: Archive) -> None:
+def the_worklist_ae_has_no_search(archive: SandboxArchive) -> None:
     answer = archive.get("/studies", aet="WORKLIST")
     assert answer.status_code == 404
     assert "No Web Application with QIDO_RSservice class found" in answer.json()["errorMessage"]
 
 
 @row("47")
-def an_unknown_storage_is_an_empty_list(archive: Archive) -> None:
+def an_unknown_storage_is_an_empty_list(archive: SandboxArchive) -> None:
     studies(archive, 1)
     answer = archive.get("/studies?storageID=none")
     assert (answer.status_code, answer.json()) == (200, [])
@@ -639,7 +639,7 @@ def an_unknown_storage_is_an_empty_list(archive: Archive) -> None:
 
 
 @row("48")
-def a_study_is_retrieved_as_stored(archive: Archive) -> None:
+def a_study_is_retrieved_as_stored(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study), sample("JPEG2000.dcm", study))
     answer = archive.get(f"/studies/{study}", AS_STORED)
@@ -655,7 +655,7 @@ def a_study_is_retrieved_as_stored(archive: Archive) -> None:
 
 
 @row("49")
-def without_a_transfer_syntax_a_jpeg_is_decompressed(archive: Archive) -> None:
+def without_a_transfer_syntax_a_jpeg_is_decompressed(archive: SandboxArchive) -> None:
     only_the_sandbox("decompresses JPEG, for which an archive needs its native codecs")
     study = new_uid()
     assert archive.stow(sample("SC_rgb_jpeg_dcmtk.dcm", study)).status_code == 200
@@ -668,7 +668,7 @@ def without_a_transfer_syntax_a_jpeg_is_decompressed(archive: Archive) -> None:
 
 
 @row("50")
-def a_single_part_object_cannot_be_had(archive: Archive) -> None:
+def a_single_part_object_cannot_be_had(archive: SandboxArchive) -> None:
     study, sop = new_uid(), new_uid()
     archive.stow(image(study, sop=sop))
     path = f"/studies/{study}/series/{study}.1/instances/{sop}"
@@ -677,14 +677,14 @@ def a_single_part_object_cannot_be_had(archive: Archive) -> None:
 
 
 @row("51")
-def retrieving_an_unknown_study_is_a_404(archive: Archive) -> None:
+def retrieving_an_unknown_study_is_a_404(archive: SandboxArchive) -> None:
     answer = archive.get(f"/studies/{new_uid()}", AS_STORED)
     assert answer.status_code == 404
     assert answer.json() == {"errorMessage": "No matches found."}
 
 
 @row("52")
-def a_study_can_be_had_as_zip_by_link(archive: Archive) -> None:
+def a_study_can_be_had_as_zip_by_link(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study), image(study))
     answer = archive.get(f"/studies/{study}?accept=application/zip", "text/html")
@@ -701,7 +701,7 @@ def a_study_can_be_had_as_zip_by_link(archive: Archive) -> None:
 
 
 @row("53")
-def metadata_names_the_instance_as_its_pixels(archive: Archive) -> None:
+def metadata_names_the_instance_as_its_pixels(archive: SandboxArchive) -> None:
     study, sop = new_uid(), new_uid()
     archive.stow(image(study, sop=sop))
     answer = archive.get(f"/studies/{study}/metadata", "application/json")
@@ -715,7 +715,7 @@ def metadata_names_the_instance_as_its_pixels(archive: Archive) -> None:
 
 
 @row("54")
-def frames_of_a_report_are_a_404(archive: Archive) -> None:
+def frames_of_a_report_are_a_404(archive: SandboxArchive) -> None:
     study = new_uid()
     answer = archive.stow(sample("reportsi.dcm", study))
     url = value(stored(answer)[0], "00081190")
@@ -724,19 +724,19 @@ def frames_of_a_report_are_a_404(archive: Archive) -> None:
     assert answer.json() == {"errorMessage": "Not an image."}
 
 
-def image_url(archive: Archive) -> str:
+def image_url(archive: SandboxArchive) -> str:
     return str(value(stored(archive.stow(image(new_uid())))[0], "00081190"))
 
 
 @row("55")
-def a_frame_behind_the_last_is_a_404(archive: Archive) -> None:
+def a_frame_behind_the_last_is_a_404(archive: SandboxArchive) -> None:
     answer = archive.get(f"{image_url(archive)}/frames/99")
     assert answer.status_code == 404
     assert answer.json() == {"errorMessage": "No such frame."}
 
 
 @row("56")
-def some_frames_are_a_206(archive: Archive) -> None:
+def some_frames_are_a_206(archive: SandboxArchive) -> None:
     answer = archive.get(f"{image_url(archive)}/frames/1,99")
     assert answer.status_code == 206
     assert "Warning" not in answer.headers
@@ -744,7 +744,7 @@ def some_frames_are_a_206(archive: Archive) -> None:
     assert len(content) == 64 * 64 * 2
 
 
-def lose_file(archive: Archive, sop_instance_uid: str) -> None:
+def lose_file(archive: SandboxArchive, sop_instance_uid: str) -> None:
     """Take one object's file away from under the archive."""
     only_the_sandbox("loses a file")
     (path,) = [
@@ -754,7 +754,7 @@ def lose_file(archive: Archive, sop_instance_uid: str) -> None:
 
 
 @row("57")
-def a_lost_file_makes_a_206(archive: Archive) -> None:
+def a_lost_file_makes_a_206(archive: SandboxArchive) -> None:
     study, lost = new_uid(), new_uid()
     archive.stow(image(study, sop=lost), image(study))
     lose_file(archive, lost)
@@ -765,7 +765,7 @@ def a_lost_file_makes_a_206(archive: Archive) -> None:
 
 
 @row("58")
-def a_study_without_any_file_is_a_410(archive: Archive) -> None:
+def a_study_without_any_file_is_a_410(archive: SandboxArchive) -> None:
     study, lost = new_uid(), new_uid()
     archive.stow(image(study, sop=lost))
     lose_file(archive, lost)
@@ -775,7 +775,7 @@ def a_study_without_any_file_is_a_410(archive: Archive) -> None:
 
 
 @row("59")
-def a_known_etag_is_a_304(archive: Archive) -> None:
+def a_known_etag_is_a_304(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study))
     tag = archive.get(f"/studies/{study}", AS_STORED).headers["ETag"]
@@ -787,7 +787,7 @@ def a_known_etag_is_a_304(archive: Archive) -> None:
 # -- the table: deletion ---------------------------------------------------------------------------------------------
 
 
-def rejected_study(archive: Archive, code: str = EXPIRED) -> tuple[str, bytes]:
+def rejected_study(archive: SandboxArchive, code: str = EXPIRED) -> tuple[str, bytes]:
     """A study of one image, rejected; and the image."""
     study = new_uid()
     one = image(study)
@@ -797,7 +797,7 @@ def rejected_study(archive: Archive, code: str = EXPIRED) -> tuple[str, bytes]:
 
 
 @row("60")
-def a_study_is_rejected(archive: Archive) -> None:
+def a_study_is_rejected(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study), image(study))
     answer = archive.reject(f"/studies/{study}")
@@ -805,7 +805,7 @@ def a_study_is_rejected(archive: Archive) -> None:
 
 
 @row("61")
-def a_raw_caret_never_reaches_the_archive(archive: Archive) -> None:
+def a_raw_caret_never_reaches_the_archive(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     url = urlsplit(archive.rs())
     connection = http.client.HTTPConnection(url.netloc, timeout=10)
@@ -818,7 +818,7 @@ def a_raw_caret_never_reaches_the_archive(archive: Archive) -> None:
 
 
 @row("62")
-def rejecting_again_finds_nothing(archive: Archive) -> None:
+def rejecting_again_finds_nothing(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
     answer = archive.reject(f"/studies/{study}")
     assert answer.status_code == 404
@@ -826,7 +826,7 @@ def rejecting_again_finds_nothing(archive: Archive) -> None:
 
 
 @row("63")
-def a_rejected_study_is_an_empty_list(archive: Archive) -> None:
+def a_rejected_study_is_an_empty_list(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
     answer = archive.get("/studies", params={"StudyInstanceUID": study})
     assert (answer.status_code, answer.json()) == (200, [])
@@ -835,27 +835,27 @@ def a_rejected_study_is_an_empty_list(archive: Archive) -> None:
 
 
 @row("64")
-def its_instances_are_a_204(archive: Archive) -> None:
+def its_instances_are_a_204(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
     assert archive.get(f"/studies/{study}/instances").status_code == 204
     assert archive.get(f"/instances/count?StudyInstanceUID={study}").json() == {"count": 0}
 
 
 @row("65")
-def it_is_still_counted(archive: Archive) -> None:
+def it_is_still_counted(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
     assert archive.get(f"/studies/count?StudyInstanceUID={study}").json() == {"count": 1}
 
 
 @row("66")
-def it_cannot_be_retrieved(archive: Archive) -> None:
+def it_cannot_be_retrieved(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
     assert archive.get(f"/studies/{study}", AS_STORED).status_code == 404
     assert archive.get(f"/studies/{study}/metadata").status_code == 404
 
 
 @row("67")
-def other_aes_still_see_it(archive: Archive) -> None:
+def other_aes_still_see_it(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
     for aet, shown in (("AS_RECEIVED", "2"), ("IOCM_EXPIRED", "1")):  # the former shows the note, too
         (listed,) = archive.get(f"/studies?StudyInstanceUID={study}", aet=aet).json()
@@ -864,7 +864,7 @@ def other_aes_still_see_it(archive: Archive) -> None:
 
 
 @row("68")
-def storing_an_expired_object_again_restores_it(archive: Archive) -> None:
+def storing_an_expired_object_again_restores_it(archive: SandboxArchive) -> None:
     study, one = rejected_study(archive, EXPIRED)
     assert archive.stow(one).status_code == 200
     (listed,) = archive.get(f"/studies?StudyInstanceUID={study}").json()
@@ -872,7 +872,7 @@ def storing_an_expired_object_again_restores_it(archive: Archive) -> None:
 
 
 @row("69")
-def a_rejection_for_quality_leaves_a_visible_note(archive: Archive) -> None:
+def a_rejection_for_quality_leaves_a_visible_note(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive, QUALITY)
     (listed,) = archive.get(f"/studies?StudyInstanceUID={study}").json()
     assert value(listed, "00080061") == "KO"
@@ -884,7 +884,7 @@ def a_rejection_for_quality_leaves_a_visible_note(archive: Archive) -> None:
 
 
 @row("70")
-def storing_an_object_rejected_for_quality_leaves_it_hidden(archive: Archive) -> None:
+def storing_an_object_rejected_for_quality_leaves_it_hidden(archive: SandboxArchive) -> None:
     study, one = rejected_study(archive, QUALITY)
     answer = archive.stow(one)
     assert answer.status_code == 200
@@ -894,7 +894,7 @@ def storing_an_object_rejected_for_quality_leaves_it_hidden(archive: Archive) ->
 
 
 @row("71")
-def an_object_rejected_for_safety_is_refused(archive: Archive) -> None:
+def an_object_rejected_for_safety_is_refused(archive: SandboxArchive) -> None:
     _study, one = rejected_study(archive, SAFETY)
     answer = archive.stow(one)
     assert answer.status_code == 409
@@ -902,7 +902,7 @@ def an_object_rejected_for_safety_is_refused(archive: Archive) -> None:
 
 
 @row("72")
-def an_unknown_code_is_a_404(archive: Archive) -> None:
+def an_unknown_code_is_a_404(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     answer = archive.reject(f"/studies/{study}", "999%5EDCM")
     assert (answer.status_code, answer.json()["errorMessage"]) == (404, "Unknown Rejection Note Code: (999, DCM)")
@@ -918,7 +918,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @row("73")
-def a_queued_rejection_is_a_202(archive: Archive) -> None:
+def a_queued_rejection_is_a_202(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     answer = archive.reject(f"/studies/{study}", query="?queue=true")
     assert (answer.status_code, answer.content) == (202, b"")
@@ -926,12 +926,12 @@ def a_queued_rejection_is_a_202(archive: Archive) -> None:
 
 
 @row("74")
-def rejecting_an_unknown_study_is_a_404(archive: Archive) -> None:
+def rejecting_an_unknown_study_is_a_404(archive: SandboxArchive) -> None:
     assert archive.reject(f"/studies/{new_uid()}").status_code == 404
 
 
 @row("75")
-def a_study_that_is_not_rejected_cannot_be_deleted(archive: Archive) -> None:
+def a_study_that_is_not_rejected_cannot_be_deleted(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     answer = archive.delete(f"/studies/{study}")
     assert answer.status_code == 403
@@ -939,7 +939,7 @@ def a_study_that_is_not_rejected_cannot_be_deleted(archive: Archive) -> None:
 
 
 @row("76")
-def nor_can_one_that_is_partly_rejected(archive: Archive) -> None:
+def nor_can_one_that_is_partly_rejected(archive: SandboxArchive) -> None:
     study, first = new_uid(), new_uid()
     archive.stow(image(study, series=first), image(study, series=new_uid()))
     assert archive.reject(f"/studies/{study}/series/{first}").json() == {"count": 1}
@@ -950,7 +950,7 @@ def nor_can_one_that_is_partly_rejected(archive: Archive) -> None:
 
 
 @row("77")
-def a_rejected_study_is_deleted_for_every_ae(archive: Archive) -> None:
+def a_rejected_study_is_deleted_for_every_ae(archive: SandboxArchive) -> None:
     for code in (EXPIRED, QUALITY):
         study, _one = rejected_study(archive, code)
         answer = archive.delete(f"/studies/{study}")
@@ -961,16 +961,16 @@ def a_rejected_study_is_deleted_for_every_ae(archive: Archive) -> None:
 
 
 @row("78")
-def deleting_again_is_a_404(archive: Archive) -> None:
+def deleting_again_is_a_404(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
     archive.delete(f"/studies/{study}")
     assert archive.delete(f"/studies/{study}").status_code == 404
 
 
 @row("79")
-def a_second_delete_meets_the_first(archive: Archive) -> None:
+def a_second_delete_meets_the_first(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
-    archive.part.set_mood("dcm4chee", "delete", latency_ms=700, times=1)
+    archive.part.set_fault("dcm4chee", "delete", latency_ms=700, times=1)
     statuses: list[int] = []
 
     def delete() -> None:
@@ -990,7 +990,7 @@ def a_second_delete_meets_the_first(archive: Archive) -> None:
 
 
 @row("80")
-def series_and_instances_cannot_be_deleted(archive: Archive) -> None:
+def series_and_instances_cannot_be_deleted(archive: SandboxArchive) -> None:
     study, sop = new_uid(), new_uid()
     archive.stow(image(study, sop=sop))
     archive.reject(f"/studies/{study}")
@@ -999,7 +999,7 @@ def series_and_instances_cannot_be_deleted(archive: Archive) -> None:
 
 
 @row("81")
-def the_purge_of_a_code_takes_every_instance_rejected_with_it(archive: Archive) -> None:
+def the_purge_of_a_code_takes_every_instance_rejected_with_it(archive: SandboxArchive) -> None:
     only_the_sandbox("purges what other people rejected too")
     study, series, other = new_uid(), new_uid(), new_uid()
     archive.stow(image(study, series=series), image(study, series=series), image(study, series=other))
@@ -1014,12 +1014,12 @@ def the_purge_of_a_code_takes_every_instance_rejected_with_it(archive: Archive) 
 
 
 @row("82")
-def the_purge_of_an_unknown_code_is_a_404(archive: Archive) -> None:
+def the_purge_of_an_unknown_code_is_a_404(archive: SandboxArchive) -> None:
     assert archive.delete(f"{archive.arc}/reject/999%5EX").status_code == 404
 
 
 @row("83")
-def the_purge_wants_a_whole_date(archive: Archive) -> None:
+def the_purge_wants_a_whole_date(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
     assert archive.delete(f"{archive.arc}/reject/113039%5EDCM?rejectedBefore=2026").status_code == 400
     answer = archive.delete(f"{archive.arc}/reject/113039%5EDCM?rejectedBefore=2000-01-01")
@@ -1028,7 +1028,7 @@ def the_purge_wants_a_whole_date(archive: Archive) -> None:
 
 
 @row("84")
-def after_a_delete_everything_is_forgotten(archive: Archive) -> None:
+def after_a_delete_everything_is_forgotten(archive: SandboxArchive) -> None:
     study, one = rejected_study(archive, SAFETY)
     assert archive.delete(f"/studies/{study}").status_code == 204
     assert archive.stow(one).status_code == 200
@@ -1039,15 +1039,15 @@ def after_a_delete_everything_is_forgotten(archive: Archive) -> None:
 
 
 @row("85")
-def the_status_does_not_ask_the_database(archive: Archive) -> None:
+def the_status_does_not_ask_the_database(archive: SandboxArchive) -> None:
     for down in (False, True):
-        archive.part.set_mood("dcm4chee", "*", database_down=down)
+        archive.part.set_fault("dcm4chee", "*", database_down=down)
         answer = archive.get(f"{archive.arc}/ctrl/status")
         assert (answer.status_code, answer.json()) == (200, {"status": "STARTED"})
 
 
 @row("86")
-def a_stopped_archive_goes_on_answering(archive: Archive) -> None:
+def a_stopped_archive_goes_on_answering(archive: SandboxArchive) -> None:
     only_the_sandbox("stops the archive")
     assert archive.http.post(f"{archive.arc}/ctrl/stop").status_code == 204
     assert archive.get(f"{archive.arc}/ctrl/status").json() == {"status": "STOPPED"}
@@ -1055,7 +1055,7 @@ def a_stopped_archive_goes_on_answering(archive: Archive) -> None:
 
 
 @row("87")
-def the_storage_tells_its_space(archive: Archive) -> None:
+def the_storage_tells_its_space(archive: SandboxArchive) -> None:
     (storage,) = archive.get(f"{archive.arc}/storage").json()
     assert storage["dcmStorageID"] == "fs1"
     assert isinstance(storage["usableSpace"], int)
@@ -1064,14 +1064,14 @@ def the_storage_tells_its_space(archive: Archive) -> None:
 
 
 @row("88")
-def a_broken_storage_is_left_out(archive: Archive) -> None:
-    archive.part.set_mood("dcm4chee", "storage", storage_down=True)
+def a_broken_storage_is_left_out(archive: SandboxArchive) -> None:
+    archive.part.set_fault("dcm4chee", "storage", storage_down=True)
     answer = archive.get(f"{archive.arc}/storage")
     assert (answer.status_code, answer.json()) == (200, [])
 
 
 @row("89")
-def space_comes_back_with_the_purge(archive: Archive) -> None:
+def space_comes_back_with_the_purge(archive: SandboxArchive) -> None:
     only_the_sandbox("sets its clock")
 
     def usable() -> int:
@@ -1089,7 +1089,7 @@ def space_comes_back_with_the_purge(archive: Archive) -> None:
 
 
 @row("90")
-def the_server_tells_its_time(archive: Archive) -> None:
+def the_server_tells_its_time(archive: SandboxArchive) -> None:
     answer = archive.get(f"{archive.arc}/monitor/serverTime")
     (text,) = answer.json().values()
     assert list(answer.json()) == ["serverTimeWithTimezone"]
@@ -1097,7 +1097,7 @@ def the_server_tells_its_time(archive: Archive) -> None:
 
 
 @row("91")
-def a_queued_rejection_is_listed_when_done(archive: Archive) -> None:
+def a_queued_rejection_is_listed_when_done(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     mine = new_uid()
     archive.reject(f"/studies/{study}", query=f"?queue=true&batchID={mine}")
@@ -1108,21 +1108,21 @@ def a_queued_rejection_is_listed_when_done(archive: Archive) -> None:
 
 
 @row("92")
-def a_queue_s_name_is_only_a_filter(archive: Archive) -> None:
+def a_queue_s_name_is_only_a_filter(archive: SandboxArchive) -> None:
     assert archive.get(f"{archive.arc}/queue/NoSuch").json() == []
     assert archive.get(f"{archive.arc}/queue/NoSuch/count").json() == {"count": 0}
     assert archive.get(f"{archive.arc}/queue/Export/count").json() == {"count": 0}
 
 
 @row("93")
-def the_aes_tell_the_policy(archive: Archive) -> None:
+def the_aes_tell_the_policy(archive: SandboxArchive) -> None:
     listed = {ae["dicomAETitle"]: ae for ae in archive.get(f"{archive.arc}/aets").json()}
     assert listed["DCM4CHEE"]["dcmAllowDeleteStudyPermanently"] == "REJECTED"
     assert len(listed) == 8
 
 
 @row("94")
-def four_rejection_codes_are_listed(archive: Archive) -> None:
+def four_rejection_codes_are_listed(archive: SandboxArchive) -> None:
     codes = archive.get(f"{archive.arc}/reject").json()
     assert [code["label"] for code in codes] == sorted(code["label"] for code in codes)
     assert {code["codeValue"] for code in codes} == {"113001", "113037", "113038", "113039"}
@@ -1131,18 +1131,18 @@ def four_rejection_codes_are_listed(archive: Archive) -> None:
 
 
 @row("95")
-def an_unknown_metric_is_a_404(archive: Archive) -> None:
+def an_unknown_metric_is_a_404(archive: SandboxArchive) -> None:
     assert archive.get(f"{archive.arc}/metrics/nope").status_code == 404
     assert archive.get(f"{archive.arc}/metrics/write-to-fs1").status_code == 200
 
 
 @row("96")
-def without_a_token_a_secured_archive_answers_401(archive: Archive) -> None:
-    archive.part.set_mood("dcm4chee", "*", bearer=True)
+def without_a_token_a_secured_archive_answers_401(archive: SandboxArchive) -> None:
+    archive.part.set_fault("dcm4chee", "*", bearer=True)
     assert archive.get("/studies").status_code == 401
 
 
-def token(archive: Archive, client: str) -> str:
+def token(archive: SandboxArchive, client: str) -> str:
     answer = archive.http.post(
         f"{archive.part.control}/keycloak/realms/dcm4che/protocol/openid-connect/token",
         data={"grant_type": "client_credentials", "client_id": client, "client_secret": f"{client}-secret"},
@@ -1152,8 +1152,8 @@ def token(archive: Archive, client: str) -> str:
 
 
 @row("97")
-def a_token_without_a_role_is_a_403_without_a_word(archive: Archive) -> None:
-    archive.part.set_mood("dcm4chee", "*", bearer=True)
+def a_token_without_a_role_is_a_403_without_a_word(archive: SandboxArchive) -> None:
+    archive.part.set_fault("dcm4chee", "*", bearer=True)
     answer = archive.get("/studies", headers={"Authorization": f"Bearer {token(archive, 'visitor')}"})
     assert (answer.status_code, answer.content) == (403, b"")
     answer = archive.get("/studies", headers={"Authorization": f"Bearer {token(archive, 'courier')}"})
@@ -1161,8 +1161,8 @@ def a_token_without_a_role_is_a_403_without_a_word(archive: Archive) -> None:
 
 
 @row("98")
-def without_a_database_a_search_is_a_stack_trace(archive: Archive) -> None:
-    archive.part.set_mood("dcm4chee", "*", database_down=True)
+def without_a_database_a_search_is_a_stack_trace(archive: SandboxArchive) -> None:
+    archive.part.set_fault("dcm4chee", "*", database_down=True)
     answer = archive.get("/studies")
     assert answer.status_code == 500
     assert answer.headers["Content-Type"].startswith("text/plain")
@@ -1170,8 +1170,8 @@ def without_a_database_a_search_is_a_stack_trace(archive: Archive) -> None:
 
 
 @row("99")
-def wildfly_s_health_is_an_array(archive: Archive) -> None:
-    archive.part.set_mood("dcm4chee", "*", database_down=True)
+def wildfly_s_health_is_an_array(archive: SandboxArchive) -> None:
+    archive.part.set_fault("dcm4chee", "*", database_down=True)
     origin = archive.arc.removesuffix("/dcm4chee-arc")
     for path in ("/health", "/health/live", "/health/ready", "/health/started"):
         answer = archive.get(origin + path)
@@ -1180,7 +1180,7 @@ def wildfly_s_health_is_an_array(archive: Archive) -> None:
 
 
 @pytest.mark.parametrize("identity", ROWS)
-def test_row(identity: str, archive: Archive) -> None:
+def test_row(identity: str, archive: SandboxArchive) -> None:
     ROWS[identity](archive)
 
 
@@ -1192,9 +1192,11 @@ def test_every_row_of_the_table_is_executed() -> None:
 # -- what has no row -------------------------------------------------------------------------------------------------
 
 
-def test_without_its_database_the_archive_fails_each_instance_and_crashes_on_every_question(archive: Archive) -> None:
+def test_without_its_database_the_archive_fails_each_instance_and_crashes_on_every_question(
+    archive: SandboxArchive,
+) -> None:
     (study,) = studies(archive, 1)
-    archive.part.set_mood("dcm4chee", "*", database_down=True)
+    archive.part.set_fault("dcm4chee", "*", database_down=True)
     answer = archive.stow(image(new_uid()))
     assert (answer.status_code, reasons(answer)) == (409, [272])
     for path in ("/studies", f"/studies/{study}", f"/studies/{study}/metadata", "/studies/count"):
@@ -1205,31 +1207,31 @@ def test_without_its_database_the_archive_fails_each_instance_and_crashes_on_eve
     assert len(archive.get(f"{archive.arc}/storage").json()) == 1
 
 
-def test_without_its_storage_the_archive_still_finds_but_neither_stores_nor_gives(archive: Archive) -> None:
+def test_without_its_storage_the_archive_still_finds_but_neither_stores_nor_gives(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
-    archive.part.set_mood("dcm4chee", "*", storage_down=True)
+    archive.part.set_fault("dcm4chee", "*", storage_down=True)
     answer = archive.stow(image(new_uid()))
     assert (answer.status_code, reasons(answer)) == (409, [42752])
     assert archive.get("/studies").status_code == 200
     assert archive.get(f"/studies/{study}", AS_STORED).status_code == 410
 
 
-def test_an_object_whose_end_is_missing_is_no_success(archive: Archive) -> None:
+def test_an_object_whose_end_is_missing_is_no_success(archive: SandboxArchive) -> None:
     answer = archive.stow(image(new_uid())[:-100])
     assert answer.status_code == 409
     assert reasons(answer) == [272]
 
 
-def test_the_last_part_of_a_store_can_get_lost(archive: Archive) -> None:
+def test_the_last_part_of_a_store_can_get_lost(archive: SandboxArchive) -> None:
     study, first, last = new_uid(), new_uid(), new_uid()
-    archive.part.set_mood("dcm4chee", "store", lose_last_part=True, times=1)
+    archive.part.set_fault("dcm4chee", "store", lose_last_part=True, times=1)
     answer = archive.stow(image(study, sop=first), image(study, sop=last))
     assert answer.status_code == 200
     assert [value(item, "00081155") for item in stored(answer)] == [first]
     assert archive.visible(study) == 1
 
 
-def test_the_first_object_decides_what_a_study_says_of_itself(archive: Archive) -> None:
+def test_the_first_object_decides_what_a_study_says_of_itself(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study, StudyDescription="First"), image(study, StudyDescription="Second"))
     said = {ds.StudyDescription for ds in objects(archive.get(f"/studies/{study}", AS_STORED))}
@@ -1238,7 +1240,7 @@ def test_the_first_object_decides_what_a_study_says_of_itself(archive: Archive) 
     assert received_as == {"First", "Second"}
 
 
-def test_what_is_retrieved_is_not_the_file_that_was_sent_but_bears_its_pixels(archive: Archive) -> None:
+def test_what_is_retrieved_is_not_the_file_that_was_sent_but_bears_its_pixels(archive: SandboxArchive) -> None:
     study = new_uid()
     sent = image(study, PatientName="Äöü^Çelik", SpecificCharacterSet="ISO_IR 100")
     archive.stow(sent)
@@ -1254,7 +1256,7 @@ def test_what_is_retrieved_is_not_the_file_that_was_sent_but_bears_its_pixels(ar
     assert ds.file_meta != original.file_meta, "even as it was received, its meta information is the archive's own"
 
 
-def test_a_patient_id_that_is_made_up_leaves_no_trail_in_the_object(archive: Archive) -> None:
+def test_a_patient_id_that_is_made_up_leaves_no_trail_in_the_object(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study, PatientID=""))
     ((_kind, content),) = received(archive.get(f"/studies/{study}", AS_STORED))
@@ -1263,7 +1265,7 @@ def test_a_patient_id_that_is_made_up_leaves_no_trail_in_the_object(archive: Arc
     assert "OriginalAttributesSequence" not in ds
 
 
-def test_what_an_object_says_otherwise_than_its_study_is_left_in_its_trail(archive: Archive) -> None:
+def test_what_an_object_says_otherwise_than_its_study_is_left_in_its_trail(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study, seed=1, StudyDescription="A", AccessionNumber="7"))
     archive.stow(image(study, seed=2, StudyDescription="B", PatientSex="F"))
@@ -1281,7 +1283,7 @@ def test_what_an_object_says_otherwise_than_its_study_is_left_in_its_trail(archi
 
 
 @pytest.mark.parametrize("charset", ["ISO_IR 100", "ISO_IR 192", None])
-def test_the_character_set_that_is_told_is_that_of_the_object(archive: Archive, charset: str | None) -> None:
+def test_the_character_set_that_is_told_is_that_of_the_object(archive: SandboxArchive, charset: str | None) -> None:
     study, named = new_uid(), {} if charset is None else {"SpecificCharacterSet": charset}
     archive.stow(image(study, StudyDescription="Thorax" if charset is None else "Schädel", **named))
     paths = (f"/studies?StudyInstanceUID={study}", f"/studies/{study}/instances")
@@ -1294,7 +1296,9 @@ def test_the_character_set_that_is_told_is_that_of_the_object(archive: Archive, 
 
 @pytest.mark.parametrize("where", ["series", "study"])
 @pytest.mark.parametrize("code", ["113001", "113037", "113038", "113039"])
-def test_what_was_rejected_elsewhere_is_a_success_that_changes_nothing(archive: Archive, where: str, code: str) -> None:
+def test_what_was_rejected_elsewhere_is_a_success_that_changes_nothing(
+    archive: SandboxArchive, where: str, code: str
+) -> None:
     study, other, sop = new_uid(), new_uid(), new_uid()
     archive.stow(image(study, sop=sop))
     archive.reject(f"/studies/{study}", f"{code}%5EDCM")
@@ -1318,14 +1322,16 @@ def test_what_was_rejected_elsewhere_is_a_success_that_changes_nothing(archive: 
         (b"<html></html>", False),
     ],
 )
-def test_bytes_behind_the_dataset_are_read_as_elements_or_are_272(archive: Archive, end: bytes, is_read: bool) -> None:
+def test_bytes_behind_the_dataset_are_read_as_elements_or_are_272(
+    archive: SandboxArchive, end: bytes, is_read: bool
+) -> None:
     for content in (image(new_uid(), side=8), sample("JPEG2000.dcm", new_uid())):
         answer = archive.stow(content + end)
         assert (answer.status_code, reasons(answer)) == ((200, []) if is_read else (409, [272]))
         assert is_read or answer.headers["Warning"] == '299 dcm4chee-arc "java.io.EOFException"'
 
 
-def test_a_file_without_its_preamble_is_stored(archive: Archive) -> None:
+def test_a_file_without_its_preamble_is_stored(archive: SandboxArchive) -> None:
     study = new_uid()
     assert archive.stow(image(study)[132:]).status_code == 200
     for aet in ("DCM4CHEE", "AS_RECEIVED"):
@@ -1359,7 +1365,7 @@ TEXTS: dict[str, tuple[dict[str, Any], bool]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", TEXTS)
-def test_of_texts_the_database_keeps_first_values_and_those_of_some_items(archive: Archive, name: str) -> None:
+def test_of_texts_the_database_keeps_first_values_and_those_of_some_items(archive: SandboxArchive, name: str) -> None:
     keywords, is_stored = TEXTS[name]
     given = {
         keyword: list(map(item, text)) if keyword.endswith("Sequence") else text for keyword, text in keywords.items()
@@ -1368,7 +1374,7 @@ def test_of_texts_the_database_keeps_first_values_and_those_of_some_items(archiv
     assert (answer.status_code, reasons(answer)) == ((200, []) if is_stored else (409, [272]))
 
 
-def test_group_lengths_are_not_given_back(archive: Archive) -> None:
+def test_group_lengths_are_not_given_back(archive: SandboxArchive) -> None:
     study = new_uid()
     sent = image(study)
     at = sent.index(b"\x20\x00\x0d\x00UI")
@@ -1381,7 +1387,7 @@ def test_group_lengths_are_not_given_back(archive: Archive) -> None:
 @pytest.mark.parametrize(
     "name", ["image_dfl.dcm", "ExplVR_BigEnd.dcm", "JPEG2000.dcm", "MR_small_RLE.dcm", "rtplan.dcm", "CT_small.dcm"]
 )
-def test_objects_of_every_kind_survive_the_change_of_their_header(archive: Archive, name: str) -> None:
+def test_objects_of_every_kind_survive_the_change_of_their_header(archive: SandboxArchive, name: str) -> None:
     study = new_uid()
     sent = sample(name, study)
     assert archive.stow(sent).status_code == 200
@@ -1399,7 +1405,7 @@ def other_id(value: str) -> list[pydicom.Dataset]:
     return [item]
 
 
-def test_an_image_comes_back_with_what_other_images_say_of_its_patient(archive: Archive) -> None:
+def test_an_image_comes_back_with_what_other_images_say_of_its_patient(archive: SandboxArchive) -> None:
     plain, first, later = new_uid(), new_uid(), new_uid()
     ids = [f"X{number}{new_uid()[-12:]}" for number in range(2)]
     more = {"PatientComments": "first", "OtherPatientIDsSequence": other_id(ids[0]), "PatientSex": "M"}
@@ -1421,7 +1427,7 @@ def test_an_image_comes_back_with_what_other_images_say_of_its_patient(archive: 
     assert told(plain) == ("first", "O", set(ids)), "patients outlive their studies"
 
 
-def test_numbers_in_text_stay_as_they_were_written(archive: Archive) -> None:
+def test_numbers_in_text_stay_as_they_were_written(archive: SandboxArchive) -> None:
     study = new_uid()
     archive.stow(image(study, SliceThickness="05.00", InstanceNumber="007"))
     (dataset,) = archive.get(f"/studies/{study}/metadata").json()
@@ -1430,7 +1436,7 @@ def test_numbers_in_text_stay_as_they_were_written(archive: Archive) -> None:
     assert dataset["00280010"] == {"vr": "US", "Value": [64]}
 
 
-def test_a_revoked_rejection_needs_an_ae_that_sees_it(archive: Archive) -> None:
+def test_a_revoked_rejection_needs_an_ae_that_sees_it(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive)
     revoke = f"/studies/{study}/reject/REVOKE_REJECTION%5E99DCM4CHEE"
     assert archive.http.post(archive.rs() + revoke).status_code == 404
@@ -1438,7 +1444,7 @@ def test_a_revoked_rejection_needs_an_ae_that_sees_it(archive: Archive) -> None:
     assert archive.visible(study) == 1
 
 
-def test_a_rejection_is_repeated_where_what_it_hides_is_shown(archive: Archive) -> None:
+def test_a_rejection_is_repeated_where_what_it_hides_is_shown(archive: SandboxArchive) -> None:
     study, _one = rejected_study(archive, EXPIRED)
     again = f"/studies/{study}/reject/{EXPIRED}"
     assert archive.http.post(archive.rs() + again).status_code == 404
@@ -1447,10 +1453,10 @@ def test_a_rejection_is_repeated_where_what_it_hides_is_shown(archive: Archive) 
     assert archive.http.post(f"{archive.rs('IOCM_EXPIRED')}/studies/{new_uid()}/reject/{EXPIRED}").status_code == 404
 
 
-def test_a_rejection_that_stops_half_way_hides_a_study_that_counts_as_not_rejected(archive: Archive) -> None:
+def test_a_rejection_that_stops_half_way_hides_a_study_that_counts_as_not_rejected(archive: SandboxArchive) -> None:
     study = new_uid()
     assert archive.stow(image(study, side=8)).status_code == 200
-    archive.part.set_mood("dcm4chee", "reject", crash_in_reject=True, times=1)
+    archive.part.set_fault("dcm4chee", "reject", crash_in_reject=True, times=1)
     assert archive.reject(f"/studies/{study}", EXPIRED).status_code == 500
     assert archive.visible(study) == 0
     assert archive.reject(f"/studies/{study}", EXPIRED).status_code == 404
@@ -1462,7 +1468,7 @@ def test_a_rejection_that_stops_half_way_hides_a_study_that_counts_as_not_reject
 
 
 @pytest.mark.parametrize("code", [QUALITY, SAFETY, "113038%5EDCM"])
-def test_a_rejection_note_that_is_stored_needs_what_it_names_and_rejects_it(archive: Archive, code: str) -> None:
+def test_a_rejection_note_that_is_stored_needs_what_it_names_and_rejects_it(archive: SandboxArchive, code: str) -> None:
     study, alive, dead = new_uid(), new_uid(), new_uid()
     files = [image(study, sop=sop, side=8) for sop in (alive, dead)]
     assert archive.stow(*files).status_code == 200
@@ -1485,7 +1491,7 @@ def test_a_rejection_note_that_is_stored_needs_what_it_names_and_rejects_it(arch
     assert shown == {alive, note.SOPInstanceUID}, "and what it names is hidden"
 
 
-def test_a_rejected_object_with_other_bytes_is_replaced_when_it_is_restored(archive: Archive) -> None:
+def test_a_rejected_object_with_other_bytes_is_replaced_when_it_is_restored(archive: SandboxArchive) -> None:
     study, sop = new_uid(), new_uid()
     archive.stow(image(study, sop=sop, seed=1))
     archive.reject(f"/studies/{study}")
@@ -1494,7 +1500,7 @@ def test_a_rejected_object_with_other_bytes_is_replaced_when_it_is_restored(arch
     assert ds.PixelData == pydicom.dcmread(io.BytesIO(image(study, sop=sop, seed=2))).PixelData
 
 
-def test_what_expired_is_deleted_by_itself_after_a_day_and_nothing_else_is(archive: Archive) -> None:
+def test_what_expired_is_deleted_by_itself_after_a_day_and_nothing_else_is(archive: SandboxArchive) -> None:
     only_the_sandbox("sets its clock")
     expired, _one = rejected_study(archive, EXPIRED)
     poor, _one = rejected_study(archive, QUALITY)
@@ -1505,7 +1511,7 @@ def test_what_expired_is_deleted_by_itself_after_a_day_and_nothing_else_is(archi
     assert archive.visible(poor, "IOCM_QUALITY") == 1
 
 
-def test_a_page_is_filled_up_past_hidden_studies_so_pages_can_overlap(archive: Archive) -> None:
+def test_a_page_is_filled_up_past_hidden_studies_so_pages_can_overlap(archive: SandboxArchive) -> None:
     uids = studies(archive, 6)
     for hidden in uids[1:3]:
         archive.reject(f"/studies/{hidden}")
@@ -1515,7 +1521,9 @@ def test_a_page_is_filled_up_past_hidden_studies_so_pages_can_overlap(archive: A
     assert len(archive.get("/studies").json()) == 4
 
 
-def test_names_match_with_their_case_unless_the_query_is_all_capitals_and_wildcards_work(archive: Archive) -> None:
+def test_names_match_with_their_case_unless_the_query_is_all_capitals_and_wildcards_work(
+    archive: SandboxArchive,
+) -> None:
     archive.stow(image(new_uid(), PatientName="Adams^John", PatientID="A1", StudyDate="20240105"))
     archive.stow(image(new_uid(), PatientName="Berg^Jane", PatientID="B[2]", StudyDate="20250607"))
     for query, count in {
@@ -1537,14 +1545,14 @@ def test_names_match_with_their_case_unless_the_query_is_all_capitals_and_wildca
     assert value(first, "00100020") == "B[2]"
 
 
-def test_a_lenient_client_reads_error_bodies_that_are_no_json(archive: Archive) -> None:
+def test_a_lenient_client_reads_error_bodies_that_are_no_json(archive: SandboxArchive) -> None:
     answer = archive.stow(image(new_uid()), aet='A"B')
     assert answer.status_code in (400, 404)
     with pytest.raises(json.JSONDecodeError):
         answer.json()
 
 
-def test_lists_and_metadata_are_compressed_for_whoever_accepts_that(archive: Archive) -> None:
+def test_lists_and_metadata_are_compressed_for_whoever_accepts_that(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     for path in ("/studies", f"/studies/{study}/series", f"/studies/{study}/metadata"):
         answer = archive.get(path, headers={"Accept-Encoding": "gzip"})
@@ -1555,7 +1563,7 @@ def test_lists_and_metadata_are_compressed_for_whoever_accepts_that(archive: Arc
     assert "Content-Encoding" not in archive.get(f"/studies/{study}", AS_STORED).headers
 
 
-def test_an_answer_can_be_made_to_depend_on_what_the_client_has(archive: Archive) -> None:
+def test_an_answer_can_be_made_to_depend_on_what_the_client_has(archive: SandboxArchive) -> None:
     (study,) = studies(archive, 1)
     path, past = f"/studies/{study}", "Mon, 01 Jan 2001 00:00:00 GMT"
     modified = archive.get(path, AS_STORED).headers["Last-Modified"]
@@ -1570,21 +1578,21 @@ def test_an_answer_can_be_made_to_depend_on_what_the_client_has(archive: Archive
         assert archive.get(path, AS_STORED, headers={header: text}).status_code == status, (header, text)
 
 
-def test_a_secured_archive_hides_all_but_wildfly_s_health(archive: Archive) -> None:
-    archive.part.set_mood("dcm4chee", "*", bearer=True)
+def test_a_secured_archive_hides_all_but_wildfly_s_health(archive: SandboxArchive) -> None:
+    archive.part.set_fault("dcm4chee", "*", bearer=True)
     for path in ("/ctrl/status", "/queue/Export/count", "/storage", "/reject"):
         assert archive.get(archive.arc + path).status_code == 401
     assert archive.get(archive.arc.removesuffix("/dcm4chee-arc") + "/health").status_code == 200
 
 
-def test_sixteen_clients_at_once_lose_nothing(archive: Archive) -> None:
+def test_sixteen_clients_at_once_lose_nothing(archive: SandboxArchive) -> None:
     study = new_uid()
     content = [image(study, side=8) for _ in range(64)]
     statuses: list[int] = []
 
     def send(some: Sequence[bytes]) -> None:
         with requests.Session() as http:
-            own = Archive(archive.part, archive.files, http)
+            own = SandboxArchive(archive.part, archive.files, http)
             statuses.extend(own.stow(one).status_code for one in some)
 
     senders = [threading.Thread(target=send, args=(content[at::16],)) for at in range(16)]

@@ -59,7 +59,7 @@ INSTANCE_DEFAULTS = {
 
 
 @dataclass
-class Server:
+class MsDicomApi:
     """The sandbox's MSDICOM in one API version."""
 
     part: SandboxPart
@@ -240,7 +240,7 @@ STUDY_UID, STUDY_DESCRIPTION = b"\x20\x00\x0d\x00", b"\x08\x00\x30\x10"
 
 # -- the rows -------------------------------------------------------------------------------------------------------
 
-Row = Callable[[Server], None]
+Row = Callable[[MsDicomApi], None]
 ROWS: dict[str, tuple[Row, tuple[int, ...]]] = {}
 
 
@@ -260,47 +260,47 @@ def row(*ids: str, versions: tuple[int, ...] = (1, 2)) -> Callable[[Row], Row]:
 
 
 @row("S01")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.single(b"")
     assert answer.status_code == 409
     assert answer.json() == {"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [43264]}}]}}
 
 
 @row("S02")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     assert server.multi(image(new_uid()), path="/studies/" + "b" * 65).status_code == 400
 
 
 @row("S03", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     assert server.single(image(new_uid()), Accept="application/dicom").status_code == 406
 
 
 @row("S04", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     assert server.single(image(new_uid()), Accept="application/data").status_code == 406
 
 
 @row("S05", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     content = 'multipart/form; type="application/dicom"; boundary=frontier'
     assert server.multi(image(new_uid()), **{"Content-Type": content}).status_code == 415
 
 
 @row("S06", "N14")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.multi()
     assert (answer.status_code, answer.content) == (204, b"")
 
 
 @row("S07")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.multi(b"")
     assert (answer.status_code, reasons(answer)) == (409, [43264])
 
 
 @row("S08")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     good = image(new_uid())
     answer = server.multi(b"", good)
     assert answer.status_code == 202
@@ -311,7 +311,7 @@ def _(server: Server) -> None:
 
 
 @row("S09")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     good = image(new_uid())
     content = multipart(good).replace(b"Content-Type: application/dicom\r\n\r\n", b"\r\n", 1)
     headers = {"Content-Type": f"{MULTI}; boundary=frontier", "Accept": DICOM_JSON}
@@ -321,7 +321,7 @@ def _(server: Server) -> None:
 
 
 @row("S10")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     strangers = [image(new_uid()), image(new_uid())]
     answer = server.multi(*strangers, path=f"/studies/{new_uid()}")
     assert answer.status_code == 409
@@ -333,7 +333,7 @@ def _(server: Server) -> None:
 
 
 @row("S11")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     ours, stranger = image(new_uid()), image(new_uid())
     study = parse(ours).StudyInstanceUID
     answer = server.multi(ours, stranger, path=f"/studies/{study}")
@@ -346,14 +346,14 @@ def _(server: Server) -> None:
 
 
 @row("S12")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = image(new_uid())
     answer = server.multi(one, one, path=f"/studies/{parse(one).StudyInstanceUID}")
     assert (answer.status_code, reasons(answer), len(referenced(answer))) == (202, [45070], 1)
 
 
 @row("S13")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = image(new_uid())
     first = server.multi(one)
     assert first.status_code == 200
@@ -364,7 +364,7 @@ def _(server: Server) -> None:
 
 
 @row("S14", "S15")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for wrong in (b"abc.123", b"11|"):
         answer = server.single(raw_value(image(new_uid()), STUDY_UID, b"UI", wrong + b"\0" * (len(wrong) % 2)))
         assert (answer.status_code, reasons(answer)) == (409, [43264])
@@ -372,14 +372,14 @@ def _(server: Server) -> None:
 
 
 @row("S16", "S19")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.single(image(new_uid()))
     assert answer.status_code == 200
     assert answer.headers["Content-Type"].split(";")[0] == DICOM_JSON
 
 
 @row("S17")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     big = image(new_uid(), side=5000)
     assert len(big) > 50_000_000
     assert server.single(big).status_code == 200
@@ -389,7 +389,7 @@ def _(server: Server) -> None:
 
 
 @row("S18")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     study = new_uid()
     three = [image(study, side=2750, seed=seed) for seed in range(3)]
     assert server.multi(*three).status_code == 200
@@ -399,7 +399,7 @@ def _(server: Server) -> None:
 
 
 @row("S20")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.single(image(new_uid(), StudyDescription=["one", "two"]))
     assert answer.ok
     assert answer.headers["Warning"].startswith("299 ")
@@ -410,7 +410,7 @@ def _with_uid_and_spaces(content: bytes, uid: str, spaces: int) -> bytes:
 
 
 @row("S21")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     uid = new_uid()
     uid += "1" * (1 - len(uid) % 2)  # odd, so that one blank pads it
     one = image(uid)
@@ -423,7 +423,7 @@ def _(server: Server) -> None:
 
 
 @row("S22")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     ds = parse(image(new_uid()))
     ds.add_new(0x00070008, "UN", b"private?")
     ds.file_meta.TransferSyntaxUID = IMPLICIT_LE
@@ -439,7 +439,7 @@ def _(server: Server) -> None:
 
 
 @row("S30", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = raw_value(image(new_uid()), STUDY_DATE, b"DA", b"NotAValidStudyDate")
     study = parse(one).StudyInstanceUID
     answer = server.single(one)
@@ -458,7 +458,7 @@ def _(server: Server) -> None:
 
 
 @row("S31", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.single(raw_value(image(new_uid()), MODALITY, b"CS", b"X\0X"))
     assert answer.status_code == 202
     assert "VR CS" in comments(referenced(answer)[0])[0]
@@ -466,7 +466,7 @@ def _(server: Server) -> None:
 
 
 @row("S32", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = raw_value(image(new_uid()), MODALITY, b"CS", b"X\0")
     study = parse(one).StudyInstanceUID
     answer = server.single(one)
@@ -480,7 +480,7 @@ def _(server: Server) -> None:
 
 
 @row("S33", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     uid = new_uid()
     uid += "1" * (len(uid) % 2)  # even, so that a null makes it odd and a second one pads it
     answer = server.single(raw_value(image(uid), STUDY_UID, b"UI", uid.encode() + b"\0\0"), f"/studies/{uid}")
@@ -491,21 +491,21 @@ def _(server: Server) -> None:
 
 
 @row("S34", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.single(raw_value(image(new_uid()), PATIENT_ID, b"LO", b"123\0"))
     assert answer.status_code == 200
     assert referenced(answer)[0]["00741048"] == {"vr": "SQ"}
 
 
 @row("S35", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.single(raw_value(image(new_uid()), PATIENT_ID, b"LO", b"\x00123\0\0"))
     assert (answer.status_code, reasons(answer)) == (409, [43264])
     assert "00081199" not in answer.json()
 
 
 @row("S36", "S37", "S38", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     study = new_uid()
 
     def store(patient_id: str) -> requests.Response:
@@ -533,7 +533,7 @@ TOO_LONG = b"MORETHAN16CHARACTERS"
 
 
 @row("S39", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     assert server.single(raw_value(image(new_uid()), MODALITY, b"CS", TOO_LONG)).status_code == 202
 
 
@@ -560,12 +560,12 @@ class BigImage:
 
 
 @row("S40", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     assert server.single(iter(BigImage())).status_code == 200
 
 
 @row("S41", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     around = (b"--frontier\r\nContent-Type: application/dicom\r\n\r\n", b"\r\n--frontier--\r\n")
     headers = {"Content-Type": f"{MULTI}; boundary=frontier", "Accept": DICOM_JSON}
     answer = server.send("POST", "/studies", data=iter(BigImage(around)), headers=headers)
@@ -573,7 +573,7 @@ def _(server: Server) -> None:
 
 
 @row("S50", versions=(1,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.single(raw_value(image(new_uid()), MODALITY, b"CS", TOO_LONG))
     assert (answer.status_code, reasons(answer)) == (409, [43264])
     assert "00081199" not in answer.json()
@@ -581,7 +581,7 @@ def _(server: Server) -> None:
 
 
 @row("S51", versions=(1,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.single(raw_value(image(new_uid()), PATIENT_ID, b"LO", b"1\x0023"))
     assert answer.status_code == 409
     text = comments(answer.json()["00081198"]["Value"][0])[0]
@@ -595,7 +595,7 @@ def _(server: Server) -> None:
 class Tree:
     """A study with so many instances in each of its series, stored."""
 
-    def __init__(self, server: Server, *counts: int) -> None:
+    def __init__(self, server: MsDicomApi, *counts: int) -> None:
         self.server = server
         self.study = new_uid()
         self.series = [new_uid() for _ in counts]
@@ -622,7 +622,7 @@ class Tree:
 
 
 @row("D01")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 1)
     assert server.delete(tree.instance_path(0, 0)).status_code == 204
     for path in (tree.instance_path(0, 0), tree.series_path(0), tree.study_path):
@@ -630,7 +630,7 @@ def _(server: Server) -> None:
 
 
 @row("D02", "D07", "D10")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for level in (
         lambda tree: tree.instance_path(0, 0),
         lambda tree: tree.series_path(0),
@@ -641,28 +641,28 @@ def _(server: Server) -> None:
 
 
 @row("D03")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 2)
     server.delete(tree.instance_path(0, 0))
     assert (tree.count(tree.instance_path(0, 0)), tree.count(tree.series_path(0))) == (0, 1)
 
 
 @row("D04")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 1, 1)
     server.delete(tree.instance_path(0, 0))
     assert [tree.count(path) for path in (tree.series_path(0), tree.series_path(1), tree.study_path)] == [0, 1, 1]
 
 
 @row("D05")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 2, 1)
     server.delete(tree.instance_path(0, 0))
     assert [tree.count(path) for path in (tree.series_path(0), tree.series_path(1), tree.study_path)] == [1, 1, 2]
 
 
 @row("D06")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 1)
     assert server.delete(tree.series_path(0)).status_code == 204
     for path in (tree.instance_path(0, 0), tree.series_path(0), tree.study_path):
@@ -670,14 +670,14 @@ def _(server: Server) -> None:
 
 
 @row("D08")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 2)
     server.delete(tree.series_path(0))
     assert [tree.count(tree.instance_path(0, number)) for number in range(2)] == [0, 0]
 
 
 @row("D09", "D11")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for counts in ((1,), (2, 1)):
         tree = Tree(server, *counts)
         assert server.delete(tree.study_path).status_code == 204
@@ -687,7 +687,7 @@ def _(server: Server) -> None:
 
 
 @row("D12", "D13", "D14")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     good = new_uid()
     for path in (
         "/studies/notAStudyInstanceUid",
@@ -706,28 +706,28 @@ def tags(text: str) -> set[str]:
     return set(text.split())
 
 
-def reduced(server: Server, content: bytes, wanted: str) -> dict[str, Any]:
+def reduced(server: MsDicomApi, content: bytes, wanted: str) -> dict[str, Any]:
     """What the metadata says of an image, restricted to some attributes."""
     (metadata,) = server.query(server.instance_path(content) + "/metadata").json()
     return {tag: element for tag, element in metadata.items() if tag in tags(wanted)}
 
 
 @row("Q01")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.query("/studies?Modality=CT")
     assert answer.status_code == 400
     assert "not queryable" in answer.text
 
 
 @row("Q02")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     server.stored(image(new_uid(), StudyDate="20260101"))
     answer = server.query("/studies?StudyDate=20200101")
     assert (answer.status_code, answer.content) == (204, b"")
 
 
 @row("Q03")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = image(new_uid(), StudyDate="20190101")
     server.stored(one)
     answer = server.query("/studies?StudyDate=20190101")
@@ -736,7 +736,7 @@ def _(server: Server) -> None:
 
 
 @row("Q04", "Q05")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     study, series = new_uid(), new_uid()
     two = [image(study, series=series, Modality="CT") for _ in range(2)]
     server.stored(*two, image(study, series=new_uid(), Modality="MR"))
@@ -753,7 +753,7 @@ def _(server: Server) -> None:
 
 
 @row("Q06")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     study = new_uid()
     server.stored(image(study, PatientName="Hall^X^Tá", SpecificCharacterSet="ISO_IR 192"))
     (found,) = server.query(f"/studies?StudyInstanceUID={study}&PatientName={quote('Hall^X^Ta')}").json()
@@ -761,7 +761,7 @@ def _(server: Server) -> None:
 
 
 @row("Q07", "Q10", "Q11")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     study = new_uid()
     first = image(study, series=new_uid(), Modality="MRI")
     server.stored(first, image(study, series=new_uid(), Modality="CT"))
@@ -775,7 +775,7 @@ def _(server: Server) -> None:
 
 
 @row("Q08")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = image(new_uid(), Modality="MRI")
     server.stored(one)
     answer = server.query("/series?Modality=MRI")
@@ -785,7 +785,7 @@ def _(server: Server) -> None:
 
 
 @row("Q09")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     study, series = new_uid(), new_uid()
     server.stored(*(image(study, series=series, Modality="CT") for _ in range(2)))
     asked = f"/series?Modality=CT&includefield=NumberOfSeriesRelatedInstances&StudyInstanceUID={study}"
@@ -794,7 +794,7 @@ def _(server: Server) -> None:
 
 
 @row("Q12")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 2)
     sop = parse(tree.files[0][0]).SOPInstanceUID
     (found,) = server.query(f"{tree.series_path(0)}/instances?SOPInstanceUID={sop}").json()
@@ -802,7 +802,7 @@ def _(server: Server) -> None:
 
 
 @row("Q13")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = image(new_uid(), Modality="XRAY")
     server.stored(one)
     defaults = (STUDY_DEFAULTS, SERIES_DEFAULTS, INSTANCE_DEFAULTS)
@@ -810,7 +810,7 @@ def _(server: Server) -> None:
     assert reduced(server, one, wanted) in server.query("/instances?Modality=XRAY").json()
 
 
-def polled(server: Server, path: str, *, want: int) -> list[dict[str, Any]]:
+def polled(server: MsDicomApi, path: str, *, want: int) -> list[dict[str, Any]]:
     """The hits of a search whose index lags behind, once there are so many."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -824,7 +824,7 @@ def polled(server: Server, path: str, *, want: int) -> list[dict[str, Any]]:
 
 
 @row("Q14")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     middle = f"Mid{time.time_ns()}"
     server.stored(image(new_uid(), PatientName=f"Jonathan^{middle}^Stone"))
     server.stored(image(new_uid(), PatientName=f"Jon^{middle}^StoneHall"))
@@ -832,14 +832,14 @@ def _(server: Server) -> None:
 
 
 @row("Q15")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     name = f"Mid{time.time_ns()}"
     server.stored(image(new_uid(), ReferringPhysicianName=f"Jonathan^{name}^Stone"))
     assert polled(server, f"/studies?ReferringPhysicianName={name[:-4]}&FuzzyMatching=true", want=1)
 
 
 @row("Q16")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     server.stored(image(new_uid(), StudyDate="20200101"))
     asked = "/studies?limit=25&offset=0&includefield=00081030%2C00080060&StudyDate=19521125-20210507"
     assert server.query(asked).status_code == 200
@@ -867,7 +867,7 @@ def one_body(answer: requests.Response, single: bool) -> bytes:
     return answer.content
 
 
-def check_transcoding(server: Server, path_of: Callable[[bytes], str], single: bool = False) -> None:
+def check_transcoding(server: MsDicomApi, path_of: Callable[[bytes], str], single: bool = False) -> None:
     """R01-R04 and their like at the other levels."""
     compressed, pixels = lossless()
     server.stored(compressed)
@@ -893,22 +893,22 @@ def series_path(content: bytes) -> str:
 
 
 @row("R01", "R02", "R03", "R04")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     check_transcoding(server, study_path)
 
 
 @row("R20", "R21", "R22", "R23")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     check_transcoding(server, series_path)
 
 
 @row("R40", "R41", "R42", "R43")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     check_transcoding(server, server.instance_path, single=True)
 
 
 @row("R05", "R06", "R07", "R24", "R25", "R26", "R47", "R48")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     study = f"/studies/{new_uid()}"
     series = f"{study}/series/{new_uid()}"
     for path in (study, series):
@@ -919,7 +919,7 @@ def _(server: Server) -> None:
 
 
 @row("R08", "R27")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 2)
     server.stored(image(new_uid()))
     other = Tree(server, 2, 1)
@@ -931,7 +931,7 @@ def _(server: Server) -> None:
         assert sorted(contents_of(server.get(path, accept(False, "*")))) == sorted(files)
 
 
-def check_mixed(server: Server, level: Callable[[bytes], str]) -> None:
+def check_mixed(server: MsDicomApi, level: Callable[[bytes], str]) -> None:
     plain = image(new_uid())
     ds = parse(plain)
     video = encapsulated(MPEG2, [b"mpeg"])
@@ -946,17 +946,17 @@ def check_mixed(server: Server, level: Callable[[bytes], str]) -> None:
 
 
 @row("R09", "R10")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     check_mixed(server, study_path)
 
 
 @row("R28", "R29")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     check_mixed(server, series_path)
 
 
 @row("R11", "R30", "R51")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     known = image(new_uid())
     server.stored(known)
     for path in (
@@ -970,7 +970,7 @@ def _(server: Server) -> None:
 
 
 @row("R12", "R31", "R52")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     plain = without_pixels()
     server.stored(plain)
     for path in (study_path(plain), series_path(plain)):
@@ -979,7 +979,7 @@ def _(server: Server) -> None:
 
 
 @row("R44", "R45", "R46")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = image(new_uid())
     server.stored(one)
     for syntax in ("*", None, EXPLICIT_LE):
@@ -987,7 +987,7 @@ def _(server: Server) -> None:
 
 
 @row("R49", "R50")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     video = encapsulated(MPEG2, [b"mpeg"])
     server.stored(video)
     path = server.instance_path(video)
@@ -996,7 +996,7 @@ def _(server: Server) -> None:
 
 
 @row("R53", "R54", "R55", "R56")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for spaces in (0, 1):
         uid = new_uid()
         uid += "1" * ((len(uid) + spaces) % 2)
@@ -1010,7 +1010,7 @@ def _(server: Server) -> None:
 
 
 @row("R57")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     server.stored(sample("CT_small.dcm"))
     path = server.instance_path(sample("CT_small.dcm"))
     answers = [
@@ -1025,7 +1025,7 @@ def _(server: Server) -> None:
 
 
 @row("F01", "F02", "F03")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     compressed, pixels = lossless()
     server.stored(compressed)
     path = server.instance_path(compressed) + "/frames/1"
@@ -1037,7 +1037,7 @@ def _(server: Server) -> None:
 
 
 @row("F04", "F05")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     plain = with_new_uids(sample("MR_small.dcm"))
     server.stored(plain)
     for syntax in ("", f"; transfer-syntax={J2K}"):
@@ -1047,7 +1047,7 @@ def _(server: Server) -> None:
 
 
 @row("F06", "F07", "F08")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     video = encapsulated(HEVC, [b"hevc-frame"])
     server.stored(video)
     path = server.instance_path(video) + "/frames/1"
@@ -1057,7 +1057,7 @@ def _(server: Server) -> None:
 
 
 @row("F09", "F10")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     three = multi_frame(3)
     server.stored(three)
     path = server.instance_path(three) + "/frames/"
@@ -1070,21 +1070,21 @@ def _(server: Server) -> None:
 
 
 @row("F11")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     two = multi_frame(2)
     server.stored(two)
     assert server.get(server.instance_path(two) + "/frames/4", OCTETS).status_code == 404
 
 
 @row("F12", "F13", "F14", "F15")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for frames in ("0", "-1", "1,-1", "0,1"):
         path = f"/studies/{new_uid()}/series/{new_uid()}/instances/{new_uid()}/frames/{frames}"
         assert server.get(path, OCTETS).status_code == 400
 
 
 @row("F16")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tiled = with_new_uids(sample("SC_rgb_small_odd_jpeg.dcm"))
     server.stored(tiled)
     (frame,) = contents_of(server.get(server.instance_path(tiled) + "/frames/1", "*/*"))
@@ -1095,7 +1095,7 @@ def _(server: Server) -> None:
 
 
 @row("V01", "V02")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = with_new_uids(sample("CT_small.dcm"))
     server.stored(one)
     for media, magic in (("image/jpeg", b"\xff\xd8"), ("image/png", b"\x89PNG")):
@@ -1106,7 +1106,7 @@ def _(server: Server) -> None:
 
 
 @row("V03", "V04", "V05")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     three = multi_frame(3)
     server.stored(three)
     path = server.instance_path(three) + "/frames/"
@@ -1123,19 +1123,19 @@ def _(server: Server) -> None:
 # Metadata
 
 
-def metadata_paths(content: bytes, server: Server) -> list[str]:
+def metadata_paths(content: bytes, server: MsDicomApi) -> list[str]:
     levels = (study_path(content), series_path(content), server.instance_path(content))
     return [path + "/metadata" for path in levels]
 
 
 @row("M01", "M02", "M03")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for path in metadata_paths(image(new_uid()), server):
         assert server.get(path, "application/data").status_code == 406
 
 
 @row("M04", "M05", "M06")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     known = image(new_uid())
     server.stored(known)
     for path in (
@@ -1147,7 +1147,7 @@ def _(server: Server) -> None:
 
 
 @row("M07", "M08", "M09")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 2)
     item = Dataset()
     item.add_new(0x00091001, "OB", b"bulk")
@@ -1168,7 +1168,7 @@ def _(server: Server) -> None:
 
 
 @row("M10", "M11", "M12", "M13", "M14", "M15", "M16", "M17", "M18")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = image(new_uid())
     server.stored(one)
     for path in metadata_paths(one, server):
@@ -1183,7 +1183,7 @@ def _(server: Server) -> None:
 
 
 @row("M19", "M20")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 1)
     for path in (tree.study_path, tree.series_path(0)):
         etag = server.query(path + "/metadata").headers["ETag"]
@@ -1194,7 +1194,7 @@ def _(server: Server) -> None:
 
 
 @row("M21", "M22")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     tree = Tree(server, 3)
     for number, path in enumerate((tree.study_path, tree.series_path(0))):
         etag = server.query(path + "/metadata").headers["ETag"]
@@ -1206,20 +1206,20 @@ def _(server: Server) -> None:
 # Change feed
 
 
-def feed(server: Server, query: str = "") -> list[dict[str, Any]]:
+def feed(server: MsDicomApi, query: str = "") -> list[dict[str, Any]]:
     answer = server.get("/changefeed" + query)
     assert answer.status_code == 200
     entries: list[dict[str, Any]] = answer.json()
     return entries
 
 
-def newest(server: Server) -> dict[str, Any] | None:
+def newest(server: MsDicomApi) -> dict[str, Any] | None:
     """The last entry so far; None if the server has never stored anything."""
     answer = server.get("/changefeed/latest")
     return None if answer.status_code == 204 else answer.json()
 
 
-def feed_after(server: Server, last: dict[str, Any] | None, more: str = "") -> list[dict[str, Any]]:
+def feed_after(server: MsDicomApi, last: dict[str, Any] | None, more: str = "") -> list[dict[str, Any]]:
     if last is None:
         return feed(server, f"?{more}")
     if server.version == 1:
@@ -1232,14 +1232,14 @@ def fed_sop(entry: dict[str, Any]) -> str:
     return str(entry["sopInstanceUid"])
 
 
-def stored_ten(server: Server) -> list[str]:
+def stored_ten(server: MsDicomApi) -> list[str]:
     ten = [image(new_uid(), side=8) for _ in range(10)]
     server.stored(*ten)
     return [str(parse(one).SOPInstanceUID) for one in ten]
 
 
 @row("C01", versions=(1,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one = image(new_uid())
     server.stored(one)
     latest = server.get("/changefeed/latest").json()
@@ -1249,7 +1249,7 @@ def _(server: Server) -> None:
 
 
 @row("C02", "C03", versions=(1,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     server.stored(image(new_uid()))
     sops = stored_ten(server)
     assert len(feed(server)) == 10
@@ -1264,7 +1264,7 @@ def stamp(entry: dict[str, Any]) -> str:
 
 
 @row("C04", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     server.stored(image(new_uid()))
     t0 = stamp(server.get("/changefeed/latest").json())
     sops = []
@@ -1281,7 +1281,7 @@ def _(server: Server) -> None:
 
 
 @row("C05")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     one, last = image(new_uid()), newest(server)
 
     def latest() -> tuple[str, str, bool]:
@@ -1300,7 +1300,7 @@ def _(server: Server) -> None:
 
 
 @row("C06", "C25")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     last = newest(server)
     server.stored(image(new_uid()))
     (entry,) = feed_after(server, last, "includeMetadata=false")
@@ -1309,7 +1309,7 @@ def _(server: Server) -> None:
 
 
 @row("C07", "C08", "C09", "C10", "C11", "C12", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for wrong in (
         "startTime=foo",
         "endTime=foo",
@@ -1322,7 +1322,7 @@ def _(server: Server) -> None:
 
 
 @row("C13", "C14", "C15", "C16", "C17", "C18", "C19", "C20", "C21")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for wrong in (
         *("limit=-1", "limit=0", "limit=foo", "offset=-1", "offset=12345678901234567890123", "offset=foo"),
         *("includeMetadata=0", "includeMetadata=foo", "includeMetadata="),
@@ -1331,18 +1331,18 @@ def _(server: Server) -> None:
 
 
 @row("C22", versions=(1,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     assert server.get("/changefeed?limit=101").status_code == 400
 
 
 @row("C23", versions=(2,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     assert server.get("/changefeed?limit=101").status_code == 200
     assert server.get("/changefeed?limit=201").status_code == 400
 
 
 @row("C24")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     assert server.get("/changefeed/latest?includeMetadata=asdf").status_code == 400
 
 
@@ -1350,19 +1350,19 @@ def _(server: Server) -> None:
 
 
 @row("U01", versions=(1,))
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     assert server.send("POST", "/studies/$bulkUpdate", json={}).status_code == 404
 
 
 @row("H01")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     answer = server.get(server.origin + "/health/check")
     assert answer.status_code == 200
     names = {"DataStoreHealthCheck", "DcmHealthCheck", "MetadataHealthCheck", "WorkitemHealthCheck"}
     assert {entry["name"] for entry in answer.json()["details"]} == names
 
 
-def bearer(server: Server, client: str) -> dict[str, str]:
+def bearer(server: MsDicomApi, client: str) -> dict[str, str]:
     form = {
         "grant_type": "client_credentials",
         "client_id": client,
@@ -1376,16 +1376,16 @@ def bearer(server: Server, client: str) -> dict[str, str]:
 
 
 @row("A01")
-def _(server: Server) -> None:
-    server.part.set_mood("msdicom", "*", bearer=True)
+def _(server: MsDicomApi) -> None:
+    server.part.set_fault("msdicom", "*", bearer=True)
     answer = server.query("/studies")
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
 
 
 @row("A02", "A03")
-def _(server: Server) -> None:
-    server.part.set_mood("msdicom", "*", bearer=True)
+def _(server: MsDicomApi) -> None:
+    server.part.set_fault("msdicom", "*", bearer=True)
     reader = bearer(server, "visitor")
     assert server.get("/studies", DICOM_JSON, **reader).status_code == 204
     assert server.get("/changefeed", **reader).status_code == 200
@@ -1397,7 +1397,7 @@ def _(server: Server) -> None:
 
 
 @row("N01", "N02", "N03", "N04")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     server.stored(image(new_uid()))
     for good in (
         *("*/*", "application/*", "application/json", "APPLICATION/DICOM+JSON"),
@@ -1411,7 +1411,7 @@ def _(server: Server) -> None:
 
 
 @row("N05", "N06")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for content, status in (
         (MULTI, 415),
         ("text/plain", 415),
@@ -1427,13 +1427,13 @@ def _(server: Server) -> None:
     assert server.query("/studies").status_code == 204
 
 
-def broken(server: Server, content: bytes) -> requests.Response:
+def broken(server: MsDicomApi, content: bytes) -> requests.Response:
     headers = {"Content-Type": f"{MULTI}; boundary=frontier", "Accept": DICOM_JSON}
     return server.send("POST", "/studies", data=content, headers=headers)
 
 
 @row("N07")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     first, second = image(new_uid()), image(new_uid())
     answer = broken(server, multipart(first, second)[:-1000])
     assert answer.status_code == 200
@@ -1443,7 +1443,7 @@ def _(server: Server) -> None:
 
 
 @row("N08")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     only = image(new_uid())
     answer = broken(server, multipart(only).removesuffix(b"\r\n--frontier--\r\n"))
     assert answer.status_code == 204
@@ -1452,7 +1452,7 @@ def _(server: Server) -> None:
 
 
 @row("N09")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     only_the_sandbox("writes to the socket", "msdicom")
     place = urlsplit(server.base)
     head = (
@@ -1465,7 +1465,7 @@ def _(server: Server) -> None:
 
 
 @row("N10", "N11", "N12", "N13")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     for wrong in (
         *("StudyDate=20200110-20200109", "StudyDate=-", "StudyDate=20200230", "StudyDate=2020/02/28"),
         *("PatientID=1&00100020=1", "PatientID=1&PatientID=2"),
@@ -1491,9 +1491,9 @@ def _(server: Server) -> None:
 
 
 @row("N15")
-def _(server: Server) -> None:
+def _(server: MsDicomApi) -> None:
     server.stored(image(new_uid()))
-    server.part.set_mood("msdicom", "*", database_down=True)
+    server.part.set_fault("msdicom", "*", database_down=True)
     for path in ("/studies", f"/studies/{new_uid()}/metadata"):
         assert server.query(path).status_code == 503
     answer = server.single(image(new_uid()))
@@ -1536,9 +1536,9 @@ def http() -> Iterator[requests.Session]:
 def test_the_sandbox_answers_as_the_row_says(row_id: str, sandbox: SandboxPart, http: requests.Session) -> None:
     function, versions = ROWS[row_id]
     for version in versions:
-        sandbox.calm()
+        sandbox.reset_faults()
         sandbox.empty()
-        function(Server(sandbox, version, http))
+        function(MsDicomApi(sandbox, version, http))
 
 
 def test_every_row_is_run_or_listed_with_its_reason() -> None:
@@ -1559,11 +1559,11 @@ def test_every_row_is_run_or_listed_with_its_reason() -> None:
 
 
 @pytest.fixture
-def v2(sandbox: SandboxPart, http: requests.Session) -> Server:
-    return Server(sandbox, 2, http)
+def v2(sandbox: SandboxPart, http: requests.Session) -> MsDicomApi:
+    return MsDicomApi(sandbox, 2, http)
 
 
-def test_paths_bear_a_known_version_and_answers_name_them(v2: Server) -> None:
+def test_paths_bear_a_known_version_and_answers_name_them(v2: MsDicomApi) -> None:
     origin = v2.origin
     assert v2.get(origin + "/v3/studies", DICOM_JSON).status_code == 400
     assert v2.get(origin + "/studies", DICOM_JSON).status_code == 404
@@ -1572,13 +1572,13 @@ def test_paths_bear_a_known_version_and_answers_name_them(v2: Server) -> None:
     assert answer.headers["api-supported-versions"]
 
 
-def test_there_is_no_put_and_no_partition(v2: Server) -> None:
+def test_there_is_no_put_and_no_partition(v2: MsDicomApi) -> None:
     assert v2.send("PUT", f"/studies/{new_uid()}", data=b"").status_code == 405
     assert v2.get("/partitions").status_code == 400
     assert v2.get("/partitions/one/studies", DICOM_JSON).status_code == 400
 
 
-def test_retrieves_want_an_accept_header_and_answer_a_wildcard_in_parts(v2: Server) -> None:
+def test_retrieves_want_an_accept_header_and_answer_a_wildcard_in_parts(v2: MsDicomApi) -> None:
     one = image(new_uid())
     v2.stored(one)
     path = v2.instance_path(one)
@@ -1589,13 +1589,13 @@ def test_retrieves_want_an_accept_header_and_answer_a_wildcard_in_parts(v2: Serv
     assert part.items() == [("Content-Type", f"application/dicom; transfer-syntax={EXPLICIT_LE}")]
 
 
-def test_several_instances_are_only_given_as_stored(v2: Server) -> None:
+def test_several_instances_are_only_given_as_stored(v2: MsDicomApi) -> None:
     tree = Tree(v2, 2)
     for syntax in (None, EXPLICIT_LE):
         assert v2.get(tree.study_path, accept(False, syntax)).status_code == 406
 
 
-def test_an_implicit_file_comes_back_explicit_unless_asked_for_as_stored(v2: Server) -> None:
+def test_an_implicit_file_comes_back_explicit_unless_asked_for_as_stored(v2: MsDicomApi) -> None:
     ds = parse(image(new_uid()))
     ds.file_meta.TransferSyntaxUID = IMPLICIT_LE
     buffer = io.BytesIO()
@@ -1609,14 +1609,14 @@ def test_an_implicit_file_comes_back_explicit_unless_asked_for_as_stored(v2: Ser
     assert explicit.PixelData == ds.PixelData
 
 
-def test_a_deleted_instance_can_be_stored_again_at_once(v2: Server) -> None:
+def test_a_deleted_instance_can_be_stored_again_at_once(v2: MsDicomApi) -> None:
     one = image(new_uid())
     v2.stored(one)
     assert v2.delete(v2.instance_path(one)).status_code == 204
     assert v2.single(one).status_code == 200
 
 
-def test_frames_are_served_from_a_cache_that_no_delete_clears(v2: Server) -> None:
+def test_frames_are_served_from_a_cache_that_no_delete_clears(v2: MsDicomApi) -> None:
     only_the_sandbox("sets its clock", "msdicom")
     one = image(new_uid())
     v2.stored(one)
@@ -1630,13 +1630,13 @@ def test_frames_are_served_from_a_cache_that_no_delete_clears(v2: Server) -> Non
     assert v2.get(path + "/frames/1", "application/octet-stream").status_code == 404
 
 
-def test_a_file_without_preamble_is_none(v2: Server) -> None:
+def test_a_file_without_preamble_is_none(v2: MsDicomApi) -> None:
     answer = v2.single(image(new_uid())[132:])
     assert (answer.status_code, reasons(answer)) == (409, [43264])
     assert set(answer.json()["00081198"]["Value"][0]) == {"00081197"}
 
 
-def test_pages_end_with_a_204_and_are_filled_newest_first(v2: Server) -> None:
+def test_pages_end_with_a_204_and_are_filled_newest_first(v2: MsDicomApi) -> None:
     studies = [new_uid() for _ in range(5)]
     for study in studies:
         v2.stored(image(study, side=8))
@@ -1646,7 +1646,7 @@ def test_pages_end_with_a_204_and_are_filled_newest_first(v2: Server) -> None:
     assert (pages[3].status_code, pages[3].content) == (204, b"")
 
 
-def test_fields_beyond_the_index_come_from_the_newest_instance(v2: Server) -> None:
+def test_fields_beyond_the_index_come_from_the_newest_instance(v2: MsDicomApi) -> None:
     study = new_uid()
     v2.stored(image(study, BodyPartExamined="HEAD"))
     v2.stored(image(study, BodyPartExamined="FOOT"))
@@ -1656,7 +1656,7 @@ def test_fields_beyond_the_index_come_from_the_newest_instance(v2: Server) -> No
     assert set(found) <= tags(STUDY_DEFAULTS[2])
 
 
-def test_the_stored_url_follows_the_host_header(v2: Server) -> None:
+def test_the_stored_url_follows_the_host_header(v2: MsDicomApi) -> None:
     only_the_sandbox("answers to any name", "msdicom")
     one = image(new_uid())
     headers = {"Accept": DICOM_JSON, "Content-Type": "application/dicom", "Host": "pacs.example"}

@@ -30,10 +30,10 @@ def endpoint(server: SandboxPart, dialect: str) -> str:
 
 
 def ask(server: SandboxPart, dialect: str, client: str = "courier", **form: str) -> requests.Response:
-    wish = {"grant_type": "client_credentials", "client_id": client, "client_secret": f"{client}-secret"}
+    order = {"grant_type": "client_credentials", "client_id": client, "client_secret": f"{client}-secret"}
     if dialect == "msdicom":
-        wish["scope"] = SCOPE
-    sent = {name: value for name, value in {**wish, **form}.items() if value}
+        order["scope"] = SCOPE
+    sent = {name: value for name, value in {**order, **form}.items() if value}
     return requests.post(endpoint(server, dialect), data=sent, timeout=10)
 
 
@@ -49,9 +49,9 @@ def search(server: SandboxPart, dialect: str, bearer: str | None = None) -> requ
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_nothing_is_asked_of_a_client_unless_the_mood_is_bearer(server: SandboxPart, dialect: str) -> None:
+def test_nothing_is_asked_of_a_client_unless_the_fault_is_bearer(server: SandboxPart, dialect: str) -> None:
     assert search(server, dialect).status_code in (200, 204)
-    server.set_mood(dialect, "*", bearer=True)
+    server.set_fault(dialect, "*", bearer=True)
     answer = search(server, dialect)
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
@@ -59,15 +59,15 @@ def test_nothing_is_asked_of_a_client_unless_the_mood_is_bearer(server: SandboxP
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_token_of_the_endpoint_opens_the_server(server: SandboxPart, dialect: str) -> None:
-    server.set_mood(dialect, "*", bearer=True)
+    server.set_fault(dialect, "*", bearer=True)
     assert search(server, dialect, token(server, dialect)).status_code in (200, 204)
     assert search(server, dialect, "made-up").status_code == 401
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_token_says_how_long_it_lives_and_dies_then(server: SandboxPart, dialect: str) -> None:
-    server.set_mood(dialect, "token", token_lifetime_s=20)
-    server.set_mood(dialect, "query", bearer=True)
+    server.set_fault(dialect, "token", token_lifetime_s=20)
+    server.set_fault(dialect, "query", bearer=True)
     answer = ask(server, dialect).json()
     assert (answer["token_type"], answer["expires_in"]) == ("Bearer", 20)
     requests.put(f"{server.control}/clock", json={"advance_s": 19}, timeout=10)
@@ -121,26 +121,26 @@ def test_a_body_that_is_no_form_is_refused(server: SandboxPart) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_401_until_a_new_token(server: SandboxPart, dialect: str) -> None:
     old = token(server, dialect)
-    server.set_mood(dialect, "query", unauthorized=True)
+    server.set_fault(dialect, "query", unauthorized=True)
     assert search(server, dialect, old).status_code == 401
     assert search(server, dialect, old).status_code == 401
     assert search(server, dialect, token(server, dialect)).status_code in (200, 204)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_the_token_endpoint_has_moods_of_its_own(server: SandboxPart, dialect: str) -> None:
-    server.set_mood(dialect, "token", status=503, retry_after_s=7, times=1)
+def test_the_token_endpoint_has_faults_of_its_own(server: SandboxPart, dialect: str) -> None:
+    server.set_fault(dialect, "token", status=503, retry_after_s=7, times=1)
     answer = ask(server, dialect)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "7")
     assert ask(server, dialect).status_code == 200
-    server.set_mood(dialect, "token", latency_ms=150, times=1)
+    server.set_fault(dialect, "token", latency_ms=150, times=1)
     start = time.monotonic()
     assert ask(server, dialect).status_code == 200
     assert time.monotonic() - start >= 0.15
 
 
 def test_an_independent_client_library_gets_and_uses_a_token(server: SandboxPart) -> None:
-    server.set_mood("dcm4chee", "*", bearer=True)
+    server.set_fault("dcm4chee", "*", bearer=True)
     provider: Any = OAuth2Client(
         endpoint(server, "dcm4chee"),
         client_id="courier",

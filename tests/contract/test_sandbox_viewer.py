@@ -248,7 +248,7 @@ def test_dicomweb_answers_under_the_site_s_origin_with_urls_that_lead_back_there
     )
     assert frame.status_code == 200
     assert len(frame.content) > 64 * 64 * 2
-    with_site.set_mood(dialect, "query", status=503, retry_after_s=3, times=1)
+    with_site.set_fault(dialect, "query", status=503, retry_after_s=3, times=1)
     answer = requests.get(f"{with_site.control}{root}/studies", timeout=10)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "3")
 

@@ -252,7 +252,7 @@ def test_a_question_mark_and_a_hash_belong_to_the_name(
     for number in (1, 2):
         blob = writer.get_blob_client("images", f"odd/{name.format(number)}")
         blob.upload_blob(f"image {number}".encode(), overwrite=True)
-    listed = [one.url for page in fetching.pages("az://images/odd/") for one in page if not one.why_not]
+    listed = [one.url for page in fetching.pages("az://images/odd/") for one in page if not one.skip_reason]
     for number in (1, 2):
         url = f"az://images/odd/{name.format(number)}"
         assert url in listed
@@ -273,7 +273,7 @@ def test_a_name_that_no_plain_url_can_have_is_listed_among_the_others_and_fetche
     found = {one.url: one for page in fetching.pages(f"az://images/{folder}/") for one in page}
     encoded = f"az+encoded://images/{folder}/{quote(name)}"
     assert set(found) == {f"az://images/{folder}/good.dcm", encoded}
-    assert not any(one.why_not for one in found.values())
+    assert not any(one.skip_reason for one in found.values())
     with fetching.fetch(encoded) as fetched:
         assert (fetched.stream.read(), fetched.source) == (name.encode(), encoded)
     missing = f"{encoded}%0A"
@@ -405,7 +405,7 @@ def test_a_prefix_is_listed_page_by_page_with_urls_that_fetch(
     found = {one.url: one for page in pages for one in page}
     assert set(found) == {f"az://images/{name}" for name in names}
     assert {one.size_bytes for one in found.values()} == {10}
-    assert [one.url for one in found.values() if one.why_not] == ["az://images/many/DICOMDIR"]
+    assert [one.url for one in found.values() if one.skip_reason] == ["az://images/many/DICOMDIR"]
     fetching.fetch("az://images/many/a b/ü+%20.dcm").close()
     assert URL in {one.url for page in fetching.pages("az://images/") for one in page}
     for url, kind in (

@@ -171,7 +171,7 @@ def test_an_address_of_ip_version_6_is_fetched_from() -> None:
     class Six(HTTPServer):
         address_family = socket.AF_INET6
 
-    class Handler(BaseHTTPRequestHandler):
+    class Ipv6Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
@@ -181,7 +181,7 @@ def test_an_address_of_ip_version_6_is_fetched_from() -> None:
             """Not needed."""
 
     try:
-        server = Six(("::1", 0), Handler)
+        server = Six(("::1", 0), Ipv6Handler)
     except OSError:
         pytest.skip("this machine has no IPv6")
     thread = threading.Thread(target=server.handle_request)

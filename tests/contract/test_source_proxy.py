@@ -25,7 +25,7 @@ from tests.servers.connect_proxy import ConnectProxy
 from worker.storage.destinations import Destinations
 from worker.storage.network import Network
 from worker.storage.sources import Sources
-from worker.storage.study_marks import Mark
+from worker.storage.study_marks import StudyFingerprint
 
 NAME, PASSWORD = "images.example", "hush hush/pass"
 BODY = b"an image"
@@ -37,7 +37,7 @@ BLOBS = (
     b'<?xml version="1.0" encoding="utf-8"?><EnumerationResults><Blobs><Blob><Name>a.dcm</Name><Properties>'
     b"<Content-Length>8</Content-Length><BlobType>BlockBlob</BlobType></Properties></Blob></Blobs><NextMarker/></EnumerationResults>"
 )
-MARK = Mark("1.2", 1, "0" * 64)
+MARK = StudyFingerprint("1.2", 1, "0" * 64)
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +220,7 @@ def test_a_407_of_the_host_behind_the_proxy_is_the_hosts_own(
         tree = settings(images, proxy=proxy.url, ca_file=str(authority[1]))
         sources = Sources(tree.sources, breakers=Breakers(client))
         error = error_of(lambda: sources.fetch(f"{tree.sources.s3.endpoint_url}/odd.dcm"))
-        assert (type(error), error.resting) == (SourceDenied, None)
+        assert (type(error), error.open_circuit) == (SourceDenied, None)
         sources.fetch(f"{tree.sources.s3.endpoint_url}/a.dcm").close()
 
 
@@ -311,7 +311,7 @@ def test_azures_own_emulator_is_read_listed_and_written_to_through_a_proxy(
     tree = Settings.model_validate({"sources": {"proxy": proxy.url, "azure": azure}, "downloads": {"azure": azure}})
     archive = Destinations(tree.downloads, network=Network.of(tree.sources)).archive(f"az://{container}/a.zip")
     assert archive.write(iter([BODY]), MARK) == len(BODY)
-    assert (archive.look(), b"".join(archive.read())) == (MARK, BODY)
+    assert (archive.read_fingerprint(), b"".join(archive.read())) == (MARK, BODY)
     sources = Sources(tree.sources)
     (page,) = sources.pages(f"az://{container}/")
     assert len(page) == 1
@@ -327,7 +327,7 @@ def test_an_s3_is_read_listed_and_written_to_through_a_proxy(proxy: ConnectProxy
     bucket = archive._bucket  # type: ignore[union-attr]  # an S3Archive
     bucket._client.create_bucket(Bucket="proxied")
     assert archive.write(iter([BODY]), MARK) == len(BODY)
-    assert (archive.look(), b"".join(archive.read())) == (MARK, BODY)
+    assert (archive.read_fingerprint(), b"".join(archive.read())) == (MARK, BODY)
     sources = Sources(tree.sources)
     (page,) = sources.pages("s3://proxied/")
     assert [one.url for one in page] == ["s3://proxied/a.zip"]
@@ -372,7 +372,7 @@ def test_a_host_that_does_not_speak_tls_is_told_as_that(
 # --- stores of other makers ------------------------------------------------------------------------------------------
 
 
-class Headers:
+class SentHeaders:
     """What a store was sent, by method and path."""
 
     def __init__(self, images: ImageServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ class Headers:
 def test_to_a_store_of_another_maker_no_checksum_is_sent_that_it_does_not_need(
     image_server: ImageServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    headers = Headers(filled(image_server), monkeypatch)
+    headers = SentHeaders(filled(image_server), monkeypatch)
     tree = settings(image_server, HOST)
     for which in ("s3", "list s3", "download s3", "files s3"):
         questions(tree, image_server)[which]()
@@ -423,7 +423,7 @@ def test_uploads_that_are_under_way_are_never_listed(
     image_server: ImageServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the right to (``ListMultipartUploads``) may be missing, and a store may answer it with 501."""
-    headers = Headers(filled(image_server), monkeypatch)
+    headers = SentHeaders(filled(image_server), monkeypatch)
     tree = settings(image_server, HOST)
     error_of(lambda: Destinations(tree.downloads).archive("s3://images/b.zip").write(iter([BODY]), MARK))
     assert headers.sent

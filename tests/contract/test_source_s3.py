@@ -210,7 +210,7 @@ def test_a_key_that_no_plain_url_can_have_is_listed_among_the_others_and_fetched
     found = {one.url: one for page in fetching.pages(f"s3://images/{folder}/") for one in page}
     encoded = f"s3+encoded://images/{folder}/{quote(name)}"
     assert set(found) == {f"s3://images/{folder}/good.dcm", encoded}
-    assert not any(one.why_not for one in found.values())
+    assert not any(one.skip_reason for one in found.values())
     with fetching.fetch(encoded) as fetched:
         assert (fetched.stream.read(), fetched.source) == (name.encode(), encoded)
     assert (
@@ -373,7 +373,7 @@ def test_a_prefix_is_listed_page_by_page_with_urls_that_fetch(endpoint: str, mon
     found = {one.url: one for page in pages for one in page}
     assert set(found) == {f"s3://images/{key}" for key in keys}
     assert {one.size_bytes for one in found.values()} == {10}
-    assert [one.url for one in found.values() if one.why_not] == ["s3://images/many/DICOMDIR"]
+    assert [one.url for one in found.values() if one.skip_reason] == ["s3://images/many/DICOMDIR"]
     fetching.fetch("s3://images/many/a b/ü+&%.dcm").close()
     assert "s3://images/2024/a b.dcm" in {one.url for page in fetching.pages("s3://images/") for one in page}
     for url, kind in (

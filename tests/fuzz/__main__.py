@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.fuzz.campaign import Found, by_bytes, by_hypothesis
-from tests.fuzz.meter import Tally, Target, run_case, warm_up
+from tests.fuzz.campaign import FailingCase, by_bytes, by_hypothesis
+from tests.fuzz.meter import FuzzTally, FuzzTarget, run_case, warm_up
 from tests.fuzz.targets import TARGETS
 
 #: Where a case stands while it runs and, if it is a finding, stays.
@@ -34,7 +34,7 @@ def main() -> int:
         name, file = asked.replay
         replayed = next(target for target in TARGETS if target.name == name)
         warm_up(replayed)
-        run_case(replayed, Path(file).read_bytes(), Tally())
+        run_case(replayed, Path(file).read_bytes(), FuzzTally())
         print("No property fails on it.")
         return 0
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it remarks on every broken frame
@@ -50,9 +50,9 @@ def main() -> int:
     return 1 if found else 0
 
 
-def _fuzz(target: Target, cases: int, seed: int) -> list[Found]:
+def _fuzz(target: FuzzTarget, cases: int, seed: int) -> list[FailingCase]:
     """A third by Hypothesis, the rest by bytes; prints the target's line of the table."""
-    tally, begun_s = Tally(), time.monotonic()
+    tally, begun_s = FuzzTally(), time.monotonic()
     current = CASES / f"{target.name}.current"
 
     def watch(case: bytes) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hypothesis import HealthCheck, given, settings
 
-from tests.fuzz.meter import Finding, Tally, Target, run_case, warm_up
+from tests.fuzz.meter import BrokenProperty, FuzzTally, FuzzTarget, run_case, warm_up
 from tests.fuzz.mutator import mutated
 
 _QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "print_blob": False}
@@ -19,7 +19,7 @@ _ENOUGH = 5
 
 
 @dataclass(frozen=True)
-class Found:
+class FailingCase:
     """A case on which a property fails; Hypothesis' are the smallest it could make."""
 
     target: str
@@ -32,8 +32,8 @@ def _unwatched(_case: bytes) -> None:
 
 
 def by_hypothesis(
-    target: Target, cases: int, tally: Tally, *, profile: str, watch: Callable[[bytes], None] = _unwatched
-) -> list[Found]:
+    target: FuzzTarget, cases: int, tally: FuzzTally, *, profile: str, watch: Callable[[bytes], None] = _unwatched
+) -> list[FailingCase]:
     warm_up(target)
     last = b""
 
@@ -47,14 +47,14 @@ def by_hypothesis(
 
     try:
         hold()
-    except Finding as finding:
-        return [Found(target.name, last, str(finding))]
+    except BrokenProperty as finding:
+        return [FailingCase(target.name, last, str(finding))]
     return []
 
 
 def by_bytes(
-    target: Target, cases: int, tally: Tally, *, seed: int, watch: Callable[[bytes], None] = _unwatched
-) -> list[Found]:
+    target: FuzzTarget, cases: int, tally: FuzzTally, *, seed: int, watch: Callable[[bytes], None] = _unwatched
+) -> list[FailingCase]:
     """The seeds as they are, and then what the mutator makes of them; the same cases for the same ``seed``."""
     warm_up(target)
     rng, seeds, found = random.Random(f"{seed} {target.name}"), target.seeds(), []
@@ -63,8 +63,8 @@ def by_bytes(
         watch(case)
         try:
             run_case(target, case, tally)
-        except Finding as finding:
-            found.append(Found(target.name, case, str(finding)))
+        except BrokenProperty as finding:
+            found.append(FailingCase(target.name, case, str(finding)))
             if len(found) == _ENOUGH:
                 break
     return found

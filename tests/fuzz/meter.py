@@ -27,16 +27,16 @@ INTERRUPT_S = 5.0
 Act = Callable[[Any], Any]
 
 
-class Finding(AssertionError):
+class BrokenProperty(AssertionError):
     """A property that does not hold; the text says which."""
 
 
-class _Hangs(BaseException):
+class _CaseHangs(BaseException):
     """Raised into a case that does not come back; not an Exception, so that no handler in the code eats it."""
 
 
 @dataclass(frozen=True)
-class Target:
+class FuzzTarget:
     """Something that reads what others wrote.
 
     ``prepare`` turns the case into what each of ``acts`` reads, which are measured one by one, as a job meets them.
@@ -54,7 +54,7 @@ class Target:
 
 
 @dataclass
-class Tally:
+class FuzzTally:
     """The worst of the cases so far; ``refused`` counts those that no act took.
 
     ``ratio`` is peak memory less the allowance, over the input's length.
@@ -67,7 +67,7 @@ class Tally:
     worst_bytes: int = 0
 
 
-def run_case(target: Target, case: bytes, tally: Tally) -> None:
+def run_case(target: FuzzTarget, case: bytes, tally: FuzzTally) -> None:
     """Hold every property against one case; `Finding` is the first that does not hold."""
     prepared = target.prepare(case)
     refused = 0
@@ -77,14 +77,16 @@ def run_case(target: Target, case: bytes, tally: Tally) -> None:
             if seconds > LIMIT_S:
                 seconds = min(seconds, _seconds(act, prepared))
         if seconds > LIMIT_S:
-            raise Finding(f"takes {seconds:.1f} s of processor time")
+            raise BrokenProperty(f"takes {seconds:.1f} s of processor time")
         allowance_bytes = target.allowance_bytes(case)
         allowed_bytes = target.factor * len(case) + allowance_bytes
         for _ in range(3):  # another thread of this process allocates too, such as the one that talks to pytest-xdist
             if peak_bytes > allowed_bytes:
                 peak_bytes = min(peak_bytes, _measured(act, prepared)[2])
         if peak_bytes > allowed_bytes:
-            raise Finding(f"takes {peak_bytes:,} bytes for an input of {len(case):,}; {allowed_bytes:,} are allowed")
+            raise BrokenProperty(
+                f"takes {peak_bytes:,} bytes for an input of {len(case):,}; {allowed_bytes:,} are allowed"
+            )
         if isinstance(result, CourierError):
             _check_error(result)
             refused += 1
@@ -96,10 +98,10 @@ def run_case(target: Target, case: bytes, tally: Tally) -> None:
     tally.refused += refused == len(target.acts)
 
 
-def warm_up(target: Target) -> None:
+def warm_up(target: FuzzTarget) -> None:
     """Have everything loaded that is loaded once, such as the tables of international host names."""
     for seed in target.seeds():
-        with suppress(Finding):  # it comes again, measured
+        with suppress(BrokenProperty):  # it comes again, measured
             prepared = target.prepare(seed)
             for act in target.acts:
                 _outcome(act, prepared)
@@ -108,11 +110,11 @@ def warm_up(target: Target) -> None:
 def _check_error(error: CourierError) -> None:
     text = str(error)
     if not error.code:
-        raise Finding(f"raises an error without a code: {error!r}")
+        raise BrokenProperty(f"raises an error without a code: {error!r}")
     if len(text) > 2_000:
-        raise Finding(f"raises an error of {len(text):,} characters")
+        raise BrokenProperty(f"raises an error of {len(text):,} characters")
     if not text.isprintable() or not encodes(text):
-        raise Finding(f"raises an error that cannot be logged as it is: {text!r}")
+        raise BrokenProperty(f"raises an error that cannot be logged as it is: {text!r}")
 
 
 def encodes(text: str) -> bool:
@@ -146,13 +148,13 @@ def _outcome(act: Act, prepared: Any) -> Any:
             return act(prepared)
     except CourierError as error:
         return error
-    except Finding:
+    except BrokenProperty:
         raise
-    except _Hangs:
-        raise Finding(f"is not back after {INTERRUPT_S:g} s of processor time") from None
+    except _CaseHangs:
+        raise BrokenProperty(f"is not back after {INTERRUPT_S:g} s of processor time") from None
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        raise Finding(
+        raise BrokenProperty(
             f"crashes with {type(error).__name__} in {where.name} ({where.filename}:{where.lineno})"
         ) from error
 
@@ -162,7 +164,7 @@ def _interrupted() -> Iterator[None]:
     """Counts processor time: the timer of wall time is pytest-timeout's."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise _Hangs
+        raise _CaseHangs
 
     before = signal.signal(signal.SIGVTALRM, interrupt)
     signal.setitimer(signal.ITIMER_VIRTUAL, INTERRUPT_S)

@@ -27,19 +27,19 @@ from pydicom.data import get_testdata_file
 from courier.errors import CourierError, PacsMisanswered
 from courier.ledger.jobs import content_digest
 from courier.messages import Job, read_job
-from courier.redaction import shown_job, shown_url
+from courier.redaction import redact_job, redact_url
 from courier.results import Dataset
 from courier.settings import ServerSettings, SourceSettings
 from producer.inputs import Items, rows_of_stream, study_uid
 from producer.plans import PlanFile, PlanHeader, PlanLine, write
 from sandbox.synthetic import image
-from tests.fuzz.meter import ALLOWANCE_BYTES, Finding, Target, encodes
+from tests.fuzz.meter import ALLOWANCE_BYTES, BrokenProperty, FuzzTarget, encodes
 from tests.fuzz.secrets import SECRET, hides_it, must_not_show
 from worker.dicom.instances import Instance, Reading, identify
 from worker.pacs.dcm4chee import Dcm4chee, error_message
 from worker.pacs.dicomjson import items, number, text
 from worker.pacs.dicomweb import DicomWeb, path_of
-from worker.pacs.generic import PlainDicomWeb
+from worker.pacs.generic import GenericDicomWeb
 from worker.pacs.msdicom import MsDicom
 from worker.pacs.multipart import read_parts
 from worker.pacs.orthanc import Orthanc
@@ -114,10 +114,10 @@ def _identify(case: bytes) -> Instance:
         instance = identify(io.BytesIO(case))
     except CourierError as error:
         if not isinstance(arriving, CourierError):
-            raise Finding(f"refused with {error}, and while it arrives {arriving}") from error
+            raise BrokenProperty(f"refused with {error}, and while it arrives {arriving}") from error
         raise
     if arriving != instance:
-        raise Finding(f"says {instance}, and while it arrives {arriving}")
+        raise BrokenProperty(f"says {instance}, and while it arrives {arriving}")
     return instance
 
 
@@ -138,7 +138,7 @@ def _agrees_with_pydicom(case: bytes, result: Any) -> None:
     theirs = _by_pydicom(case)
     ours = (result.study_instance_uid, result.series_instance_uid, result.sop_instance_uid, result.sop_class_uid)
     if theirs is not None and theirs != ours:
-        raise Finding(f"says {ours}, and pydicom {theirs}")
+        raise BrokenProperty(f"says {ours}, and pydicom {theirs}")
 
 
 def _by_pydicom(case: bytes) -> tuple[str, ...] | None:
@@ -161,7 +161,7 @@ def _identify_allowance(case: bytes) -> int:
 # --- answers of a server ------------------------------------------------------------------------------------------
 
 
-class _Canned:
+class _CannedTransport:
     """Stands where the transport stands and has one answer to everything."""
 
     base_path = "/base"
@@ -175,7 +175,7 @@ class _Canned:
     def exchange(self, request: Request) -> Answer:
         self.asked += 1
         if ".." in request.target or not request.target.startswith("/") or not request.target.isprintable():
-            raise Finding(f"asks for {request.target!r}")
+            raise BrokenProperty(f"asks for {request.target!r}")
         return Answer(self.status, {}, self.body if self.asked == 1 else b"[]")
 
     def error(self, kind: type[CourierError], sentence: str, **more: Any) -> CourierError:
@@ -183,7 +183,7 @@ class _Canned:
 
 
 def _canned(server_type: str, body: bytes, status: int = 200) -> Transport:
-    return cast(Transport, _Canned(server_type, body, status))
+    return cast(Transport, _CannedTransport(server_type, body, status))
 
 
 def _each(*calls: Any) -> list[Any]:
@@ -207,7 +207,7 @@ _PARTS = [
     Part(Instance(STUDY, SERIES, uid, "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1"), io.BytesIO, 0)
     for uid in (IMAGE, f"{IMAGE}.2", "")
 ]
-_STOW_DIALECTS = (("msdicom", MsDicom), ("dcm4chee", Dcm4chee), ("dicomweb", PlainDicomWeb))
+_STOW_DIALECTS = (("msdicom", MsDicom), ("dcm4chee", Dcm4chee), ("dicomweb", GenericDicomWeb))
 _DIALECTS = (*_STOW_DIALECTS, ("orthanc", Orthanc))
 
 
@@ -236,14 +236,14 @@ def _one_for_each_part(results: Iterable[Any]) -> Iterator[list[Outcome]]:
         if [outcome.sop_instance_uid for outcome in outcomes] != [
             part.instance.sop_instance_uid for part in _PARTS[:2]
         ]:
-            raise Finding("does not give one outcome for each part")
+            raise BrokenProperty("does not give one outcome for each part")
         yield outcomes
 
 
 def _outcome_is_told(case: bytes, outcome: Outcome) -> None:
     _no_secret(" ".join((outcome.message, *outcome.warnings)))
     if outcome.fate is Fate.STORED and outcome.sop_instance_uid not in _read(case):
-        raise Finding("takes an image for stored that the answer does not name")
+        raise BrokenProperty("takes an image for stored that the answer does not name")
 
 
 def _import(case: bytes) -> list[Any]:
@@ -256,7 +256,7 @@ def _imports_are_told(case: bytes, results: Any) -> None:
         _no_secret(" ".join(outcome.message for outcome in outcomes))
         told = [one for one in json.loads(case) if one.get("Status") == "Success"]
         if sum(outcome.fate is Fate.STORED for outcome in outcomes) > len(told):
-            raise Finding("takes more images for stored than the answer does")
+            raise BrokenProperty("takes more images for stored than the answer does")
 
 
 def _read(case: bytes) -> str:
@@ -266,7 +266,7 @@ def _read(case: bytes) -> str:
 
 def _no_secret(shown: str) -> None:
     if SECRET in shown:
-        raise Finding(f"shows what a server wrote: {shown!r}")
+        raise BrokenProperty(f"shows what a server wrote: {shown!r}")
 
 
 def _web(case: bytes) -> DicomWeb:
@@ -274,10 +274,10 @@ def _web(case: bytes) -> DicomWeb:
 
 
 def _paths(found: Iterable[Found]) -> list[str]:
-    return [_looked_at(one.attributes) or path_of(one) for one in found]
+    return [_read_elements(one.attributes) or path_of(one) for one in found]
 
 
-def _looked_at(ds: Dataset) -> None:
+def _read_elements(ds: Dataset) -> None:
     for tag in islice(ds, 50):
         text(ds, tag)
         number(ds, tag)
@@ -286,11 +286,11 @@ def _looked_at(ds: Dataset) -> None:
 
 def _metadata(case: bytes) -> list[str]:
     for ds in _web(case).metadata(Found("study", STUDY)):
-        _looked_at(ds)
+        _read_elements(ds)
     return []
 
 
-def _told(case: bytes, name: str, dialect: Any, call: str) -> list[str]:
+def _call(case: bytes, name: str, dialect: Any, call: str) -> list[str]:
     """What a server says of itself; each call meets a server that has said nothing yet."""
     getattr(dialect(_canned(name, case)), call)()
     return []
@@ -300,7 +300,7 @@ def _words(case: bytes) -> list[str]:
     """An archive's error, which is quoted in an outcome."""
     words = error_message(Answer(500, {}, case))
     if len(words) > 300 or not words.isprintable():
-        raise Finding(f"quotes what cannot be shown: {words!r:.400}")
+        raise BrokenProperty(f"quotes what cannot be shown: {words!r:.400}")
     return []
 
 
@@ -314,7 +314,7 @@ _QUESTIONS: tuple[Callable[[bytes], list[str]], ...] = (
     _metadata,
     _words,
     *(
-        functools.partial(_told, name=name, dialect=dialect, call=call)
+        functools.partial(_call, name=name, dialect=dialect, call=call)
         for name, dialect in _DIALECTS
         for call in ("state", "storage", "database")
     ),
@@ -328,7 +328,7 @@ def _paths_are_fit_to_be_asked(_case: bytes, result: Any) -> None:
         return
     for path in result:
         if path and not _PATH.fullmatch(path):
-            raise Finding(f"would ask for {path!r}")
+            raise BrokenProperty(f"would ask for {path!r}")
 
 
 _PATH = re.compile(r"/studies/[\w.-]+(/series/[\w.-]+(/instances/[\w.-]+)?)?", re.ASCII)
@@ -512,13 +512,13 @@ def _no_byte_is_made_up_and_cuts_do_not_matter(case: bytes, result: Any) -> None
     step = 1 + zlib.crc32(case) % 97
     again = _each(functools.partial(_multipart, case, step))[0]
     if isinstance(again, CourierError) != isinstance(result, CourierError):
-        raise Finding(f"ends otherwise when it comes in pieces of {step} bytes")
+        raise BrokenProperty(f"ends otherwise when it comes in pieces of {step} bytes")
     if isinstance(result, CourierError):
         return
     if result.size_bytes > len(case):
-        raise Finding("gives more bytes than came")
+        raise BrokenProperty("gives more bytes than came")
     if again != result:
-        raise Finding(f"reads other parts when it comes in pieces of {step} bytes")
+        raise BrokenProperty(f"reads other parts when it comes in pieces of {step} bytes")
 
 
 @functools.cache
@@ -569,25 +569,25 @@ def _message(case: bytes) -> Any:
 
 def _jobs(message: Any) -> list[Any]:
     results = _each(*(functools.partial(read_job, kind, message) for kind in _KINDS))
-    shown = [shown_job(message)]
+    shown = [redact_job(message)]
     if isinstance(message, dict):
         digest = content_digest("pacs.upload", message)
         if content_digest("pacs.upload", {**message, "idempotency_key": "another"}) != digest:
-            raise Finding("counts a job with another idempotency key as another job")
+            raise BrokenProperty("counts a job with another idempotency key as another job")
     return results + shown
 
 
 def _jobs_are_told(message: Any, results: Any) -> None:
     texts = [str(result) for result in results if isinstance(result, CourierError | str)]
     if not all(encodes(shown) and shown.isprintable() and len(shown) <= 1_000 for shown in texts):
-        raise Finding(
+        raise BrokenProperty(
             f"cannot be logged as it is: {next(t for t in texts if not (encodes(t) and t.isprintable()))!r:.200}"
         )
     if must_not_show(message) and any(SECRET in shown for shown in texts):
-        raise Finding(f"shows a secret: {next(shown for shown in texts if SECRET in shown)!r}")
+        raise BrokenProperty(f"shows a secret: {next(shown for shown in texts if SECRET in shown)!r}")
     for job in results:
         if isinstance(job, Job) and read_job(type(job), json.loads(json.dumps(job.model_dump(mode="json")))) != job:
-            raise Finding(f"a {type(job).__name__} is not the same after a round trip")
+            raise BrokenProperty(f"a {type(job).__name__} is not the same after a round trip")
 
 
 @functools.cache
@@ -633,22 +633,22 @@ def _url(case: bytes) -> str:
 
 
 def _policies(url: str) -> tuple[str, list[Any]]:
-    return shown_url(url), _each(lambda: _OPEN.read(url), lambda: _STRICT.read(url))
+    return redact_url(url), _each(lambda: _OPEN.read(url), lambda: _STRICT.read(url))
 
 
 def _urls_are_told(url: str, result: Any) -> None:
     shown, results = result
     texts = [shown, *(str(one) for one in results if isinstance(one, CourierError))]
     if hides_it(url) and any(SECRET in one for one in texts):
-        raise Finding(f"shows a secret: {next(one for one in texts if SECRET in one)!r}")
+        raise BrokenProperty(f"shows a secret: {next(one for one in texts if SECRET in one)!r}")
     for error in (one for one in results if isinstance(one, CourierError)):
         if len(str(error)) > 1_000 or not encodes(str(error)) or not str(error).isprintable():
-            raise Finding(f"gives an error that cannot be logged as it is: {str(error)!r:.200}")
+            raise BrokenProperty(f"gives an error that cannot be logged as it is: {str(error)!r:.200}")
     for target in (one for one in results if isinstance(one, Url)):
         if not target.host.isascii() or not target.host.isprintable() or "@" in target.host:
-            raise Finding(f"would connect to {target.host!r}")
+            raise BrokenProperty(f"would connect to {target.host!r}")
         if _OPEN.read(target.url) != target:
-            raise Finding(f"reads {target.url!r} otherwise the second time")
+            raise BrokenProperty(f"reads {target.url!r} otherwise the second time")
 
 
 _FORMS = (
@@ -717,12 +717,12 @@ def _entries_are_told(case: bytes, results: Any) -> None:
         return
     found, *read = results
     for one, size_bytes in zip(found, read, strict=False):
-        if one.why_not and not isinstance(size_bytes, CourierError):
-            raise Finding("reads what it lists as no image")
+        if one.skip_reason and not isinstance(size_bytes, CourierError):
+            raise BrokenProperty("reads what it lists as no image")
         if isinstance(size_bytes, int) and size_bytes != one.size_bytes:
-            raise Finding("reads another size than it lists")
-        if "/../" in one.url and not one.why_not:
-            raise Finding("lists a name that leads out")
+            raise BrokenProperty("reads another size than it lists")
+        if "/../" in one.url and not one.skip_reason:
+            raise BrokenProperty("lists a name that leads out")
 
 
 @functools.cache
@@ -765,7 +765,7 @@ _LISTS = (functools.partial(_rows, column=None), functools.partial(_rows, column
 
 def _no_more_items_than_lines(case: bytes, count: Any) -> None:
     if isinstance(count, int) and count > case.count(b"\n") + case.count(b"\r") + 1:
-        raise Finding("finds more items than there are lines")
+        raise BrokenProperty("finds more items than there are lines")
 
 
 @functools.cache
@@ -792,9 +792,9 @@ def _same(case: bytes) -> bytes:
     return case
 
 
-_JSON_ANSWER = functools.partial(Target, prepare=_same, factor=JSON_FACTOR)
+_JSON_ANSWER = functools.partial(FuzzTarget, prepare=_same, factor=JSON_FACTOR)
 TARGETS = (
-    Target(
+    FuzzTarget(
         "identify",
         seeds=_files,
         shaped=_shaped_file(),
@@ -824,7 +824,7 @@ TARGETS = (
         acts=_QUESTIONS,
         check=_paths_are_fit_to_be_asked,
     ),
-    Target(
+    FuzzTarget(
         "multipart",
         seeds=_multipart_answers,
         shaped=_SHAPED_MULTIPART,
@@ -832,7 +832,7 @@ TARGETS = (
         acts=(_multipart,),
         check=_no_byte_is_made_up_and_cuts_do_not_matter,
     ),
-    Target(
+    FuzzTarget(
         "jobs",
         seeds=_messages,
         shaped=_as_json(st.one_of(_JOBS, _JOBS, _JSON)),
@@ -840,7 +840,7 @@ TARGETS = (
         acts=(_jobs,),
         check=_jobs_are_told,
     ),
-    Target(
+    FuzzTarget(
         "urls",
         seeds=lambda: [form.encode() for form in _FORMS],
         shaped=_SHAPED_URL,
@@ -848,7 +848,7 @@ TARGETS = (
         acts=(_policies,),
         check=_urls_are_told,
     ),
-    Target(
+    FuzzTarget(
         "archives",
         seeds=_archives,
         shaped=_SHAPED_ARCHIVE,
@@ -857,7 +857,7 @@ TARGETS = (
         check=_entries_are_told,
         allowance_bytes=lambda _: ALLOWANCE_BYTES + 3 * _ENTRY_BYTES + 2 * CHUNK_BYTES,
     ),
-    Target(
+    FuzzTarget(
         "lists",
         seeds=_lists,
         shaped=_SHAPED_LIST,

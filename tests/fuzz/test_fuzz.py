@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from courier.errors import CourierError, NotDicom
 from tests.fuzz import meter
 from tests.fuzz.campaign import by_bytes, by_hypothesis
-from tests.fuzz.meter import Tally, Target
+from tests.fuzz.meter import FuzzTally, FuzzTarget
 from tests.fuzz.secrets import SECRET
 from tests.fuzz.targets import TARGETS
 
@@ -20,15 +20,15 @@ CASES = 25
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_nothing_that_hypothesis_makes_up_breaks_a_reader(target: Target) -> None:
-    tally = Tally()
+def test_nothing_that_hypothesis_makes_up_breaks_a_reader(target: FuzzTarget) -> None:
+    tally = FuzzTally()
     assert by_hypothesis(target, CASES, tally, profile="suite") == []
     assert tally.cases >= 1
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_no_damage_to_a_sample_breaks_a_reader(target: Target) -> None:
-    tally = Tally()
+def test_no_damage_to_a_sample_breaks_a_reader(target: FuzzTarget) -> None:
+    tally = FuzzTally()
     # All of pydicom's samples, and the file that inflates to 16 MiB, are for `make fuzz`.
     seeds = target.seeds()[-6:-1] if target.name == "identify" else target.seeds()[-5:]
     assert by_bytes(dataclasses.replace(target, seeds=lambda: seeds), CASES, tally, seed=1) == []
@@ -71,7 +71,7 @@ def test_the_fuzzer_finds_each_kind_of_fault(
     act: Callable[[bytes], Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meter, "INTERRUPT_S", 0.2)
-    broken = Target(
+    broken = FuzzTarget(
         "broken",
         seeds=lambda: [b"x" * 100_000],
         shaped=st.binary(),
@@ -79,7 +79,7 @@ def test_the_fuzzer_finds_each_kind_of_fault(
         acts=[act],
         check=lambda _prepared, _result: None,
     )
-    found = by_bytes(broken, 1, Tally(), seed=1)
+    found = by_bytes(broken, 1, FuzzTally(), seed=1)
     assert [words in finding.text for finding in found] == [True]
 
 
@@ -95,4 +95,4 @@ def test_the_fuzzer_finds_a_secret_that_is_shown(name: str) -> None:
 
 def test_hypothesis_hands_back_the_smallest_case_on_which_a_property_fails() -> None:
     broken = dataclasses.replace(TARGETS[0], name="broken", seeds=lambda: [b""], shaped=st.binary(), acts=[crash])
-    assert [len(finding.case) for finding in by_hypothesis(broken, 50, Tally(), profile="suite")] == [1]
+    assert [len(finding.case) for finding in by_hypothesis(broken, 50, FuzzTally(), profile="suite")] == [1]

@@ -112,7 +112,7 @@ def test_the_audit_is_a_table_a_csv_and_can_be_narrowed(pacs, splits):
 def test_a_silent_server_is_never_a_clean_bill_of_health(courier, pacs, sandbox, splits, tmp_path):
     plan = tmp_path / "plan.jsonl"
     for operation in ("*", "query"):
-        sandbox.set_mood("dcm4chee", operation, status=503)
+        sandbox.set_fault("dcm4chee", operation, status=503)
         with pytest.raises(PacsUnavailable) as caught:
             courier.audit().result(timeout_s=WAIT_S)
         assert caught.value.server_name == "dcm4chee"
@@ -120,8 +120,8 @@ def test_a_silent_server_is_never_a_clean_bill_of_health(courier, pacs, sandbox,
     assert (status, document["error"]["code"], "entries" in document) == (3, "pacs_unavailable", False)
     assert "pacs_unavailable" in said
     assert list(tmp_path.iterdir()) == []
-    sandbox.calm()
-    sandbox.set_mood("dcm4chee", "query", status=503, times=1)
+    sandbox.reset_faults()
+    sandbox.set_fault("dcm4chee", "query", status=503, times=1)
     assert courier.audit().result(timeout_s=WAIT_S)["attempts"] == 2
 
 
@@ -175,7 +175,7 @@ def test_differences_that_are_too_many_for_a_list_are_all_in_the_plan(courier, p
 
 
 def test_an_audit_can_be_cancelled_between_two_pages(courier, sandbox, splits):
-    sandbox.set_mood("msdicom", "query", latency_ms=700)
+    sandbox.set_fault("msdicom", "query", latency_ms=700)
     handle = courier.audit()
     for _, report in courier.watch([handle], timeout_s=WAIT_S):
         if report.stage == "list":

@@ -29,7 +29,7 @@ QUICK = {"max_attempts": 2, "backoff_base_s": 0.1, "sweep_s": 0.1, "grace_s": 2}
 
 
 @dataclass
-class Desk:
+class CommandBench:
     """A worker that answers, a folder that it may read, and the command."""
 
     folder: Path
@@ -60,7 +60,7 @@ class Desk:
 
 
 @pytest.fixture
-def pacs(worker, image_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+def pacs(worker, image_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandBench:
     folder = tmp_path / "images"
     folder.mkdir()
     sources = {"allow_hosts": ["127.0.0.1:*"], "allow_private_networks": True, "folders": [str(folder)]}
@@ -68,10 +68,10 @@ def pacs(worker, image_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     out.mkdir()
     running = worker(jobs=QUICK, sources=sources, downloads={"folders": [str(out)]})
     monkeypatch.setenv("PACS_CONFIG", str(running.config))
-    return Desk(folder, running.config, {**os.environ, "PACS_CONFIG": str(running.config)}, image_server)
+    return CommandBench(folder, running.config, {**os.environ, "PACS_CONFIG": str(running.config)}, image_server)
 
 
-def test_items_come_from_files_columns_standard_input_and_the_command_itself(pacs: Desk) -> None:
+def test_items_come_from_files_columns_standard_input_and_the_command_itself(pacs: CommandBench) -> None:
     urls = pacs.serve(6)
     listed = pacs.file("urls.txt", f"# of Monday\n{urls[0]}\n\n{urls[1]}\n{urls[0]}\n")
     ended = pacs("batch", "upload", listed, urls[2], "--name", "of Monday", "--json")
@@ -93,7 +93,7 @@ def test_items_come_from_files_columns_standard_input_and_the_command_itself(pac
             courier.batch.upload([urls[0], "DOE^JANE"])
 
 
-def test_a_worker_lists_a_folder_and_an_archive_and_says_what_it_leaves_out(pacs: Desk) -> None:
+def test_a_worker_lists_a_folder_and_an_archive_and_says_what_it_leaves_out(pacs: CommandBench) -> None:
     study = new_uid()
     (pacs.folder / "a b").mkdir()
     for number in range(3):
@@ -119,7 +119,7 @@ def test_a_worker_lists_a_folder_and_an_archive_and_says_what_it_leaves_out(pacs
     assert "source_not_found" in refused.stderr
 
 
-def test_what_cannot_be_read_of_an_archive_counts_and_is_shown_with_the_reason(pacs: Desk) -> None:
+def test_what_cannot_be_read_of_an_archive_counts_and_is_shown_with_the_reason(pacs: CommandBench) -> None:
     study, packed = new_uid(), io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("1.dcm", image(study, side=8))
@@ -150,7 +150,7 @@ def test_what_cannot_be_read_of_an_archive_counts_and_is_shown_with_the_reason(p
     ],
 )
 def test_an_archive_without_an_image_is_never_called_done(
-    pacs: Desk, entries: dict[str, bytes], sentence: str, status: int
+    pacs: CommandBench, entries: dict[str, bytes], sentence: str, status: int
 ) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -160,7 +160,7 @@ def test_an_archive_without_an_image_is_never_called_done(
     assert sentence in " ".join(refused.output.split())
 
 
-def test_wrong_input_is_told_with_its_rows_and_begins_nothing(pacs: Desk) -> None:
+def test_wrong_input_is_told_with_its_rows_and_begins_nothing(pacs: CommandBench) -> None:
     (url,) = pacs.serve(1)
     mixed = pacs.file("mixed.txt", f"{url}\nDOE^JANE\nftp://host/a\n" + "x\n" * 30)
     refused = pacs("batch", "upload", mixed, status=2)
@@ -199,7 +199,7 @@ def test_wrong_input_is_told_with_its_rows_and_begins_nothing(pacs: Desk) -> Non
     assert len(pacs.json("batch", "list")) == 2
 
 
-def test_a_plan_is_shown_written_refused_when_edited_and_applied_as_it_stands(pacs: Desk) -> None:
+def test_a_plan_is_shown_written_refused_when_edited_and_applied_as_it_stands(pacs: CommandBench) -> None:
     urls = [*pacs.serve(4), pacs.images.url("absent.dcm")]
     plan = pacs.folder / "plan.jsonl"
     listed = pacs.file("urls.txt", "\n".join(urls))
@@ -233,8 +233,8 @@ def test_a_plan_is_shown_written_refused_when_edited_and_applied_as_it_stands(pa
     assert pacs.json("batch", "verify", batch)["state"] == "done"  # what was refused is not there to be looked at
 
 
-def test_a_watch_is_left_and_come_back_to_while_the_batch_goes_on(pacs: Desk, sandbox) -> None:
-    sandbox.set_mood("msdicom", "store", latency_ms=3000)
+def test_a_watch_is_left_and_come_back_to_while_the_batch_goes_on(pacs: CommandBench, sandbox) -> None:
+    sandbox.set_fault("msdicom", "store", latency_ms=3000)
     listed = pacs.file("urls.txt", "\n".join(url for _ in range(4) for url in pacs.serve(25)))
     code = "from producer.cli import main; main()"
     command = [sys.executable, "-c", code, "batch", "upload", listed, "--width", "1", "--no-verify"]
@@ -259,7 +259,7 @@ def test_a_watch_is_left_and_come_back_to_while_the_batch_goes_on(pacs: Desk, sa
             "queued",
         )
         assert pacs.json("batch", "pause", batch.id)["state"] == "paused"
-        sandbox.calm()
+        sandbox.reset_faults()
         assert pacs.json("batch", "resume", batch.id)["state"] == "running"
         back = pacs("batch", "watch", batch.id)
         assert "stored" in back.stdout
@@ -268,7 +268,9 @@ def test_a_watch_is_left_and_come_back_to_while_the_batch_goes_on(pacs: Desk, sa
     assert batch.id in pacs("batch", "list").stdout
 
 
-def test_studies_are_migrated_by_a_query_after_a_look_at_the_plan_and_taken_back(pacs: Desk, put, sandbox) -> None:
+def test_studies_are_migrated_by_a_query_after_a_look_at_the_plan_and_taken_back(
+    pacs: CommandBench, put, sandbox
+) -> None:
     studies = [new_uid() for _ in range(4)]
     for study in studies:
         put(sandbox.msdicom, image(study, side=8))
@@ -289,7 +291,7 @@ def test_studies_are_migrated_by_a_query_after_a_look_at_the_plan_and_taken_back
 
 
 def test_studies_are_deleted_after_a_confirmation_kept_copies_bring_them_back_and_downloads_are_files(
-    pacs: Desk, put, sandbox, tmp_path: Path
+    pacs: CommandBench, put, sandbox, tmp_path: Path
 ) -> None:
     studies = [new_uid() for _ in range(3)]
     for study in studies:
@@ -315,7 +317,7 @@ def test_studies_are_deleted_after_a_confirmation_kept_copies_bring_them_back_an
 
 @pytest.mark.parametrize("from_file", [True, False], ids=["the plan's file", "the batch's id"])
 def test_a_planned_deletion_reaches_every_server_that_it_shows_by_file_and_by_id(
-    pacs: Desk, put, sandbox, from_file: bool
+    pacs: CommandBench, put, sandbox, from_file: bool
 ) -> None:
     both, one = new_uid(), new_uid()
     for url, study in ((sandbox.msdicom, both), (sandbox.dcm4chee, both), (sandbox.dcm4chee, one)):
@@ -342,13 +344,13 @@ def test_the_entries_of_an_archive_are_stored_once_each_although_another_worker_
     url = image_server.put("all.zip", packed.getvalue())
     jobs = {**QUICK, "max_attempts": 5, "lease_s": 1.5, "max_deaths": 5}
     doomed = worker(jobs=jobs)
-    sandbox.set_mood("msdicom", "store", latency_ms=700)
+    sandbox.set_fault("msdicom", "store", latency_ms=700)
     with Courier(doomed.settings) as courier:
         handle = courier.batch.upload(url, width=2)
         while not any(batch.settled for batch in courier.batch.list()):
             time.sleep(0.05)
         doomed.kill()
-        sandbox.calm()
+        sandbox.reset_faults()
         worker(jobs=jobs)
         answer = handle.result(timeout_s=WAIT_S)
         assert (answer["items"], answer["failures"]) == (150, [])
@@ -357,7 +359,7 @@ def test_the_entries_of_an_archive_are_stored_once_each_although_another_worker_
 
 
 def test_a_declined_deletion_is_not_done_by_a_retry_and_what_deletes_asks_whatever_it_is_called(
-    pacs: Desk, put, sandbox
+    pacs: CommandBench, put, sandbox
 ) -> None:
     study = new_uid()
     put(sandbox.msdicom, image(study, side=8))
@@ -368,10 +370,10 @@ def test_a_declined_deletion_is_not_done_by_a_retry_and_what_deletes_asks_whatev
     assert "not begun" in pacs("batch", "retry", planned, "--yes", status=2).stderr
     pacs("exists", "study", study)
 
-    sandbox.set_mood("msdicom", "delete", status=503)
+    sandbox.set_fault("msdicom", "delete", status=503)
     failed = pacs.json("batch", "delete", study, "--server", "msdicom", "--yes", status=1)
     assert pacs.totals(failed) == {"failed": 1}
-    sandbox.calm()
+    sandbox.reset_faults()
     batch = failed["batch_id"]
     groups = [{"server_name": "msdicom", "status": "failed", "items": 1}]
     assert pacs.json("batch", "retry", batch, "--dry-run")["groups"] == groups
@@ -390,7 +392,7 @@ def test_a_declined_deletion_is_not_done_by_a_retry_and_what_deletes_asks_whatev
     assert "--yes" in pacs("batch", "verify", moved, status=1).stderr
 
 
-def test_a_watch_tells_what_became_of_the_batch_and_not_of_a_job_that_wanted_something_else(pacs: Desk) -> None:
+def test_a_watch_tells_what_became_of_the_batch_and_not_of_a_job_that_wanted_something_else(pacs: CommandBench) -> None:
     done = pacs.json("batch", "upload", *pacs.serve(2))["batch_id"]
     pacs("batch", "retry", done, status=2)  # there is nothing to try again
     watched = pacs.json("batch", "watch", done)
@@ -410,12 +412,12 @@ def test_a_watch_tells_what_became_of_the_batch_and_not_of_a_job_that_wanted_som
 
     with Courier() as courier:  # whoever planned it was interrupted before its job was sent
         batches = Batches(courier.batch.ledger)
-        batches.open("left", kind="upload", order={}, width=1)
+        batches.open("left", kind="upload", order={}, concurrency=1)
         batches.cancel("left")
     assert pacs.json("batch", "watch", "left", "--timeout", "20", status=1)["state"] == "cancelled"
     assert "cancelled" in pacs("batch", "watch", "left", "--timeout", "20", status=1).stdout
     with Courier() as courier:  # or killed while it planned
-        Batches(courier.batch.ledger).open("broken", kind="upload", order={}, width=1)
+        Batches(courier.batch.ledger).open("broken", kind="upload", order={}, concurrency=1)
         courier.batch.ledger.client.hset("courier:batch:broken", "planned_ms", 1)
     assert "interrupted" in pacs("batch", "watch", "broken", "--timeout", "20", status=1).stdout
     refused = pacs("batch", "upload", *pacs.serve(1), "--server", "nobody", "--no-wait").stdout.strip()
@@ -423,15 +425,15 @@ def test_a_watch_tells_what_became_of_the_batch_and_not_of_a_job_that_wanted_som
 
 
 def test_the_status_of_an_undo_speaks_of_the_undo_and_that_of_a_verification_of_what_it_saw(
-    pacs: Desk, sandbox
+    pacs: CommandBench, sandbox
 ) -> None:
     urls = [*pacs.serve(2), pacs.images.url("absent.dcm")]
     batch = pacs.json("batch", "upload", *urls, status=1)["batch_id"]
     assert pacs.json("batch", "verify", batch)["failures_total"] == 1  # what was refused is not there to be looked at
     pacs("batch", "watch", batch, status=1)
-    sandbox.set_mood("msdicom", "delete", status=503)
+    sandbox.set_fault("msdicom", "delete", status=503)
     pacs.json("batch", "undo", batch, "--yes", status=1)
-    sandbox.calm()
+    sandbox.reset_faults()
     assert len(pacs.json("batch", "report", batch, "--status", "verified")) == 2
     assert len(pacs.json("batch", "report", batch, "--status", "failed")) == 2  # in the undo
     assert "verfied" in pacs("batch", "report", batch, "--status", "verfied", status=2).stderr
@@ -441,7 +443,9 @@ def test_the_status_of_an_undo_speaks_of_the_undo_and_that_of_a_verification_of_
 
 
 @pytest.mark.parametrize("kind", ["upload", "download"])
-def test_what_a_verification_misses_is_told_with_what_to_do_and_done_again(pacs: Desk, sandbox, kind: str) -> None:
+def test_what_a_verification_misses_is_told_with_what_to_do_and_done_again(
+    pacs: CommandBench, sandbox, kind: str
+) -> None:
     study = new_uid()
     batch = pacs.json("batch", "upload", *pacs.serve(2, study))["batch_id"]
     with Courier() as courier:

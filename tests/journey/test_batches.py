@@ -45,10 +45,12 @@ def slow_worker(tmp_path, redis, sandbox):
         yield start
 
 
-def begin(courier, items, *, width=4, **order):
+def begin(courier, items, *, concurrency=4, **order):
     batch_id = str(uuid.uuid4())
     batches = Batches(courier.ledger)
-    batches.open(batch_id, kind="noop", order={"verify": False, **order}, width=width, name=f"{items} times nothing")
+    batches.open(
+        batch_id, kind="noop", order={"verify": False, **order}, concurrency=concurrency, name=f"{items} times nothing"
+    )
     with Planner(batches, batch_id) as planner:
         planner.add_all(Planned(listed(number)) for number in range(items))
         planner.freeze()
@@ -61,7 +63,7 @@ def until(condition):
 
 def test_a_single_upload_is_done_at_once_while_a_batch_of_a_hundred_thousand_runs(slow_worker, image_server):
     with Courier(slow_worker(4)) as courier:
-        batch = begin(courier, 100_000, width=16)  # twice what the worker has slots, and four seconds each
+        batch = begin(courier, 100_000, concurrency=16)  # twice what the worker has slots, and four seconds each
         until(lambda: courier.batch.get(batch.id).of("apply").begun == 16)
         time.sleep(1)
         took_s = []
@@ -85,7 +87,7 @@ def test_a_single_upload_is_done_at_once_while_a_batch_of_a_hundred_thousand_run
 def test_chunks_follow_each_other_without_a_pause_for_the_sweeper(slow_worker):
     with Courier(slow_worker(0)) as courier:
         begun_s = time.monotonic()
-        batch = begin(courier, 10_000, width=1)  # a hundred chunks, one after the other
+        batch = begin(courier, 10_000, concurrency=1)  # a hundred chunks, one after the other
         assert batch.result(timeout_s=WAIT_S)["totals"] == {"stored": 10_000}
         assert time.monotonic() - begun_s < 30  # what is not sent at once waits a minute to be swept up
         until(lambda: courier.ledger.load(overdue_s=0).open == 0)

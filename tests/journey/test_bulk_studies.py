@@ -78,14 +78,14 @@ def test_deleted_studies_come_back_from_the_copies_that_were_kept(ward, sandbox,
 def test_a_study_that_has_changed_since_its_copy_was_kept_is_not_deleted(ward, sandbox, out):
     study = new_uid()
     put(sandbox.msdicom, study)
-    sandbox.set_mood("msdicom", "delete", status=503)
+    sandbox.set_fault("msdicom", "delete", status=503)
     handle = ward.batch.delete([study], backup=out.as_uri())
     deadline = time.monotonic() + WAIT_S
     while not list(out.rglob("*.zip")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     put(sandbox.msdicom, study)  # by somebody else, who knows nothing of our gates
-    sandbox.calm()
+    sandbox.reset_faults()
     done = handle.result(timeout_s=WAIT_S)
     assert totals(done) == {"refused": 1}
     assert len(images_on(sandbox.msdicom, study)) == 4
@@ -98,7 +98,7 @@ def test_a_worker_killed_between_keeping_and_deleting_loses_no_study(worker, san
         put(sandbox.msdicom, study)
     before = {study: images_on(sandbox.msdicom, study) for study in studies}
     doomed = worker(jobs=QUICK, downloads={"folders": [str(out)]})
-    sandbox.set_mood("msdicom", "delete", latency_ms=200)
+    sandbox.set_fault("msdicom", "delete", latency_ms=200)
     with Courier(doomed.settings) as courier:
         handle = courier.batch.delete(studies, servers=["msdicom"], backup=out.as_uri())
         deadline = time.monotonic() + WAIT_S
@@ -106,7 +106,7 @@ def test_a_worker_killed_between_keeping_and_deleting_loses_no_study(worker, san
             assert time.monotonic() < deadline
             time.sleep(0.05)
         doomed.kill()
-        sandbox.calm()
+        sandbox.reset_faults()
         worker(jobs=QUICK, downloads={"folders": [str(out)]})
         assert totals(handle.result(timeout_s=WAIT_S)) == {"deleted": 12}
         assert not any(images_on(sandbox.msdicom, study) for study in studies)

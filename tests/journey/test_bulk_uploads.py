@@ -23,7 +23,7 @@ def order(courier, *, timeout_s=WAIT_S, **fields):
     return handle.id, handle.result(timeout_s=timeout_s)
 
 
-def wish(courier, what, batch):
+def send_order(courier, what, batch):
     return courier.enqueue(f"pacs.batch.{what}", BatchJob, {"batch_id": batch}).result(timeout_s=WAIT_S)
 
 
@@ -68,7 +68,7 @@ def test_a_batch_is_uploaded_verified_and_undone(worker, image_server, sandbox):
         row = list(courier.batch.report(batch))[181]
         assert (row["server_name"], row["result"]["study_uid"]) == ("dcm4chee", old)
         assert [count(sandbox.msdicom, study) for study in studies] == [30] * 6
-        wish(courier, "undo", batch)
+        send_order(courier, "undo", batch)
         assert statuses(courier, batch, "undo") == ["undone"] * 180 + ["kept", "undone", "open"]
         assert [count(sandbox.msdicom, study) for study in studies] == [0] * 6
         assert count(sandbox.dcm4chee, old) == 1
@@ -80,7 +80,7 @@ def test_what_may_have_arrived_when_a_batch_was_cancelled_is_still_the_batchs(wo
     urls = put(image_server, study, 4)
     running = worker(jobs=QUICK)
     with Courier(running.settings) as courier:
-        sandbox.set_mood("msdicom", "store", latency_ms=1000, commit_then_drop=True)
+        sandbox.set_fault("msdicom", "store", latency_ms=1000, commit_then_drop=True)
         fetched = len(image_server.requests)
         handle = courier.enqueue("pacs.batch.upload", BatchUploadJob, {"items": urls})
         until(lambda: len(image_server.requests) >= fetched + 4)
@@ -89,10 +89,10 @@ def test_what_may_have_arrived_when_a_batch_was_cancelled_is_still_the_batchs(wo
         courier.batch.cancel(handle.id)
         with pytest.raises(Cancelled):
             handle.result(timeout_s=WAIT_S)
-        sandbox.calm()
+        sandbox.reset_faults()
         assert statuses(courier, handle.id) == ["open"] * 4
         for what in wishes:
-            wish(courier, what, handle.id)
+            send_order(courier, what, handle.id)
         retried = "retry" in wishes
         assert statuses(courier, handle.id) == ["stored" if retried else "open"] * 4
         assert statuses(courier, handle.id, "undo") == ["undone" if retried else "kept"] * 4
@@ -104,12 +104,12 @@ def test_a_worker_killed_between_a_push_and_its_record_stores_nothing_twice(work
     urls = put(image_server, study, 60)
     doomed = worker(jobs=QUICK)
     with Courier(doomed.settings) as courier:
-        sandbox.set_mood("msdicom", "store", latency_ms=1500)
+        sandbox.set_fault("msdicom", "store", latency_ms=1500)
         handle = courier.enqueue("pacs.batch.upload", BatchUploadJob, {"items": urls})
         until(lambda: count(sandbox.msdicom, study) >= 1)
         doomed.kill()
         assert set(statuses(courier, handle.id)) == {"open"}
-        sandbox.calm()
+        sandbox.reset_faults()
         fetched, arrived = len(image_server.requests), count(sandbox.msdicom, study)
         worker(jobs=QUICK)
         handle.result(timeout_s=WAIT_S)
@@ -124,7 +124,7 @@ def test_single_jobs_and_a_batch_with_the_same_images_store_each_once(worker, im
     urls = put(image_server, study, 50)
     running = worker(jobs=QUICK)
     with Courier(running.settings) as courier:
-        sandbox.set_mood("msdicom", "store", latency_ms=100)
+        sandbox.set_fault("msdicom", "store", latency_ms=100)
         singles = [courier.upload(url) for url in urls[:5]]
         handle = courier.enqueue("pacs.batch.upload", BatchUploadJob, {"items": urls})
         singles += [courier.upload(url) for url in urls[5:10]]
@@ -171,12 +171,12 @@ def test_a_server_that_stays_silent_leaves_failures_that_a_retry_mends(worker, i
     urls = put(image_server, new_uid(), 30)
     running = worker(jobs={**QUICK, "max_attempts": 2})
     with Courier(running.settings) as courier:
-        sandbox.set_mood("dcm4chee", "query", status=503)
+        sandbox.set_fault("dcm4chee", "query", status=503)
         batch, _ = order(courier, items=urls)
         assert set(statuses(courier, batch)) == {"failed"}
         assert {row["code"] for row in courier.batch.report(batch)} == {"pacs_unavailable"}
-        sandbox.calm()
-        wish(courier, "retry", batch)
+        sandbox.reset_faults()
+        send_order(courier, "retry", batch)
         assert statuses(courier, batch) == ["stored"] * 30
 
 
@@ -189,15 +189,15 @@ def test_images_that_verify_finds_missing_are_stored_again_by_a_retry(worker, im
         gone = list(courier.batch.report(batch))[2]["result"]["image_uid"]
         series = list(courier.batch.report(batch))[2]["result"]["series_uid"]
         requests.delete(f"{sandbox.msdicom}/studies/{study}/series/{series}/instances/{gone}", timeout=10)
-        wish(courier, "verify", batch)
+        send_order(courier, "verify", batch)
         found = ["verified"] * 2 + ["missing"] + ["verified"] * 3
         assert statuses(courier, batch, "verify") == found
         assert courier.batch.reach(courier.batch.get(batch), "retry") == {("msdicom", "missing"): 1}
-        result = wish(courier, "retry", batch)
+        result = send_order(courier, "retry", batch)
         assert result["passes"]["apply"]["totals"] == {"stored": 6}
         assert result["passes"]["verify"]["totals"] == {"verified": 6}
         assert count(sandbox.msdicom, study) == 6
-        wish(courier, "undo", batch)
+        send_order(courier, "undo", batch)
         assert count(sandbox.msdicom, study) == 0
 
 

@@ -32,8 +32,8 @@ def upload_all(running, image_server, studies, images_per_study):
 
 @pytest.mark.parametrize("policy", ["preferred", "weighted"])
 def test_sixty_racing_images_of_one_new_study_end_on_one_server(worker, image_server, sandbox, policy):
-    sandbox.set_mood("msdicom", "*", latency_ms=[50, 300])
-    sandbox.set_mood("dcm4chee", "*", latency_ms=[50, 300])
+    sandbox.set_fault("msdicom", "*", latency_ms=[50, 300])
+    sandbox.set_fault("dcm4chee", "*", latency_ms=[50, 300])
     study = new_uid()
     payloads = upload_all(worker(jobs=JOBS, routing={"policy": policy}), image_server, [study], 60)
     assert len({payload["server_name"] for payload in payloads}) == 1
@@ -44,8 +44,8 @@ def test_sixty_racing_images_of_one_new_study_end_on_one_server(worker, image_se
 
 
 def test_twenty_interleaved_studies_are_never_split_and_every_image_is_stored_once(worker, image_server, sandbox):
-    sandbox.set_mood("msdicom", "*", latency_ms=[5, 60])
-    sandbox.set_mood("dcm4chee", "*", latency_ms=[5, 60])
+    sandbox.set_fault("msdicom", "*", latency_ms=[5, 60])
+    sandbox.set_fault("dcm4chee", "*", latency_ms=[5, 60])
     studies = [new_uid() for _ in range(20)]
     payloads = upload_all(worker(jobs=JOBS, routing={"policy": "balanced"}), image_server, studies, 20)
     for study in studies:

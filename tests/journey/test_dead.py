@@ -51,7 +51,7 @@ def test_a_letter_says_why_and_ends_well_once_it_is_replayed(courier, pacs, imag
     image_server.put("a.dcm", image(new_uid()))
     dry = pacs("dead", "replay", handle.id, "--dry-run")
     assert (dry[0], dry[1]["job_ids"], handle.status()) == (0, [handle.id], "failed")
-    sandbox.set_mood("msdicom", "query", latency_ms=700)
+    sandbox.set_fault("msdicom", "query", latency_ms=700)
     assert pacs("dead", "replay", handle.id)[:2] == (
         0,
         {
@@ -74,17 +74,17 @@ def test_a_letter_says_why_and_ends_well_once_it_is_replayed(courier, pacs, imag
 
 def test_a_replay_knows_what_its_lost_attempt_had_stored(courier, pacs, image_server, sandbox):
     study = new_uid()
-    sandbox.set_mood("msdicom", "store", latency_ms=800, commit_then_drop=True, times=1)
+    sandbox.set_fault("msdicom", "store", latency_ms=800, commit_then_drop=True, times=1)
     handle = courier.upload(image_server.put("b.dcm", image(study)))
     for _, report in courier.watch([handle], timeout_s=WAIT_S):
         if report.stage == "push":
-            sandbox.set_mood("msdicom", "query", status=500)
+            sandbox.set_fault("msdicom", "query", status=500)
     assert report.error.code == "pacs_unavailable"
     _, shown, _ = pacs("dead", "show", handle.id)
     assert shown["begun"]
     assert [event["event"] for event in shown["trail"]] == ["claimed", "routed", "waiting", "ended"]
     assert study in shown["uids"]
-    sandbox.calm()
+    sandbox.reset_faults()
     assert courier.dead.replay(handle.id)
     assert handle.result(timeout_s=WAIT_S)["status"] == "stored"
     answer = requests.get(f"{sandbox.msdicom}/studies/{study}/instances", timeout=10)

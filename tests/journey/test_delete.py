@@ -90,16 +90,16 @@ def test_a_silent_server_is_never_said_to_be_rid_of_it(courier, sandbox):
     study = new_uid()
     stow(sandbox.msdicom, image(study))
     stow(sandbox.dcm4chee, image(study))
-    sandbox.set_mood("dcm4chee", "*", refuse=True)
+    sandbox.set_fault("dcm4chee", "*", refuse=True)
     with pytest.raises(PacsUnavailable, match=r"msdicom \(deleted\)") as caught:
         courier.delete("study", study).result(timeout_s=WAIT_S)
     assert caught.value.server_name == "dcm4chee"
     assert statuses(caught.value.details) == {"msdicom": "deleted", "dcm4chee": "unavailable"}
     assert images_on(sandbox.msdicom, study) == 0
-    sandbox.calm()
+    sandbox.reset_faults()
     assert images_on(sandbox.dcm4chee, study) == 1
 
-    sandbox.set_mood("dcm4chee", "query", status=503, times=1)
+    sandbox.set_fault("dcm4chee", "query", status=503, times=1)
     done = courier.delete("study", study).result(timeout_s=WAIT_S)
     assert statuses(done) == {"msdicom": "not_there", "dcm4chee": "deleted"}
     assert done["attempts"] == 2
@@ -109,7 +109,7 @@ def test_a_delete_whose_answer_was_lost_is_reported_as_deleted(courier, sandbox)
     for server, operation in (("msdicom", "delete"), ("dcm4chee", "reject"), ("dcm4chee", "delete")):
         study = new_uid()
         stow(getattr(sandbox, server), image(study))
-        sandbox.set_mood(server, operation, commit_then_drop=True, times=1)
+        sandbox.set_fault(server, operation, commit_then_drop=True, times=1)
         done = courier.delete("study", study).result(timeout_s=WAIT_S)
         assert statuses(done)[server] == "deleted"
         assert done["attempts"] == 2
@@ -134,7 +134,7 @@ def test_the_command_shows_what_came_of_it_and_ends_with_a_status_for_scripts(wo
     assert (answer.exit_code, statuses(json.loads(answer.stdout))["dcm4chee"]) == (0, "deleted")
     assert pacs(study, "--yes").exit_code == 1
     assert pacs("1.2.*").exit_code == 2
-    sandbox.set_mood("msdicom", "*", refuse=True)
+    sandbox.set_fault("msdicom", "*", refuse=True)
     assert pacs(study, "--yes", "--server", "msdicom").exit_code == 3
 
 
@@ -143,13 +143,13 @@ def test_a_worker_killed_while_deleting_is_followed_by_one_that_reports_the_same
     stow(sandbox.dcm4chee, image(study, sop=sop))
     doomed = worker(jobs=QUICK)
     with Courier(doomed.settings) as courier:
-        sandbox.set_mood("dcm4chee", "reject", latency_ms=2500)
+        sandbox.set_fault("dcm4chee", "reject", latency_ms=2500)
         handle = courier.delete("image", sop)
         for _, report in courier.watch([handle], timeout_s=WAIT_S):
             if report.stage == "delete":
                 doomed.kill()
                 break
-        sandbox.calm()
+        sandbox.reset_faults()
         worker(jobs=QUICK)
         done = handle.result(timeout_s=WAIT_S)
         assert statuses(done) == {"msdicom": "not_there", "dcm4chee": "hidden"}
@@ -165,7 +165,7 @@ def test_a_worker_killed_while_deleting_is_followed_by_one_that_reports_the_same
 
 def test_a_study_that_is_being_stored_is_deleted_after_it_has_been_stored(courier, image_server, sandbox, redis_url):
     study = new_uid()
-    sandbox.set_mood("msdicom", "store", latency_ms=1500)
+    sandbox.set_fault("msdicom", "store", latency_ms=1500)
     upload = courier.upload(image_server.put("a.dcm", image(study)))
     for _, report in courier.watch([upload], timeout_s=WAIT_S):
         if report.stage == "push":
@@ -176,6 +176,6 @@ def test_a_study_that_is_being_stored_is_deleted_after_it_has_been_stored(courie
     assert images_on(sandbox.msdicom, study) == 0
     assert Ledger.connect(redis_url).claimed_server(study) is None
 
-    sandbox.calm()
+    sandbox.reset_faults()
     again = courier.upload(image_server.put("b.dcm", image(study)), server="dcm4chee").result(timeout_s=WAIT_S)
     assert (again["server_name"], again["study_action"]) == ("dcm4chee", "created")

@@ -59,8 +59,8 @@ def test_all_studies_are_deleted_although_workers_are_killed(worker, sandbox):
         )
         assert (studies_on(sandbox.msdicom), studies_on(sandbox.dcm4chee)) == (60, 60)
 
-        sandbox.set_mood("msdicom", "delete", latency_ms=150)
-        sandbox.set_mood("dcm4chee", "delete", latency_ms=150)
+        sandbox.set_fault("msdicom", "delete", latency_ms=150)
+        sandbox.set_fault("dcm4chee", "delete", latency_ms=150)
         handle = courier.delete_all(SENTENCE)
         until(lambda: handle.id in {batch.id for batch in courier.batch.list()})
         until(lambda: courier.batch.get(handle.id).settled >= 16)
@@ -68,7 +68,7 @@ def test_all_studies_are_deleted_although_workers_are_killed(worker, sandbox):
         half = courier.batch.get(handle.id)
         assert (half.state, half.items) == ("running", 120)
         assert 16 <= half.settled < 120
-        sandbox.calm()
+        sandbox.reset_faults()
         worker(jobs=QUICK)
         done = handle.result(timeout_s=WAIT_S)
         assert (done["operation"], done["batch_id"], done["status"]) == ("delete_all", handle.id, "done")
@@ -106,7 +106,7 @@ def test_what_could_not_be_deleted_is_counted_and_told(pacs, sandbox):
     assert "30" in pacs("delete-all", "--dry-run")
     assert studies_on(sandbox.msdicom) == 30
 
-    sandbox.set_mood("dcm4chee", "reject", status=503)
+    sandbox.set_fault("dcm4chee", "reject", status=503)
     answer = json.loads(pacs("delete-all", "--server", "dcm4chee", "--confirm", SENTENCE, "--json", status=1))
     assert counts(answer) == {"dcm4chee": {"planned": 3, "failed": 3, "remaining": 3}}
     assert [(one["code"], one["server_name"]) for one in answer["failures"]] == [("pacs_unavailable", "dcm4chee")] * 3
@@ -115,7 +115,7 @@ def test_what_could_not_be_deleted_is_counted_and_told(pacs, sandbox):
 
 def test_a_batch_is_shown_paused_resumed_and_cancelled(pacs, sandbox):
     put(sandbox.msdicom, [new_uid() for _ in range(30)])
-    sandbox.set_mood("msdicom", "delete", latency_ms=600)
+    sandbox.set_fault("msdicom", "delete", latency_ms=600)
     batch = pacs("delete-all", "--server", "msdicom", "--confirm", SENTENCE, "--no-wait").strip()
     with Courier() as courier:
         until(lambda: batch in {one.id for one in courier.batch.list()} and courier.batch.get(batch).settled)

@@ -79,7 +79,7 @@ def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
         flower.child.wait_ready()
         with Courier(running.settings) as courier:
             slow = image_server.put("slow.dcm", image(new_uid()))
-            sandbox.set_mood("msdicom", "store", latency_ms=1500, times=1)
+            sandbox.set_fault("msdicom", "store", latency_ms=1500, times=1)
             first = courier.upload(f"{slow}?sig={SIGNATURE}")
             assert parts.poll(lambda: first.stage() == "push", timeout_s=WAIT_S)
             inspected = str(courier._app.control.inspect(timeout=0.5).active())

@@ -16,7 +16,7 @@ from producer import doctor
 from producer.cli import main
 from producer.client import Courier
 from sandbox import processes as parts
-from worker.runtime.watchdog import Told
+from worker.runtime.watchdog import HealthReport
 
 
 def states(findings):
@@ -53,7 +53,7 @@ def test_workers_are_found_by_a_program_whose_connections_redis_has_closed_since
 
 
 def test_a_silent_server_and_a_sick_one_are_named_with_what_to_do(pacs, sandbox):
-    sandbox.set_mood("msdicom", "*", refuse=True)
+    sandbox.set_fault("msdicom", "*", refuse=True)
     status, document, _ = pacs("doctor")
     (finding,) = [one for one in document["findings"] if one["state"] != "ok"]
     assert (status, finding["check"], finding["state"]) == (3, "server msdicom", "unavailable")
@@ -96,7 +96,7 @@ def test_without_a_worker_nothing_is_carried_and_what_is_due_stays_due(redis_ser
 
 
 def test_a_worker_that_answers_but_carries_nothing_is_found_out(steady, sandbox, monkeypatch):
-    sandbox.set_mood("msdicom", "*", latency_ms=3000)
+    sandbox.set_fault("msdicom", "*", latency_ms=3000)
     monkeypatch.setattr(doctor, "CARRY_S", 0.1)
     findings = examined(steady.settings)
     assert (findings["workers"].state, findings["progress"].state) == ("ok", "failed")
@@ -124,11 +124,11 @@ def test_wrong_settings_are_the_first_finding(tmp_path, monkeypatch):
 
 def test_a_worker_that_answers_and_is_stuck_is_named_by_its_own_watchdog(steady):
     ledger = Ledger.connect(steady.settings.queue.ledger_url)
-    ledger.say_how("steady@courier", Told(False, "it has taken no message for 130 s", 10.0).as_json())
-    ledger.say_how("deaf@courier", Told(False, "its loop has not turned for 130 s", 10.0).as_json())
+    ledger.report_health("steady@courier", HealthReport(False, "it has taken no message for 130 s", 10.0).as_json())
+    ledger.report_health("deaf@courier", HealthReport(False, "its loop has not turned for 130 s", 10.0).as_json())
     told = ledger.workers(now_s=time.time())
     found = {finding.check: finding for finding in doctor._progress(ledger, {"steady@courier", "new@courier"})}
-    ledger.say_how("old@courier", json.dumps({**told["deaf@courier"], "at": time.time() - 90_000}))
+    ledger.report_health("old@courier", json.dumps({**told["deaf@courier"], "at": time.time() - 90_000}))
     assert "old@courier" not in ledger.workers(now_s=time.time())
     ledger.client.delete(f"{PREFIX}workers")
     assert {check: finding.state for check, finding in found.items()} == dict.fromkeys(

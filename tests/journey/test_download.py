@@ -28,7 +28,7 @@ def test_a_download_survives_its_worker_and_shows_nothing_before_it_is_whole(
     doomed = worker(jobs=QUICK, downloads={"folders": [str(out)]})
     monkeypatch.setenv("PACS_CONFIG", str(doomed.config))
     with Courier() as courier:
-        sandbox.set_mood("msdicom", "retrieve", drip_bytes_per_s=8000)
+        sandbox.set_fault("msdicom", "retrieve", drip_bytes_per_s=8000)
         handle = courier.download(study, (out / "study.zip").as_uri())
         for _, report in courier.watch([handle], timeout_s=WAIT_S):
             if report.stage.startswith("transfer 2/"):
@@ -36,7 +36,7 @@ def test_a_download_survives_its_worker_and_shows_nothing_before_it_is_whole(
                 break
         assert not is_running(doomed.child.pid)
         assert [path.name for path in out.iterdir()] == [".study.zip.unfinished"]
-        sandbox.calm()
+        sandbox.reset_faults()
         worker(jobs=QUICK, downloads={"folders": [str(out)]})
         payload = handle.result(timeout_s=WAIT_S)
     assert (payload["status"], payload["instances"], payload["attempts"]) == ("downloaded", 6, 2)
@@ -55,5 +55,5 @@ def test_a_download_survives_its_worker_and_shows_nothing_before_it_is_whole(
     assert len(list((out / "files").rglob("*.dcm"))) == 6
     assert pacs(new_uid(), str(out / "other.zip")).exit_code == 1
     assert pacs(study, str(tmp_path / "elsewhere.zip")).exit_code == 2
-    sandbox.set_mood("msdicom", "*", refuse=True)
+    sandbox.set_fault("msdicom", "*", refuse=True)
     assert pacs(study, str(out / "third.zip")).exit_code == 3

@@ -22,7 +22,7 @@ def parked(stage: Stage) -> None:
     stage.sicken()
     stage.worker(jobs=MANY)
     stage.canvases.wait_until_all_are("waiting", "running")
-    stage.sandbox.calm()
+    stage.sandbox.reset_faults()
 
 
 def delivered_twice(stage: Stage) -> None:
@@ -46,7 +46,7 @@ def dead_letter(stage: Stage) -> None:
     canvases.wait_for_all("link_error", "failed chord")
     assert set(canvases.calls()) == {"link_error", "failed chord"}
     assert [canvases.results[name].state for name in ("chain", "chord")] == ["FAILURE", "FAILURE"]
-    stage.sandbox.calm()
+    stage.sandbox.reset_faults()
     running.stop(grace_s=15)
     with Courier(stage.settings) as courier:
         assert all(courier.dead.replay(job_id) for job_id in canvases.jobs.values())

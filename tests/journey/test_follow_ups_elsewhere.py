@@ -27,7 +27,7 @@ def running(redis_server, sandbox_server, tmp_path_factory):
 
 @pytest.fixture
 def canvases(running):
-    running.sandbox.calm()
+    running.sandbox.reset_faults()
     return running.canvases
 
 
@@ -126,10 +126,10 @@ def test_an_errback_follows_on_a_cancelled_job_and_its_chord_fails(canvases, run
     job.stamp(order=name)
     job.link_error(canvases.after(tag))
     result = chord([job, canvases.upload()])(body)
-    assert poll(lambda: canvases.ledger.look(name).get("state") == "waiting", timeout_s=WAIT_S)
+    assert poll(lambda: canvases.ledger.read_record(name).get("state") == "waiting", timeout_s=WAIT_S)
     end(canvases, running, name)
     assert once(canvases, tag)["args"] == [name]
-    running.sandbox.calm()
+    running.sandbox.reset_faults()
     once(canvases, f"chord of {tag}")
     assert poll(lambda: result.state == "FAILURE", timeout_s=WAIT_S)
     assert canvases.plain.AsyncResult(name).state == "FAILURE"

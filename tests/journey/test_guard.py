@@ -26,7 +26,7 @@ PAUSE_S = 0.5
 
 
 @dataclass
-class Fleet:
+class GuardedWorkers:
     courier: Courier
     ledger: Ledger
     children: list[Child]
@@ -36,7 +36,7 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def three_workers(redis_server, sandbox_server, tmp_path_factory) -> Iterator[Fleet]:
+def three_workers(redis_server, sandbox_server, tmp_path_factory) -> Iterator[GuardedWorkers]:
     redis_server.flush()
     with Processes(tmp_path_factory.mktemp("three")) as running:
         tree = {
@@ -52,7 +52,7 @@ def three_workers(redis_server, sandbox_server, tmp_path_factory) -> Iterator[Fl
             child.wait_ready()
         settings = Settings.load({"PACS_CONFIG": str(config)})
         with Courier(settings) as courier:
-            yield Fleet(courier, Ledger.connect(settings.queue.ledger_url), children)
+            yield GuardedWorkers(courier, Ledger.connect(settings.queue.ledger_url), children)
         for child in children:
             child.signal(signal.SIGTERM)
         for child in children:
@@ -61,7 +61,7 @@ def three_workers(redis_server, sandbox_server, tmp_path_factory) -> Iterator[Fl
 
 
 @pytest.fixture
-def fleet(three_workers, sandbox) -> Fleet:
+def fleet(three_workers, sandbox) -> GuardedWorkers:
     return three_workers
 
 
@@ -72,7 +72,7 @@ def images_on(url: str) -> int:
 
 def test_no_more_requests_are_in_flight_than_all_workers_together_may_have(fleet, sandbox, image_server):
     for dialect in ("msdicom", "dcm4chee"):
-        sandbox.set_mood(dialect, "*", latency_ms=60)
+        sandbox.set_fault(dialect, "*", latency_ms=60)
     sandbox.load(anew=True)
     payloads, at_work = [], []
     while len(at_work) < 3 and len(payloads) < 400:  # on a busy machine the first forty may all be done by two of them
@@ -84,24 +84,26 @@ def test_no_more_requests_are_in_flight_than_all_workers_together_may_have(fleet
     assert {payload["status"] for payload in payloads} == {"stored"}
     most = {name: load["most"] for name, load in sandbox.load().items()}
     assert most == {"msdicom": LIMIT, "dcm4chee": LIMIT}
-    sandbox.calm()
+    sandbox.reset_faults()
     assert images_on(sandbox.msdicom) == min(len(payloads), 200), "a page of MSDICOM's has no more"
 
 
 def test_a_stream_holds_its_place_until_it_is_closed(fleet, sandbox, put):
     study = new_uid()
     put(sandbox.msdicom, image(study))
-    sandbox.set_mood("msdicom", "metadata", drip_bytes_per_s=1500)
+    sandbox.set_fault("msdicom", "metadata", drip_bytes_per_s=1500)
     sandbox.load(anew=True)
     handles = [fleet.courier.metadata("study", study, mode="msdicom") for _ in range(8)]
     assert {handle.result(timeout_s=WAIT_S)["server_name"] for handle in handles} == {"msdicom"}
     assert sandbox.load()["msdicom"]["most"] == LIMIT
 
 
-def test_a_sick_server_is_left_alone_by_all_and_its_jobs_go_on_when_it_is_well(fleet, sandbox, image_server, put):
+def test_the_circuit_of_a_sick_server_is_open_for_all_and_its_jobs_go_on_when_it_is_well(
+    fleet, sandbox, image_server, put
+):
     elsewhere = new_uid()
     put(sandbox.dcm4chee, image(elsewhere))
-    sandbox.set_mood("msdicom", "*", status=503)
+    sandbox.set_fault("msdicom", "*", status=503)
     handles = [fleet.courier.upload(image_server.put(f"{number}.dcm", image(new_uid()))) for number in range(12)]
     assert poll(lambda: fleet.ledger.parked() == {"msdicom": 12}, timeout_s=WAIT_S), fleet.ledger.parked()
     report = next(iter(fleet.courier.watch(handles[:1], timeout_s=WAIT_S)))[1]
@@ -122,7 +124,7 @@ def test_a_sick_server_is_left_alone_by_all_and_its_jobs_go_on_when_it_is_well(f
     with pytest.raises(Cancelled):
         handles[0].result(timeout_s=10)
 
-    sandbox.calm()
+    sandbox.reset_faults()
     payloads = [handle.result(timeout_s=WAIT_S) for handle in handles[1:]]
     assert {payload["server_name"] for payload in payloads} == {"msdicom"}
     assert max(payload["attempts"] for payload in payloads) <= 3
@@ -130,7 +132,7 @@ def test_a_sick_server_is_left_alone_by_all_and_its_jobs_go_on_when_it_is_well(f
 
 
 def test_slow_down_is_heeded_by_all(fleet, sandbox, image_server):
-    sandbox.set_mood("msdicom", "query", status=429, retry_after_s=3, times=1)
+    sandbox.set_fault("msdicom", "query", status=429, retry_after_s=3, times=1)
     first = fleet.courier.upload(image_server.put("first.dcm", image(new_uid())))
     rates = ServerRates(fleet.ledger.client)
     assert poll(lambda: rates.read(["msdicom"])["msdicom"].held_s > 0, timeout_s=WAIT_S)
@@ -147,7 +149,7 @@ def test_slow_down_is_heeded_by_all(fleet, sandbox, image_server):
 def test_a_killed_worker_neither_keeps_its_places_nor_lets_others_exceed_the_bound(fleet, sandbox, image_server):
     """The last test here: it leaves two workers."""
     for dialect in ("msdicom", "dcm4chee"):
-        sandbox.set_mood(dialect, "*", latency_ms=100)
+        sandbox.set_fault(dialect, "*", latency_ms=100)
     sandbox.load(anew=True)
     handles = [fleet.courier.upload(image_server.put(f"{number}.dcm", image(new_uid()))) for number in range(30)]
     assert poll(lambda: sandbox.load()["msdicom"]["now"] == LIMIT, timeout_s=WAIT_S)

@@ -148,7 +148,7 @@ def test_an_interrupted_command_names_its_job_and_the_job_goes_on(
     url = image_server.put("a.dcm", image(study, side=8))
     stow(sandbox.dcm4chee, image(study, side=8))
     for server in ("msdicom", "dcm4chee"):
-        sandbox.set_mood(server, "*", latency_ms=1500)
+        sandbox.set_fault(server, "*", latency_ms=1500)
     command = start(*(word.format(study=study, url=url) for word in words), *(["--json"] if as_json else []))
     (job_id,) = jobs(task, state="running")
     status, out, err = command.interrupt()
@@ -156,7 +156,7 @@ def test_an_interrupted_command_names_its_job_and_the_job_goes_on(
     assert f"Job {job_id} goes on" in err
     assert f"pacs result {job_id}" in err
     assert f"pacs cancel {job_id}" in err
-    sandbox.calm()
+    sandbox.reset_faults()
     assert courier.handle(job_id).report().status != "failed"
     for _, report in courier.as_completed([courier.handle(job_id)], timeout_s=WAIT_S):
         assert report.error is None or report.error.payload["code"] != "cancelled"
@@ -206,7 +206,7 @@ def test_a_deletion_whose_server_is_still_asked_is_cancelled(
     for level in ("study", "series", "image"):
         study, sop = new_uid(), new_uid()
         stow(sandbox.msdicom, image(study, sop=sop, side=8))
-        sandbox.set_mood("msdicom", "query", latency_ms=1500)
+        sandbox.set_fault("msdicom", "query", latency_ms=1500)
         known = set(jobs("pacs.delete", count=0))
         command = start(
             "delete", level, {"study": study, "series": f"{study}.1", "image": sop}[level], "--yes", "--json"
@@ -216,7 +216,7 @@ def test_a_deletion_whose_server_is_still_asked_is_cancelled(
         status, out, err = command.interrupt()
         assert (status, out) == (INTERRUPTED, "")
         assert f"Job {job_id} was cancelled before it began; nothing was deleted." in err
-        sandbox.calm()
+        sandbox.reset_faults()
         time.sleep(2)
         assert is_there(sandbox.msdicom, study)
 
@@ -227,7 +227,7 @@ def test_a_deletion_that_has_begun_goes_on_and_is_said_to(
     for server, operation in (("msdicom", "delete"), ("dcm4chee", "reject"), ("dcm4chee", "delete")):
         study, url = new_uid(), getattr(sandbox, server)
         stow(url, image(study, side=8))
-        sandbox.set_mood(server, operation, latency_ms=2000)
+        sandbox.set_fault(server, operation, latency_ms=2000)
         known = set(jobs("pacs.delete", count=0))
         command = start("delete", "study", study, "--yes")
         jobs("pacs.delete", count=len(known) + 1)
@@ -240,7 +240,7 @@ def test_a_deletion_that_has_begun_goes_on_and_is_said_to(
         assert f"The deletion has begun and goes on: job {job_id}." in err
         assert handle.result(timeout_s=WAIT_S)["operation"] == "delete"
         assert not is_there(url, study)
-        sandbox.calm()
+        sandbox.reset_faults()
 
 
 def test_an_interruption_at_the_question_begins_nothing(start: Callable[..., Started], sandbox: SandboxPart) -> None:
@@ -308,7 +308,7 @@ def test_a_batch_of_deletions_that_has_begun_goes_on(
 ) -> None:
     study = new_uid()
     stow(sandbox.msdicom, image(study, side=8))
-    sandbox.set_mood("msdicom", "delete", latency_ms=3000)
+    sandbox.set_fault("msdicom", "delete", latency_ms=3000)
     command = start("batch", "delete", study, "--yes")
     (job_id,) = jobs("pacs.batch.delete")
     while (batch := courier.batch.get(job_id)).state != "running":
@@ -328,14 +328,14 @@ def test_of_several_uploads_each_job_is_named(
     sandbox: SandboxPart,
 ) -> None:
     urls = [image_server.put(f"{n}.dcm", image(new_uid(), side=8)) for n in range(3)]
-    sandbox.set_mood("msdicom", "*", latency_ms=1500)
+    sandbox.set_fault("msdicom", "*", latency_ms=1500)
     command = start("upload", *urls)
     ids = jobs("pacs.upload", count=3)
     status, out, err = command.interrupt()
     assert (status, out) == (INTERRUPTED, "")
     assert "3 jobs go on. Follow one: pacs result ID. Cancel one: pacs cancel ID." in err
     assert all(job_id in err for job_id in ids)
-    sandbox.calm()
+    sandbox.reset_faults()
     ended = courier.as_completed([courier.handle(job_id) for job_id in ids], timeout_s=WAIT_S)
     assert [report.status for _, report in ended] == ["done"] * 3
 
@@ -368,7 +368,7 @@ def test_a_job_is_cancelled_by_its_id_unless_it_has_begun_or_is_over(
     status, told, _ = pacs("cancel", waiting.id)
     assert (status, told["error"]["code"]) == (0, "cancelled")
 
-    sandbox.set_mood("msdicom", "delete", latency_ms=5000)
+    sandbox.set_fault("msdicom", "delete", latency_ms=5000)
     begun = courier.delete("study", study)
     while begun.stage() != "delete":
         time.sleep(0.05)

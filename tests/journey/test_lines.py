@@ -20,7 +20,7 @@ def test_every_line_is_json_and_a_jobs_lines_bear_all_that_is_known_of_it(worker
     with Courier(running.settings) as courier:
         stored = courier.upload(f"{urls[0]}?sig={SIGNATURE}")
         assert stored.result(timeout_s=WAIT_S)["status"] == "stored"
-        sandbox.set_mood("msdicom", "store", status=503, times=1)
+        sandbox.set_fault("msdicom", "store", status=503, times=1)
         parked = courier.upload(f"{urls[1]}?sig={SIGNATURE}")
         assert parked.result(timeout_s=WAIT_S)["attempts"] == 2
         refused = courier.upload(image_server.put("page.html", b"<html>") + f"?sig={SIGNATURE}")

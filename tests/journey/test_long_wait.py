@@ -14,7 +14,7 @@ WAIT_S = 30
 def test_a_job_that_waited_as_long_as_it_may_is_a_dead_letter_and_goes_on_when_replayed(worker, sandbox, image_server):
     waits = {"max_wait_s": 3, "max_attempts": 50, "backoff_base_s": 0.1, "backoff_cap_s": 0.2, "sweep_s": 0.2}
     running = worker(jobs=waits, breaker={"failures": 2, "pause_s": 0.3, "pause_cap_s": 0.3})
-    sandbox.set_mood("msdicom", "*", refuse=True)
+    sandbox.set_fault("msdicom", "*", refuse=True)
     with Courier(running.settings) as courier:
         handle = courier.upload(image_server.put("a.dcm", image(new_uid())))
         with pytest.raises(PacsUnavailable) as caught:
@@ -23,6 +23,6 @@ def test_a_job_that_waited_as_long_as_it_may_is_a_dead_letter_and_goes_on_when_r
         letter = courier.dead.get(handle.id)
         assert letter.code == "pacs_unavailable"
         assert letter.attempts <= 4  # of its probes none counts
-        sandbox.calm()
+        sandbox.reset_faults()
         assert courier.dead.replay(handle.id)
         assert handle.result(timeout_s=WAIT_S)["status"] == "stored"

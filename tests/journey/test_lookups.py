@@ -63,7 +63,7 @@ def test_what_is_nowhere_is_not_found_only_if_everybody_answered(courier, pacs, 
     with pytest.raises(NotFound) as caught:
         courier.exists("study", nowhere).result(timeout_s=WAIT_S)
     assert caught.value.details["asked"] == ["msdicom", "dcm4chee"]
-    sandbox.set_mood("dcm4chee", "*", refuse=True)
+    sandbox.set_fault("dcm4chee", "*", refuse=True)
     for mode in ("either", "both", "dcm4chee"):
         with pytest.raises(PacsUnavailable) as silent:
             courier.exists("image", nowhere, mode=mode).result(timeout_s=WAIT_S)
@@ -77,7 +77,7 @@ def test_what_is_nowhere_is_not_found_only_if_everybody_answered(courier, pacs, 
 def test_a_silent_server_does_not_hide_what_another_has(courier, sandbox, put):
     study = new_uid()
     put(sandbox.dcm4chee, image(study))
-    sandbox.set_mood("msdicom", "*", refuse=True)
+    sandbox.set_fault("msdicom", "*", refuse=True)
     for mode in ("either", "both"):
         payload = courier.metadata("study", study, mode=mode).result(timeout_s=WAIT_S)
         assert statuses(payload) == {"msdicom": "unavailable", "dcm4chee": "found"}
@@ -88,11 +88,11 @@ def test_a_silent_server_does_not_hide_what_another_has(courier, sandbox, put):
 def test_a_server_that_recovers_answers_the_open_question(courier, sandbox, put):
     study = new_uid()
     put(sandbox.msdicom, image(study))
-    sandbox.set_mood("msdicom", "query", status=500, times=1)
+    sandbox.set_fault("msdicom", "query", status=500, times=1)
     assert courier.exists("study", study).result(timeout_s=WAIT_S)["server_name"] == "msdicom"
 
 
-def test_wrong_wishes_are_refused_with_what_would_be_right(courier, pacs):
+def test_wrong_orders_are_refused_with_what_would_be_right(courier, pacs):
     with pytest.raises(InvalidUid):
         courier.exists("study", "1.2.*")
     with pytest.raises(InvalidRequest, match="level"):

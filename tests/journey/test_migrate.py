@@ -96,14 +96,14 @@ def test_a_worker_killed_in_the_middle_of_a_study_leaves_nothing_half_done(worke
     before = {study: put(target, study, 1) for study in studies}
     doomed = worker(jobs=QUICK)
     with Courier(doomed.settings) as courier:
-        sandbox.set_mood(way[0], "retrieve", drip_bytes_per_s=8_000)
+        sandbox.set_fault(way[0], "retrieve", drip_bytes_per_s=8_000)
         handle = courier.batch.migrate(studies, source=way[0], target=way[1], delete_source=True)
         until(lambda: (batch := courier.batch.get(handle.id)) and batch.state == "running")
         time.sleep(0.7)  # in the middle of a retrieve that takes two seconds
         doomed.kill()
         assert courier.batch.get(handle.id).settled == 0
         assert all(images_on(source, study) == there[study] for study in studies)
-        sandbox.calm()
+        sandbox.reset_faults()
         worker(jobs=QUICK)
         done = handle.result(timeout_s=WAIT_S)
         assert (done["totals"], done["passes"]["verify"]["totals"]) == ({"copied": 3}, {"verified": 3})
@@ -120,7 +120,7 @@ def test_uploads_into_a_study_that_is_being_moved_are_neither_lost_nor_apart(wor
     late = [new_uid() for _ in range(6)]
     urls = [image_server.put(f"/{n}.dcm", image(study, sop=uid, side=16)) for n, uid in enumerate(late)]
     with Courier(worker(jobs=QUICK).settings) as courier:
-        sandbox.set_mood("msdicom", "retrieve", drip_bytes_per_s=20_000)
+        sandbox.set_fault("msdicom", "retrieve", drip_bytes_per_s=20_000)
         uploads = [courier.upload(urls[0])]
         moving = courier.batch.migrate([study], source="msdicom", target="dcm4chee", delete_source=True)
         for url in urls[1:]:

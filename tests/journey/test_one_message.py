@@ -24,7 +24,7 @@ def messages(redis):
         return sum(int(count) for count in client.hvals(f"{PREFIX}taken"))
 
 
-def wishes(image_server, count=JOBS):
+def orders(image_server, count=JOBS):
     study = new_uid()
     return [image_server.put(f"{number}.dcm", image(study)) for number in range(count)]
 
@@ -32,11 +32,11 @@ def wishes(image_server, count=JOBS):
 def test_a_queue_that_is_many_times_as_long_as_the_grace_period_gets_one_message_a_job(
     worker, redis, image_server, sandbox
 ):
-    sandbox.set_mood("msdicom", "store", latency_ms=100)
+    sandbox.set_fault("msdicom", "store", latency_ms=100)
     running = worker(jobs=QUICK, concurrency=2)
     with Courier(running.settings) as courier:
         begun_s = time.monotonic()
-        handles = [courier.upload(url) for url in wishes(image_server)]
+        handles = [courier.upload(url) for url in orders(image_server)]
         assert len(dict(courier.as_completed(handles, timeout_s=WAIT_S))) == JOBS
         assert time.monotonic() - begun_s > 3 * QUICK["grace_s"]
     assert messages(redis) == JOBS
@@ -46,7 +46,7 @@ def test_a_rate_limit_of_celery_makes_no_messages(worker, redis, image_server, s
     running = worker(jobs=QUICK, concurrency=4)
     with Courier(running.settings) as courier:
         courier._app.control.rate_limit("pacs.upload", "10/s", reply=True)
-        handles = [courier.upload(url) for url in wishes(image_server)]
+        handles = [courier.upload(url) for url in orders(image_server)]
         assert len(dict(courier.as_completed(handles, timeout_s=WAIT_S))) == JOBS
     assert messages(redis) == JOBS
 
@@ -56,7 +56,7 @@ def test_messages_that_a_broker_has_lost_are_sent_again_once_each(worker, redis,
     running = worker(jobs=QUICK)
     with Courier(running.settings) as courier:
         running.stop()
-        handles = [courier.upload(url) for url in wishes(image_server, 20)]
+        handles = [courier.upload(url) for url in orders(image_server, 20)]
         with Redis.from_url(redis.broker_url) as broker:
             queue = courier._app.conf.task_default_queue
             assert broker.llen(queue) == 20
@@ -68,14 +68,14 @@ def test_messages_that_a_broker_has_lost_are_sent_again_once_each(worker, redis,
 
 
 def test_a_message_in_the_hands_of_a_worker_that_is_killed_is_sent_again(worker, redis, image_server, sandbox):
-    sandbox.set_mood("msdicom", "store", latency_ms=2000)
+    sandbox.set_fault("msdicom", "store", latency_ms=2000)
     doomed = worker(jobs=QUICK, concurrency=2)
     with Courier(doomed.settings) as courier:
-        handles = [courier.upload(url) for url in wishes(image_server, 4)]  # two at work, two in hand
+        handles = [courier.upload(url) for url in orders(image_server, 4)]  # two at work, two in hand
         assert parts.poll(lambda: messages(redis) == 2, timeout_s=WAIT_S)
         time.sleep(3 * QUICK["grace_s"])
         doomed.kill()
-        sandbox.calm()
+        sandbox.reset_faults()
         worker(jobs=QUICK)
         assert len(dict(courier.as_completed(handles, timeout_s=WAIT_S))) == 4
     assert messages(redis) <= 2 + 4 + 1

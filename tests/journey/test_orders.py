@@ -227,11 +227,11 @@ def test_who_asked_and_why_are_told_by_a_trace_and_of_a_dead_letter_and_stand_in
     assert f"requested by: {WHO}, reason: {WHY}" in shown
     assert "reason: [red]again[/red]" in shown
 
-    sandbox.set_mood("msdicom", "query", status=503)
+    sandbox.set_fault("msdicom", "query", status=503)
     dead = ward.delete("study", study, requested_by=WHO, reason=WHY)
     with pytest.raises(Exception, match="pacs_unavailable"):
         dead.result(timeout_s=WAIT_S)
-    sandbox.calm()
+    sandbox.reset_faults()
     letter = json.loads(pacs("dead", "show", dead.id, "--json").stdout)
     assert (letter["requested_by"], letter["reason"]) == (WHO, WHY)
     assert WHO in pacs("dead", "show", dead.id).stdout

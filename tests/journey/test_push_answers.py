@@ -42,26 +42,26 @@ def test_trouble_is_tried_again_and_ends_with_one_stored_image(courier, image_se
         ("dcm4chee", {"status": 500}),
         ("msdicom", {"reset_after_bytes": 1000}),
     ]
-    for server, mood in rows:
+    for server, fault in rows:
         study = new_uid()
-        sandbox.set_mood(server, "store", **mood, times=1)
+        sandbox.set_fault(server, "store", **fault, times=1)
         url = image_server.put(f"{study}.dcm", image(study))
         payload = courier.upload(url, server=server).result(timeout_s=WAIT_S)
-        assert (payload["status"], payload["server_name"]) == ("stored", server), mood
-        assert payload["attempts"] > 1, mood
-        assert images_of(getattr(sandbox, server), study) == 1, mood
+        assert (payload["status"], payload["server_name"]) == ("stored", server), fault
+        assert payload["attempts"] > 1, fault
+        assert images_of(getattr(sandbox, server), study) == 1, fault
 
 
 def test_what_a_broken_store_left_behind_is_removed_and_sent_again(courier, image_server, sandbox):
     study = new_uid()
-    sandbox.set_mood("msdicom", "store", pending_45071="never", times=1)
+    sandbox.set_fault("msdicom", "store", pending_45071="never", times=1)
     payload = courier.upload(image_server.put("stuck.dcm", image(study))).result(timeout_s=WAIT_S)
     assert (payload["status"], payload["server_name"]) == ("stored", "msdicom")
     assert images_of(sandbox.msdicom, study) == 1
 
 
 def test_an_image_that_another_program_is_storing_is_waited_for_and_then_called_theirs(courier, image_server, sandbox):
-    sandbox.set_mood("msdicom", "store", pending_45071=0.3, times=1)
+    sandbox.set_fault("msdicom", "store", pending_45071=0.3, times=1)
     handle = courier.upload(image_server.put("theirs.dcm", image(new_uid())))
     with pytest.raises(ImageAlreadyExists) as caught:
         handle.result(timeout_s=WAIT_S)
@@ -71,7 +71,7 @@ def test_an_image_that_another_program_is_storing_is_waited_for_and_then_called_
 def test_an_image_that_somebody_else_stored_meanwhile_is_not_called_ours(courier, image_server, sandbox):
     study, sop = new_uid(), new_uid()
     body = image(study, sop=sop)
-    sandbox.set_mood("msdicom", "store", latency_ms=1500, times=1)
+    sandbox.set_fault("msdicom", "store", latency_ms=1500, times=1)
     handle = courier.upload(image_server.put("raced.dcm", body))
     for _, report in courier.watch([handle], timeout_s=WAIT_S):
         if report.stage == "push":

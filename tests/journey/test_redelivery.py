@@ -35,7 +35,7 @@ def test_delivered_twice_before_anybody_took_it(worker, image_server, sandbox):
     url = image_server.put("a.dcm", image(study))
     running = worker(jobs=QUICK)
     with Courier(running.settings) as courier:
-        sandbox.set_mood("msdicom", "store", latency_ms=300)
+        sandbox.set_fault("msdicom", "store", latency_ms=300)
         handle = courier.upload(url)
         deliver_again(courier, handle, url)
         payload = handle.result(timeout_s=WAIT_S)
@@ -48,7 +48,7 @@ def test_delivered_again_while_it_is_pushed_and_after_it_has_ended(worker, image
     url = image_server.put("a.dcm", image(study))
     running = worker(jobs=QUICK)
     with Courier(running.settings) as courier:
-        sandbox.set_mood("msdicom", "store", latency_ms=1500)
+        sandbox.set_fault("msdicom", "store", latency_ms=1500)
         handle = courier.upload(url)
         for _, report in courier.watch([handle], timeout_s=WAIT_S):
             if report.stage == "push":
@@ -72,13 +72,13 @@ def test_a_worker_killed_at_any_point_is_followed_by_one_that_ends_the_job_the_s
     url = image_server.put("a.dcm", image(study))
     doomed = worker(jobs=QUICK)
     with Courier(doomed.settings) as courier:
-        sandbox.set_mood("msdicom", operation, latency_ms=2500)
+        sandbox.set_fault("msdicom", operation, latency_ms=2500)
         handle = courier.upload(url)
         for _, report in courier.watch([handle], timeout_s=WAIT_S):
             if report.stage == stage:
                 doomed.kill()
                 break
-        sandbox.calm()
+        sandbox.reset_faults()
         assert stored_once(sandbox, study) is stored_before_the_kill
         worker(jobs=QUICK)
         payload = handle.result(timeout_s=WAIT_S)
@@ -92,7 +92,7 @@ def test_a_push_whose_answer_was_lost_ends_as_stored(worker, image_server, sandb
     study = new_uid()
     running = worker(jobs=QUICK)
     with Courier(running.settings) as courier:
-        sandbox.set_mood(server, "store", commit_then_drop=True, times=1)
+        sandbox.set_fault(server, "store", commit_then_drop=True, times=1)
         payload = courier.upload(image_server.put("a.dcm", image(study)), server=server).result(timeout_s=WAIT_S)
     assert (payload["status"], payload["server_name"]) == ("stored", server)
     assert (payload["attempts"], payload["study_action"]) == (2, "created")
@@ -118,7 +118,7 @@ def test_an_outcome_whose_holder_died_before_anybody_was_told_is_told_by_another
     ledger = Ledger.connect(redis.ledger_url)
     with Courier(doomed.settings) as courier, Processes(tmp_path / "results") as running:
         handle = courier.upload(image_server.put("a.dcm", image(study)))
-        assert parts.poll(lambda: ledger.look(handle.id).get("state") == "done", timeout_s=WAIT_S)
+        assert parts.poll(lambda: ledger.read_record(handle.id).get("state") == "done", timeout_s=WAIT_S)
         doomed.kill()
         parts.redis(running, port=port)
         assert handle.result(timeout_s=WAIT_S)["status"] == "stored"  # the ledger says so meanwhile
@@ -152,7 +152,7 @@ def test_what_was_pushed_of_one_file_says_nothing_of_another_that_the_source_giv
     put(sandbox.msdicom, other)
     running = worker(jobs={**QUICK, "max_attempts": 50, "backoff_cap_s": 0.5})
     with Courier(running.settings) as courier:
-        sandbox.set_mood("msdicom", "store", status=503)
+        sandbox.set_fault("msdicom", "store", status=503)
         handle = courier.upload(image_server.put("latest.dcm", first), server="msdicom")
         for _, report in courier.watch([handle], timeout_s=WAIT_S):
             if report.stage == "waiting":
@@ -160,7 +160,7 @@ def test_what_was_pushed_of_one_file_says_nothing_of_another_that_the_source_giv
         image_server.put("latest.dcm", other)
         with pytest.raises(ImageAlreadyExists):
             handle.result(timeout_s=WAIT_S)
-        sandbox.calm()
+        sandbox.reset_faults()
         late = courier.upload(image_server.put("first.dcm", first), server="msdicom")
         assert late.result(timeout_s=WAIT_S)["status"] == "stored"
 
@@ -174,7 +174,7 @@ def test_a_job_whose_process_a_time_limit_ends_has_not_failed_and_is_done_by_ano
     url = image_server.put("a.dcm", image(study))
     # Celery itself shows a traceback of one line for a time limit.
     running = worker(concurrency=2, options=("--pool", "processes"), jobs=QUICK, may_show_tracebacks=True)
-    sandbox.set_mood("msdicom", operation, latency_ms=4000, times=1)
+    sandbox.set_fault("msdicom", operation, latency_ms=4000, times=1)
     result = plain.send_task("pacs.upload", kwargs={"job": {"image_url": url}}, time_limit=1.5)
     seen = set()
     assert poll(lambda: seen.add(result.status) or result.status == "SUCCESS", timeout_s=WAIT_S)

@@ -36,11 +36,11 @@ class Proxy(socketserver.ThreadingTCPServer):
     daemon_threads = True
 
     def __init__(self, to: int, context: ssl.SSLContext) -> None:
-        super().__init__((HOST, 0), Handler)
+        super().__init__((HOST, 0), TlsRelayHandler)
         self.to, self.context = to, context
 
 
-class Handler(socketserver.BaseRequestHandler):
+class TlsRelayHandler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         with (
             contextlib.suppress(OSError),

@@ -77,14 +77,14 @@ def test_a_waiting_upload_that_is_revoked_ends_as_cancelled_and_frees_its_image(
 ):
     courier, worker = site
     url = image_server.put("a.dcm", image(new_uid()))
-    sandbox.set_mood("msdicom", "store", status=503)
+    sandbox.set_fault("msdicom", "store", status=503)
     first = send(plain, "pacs.upload", image_url=url, server="msdicom")
     assert waits(courier, first.id)
     HOW[how](plain, first.id)
     assert ended(plain, first.id)["code"] == "cancelled"
     with pytest.raises(Cancelled):
         courier.handle(first.id).result(timeout_s=WAIT_S)
-    sandbox.calm()
+    sandbox.reset_faults()
     second = send(plain, "pacs.upload", image_url=url, server="msdicom")
     assert second.get(timeout=WAIT_S)["status"] == "stored"
     assert poll(lambda: not left(courier), timeout_s=WAIT_S), left(courier)
@@ -95,14 +95,14 @@ def test_a_waiting_upload_that_is_revoked_ends_as_cancelled_and_frees_its_image(
 def test_a_revoked_deletion_that_a_server_refused_for_now_deletes_nothing(courier, plain, sandbox, worker):
     study = new_uid()
     stow(sandbox.msdicom, image(study))
-    sandbox.set_mood("msdicom", "delete", status=503, retry_after_s=1)
+    sandbox.set_fault("msdicom", "delete", status=503, retry_after_s=1)
     job = send(plain, "pacs.delete", level="study", uid=study)
     assert waits(courier, job.id)
     plain.control.revoke(job.id)
     error = ended(plain, job.id)
     assert error["code"] == "cancelled"
     assert error["details"]["may_be_deleted_on"] == ["msdicom"]
-    sandbox.calm()
+    sandbox.reset_faults()
     worker(jobs=JOBS)  # another one, which has heard of no revoke
     time.sleep(2)
     assert exists(courier, study)
@@ -113,7 +113,7 @@ def test_a_revoked_deletion_that_a_server_refused_for_now_deletes_nothing(courie
 def test_a_queued_deletion_that_is_revoked_is_not_begun(courier, plain, sandbox, image_server, how):
     study = new_uid()
     stow(sandbox.msdicom, image(study))
-    sandbox.set_mood("msdicom", "metadata", latency_ms=2500)
+    sandbox.set_fault("msdicom", "metadata", latency_ms=2500)
     busy = [send(plain, "pacs.metadata", level="study", uid=study, mode="msdicom") for _ in range(4)]
     assert poll(lambda: courier.handle(busy[0].id).stage() != "queued", timeout_s=WAIT_S)
     job = send(plain, "pacs.delete", level="study", uid=study)
@@ -158,12 +158,12 @@ def test_what_has_ended_stays_as_it_ended(courier, plain, sandbox, image_server)
 
 def test_a_running_upload_ends_before_its_push(courier, plain, sandbox, image_server):
     study = new_uid()
-    sandbox.set_mood("msdicom", "query", latency_ms=2000)
+    sandbox.set_fault("msdicom", "query", latency_ms=2000)
     job = send(plain, "pacs.upload", image_url=image_server.put("a.dcm", image(study)), server="msdicom")
     assert poll(lambda: courier.handle(job.id).stage() == "check", timeout_s=WAIT_S, every_s=0.02)
     plain.control.revoke(job.id)
     assert ended(plain, job.id)["code"] == "cancelled"
-    sandbox.calm()
+    sandbox.reset_faults()
     with pytest.raises(Exception, match="not_found"):
         exists(courier, study)
 
@@ -172,7 +172,7 @@ def test_a_stamp_is_revoked_in_hand_and_later(courier, plain, sandbox, image_ser
     study = new_uid()
     stow(sandbox.msdicom, image(study))
     stamps = {"stamped_headers": ["order"], "stamps": {"order": ["7"]}}
-    sandbox.set_mood("msdicom", "query", latency_ms=2000)
+    sandbox.set_fault("msdicom", "query", latency_ms=2000)
     running = plain.send_task(
         "pacs.upload",
         kwargs={"job": {"image_url": image_server.put("a.dcm", image(new_uid())), "server": "msdicom"}},
@@ -181,7 +181,7 @@ def test_a_stamp_is_revoked_in_hand_and_later(courier, plain, sandbox, image_ser
     assert poll(lambda: courier.handle(running.id).stage() == "check", timeout_s=WAIT_S, every_s=0.02)
     plain.control.revoke_by_stamped_headers({"order": "7"})
     assert ended(plain, running.id)["code"] == "cancelled"
-    sandbox.calm()
+    sandbox.reset_faults()
     delete = {"level": "study", "uid": study}
     later = plain.send_task("pacs.delete", kwargs={"job": delete}, headers=stamps)
     assert ended(plain, later.id)["code"] == "cancelled"
@@ -194,14 +194,14 @@ def test_a_batch_whose_job_or_piece_is_revoked_is_cancelled(courier, plain, sand
     studies = [new_uid() for _ in range(3)]
     for study in studies:
         stow(sandbox.msdicom, image(study))
-    sandbox.set_mood("msdicom", "delete", status=503)
+    sandbox.set_fault("msdicom", "delete", status=503)
     handle = courier.batch.delete(studies, servers=["msdicom"])
     batches = Batches(courier.ledger)
     piece = f"{handle.id}.apply.0"
-    assert poll(lambda: courier.ledger.look(piece).get("state") == "waiting", timeout_s=WAIT_S)
+    assert poll(lambda: courier.ledger.read_record(piece).get("state") == "waiting", timeout_s=WAIT_S)
     plain.control.revoke(handle.id if which == "the batch" else piece)
     assert ended(plain, handle.id)["code"] == "cancelled"
-    sandbox.calm()
+    sandbox.reset_faults()
     assert poll(lambda: not left(courier), timeout_s=WAIT_S), left(courier)
     assert batches.state(handle.id) == "cancelled"
     assert all(exists(courier, study) for study in studies)
@@ -249,7 +249,7 @@ def test_a_worker_that_cannot_reach_the_ledger_says_so_and_still_heeds_the_revok
 
 def test_revokes_of_many_workers_are_one(worker, plain, sandbox, image_server):
     started = [worker(jobs=JOBS, concurrency=1) for _ in range(3)]
-    sandbox.set_mood("msdicom", "store", status=503)
+    sandbox.set_fault("msdicom", "store", status=503)
     with Courier(started[0].settings) as courier:
         urls = [image_server.put(f"{number}.dcm", image(new_uid())) for number in range(6)]
         jobs = [courier.upload(url, server="msdicom") for url in urls]

@@ -75,7 +75,7 @@ def databases(redis) -> dict[str, str]:
 def token_endpoint():
     """Gives the planted token to whoever brings the planted secret."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class TokenHandler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
             granted = PLANTED["the client's secret"] in body
@@ -90,7 +90,7 @@ def token_endpoint():
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer((HOST, 0), Handler)
+    server = ThreadingHTTPServer((HOST, 0), TokenHandler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://{HOST}:{server.server_address[1]}/oauth2/v2.0/token"
     server.shutdown()

@@ -24,7 +24,7 @@ def test_servers_that_answer_are_up_with_what_they_say_of_themselves(courier, pa
 
 
 def test_a_silent_server_is_an_answer_and_an_exit_status(courier, pacs, sandbox):
-    sandbox.set_mood("msdicom", "*", refuse=True)
+    sandbox.set_fault("msdicom", "*", refuse=True)
     entries = by_name(courier.status().result(timeout_s=WAIT_S))
     assert (entries["msdicom"]["status"], entries["dcm4chee"]["status"]) == ("not responding", "up")
     assert entries["msdicom"]["error"]["code"] == "pacs_unavailable"
@@ -35,7 +35,7 @@ def test_a_silent_server_is_an_answer_and_an_exit_status(courier, pacs, sandbox)
 
 
 def test_a_server_that_answers_with_an_error_is_degraded_and_not_silent(courier, sandbox):
-    sandbox.set_mood("dcm4chee", "*", status=503)
+    sandbox.set_fault("dcm4chee", "*", status=503)
     entry = by_name(courier.status().result(timeout_s=WAIT_S))["dcm4chee"]
     assert (entry["status"], entry["error"]["code"]) == ("degraded", "pacs_unavailable")
 
@@ -49,7 +49,7 @@ def test_storage_is_told_where_there_is_a_call_for_it_and_unknown_elsewhere(cour
 
 def test_a_started_archive_with_a_broken_database_is_found_out(courier, pacs, sandbox):
     assert {entry["database"] for entry in courier.database().result(timeout_s=WAIT_S)["servers"]} == {"ok"}
-    sandbox.set_mood("dcm4chee", "*", database_down=True)
+    sandbox.set_fault("dcm4chee", "*", database_down=True)
     status, document, _ = pacs("database")
     assert (status, by_name(document)["dcm4chee"]["database"]) == (3, "failed")
 

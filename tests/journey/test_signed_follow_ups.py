@@ -62,8 +62,8 @@ def test_a_signed_job_that_is_parked_is_followed_by_signed_messages(signed):
     app: Celery = courier._app
     name, job = first.options["task_id"], first.kwargs["job"]
     app.send_task("pacs.upload", kwargs={"job": job}, task_id=name, link=dict(second))
-    assert poll(lambda: stage.canvases.ledger.look(name).get("state") == "waiting", timeout_s=WAIT_S)
-    stage.sandbox.calm()
+    assert poll(lambda: stage.canvases.ledger.read_record(name).get("state") == "waiting", timeout_s=WAIT_S)
+    stage.sandbox.reset_faults()
     assert app.AsyncResult(second.options["task_id"]).get(timeout=WAIT_S)["status"] == "stored"
 
 

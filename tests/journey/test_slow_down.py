@@ -28,7 +28,7 @@ MAX_WAIT_S = 25
 
 
 @dataclass
-class Site:
+class SlowDownSite:
     courier: Courier
     ledger: Ledger
     settings: Settings
@@ -76,52 +76,52 @@ def running(redis_server, sandbox_server, tmp_path_factory) -> Iterator[tuple[Se
 
 
 @pytest.fixture
-def site(running, sandbox, image_server) -> Iterator[Site]:
+def site(running, sandbox, image_server) -> Iterator[SlowDownSite]:
     settings, out, child = running
     ledger = Ledger.connect(settings.queue.ledger_url)
     for key in ledger.client.scan_iter(f"*{SLOWED}*"):
         ledger.client.delete(key)
     time.sleep(0.6)  # by now all threads of the worker know
     with Courier(settings) as courier:
-        yield Site(courier, ledger, settings, sandbox, image_server, out, child)
+        yield SlowDownSite(courier, ledger, settings, sandbox, image_server, out, child)
     ledger.close()
 
 
-def uploads(site: Site) -> Any:
+def uploads(site: SlowDownSite) -> Any:
     return site.courier.upload(site.url(), server="msdicom")
 
 
-def lookup(site: Site) -> Any:
+def lookup(site: SlowDownSite) -> Any:
     return site.courier.exists("study", site.put("msdicom"), mode="msdicom")
 
 
-def metadata(site: Site) -> Any:
+def metadata(site: SlowDownSite) -> Any:
     return site.courier.metadata("study", site.put("msdicom"), mode="msdicom")
 
 
-def listing(site: Site) -> Any:
+def listing(site: SlowDownSite) -> Any:
     site.put("msdicom")
     return site.courier.studies(mode="msdicom")
 
 
-def deletion(site: Site) -> Any:
+def deletion(site: SlowDownSite) -> Any:
     return site.courier.delete("study", site.put("msdicom"), servers=["msdicom"])
 
 
-def download(site: Site) -> Any:
+def download(site: SlowDownSite) -> Any:
     return site.courier.download(site.put("msdicom"), (site.out / f"{new_uid()}.zip").as_uri(), mode="msdicom")
 
 
-def batch_upload(site: Site) -> Any:
+def batch_upload(site: SlowDownSite) -> Any:
     return site.courier.batch.upload([site.url() for _ in range(3)], server="msdicom")
 
 
-def migration(site: Site) -> Any:
+def migration(site: SlowDownSite) -> Any:
     studies = [site.put("dcm4chee"), site.put("dcm4chee")]
     return site.courier.batch.migrate(studies, from_server="dcm4chee", to_server="msdicom")
 
 
-DOORS: dict[str, tuple[Callable[[Site], Any], str]] = {
+DOORS: dict[str, tuple[Callable[[SlowDownSite], Any], str]] = {
     "an upload's questions": (uploads, "query"),
     "an upload": (uploads, "store"),
     "an upload's metadata": (uploads, "metadata"),
@@ -137,13 +137,13 @@ DOORS: dict[str, tuple[Callable[[Site], Any], str]] = {
 
 @pytest.mark.parametrize("mood", [{"status": 429}, {"status": 503, "retry_after_s": 1}], ids=["429", "503"])
 @pytest.mark.parametrize("door", DOORS)
-def test_a_request_to_slow_down_uses_up_no_attempt(site: Site, door: str, mood: dict[str, Any]) -> None:
+def test_a_request_to_slow_down_uses_up_no_attempt(site: SlowDownSite, door: str, mood: dict[str, Any]) -> None:
     order, operation = DOORS[door]
-    site.sandbox.set_mood("msdicom", operation, times=TIMES, **mood)
+    site.sandbox.set_fault("msdicom", operation, times=TIMES, **mood)
     handle = order(site)
     payload = handle.result(timeout_s=WAIT_S)
     assert payload.get("status", "done") in ("stored", "done", "downloaded", "deleted")
-    jobs = [record for job_id in (handle.id, f"{handle.id}.apply.0") if (record := site.ledger.look(job_id))]
+    jobs = [record for job_id in (handle.id, f"{handle.id}.apply.0") if (record := site.ledger.read_record(job_id))]
     assert {record["attempts"] for record in jobs} == {"1"}
     passes = payload.get("passes", {})
     assert "failed" not in passes.get("apply", {}).get("totals", {})
@@ -151,28 +151,28 @@ def test_a_request_to_slow_down_uses_up_no_attempt(site: Site, door: str, mood: 
     assert (rate.cuts > 0, rate.status) == (True, mood["status"])
 
 
-def test_an_undo_waits_too(site: Site) -> None:
+def test_an_undo_waits_too(site: SlowDownSite) -> None:
     batch = site.courier.batch.upload([site.url() for _ in range(3)], server="msdicom")
     batch.result(timeout_s=WAIT_S)
-    site.sandbox.set_mood("msdicom", "delete", status=429, times=TIMES)
+    site.sandbox.set_fault("msdicom", "delete", status=429, times=TIMES)
     undone = site.courier.batch.undo(batch.id).result(timeout_s=WAIT_S)
     assert undone["passes"]["undo"]["totals"] == {"undone": 3}
 
 
-def test_a_job_that_waits_says_for_which_server_why_and_until_when(site: Site) -> None:
-    site.sandbox.set_mood("msdicom", "query", status=429, retry_after_s=20)
+def test_a_job_that_waits_says_for_which_server_why_and_until_when(site: SlowDownSite) -> None:
+    site.sandbox.set_fault("msdicom", "query", status=429, retry_after_s=20)
     handle = uploads(site)
     assert poll(lambda: handle.waiting() is not None, timeout_s=WAIT_S)
     waiting = handle.waiting()
     assert (waiting["code"], waiting["server_name"]) == ("pacs_unavailable", "msdicom")
     assert "fewer requests" in waiting["message"]
     assert waiting["next_try"] is not None
-    site.sandbox.calm()
+    site.sandbox.reset_faults()
     assert handle.result(timeout_s=WAIT_S)["attempts"] == 1
 
 
-def test_nothing_is_fetched_or_sent_to_a_server_before_the_time_it_named(site: Site) -> None:
-    site.sandbox.set_mood("msdicom", "query", status=429, retry_after_s=15, times=1)
+def test_nothing_is_fetched_or_sent_to_a_server_before_the_time_it_named(site: SlowDownSite) -> None:
+    site.sandbox.set_fault("msdicom", "query", status=429, retry_after_s=15, times=1)
     first = uploads(site)
     assert poll(lambda: site.rate("msdicom").held_s > 0, timeout_s=WAIT_S)
     time.sleep(1)
@@ -184,16 +184,16 @@ def test_nothing_is_fetched_or_sent_to_a_server_before_the_time_it_named(site: S
         assert handle.result(timeout_s=WAIT_S)["attempts"] == 1
 
 
-def test_a_server_that_never_stops_asking_ends_its_jobs_after_max_wait(site: Site) -> None:
-    site.sandbox.set_mood("msdicom", "query", status=429, retry_after_s=15)
+def test_a_server_that_never_stops_asking_ends_its_jobs_after_max_wait(site: SlowDownSite) -> None:
+    site.sandbox.set_fault("msdicom", "query", status=429, retry_after_s=15)
     with pytest.raises(PacsUnavailable) as end:
         lookup(site).result(timeout_s=WAIT_S + MAX_WAIT_S)
     assert "429" in str(end.value)
 
 
-def test_jobs_for_other_servers_go_on(site: Site) -> None:
+def test_jobs_for_other_servers_go_on(site: SlowDownSite) -> None:
     study = site.put("dcm4chee")
-    site.sandbox.set_mood("msdicom", "*", status=429, retry_after_s=20)
+    site.sandbox.set_fault("msdicom", "*", status=429, retry_after_s=20)
     waits = lookup_of_nothing(site)
     assert poll(lambda: site.rate("msdicom").held_s > 0, timeout_s=WAIT_S)
     begun_s = time.monotonic()
@@ -202,12 +202,12 @@ def test_jobs_for_other_servers_go_on(site: Site) -> None:
     waits.cancel()
 
 
-def lookup_of_nothing(site: Site) -> Any:
+def lookup_of_nothing(site: SlowDownSite) -> Any:
     return site.courier.exists("study", new_uid(), mode="msdicom")
 
 
-def test_status_and_doctor_say_how_fast_a_server_is_asked(site: Site) -> None:
-    site.sandbox.set_mood("msdicom", "query", status=429, times=1)
+def test_status_and_doctor_say_how_fast_a_server_is_asked(site: SlowDownSite) -> None:
+    site.sandbox.set_fault("msdicom", "query", status=429, times=1)
     lookup(site).result(timeout_s=WAIT_S)
     entry = site.courier.status().result(timeout_s=WAIT_S)["servers"][0]
     assert (entry["server_name"], entry["status"], entry["rate_limit"]["status"]) == ("msdicom", "up", 429)

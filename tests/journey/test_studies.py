@@ -77,7 +77,7 @@ def test_a_filter_that_a_server_would_misread_is_refused(courier, pacs, stored):
 
 
 def test_a_list_never_ends_quietly_without_a_silent_server(courier, pacs, sandbox, stored):
-    sandbox.set_mood("dcm4chee", "*", refuse=True)
+    sandbox.set_fault("dcm4chee", "*", refuse=True)
     status, document, _ = pacs("studies")
     assert (status, document["complete"], len(document["studies"])) == (3, False, 3)
     assert document["servers"][1]["status"] == "unavailable"

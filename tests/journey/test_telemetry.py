@@ -134,7 +134,7 @@ def test_a_job_that_the_sweeper_wakes_goes_on_with_its_trace(worker, image_serve
     header = f"00-{trace_id}-{parent}-01"
     ledger = Ledger.connect(running.settings.queue.ledger_url)
     job = UploadJob(image_url=image_server.put("lost.dcm", image(new_uid()))).model_dump(exclude_none=True)
-    sandbox.set_mood("msdicom", "store", status=503, times=1)
+    sandbox.set_fault("msdicom", "store", status=503, times=1)
     ledger.submit("lost", task="pacs.upload", job=job, due_in_s=0, trace=header)  # its message got lost
     other = {"image_url": image_server.put("plain.dcm", image(new_uid()))}
     sent = plain.send_task("pacs.upload", kwargs={"job": other}, headers={"traceparent": header})
@@ -142,7 +142,7 @@ def test_a_job_that_the_sweeper_wakes_goes_on_with_its_trace(worker, image_serve
     bad = plain.send_task("pacs.upload", kwargs={"job": another}, headers={"traceparent": "x" * 2000})
     assert sent.get(timeout=WAIT_S)["status"] == "stored"
     assert bad.get(timeout=WAIT_S)["status"] == "stored"
-    assert parts.poll(lambda: ledger.look("lost").get("state") == "done", timeout_s=WAIT_S)
+    assert parts.poll(lambda: ledger.read_record("lost").get("state") == "done", timeout_s=WAIT_S)
 
     def attempts(job_id):
         found = [span for _, span in collector.of(job_id) if span.name == "pacs.upload"]
@@ -177,7 +177,7 @@ def test_metrics_count_what_was_done_and_show_what_waits(worker, image_server, s
         assert courier.upload(url).result(timeout_s=WAIT_S)["status"] == "stored"
         for _ in courier.as_completed([courier.upload(url)], timeout_s=WAIT_S):
             pass
-        sandbox.set_mood("msdicom", "store", status=503)
+        sandbox.set_fault("msdicom", "store", status=503)
         parked = courier.upload(image_server.put("b.dcm", image(new_uid())))
         assert parts.poll(lambda: courier.ledger.parked().get("msdicom") == 1, timeout_s=20)
         values, text = scraped(port)
@@ -199,7 +199,7 @@ def test_metrics_count_what_was_done_and_show_what_waits(worker, image_server, s
         states = {state: values["pacs_breaker_state", msdicom[0], ("state", state)] for state in BREAKER_STATES}
         assert states == {"closed": 0, "half-open": 0, "open": 1}
         assert values["pacs_queue_messages", ("queue", "pacs")] == 0
-        sandbox.calm()
+        sandbox.reset_faults()
         assert parked.cancel()
         for _ in courier.as_completed([parked], timeout_s=WAIT_S):
             pass

@@ -61,7 +61,7 @@ ODD_DATASET = {
 
 
 @dataclass(frozen=True)
-class Site:
+class TerminalSite:
     """A worker on the sandbox's two servers and an odd one, with a study on both, one on each, and a dead letter."""
 
     env: dict[str, str]
@@ -82,9 +82,9 @@ class Site:
 @pytest.fixture(scope="module")
 def site(
     redis_server: RedisPart, sandbox_server: SandboxPart, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Site]:
+) -> Iterator[TerminalSite]:
     redis_server.flush()
-    sandbox_server.calm()
+    sandbox_server.reset_faults()
     sandbox_server.empty()
     folder = tmp_path_factory.mktemp("terminals")
     with Processes(folder) as running, odd_pacs([ODD_DATASET]) as odd, ImageServer() as images:
@@ -111,7 +111,7 @@ def site(
             with pytest.raises(SourceUnreachable):
                 dead.result(timeout_s=WAIT_S)
         env = {"PACS_CONFIG": str(config)}
-        yield Site(env, split, single, split_image, dead.id, dead_url, folder, sandbox_server)
+        yield TerminalSite(env, split, single, split_image, dead.id, dead_url, folder, sandbox_server)
         worker.stop(grace_s=15)
         assert "Traceback (most recent call last)" not in worker.log, worker.log_tail(60)
 
@@ -124,7 +124,7 @@ def assert_is_harmless(ended: Ended) -> None:
 
 
 @SCREENS
-def test_studies_and_audits_lose_no_digit_and_no_server(site: Site, columns: int | None) -> None:
+def test_studies_and_audits_lose_no_digit_and_no_server(site: TerminalSite, columns: int | None) -> None:
     studies = site.run("studies", columns=columns)
     assert studies.status == 0, studies
     assert all(studies.selects(study) for study in (site.split, site.single, ODD_STUDY)), studies.shown
@@ -138,7 +138,7 @@ def test_studies_and_audits_lose_no_digit_and_no_server(site: Site, columns: int
 
 
 @SCREENS
-def test_lookups_and_traces_lose_no_digit_and_no_job(site: Site, columns: int | None) -> None:
+def test_lookups_and_traces_lose_no_digit_and_no_job(site: TerminalSite, columns: int | None) -> None:
     exists = site.run("exists", "image", site.split_image, "--mode", "both", columns=columns)
     assert (exists.status, exists.selects(site.split_image), exists.selects(site.split)) == (0, True, True), exists
     metadata = site.run("metadata", "image", site.split_image, "--mode", "msdicom", columns=columns)
@@ -152,7 +152,7 @@ def test_lookups_and_traces_lose_no_digit_and_no_job(site: Site, columns: int | 
 
 
 @SCREENS
-def test_jobs_and_dead_letters_lose_neither_id_nor_url(site: Site, columns: int | None) -> None:
+def test_jobs_and_dead_letters_lose_neither_id_nor_url(site: TerminalSite, columns: int | None) -> None:
     listed = site.run("dead", "list", columns=columns)
     assert (listed.status, listed.selects(site.dead_job)) == (0, True), listed
     assert site.dead_url in listed.shown
@@ -168,7 +168,7 @@ def test_jobs_and_dead_letters_lose_neither_id_nor_url(site: Site, columns: int 
         assert_is_harmless(ended)
 
 
-def test_a_row_is_one_line_in_a_pipe(site: Site) -> None:
+def test_a_row_is_one_line_in_a_pipe(site: TerminalSite) -> None:
     lines = in_pipe(["studies"], env=site.env).raw.splitlines()
     assert [sum(study in line for line in lines) for study in (site.split, site.single, ODD_STUDY)] == [1, 1, 1]
     assert len(lines) == 4
@@ -190,7 +190,7 @@ def test_a_row_is_one_line_in_a_pipe(site: Site) -> None:
     ],
     ids=lambda words: " ".join((words[0], *words[4:])),
 )
-def test_dicom_text_reaches_no_output_raw(site: Site, words: tuple[str, ...], columns: int | None) -> None:
+def test_dicom_text_reaches_no_output_raw(site: TerminalSite, words: tuple[str, ...], columns: int | None) -> None:
     ended = site.run(*words, columns=columns)
     assert ended.status == 0, ended
     assert_is_harmless(ended)
@@ -207,7 +207,7 @@ def test_dicom_text_reaches_no_output_raw(site: Site, words: tuple[str, ...], co
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_a_terminal_of_another_encoding_takes_all_forms(site: Site, encoding: str) -> None:
+def test_a_terminal_of_another_encoding_takes_all_forms(site: TerminalSite, encoding: str) -> None:
     for form in ([], ["--csv"], ["--json"]):
         env = {**site.env, "PYTHONIOENCODING": encoding}
         ended = in_pipe(["studies", "--server", "odd", *form], env=env)
@@ -216,7 +216,7 @@ def test_a_terminal_of_another_encoding_takes_all_forms(site: Site, encoding: st
 
 
 @pytest.mark.parametrize("name", ["[/b].dcm", "[link=x]a[/link].dcm", "%1B[31m[bold.dcm", "a\x1b]0;owned\x07.dcm"])
-def test_a_url_with_markup_ends_like_any_other(site: Site, name: str) -> None:
+def test_a_url_with_markup_ends_like_any_other(site: TerminalSite, name: str) -> None:
     ended = site.run("upload", f"http://127.0.0.1:1/{name}", columns=80)
     assert ended.status in (1, 2), ended
     assert_is_harmless(ended)
@@ -225,7 +225,7 @@ def test_a_url_with_markup_ends_like_any_other(site: Site, name: str) -> None:
 @pytest.mark.parametrize(
     "words", [("result", "a\x1b[31m[/b]"), ("batch", "show", "[/b]\x9b31m"), ("cancel", "\x07[/b]")]
 )
-def test_an_id_with_control_characters_is_named_with_escapes(site: Site, words: tuple[str, ...]) -> None:
+def test_an_id_with_control_characters_is_named_with_escapes(site: TerminalSite, words: tuple[str, ...]) -> None:
     ended = site.run(*words, columns=80)
     assert ended.status != 0
     assert_is_harmless(ended)
@@ -237,7 +237,7 @@ def newest(ended: Ended, *studies: str) -> list[str]:
 
 
 @SCREENS
-def test_a_short_list_shows_the_newest_studies_of_a_server_that_sorts(site: Site, columns: int | None) -> None:
+def test_a_short_list_shows_the_newest_studies_of_a_server_that_sorts(site: TerminalSite, columns: int | None) -> None:
     old, new, late = ("1.2.1" + long_uid()[5:], "1.2.9" + long_uid()[5:], "1.2.5" + long_uid()[5:])
     for study, date, time in ((old, "19990101", "1"), (new, "20320101", "080000"), (late, "20320101", "090000")):
         stow(site.sandbox.dcm4chee, image(study, series=long_uid(), StudyDate=date, StudyTime=time.zfill(6), side=8))
@@ -250,18 +250,18 @@ def test_a_short_list_shows_the_newest_studies_of_a_server_that_sorts(site: Site
 
 
 @pytest.mark.parametrize("limit", ["1", "3"])
-def test_a_silent_server_is_named_however_short_the_list_is(site: Site, limit: str) -> None:
-    site.sandbox.set_mood("dcm4chee", "*", refuse=True)
+def test_a_silent_server_is_named_however_short_the_list_is(site: TerminalSite, limit: str) -> None:
+    site.sandbox.set_fault("dcm4chee", "*", refuse=True)
     try:
         ended = site.run("studies", "--limit", limit, columns=80)
     finally:
-        site.sandbox.calm()
+        site.sandbox.reset_faults()
     assert ended.status == 3
     assert "dcm4chee: 0 studies, dcm4chee" in ended.shown
 
 
 @SCREENS
-def test_a_list_that_is_cut_before_a_server_has_sorted_it_says_so(site: Site, columns: int | None) -> None:
+def test_a_list_that_is_cut_before_a_server_has_sorted_it_says_so(site: TerminalSite, columns: int | None) -> None:
     mine = [long_uid() for _ in range(40)]
     for study in mine:
         stow(site.sandbox.msdicom, image(study, series=long_uid(), side=8, StudyDate="20310101"))
@@ -280,7 +280,7 @@ def test_a_list_that_is_cut_before_a_server_has_sorted_it_says_so(site: Site, co
     assert len(newest(whole, *mine)) == 40
 
 
-def test_the_answers_of_a_watched_status_come_into_a_pipe_as_they_are_given(site: Site) -> None:
+def test_the_answers_of_a_watched_status_come_into_a_pipe_as_they_are_given(site: TerminalSite) -> None:
     with subprocess.Popen(
         [PACS, "status", "--watch", "0.2"], stdout=subprocess.PIPE, text=True, env=environment(site.env)
     ) as watched:
@@ -297,7 +297,9 @@ def batch_of(ended: Ended) -> str:
 
 
 @pytest.mark.parametrize("columns", [80, 40])
-def test_a_batch_ends_with_its_id_and_its_undo_asks_what_will_be_deleted_and_where(site: Site, columns: int) -> None:
+def test_a_batch_ends_with_its_id_and_its_undo_asks_what_will_be_deleted_and_where(
+    site: TerminalSite, columns: int
+) -> None:
     study, series = long_uid(), long_uid()
     with ImageServer() as images:
         urls = [images.put(f"{n}[b].dcm", image(study, series=series, side=8)) for n in range(3)]
@@ -316,7 +318,7 @@ def test_a_batch_ends_with_its_id_and_its_undo_asks_what_will_be_deleted_and_whe
 
 
 @pytest.mark.parametrize("columns", [80, None])
-def test_an_undo_that_is_refused_does_not_count_as_one(site: Site, columns: int | None) -> None:
+def test_an_undo_that_is_refused_does_not_count_as_one(site: TerminalSite, columns: int | None) -> None:
     study = long_uid()
     stow(site.sandbox.dcm4chee, image(study, series=long_uid(), side=8))
     deleted = site.run("batch", "delete", study, "--server", "dcm4chee", "--yes", columns=columns)
@@ -327,7 +329,7 @@ def test_an_undo_that_is_refused_does_not_count_as_one(site: Site, columns: int 
 
 
 @pytest.mark.parametrize("packed", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_an_archive_of_which_nothing_can_be_read_is_no_success_and_says_why(site: Site, packed: int) -> None:
+def test_an_archive_of_which_nothing_can_be_read_is_no_success_and_says_why(site: TerminalSite, packed: int) -> None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", packed) as file:
         file.writestr("1.dcm", image(long_uid(), series=long_uid(), side=8))
@@ -337,7 +339,7 @@ def test_an_archive_of_which_nothing_can_be_read_is_no_success_and_says_why(site
     assert "it is packed in a way that is not read here" in " ".join(ended.shown.split())
 
 
-def test_an_empty_list_of_dead_letters_says_that_there_are_none(site: Site) -> None:
+def test_an_empty_list_of_dead_letters_says_that_there_are_none(site: TerminalSite) -> None:
     assert "No dead letter matches." in site.run("dead", "list", "--code", "poisoned", columns=80).shown
     assert site.run("dead", "purge", "--all", "--yes", columns=80).status == 0
     assert "There are no dead letters." in site.run("dead", "list", columns=80).shown

@@ -29,7 +29,7 @@ def with_tokens(sandbox):
             "client_secret_env": "WARD_SECRET",
             **({"scope": ENTRA_SCOPE} if server["name"] == "msdicom" else {}),
         }
-        sandbox.set_mood(server["name"], "*", bearer=True)
+        sandbox.set_fault(server["name"], "*", bearer=True)
     return servers
 
 
@@ -47,13 +47,13 @@ def test_an_upload_gets_through_although_its_token_expires_between_question_and_
             second = courier.upload(image_server.put("second.dcm", image(new_uid())), server=name)
             assert second.result(timeout_s=WAIT_S)["attempts"] == 1
             # Good for the questions of the third job, and no longer for its push.
-            sandbox.set_mood(name, "store", unauthorized=True)
+            sandbox.set_fault(name, "store", unauthorized=True)
             third = courier.upload(image_server.put("third.dcm", image(new_uid())), server=name)
             payload = third.result(timeout_s=WAIT_S)
         finally:
             requests.put(f"{sandbox.control}/clock", json={"ahead_s": 0}, timeout=10)
         assert (payload["status"], payload["attempts"]) == ("stored", 1)
-        records = str([courier.ledger.look(handle.id) for handle in (first, second, third)])
+        records = str([courier.ledger.read_record(handle.id) for handle in (first, second, third)])
     assert SECRET not in running.log + records
     assert "Bearer" not in running.log + records
 

@@ -18,7 +18,7 @@ def events(trace, job_id):
 
 def test_the_way_of_an_image_is_told_from_its_claim_to_its_place(courier, pacs, image_server, sandbox):
     study, sop = new_uid(), new_uid()
-    sandbox.set_mood("dcm4chee", "query", status=500, times=1)
+    sandbox.set_fault("dcm4chee", "query", status=500, times=1)
     upload = courier.upload(image_server.put("a.dcm", image(study, sop=sop)))
     upload.result(timeout_s=WAIT_S)
     again = courier.upload(image_server.url("a.dcm"))
@@ -82,7 +82,7 @@ def test_what_others_put_there_is_found_and_said_to_be_theirs(courier, put, sand
 def test_a_silent_server_is_part_of_the_answer_and_the_ledger_still_knows(courier, pacs, image_server, sandbox):
     study, sop = new_uid(), new_uid()
     courier.upload(image_server.put("b.dcm", image(study, sop=sop))).result(timeout_s=WAIT_S)
-    sandbox.set_mood("msdicom", "*", refuse=True)
+    sandbox.set_fault("msdicom", "*", refuse=True)
     status, trace, _ = pacs("trace", sop)
     assert (status, trace["servers"][0]["status"]) == (3, "unavailable")
     assert (trace["server_name"], trace["level"]) == ("msdicom", "image")

@@ -81,7 +81,7 @@ def test_the_same_uid_with_other_bytes_shows_both_digests(courier, image_server)
 
 
 def test_of_two_jobs_with_the_same_image_one_stores_and_one_is_told_who_has_it(courier, image_server, sandbox):
-    sandbox.set_mood("msdicom", "store", latency_ms=300)
+    sandbox.set_fault("msdicom", "store", latency_ms=300)
     url = image_server.put("e.dcm", image(new_uid()))
     handles = [courier.upload(url) for _ in range(4)]
     ends = [
@@ -101,7 +101,7 @@ def test_a_server_can_be_asked_for_but_never_splits_a_study(courier, image_serve
 
 def test_a_silent_server_is_never_read_as_not_there(courier, image_server, sandbox):
     study = new_uid()
-    sandbox.set_mood("msdicom", "*", refuse=True)
+    sandbox.set_fault("msdicom", "*", refuse=True)
     with pytest.raises(PacsUnavailable) as caught:
         courier.upload(image_server.put("h.dcm", image(study))).result(timeout_s=WAIT_S)
     assert caught.value.server_name == "msdicom"
@@ -109,7 +109,7 @@ def test_a_silent_server_is_never_read_as_not_there(courier, image_server, sandb
 
 
 def test_a_server_that_recovers_gets_the_job_done(courier, image_server, sandbox):
-    sandbox.set_mood("dcm4chee", "query", status=500, times=1)
+    sandbox.set_fault("dcm4chee", "query", status=500, times=1)
     payload = courier.upload(image_server.put("i.dcm", image(new_uid()))).result(timeout_s=WAIT_S)
     assert payload["attempts"] == 2
 
@@ -143,7 +143,7 @@ def test_the_same_idempotency_key_is_one_job_for_library_and_plain_clients(couri
 
 
 def test_a_job_can_be_cancelled_until_it_is_pushed(courier, image_server, sandbox):
-    sandbox.set_mood("msdicom", "query", latency_ms=1500)
+    sandbox.set_fault("msdicom", "query", latency_ms=1500)
     study = new_uid()
     handle = courier.upload(image_server.put("l.dcm", image(study)))
     assert handle.cancel()

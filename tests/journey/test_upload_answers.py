@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from producer import Courier
 from producer.cli.no_worker import SENTENCE
 from sandbox import processes as parts
@@ -39,7 +39,7 @@ def test_the_json_of_an_upload_that_failed_has_its_redacted_url_and_its_job_id(e
     assert ended.status == 1
     assert "SECRET" not in ended.raw + ended.errors
     told = json.loads(ended.raw)
-    assert [one["source"] for one in told] == [shown_url(url) for url in urls]
+    assert [one["source"] for one in told] == [redact_url(url) for url in urls]
     assert all(uuid.UUID(one["job_id"]) for one in told)
     for one in told:
         again = json.loads(in_pipe(["result", one["job_id"], "--json"], env=env).raw)
@@ -113,6 +113,6 @@ def test_a_command_that_waits_says_when_no_worker_answers_and_only_then(redis, t
 
 
 def test_a_command_that_waits_for_a_slow_server_is_not_told_of_a_worker(running, env, sandbox, image_server):
-    sandbox.set_mood("msdicom", "store", latency_ms=13_000, times=1)
+    sandbox.set_fault("msdicom", "store", latency_ms=13_000, times=1)
     ended = in_pipe(["upload", image_server.put("a.dcm", image(new_uid())), "--server", "msdicom"], env=env)
     assert (ended.status, SENTENCE in ended.errors) == (0, False), ended

@@ -74,7 +74,7 @@ def pacs(*arguments):
 
 
 def test_a_job_that_waits_for_a_server_says_so_everywhere(site, sandbox, image_server, plain, flower):
-    sandbox.set_mood("msdicom", "*", status=503)
+    sandbox.set_fault("msdicom", "*", status=503)
     handle = site.upload(image_server.put("a.dcm", image(new_uid())))
     assert poll(lambda: handle.status() == "waiting", timeout_s=WAIT_S)
     waiting = handle.waiting()
@@ -98,7 +98,7 @@ def test_a_job_that_waits_for_a_server_says_so_everywhere(site, sandbox, image_s
         flower.task(handle.id)
     )
     assert "waiting for msdicom since" in flower.task(handle.id).result
-    sandbox.calm()
+    sandbox.reset_faults()
     handle.cancel()
     assert poll(lambda: flower.task(handle.id).state == "FAILURE", timeout_s=WAIT_S)
     assert flower.task(handle.id).result == "", "what it waited for is over"
@@ -106,7 +106,7 @@ def test_a_job_that_waits_for_a_server_says_so_everywhere(site, sandbox, image_s
 
 
 def test_a_job_that_waits_for_another_one_says_which(site, sandbox, image_server):
-    sandbox.set_mood("msdicom", "store", latency_ms=4000)
+    sandbox.set_fault("msdicom", "store", latency_ms=4000)
     url = image_server.put("a.dcm", image(new_uid()))
     first = site.upload(url)
     assert poll(lambda: first.stage() == "push", timeout_s=WAIT_S, every_s=0.02)

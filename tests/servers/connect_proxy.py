@@ -33,7 +33,7 @@ class ConnectProxy:
     credentials: list[str | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._server = _Server((HOST, 0), _Handler)
+        self._server = _ProxyServer((HOST, 0), _ConnectHandler)
         self._server.proxy = self
         self.port = int(self._server.server_address[1])
         self.url = f"http://{HOST}:{self.port}"
@@ -60,7 +60,7 @@ class ConnectProxy:
         return self.status
 
 
-class _Server(ThreadingHTTPServer):
+class _ProxyServer(ThreadingHTTPServer):
     daemon_threads = True
     proxy: ConnectProxy
 
@@ -68,9 +68,9 @@ class _Server(ThreadingHTTPServer):
         """A client that hangs up is none of its concern."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _ConnectHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+    server: _ProxyServer
 
     def do_CONNECT(self) -> None:
         self.close_connection = True

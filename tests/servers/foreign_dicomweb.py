@@ -283,7 +283,7 @@ def foreign(habits: Habits | None = None) -> Iterator[Foreign]:
     """One that listens on loopback."""
     site = Foreign(habits or Habits())
 
-    class Handler(BaseHTTPRequestHandler):
+    class ForeignHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: Any) -> None:
@@ -303,7 +303,7 @@ def foreign(habits: Habits | None = None) -> Iterator[Foreign]:
 
         do_GET = do_POST = do_DELETE = _answer
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ForeignHandler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from courier.errors import InvalidRequest, NotFound, PacsMisanswered, PacsUnavailable
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.audit import PAGE, audit, overlap
-from worker.jobs.services import Tools
-from worker.jobs.uid_index import Sightings
+from worker.jobs.services import Services
+from worker.jobs.uid_index import UidIndex
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, StudyPage
 
@@ -44,18 +44,18 @@ class ListedPacs:
             yield Found("image", found.study_instance_uid, "1.2", uid)
 
 
-class Ledger:
+class StubLedger:
     """Lets the run go on."""
 
-    def intend(self, *_: Any, **__: Any) -> bool:
+    def write_intent(self, *_: Any, **__: Any) -> bool:
         return True
 
 
 def audited(*servers: ListedPacs, **job: Any) -> dict[str, Any]:
-    run = Run(job_id="job", fence=1, attempt=1, last=True, ledger=Ledger())  # type: ignore[arg-type]
+    attempt = Attempt(job_id="job", fence=1, number=1, last=True, ledger=StubLedger())  # type: ignore[arg-type]
     fleet = Fleet(servers)  # type: ignore[arg-type]
     try:
-        return audit(job, run, Tools(None, None, None, fleet))  # type: ignore[arg-type]
+        return audit(job, attempt, Services(None, None, None, fleet))  # type: ignore[arg-type]
     finally:
         fleet.close()
 
@@ -171,7 +171,7 @@ def test_an_audit_needs_two_servers() -> None:
 
 def test_what_was_seen_is_counted_once_however_often_it_is_noted() -> None:
     uids = [f"1.{n}" for n in range(50)]
-    with Sightings(["a", "b", "c"]) as seen:
+    with UidIndex(["a", "b", "c"]) as seen:
         assert seen.note("a", uids) == 50
         assert seen.note("a", random.Random(1).sample(uids, 20)) == 0
         assert seen.note("c", ["1.7", "1.7", "1.8", "9"]) == 3

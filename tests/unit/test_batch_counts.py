@@ -11,7 +11,7 @@ import fakeredis
 import pytest
 
 from courier.batches.planner import Planned, Planner
-from courier.batches.store import NOWHERE, Batch, Batches, Item, ItemStatus, Pass, Row, Settled, added_up
+from courier.batches.store import NOWHERE, Batch, Batches, Item, ItemOutcome, ItemStatus, Pass, Row, added_up
 from courier.ledger.jobs import PREFIX, Ledger
 from producer.cli.batch_tables import write_csv
 
@@ -22,36 +22,36 @@ LISTED, LOOSE = Item(0, "a", "1.2"), Item(0, "", "1.2")
 @pytest.mark.parametrize(
     ("one", "outcomes"),
     [
-        (Settled(LISTED, "deleted"), {"a": "deleted"}),
-        (Settled(LOOSE, "deleted", server="b"), {"b": "deleted"}),
-        (Settled(LOOSE, "not_there"), {}),
-        (Settled(LISTED, "failed", server=NOWHERE), {}),
-        (Settled(LOOSE, "refused", server="a", result={"servers": {"a": "refused", "b": "deleted"}}),
+        (ItemOutcome(LISTED, "deleted"), {"a": "deleted"}),
+        (ItemOutcome(LOOSE, "deleted", server="b"), {"b": "deleted"}),
+        (ItemOutcome(LOOSE, "not_there"), {}),
+        (ItemOutcome(LISTED, "failed", server=NOWHERE), {}),
+        (ItemOutcome(LOOSE, "refused", server="a", result={"servers": {"a": "refused", "b": "deleted"}}),
          {"a": "refused", "b": "deleted"}),
-        (Settled(LOOSE, "failed", server="b", result={"servers": {"a": "deleted", "c": "hidden"}}),
+        (ItemOutcome(LOOSE, "failed", server="b", result={"servers": {"a": "deleted", "c": "hidden"}}),
          {"b": "failed", "a": "deleted", "c": "hidden"}),
-        (Settled(LISTED, "undone", result={"servers": {"a": {"restored": 2}, "b": {"restored": 1}}}),
+        (ItemOutcome(LISTED, "undone", result={"servers": {"a": {"restored": 2}, "b": {"restored": 1}}}),
          {"a": "undone", "b": "undone"}),
-        (Settled(LISTED, "deleted", result={"servers": ["b"]}), {"a": "deleted"}),
-        (Settled(LISTED, "deleted", result={"servers": {"b": "vanished"}}), {"a": "deleted", "b": "deleted"}),
+        (ItemOutcome(LISTED, "deleted", result={"servers": ["b"]}), {"a": "deleted"}),
+        (ItemOutcome(LISTED, "deleted", result={"servers": {"b": "vanished"}}), {"a": "deleted", "b": "deleted"}),
     ],
 )  # fmt: skip
-def test_an_item_is_at_each_server_that_it_has_come_to(one: Settled, outcomes: Mapping[str, str]) -> None:
+def test_an_item_is_at_each_server_that_it_has_come_to(one: ItemOutcome, outcomes: Mapping[str, str]) -> None:
     assert one.outcomes == outcomes
     assert list(one.outcomes)[:1] == ([one.server_name] if one.server_name else [])
 
 
-class Desk:
+class CountBench:
     """A batch of a few items, and a job that settles them."""
 
     def __init__(self, client: fakeredis.FakeRedis, items: int = 3) -> None:
         self.client, ledger = client, Ledger(client)
         self.batches = Batches(ledger)
-        self.batches.open("B", kind="delete", order={}, servers=TYPES, width=1)
+        self.batches.open("B", kind="delete", order={}, servers=TYPES, concurrency=1)
         with Planner(self.batches, "B") as planner:
             planner.add_all(Planned(f"1.{number}") for number in range(items))
             planner.freeze()
-        self.fence = ledger.claim("j", task="t", job={}).fence
+        self.fence = ledger.take("j", task="t", job={}).fence
 
     @property
     def batch(self) -> Batch:
@@ -59,24 +59,28 @@ class Desk:
         assert batch is not None
         return batch
 
-    def settle(self, number: int, status: ItemStatus, which: Pass = "apply", **told: Any) -> None:
+    def record_outcome(self, number: int, status: ItemStatus, which: Pass = "apply", **told: Any) -> None:
         item = Item(number, "", f"1.{number}")
-        self.batches.settle(self.batch, which, 0, [Settled(item, status, **told)], job_id="j", fence=self.fence)
+        self.batches.record_outcomes(
+            self.batch, which, 0, [ItemOutcome(item, status, **told)], job_id="j", fence=self.fence
+        )
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
+def bench() -> Iterator[CountBench]:
     with fakeredis.FakeRedis(decode_responses=True) as client:
-        yield Desk(client)
+        yield CountBench(client)
 
 
-def test_the_rows_of_servers_count_what_each_did_and_the_totals_count_items(desk: Desk) -> None:
+def test_the_rows_of_servers_count_what_each_did_and_the_totals_count_items(bench: CountBench) -> None:
     both: Mapping[str, Any] = {"server": "a", "result": {"servers": {"a": "deleted", "b": "deleted"}}}
-    desk.settle(0, "deleted", **both)
-    desk.settle(0, "deleted", **both)  # what comes late is not counted again
-    desk.settle(1, "refused", server="a", result={"servers": {"a": "refused", "b": "hidden", "c": "not_there"}})
-    desk.settle(2, "failed", server=NOWHERE, code="source_not_found")
-    batch = desk.batch
+    bench.record_outcome(0, "deleted", **both)
+    bench.record_outcome(0, "deleted", **both)  # what comes late is not counted again
+    bench.record_outcome(
+        1, "refused", server="a", result={"servers": {"a": "refused", "b": "hidden", "c": "not_there"}}
+    )
+    bench.record_outcome(2, "failed", server=NOWHERE, code="source_not_found")
+    batch = bench.batch
     assert batch.of("apply").totals == {"deleted": 1, "refused": 1, "failed": 1}
     assert batch.settled == 3
     assert batch.outcomes == {
@@ -98,39 +102,41 @@ def test_the_rows_of_servers_count_what_each_did_and_the_totals_count_items(desk
         {"server": "a", "result": {"servers": {"a": "failed", "b": "deleted", "c": "deleted"}}},
     ],
 )
-def test_what_is_opened_again_is_taken_from_every_server_that_counted_it(desk: Desk, told: dict[str, Any]) -> None:
-    desk.settle(1, "deleted", server="c")
-    desk.settle(0, "failed", code="pacs_unavailable", **told)
-    assert desk.batches.reopen(desk.batch, "apply", ["failed"]) == 1
-    assert desk.batch.outcomes == {"c": {"deleted": 1}}
-    desk.settle(0, "deleted", server="a", result={"servers": {"a": "deleted", "b": "deleted"}})
-    assert desk.batch.outcomes == {"c": {"deleted": 1}, "a": {"deleted": 1}, "b": {"deleted": 1}}
+def test_what_is_opened_again_is_taken_from_every_server_that_counted_it(
+    bench: CountBench, told: dict[str, Any]
+) -> None:
+    bench.record_outcome(1, "deleted", server="c")
+    bench.record_outcome(0, "failed", code="pacs_unavailable", **told)
+    assert bench.batches.reopen(bench.batch, "apply", ["failed"]) == 1
+    assert bench.batch.outcomes == {"c": {"deleted": 1}}
+    bench.record_outcome(0, "deleted", server="a", result={"servers": {"a": "deleted", "b": "deleted"}})
+    assert bench.batch.outcomes == {"c": {"deleted": 1}, "a": {"deleted": 1}, "b": {"deleted": 1}}
 
 
-def test_what_an_attempt_noted_of_an_open_item_counts_once_it_has_failed(desk: Desk) -> None:
-    desk.settle(0, "open", server="a", result={"servers": {"a": "deleted"}})
-    assert desk.batch.outcomes == {}
-    desk.settle(0, "failed", server="b", code="pacs_unavailable", message="b is silent.")
-    assert desk.batch.outcomes == {"a": {"deleted": 1}, "b": {"failed": 1}}
-    assert desk.batch.of("apply").totals == {"failed": 1}
+def test_what_an_attempt_noted_of_an_open_item_counts_once_it_has_failed(bench: CountBench) -> None:
+    bench.record_outcome(0, "open", server="a", result={"servers": {"a": "deleted"}})
+    assert bench.batch.outcomes == {}
+    bench.record_outcome(0, "failed", server="b", code="pacs_unavailable", message="b is silent.")
+    assert bench.batch.outcomes == {"a": {"deleted": 1}, "b": {"failed": 1}}
+    assert bench.batch.of("apply").totals == {"failed": 1}
 
 
-def test_a_pass_that_begins_again_forgets_the_further_servers_too(desk: Desk) -> None:
+def test_a_pass_that_begins_again_forgets_the_further_servers_too(bench: CountBench) -> None:
     moved = {"server": "b", "result": {"servers": {"b": "verified", "a": "deleted"}}}
-    desk.settle(0, "copied", server="b")
+    bench.record_outcome(0, "copied", server="b")
     for _ in range(2):
-        desk.settle(0, "verified", "verify", **moved)
-        assert desk.batch.outcomes == {"b": {"copied": 1, "verified": 1}, "a": {"deleted": 1}}
-        desk.batches.forget_pass(desk.batch, "verify")
-    assert desk.batch.outcomes == {"b": {"copied": 1}}
+        bench.record_outcome(0, "verified", "verify", **moved)
+        assert bench.batch.outcomes == {"b": {"copied": 1, "verified": 1}, "a": {"deleted": 1}}
+        bench.batches.forget_pass(bench.batch, "verify")
+    assert bench.batch.outcomes == {"b": {"copied": 1}}
 
 
-def test_a_batch_that_was_counted_by_an_older_version_is_read_and_opened_again(desk: Desk) -> None:
-    desk.settle(0, "failed", server="b", result={"servers": {"a": "deleted"}})
-    desk.client.hdel(f"{PREFIX}batch:B", "m:apply:a:deleted")  # it counted each item once
-    assert desk.batch.outcomes == {"b": {"failed": 1}}
-    desk.batches.reopen(desk.batch, "apply", ["failed"])
-    assert desk.batch.outcomes == {}
+def test_a_batch_that_was_counted_by_an_older_version_is_read_and_opened_again(bench: CountBench) -> None:
+    bench.record_outcome(0, "failed", server="b", result={"servers": {"a": "deleted"}})
+    bench.client.hdel(f"{PREFIX}batch:B", "m:apply:a:deleted")  # it counted each item once
+    assert bench.batch.outcomes == {"b": {"failed": 1}}
+    bench.batches.reopen(bench.batch, "apply", ["failed"])
+    assert bench.batch.outcomes == {}
 
 
 def test_counts_are_added_up_by_server_and_status() -> None:
@@ -141,10 +147,10 @@ def test_counts_are_added_up_by_server_and_status() -> None:
 
 
 def test_each_row_of_a_report_names_all_servers_of_its_item() -> None:
-    applied = Settled(
+    applied = ItemOutcome(
         LOOSE, "refused", "invalid_request", "a is protected.", {"servers": {"a": "refused", "b": "deleted"}}, "a"
     )
-    verified = Settled(LOOSE, "verified", server="b", result={"servers": {"b": "verified", "c": "deleted"}})
+    verified = ItemOutcome(LOOSE, "verified", server="b", result={"servers": {"b": "verified", "c": "deleted"}})
     told = Row(LOOSE, {"apply": applied, "verify": verified}).as_json(TYPES)
     assert told["servers"] == [
         {"server_name": "a", "server_type": "orthanc", "status": "refused"},
@@ -152,7 +158,7 @@ def test_each_row_of_a_report_names_all_servers_of_its_item() -> None:
     ]
     assert [one["server_name"] for one in told["verify"]["servers"]] == ["b", "c"]
     out = io.StringIO()
-    write_csv([told, Row(LISTED, {"apply": Settled(LISTED, "deleted")}).as_json(TYPES)], out)
+    write_csv([told, Row(LISTED, {"apply": ItemOutcome(LISTED, "deleted")}).as_json(TYPES)], out)
     first, second = csv.DictReader(io.StringIO(out.getvalue()))
     assert (first["server_name"], first["status"]) == ("a", "refused")
     assert first["message"] == "a is protected.; b: deleted; b: verified; c: deleted"

@@ -15,12 +15,12 @@ from courier.batches.store import Batches
 from courier.errors import InvalidRequest, NotFound
 from courier.ledger.jobs import Ledger
 from courier.settings import Settings
-from producer.batches import BatchDesk
+from producer.batches import BatchClient
 from worker.batches import coordinator as batch_jobs
 from worker.batches import delete_all, uploads
-from worker.jobs.attempt import Pulse
-from worker.jobs.runner import Failed, Work, carry
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Heartbeat
+from worker.jobs.runner import Failed, Work, execute
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 
 BAD = ["B:outcomes:apply", "B:results:apply", "B:", "two words", "B\n", "B\x7f", "B\u2028", "x" * 201]
@@ -31,7 +31,7 @@ def ledger() -> Iterator[Ledger]:
     with fakeredis.FakeRedis(decode_responses=True) as client:
         ledger = Ledger(client)
         batches = Batches(ledger)
-        batches.open("B", kind="upload", order={}, width=4)
+        batches.open("B", kind="upload", order={}, concurrency=4)
         with Planner(batches, "B") as planner:
             planner.add_all([Planned("http://h/a.dcm", skip="no"), Planned("http://h/b.dcm")])
             planner.freeze()
@@ -39,11 +39,15 @@ def ledger() -> Iterator[Ledger]:
 
 
 def ended(ledger: Ledger, work: Work, task: str, message: Mapping[str, Any], job_id: str = "j") -> str:
-    tools = Tools(settings=Settings(), ledger=ledger, sources=cast(Any, None), fleet=Fleet([]), rng=random.Random(1))
-    verdict = carry(work, task=task, job_id=job_id, message=message, tools=tools, pulse=Pulse(ledger, lambda *_: None))
-    assert isinstance(verdict, Failed)
-    assert verdict.error.code != "invalid_request" or "batch" in verdict.error.message
-    return verdict.error.code
+    services = Services(
+        settings=Settings(), ledger=ledger, sources=cast(Any, None), fleet=Fleet([]), rng=random.Random(1)
+    )
+    result = execute(
+        work, task=task, job_id=job_id, message=message, services=services, heartbeat=Heartbeat(ledger, lambda *_: None)
+    )
+    assert isinstance(result, Failed)
+    assert result.error.code != "invalid_request" or "batch" in result.error.message
+    return result.error.code
 
 
 @pytest.mark.parametrize("batch_id", BAD)
@@ -62,15 +66,15 @@ def test_what_can_be_a_batch_and_is_none_is_not_found(ledger: Ledger) -> None:
 def test_an_order_whose_own_id_cannot_be_that_of_a_batch_is_refused_at_once(ledger: Ledger, job_id: str) -> None:
     items = [{"image_url": "http://h/c.dcm"}]
     assert ended(ledger, uploads.upload_all, "pacs.batch.upload", {"items": items}, job_id) == "invalid_request"
-    wishes = {"confirm": "delete all studies"}
-    assert ended(ledger, delete_all.delete_all, "pacs.delete_all", wishes, f"x{job_id}") == "invalid_request"
+    order = {"confirm": "delete all studies"}
+    assert ended(ledger, delete_all.delete_all, "pacs.delete_all", order, f"x{job_id}") == "invalid_request"
     assert Batches(ledger).get("B") is not None
 
 
 def test_a_program_is_told_so_too(ledger: Ledger) -> None:
-    desk = BatchDesk(ledger, cast(Any, SimpleNamespace()))
-    for steer in (desk.get, desk.pause, desk.cancel, lambda one: list(desk.report(one))):
+    client = BatchClient(ledger, cast(Any, SimpleNamespace()))
+    for steer in (client.get, client.pause, client.cancel, lambda one: list(client.report(one))):
         with pytest.raises(InvalidRequest, match="id of a batch"):
             steer("B:outcomes:apply")
         with pytest.raises(NotFound):
-            desk.get("unknown")
+            client.get("unknown")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.errors import InvalidRequest
-from producer.inputs import BadRow, Items, Row, image_url, is_source, rows_of_file, rows_of_words, study_uid
+from producer.inputs import BadRow, InputRow, Items, image_url, is_source, rows_of_file, rows_of_words, study_uid
 
 UIDS = ["1.2.3", "1.2.4", "1.2.5"]
 
@@ -174,7 +174,7 @@ def test_what_another_column_says_in_several_lines_takes_no_row_in(file) -> None
 )
 def test_a_row_of_an_upload_is_the_url_of_one_image(text: str, holds: bool) -> None:
     with Items() as items:
-        items.add([Row("line 1", text)], image_url)
+        items.add([InputRow("line 1", text)], image_url)
         assert (items.count, items.bad_total) == (int(holds), int(not holds))
 
 

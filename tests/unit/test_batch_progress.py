@@ -4,39 +4,39 @@ from __future__ import annotations
 
 import pytest
 
-from producer.progress import WINDOW_S, Meter, Pace
+from producer.progress import WINDOW_S, Meter, Throughput
 
 
-def look(meter: Meter, at_s: float, settled: int, *, about: str = "apply") -> Pace:
-    return meter.look(at_s, about=about, settled=settled, carried_bytes=settled * 1000, items=1000)
+def measure(meter: Meter, at_s: float, settled: int, *, about: str = "apply") -> Throughput:
+    return meter.measure(at_s, about=about, settled=settled, carried_bytes=settled * 1000, items=1000)
 
 
 def test_the_first_look_says_nothing_and_the_second_how_fast_and_how_long() -> None:
     meter = Meter()
-    assert look(meter, 100.0, 200) == Pace()
-    assert look(meter, 110.0, 300) == Pace(10.0, 10_000.0, 70.0)
+    assert measure(meter, 100.0, 200) == Throughput()
+    assert measure(meter, 110.0, 300) == Throughput(10.0, 10_000.0, 70.0)
 
 
 def test_what_was_long_ago_does_not_count() -> None:
     meter = Meter()
     for second in range(60):
-        look(meter, second, 0)
+        measure(meter, second, 0)
     for second in range(60, 100):
-        pace = look(meter, second, (second - 59) * 5)
-    assert pace.items_per_s == pytest.approx(5, abs=0.2)
-    assert len(meter._looks) <= WINDOW_S + 2
+        throughput = measure(meter, second, (second - 59) * 5)
+    assert throughput.items_per_s == pytest.approx(5, abs=0.2)
+    assert len(meter._samples) <= WINDOW_S + 2
 
 
 def test_nothing_settled_is_no_pace_and_nobody_knows_when_it_ends() -> None:
     meter = Meter()
-    look(meter, 0, 10)
-    assert look(meter, 10, 10) == Pace(0.0, 0.0, None)
+    measure(meter, 0, 10)
+    assert measure(meter, 10, 10) == Throughput(0.0, 0.0, None)
 
 
 def test_another_pass_or_a_retry_begins_anew() -> None:
     meter = Meter()
-    look(meter, 0, 0)
-    assert look(meter, 10, 1000).left_s == 0
-    assert look(meter, 11, 0, about="verify") == Pace()
-    assert look(meter, 12, 100, about="verify").items_per_s == 100
-    assert look(meter, 13, 50, about="verify") == Pace()
+    measure(meter, 0, 0)
+    assert measure(meter, 10, 1000).left_s == 0
+    assert measure(meter, 11, 0, about="verify") == Throughput()
+    assert measure(meter, 12, 100, about="verify").items_per_s == 100
+    assert measure(meter, 13, 50, about="verify") == Throughput()

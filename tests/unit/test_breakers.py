@@ -26,7 +26,7 @@ def breakers(client: fakeredis.FakeRedis) -> Breakers:
     return Breakers(client, SETTINGS, retry_after_cap_s=100)
 
 
-def look(breakers: Breakers, name: str = "a") -> BreakerState:
+def read_state(breakers: Breakers, name: str = "a") -> BreakerState:
     return breakers.read([name])[name]
 
 
@@ -40,7 +40,7 @@ def end_pause(client: fakeredis.FakeRedis) -> None:
 
 def test_it_opens_when_enough_calls_failed_in_a_row(breakers: Breakers) -> None:
     assert [breakers.failed("a").name for _ in range(3)] == ["closed", "closed", "open"]
-    assert look(breakers, "b").name == "closed"
+    assert read_state(breakers, "b").name == "closed"
 
 
 def test_a_success_between_begins_the_count_anew(breakers: Breakers) -> None:
@@ -62,10 +62,10 @@ def test_only_one_is_let_through_when_the_pause_is_over(breakers: Breakers, clie
     open_it(breakers)
     assert not breakers.probe("a", "early", for_s=10)[0]
     end_pause(client)
-    assert look(breakers).name == "half-open"
+    assert read_state(breakers).name == "half-open"
     assert breakers.probe("a", "one", for_s=10)[0]
     assert not breakers.probe("a", "two", for_s=10)[0]
-    assert look(breakers).probing
+    assert read_state(breakers).probing
 
 
 def test_the_probe_closes_it(breakers: Breakers, client: fakeredis.FakeRedis) -> None:

@@ -85,12 +85,12 @@ class Numbered:
 def test_marking_celery_depends_on_who_makes_a_result_back_end_and_marks_a_job_as_failed() -> None:
     marked: list[Any] = []
 
-    class Asked(MarkingCelery):
+    class AskedCelery(MarkingCelery):
         def mark_as_failure(self, mark: Callable[..., None], *args: Any, **kwargs: Any) -> None:
             marked.append((args[0], type(args[1]), kwargs.get("store_result", True)))
             mark(*args, **kwargs)
 
-    with Asked("asked", set_as_current=False, broker="memory://", backend="cache+memory://") as app:
+    with AskedCelery("asked", set_as_current=False, broker="memory://", backend="cache+memory://") as app:
 
         @app.task(name="fails", shared=False)
         def fails() -> None:
@@ -177,7 +177,7 @@ class Pool(LeavingThreads):
     under_way = 0
     asked = 0
 
-    def let_go(self) -> int:
+    def release_jobs(self) -> int:
         self.asked += 1
         return self.under_way
 
@@ -348,7 +348,7 @@ def test_a_worker_that_was_told_to_stop_is_not_taken_for_stuck(
     monkeypatch.setattr(state, how, status)
     of_celery = SimpleNamespace(hub=object(), turns=1, taken=1)
     worker = SimpleNamespace(consumer=of_celery, pool=Pool(1), pool_cls=Pool, app=None)
-    assert consumer.look(worker).stopping is stopping
+    assert consumer.read_signs(worker).stopping is stopping
 
 
 def test_is_told_to_terminate_depends_on_what_begins_a_cold_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,7 +507,7 @@ def test_pacs_consumer_depends_on_these_methods_and_their_parameters() -> None:
 def test_pacs_consumer_depends_on_whom_celery_asks_about_a_message_that_is_no_job() -> None:
     asked: list[str] = []
 
-    class Asked(Consumer):  # type: ignore[misc]  # celery is untyped
+    class AskedConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         def on_decode_error(self, message: Any, exc: BaseException) -> None:
             asked.append("decode")
 
@@ -523,7 +523,7 @@ def test_pacs_consumer_depends_on_whom_celery_asks_about_a_message_that_is_no_jo
     def invalid(*_: Any) -> None:
         raise InvalidTaskError
 
-    consumer = Asked.__new__(Asked)
+    consumer = AskedConsumer.__new__(AskedConsumer)
     consumer.strategies, consumer.on_task_message = {"known": invalid}, set()
     consumer._maximum_prefetch_restored = True
     handle = consumer.create_task_handler()
@@ -543,7 +543,7 @@ def test_pacs_consumer_depends_on_whom_celery_asks_when_redis_refuses(when: str)
 # --- worker/runtime/request.py ----------------------------------------------------------------------------------------
 
 
-class Asked(ShownRequest):
+class AskedRequest(ShownRequest):
     calls: list[Any]
 
     def revoked(self) -> bool:
@@ -570,7 +570,7 @@ def request_of_a_job(app: Celery) -> Any:
         body=body, headers=task.headers, content_type="application/json", content_encoding="utf-8", accept=None
     )
     pool = SimpleNamespace(apply_async=lambda *_, **__: None)
-    kind = create_request_cls(Asked, upload, pool, "host", None, app=app)
+    kind = create_request_cls(AskedRequest, upload, pool, "host", None, app=app)
     made = kind(message, app=app, task=upload)
     made.calls = []
     return made

@@ -37,7 +37,7 @@ def test_two_conditions_on_one_keyword_are_refused_and_none_is_dropped(words: tu
 
 
 @pytest.mark.parametrize("digests", ["sample", "none"])
-def test_a_move_compares_all_images_and_takes_no_wish_for_less(digests: str) -> None:
+def test_a_move_compares_all_images_and_takes_no_order_for_less(digests: str) -> None:
     move = ("batch", "migrate", "1.2.3", "--from", "a", "--to", "b", "--delete-source", "--yes")
     assert "compares all images" in refused(*move, "--digests", digests)
 

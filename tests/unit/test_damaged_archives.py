@@ -15,9 +15,9 @@ import pytest
 from courier.errors import InvalidRequest, StudyConflict
 from courier.settings import DownloadSettings, ServerSettings
 from sandbox.synthetic import image, new_uid
-from worker.batches.backups import Kept, prove
+from worker.batches.backups import Backup, prove
 from worker.dicom.instances import identify
-from worker.storage.destinations import Archive, Destinations, Mark
+from worker.storage.destinations import Archive, Destinations, StudyFingerprint
 
 STUDY = new_uid()
 #: Bytes that mean another kind of packing, an encrypted or a patched entry, another version, or a place far away.
@@ -46,7 +46,7 @@ def variants(whole: bytes) -> Iterator[bytes]:
 
 def seen_at(place: Archive) -> str:
     try:
-        return "a download of ours" if place.look() else "nothing"
+        return "a download of ours" if place.read_fingerprint() else "nothing"
     except InvalidRequest as error:
         return str(error.details["reason"])
 
@@ -55,11 +55,13 @@ def seen_at(place: Archive) -> str:
 def test_a_damaged_backup_is_told_to_be_damaged_and_nothing_escapes(packed_as: int, tmp_path: Path) -> None:
     destinations = Destinations(DownloadSettings(folders=[tmp_path]))
     place: Archive = destinations.archive(f"file://{tmp_path}/backup.zip")
-    tools = cast(Any, SimpleNamespace(destinations=destinations))
+    services = cast(Any, SimpleNamespace(destinations=destinations))
     pacs = cast(Any, SimpleNamespace(server=ServerSettings(name="a", type="dicomweb", url="http://a")))
-    mark = Mark.of(STUDY, ["1.2.3"])  # of another image: a backup that can be read after all is not what was kept
+    fingerprint = StudyFingerprint.of(
+        STUDY, ["1.2.3"]
+    )  # of another image: a backup that can be read after all is not what was kept
     for content in variants(backup(packed_as)):
         (tmp_path / "backup.zip").write_bytes(content)
         assert seen_at(place) in ("a download of ours", "exists")
         with pytest.raises(StudyConflict, match="is damaged"):
-            prove(pacs, STUDY, Kept(place.shown, mark.images, mark.images_sha256), tools)
+            prove(pacs, STUDY, Backup(place.shown, fingerprint.images, fingerprint.images_sha256), services)

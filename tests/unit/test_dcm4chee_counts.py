@@ -16,7 +16,7 @@ from worker.pacs.protocol import Found
 from worker.pacs.transport import Request, Transport
 
 
-class Wire(Transport):
+class CountWire(Transport):
     """A transport that gives one answer and keeps what it was asked."""
 
     def __init__(self, body: bytes) -> None:
@@ -32,13 +32,13 @@ class Wire(Transport):
 
 
 def test_a_study_with_images_is_found_by_one_count() -> None:
-    wire = Wire(b'{"count":3}')
+    wire = CountWire(b'{"count":3}')
     assert Dcm4chee(wire).find("study", "1.2") == [Found("study", "1.2")]
     assert wire.asked == ["GET /aets/A/rs/studies/1.2/instances/count"]
 
 
 def test_a_study_without_images_that_are_shown_is_not_found() -> None:
-    assert Dcm4chee(Wire(b'{"count":0}')).find("study", "1.2") == []
+    assert Dcm4chee(CountWire(b'{"count":0}')).find("study", "1.2") == []
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_a_study_without_images_that_are_shown_is_not_found() -> None:
 )
 def test_what_is_no_count_never_says_that_a_study_is_not_there(body: bytes) -> None:
     with pytest.raises(PacsMisanswered):
-        Dcm4chee(Wire(body)).find("study", "1.2")
+        Dcm4chee(CountWire(body)).find("study", "1.2")
 
 
 @pytest.mark.parametrize("uid", ["*", "1.2*", "1.2,1.3", "1.2/series", "?", "", "%2A"])
 def test_a_wildcard_would_count_other_studies_and_is_never_asked_for(uid: str) -> None:
-    wire = Wire(b'{"count":3}')
+    wire = CountWire(b'{"count":3}')
     with pytest.raises(InvalidUid):
         Dcm4chee(wire).find("study", uid)
     assert wire.asked == []

@@ -26,7 +26,7 @@ FILE = Instance("1.1", "1.2", "1.3", CT, "1.2.840.10008.1.2.1")
 EOF, NO_REASON = "java.io.EOFException", "java.lang.NullPointerException"
 
 
-class Wire(Transport):
+class FailureWire(Transport):
     """A transport that answers with one STOW response."""
 
     def __init__(self, failed: Sequence[dict[str, Any]], warning: str) -> None:
@@ -55,7 +55,7 @@ def outcomes(
     *items: dict[str, Any], warning: str = NO_REASON, instances: Sequence[Instance] = (FILE,)
 ) -> list[Outcome]:
     parts = [Part(one, lambda: io.BytesIO(b"content"), 7) for one in instances]
-    return Dcm4chee(Wire(items, warning)).store(parts)
+    return Dcm4chee(FailureWire(items, warning)).store(parts)
 
 
 def outcome(reason: int, warning: str = NO_REASON, *, sop_class: str = CT, instance: Instance = FILE) -> Outcome:

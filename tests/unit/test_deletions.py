@@ -11,7 +11,7 @@ import fakeredis
 import pytest
 
 from courier.batches.planner import Planned, Planner
-from courier.batches.store import Batch, Batches, Item, Row, Settled
+from courier.batches.store import Batch, Batches, Item, ItemOutcome, Row
 from courier.errors import (
     Cancelled,
     CourierError,
@@ -25,12 +25,12 @@ from courier.errors import (
 )
 from courier.ledger.jobs import Ledger
 from courier.settings import ServerSettings, Settings
-from worker.batches.coordinator import Desk
+from worker.batches.coordinator import PassContext
 from worker.batches.delete_all import StudyDeletions
 from worker.batches.deletions import _check_not_elsewhere
-from worker.jobs.attempt import NotYet, Run
+from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.delete import delete
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Deletion, DeletionFate, Found
 
@@ -57,11 +57,11 @@ class Stub:
 
     def find(self, level: str, uid: str) -> list[Found]:
         self.asked.append("find")
-        return cast(list[Found], _told(self.finds))
+        return cast(list[Found], _answer_of(self.finds))
 
     def delete(self, found: Found, *, permanent: bool) -> Deletion:
         self.asked.append("delete")
-        answer = cast(Deletion, _told(self.deletes))
+        answer = cast(Deletion, _answer_of(self.deletes))
         if answer.fate in (DeletionFate.DELETED, DeletionFate.HIDDEN):
             self.finds, self.deletes = NOWHERE, GONE
         return answer
@@ -73,42 +73,42 @@ class Stub:
         yield from () if self.finds is NOWHERE else (found, found)
 
 
-def _told(answer: Any) -> Any:
+def _answer_of(answer: Any) -> Any:
     if isinstance(answer, CourierError):
         raise type(answer)(answer.message, server_name="a", server_type="dicomweb")
     return answer
 
 
 @dataclass
-class Bench:
+class DeletionBench:
     client: fakeredis.FakeRedis
     servers: list[Stub]
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.client)
-        self.tools = Tools(Settings(), self.ledger, cast(Any, None), Fleet(cast(Any, self.servers)))
+        self.services = Services(Settings(), self.ledger, cast(Any, None), Fleet(cast(Any, self.servers)))
 
-    def run(self, job_id: str = "j1") -> Run:
-        claim = self.ledger.claim(job_id, task="pacs.delete", job={})
-        return Run(
+    def run(self, job_id: str = "j1") -> Attempt:
+        taken = self.ledger.take(job_id, task="pacs.delete", job={})
+        return Attempt(
             job_id,
-            claim.fence,
-            claim.attempt,
+            taken.fence,
+            taken.attempt,
             last=False,
             ledger=self.ledger,
-            memo=claim.memo,
-            cancelled=claim.cancelled,
+            checkpoint=taken.checkpoint,
+            cancelled=taken.cancelled,
         )
 
     def delete(self, job_id: str = "j1", **fields: Any) -> dict[str, str] | CourierError:
         """Statuses by server, or the error, after one attempt at the job."""
-        run = self.run(job_id)
+        attempt = self.run(job_id)
         try:
-            answer = delete({"level": "study", "uid": "1.2", **fields}, run, self.tools)
+            answer = delete({"level": "study", "uid": "1.2", **fields}, attempt, self.services)
         except CourierError as error:
-            self.ledger.park(job_id, run.fence, delay_s=0, code="", message="")
+            self.ledger.park(job_id, attempt.fence, delay_s=0, code="", message="")
             return error
-        self.ledger.finish(job_id, run.fence, outcome={}, code="done", task="pacs.delete", job={})
+        self.ledger.finish(job_id, attempt.fence, outcome={}, code="done", task="pacs.delete", job={})
         return {entry["server_name"]: entry["status"] for entry in answer["servers"]}
 
 
@@ -138,13 +138,13 @@ def client() -> Iterator[fakeredis.FakeRedis]:
     ],
 )
 def test_a_deletion_ends_as_its_servers_answered(client: fakeredis.FakeRedis, a: Any, b: Any, end: Any) -> None:
-    ended = Bench(client, [Stub("a", *a), Stub("b", *b)]).delete()
+    ended = DeletionBench(client, [Stub("a", *a), Stub("b", *b)]).delete()
     assert (ended.code if isinstance(ended, CourierError) else ended) == end
 
 
 def test_the_next_attempt_asks_only_the_server_that_was_silent(client: fakeredis.FakeRedis) -> None:
     a, b = Stub("a", SILENT), Stub("b")
-    bench = Bench(client, [a, b])
+    bench = DeletionBench(client, [a, b])
     first = bench.delete()
     assert isinstance(first, CourierError)
     assert [entry["status"] for entry in first.details["servers"]] == ["unavailable", "deleted"]
@@ -159,7 +159,7 @@ def test_a_delete_whose_answer_was_lost_is_what_the_dialect_makes_of_it(
     client: fakeredis.FakeRedis, promise: Deletion, status: str
 ) -> None:
     a = Stub("a", deletes=PacsMisanswered("Lost."), promise=promise)
-    bench = Bench(client, [a])
+    bench = DeletionBench(client, [a])
     assert isinstance(bench.delete(), PacsMisanswered)
     a.finds, a.deletes = NOWHERE, GONE
     assert bench.delete() == {"a": status}
@@ -167,14 +167,14 @@ def test_a_delete_whose_answer_was_lost_is_what_the_dialect_makes_of_it(
 
 def test_a_dry_run_deletes_nothing_and_shows_what_is_known(client: fakeredis.FakeRedis) -> None:
     servers = [Stub("a", SILENT), Stub("b", promise=HIDDEN), Stub("c", promise=REFUSED), Stub("d", NOWHERE)]
-    ended = Bench(client, servers).delete(dry_run=True)
+    ended = DeletionBench(client, servers).delete(dry_run=True)
     assert ended == {"a": "unavailable", "b": "would_hide", "c": "refused", "d": "not_there"}
     assert all("delete" not in stub.asked for stub in servers)
 
 
 def test_the_claim_on_a_study_goes_when_every_server_says_that_it_is_gone(client: fakeredis.FakeRedis) -> None:
     a, b = Stub("a"), Stub("b")
-    bench = Bench(client, [a, b])
+    bench = DeletionBench(client, [a, b])
     bench.ledger.claim_study("1.2", server="a", job_id="j0")
     bench.delete("j1", servers=["a"])
     assert bench.ledger.claimed_server("1.2") == "a"
@@ -189,7 +189,7 @@ def test_the_claim_on_a_study_goes_when_every_server_says_that_it_is_gone(client
 
 def test_a_study_that_is_nowhere_loses_its_claim_when_it_is_deleted(client: fakeredis.FakeRedis) -> None:
     a, b = Stub("a", NOWHERE), Stub("b", SILENT)
-    bench = Bench(client, [a, b])
+    bench = DeletionBench(client, [a, b])
     bench.ledger.claim_study("1.2", server="a", job_id="j0")
     ended = bench.delete(servers=["a"])
     assert isinstance(ended, CourierError)
@@ -206,24 +206,24 @@ def test_a_study_that_is_nowhere_loses_its_claim_when_it_is_deleted(client: fake
 @pytest.mark.parametrize(("level", "uid"), [("study", "1.2"), ("series", "1.2.1"), ("image", "1.2.1.1")])
 def test_a_deletion_waits_for_who_is_storing(client: fakeredis.FakeRedis, level: str, uid: str) -> None:
     a = Stub("a")
-    bench = Bench(client, [a])
+    bench = DeletionBench(client, [a])
     upload = bench.run("j0")
-    bench.ledger.hold_image("1.2.1.1", job_id="j0", fence=upload.fence, into=("1.2", "1.2.1"))
-    with pytest.raises(NotYet, match="j0"):
+    bench.ledger.lock_image("1.2.1.1", job_id="j0", fence=upload.fence, into=("1.2", "1.2.1"))
+    with pytest.raises(Postpone, match="j0"):
         bench.delete(level=level, uid=uid)
     assert a.asked == []
 
 
 def test_an_item_of_a_batch_waits_too_and_the_others_go_on(client: fakeredis.FakeRedis) -> None:
-    bench = Bench(client, [Stub("a")])
+    bench = DeletionBench(client, [Stub("a")])
     upload = bench.run("j0")
-    bench.ledger.hold_image("1.2.1.1", job_id="j0", fence=upload.fence, into=("1.2", "1.2.1"))
+    bench.ledger.lock_image("1.2.1.1", job_id="j0", fence=upload.fence, into=("1.2", "1.2.1"))
     batch = Batch("B", "running", "delete", {"permanent": True}, ("a",), {"a": "dicomweb"})
     items = [Item(0, "a", "1.2"), Item(1, "a", "1.3")]
-    desk = Desk(batch, bench.run("B.0"), bench.tools)
-    assert StudyDeletions().apply(items, desk, resumed=set()) == [None, Settled(items[1], "deleted")]
+    context = PassContext(batch, bench.run("B.0"), bench.services)
+    assert StudyDeletions().apply(items, context, resumed=set()) == [None, ItemOutcome(items[1], "deleted")]
     late = bench.run("j9")
-    assert bench.ledger.hold_image("1.3.1", job_id="j9", fence=late.fence, into=("1.3", "1.3.2")) is None
+    assert bench.ledger.lock_image("1.3.1", job_id="j9", fence=late.fence, into=("1.3", "1.3.2")) is None
 
 
 def test_an_item_says_of_each_server_what_the_batch_did_there_however_many_attempts_it_took(
@@ -232,9 +232,9 @@ def test_an_item_says_of_each_server_what_the_batch_did_there_however_many_attem
     a, b = Stub("a"), Stub("b", deletes=SILENT)
     c = Stub("c", deletes=PacsRejected("No."))
     d = Stub("d", deletes=GONE)
-    bench = Bench(client, [a, b, c, d])
+    bench = DeletionBench(client, [a, b, c, d])
     batches = Batches(bench.ledger)
-    batches.open("B", kind="delete", order={"permanent": True}, width=1)
+    batches.open("B", kind="delete", order={"permanent": True}, concurrency=1)
     with Planner(batches, "B") as planner:
         planner.add_all([Planned("1.2")])
         planner.freeze()
@@ -244,26 +244,26 @@ def test_an_item_says_of_each_server_what_the_batch_did_there_however_many_attem
     def attempt(resumed: set[int]) -> Any:
         rows = {row.item.number: row for row in batches.chunk_rows(batch, 0, ["apply"])}
         client.hset("courier:job:B.0", "lease_ms", 0)
-        desk = Desk(batch, bench.run("B.0"), bench.tools, rows=rows)
-        return StudyDeletions().apply([row.item for row in rows.values()], desk, resumed=resumed)[0]
+        context = PassContext(batch, bench.run("B.0"), bench.services, rows=rows)
+        return StudyDeletions().apply([row.item for row in rows.values()], context, resumed=resumed)[0]
 
     assert isinstance(attempt(set()), PacsUnavailable)
     b.deletes = DELETED
-    settled = attempt({0})
-    assert settled.result["servers"] == {"a": "deleted", "b": "deleted", "c": "refused", "d": "not_there"}
-    assert (settled.status, settled.code, settled.server) == ("refused", "pacs_rejected", "c")
+    outcome = attempt({0})
+    assert outcome.result["servers"] == {"a": "deleted", "b": "deleted", "c": "refused", "d": "not_there"}
+    assert (outcome.status, outcome.code, outcome.server) == ("refused", "pacs_rejected", "c")
 
 
 def test_what_was_kept_and_is_gone_counts_as_deleted_so_that_it_can_be_taken_back(client: fakeredis.FakeRedis) -> None:
-    bench = Bench(client, [Stub("a", NOWHERE, GONE)])
+    bench = DeletionBench(client, [Stub("a", NOWHERE, GONE)])
     batch = Batch("B", "running", "delete", {"permanent": True, "keep": "file:///out/"}, ("a",))
     kept = {"a": {"url": "file:///out/1.zip", "images": 1, "images_sha256": "0" * 64}}
     item = Item(0, "a", "1.2")
-    known = Settled(item, "open", result={"kept": kept, "elsewhere": []})
-    desk = Desk(batch, bench.run("B.0"), bench.tools, rows={0: Row(item, {"apply": known})})
-    (settled,) = StudyDeletions().apply([item], desk, resumed=set())  # a retry knows of no attempt before it
-    assert isinstance(settled, Settled)
-    assert (settled.status, settled.result["kept"]) == ("deleted", kept)
+    known = ItemOutcome(item, "open", result={"kept": kept, "elsewhere": []})
+    context = PassContext(batch, bench.run("B.0"), bench.services, rows={0: Row(item, {"apply": known})})
+    (outcome,) = StudyDeletions().apply([item], context, resumed=set())  # a retry knows of no attempt before it
+    assert isinstance(outcome, ItemOutcome)
+    assert (outcome.status, outcome.result["kept"]) == ("deleted", kept)
 
 
 @pytest.mark.parametrize(
@@ -274,26 +274,26 @@ def test_what_was_kept_and_is_gone_counts_as_deleted_so_that_it_can_be_taken_bac
 def test_a_study_on_another_server_keeps_a_copy_from_coming_back_only_if_it_is_new_there(
     client: fakeredis.FakeRedis, elsewhere: list[str], planned: tuple[str, ...], conflict: bool
 ) -> None:
-    bench = Bench(client, [Stub("a", NOWHERE), Stub("b")])
+    bench = DeletionBench(client, [Stub("a", NOWHERE), Stub("b")])
     item = Item(0, "a", "1.2")
-    known = Settled(item, "deleted", result={"kept": {"a": {}}, "elsewhere": elsewhere})
+    known = ItemOutcome(item, "deleted", result={"kept": {"a": {}}, "elsewhere": elsewhere})
     batch = Batch("B", "undoing", "delete", {"keep": "file:///out/"}, planned)
-    desk = Desk(batch, bench.run("B.0"), bench.tools, rows={0: Row(item, {"apply": known})})
+    context = PassContext(batch, bench.run("B.0"), bench.services, rows={0: Row(item, {"apply": known})})
     with pytest.raises(StudyConflict) if conflict else nullcontext():
-        _check_not_elsewhere(item, desk)
+        _check_not_elsewhere(item, context)
 
 
 def test_an_item_is_not_deleted_on_a_server_that_came_into_the_settings_after_the_plan(
     client: fakeredis.FakeRedis,
 ) -> None:
-    bench = Bench(client, [Stub("a"), Stub("b")])
+    bench = DeletionBench(client, [Stub("a"), Stub("b")])
     batch = Batch("B", "running", "delete", {"permanent": True}, (), {"a": "dicomweb"})
-    desk = Desk(batch, bench.run("B.0"), bench.tools)
+    context = PassContext(batch, bench.run("B.0"), bench.services)
     item = Item(0, "", "1.2")
-    assert StudyDeletions().survey([item], desk, resumed=set()) == [
-        Settled(item, "planned", server="a", result={"on": ["a"]})
+    assert StudyDeletions().preflight([item], context, resumed=set()) == [
+        ItemOutcome(item, "planned", server="a", result={"on": ["a"]})
     ]
-    assert StudyDeletions().apply([item], desk, resumed=set()) == [Settled(item, "deleted", server="a")]
+    assert StudyDeletions().apply([item], context, resumed=set()) == [ItemOutcome(item, "deleted", server="a")]
     assert "delete" not in bench.servers[1].asked
 
 
@@ -301,17 +301,17 @@ def test_an_item_is_not_deleted_on_a_server_that_came_into_the_settings_after_th
 def test_an_item_is_not_deleted_on_a_server_that_the_order_does_not_name(
     client: fakeredis.FakeRedis, keep: str | None
 ) -> None:
-    bench = Bench(client, [Stub("a"), Stub("b")])
+    bench = DeletionBench(client, [Stub("a"), Stub("b")])
     batch = Batch("B", "running", "delete", {"permanent": True, "servers": ["a"], "keep": keep}, ("a", "b"))
-    desk = Desk(batch, bench.run("B.0"), bench.tools)
-    (answer,) = StudyDeletions().apply([Item(0, "b", "1.2")], desk, resumed=set())
+    context = PassContext(batch, bench.run("B.0"), bench.services)
+    (answer,) = StudyDeletions().apply([Item(0, "b", "1.2")], context, resumed=set())
     assert isinstance(answer, InvalidRequest)
     assert "delete" not in bench.servers[1].asked
 
 
 def test_a_deletion_that_is_cancelled_half_way_says_where_it_was_done(client: fakeredis.FakeRedis) -> None:
     a, b = Stub("a"), Stub("b", finds=SILENT)
-    bench = Bench(client, [a, b])
+    bench = DeletionBench(client, [a, b])
     first = bench.delete()
     assert isinstance(first, PacsUnavailable)
     assert (a.finds, bench.ledger.cancel("j1", unless="begun")) == (NOWHERE, "begun")
@@ -345,15 +345,15 @@ def test_a_job_is_cancelled_unless_it_has_come_too_far(
     if state:
         ledger.submit("j", task="pacs.delete", job={})
     if state not in ("", "queued"):
-        fence = ledger.claim("j", task="pacs.delete", job={}).fence
+        fence = ledger.take("j", task="pacs.delete", job={}).fence
         if state == "begun":
-            assert ledger.intend("j", fence, {"begun": {}})
+            assert ledger.write_intent("j", fence, {"begun": {}})
         if state == "waiting":
             ledger.park("j", fence, delay_s=60, code="pacs_unavailable", message="")
     assert ledger.cancel("j", unless=unless) == answer
     assert bool(client.hexists("courier:job:j", "cancel")) is is_cancelled
     if state == "running" and is_cancelled:
-        assert not ledger.intend("j", fence, {"begun": {}}), "it can begin nothing any more"
+        assert not ledger.write_intent("j", fence, {"begun": {}}), "it can begin nothing any more"
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_a_deletion_that_is_cancelled_after_a_try_that_failed_deletes_nothing_mo
     client: fakeredis.FakeRedis, finds: Any, said: str, left: list[str] | None
 ) -> None:
     a = Stub("a", deletes=SILENT)
-    bench = Bench(client, [a])
+    bench = DeletionBench(client, [a])
     assert isinstance(bench.delete(), PacsUnavailable)
     bench.ledger.cancel("j1")
     a.asked.clear()
@@ -380,9 +380,9 @@ def test_a_deletion_that_is_cancelled_after_a_try_that_failed_deletes_nothing_mo
     assert "delete" not in a.asked
 
 
-def without_a(bench: Bench) -> None:
+def without_a(bench: DeletionBench) -> None:
     """No running worker knows the server ``a`` any more."""
-    bench.tools = replace(bench.tools, fleet=Fleet(cast(Any, [one for one in bench.servers if one.name != "a"])))
+    bench.services = replace(bench.services, fleet=Fleet(cast(Any, [one for one in bench.servers if one.name != "a"])))
 
 
 @pytest.mark.parametrize("named", [{}, {"servers": ["a", "b"]}])
@@ -390,9 +390,9 @@ def without_a(bench: Bench) -> None:
 def test_a_deletion_that_began_does_not_end_without_its_server_and_says_what_is_done(
     client: fakeredis.FakeRedis, a: Any, named: Any
 ) -> None:
-    bench = Bench(client, [Stub("a", **a), Stub("b")])
+    bench = DeletionBench(client, [Stub("a", **a), Stub("b")])
     assert isinstance(bench.delete(**named), PacsUnavailable)
-    both = bench.tools
+    both = bench.services
     without_a(bench)
     ended = bench.delete(**named)
     if "finds" in a and not named:
@@ -401,14 +401,14 @@ def test_a_deletion_that_began_does_not_end_without_its_server_and_says_what_is_
     assert isinstance(ended, PacsUnavailable), ended
     assert (ended.server_name, "Done already on b (deleted)." in ended.message) == ("a", True)
     assert [entry["status"] for entry in ended.details["servers"]] == ["deleted"]
-    bench.tools, bench.servers[0].finds, bench.servers[0].deletes = both, HERE, DELETED
+    bench.services, bench.servers[0].finds, bench.servers[0].deletes = both, HERE, DELETED
     assert bench.delete(**named) == {"a": "deleted", "b": "deleted"}
 
 
 def test_what_was_deleted_on_a_server_that_has_left_the_settings_stands_in_the_result(
     client: fakeredis.FakeRedis,
 ) -> None:
-    bench = Bench(client, [Stub("a"), Stub("b", deletes=SILENT)])
+    bench = DeletionBench(client, [Stub("a"), Stub("b", deletes=SILENT)])
     assert isinstance(bench.delete(), PacsUnavailable)
     without_a(bench)
     bench.servers[1].deletes = DELETED
@@ -418,7 +418,7 @@ def test_what_was_deleted_on_a_server_that_has_left_the_settings_stands_in_the_r
 def test_a_cancelled_deletion_says_that_it_may_be_gone_on_a_server_that_has_left_the_settings(
     client: fakeredis.FakeRedis,
 ) -> None:
-    bench = Bench(client, [Stub("a", deletes=SILENT), Stub("b")])
+    bench = DeletionBench(client, [Stub("a", deletes=SILENT), Stub("b")])
     assert isinstance(bench.delete(), PacsUnavailable)
     bench.ledger.cancel("j1")
     without_a(bench)
@@ -430,9 +430,9 @@ def test_a_cancelled_deletion_says_that_it_may_be_gone_on_a_server_that_has_left
 
 def test_a_cancelled_deletion_waits_for_a_server_that_does_not_say_what_it_did(client: fakeredis.FakeRedis) -> None:
     a = Stub("a", deletes=SILENT)
-    bench = Bench(client, [a])
+    bench = DeletionBench(client, [a])
     bench.delete()
     bench.ledger.cancel("j1")
     a.finds = SILENT
     assert isinstance(bench.delete(), PacsUnavailable)
-    assert bench.ledger.look("j1")["state"] in ("running", "waiting")
+    assert bench.ledger.read_record("j1")["state"] in ("running", "waiting")

@@ -13,14 +13,14 @@ from producer.doctor import Finding, _places, _proxy, _server, _worker
 from producer.errors import CourierError, PacsUnavailable, StillRunning
 
 
-class Asked:
+class StubCourier:
     """A `Courier` whose one job ends as it is told."""
 
     def __init__(self, end: dict[str, Any] | Exception) -> None:
         self.end = end
         self.job: dict[str, Any] = {}
 
-    def enqueue(self, task: str, form: Any, job: dict[str, Any]) -> Asked:
+    def enqueue(self, task: str, form: Any, job: dict[str, Any]) -> StubCourier:
         assert task == "pacs.status"
         self.job = form.model_validate(job).model_dump()
         return self
@@ -33,7 +33,7 @@ class Asked:
 
 
 def findings(end: dict[str, Any] | Exception) -> list[Finding]:
-    asked = Asked(end)
+    asked = StubCourier(end)
     found = list(_places(cast(Courier, asked), "ward"))
     assert (asked.job["places"], asked.job["servers"]) == (True, ["ward"])
     return found

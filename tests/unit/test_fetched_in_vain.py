@@ -14,12 +14,12 @@ from courier.errors import PacsUnavailable
 from courier.ledger.breakers import BREAKER, CHANGES, Breakers
 from courier.ledger.jobs import PREFIX, Ledger
 from sandbox.synthetic import image, new_uid
-from tests.unit.test_upload import Desk, refused, stored
-from worker.batches.coordinator import Desk as ChunkDesk
-from worker.batches.coordinator import Notes
+from tests.unit.test_upload import SingleUploadBench, refused, stored
+from worker.batches.coordinator import PassCheckpoint
+from worker.batches.coordinator import PassContext as ChunkDesk
 from worker.batches.uploads import Uploads
-from worker.jobs.attempt import Run
-from worker.jobs.runner import Parked
+from worker.jobs.attempt import Attempt
+from worker.jobs.runner import Deferred
 from worker.storage.sources import Fetched
 
 
@@ -29,13 +29,13 @@ def client() -> Iterator[fakeredis.FakeRedis]:
         yield client
 
 
-class Counting(Desk):
+class Counting(SingleUploadBench):
     """A worker's desk with breakers, which counts what is fetched."""
 
     def __init__(self, client: fakeredis.FakeRedis, *names: str) -> None:
         super().__init__(client, *names)
         self.fetched: list[str] = []
-        self.tools = replace(self.tools, breakers=Breakers(client))
+        self.services = replace(self.services, breakers=Breakers(client))
         fetch = self.files.fetch
 
         def count(url: str) -> Fetched:
@@ -57,149 +57,153 @@ class Counting(Desk):
     def chunk(self, *urls: str, server: str = "", job_id: str = "B.apply.0") -> list[Any]:
         """One attempt at a chunk of a batch, with the memo of the one before."""
         self.client.hset(f"courier:job:{job_id}", "lease_ms", 0)
-        claim = self.ledger.claim(job_id, task="pacs.batch.chunk", job={})
-        run = Run(job_id, claim.fence, claim.attempt, last=False, ledger=self.ledger, memo=claim.memo)
-        desk = ChunkDesk(cast(Any, None), run, self.tools, notes=Notes.of(claim.memo, pace={}))
-        return list(Uploads(desk).carry([Item(number, server, url) for number, url in enumerate(urls)]))
+        taken = self.ledger.take(job_id, task="pacs.batch.chunk", job={})
+        attempt = Attempt(
+            job_id, taken.fence, taken.attempt, last=False, ledger=self.ledger, checkpoint=taken.checkpoint
+        )
+        context = ChunkDesk(
+            cast(Any, None), attempt, self.services, pass_checkpoint=PassCheckpoint.of(taken.checkpoint, throttle={})
+        )
+        return list(Uploads(context).execute([Item(number, server, url) for number, url in enumerate(urls)]))
 
 
 @pytest.fixture
-def desk(client: fakeredis.FakeRedis) -> Counting:
-    desk = Counting(client, "a", "b")
+def bench(client: fakeredis.FakeRedis) -> Counting:
+    bench = Counting(client, "a", "b")
     for name in "ijk":
-        desk.files.there[name] = image(new_uid())
-    return desk
+        bench.files.there[name] = image(new_uid())
+    return bench
 
 
 @pytest.mark.parametrize(
     ("breaker", "server"),
     [("a", None), ("b", None), ("b", "a"), (f"a{CHANGES}", "a")],
 )
-def test_a_job_that_needs_a_server_that_is_left_alone_fetches_nothing(
-    desk: Counting, breaker: str, server: str | None
+def test_a_job_that_needs_a_server_whose_circuit_is_open_fetches_nothing(
+    bench: Counting, breaker: str, server: str | None
 ) -> None:
-    wish = {"server": server} if server else {}
-    desk.open(breaker)
+    order = {"server": server} if server else {}
+    bench.open(breaker)
     for name in "ijk":
-        assert isinstance(desk.carry(name, **wish), Parked)
-    assert desk.fetched == []
-    assert desk.ledger.parked() == {breaker.removesuffix(CHANGES): 3}
-    assert desk.ledger.look("i")["attempts"] == "0"
-    desk.close(breaker)
-    assert stored(desk.carry("i", **wish))["attempts"] == 1
+        assert isinstance(bench.execute(name, **order), Deferred)
+    assert bench.fetched == []
+    assert bench.ledger.parked() == {breaker.removesuffix(CHANGES): 3}
+    assert bench.ledger.read_record("i")["attempts"] == "0"
+    bench.close(breaker)
+    assert stored(bench.execute("i", **order))["attempts"] == 1
 
 
 def test_the_only_server_there_is_is_the_one_that_has_to_take_changes(client: fakeredis.FakeRedis) -> None:
-    desk = Counting(client, "a")
-    desk.files.there["i"] = image(new_uid())
-    desk.open(f"a{CHANGES}")
-    assert isinstance(desk.carry("i"), Parked)
-    assert desk.fetched == []
+    bench = Counting(client, "a")
+    bench.files.there["i"] = image(new_uid())
+    bench.open(f"a{CHANGES}")
+    assert isinstance(bench.execute("i"), Deferred)
+    assert bench.fetched == []
 
 
-def test_a_server_that_takes_no_changes_keeps_no_job_from_another_one(desk: Counting) -> None:
-    desk.open(f"a{CHANGES}")
-    assert stored(desk.carry("i"))["server_name"] == "b"
-    assert stored(desk.carry("j", server="b"))["server_name"] == "b"
+def test_a_server_that_takes_no_changes_keeps_no_job_from_another_one(bench: Counting) -> None:
+    bench.open(f"a{CHANGES}")
+    assert stored(bench.execute("i"))["server_name"] == "b"
+    assert stored(bench.execute("j", server="b"))["server_name"] == "b"
 
 
-def test_one_job_may_ask_whether_a_server_is_well_again_and_the_others_fetch_nothing_meanwhile(desk: Counting) -> None:
-    desk.open("a", for_ms=-1)
-    assert stored(desk.carry("i"))["status"] == "stored"
-    desk.open("a", for_ms=-1, probing=True)
-    assert isinstance(desk.carry("j"), Parked)
-    assert desk.fetched == ["i"]
+def test_one_job_may_ask_whether_a_server_is_well_again_and_the_others_fetch_nothing_meanwhile(bench: Counting) -> None:
+    bench.open("a", for_ms=-1)
+    assert stored(bench.execute("i"))["status"] == "stored"
+    bench.open("a", for_ms=-1, probing=True)
+    assert isinstance(bench.execute("j"), Deferred)
+    assert bench.fetched == ["i"]
 
 
-def test_a_job_whose_push_met_a_server_that_takes_no_changes_fetches_again_only_when_it_does(desk: Counting) -> None:
-    server = desk.servers["a"].server.name
+def test_a_job_whose_push_met_a_server_that_takes_no_changes_fetches_again_only_when_it_does(bench: Counting) -> None:
+    server = bench.servers["a"].server.name
     away = PacsUnavailable("a took no changes.", server_name=server, details={"phase": "resting"})
-    away.resting, away.is_attempt = f"a{CHANGES}", False
-    desk.servers["a"].fails["store"] = away
-    assert isinstance(desk.carry("i"), Parked)
-    desk.open(f"a{CHANGES}")
+    away.open_circuit, away.is_attempt = f"a{CHANGES}", False
+    bench.servers["a"].fails["store"] = away
+    assert isinstance(bench.execute("i"), Deferred)
+    bench.open(f"a{CHANGES}")
     for _ in range(3):
-        assert isinstance(desk.carry("i"), Parked)
-    assert desk.fetched == ["i"]
+        assert isinstance(bench.execute("i"), Deferred)
+    assert bench.fetched == ["i"]
 
 
-def holding(desk: Counting, uid: str, study: str) -> int:
+def image_lock(bench: Counting, uid: str, study: str) -> int:
     """Another job has the image."""
-    claim = desk.ledger.claim("other", task="pacs.upload", job={})
-    assert desk.ledger.hold_image(uid, job_id="other", fence=claim.fence, into=(study, f"{study}.1")) is None
-    return claim.fence
+    taken = bench.ledger.take("other", task="pacs.upload", job={})
+    assert bench.ledger.lock_image(uid, job_id="other", fence=taken.fence, into=(study, f"{study}.1")) is None
+    return taken.fence
 
 
 def end(ledger: Ledger, fence: int) -> None:
     ledger.finish("other", fence, outcome={"payload": {}}, code="done", task="pacs.upload", job={})
 
 
-def test_a_job_that_waits_for_another_ones_image_fetches_once_and_again_when_it_may(desk: Counting) -> None:
+def test_a_job_that_waits_for_another_ones_image_fetches_once_and_again_when_it_may(bench: Counting) -> None:
     study, sop = new_uid(), new_uid()
-    desk.files.there["i"] = image(study, sop=sop)
-    fence = holding(desk, sop, study)
+    bench.files.there["i"] = image(study, sop=sop)
+    fence = image_lock(bench, sop, study)
     for _ in range(5):
-        assert isinstance(desk.carry("i"), Parked)
-    assert desk.fetched == ["i"]
-    assert "job other" in desk.ledger.look("i")["message"]
-    end(desk.ledger, fence)
-    assert stored(desk.carry("i"))["server_name"] == "a"
-    assert desk.fetched == ["i", "i"]
+        assert isinstance(bench.execute("i"), Deferred)
+    assert bench.fetched == ["i"]
+    assert "job other" in bench.ledger.read_record("i")["message"]
+    end(bench.ledger, fence)
+    assert stored(bench.execute("i"))["server_name"] == "a"
+    assert bench.fetched == ["i", "i"]
 
 
-def test_a_job_that_waits_for_a_deletion_of_its_study_fetches_once(desk: Counting) -> None:
+def test_a_job_that_waits_for_a_deletion_of_its_study_fetches_once(bench: Counting) -> None:
     study = new_uid()
-    desk.files.there["i"] = image(study)
-    claim = desk.ledger.claim("other", task="pacs.delete", job={})
-    assert desk.ledger.shut(study, job_id="other", fence=claim.fence) is None
+    bench.files.there["i"] = image(study)
+    taken = bench.ledger.take("other", task="pacs.delete", job={})
+    assert bench.ledger.lock_for_delete(study, job_id="other", fence=taken.fence) is None
     for _ in range(5):
-        assert isinstance(desk.carry("i"), Parked)
-    assert desk.fetched == ["i"]
-    end(desk.ledger, claim.fence)
-    assert stored(desk.carry("i"))["status"] == "stored"
+        assert isinstance(bench.execute("i"), Deferred)
+    assert bench.fetched == ["i"]
+    end(bench.ledger, taken.fence)
+    assert stored(bench.execute("i"))["status"] == "stored"
 
 
-def test_a_source_that_gives_another_image_when_the_wait_is_over_is_taken_at_its_word(desk: Counting) -> None:
+def test_a_source_that_gives_another_image_when_the_wait_is_over_is_taken_at_its_word(bench: Counting) -> None:
     study, sop = new_uid(), new_uid()
-    desk.files.there["i"] = image(study, sop=sop)
-    fence = holding(desk, sop, study)
-    assert isinstance(desk.carry("i"), Parked)
-    end(desk.ledger, fence)
-    desk.files.there["i"] = other = image(new_uid())
-    assert stored(desk.carry("i"))["image_uid"] != sop
-    desk.files.there["j"] = image(study, sop=sop)
-    assert stored(desk.carry("j"))["image_uid"] == sop, "no job holds the first one any more"
+    bench.files.there["i"] = image(study, sop=sop)
+    fence = image_lock(bench, sop, study)
+    assert isinstance(bench.execute("i"), Deferred)
+    end(bench.ledger, fence)
+    bench.files.there["i"] = other = image(new_uid())
+    assert stored(bench.execute("i"))["image_uid"] != sop
+    bench.files.there["j"] = image(study, sop=sop)
+    assert stored(bench.execute("j"))["image_uid"] == sop, "no job holds the first one any more"
     assert other
 
 
-def test_a_job_that_waits_and_is_cancelled_says_so_without_a_fetch(desk: Counting) -> None:
+def test_a_job_that_waits_and_is_cancelled_says_so_without_a_fetch(bench: Counting) -> None:
     study, sop = new_uid(), new_uid()
-    desk.files.there["i"] = image(study, sop=sop)
-    holding(desk, sop, study)
-    assert isinstance(desk.carry("i"), Parked)
-    desk.ledger.cancel("i")
-    assert refused(desk.carry("i")).code == "cancelled"
-    assert desk.fetched == ["i"]
+    bench.files.there["i"] = image(study, sop=sop)
+    image_lock(bench, sop, study)
+    assert isinstance(bench.execute("i"), Deferred)
+    bench.ledger.cancel("i")
+    assert refused(bench.execute("i")).code == "cancelled"
+    assert bench.fetched == ["i"]
 
 
 @pytest.mark.parametrize(("breaker", "server"), [("a", ""), ("b", ""), (f"a{CHANGES}", "a")])
-def test_a_batch_fetches_nothing_for_a_server_that_is_left_alone(desk: Counting, breaker: str, server: str) -> None:
-    desk.open(breaker)
-    results = desk.chunk("i", "j", "k", server=server)
-    assert {one.resting for one in results} == {breaker}
-    assert desk.fetched == []
-    desk.close(breaker)
-    assert [one.status for one in desk.chunk("i", server=server)] == ["stored"]
+def test_a_batch_fetches_nothing_for_a_server_whose_circuit_is_open(bench: Counting, breaker: str, server: str) -> None:
+    bench.open(breaker)
+    results = bench.chunk("i", "j", "k", server=server)
+    assert {one.open_circuit for one in results} == {breaker}
+    assert bench.fetched == []
+    bench.close(breaker)
+    assert [one.status for one in bench.chunk("i", server=server)] == ["stored"]
 
 
-def test_a_batch_fetches_once_what_another_job_has(desk: Counting) -> None:
+def test_a_batch_fetches_once_what_another_job_has(bench: Counting) -> None:
     study, sop = new_uid(), new_uid()
-    desk.files.there["i"] = image(study, sop=sop)
-    fence = holding(desk, sop, study)
-    assert [one and one.status for one in desk.chunk("i", "j")] == [None, "stored"]
+    bench.files.there["i"] = image(study, sop=sop)
+    fence = image_lock(bench, sop, study)
+    assert [one and one.status for one in bench.chunk("i", "j")] == [None, "stored"]
     for _ in range(3):
-        assert desk.chunk("i") == [None]
-    assert desk.fetched.count("i") == 1
-    end(desk.ledger, fence)
-    assert [one.status for one in desk.chunk("i")] == ["stored"]
-    assert desk.fetched.count("i") == 2
+        assert bench.chunk("i") == [None]
+    assert bench.fetched.count("i") == 1
+    end(bench.ledger, fence)
+    assert [one.status for one in bench.chunk("i")] == ["stored"]
+    assert bench.fetched.count("i") == 2

@@ -32,7 +32,7 @@ from courier.errors import InvalidUid, MissingUid, NotDicom
 from worker.dicom.fingerprints import Fingerprint, Rewrites, Table, differing, equal, fingerprint, is_of, table
 from worker.dicom.instances import identify
 from worker.pacs.dcm4chee import REWRITES as DCM4CHEE
-from worker.pacs.generic import PlainDicomWeb
+from worker.pacs.generic import GenericDicomWeb
 from worker.pacs.msdicom import MsDicom
 from worker.pacs.orthanc import Orthanc
 
@@ -446,7 +446,7 @@ ODDITIES = (Path(__file__).parents[2] / "docs" / "pacs-oddities.md").read_text(e
 
 @pytest.mark.parametrize(
     ("heading", "rewrites"),
-    [("What DCM4CHEE rewrites", DCM4CHEE), ("What a plain DICOMweb server rewrites", PlainDicomWeb.rewrites)],
+    [("What DCM4CHEE rewrites", DCM4CHEE), ("What a plain DICOMweb server rewrites", GenericDicomWeb.rewrites)],
 )
 def test_the_docs_list_what_the_code_leaves_out_of_the_comparison(heading: str, rewrites: Rewrites) -> None:
     section = ODDITIES.partition(f"\n### {heading}\n")[2].partition("\n#")[0]

@@ -13,7 +13,7 @@ from celery.app.task import Context
 from celery.exceptions import ImproperlyConfigured
 
 from courier.errors import NotFound
-from courier.ledger.jobs import Attachment, ClaimState, HandedBack, LeaseLost, Ledger, PendingFollowUps
+from courier.ledger.jobs import Attachment, HandedBack, LeaseLost, Ledger, PendingFollowUps, TakeState
 from worker.runtime import envelope, follow_ups
 from worker.runtime.follow_ups import End
 
@@ -37,12 +37,12 @@ def ledger(client: fakeredis.FakeRedis) -> Ledger:
     return Ledger(client, lease_s=30, grace_s=60, keep_s=3600)
 
 
-def claim(ledger: Ledger, attached: Attachment = ONE) -> Any:
-    return ledger.claim("j1", task=TASK, job=JOB, attached=attached)
+def take_job(ledger: Ledger, attached: Attachment = ONE) -> Any:
+    return ledger.take("j1", task=TASK, job=JOB, attached=attached)
 
 
 def finished(ledger: Ledger) -> PendingFollowUps:
-    pending = ledger.finish("j1", claim(ledger).fence, **DONE)
+    pending = ledger.finish("j1", take_job(ledger).fence, **DONE)
     assert pending is not None
     return pending
 
@@ -52,24 +52,24 @@ def let_the_time_to_send_pass(client: fakeredis.FakeRedis) -> None:
 
 
 def test_who_ends_a_job_has_to_send_its_follow_ups_whichever_message_they_came_with(ledger: Ledger) -> None:
-    first = claim(ledger)
+    first = take_job(ledger)
     ledger.park("j1", first.fence, delay_s=0, code="waiting", message="")
-    woken = claim(ledger, Attachment())
+    woken = take_job(ledger, Attachment())
     assert woken.attachments.follow_ups == ONE.follow_ups + "\n"
     assert ledger.finish("j1", woken.fence, **DONE) == PendingFollowUps(ONE.follow_ups + "\n", woken.fence)
 
 
 def test_a_job_without_follow_ups_has_nothing_pending(ledger: Ledger) -> None:
-    assert ledger.finish("j1", claim(ledger, Attachment()).fence, **DONE) is None
-    assert claim(ledger, Attachment()).pending is None
+    assert ledger.finish("j1", take_job(ledger, Attachment()).fence, **DONE) is None
+    assert take_job(ledger, Attachment()).pending is None
 
 
 def test_a_job_is_not_told_before_its_follow_ups_are_sent(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
     pending = finished(ledger)
-    ledger.told("j1")
+    ledger.published("j1")
     assert client.zscore("courier:due", "j1"), "or nobody would look whether they have been sent"
     ledger.followed("j1", pending, sent=1, all_of_them=True)
-    ledger.told("j1")
+    ledger.published("j1")
     assert client.zscore("courier:due", "j1") is None
     assert not client.hexists("courier:job:j1", "follow_ups")
 
@@ -78,32 +78,32 @@ def test_nobody_else_sends_them_meanwhile_and_another_one_the_rest_afterwards(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
     pending = finished(ledger)
-    assert claim(ledger).state is ClaimState.HELD
+    assert take_job(ledger).state is TakeState.HELD
     ledger.followed("j1", pending, sent=1)
     let_the_time_to_send_pass(client)
-    next_one = claim(ledger, Attachment())
-    assert (next_one.state, next_one.outcome, next_one.pending.sent) == (ClaimState.DONE, DONE["outcome"], 1)
-    assert claim(ledger).state is ClaimState.HELD
+    next_one = take_job(ledger, Attachment())
+    assert (next_one.state, next_one.outcome, next_one.pending.sent) == (TakeState.DONE, DONE["outcome"], 1)
+    assert take_job(ledger).state is TakeState.HELD
     with pytest.raises(LeaseLost):
         ledger.followed("j1", pending, sent=2)
     ledger.followed("j1", next_one.pending, sent=2, all_of_them=True)
-    assert claim(ledger).pending is None, "they are not sent again"
+    assert take_job(ledger).pending is None, "they are not sent again"
 
 
 def test_the_time_to_send_them_is_renewed_by_a_heartbeat(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
     pending = finished(ledger)
     let_the_time_to_send_pass(client)
     assert ledger.heartbeat("j1", pending.fence)
-    assert claim(ledger).state is ClaimState.HELD
+    assert take_job(ledger).state is TakeState.HELD
     ledger.followed("j1", pending, sent=1, all_of_them=True)
     assert not ledger.heartbeat("j1", pending.fence)
 
 
 def test_the_same_follow_ups_are_kept_once_and_others_beside_them(ledger: Ledger) -> None:
-    claim(ledger)
-    assert claim(ledger).state is ClaimState.HELD
-    assert claim(ledger, OTHER).state is ClaimState.HELD
-    fence = int(ledger.look("j1")["fence"])
+    take_job(ledger)
+    assert take_job(ledger).state is TakeState.HELD
+    assert take_job(ledger, OTHER).state is TakeState.HELD
+    fence = int(ledger.read_record("j1")["fence"])
     pending = ledger.finish("j1", fence, **DONE)
     assert pending is not None
     assert pending.follow_ups.splitlines() == [ONE.follow_ups, OTHER.follow_ups]
@@ -112,43 +112,43 @@ def test_the_same_follow_ups_are_kept_once_and_others_beside_them(ledger: Ledger
 def test_others_that_come_after_the_end_are_sent_too(ledger: Ledger) -> None:
     pending = finished(ledger)
     ledger.followed("j1", pending, sent=1, all_of_them=True)
-    late = claim(ledger, OTHER)
-    assert (late.state, late.pending.follow_ups, late.pending.sent) == (ClaimState.DONE, OTHER.follow_ups + "\n", 0)
+    late = take_job(ledger, OTHER)
+    assert (late.state, late.pending.follow_ups, late.pending.sent) == (TakeState.DONE, OTHER.follow_ups + "\n", 0)
 
 
 def test_others_that_come_while_the_first_ones_are_sent_are_sent_next(ledger: Ledger) -> None:
     pending = finished(ledger)
-    assert claim(ledger, OTHER).state is ClaimState.HELD
+    assert take_job(ledger, OTHER).state is TakeState.HELD
     ledger.followed("j1", pending, sent=1, all_of_them=True)
-    ledger.told("j1")
+    ledger.published("j1")
     assert [due.job_id for due in ledger.sweep()] == ["j1"]
-    left = claim(ledger, Attachment()).pending
+    left = take_job(ledger, Attachment()).pending
     assert (left.follow_ups.split("\n")[1], left.sent) == (OTHER.follow_ups, 1)
 
 
 def test_too_many_of_them_are_refused_and_the_job_goes_on(ledger: Ledger) -> None:
-    claim(ledger)
-    refused = claim(ledger, Attachment("x" * 600_000, "3" * 16))
-    assert (refused.state, refused.attachments.headers) == (ClaimState.FULL, ONE.headers)
-    assert ledger.look("j1")["state"] == "running"
+    take_job(ledger)
+    refused = take_job(ledger, Attachment("x" * 600_000, "3" * 16))
+    assert (refused.state, refused.attachments.headers) == (TakeState.FULL, ONE.headers)
+    assert ledger.read_record("j1")["state"] == "running"
 
 
 def test_a_dead_letter_keeps_its_follow_ups_to_be_replayed_with_them(ledger: Ledger) -> None:
-    first = claim(ledger)
-    pending = ledger.bury("j1", first.fence, **DEAD)
+    first = take_job(ledger)
+    pending = ledger.end_as_dead_letter("j1", first.fence, **DEAD)
     assert pending is not None
     ledger.followed("j1", pending, sent=1, all_of_them=True)
-    assert claim(ledger).pending is None
+    assert take_job(ledger).pending is None
     due = ledger.replay("j1")
     assert due is not None
     assert due.headers == {"group": "g"}
-    again = ledger.finish("j1", claim(ledger, Attachment()).fence, **DONE)
+    again = ledger.finish("j1", take_job(ledger, Attachment()).fence, **DONE)
     assert again is not None
     assert (again.follow_ups, again.sent) == (pending.follow_ups, 0)
 
 
 def test_a_dead_letter_that_is_purged_drops_them(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    pending = ledger.bury("j1", claim(ledger).fence, **DEAD)
+    pending = ledger.end_as_dead_letter("j1", take_job(ledger).fence, **DEAD)
     assert pending is not None
     ledger.followed("j1", pending, sent=1, all_of_them=True)
     assert ledger.purge("j1")
@@ -158,25 +158,25 @@ def test_a_dead_letter_that_is_purged_drops_them(ledger: Ledger, client: fakered
 def test_they_are_written_down_again_with_a_record_that_redis_has_lost(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
-    first = claim(ledger)
+    first = take_job(ledger)
     client.flushall()
     given = {"task": TASK, "job": JOB, "attempt": 1, "attachments": first.attachments}
     assert ledger.hand_back("j1", first.fence, **given) is HandedBack.RESTORED
-    assert claim(ledger).attachments == first.attachments
+    assert take_job(ledger).attachments == first.attachments
 
 
 def test_messages_that_wake_a_job_have_the_headers_that_belong_to_it(ledger: Ledger) -> None:
-    first = claim(ledger)
+    first = take_job(ledger)
     ledger.park("j1", first.fence, delay_s=0, code="waiting", message="")
     assert [due.headers for due in ledger.sweep()] == [{"group": "g"}]
-    roused = ledger.rouse("j1")
-    assert roused is not None
-    assert roused.headers == {"group": "g"}
+    woken = ledger.wake_now("j1")
+    assert woken is not None
+    assert woken.headers == {"group": "g"}
 
 
 def test_who_looks_at_a_job_sees_none_of_them(ledger: Ledger) -> None:
-    claim(ledger)
-    assert not {"follow_ups", "headers", "job"} & set(ledger.look("j1"))
+    take_job(ledger)
+    assert not {"follow_ups", "headers", "job"} & set(ledger.read_record("j1"))
 
 
 # --- what they are --------------------------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ import pytest
 from courier.errors import NotDicom, SourceTooLarge, SourceUnreachable
 from courier.settings import DownloadSettings, ServerSettings, SourceSettings
 from sandbox.synthetic import image, new_uid
-from tests.unit.test_upload import Desk, stored
-from worker.batches.backups import Kept, prove
+from tests.unit.test_upload import SingleUploadBench, stored
+from worker.batches.backups import Backup, prove
 from worker.dicom.fingerprints import _inflated
-from worker.jobs.runner import Parked
-from worker.storage.destinations import Destinations, Mark
+from worker.jobs.runner import Deferred
+from worker.storage.destinations import Destinations, StudyFingerprint
 from worker.storage.sources import Fetched, Sources
 from worker.storage.spool import Limits, spool
 
@@ -144,18 +144,18 @@ def test_an_archive_of_images_that_finds_no_room_is_fetched_again_by_the_next_at
 def test_a_backup_that_cannot_be_laid_down_is_unreachable_and_not_damaged(tmp_path: Path) -> None:
     destinations = Destinations(DownloadSettings(folders=[tmp_path]))
     place = destinations.archive(f"file://{tmp_path}/backup.zip")
-    mark = Mark.of("1.2", ["1.2.3"])
+    fingerprint = StudyFingerprint.of("1.2", ["1.2.3"])
     with zipfile.ZipFile(tmp_path / "backup.zip", "w") as archive:
         archive.writestr("manifest.json", json.dumps({"study_uid": "1.2", "instances": [{"image_uid": "1.2.3"}]}))
     pacs = cast(Any, SimpleNamespace(server=ServerSettings(name="a", type="dicomweb", url="http://a")))
-    kept = Kept(place.shown, mark.images, mark.images_sha256)
+    backup = Backup(place.shown, fingerprint.images, fingerprint.images_sha256)
     with pytest.raises(SourceUnreachable, match="no room"):
-        prove(pacs, "1.2", kept, cast(Any, SimpleNamespace(destinations=destinations)))
+        prove(pacs, "1.2", backup, cast(Any, SimpleNamespace(destinations=destinations)))
 
 
 def test_an_upload_whose_file_cannot_be_closed_is_tried_again_and_what_is_stored_is_never_said_to_have_failed() -> None:
     with fakeredis.FakeRedis(decode_responses=True) as client:
-        desk = Desk(client, "a")
+        bench = SingleUploadBench(client, "a")
         body = image(new_uid())
         digest = hashlib.sha256(body).hexdigest()
 
@@ -164,9 +164,9 @@ def test_an_upload_whose_file_cannot_be_closed_is_tried_again_and_what_is_stored
             io.BytesIO.write(file, body)
             return Fetched(file, len(body), digest, url)
 
-        desk.tools.sources.fetch = fetch  # type: ignore[method-assign]
-        assert isinstance(desk.carry("j"), Parked)
-        assert desk.ledger.look("j")["code"] == "source_unreachable"
-        assert "fault" not in desk.ledger.look("j")["message"]
-        assert stored(desk.carry("j"))["server_name"] == "a"
-        assert len(desk.servers["a"].images) == 1
+        bench.services.sources.fetch = fetch  # type: ignore[method-assign]
+        assert isinstance(bench.execute("j"), Deferred)
+        assert bench.ledger.read_record("j")["code"] == "source_unreachable"
+        assert "fault" not in bench.ledger.read_record("j")["message"]
+        assert stored(bench.execute("j"))["server_name"] == "a"
+        assert len(bench.servers["a"].images) == 1

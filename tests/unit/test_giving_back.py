@@ -120,12 +120,12 @@ class Message:
         self.ended.append("given back" if requeue else "thrown away")
 
 
-class Worker:
+class ConsumerBench:
     """A consumer whose pool does as ``take`` says, with what it told and buried."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.told: dict[str, CourierError] = {}
-        self.buried: list[tuple[Any, ...]] = []
+        self.published: dict[str, CourierError] = {}
+        self.dead_letters: list[tuple[Any, ...]] = []
         self.returned: dict[str, int] = {}
         self.known: set[str] = set()
         self.take: Callable[[Any], None] = lambda _: None
@@ -133,7 +133,7 @@ class Worker:
         monkeypatch.setattr("worker.runtime.consumer.time.sleep", lambda _: None)
         monkeypatch.setattr(PacsConsumer, "is_written_down", staticmethod(self.is_known))
         monkeypatch.setattr(PacsConsumer, "count_return", staticmethod(self.count))
-        monkeypatch.setattr(PacsConsumer, "bury", staticmethod(self.bury))
+        monkeypatch.setattr(PacsConsumer, "dead_letter", staticmethod(self.dead_letter))
         monkeypatch.setattr(state, "should_stop", None)
         self.consumer = PacsConsumer.__new__(PacsConsumer)
         self.consumer.returns = shortage.Returns()
@@ -143,7 +143,7 @@ class Worker:
         )
         self.consumer.event_dispatcher = None
         self.consumer.app = SimpleNamespace(
-            conf=SimpleNamespace(task_serializer="json"), backend=SimpleNamespace(store_result=self.tell)
+            conf=SimpleNamespace(task_serializer="json"), backend=SimpleNamespace(store_result=self.publish)
         )
 
     def is_known(self, job_id: str) -> bool:
@@ -153,12 +153,12 @@ class Worker:
         self.returned[job_id] = self.returned.get(job_id, 0) + 1
         return self.returned[job_id]
 
-    def bury(self, *letter: Any) -> bool:
-        self.buried.append(letter)
+    def dead_letter(self, *letter: Any) -> bool:
+        self.dead_letters.append(letter)
         return True
 
-    def tell(self, job_id: str, error: CourierError, _: str) -> None:
-        self.told[job_id] = error
+    def publish(self, job_id: str, error: CourierError, _: str) -> None:
+        self.published[job_id] = error
 
     def receive(self, message: Message) -> str:
         self.consumer.create_task_handler()(message)
@@ -166,8 +166,8 @@ class Worker:
 
 
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
-    return Worker(monkeypatch)
+def worker(monkeypatch: pytest.MonkeyPatch) -> ConsumerBench:
+    return ConsumerBench(monkeypatch)
 
 
 def failing(error: Exception) -> Callable[[Any], None]:
@@ -180,16 +180,18 @@ def failing(error: Exception) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     "error", [*OURS, RuntimeError("bug"), KeyError("bug"), TypeError("bug"), AttributeError("bug")], ids=repr
 )
-def test_a_good_message_is_given_back_whatever_becomes_of_it(worker: Worker, error: Exception) -> None:
+def test_a_good_message_is_given_back_whatever_becomes_of_it(worker: ConsumerBench, error: Exception) -> None:
     worker.take = failing(error)
     assert worker.receive(Message()) == "given back"
-    assert worker.told == {}
+    assert worker.published == {}
 
 
 @pytest.mark.parametrize("error", OURS, ids=repr)
-def test_a_message_that_cannot_be_read_for_want_of_memory_is_given_back(worker: Worker, error: Exception) -> None:
+def test_a_message_that_cannot_be_read_for_want_of_memory_is_given_back(
+    worker: ConsumerBench, error: Exception
+) -> None:
     assert worker.receive(Message(raises=error)) == "given back"
-    assert worker.told == {}
+    assert worker.published == {}
 
 
 @pytest.mark.parametrize(
@@ -197,13 +199,15 @@ def test_a_message_that_cannot_be_read_for_want_of_memory_is_given_back(worker: 
     [ValueError(), KeyError(), LookupError(), TypeError(), RecursionError(), DecodeError(ValueError())],
     ids=repr,
 )
-def test_a_message_that_cannot_be_read_is_thrown_away_and_its_sender_told(worker: Worker, error: Exception) -> None:
+def test_a_message_that_cannot_be_read_is_thrown_away_and_its_sender_told(
+    worker: ConsumerBench, error: Exception
+) -> None:
     assert worker.receive(Message(raises=error)) == "thrown away"
-    assert worker.told["order/7"].payload["code"] == "invalid_request"
+    assert worker.published["order/7"].payload["code"] == "invalid_request"
 
 
 @pytest.mark.parametrize("error", [redis.ConnectionError(), redis.TimeoutError(), BrokenPipeError()], ids=repr)
-def test_a_broker_that_has_gone_is_connected_to_anew(worker: Worker, error: Exception) -> None:
+def test_a_broker_that_has_gone_is_connected_to_anew(worker: ConsumerBench, error: Exception) -> None:
     worker.take = failing(error)
     message = Message()
     with pytest.raises(type(error)):
@@ -211,14 +215,14 @@ def test_a_broker_that_has_gone_is_connected_to_anew(worker: Worker, error: Exce
     assert message.ended == []
 
 
-def test_a_message_that_is_no_job_does_not_end_one_that_the_ledger_knows(worker: Worker) -> None:
+def test_a_message_that_is_no_job_does_not_end_one_that_the_ledger_knows(worker: ConsumerBench) -> None:
     worker.known.add("order/7")
     assert worker.receive(Message(headers={"task": "pacs.upload", "id": "order/7", "shadow": 5})) == "thrown away"
-    assert worker.told == {}
+    assert worker.published == {}
 
 
 def test_a_message_is_given_back_while_the_ledger_does_not_say_whether_it_ends_a_job(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
+    worker: ConsumerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(_: str) -> bool:
         raise redis.ConnectionError
@@ -228,7 +232,7 @@ def test_a_message_is_given_back_while_the_ledger_does_not_say_whether_it_ends_a
 
 
 def test_a_few_returns_in_a_row_end_the_worker_with_a_status_of_its_own(
-    worker: Worker, caplog: pytest.LogCaptureFixture
+    worker: ConsumerBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker.take = failing(RuntimeError("can't start new thread"))
     for number in range(shortage.IN_A_ROW):
@@ -237,10 +241,10 @@ def test_a_few_returns_in_a_row_end_the_worker_with_a_status_of_its_own(
     assert state.should_stop == shortage.EXIT_STATUS
     worker.receive(Message())
     assert sum(record.levelname == "CRITICAL" for record in caplog.records) == 1
-    assert worker.buried == []
+    assert worker.dead_letters == []
 
 
-def test_a_worker_in_which_others_succeed_goes_on_and_the_message_becomes_a_dead_letter(worker: Worker) -> None:
+def test_a_worker_in_which_others_succeed_goes_on_and_the_message_becomes_a_dead_letter(worker: ConsumerBench) -> None:
     worker.take = failing(RuntimeError("can't start new thread"))
     for _ in range(shortage.MAX_RETURNS - 1):
         worker.consumer.returns.succeeded()
@@ -248,38 +252,40 @@ def test_a_worker_in_which_others_succeed_goes_on_and_the_message_becomes_a_dead
     worker.consumer.returns.succeeded()
     assert worker.receive(Message()) == "thrown away"
     assert state.should_stop is None
-    ((job_id, task, job, _, error),) = worker.buried
+    ((job_id, task, job, _, error),) = worker.dead_letters
     assert (job_id, task, job) == ("order/7", "pacs.upload", {"image_url": "http://h/a"})
-    assert worker.told == {"order/7": error}
+    assert worker.published == {"order/7": error}
     assert error.payload["code"] == "poisoned"
 
 
-def test_a_job_that_has_ended_meanwhile_is_told_no_other_end(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PacsConsumer, "bury", staticmethod(lambda *_: False))
+def test_a_job_that_has_ended_meanwhile_is_told_no_other_end(
+    worker: ConsumerBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PacsConsumer, "dead_letter", staticmethod(lambda *_: False))
     worker.take = failing(RuntimeError("can't start new thread"))
     for _ in range(shortage.MAX_RETURNS):
         worker.consumer.returns.succeeded()
         worker.receive(Message())
-    assert worker.told == {}
+    assert worker.published == {}
 
 
 @pytest.mark.parametrize("job_id", ["\ud800", "", None, 5, ["a"]])
-def test_an_id_under_which_nothing_can_be_stored_does_not_stop_the_worker(worker: Worker, job_id: Any) -> None:
+def test_an_id_under_which_nothing_can_be_stored_does_not_stop_the_worker(worker: ConsumerBench, job_id: Any) -> None:
     assert worker.receive(Message(headers={"task": "pacs.upload", "id": job_id})) == "thrown away"
-    assert worker.told == {}
+    assert worker.published == {}
 
 
-def test_an_id_of_another_program_is_told_although_no_log_would_show_it(worker: Worker) -> None:
+def test_an_id_of_another_program_is_told_although_no_log_would_show_it(worker: ConsumerBench) -> None:
     body = {"task": 5, "id": "order/8"}
     assert worker.receive(Message(headers={}, content=body)) == "thrown away"
-    assert worker.told.keys() == {"order/8"}
+    assert worker.published.keys() == {"order/8"}
 
 
 @pytest.mark.parametrize(
     ("error", "advice"), [(MemoryError(), "raise the worker's limits"), (KeyError("bug"), "report the fault")]
 )
 def test_a_worker_that_ends_itself_says_what_to_do_about_the_cause(
-    worker: Worker, caplog: pytest.LogCaptureFixture, error: Exception, advice: str
+    worker: ConsumerBench, caplog: pytest.LogCaptureFixture, error: Exception, advice: str
 ) -> None:
     worker.take = failing(error)
     for number in range(shortage.IN_A_ROW):
@@ -329,11 +335,11 @@ def test_a_message_comes_again_when_the_worker_and_not_its_job_has_failed(
     assert (request._cause_of_return(error, return_ok=return_ok) is not None) == comes_again
 
 
-def test_a_follow_up_that_is_wrong_is_named_in_the_result_without_its_value(worker: Worker) -> None:
+def test_a_follow_up_that_is_wrong_is_named_in_the_result_without_its_value(worker: ConsumerBench) -> None:
     content = json.loads('[[], {"job": {}}, {"callbacks": [{"task": "PLANTED"}]}]')
     assert worker.receive(Message(content=content)) == "thrown away"
-    assert "callbacks" in worker.told["order/7"].message
-    assert "PLANTED" not in worker.told["order/7"].message
+    assert "callbacks" in worker.published["order/7"].message
+    assert "PLANTED" not in worker.published["order/7"].message
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,9 @@ def failure(**more: Any) -> PacsUnavailable:
     return PacsUnavailable("No.", server_name="a", **{"details": {"phase": "answer"}, **more})
 
 
-def resting(error: CourierError | None) -> str | None:
+def open_circuit_error(error: CourierError | None) -> str | None:
     assert isinstance(error, PacsUnavailable)
-    return error.resting
+    return error.open_circuit
 
 
 @pytest.fixture
@@ -118,11 +118,11 @@ def test_calls_to_a_server_that_is_well_ask_redis_for_nothing(one: Process) -> N
 def test_after_enough_failures_the_server_is_not_asked_and_its_jobs_rest(
     one: Process, two: Process, client: fakeredis.FakeRedis
 ) -> None:
-    assert [resting(one.call(failure())) for _ in range(3)] == [None, None, "a"]
-    assert resting(refused := one.call()) == "a"
+    assert [open_circuit_error(one.call(failure())) for _ in range(3)] == [None, None, "a"]
+    assert open_circuit_error(refused := one.call()) == "a"
     assert not refused.is_attempt
     assert one.reached == 3
-    assert resting(two.call()) == "a"
+    assert open_circuit_error(two.call()) == "a"
     assert two.reached == 0
 
 
@@ -131,7 +131,7 @@ def test_the_one_that_knew_of_nothing_learns_it_within_a_second(
 ) -> None:
     two.call()
     open_it(one, client)
-    assert poll(lambda: resting(two.call(failure())) == "a" and two.call(None) is not None, timeout_s=10)
+    assert poll(lambda: open_circuit_error(two.call(failure())) == "a" and two.call(None) is not None, timeout_s=10)
 
 
 @pytest.mark.parametrize(
@@ -154,25 +154,27 @@ def test_a_refusal_is_an_answer_and_begins_the_count_anew(one: Process) -> None:
     one.call(failure())
     one.call(failure())
     one.call(PacsRejected("No.", server_name="a"))
-    assert resting(one.call(failure())) is None
+    assert open_circuit_error(one.call(failure())) is None
 
 
 def test_a_server_that_takes_no_changes_still_answers_questions(one: Process) -> None:
     for _ in range(3):
         one.call()
         one.call(failure(details={"status": 503}), changes=True)
-    assert resting(one.call(changes=True)) == "a" + CHANGES
+    assert open_circuit_error(one.call(changes=True)) == "a" + CHANGES
     assert one.call() is None
 
 
 def test_a_change_that_does_not_even_connect_speaks_of_the_server(one: Process) -> None:
-    assert [resting(one.call(failure(details={"phase": "connect"}), changes=True)) for _ in range(3)][-1] == "a"
-    assert resting(one.call()) == "a"
+    assert [open_circuit_error(one.call(failure(details={"phase": "connect"}), changes=True)) for _ in range(3)][
+        -1
+    ] == "a"
+    assert open_circuit_error(one.call()) == "a"
 
 
 def test_a_failure_that_names_a_time_is_heeded_at_once(one: Process) -> None:
-    assert resting(one.call(failure(details={"status": 500}, retry_after_s=30), changes=True)) == "a"
-    assert resting(one.call()) == "a"
+    assert open_circuit_error(one.call(failure(details={"status": 500}, retry_after_s=30), changes=True)) == "a"
+    assert open_circuit_error(one.call()) == "a"
 
 
 def too_fast(status: int = 429, after_s: float | None = None) -> PacsUnavailable:
@@ -184,7 +186,7 @@ def too_fast(status: int = 429, after_s: float | None = None) -> PacsUnavailable
 def waits_s(error: CourierError | None) -> float:
     """How long the job of a call waits that was kept from its server, or answered "fewer requests"."""
     assert isinstance(error, PacsUnavailable)
-    assert (error.slow_down, error.resting) == (True, None)
+    assert (error.slow_down, error.open_circuit) == (True, None)
     return error.retry_after_s or 0
 
 
@@ -234,7 +236,7 @@ def test_a_server_that_was_asked_fast_goes_on_at_half_that_speed(one: Process) -
 def test_a_probe_that_is_answered_so_says_nothing_of_the_server(one: Process, client: fakeredis.FakeRedis) -> None:
     open_it(one, client, half=True)
     one.guard.refresh()
-    assert one.call(too_fast()).resting is None
+    assert one.call(too_fast()).open_circuit is None
     assert one.state() == "half-open"
     assert one.call() is None
     assert one.state() == "closed"
@@ -272,7 +274,9 @@ def test_one_probe_over_all_processes_closes_it(one: Process, two: Process, clie
     open_it(one, client, half=True)
     one.guard.refresh()
     others: list[str | None] = []
-    assert one.call(during=lambda: others.extend([resting(two.call()), resting(one.call())])) is None
+    assert (
+        one.call(during=lambda: others.extend([open_circuit_error(two.call()), open_circuit_error(one.call())])) is None
+    )
     assert others == ["a", "a"]
     assert one.state() == "closed"
     two.guard.refresh()
@@ -283,7 +287,7 @@ def test_a_probe_that_fails_costs_its_job_nothing_either(one: Process, client: f
     open_it(one, client, half=True)
     one.guard.refresh()
     verdict = one.call(failure())
-    assert resting(verdict) == "a"
+    assert open_circuit_error(verdict) == "a"
     assert not verdict.is_attempt
     assert one.state() == "open"
 
@@ -319,12 +323,12 @@ def test_the_probes_own_job_waits_for_the_verdict_and_no_other_does(
     assert reached.wait(10)
     threads[1].start()
     with job_lines("j2"):
-        assert resting(one.call()) == "a"
+        assert open_circuit_error(one.call()) == "a"
     assert "second" not in ends
     leave.set()
     for thread in threads:
         thread.join()
-    assert (ends["second"] and resting(ends["second"])) == expected
+    assert (ends["second"] and open_circuit_error(ends["second"])) == expected
 
 
 STATES = ("closed", "open", "half-open", "another process tests it", "another job tests it")
@@ -407,7 +411,7 @@ def test_more_calls_than_there_are_slots_wait_and_then_rest(client: fakeredis.Fa
         guard.call(server, changes=False),
     ):
         pass
-    assert raised.value.resting == "a"
+    assert raised.value.open_circuit == "a"
 
 
 def unauthorized(*, scope: Any = "credential", server: str = "a") -> PacsUnauthorized:
@@ -419,11 +423,11 @@ def test_a_refused_credential_lets_no_process_ask_until_the_server_accepts_it(
 ) -> None:
     refused = one.call(unauthorized())
     assert refused is not None
-    assert refused.resting == "a:credential"
+    assert refused.open_circuit == "a:credential"
     for process in (one, two):
         waiting = process.call()
         assert isinstance(waiting, PacsUnauthorized)
-        assert waiting.resting == "a:credential"
+        assert waiting.open_circuit == "a:credential"
         assert waiting.message.endswith("(circuit breaker of the credential open): a answered 401.")
     assert (one.reached, two.reached) == (1, 0)
     assert one.breakers.states(["a"])["a"].name == "open"
@@ -437,7 +441,7 @@ def test_a_right_that_is_missing_for_one_request_stops_no_other(one: Process) ->
     for _ in range(SETTINGS.failures + 1):
         error = one.call(unauthorized(scope="request"), changes=True)
         assert error is not None
-        assert error.resting is None
+        assert error.open_circuit is None
     assert one.call(changes=True) is None
 
 
@@ -452,7 +456,7 @@ def test_a_server_that_does_not_answer_says_nothing_of_its_credential(
     one.call(unauthorized())
     client.hset(f"{PREFIX}{BREAKER}a:credential", "until_ms", 0)
     one.guard.refresh()
-    assert resting(one.call(failure())) is None
+    assert open_circuit_error(one.call(failure())) is None
     assert one.state("a:credential") == "half-open"
     one.guard.refresh()
     assert one.call() is None

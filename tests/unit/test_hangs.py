@@ -16,15 +16,15 @@ from courier.ledger.jobs import PREFIX, Ledger
 from courier.settings import ServerSettings
 from sandbox.processes import poll
 from worker.jobs import hangs as module
-from worker.jobs.attempt import Pulse, Run
-from worker.jobs.hangs import HANGS_IN_ANY_CASE, Hangs, Waiting
+from worker.jobs.attempt import Attempt, Heartbeat
+from worker.jobs.hangs import HANGS_IN_ANY_CASE, Hangs, PendingRequest
 from worker.pacs.protocol import DatabaseState, Pacs, StorageState
 from worker.pacs.transport import _noticed
 
 KEY = f"{PREFIX}hangs:a"
 
 
-class Server:
+class StubPacs:
     """A PACS as far as it is asked how it is."""
 
     server = ServerSettings(name="a", type="dicomweb", url="http://a", read_timeout_s=1)
@@ -51,11 +51,11 @@ def ledger(client: fakeredis.FakeRedis) -> Ledger:
 
 
 @pytest.fixture
-def run(ledger: Ledger) -> Run:
-    return Run("j1", 1, 1, last=False, ledger=ledger)
+def attempt(ledger: Ledger) -> Attempt:
+    return Attempt("j1", 1, 1, last=False, ledger=ledger)
 
 
-PACS = cast(Pacs, Server())
+PACS = cast(Pacs, StubPacs())
 
 
 def note(ledger: Ledger, *files: str, times: int = 1) -> None:
@@ -63,81 +63,83 @@ def note(ledger: Ledger, *files: str, times: int = 1) -> None:
     ledger.note_hang("a", files, times=times)
 
 
-def given_up(run: Run, *files: str, seen: dict[str, int] | None = None, pacs: Pacs = PACS) -> dict[str, int]:
-    return Hangs(run).given_up(pacs, files, seen)
+def given_up(attempt: Attempt, *files: str, seen: dict[str, int] | None = None, pacs: Pacs = PACS) -> dict[str, int]:
+    return Hangs(attempt).given_up(pacs, files, seen)
 
 
-def test_a_file_is_given_up_at_the_second_hang(run: Run, ledger: Ledger) -> None:
-    assert given_up(run, "f", "g") == {}
+def test_a_file_is_given_up_at_the_second_hang(attempt: Attempt, ledger: Ledger) -> None:
+    assert given_up(attempt, "f", "g") == {}
     note(ledger, "f")
-    assert given_up(run, "f", "g") == {}
-    assert Hangs(run).counted(PACS, ["f", "g"]) == {"f": 1}
+    assert given_up(attempt, "f", "g") == {}
+    assert Hangs(attempt).counted(PACS, ["f", "g"]) == {"f": 1}
     note(ledger, "f")
-    assert given_up(run, "f", "g") == {"f": 2}
+    assert given_up(attempt, "f", "g") == {"f": 2}
 
 
-def test_a_hang_that_was_none_is_taken_back(run: Run, ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+def test_a_hang_that_was_none_is_taken_back(attempt: Attempt, ledger: Ledger, client: fakeredis.FakeRedis) -> None:
     note(ledger, "f")
     note(ledger, "f")
     note(ledger, "f", times=-1)
-    assert Hangs(run).counted(PACS, ["f"]) == {"f": 1}
-    note(ledger, "f", times=-1)
-    assert client.exists(KEY) == 0
+    assert Hangs(attempt).counted(PACS, ["f"]) == {"f": 1}
     note(ledger, "f", times=-1)
     assert client.exists(KEY) == 0
+    note(ledger, "f", times=-1)
+    assert client.exists(KEY) == 0
 
 
-def test_what_a_person_has_seen_does_not_count_again(run: Run, ledger: Ledger) -> None:
+def test_what_a_person_has_seen_does_not_count_again(attempt: Attempt, ledger: Ledger) -> None:
     for _ in range(3):
         note(ledger, "f")
-    assert given_up(run, "f", seen={"f": 2}) == {}
+    assert given_up(attempt, "f", seen={"f": 2}) == {}
     note(ledger, "f")
-    assert given_up(run, "f", seen={"f": 2}) == {"f": 4}
-    assert given_up(run, "f", seen={"f": 9}) == {}
+    assert given_up(attempt, "f", seen={"f": 2}) == {"f": 4}
+    assert given_up(attempt, "f", seen={"f": 9}) == {}
 
 
-def test_a_server_that_hangs_at_others_too_and_answers_nothing_is_to_blame_itself(run: Run, ledger: Ledger) -> None:
+def test_a_server_that_hangs_at_others_too_and_answers_nothing_is_to_blame_itself(
+    attempt: Attempt, ledger: Ledger
+) -> None:
     for _ in range(3):
         note(ledger, "f")
         note(ledger, "g")
-    assert given_up(run, "f", "g") == {}
+    assert given_up(attempt, "f", "g") == {}
     ledger.note_answer("a")  # well again: what it hung at before is sent once more
-    assert given_up(run, "f", "g") == {}
+    assert given_up(attempt, "f", "g") == {}
 
 
-def test_a_server_that_answered_between_is_not_to_blame(run: Run, ledger: Ledger) -> None:
+def test_a_server_that_answered_between_is_not_to_blame(attempt: Attempt, ledger: Ledger) -> None:
     note(ledger, "f")
     note(ledger, "g")
     time.sleep(0.003)
     ledger.note_answer("a")
     note(ledger, "f")
     note(ledger, "g")
-    assert given_up(run, "f", "g") == {"f": 2, "g": 2}
+    assert given_up(attempt, "f", "g") == {"f": 2, "g": 2}
 
 
-def test_images_of_one_request_are_one_hang(run: Run, ledger: Ledger) -> None:
+def test_images_of_one_request_are_one_hang(attempt: Attempt, ledger: Ledger) -> None:
     note(ledger, "f", "g", "h")
     note(ledger, "f")
-    assert given_up(run, "f", "g", "h") == {"f": 2}
+    assert given_up(attempt, "f", "g", "h") == {"f": 2}
 
 
-def test_a_server_that_says_that_it_is_well_is_believed_in_the_end(run: Run, ledger: Ledger) -> None:
+def test_a_server_that_says_that_it_is_well_is_believed_in_the_end(attempt: Attempt, ledger: Ledger) -> None:
     for _ in range(HANGS_IN_ANY_CASE):
         note(ledger, "f")
         note(ledger, "g")
-    sick = Server()
+    sick = StubPacs()
     sick.is_well = False
-    assert given_up(run, "f", pacs=cast(Pacs, sick)) == {}
-    assert given_up(run, "f") == {"f": HANGS_IN_ANY_CASE}
+    assert given_up(attempt, "f", pacs=cast(Pacs, sick)) == {}
+    assert given_up(attempt, "f") == {"f": HANGS_IN_ANY_CASE}
 
 
-def test_a_days_old_hang_counts_no_more(run: Run, ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+def test_a_days_old_hang_counts_no_more(attempt: Attempt, ledger: Ledger, client: fakeredis.FakeRedis) -> None:
     note(ledger, "f")
     count, first, last, proven = str(client.hget(KEY, "f")).split()
     day_ms = 86_400_001
     client.hset(KEY, "f", f"{count} {int(first) - day_ms} {int(last) - day_ms} {proven}")
     note(ledger, "g")
-    assert Hangs(run).counted(PACS, ["f", "g"]) == {"g": 1}
+    assert Hangs(attempt).counted(PACS, ["f", "g"]) == {"g": 1}
     assert client.pttl(KEY) > 86_000_000
 
 
@@ -146,8 +148,8 @@ def test_where_no_server_hung_an_answer_is_not_noted(ledger: Ledger, client: fak
     assert client.exists(KEY) == 0
 
 
-def push(run: Run, error: CourierError | None = None, *, meanwhile: Callable[[], None] = lambda: None) -> None:
-    with Hangs(run).sending(PACS, lambda: ["f"]):
+def push(attempt: Attempt, error: CourierError | None = None, *, meanwhile: Callable[[], None] = lambda: None) -> None:
+    with Hangs(attempt).sending(PACS, lambda: ["f"]):
         assert list(_noticed([b"body"])) == [b"body"]
         meanwhile()
         if error is not None:
@@ -170,45 +172,47 @@ def silence(**more: Any) -> PacsUnavailable:
     ],
     ids=["silence", "a lost connection", "a refusal", "an answer"],
 )
-def test_only_silence_after_all_of_a_request_is_a_hang(run: Run, error: CourierError | None, hangs: int) -> None:
+def test_only_silence_after_all_of_a_request_is_a_hang(
+    attempt: Attempt, error: CourierError | None, hangs: int
+) -> None:
     if error is None:
-        push(run)
+        push(attempt)
     else:
         with pytest.raises(type(error)):
-            push(run, error)
-    assert Hangs(run).counted(PACS, ["f"]) == ({"f": hangs} if hangs else {})
-    assert run.sends == []
+            push(attempt, error)
+    assert Hangs(attempt).counted(PACS, ["f"]) == ({"f": hangs} if hangs else {})
+    assert attempt.sends == []
 
 
-def test_a_worker_that_dies_while_it_waits_has_noted_the_hang(run: Run, ledger: Ledger) -> None:
-    ledger.claim("j1", task="t", job={})
-    pulse = Pulse(ledger, lambda *_: None, beat_s=0.01)
+def test_a_worker_that_dies_while_it_waits_has_noted_the_hang(attempt: Attempt, ledger: Ledger) -> None:
+    ledger.take("j1", task="t", job={})
+    heartbeat = Heartbeat(ledger, lambda *_: None, beat_s=0.01)
     noted: list[bool] = []
 
     def wait() -> None:
         noted.append(poll(lambda: bool(ledger.hangs("a", ["f"])[1]), timeout_s=10))
 
-    with pulse.beating(run), pytest.raises(PacsUnavailable):
-        push(run, silence(), meanwhile=wait)
+    with heartbeat.keep_alive(attempt), pytest.raises(PacsUnavailable):
+        push(attempt, silence(), meanwhile=wait)
     assert noted == [True], "it is there if the worker dies now"
     assert ledger.hangs("a", ["f"])[1]["f"].count == 1, "and the same hang is not counted twice"
 
 
-def test_a_late_answer_takes_the_note_back(run: Run, ledger: Ledger) -> None:
-    waiting = Waiting(ledger, "a", 0, lambda: ["f"])
-    waiting.look()
+def test_a_late_answer_takes_the_note_back(attempt: Attempt, ledger: Ledger) -> None:
+    waiting = PendingRequest(ledger, "a", 0, lambda: ["f"])
+    waiting.note_if_late()
     assert ledger.hangs("a", ["f"])[1] == {}, "not all of it has gone out"
     waiting.sent()
-    waiting.look()
-    waiting.look()
+    waiting.note_if_late()
+    waiting.note_if_late()
     assert ledger.hangs("a", ["f"])[1]["f"].count == 1
     waiting.end(hung=False, answered=True)
     assert ledger.hangs("a", ["f"])[1] == {}
-    waiting.look()
+    waiting.note_if_late()
     assert ledger.hangs("a", ["f"])[1] == {}
 
 
-def test_what_is_sent_on_another_thread_is_not_this_requests(run: Run) -> None:
+def test_what_is_sent_on_another_thread_is_not_this_requests(attempt: Attempt) -> None:
     called: list[int] = []
     with module.when_sent(lambda: called.append(1)):
         thread = threading.Thread(target=lambda: list(_noticed([b"x"])))
@@ -224,11 +228,11 @@ def test_without_a_run_nothing_is_known_and_nothing_noted() -> None:
     Hangs().forget(PACS, {"f": 1})
 
 
-def test_where_redis_is_away_the_answer_of_the_server_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_redis_is_away_the_answer_of_the_server_counts(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(*_: Any, **__: Any) -> Any:
         raise redis.ConnectionError
 
-    monkeypatch.setattr(run.ledger, "_note_hang", lost)
+    monkeypatch.setattr(attempt.ledger, "_note_hang", lost)
     with pytest.raises(PacsUnavailable):
-        push(run, silence())
-    assert run.sends == []
+        push(attempt, silence())
+    assert attempt.sends == []

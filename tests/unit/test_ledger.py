@@ -14,11 +14,11 @@ from courier.errors import InvalidRequest
 from courier.ledger.jobs import (
     PREFIX,
     TRAIL_LENGTH,
-    ClaimState,
     LeaseLost,
     Ledger,
     Receipt,
     StoredImage,
+    TakeState,
     content_digest,
     job_id_for,
 )
@@ -38,8 +38,8 @@ def ledger(client: fakeredis.FakeRedis) -> Ledger:
     return Ledger(client, lease_s=10, grace_s=60)
 
 
-def claim(ledger: Ledger, job_id: str = "j1") -> Any:
-    return ledger.claim(job_id, task=TASK, job=JOB)
+def take_job(ledger: Ledger, job_id: str = "j1") -> Any:
+    return ledger.take(job_id, task=TASK, job=JOB)
 
 
 def finish(ledger: Ledger, fence: int, job_id: str = "j1", **payload: Any) -> None:
@@ -56,10 +56,10 @@ def test_the_same_id_is_submitted_once(ledger: Ledger) -> None:
     assert not ledger.submit("j1", task=TASK, job=JOB)
 
 
-def test_an_idempotency_key_is_not_given_to_another_wish_whoever_was_first_to_bear_it(ledger: Ledger) -> None:
+def test_an_idempotency_key_is_not_given_to_another_order_whoever_was_first_to_bear_it(ledger: Ledger) -> None:
     job = {**JOB, "idempotency_key": "order-7"}
     ledger.submit("submitted", task=TASK, job=job)
-    ledger.claim("claimed", task=TASK, job=job)
+    ledger.take("claimed", task=TASK, job=job)
     for job_id in ("submitted", "claimed"):
         assert not ledger.submit(job_id, task=TASK, job=job)
         with pytest.raises(InvalidRequest, match=job_id):
@@ -69,94 +69,94 @@ def test_an_idempotency_key_is_not_given_to_another_wish_whoever_was_first_to_be
 
 
 def test_a_job_nobody_submitted_gets_its_record_at_the_first_claim(ledger: Ledger) -> None:
-    assert claim(ledger).state is ClaimState.YOURS
-    assert ledger.look("j1")["state"] == "running"
+    assert take_job(ledger).state is TakeState.YOURS
+    assert ledger.read_record("j1")["state"] == "running"
 
 
 def test_a_second_delivery_while_the_lease_lives_is_held(ledger: Ledger) -> None:
-    claim(ledger)
-    assert claim(ledger).state is ClaimState.HELD
+    take_job(ledger)
+    assert take_job(ledger).state is TakeState.HELD
 
 
 def test_a_delivery_after_the_end_gives_the_recorded_outcome(ledger: Ledger) -> None:
-    finish(ledger, claim(ledger).fence, status="stored")
-    again = claim(ledger)
-    assert (again.state, again.outcome) == (ClaimState.DONE, {"payload": {"status": "stored"}})
+    finish(ledger, take_job(ledger).fence, status="stored")
+    again = take_job(ledger)
+    assert (again.state, again.outcome) == (TakeState.DONE, {"payload": {"status": "stored"}})
 
 
 def test_a_dead_holder_is_replaced_and_counted_and_its_late_finish_refused(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
-    first = claim(ledger)
+    first = take_job(ledger)
     expire_lease(client)
-    second = claim(ledger)
-    assert (second.state, second.attempt, second.deaths) == (ClaimState.YOURS, 2, 1)
+    second = take_job(ledger)
+    assert (second.state, second.attempt, second.crash_count) == (TakeState.YOURS, 2, 1)
     with pytest.raises(LeaseLost):
         finish(ledger, first.fence)
     assert not ledger.heartbeat("j1", first.fence)
     finish(ledger, second.fence, by="second")
-    assert claim(ledger).outcome == {"payload": {"by": "second"}}
+    assert take_job(ledger).outcome == {"payload": {"by": "second"}}
 
 
 def test_deaths_are_counted_by_content_and_not_by_id(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    claim(ledger, "j1")
+    take_job(ledger, "j1")
     expire_lease(client, "j1")
-    assert claim(ledger, "j1").deaths == 1
-    assert claim(ledger, "j2").deaths == 1
+    assert take_job(ledger, "j1").crash_count == 1
+    assert take_job(ledger, "j2").crash_count == 1
     expire_lease(client, "j2")
-    assert claim(ledger, "j2").deaths == 2
+    assert take_job(ledger, "j2").crash_count == 2
 
 
 def test_jobs_of_one_content_that_die_with_one_worker_are_one_death(client: fakeredis.FakeRedis) -> None:
     here, there = Ledger(client, worker="here"), Ledger(client, worker="there")
     names = ("j1", "j2", "j3")
     for name in names:
-        assert claim(here, name).state is ClaimState.YOURS
+        assert take_job(here, name).state is TakeState.YOURS
     for name in names:
         expire_lease(client, name)
-    assert [claim(there, name).deaths for name in names] == [1, 1, 1]
+    assert [take_job(there, name).crash_count for name in names] == [1, 1, 1]
     for name in names:
         expire_lease(client, name)
-    assert [claim(here, name).deaths for name in names] == [2, 2, 2]
+    assert [take_job(here, name).crash_count for name in names] == [2, 2, 2]
 
 
 def test_each_worker_that_dies_on_a_content_at_one_time_is_a_death(client: fakeredis.FakeRedis) -> None:
     for name in ("w1", "w2", "w3"):
-        claim(Ledger(client, worker=name), name)
+        take_job(Ledger(client, worker=name), name)
     for name in ("w1", "w2", "w3"):
         expire_lease(client, name)
-    assert [claim(Ledger(client, worker="w4"), name).deaths for name in ("w1", "w2", "w3")] == [1, 2, 3]
+    assert [take_job(Ledger(client, worker="w4"), name).crash_count for name in ("w1", "w2", "w3")] == [1, 2, 3]
 
 
 def test_deaths_are_counted_on_after_another_job_of_the_content_has_ended_well(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
     for _ in range(2):
-        claim(ledger, "killer")
+        take_job(ledger, "killer")
         expire_lease(client, "killer")
-    assert claim(ledger, "killer").deaths == 2
-    finish(ledger, claim(ledger, "lucky").fence, "lucky")
+    assert take_job(ledger, "killer").crash_count == 2
+    finish(ledger, take_job(ledger, "lucky").fence, "lucky")
     counts = []
     for _ in range(4):
         expire_lease(client, "killer")
-        counts.append(claim(ledger, "killer").deaths)
+        counts.append(take_job(ledger, "killer").crash_count)
     assert counts == [1, 2, 3, 4]
 
 
 def test_a_finished_job_keeps_no_message_and_a_dead_one_does(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    finish(ledger, claim(ledger).fence)
+    finish(ledger, take_job(ledger).fence)
     assert client.hget(f"{PREFIX}job:j1", "job") is None
-    dead = claim(ledger, "j2")
-    ledger.bury("j2", dead.fence, outcome={"error": {}}, code="poisoned", task=TASK, job=JOB)
+    dead = take_job(ledger, "j2")
+    ledger.end_as_dead_letter("j2", dead.fence, outcome={"error": {}}, code="poisoned", task=TASK, job=JOB)
     assert client.hget(f"{PREFIX}job:j2", "job") is not None
     assert client.zscore(f"{PREFIX}dead", "j2") is not None
-    assert "job" not in ledger.look("j2")
+    assert "job" not in ledger.read_record("j2")
 
 
 def test_an_outcome_that_nobody_was_told_waits_no_longer_than_a_lease(client: fakeredis.FakeRedis) -> None:
     for lease_s, grace_s, due_s in ((10, 60, 10), (60, 10, 10)):
         ledger = Ledger(client, lease_s=lease_s, grace_s=grace_s)
-        finish(ledger, claim(ledger, f"j{lease_s}").fence, f"j{lease_s}")
+        finish(ledger, take_job(ledger, f"j{lease_s}").fence, f"j{lease_s}")
         due = client.zscore(f"{PREFIX}due", f"j{lease_s}")
         assert due is not None
         assert due / 1000 - ledger.clock_s() == pytest.approx(due_s, abs=1)
@@ -164,7 +164,7 @@ def test_an_outcome_that_nobody_was_told_waits_no_longer_than_a_lease(client: fa
 
 def test_the_record_of_an_ended_job_outlives_every_message_that_may_still_come(client: fakeredis.FakeRedis) -> None:
     ledger = Ledger(client, keep_s=60)
-    finish(ledger, claim(ledger).fence)
+    finish(ledger, take_job(ledger).fence)
     visibility_s = celery_settings.broker_transport_options["visibility_timeout"]
     assert isinstance(visibility_s, int)
     assert client.ttl(f"{PREFIX}job:j1") > 2 * visibility_s
@@ -183,19 +183,19 @@ def test_a_message_that_is_known_to_be_lost_does_not_wait_its_turn_to_be_sent_ag
         for _ in range(5):
             client.zadd(f"{PREFIX}due", {name: 0})
             ledger.sweep(queues=empty)
-    assert ledger.unanswered() == {}, "it may be in the hands of a worker"
+    assert ledger.dispatched() == {}, "it may be in the hands of a worker"
     client.zadd(f"{PREFIX}unanswered", dict.fromkeys(("lost", "taken"), 0))
-    assert claim(ledger, "taken").state is ClaimState.YOURS
-    assert ledger.unanswered() == {"lost": TASK}
+    assert take_job(ledger, "taken").state is TakeState.YOURS
+    assert ledger.dispatched() == {"lost": TASK}
     assert ledger.sweep(queues=empty) == [], "for a long time yet, or a long queue would grow by itself"
-    ledger.hasten(["lost", "taken"])
+    ledger.requeue_lost(["lost", "taken"])
     assert [job.job_id for job in ledger.sweep(queues=empty)] == ["lost"]
-    assert ledger.unanswered() == {}
+    assert ledger.dispatched() == {}
 
 
 def take_last(ledger: Ledger, name: str) -> Any:
     """Take a job that may have three deaths, with content of its own."""
-    return ledger.claim(name, task=TASK, job={"image_url": name}, max_deaths=3)
+    return ledger.take(name, task=TASK, job={"image_url": name}, max_deaths=3)
 
 
 def test_jobs_that_may_not_have_another_death_take_turns_in_a_worker(
@@ -204,20 +204,20 @@ def test_jobs_that_may_not_have_another_death_take_turns_in_a_worker(
     take = functools.partial(take_last, ledger)
     for _ in range(2):
         for name in ("killer", "neighbour"):
-            assert take(name).state is ClaimState.YOURS
+            assert take(name).state is TakeState.YOURS
             expire_lease(client, name)
     killer = take("killer")
-    assert (killer.state, killer.deaths) == (ClaimState.YOURS, 2)
-    assert take("neighbour").state is ClaimState.EARLY, "or both would be blamed for the next death"
-    assert take("somebody else").state is ClaimState.YOURS
-    assert ledger.look("neighbour")["deaths"] == "2"
+    assert (killer.state, killer.crash_count) == (TakeState.YOURS, 2)
+    assert take("neighbour").state is TakeState.EARLY, "or both would be blamed for the next death"
+    assert take("somebody else").state is TakeState.YOURS
+    assert ledger.read_record("neighbour")["deaths"] == "2"
     expire_lease(client, "killer")
-    assert take("killer").deaths == 3
+    assert take("killer").crash_count == 3
     client.hset(f"{PREFIX}job:killer", "state", "dead")
     client.zadd(f"{PREFIX}due", {"neighbour": 0})
     ledger.sweep()
     neighbour = take("neighbour")
-    assert (neighbour.state, neighbour.deaths) == (ClaimState.YOURS, 2), "waiting for a turn is no death"
+    assert (neighbour.state, neighbour.crash_count) == (TakeState.YOURS, 2), "waiting for a turn is no death"
 
 
 def test_a_job_on_its_last_death_is_at_work_beside_none_that_a_worker_has_died_on(
@@ -226,20 +226,20 @@ def test_a_job_on_its_last_death_is_at_work_beside_none_that_a_worker_has_died_o
     take = functools.partial(take_last, ledger)
     for names in (("innocent", "killer"), ("innocent",)):
         for name in names:
-            assert take(name).state is ClaimState.YOURS
+            assert take(name).state is TakeState.YOURS
         for name in names:
             expire_lease(client, name)
     killer = take("killer")
-    assert (killer.state, killer.deaths) == (ClaimState.YOURS, 1)
-    assert take("innocent").state is ClaimState.EARLY, "or it would be buried for what the other does"
-    assert take("not suspected").state is ClaimState.YOURS
+    assert (killer.state, killer.crash_count) == (TakeState.YOURS, 1)
+    assert take("innocent").state is TakeState.EARLY, "or it would be buried for what the other does"
+    assert take("not suspected").state is TakeState.YOURS
     ledger.park("killer", killer.fence, delay_s=0, code="waiting", message="…")
     for name in ("killer", "innocent"):
         client.zadd(f"{PREFIX}due", {name: 0})
-    assert take("innocent").state is ClaimState.YOURS
-    assert take("killer").state is ClaimState.EARLY
+    assert take("innocent").state is TakeState.YOURS
+    assert take("killer").state is TakeState.EARLY
     expire_lease(client, "innocent")
-    assert take("innocent").deaths == 3, "this one was its own"
+    assert take("innocent").crash_count == 3, "this one was its own"
 
 
 def test_workers_that_die_apart_take_such_jobs_at_the_same_time(client: fakeredis.FakeRedis) -> None:
@@ -248,27 +248,27 @@ def test_workers_that_die_apart_take_such_jobs_at_the_same_time(client: fakeredi
         for _ in range(2):
             take_last(here, name)
             expire_lease(client, name)
-    assert take_last(here, "one").state is ClaimState.YOURS
-    assert take_last(here, "other").state is ClaimState.EARLY
+    assert take_last(here, "one").state is TakeState.YOURS
+    assert take_last(here, "other").state is TakeState.EARLY
     client.zadd(f"{PREFIX}due", {"other": 0})
-    assert take_last(there, "other").state is ClaimState.YOURS
+    assert take_last(there, "other").state is TakeState.YOURS
 
 
 def test_the_content_of_a_killer_is_known_under_every_id(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
     for _ in range(3):
-        claim(ledger, "killer")
+        take_job(ledger, "killer")
         expire_lease(client, "killer")
-    assert claim(ledger, "killer").deaths == 3
-    assert claim(ledger, "another id").deaths == 3, "it need not kill once more to be known"
+    assert take_job(ledger, "killer").crash_count == 3
+    assert take_job(ledger, "another id").crash_count == 3, "it need not kill once more to be known"
 
 
 def test_an_outcome_is_brought_again_until_it_is_told(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    finish(ledger, claim(ledger).fence, status="stored")
+    finish(ledger, take_job(ledger).fence, status="stored")
     assert ledger.sweep() == []
     client.zadd(f"{PREFIX}due", {"j1": 0})
     assert [(due.job_id, due.task, due.job) for due in ledger.sweep()] == [("j1", TASK, {})]
-    assert claim(ledger).outcome == {"payload": {"status": "stored"}}
-    ledger.told("j1")
+    assert take_job(ledger).outcome == {"payload": {"status": "stored"}}
+    ledger.published("j1")
     assert client.zscore(f"{PREFIX}due", "j1") is None
 
 
@@ -276,40 +276,40 @@ def test_a_job_that_has_not_ended_stays_due_whatever_was_told_of_it(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
     ledger.submit("j1", task=TASK, job=JOB)
-    ledger.told("j1")
+    ledger.published("j1")
     assert client.zscore(f"{PREFIX}due", "j1") is not None
 
 
 def test_a_dead_letter_keeps_its_memo_so_that_a_replay_can_tell_what_is_ours(ledger: Ledger) -> None:
-    fence = claim(ledger).fence
-    ledger.intend("j1", fence, {"server": "msdicom"})
-    ledger.bury("j1", fence, outcome={"error": {}}, code="pacs_unavailable", task=TASK, job=JOB)
-    assert "memo" in ledger.look("j1")
+    fence = take_job(ledger).fence
+    ledger.write_intent("j1", fence, {"server": "msdicom"})
+    ledger.end_as_dead_letter("j1", fence, outcome={"error": {}}, code="pacs_unavailable", task=TASK, job=JOB)
+    assert "memo" in ledger.read_record("j1")
 
 
 def test_a_parked_job_is_not_claimed_before_it_is_due_and_is_woken_once(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
-    ledger.park("j1", claim(ledger).fence, delay_s=30, code="pacs_unavailable", message="…")
-    assert claim(ledger).state is ClaimState.EARLY
+    ledger.park("j1", take_job(ledger).fence, delay_s=30, code="pacs_unavailable", message="…")
+    assert take_job(ledger).state is TakeState.EARLY
     assert ledger.sweep() == []
     client.zadd(f"{PREFIX}due", {"j1": 0})
     assert [(due.job_id, due.task, due.job) for due in ledger.sweep()] == [("j1", TASK, JOB)]
     assert ledger.sweep() == []
-    woken = claim(ledger)
-    assert (woken.state, woken.attempt, woken.deaths) == (ClaimState.YOURS, 2, 0)
+    woken = take_job(ledger)
+    assert (woken.state, woken.attempt, woken.crash_count) == (TakeState.YOURS, 2, 0)
 
 
 def test_waiting_for_a_turn_costs_no_attempt(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    ledger.park("j1", claim(ledger).fence, delay_s=0, code="waiting", message="…", wait="growing")
+    ledger.park("j1", take_job(ledger).fence, delay_s=0, code="waiting", message="…", wait="growing")
     ledger.sweep()
-    assert claim(ledger).attempt == 1
+    assert take_job(ledger).attempt == 1
 
 
 def test_who_waits_for_long_looks_ever_more_rarely(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
     waits = []
     for _ in range(7):
-        ledger.park("j1", claim(ledger).fence, delay_s=1, code="waiting", message="…", wait="growing")
+        ledger.park("j1", take_job(ledger).fence, delay_s=1, code="waiting", message="…", wait="growing")
         seconds, microseconds = client.time()
         score = client.zscore(f"{PREFIX}due", "j1")
         assert score is not None
@@ -333,37 +333,37 @@ def test_a_message_that_got_lost_is_sent_again_ever_more_rarely(ledger: Ledger, 
 
 
 def test_one_job_at_a_time_may_store_an_image(ledger: Ledger) -> None:
-    first, second = claim(ledger, "j1"), claim(ledger, "j2")
-    assert ledger.hold_image("1.2.3", job_id="j1", fence=first.fence) is None
-    assert ledger.hold_image("1.2.3", job_id="j1", fence=first.fence) is None
-    assert ledger.hold_image("1.2.3", job_id="j2", fence=second.fence) == "j1"
+    first, second = take_job(ledger, "j1"), take_job(ledger, "j2")
+    assert ledger.lock_image("1.2.3", job_id="j1", fence=first.fence) is None
+    assert ledger.lock_image("1.2.3", job_id="j1", fence=first.fence) is None
+    assert ledger.lock_image("1.2.3", job_id="j2", fence=second.fence) == "j1"
     finish(ledger, first.fence)
-    assert ledger.hold_image("1.2.3", job_id="j2", fence=second.fence) is None
+    assert ledger.lock_image("1.2.3", job_id="j2", fence=second.fence) is None
 
 
 def test_a_job_whose_source_gives_another_image_gives_up_the_one_it_held(ledger: Ledger) -> None:
-    first, second = claim(ledger, "j1"), claim(ledger, "j2")
+    first, second = take_job(ledger, "j1"), take_job(ledger, "j2")
     for uid, study in (("1.2.3", "1.2"), ("1.4.3", "1.4")):
-        assert ledger.hold_image(uid, job_id="j1", fence=first.fence, into=(study,)) is None
-    assert ledger.hold_image("1.2.3", job_id="j2", fence=second.fence) is None
-    assert ledger.hold_image("1.4.3", job_id="j2", fence=second.fence) == "j1"
-    assert (ledger.known("1.2").storing, ledger.known("1.4").storing) == ([], ["j1"])
+        assert ledger.lock_image(uid, job_id="j1", fence=first.fence, into=(study,)) is None
+    assert ledger.lock_image("1.2.3", job_id="j2", fence=second.fence) is None
+    assert ledger.lock_image("1.4.3", job_id="j2", fence=second.fence) == "j1"
+    assert (ledger.uid_record("1.2").writers, ledger.uid_record("1.4").writers) == ([], ["j1"])
 
 
 def test_a_late_holder_cannot_hold_an_image_or_announce_a_push(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    late = claim(ledger)
+    late = take_job(ledger)
     expire_lease(client)
-    claim(ledger)
+    take_job(ledger)
     with pytest.raises(LeaseLost):
-        ledger.hold_image("1.2.3", job_id="j1", fence=late.fence)
+        ledger.lock_image("1.2.3", job_id="j1", fence=late.fence)
     with pytest.raises(LeaseLost):
-        ledger.intend("j1", late.fence, {"server": "msdicom"})
+        ledger.write_intent("j1", late.fence, {"server": "msdicom"})
 
 
 def test_the_memo_of_one_attempt_reaches_the_next(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    assert ledger.intend("j1", claim(ledger).fence, {"server": "msdicom"})
+    assert ledger.write_intent("j1", take_job(ledger).fence, {"server": "msdicom"})
     expire_lease(client)
-    assert claim(ledger).memo == {"server": "msdicom"}
+    assert take_job(ledger).checkpoint == {"server": "msdicom"}
 
 
 def test_the_first_claim_of_a_study_decides_for_all(ledger: Ledger) -> None:
@@ -376,12 +376,12 @@ def test_the_first_claim_of_a_study_decides_for_all(ledger: Ledger) -> None:
 
 
 def at_an_image(ledger: Ledger, job_id: str, study: str = "1.2") -> int:
-    fence = claim(ledger, job_id).fence
-    assert ledger.hold_image(f"{study}.{job_id}", job_id=job_id, fence=fence, into=(study,)) is None
+    fence = take_job(ledger, job_id).fence
+    assert ledger.lock_image(f"{study}.{job_id}", job_id=job_id, fence=fence, into=(study,)) is None
     return fence
 
 
-def asked(ledger: Ledger, job_id: str, server: str) -> str:
+def claim_server(ledger: Ledger, job_id: str, server: str) -> str:
     return ledger.claim_study("1.2", server=server, job_id=job_id, asked_for=True).server
 
 
@@ -390,29 +390,29 @@ def test_what_was_stored_since_a_job_asked_the_servers_keeps_its_claim_from_it(l
     assert ledger.claim_study("1.2", server="a", job_id="j1").first
     ledger.stored("1.2.j1", "1.2", Receipt("j1", "a", "aa", 1))
     finish(ledger, first)
-    assert asked(ledger, "j2", "b") == "a"
-    assert ledger.hold_image("1.2.j2", job_id="j2", fence=late, into=("1.2",)) is None  # and asks them again
-    assert asked(ledger, "j2", "b") == "b"
+    assert claim_server(ledger, "j2", "b") == "a"
+    assert ledger.lock_image("1.2.j2", job_id="j2", fence=late, into=("1.2",)) is None  # and asks them again
+    assert claim_server(ledger, "j2", "b") == "b"
     assert ledger.placed() == {"a": 0, "b": 1}
 
 
 def test_of_two_servers_that_are_asked_for_the_first_one_holds_until_its_job_has_ended(ledger: Ledger) -> None:
     first, _ = at_an_image(ledger, "j1"), at_an_image(ledger, "j2")
-    assert asked(ledger, "j1", "a") == "a"
-    assert asked(ledger, "j2", "b") == "a"
+    assert claim_server(ledger, "j1", "a") == "a"
+    assert claim_server(ledger, "j2", "b") == "a"
     finish(ledger, first)
     assert ledger.claimed_server("1.2") is None
-    assert asked(ledger, "j2", "b") == "b"
+    assert claim_server(ledger, "j2", "b") == "b"
 
 
 def test_a_batch_gives_up_the_claims_of_the_studies_that_it_lets_go_of_and_keeps_the_others(ledger: Ledger) -> None:
-    fence = claim(ledger, "c1").fence
+    fence = take_job(ledger, "c1").fence
     studies = ["1.1", "1.2", "1.3"]
-    ledger.hold_images([(f"{study}.9", study, f"{study}.1") for study in studies], job_id="c1", fence=fence)
+    ledger.lock_images([(f"{study}.9", study, f"{study}.1") for study in studies], job_id="c1", fence=fence)
     for study in studies:
-        ledger.claim_study(study, server="a", job_id="c1", told=False)
+        ledger.claim_study(study, server="a", job_id="c1", in_history=False)
     ledger.stored_many("a", [StoredImage("1.1.9", "1.1", "1.1.1", "aa", 1)], job_id="c1")
-    ledger.let_go_images(job_id="c1", fence=fence, but=["1.3.9"], following=["1.3"])
+    ledger.release_images(job_id="c1", fence=fence, but=["1.3.9"], following=["1.3"])
     assert [ledger.claimed_server(study) for study in studies] == ["a", None, "a"]
     assert ledger.placed() == {"a": 2}
     finish(ledger, fence, "c1")
@@ -440,13 +440,13 @@ def test_exactly_one_job_opened_a_claimed_study_however_often_it_says_so(ledger:
 
 def test_a_cancelled_job_says_so_at_its_next_claim_and_before_its_push(ledger: Ledger) -> None:
     assert ledger.cancel("j1") == ""
-    fence = claim(ledger).fence
+    fence = take_job(ledger).fence
     assert ledger.cancel("j1") == "running"
-    assert not ledger.intend("j1", fence, {})
+    assert not ledger.write_intent("j1", fence, {})
     ledger.submit("j2", task=TASK, job=JOB)
     assert ledger.cancel("j2") == "queued"
     assert [due.job_id for due in ledger.sweep()] == ["j2"]
-    assert claim(ledger, "j2").cancelled
+    assert take_job(ledger, "j2").cancelled
 
 
 def test_an_idempotency_key_names_one_job_and_no_key_names_a_new_one() -> None:
@@ -456,148 +456,150 @@ def test_an_idempotency_key_names_one_job_and_no_key_names_a_new_one() -> None:
 
 
 def test_a_study_is_not_deleted_while_it_is_stored_into_nor_stored_into_while_it_is_deleted(ledger: Ledger) -> None:
-    upload, late, delete = claim(ledger, "j1"), claim(ledger, "j2"), claim(ledger, "j3")
+    upload, late, delete = take_job(ledger, "j1"), take_job(ledger, "j2"), take_job(ledger, "j3")
     into = ("1.2", "1.2.1")
-    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=upload.fence, into=into) is None
-    assert ledger.shut("1.2", job_id="j3", fence=delete.fence) == "j1"
-    assert ledger.hold_image("1.2.1.2", job_id="j2", fence=late.fence, into=into) == "j3"
-    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=upload.fence, into=into) is None  # it was there first
+    assert ledger.lock_image("1.2.1.1", job_id="j1", fence=upload.fence, into=into) is None
+    assert ledger.lock_for_delete("1.2", job_id="j3", fence=delete.fence) == "j1"
+    assert ledger.lock_image("1.2.1.2", job_id="j2", fence=late.fence, into=into) == "j3"
+    assert ledger.lock_image("1.2.1.1", job_id="j1", fence=upload.fence, into=into) is None  # it was there first
     assert not ledger.forget_study("1.2")
     finish(ledger, upload.fence)
-    assert ledger.shut("1.2", job_id="j3", fence=delete.fence) is None
+    assert ledger.lock_for_delete("1.2", job_id="j3", fence=delete.fence) is None
     assert ledger.forget_study("1.2")
-    ledger.let_go("j3", fence=delete.fence)
-    assert ledger.hold_image("1.2.1.2", job_id="j2", fence=late.fence, into=into) is None
-    assert ledger.shut("1.2.1", job_id="j3", fence=delete.fence) == "j2"
+    ledger.release("j3", fence=delete.fence)
+    assert ledger.lock_image("1.2.1.2", job_id="j2", fence=late.fence, into=into) is None
+    assert ledger.lock_for_delete("1.2.1", job_id="j3", fence=delete.fence) == "j2"
 
 
 def test_many_images_are_held_in_one_step_and_what_is_anothers_is_left_to_it(ledger: Ledger) -> None:
-    single, batch, other = claim(ledger, "j1"), claim(ledger, "b1"), claim(ledger, "b2")
+    single, batch, other = take_job(ledger, "j1"), take_job(ledger, "b1"), take_job(ledger, "b2")
     images = [(f"1.2.1.{number}", "1.2", "1.2.1") for number in range(3)]
-    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=single.fence, into=("1.2", "1.2.1")) is None
-    assert ledger.hold_images(images, job_id="b1", fence=batch.fence) == [None, "j1", None]
-    assert ledger.hold_images(images, job_id="b1", fence=batch.fence) == [None, "j1", None]
-    assert ledger.hold_images(images, job_id="b2", fence=other.fence) == ["b1", "j1", "b1"]
-    late = claim(ledger, "j2")
-    assert ledger.hold_image("1.2.1.0", job_id="j2", fence=late.fence) == "b1"
-    assert ledger.known("1.2.1").storing == ["b1", "j1"]
-    ledger.let_go_images(job_id="b1", fence=batch.fence, but=["1.2.1.2"])
-    assert ledger.hold_images(images, job_id="b2", fence=other.fence) == [None, "j1", "b1"]
-    assert ledger.known("1.2").storing == ["b1", "b2", "j1"]  # one of them may still arrive there
-    ledger.let_go_images(job_id="b1", fence=batch.fence)
-    assert ledger.hold_images(images[2:], job_id="b2", fence=other.fence) == [None]
+    assert ledger.lock_image("1.2.1.1", job_id="j1", fence=single.fence, into=("1.2", "1.2.1")) is None
+    assert ledger.lock_images(images, job_id="b1", fence=batch.fence) == [None, "j1", None]
+    assert ledger.lock_images(images, job_id="b1", fence=batch.fence) == [None, "j1", None]
+    assert ledger.lock_images(images, job_id="b2", fence=other.fence) == ["b1", "j1", "b1"]
+    late = take_job(ledger, "j2")
+    assert ledger.lock_image("1.2.1.0", job_id="j2", fence=late.fence) == "b1"
+    assert ledger.uid_record("1.2.1").writers == ["b1", "j1"]
+    ledger.release_images(job_id="b1", fence=batch.fence, but=["1.2.1.2"])
+    assert ledger.lock_images(images, job_id="b2", fence=other.fence) == [None, "j1", "b1"]
+    assert ledger.uid_record("1.2").writers == ["b1", "b2", "j1"]  # one of them may still arrive there
+    ledger.release_images(job_id="b1", fence=batch.fence)
+    assert ledger.lock_images(images[2:], job_id="b2", fence=other.fence) == [None]
     finish(ledger, single.fence)
     finish(ledger, other.fence, "b2")
-    assert (ledger.known("1.2").storing, ledger.known("1.2.1").storing) == ([], [])
-    assert ledger.hold_images(images, job_id="b1", fence=batch.fence) == [None, None, None]
-    assert ledger.hold_images([], job_id="b1", fence=batch.fence) == []
+    assert (ledger.uid_record("1.2").writers, ledger.uid_record("1.2.1").writers) == ([], [])
+    assert ledger.lock_images(images, job_id="b1", fence=batch.fence) == [None, None, None]
+    assert ledger.lock_images([], job_id="b1", fence=batch.fence) == []
 
 
 def test_many_images_are_not_stored_into_what_is_being_deleted_unless_they_came_first(ledger: Ledger) -> None:
-    batch, delete = claim(ledger, "b1"), claim(ledger, "j3")
+    batch, delete = take_job(ledger, "b1"), take_job(ledger, "j3")
     first, second = ("1.2.1.1", "1.2", "1.2.1"), ("1.2.1.2", "1.2", "1.2.1")
-    assert ledger.hold_images([first], job_id="b1", fence=batch.fence) == [None]
-    assert ledger.shut("1.2.1", job_id="j3", fence=delete.fence) == "b1"
-    assert ledger.hold_images([first, second], job_id="b1", fence=batch.fence) == [None, "j3"]
-    ledger.let_go_images(job_id="b1", fence=batch.fence)
-    assert ledger.shut("1.2.1", job_id="j3", fence=delete.fence) is None
-    assert ledger.hold_images([first], job_id="b1", fence=batch.fence) == ["j3"]
+    assert ledger.lock_images([first], job_id="b1", fence=batch.fence) == [None]
+    assert ledger.lock_for_delete("1.2.1", job_id="j3", fence=delete.fence) == "b1"
+    assert ledger.lock_images([first, second], job_id="b1", fence=batch.fence) == [None, "j3"]
+    ledger.release_images(job_id="b1", fence=batch.fence)
+    assert ledger.lock_for_delete("1.2.1", job_id="j3", fence=delete.fence) is None
+    assert ledger.lock_images([first], job_id="b1", fence=batch.fence) == ["j3"]
 
 
 def test_a_late_holder_holds_no_images_and_lets_none_go(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    late = claim(ledger, "b1")
+    late = take_job(ledger, "b1")
     expire_lease(client, "b1")
-    again = claim(ledger, "b1")
-    other = claim(ledger, "b2")
+    again = take_job(ledger, "b1")
+    other = take_job(ledger, "b2")
     image = ("1.2.1.1", "1.2", "1.2.1")
     with pytest.raises(LeaseLost):
-        ledger.hold_images([image], job_id="b1", fence=late.fence)
-    assert ledger.hold_images([image], job_id="b1", fence=again.fence) == [None]
-    ledger.let_go_images(job_id="b1", fence=late.fence)
-    assert ledger.hold_images([image], job_id="b2", fence=other.fence) == ["b1"]
+        ledger.lock_images([image], job_id="b1", fence=late.fence)
+    assert ledger.lock_images([image], job_id="b1", fence=again.fence) == [None]
+    ledger.release_images(job_id="b1", fence=late.fence)
+    assert ledger.lock_images([image], job_id="b2", fence=other.fence) == ["b1"]
 
 
 def test_a_late_holder_opens_no_study_that_the_next_attempt_is_deleting(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
-    late = claim(ledger, "j3")
-    assert ledger.shut("1.2", job_id="j3", fence=late.fence) is None
+    late = take_job(ledger, "j3")
+    assert ledger.lock_for_delete("1.2", job_id="j3", fence=late.fence) is None
     expire_lease(client, "j3")
-    again, upload = claim(ledger, "j3"), claim(ledger, "j1")
-    assert ledger.shut("1.2", job_id="j3", fence=again.fence) is None
-    ledger.let_go("j3", fence=late.fence)
-    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=upload.fence, into=("1.2",)) == "j3"
-    ledger.let_go("j3", fence=again.fence)
-    assert ledger.hold_image("1.2.1.1", job_id="j1", fence=upload.fence, into=("1.2",)) is None
+    again, upload = take_job(ledger, "j3"), take_job(ledger, "j1")
+    assert ledger.lock_for_delete("1.2", job_id="j3", fence=again.fence) is None
+    ledger.release("j3", fence=late.fence)
+    assert ledger.lock_image("1.2.1.1", job_id="j1", fence=upload.fence, into=("1.2",)) == "j3"
+    ledger.release("j3", fence=again.fence)
+    assert ledger.lock_image("1.2.1.1", job_id="j1", fence=upload.fence, into=("1.2",)) is None
 
 
 def events(ledger: Ledger, uid: str) -> list[tuple[str, str]]:
-    return [(note.event, note.job_id) for note in ledger.known(uid).trail]
+    return [(event.event, event.job_id) for event in ledger.uid_record(uid).history]
 
 
-def test_the_trail_of_an_image_tells_its_way_and_that_of_its_study_who_claimed_it(ledger: Ledger) -> None:
-    job = claim(ledger)
-    ledger.hold_image("1.3", job_id="j1", fence=job.fence, into=("1.2", "1.2.1"))
+def test_the_history_of_an_image_tells_its_way_and_that_of_its_study_who_claimed_it(ledger: Ledger) -> None:
+    job = take_job(ledger)
+    ledger.lock_image("1.3", job_id="j1", fence=job.fence, into=("1.2", "1.2.1"))
     ledger.claim_study("1.2", server="a", job_id="j1")
-    ledger.intend("j1", job.fence, {"memo": 1}, decision={"server": "a", "reason": "new_study"})
-    ledger.intend("j1", job.fence, {"memo": 2})
+    ledger.write_intent("j1", job.fence, {"memo": 1}, decision={"server": "a", "reason": "new_study"})
+    ledger.write_intent("j1", job.fence, {"memo": 2})
     ledger.stored("1.3", "1.2", Receipt("j1", "a", "f00", 7))
     finish(ledger, job.fence, server_name="a", metadata={"00100010": "secret"})
-    known = ledger.known("1.3")
-    assert [note.event for note in known.trail] == ["routed", "stored", "ended"]
-    assert known.trail[0].details == {"server": "a", "reason": "new_study"}
-    assert known.trail[-1].details == {"code": "done", "task": TASK, "server_name": "a"}
-    assert known.trail[0].at_ms <= known.trail[-1].at_ms
-    assert (known.receipt["server"], known.holder) == ("a", None)
+    record = ledger.uid_record("1.3")
+    assert [event.event for event in record.history] == ["routed", "stored", "ended"]
+    assert record.history[0].details == {"server": "a", "reason": "new_study"}
+    assert record.history[-1].details == {"code": "done", "task": TASK, "server_name": "a"}
+    assert record.history[0].at_ms <= record.history[-1].at_ms
+    assert (record.receipt["server"], record.holder) == ("a", None)
     assert events(ledger, "1.2") == [("claimed", "j1")]
-    assert ledger.known("1.2").claim["opened_by"] == "j1"
+    assert ledger.uid_record("1.2").claim["opened_by"] == "j1"
     assert events(ledger, "1.2.1") == []
 
 
 def test_trouble_is_told_on_the_trails_of_the_image_and_of_what_it_goes_into(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
-    job = claim(ledger)
-    ledger.hold_image("1.3", job_id="j1", fence=job.fence, into=("1.2",))
-    assert (ledger.known("1.3").holder, ledger.known("1.2").storing) == ("j1", ["j1"])
+    job = take_job(ledger)
+    ledger.lock_image("1.3", job_id="j1", fence=job.fence, into=("1.2",))
+    assert (ledger.uid_record("1.3").holder, ledger.uid_record("1.2").writers) == ("j1", ["j1"])
     ledger.park("j1", job.fence, delay_s=2.04, code="pacs_unavailable", message="silence")
     client.zadd(f"{PREFIX}due", {"j1": 0})
     ledger.sweep()
-    again = claim(ledger)
-    ledger.bury("j1", again.fence, outcome={"error": {"message": "why"}}, code="poisoned", task=TASK, job=JOB)
+    again = take_job(ledger)
+    ledger.end_as_dead_letter(
+        "j1", again.fence, outcome={"error": {"message": "why"}}, code="poisoned", task=TASK, job=JOB
+    )
     for uid in ("1.3", "1.2"):
-        waiting, ended = ledger.known(uid).trail
+        waiting, ended = ledger.uid_record(uid).history
         assert waiting.details == {"code": "pacs_unavailable", "message": "silence", "delay_s": 2.0}
         assert ended.details == {"code": "poisoned", "task": TASK, "dead": True, "message": "why"}
 
 
 def test_taking_turns_leaves_no_trail_and_a_refused_holder_no_note(ledger: Ledger) -> None:
-    job = claim(ledger)
-    ledger.hold_image("1.3", job_id="j1", fence=job.fence)
+    job = take_job(ledger)
+    ledger.lock_image("1.3", job_id="j1", fence=job.fence)
     ledger.park("j1", job.fence, delay_s=0, code="waiting", message="…", wait="growing")
     with pytest.raises(LeaseLost):
         finish(ledger, job.fence)
     assert events(ledger, "1.3") == []
 
 
-def test_a_trail_is_short_and_goes_by_itself(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    job = claim(ledger)
-    ledger.hold_image("1.3", job_id="j1", fence=job.fence)
+def test_a_history_is_short_and_goes_by_itself(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
+    job = take_job(ledger)
+    ledger.lock_image("1.3", job_id="j1", fence=job.fence)
     for number in range(TRAIL_LENGTH + 5):
-        ledger.intend("j1", job.fence, {}, decision={"number": number})
-    trail = ledger.known("1.3").trail
-    assert [note.details["number"] for note in trail] == list(range(5, TRAIL_LENGTH + 5))
+        ledger.write_intent("j1", job.fence, {}, decision={"number": number})
+    history = ledger.uid_record("1.3").history
+    assert [event.details["number"] for event in history] == list(range(5, TRAIL_LENGTH + 5))
     assert 0 < client.pttl(f"{PREFIX}trail:1.3") <= 86_400_000
 
 
 # --- dead letters -------------------------------------------------------------------------------------------------
 
 
-def bury(ledger: Ledger, job_id: str, code: str = "pacs_unavailable", **job: Any) -> None:
+def dead_letter(ledger: Ledger, job_id: str, code: str = "pacs_unavailable", **job: Any) -> None:
     job = {**JOB, **job}
-    fence = ledger.claim(job_id, task=TASK, job=job).fence
+    fence = ledger.take(job_id, task=TASK, job=job).fence
     outcome = {"error": {"code": code, "message": "It is away.", "details": {}}}
-    ledger.bury(job_id, fence, outcome=outcome, code=code, task=TASK, job=job)
+    ledger.end_as_dead_letter(job_id, fence, outcome=outcome, code=code, task=TASK, job=job)
 
 
 def died(client: fakeredis.FakeRedis, **at_s: float) -> None:
@@ -606,11 +608,11 @@ def died(client: fakeredis.FakeRedis, **at_s: float) -> None:
 
 def test_dead_letters_are_listed_by_code_and_time_the_latest_first(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
     for job_id, code in (("j1", "poisoned"), ("j2", "pacs_unavailable"), ("j3", "poisoned")):
-        bury(ledger, job_id, code)
+        dead_letter(ledger, job_id, code)
     died(client, j1=100, j2=200, j3=300)
 
-    def ids(**wish: Any) -> list[str]:
-        return [letter.job_id for letter in ledger.dead_letters(**wish)]
+    def ids(**order: Any) -> list[str]:
+        return [letter.job_id for letter in ledger.dead_letters(**order)]
 
     assert ids() == ["j3", "j2", "j1"]
     assert ids(code="poisoned") == ["j3", "j1"]
@@ -622,7 +624,7 @@ def test_dead_letters_are_listed_by_code_and_time_the_latest_first(ledger: Ledge
 def test_more_dead_letters_than_a_page_are_all_listed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("courier.ledger.jobs.PAGE", 2)
     for number in range(5):
-        bury(ledger, f"j{number}")
+        dead_letter(ledger, f"j{number}")
     assert {letter.job_id for letter in ledger.dead_letters()} == {f"j{number}" for number in range(5)}
 
 
@@ -632,7 +634,7 @@ def test_no_dead_letter_is_passed_over_when_letters_go_while_they_are_listed(
 ) -> None:
     monkeypatch.setattr("courier.ledger.jobs.PAGE", 2)
     for number in range(9):
-        bury(ledger, f"j{number}")
+        dead_letter(ledger, f"j{number}")
     died(client, **{f"j{number}": 100 + number // 4 * apart_s for number in range(9)})
     purged = [letter.job_id for letter in ledger.dead_letters() if ledger.purge(letter.job_id)]
     assert sorted(purged) == [f"j{number}" for number in range(9)]
@@ -640,7 +642,7 @@ def test_no_dead_letter_is_passed_over_when_letters_go_while_they_are_listed(
 
 
 def test_a_dead_letter_shows_what_it_was_about_and_no_credential(ledger: Ledger) -> None:
-    bury(ledger, "j1", image_url="http://me:word@host/a.dcm?sig=word")
+    dead_letter(ledger, "j1", image_url="http://me:word@host/a.dcm?sig=word")
     letter = ledger.dead_letter("j1")
     assert letter is not None
     assert (letter.task, letter.code, letter.message, letter.attempts) == (TASK, "pacs_unavailable", "It is away.", 1)
@@ -650,46 +652,55 @@ def test_a_dead_letter_shows_what_it_was_about_and_no_credential(ledger: Ledger)
 
 
 def test_a_replay_queues_the_job_with_its_memo_and_a_clean_count(ledger: Ledger, client: fakeredis.FakeRedis) -> None:
-    claim(ledger)
+    take_job(ledger)
     expire_lease(client)
-    second = claim(ledger)
-    ledger.hold_image("1.2", job_id="j1", fence=second.fence, into=("1", "1.1"))
-    ledger.intend("j1", second.fence, {"server": "msdicom"})
-    ledger.bury("j1", second.fence, outcome={"error": {"code": "poisoned"}}, code="poisoned", task=TASK, job=JOB)
+    second = take_job(ledger)
+    ledger.lock_image("1.2", job_id="j1", fence=second.fence, into=("1", "1.1"))
+    ledger.write_intent("j1", second.fence, {"server": "msdicom"})
+    ledger.end_as_dead_letter(
+        "j1", second.fence, outcome={"error": {"code": "poisoned"}}, code="poisoned", task=TASK, job=JOB
+    )
     letter = ledger.dead_letter("j1")
     assert letter is not None
-    assert (letter.deaths, letter.attempts, letter.begun, letter.uids) == (1, 2, True, ["1.2", "1", "1.1"])
+    assert (letter.crash_count, letter.attempts, letter.begun, letter.uids) == (1, 2, True, ["1.2", "1", "1.1"])
     due = ledger.replay("j1")
     assert due is not None
     assert (due.job_id, due.task, due.job) == ("j1", TASK, JOB)
     assert ledger.dead_letter("j1") is None
     assert list(ledger.dead_letters()) == []
     assert client.zscore(f"{PREFIX}due", "j1") is not None
-    assert [note.event for note in ledger.known("1.2").trail] == ["ended", "replayed"]
-    again = claim(ledger)
-    assert (again.state, again.attempt, again.deaths, again.memo) == (ClaimState.YOURS, 1, 0, {"server": "msdicom"})
+    assert [event.event for event in ledger.uid_record("1.2").history] == ["ended", "replayed"]
+    again = take_job(ledger)
+    assert (again.state, again.attempt, again.crash_count, again.checkpoint) == (
+        TakeState.YOURS,
+        1,
+        0,
+        {"server": "msdicom"},
+    )
     expire_lease(client)
-    assert claim(ledger).deaths == 1, "its deaths are counted anew"
+    assert take_job(ledger).crash_count == 1, "its deaths are counted anew"
 
 
 def test_a_replayed_job_holds_nothing_from_its_former_life(ledger: Ledger) -> None:
-    first = claim(ledger)
-    ledger.hold_image("1.2", job_id="j1", fence=first.fence, into=("1", "1.1"))
-    ledger.bury("j1", first.fence, outcome={"error": {"code": "poisoned"}}, code="poisoned", task=TASK, job=JOB)
-    deleter = claim(ledger, "j2")
-    assert ledger.shut("1", job_id="j2", fence=deleter.fence) is None
+    first = take_job(ledger)
+    ledger.lock_image("1.2", job_id="j1", fence=first.fence, into=("1", "1.1"))
+    ledger.end_as_dead_letter(
+        "j1", first.fence, outcome={"error": {"code": "poisoned"}}, code="poisoned", task=TASK, job=JOB
+    )
+    deleter = take_job(ledger, "j2")
+    assert ledger.lock_for_delete("1", job_id="j2", fence=deleter.fence) is None
     ledger.replay("j1")
-    again = claim(ledger)
-    assert ledger.hold_image("1.2", job_id="j1", fence=again.fence, into=("1", "1.1")) == "j2"
+    again = take_job(ledger)
+    assert ledger.lock_image("1.2", job_id="j1", fence=again.fence, into=("1", "1.1")) == "j2"
 
 
 def test_only_a_dead_letter_is_replayed_and_only_once(ledger: Ledger) -> None:
     assert ledger.replay("j0") is None
-    running = claim(ledger)
+    running = take_job(ledger)
     assert ledger.replay("j1") is None
     finish(ledger, running.fence)
     assert ledger.replay("j1") is None
-    bury(ledger, "j2")
+    dead_letter(ledger, "j2")
     assert ledger.replay("j2") is not None
     assert ledger.replay("j2") is None
 
@@ -697,28 +708,30 @@ def test_only_a_dead_letter_is_replayed_and_only_once(ledger: Ledger) -> None:
 def test_a_purged_letter_is_gone_and_a_late_message_does_not_begin_it_anew(
     ledger: Ledger, client: fakeredis.FakeRedis
 ) -> None:
-    bury(ledger, "j1")
+    dead_letter(ledger, "j1")
     assert ledger.purge("j1")
     assert (ledger.dead_letter("j1"), list(ledger.dead_letters()), ledger.replay("j1")) == (None, [], None)
     assert not ledger.purge("j1")
     assert client.hget(f"{PREFIX}job:j1", "job") is None
     assert client.pttl(f"{PREFIX}job:j1") > 0
-    late = claim(ledger)
-    assert (late.state, late.outcome["error"]["code"]) == (ClaimState.DONE, "pacs_unavailable")
+    late = take_job(ledger)
+    assert (late.state, late.outcome["error"]["code"]) == (TakeState.DONE, "pacs_unavailable")
 
 
-def test_the_notes_of_a_dead_letter_are_its_own_each_once_and_in_order(ledger: Ledger) -> None:
-    first = claim(ledger)
-    ledger.hold_image("1.2", job_id="j1", fence=first.fence, into=("1", "1.1"))
+def test_the_events_of_a_dead_letter_are_its_own_each_once_and_in_order(ledger: Ledger) -> None:
+    first = take_job(ledger)
+    ledger.lock_image("1.2", job_id="j1", fence=first.fence, into=("1", "1.1"))
     ledger.claim_study("1", server="msdicom", job_id="j0")
-    ledger.intend("j1", first.fence, {"server": "msdicom"}, decision={"server": "msdicom"})
+    ledger.write_intent("j1", first.fence, {"server": "msdicom"}, decision={"server": "msdicom"})
     ledger.park("j1", first.fence, delay_s=0, code="pacs_unavailable", message="Away.")
     ledger.sweep()
     outcome = {"error": {"code": "pacs_unavailable", "message": "Away."}}
-    ledger.bury("j1", claim(ledger).fence, outcome=outcome, code="pacs_unavailable", task=TASK, job=JOB)
+    ledger.end_as_dead_letter(
+        "j1", take_job(ledger).fence, outcome=outcome, code="pacs_unavailable", task=TASK, job=JOB
+    )
     letter = ledger.dead_letter("j1")
     assert letter is not None
-    assert [note.event for note in ledger.notes_of(letter)] == ["routed", "waiting", "ended"]
+    assert [event.event for event in ledger.events_of(letter)] == ["routed", "waiting", "ended"]
 
 
 # --- receipts -----------------------------------------------------------------------------------------------------
@@ -737,7 +750,7 @@ def test_what_is_deleted_voids_the_receipts_below_it_on_its_server_and_no_later_
     assert ledger.receipt("1.2.1.1") is not None
     ledger.void("a", "1.2", series, image, job_id="d2")
     assert ledger.receipt("1.2.1.1") is None
-    voided = ledger.known("1.2.1.1").voided
+    voided = ledger.uid_record("1.2.1.1").voided
     assert voided is not None
     assert (voided.how, voided.job_id) == ("deleted", "d2")
     push("a")
@@ -764,7 +777,7 @@ def test_a_batch_renews_the_receipt_of_an_image_and_leaves_none_for_a_new_one(le
     ledger.stored_many("b", images, job_id="B.apply.0")
     assert ledger.receipt("1.2.1.1") == Receipt("B.apply.0", "b", "bb", 2)
     assert ledger.receipt("1.2.1.2") is None
-    pushes = {push.server: (push.kind, push.job_id, push.voided is None) for push in ledger.known("1.2").pushes}
+    pushes = {push.server: (push.kind, push.job_id, push.voided is None) for push in ledger.uid_record("1.2").pushes}
     assert pushes == {"a": ("upload", "j1", False), "b": ("upload", "B.apply.0", True)}
 
 

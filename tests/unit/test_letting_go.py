@@ -24,7 +24,7 @@ def test_a_worker_that_has_let_go_of_its_jobs_wakes_nobody_for_them(monkeypatch:
     sweeper.start(None)
     try:
         assert poll(lambda: len(sweeps) > 1, timeout_s=10)
-        assert app.let_go() == 0
+        assert app.release_jobs() == 0
         before = len(sweeps)
         assert not poll(lambda: len(sweeps) > before, timeout_s=0.3)
     finally:

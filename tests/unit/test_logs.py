@@ -20,10 +20,10 @@ from courier.redaction import (
     about,
     about_study,
     job_lines,
-    shown_job,
+    printable,
+    redact_job,
+    redact_url,
     shown_result,
-    shown_text,
-    shown_url,
 )
 from worker.app import PacsTask, ShownResult
 from worker.observability.log_format import OURS, configure
@@ -47,19 +47,19 @@ from worker.pacs.fleet import Fleet
     ],
 )
 def test_a_url_is_shown_without_what_may_be_a_credential(url: str, shown: str) -> None:
-    assert shown_url(url) == shown
+    assert redact_url(url) == shown
 
 
 def test_a_signed_url_is_hidden_wherever_in_a_job_it_stands() -> None:
     signed = "https://user:secret@host.example/a?sig=secret"
     job = {"image_url": [signed, {"deep": signed}], "extra": {"deep": signed}, signed: 1, "filters": {signed: "x"}}
-    assert "secret" not in shown_job(job)
-    assert "https://host.example/a" in shown_job(job)
+    assert "secret" not in redact_job(job)
+    assert "https://host.example/a" in redact_job(job)
 
 
 def test_of_a_job_known_fields_are_shown_and_of_others_the_name_at_most() -> None:
     job = {"level": "study", "uid": "1.2.3", "note": "Doe^Jane", "Doe^Jane": 1, "permanent": True, "servers": ["a"]}
-    assert json.loads(shown_job(job)) == {
+    assert json.loads(redact_job(job)) == {
         "level": "study",
         "uid": "1.2.3",
         "note": "…",
@@ -67,7 +67,7 @@ def test_of_a_job_known_fields_are_shown_and_of_others_the_name_at_most() -> Non
         "permanent": True,
         "servers": ["a"],
     }
-    assert json.loads(shown_job({"level": "Doe", "uid": "Doe^Jane"})) == {"level": "…", "uid": "…"}
+    assert json.loads(redact_job({"level": "Doe", "uid": "Doe^Jane"})) == {"level": "…", "uid": "…"}
 
 
 def test_every_field_of_a_job_is_shown_or_hidden_on_purpose() -> None:
@@ -84,8 +84,8 @@ def test_every_field_of_a_job_is_shown_or_hidden_on_purpose() -> None:
 
 @pytest.mark.parametrize("text", ["\ud800", "a\nb", "\u2028", "\x7f", "\u202e"])
 def test_what_cannot_stand_in_a_line_is_replaced(text: str) -> None:
-    assert shown_text(text, limit=10).isprintable()
-    assert shown_job({"server": text}).encode()
+    assert printable(text, limit=10).isprintable()
+    assert redact_job({"server": text}).encode()
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 from courier.errors import InvalidRequest, NotFound, PacsMisanswered, PacsUnauthorized, PacsUnavailable
 from courier.settings import ServerSettings, Settings
 from worker.jobs import lookup
-from worker.jobs.attempt import Run
-from worker.jobs.lookup import exists, look, metadata, settle
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Attempt
+from worker.jobs.lookup import exists, find_on_servers, metadata, settle
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found
 
@@ -41,8 +41,8 @@ def silence(name):
 
 
 def ask(work, *servers, mode="either", **results):
-    tools = Tools(Settings.model_validate({"results": results}), ledger=None, sources=None, fleet=Fleet(servers))
-    return work({"level": "study", "uid": "1.2", "mode": mode}, Run("j", 1, 1, last=False, ledger=None), tools)
+    services = Services(Settings.model_validate({"results": results}), ledger=None, sources=None, fleet=Fleet(servers))
+    return work({"level": "study", "uid": "1.2", "mode": mode}, Attempt("j", 1, 1, last=False, ledger=None), services)
 
 
 # What a says, what b says, the mode; who has it, or how it ends. S: silent, Y: has it, N: has it not.
@@ -70,7 +70,7 @@ def test_silence_is_never_read_as_not_there(first, second, mode, end):
     fleet = Fleet([Answering("a", said[first]("a")), Answering("b", said[second]("b"))])
 
     def asked():
-        return settle("study", "1.2", look("study", "1.2", mode=mode, fleet=fleet)).pacs.server.name
+        return settle("study", "1.2", find_on_servers("study", "1.2", mode=mode, fleet=fleet)).pacs.server.name
 
     if isinstance(end, str):
         assert asked() == end

@@ -26,7 +26,7 @@ def query(server_type: ServerType, filters: Mapping[str, str]) -> StudyQuery:
     return StudyQuery.of(filters, MATCHING[server_type], server)
 
 
-def asked(server_type: ServerType, filters: Mapping[str, str]) -> list[list[tuple[str, str]]]:
+def sent_queries(server_type: ServerType, filters: Mapping[str, str]) -> list[list[tuple[str, str]]]:
     """The conditions of each query that is sent, without the attributes that are asked for."""
     one, offset, queries = query(server_type, filters), 0, []
     while True:
@@ -56,7 +56,7 @@ def test_the_server_is_asked_to_return_what_is_filtered(server_type: ServerType)
 
 @pytest.mark.parametrize("server_type", MATCHING)
 def test_what_the_server_does_not_match_or_matches_every_study_is_not_sent(server_type: ServerType) -> None:
-    assert asked(server_type, {"PatientID": "7", "Modality": "CT", "StudyDate": "*"}) == [[("PatientID", "7")]]
+    assert sent_queries(server_type, {"PatientID": "7", "Modality": "CT", "StudyDate": "*"}) == [[("PatientID", "7")]]
 
 
 @pytest.mark.parametrize("server_type", MATCHING)
@@ -64,26 +64,26 @@ def test_a_list_of_patient_ids_is_one_query_for_each(server_type: ServerType) ->
     date = ("StudyDate", "20260101")
     for value in ("7\\8", "7\\8\\7"):
         filters = {"PatientID": value, "StudyDate": "20260101"}
-        assert asked(server_type, filters) == [[("PatientID", "7"), date], [("PatientID", "8"), date]]
+        assert sent_queries(server_type, filters) == [[("PatientID", "7"), date], [("PatientID", "8"), date]]
 
 
 @pytest.mark.parametrize("server_type", MATCHING)
 def test_a_patient_id_with_a_comma_is_asked_for_as_it_is_too(server_type: ServerType) -> None:
     literal = "7*8" if server_type == "orthanc" else "7,8"
-    assert asked(server_type, {"PatientID": "7,8"}) == [[("PatientID", value)] for value in ("7", "8", literal)]
+    assert sent_queries(server_type, {"PatientID": "7,8"}) == [[("PatientID", value)] for value in ("7", "8", literal)]
 
 
 def test_each_takes_uids_in_its_own_way() -> None:
     filters = {"StudyInstanceUID": "1.1,1.2"}
     first, second = ("StudyInstanceUID", "1.1"), ("StudyInstanceUID", "1.2")
-    assert asked("dcm4chee", filters) == [[first, second]]
-    assert asked("orthanc", filters) == [[("StudyInstanceUID", "1.1,1.2")]]
-    assert asked("msdicom", filters) == asked("dicomweb", filters) == [[first], [second]]
+    assert sent_queries("dcm4chee", filters) == [[first, second]]
+    assert sent_queries("orthanc", filters) == [[("StudyInstanceUID", "1.1,1.2")]]
+    assert sent_queries("msdicom", filters) == sent_queries("dicomweb", filters) == [[first], [second]]
 
 
 def test_lists_are_multiplied_and_too_many_are_refused() -> None:
     filters = {"PatientID": "7\\8", "ModalitiesInStudy": "CT\\MR"}
-    values = [[value for _, value in one] for one in asked("dicomweb", filters)]
+    values = [[value for _, value in one] for one in sent_queries("dicomweb", filters)]
     assert values == [["7", "CT"], ["7", "MR"], ["8", "CT"], ["8", "MR"]]
     many = ",".join(map(str, range(1001)))
     with pytest.raises(InvalidRequest, match="1000 queries"):
@@ -107,13 +107,13 @@ def test_lists_are_multiplied_and_too_many_are_refused() -> None:
     ],
 )
 def test_orthanc_is_asked_for_more_than_is_meant(keyword: str, value: str, sent: str) -> None:
-    assert asked("orthanc", {keyword: value}) == [[(keyword, sent)]]
+    assert sent_queries("orthanc", {keyword: value}) == [[(keyword, sent)]]
 
 
 @pytest.mark.parametrize("server_type", ["dcm4chee", "dicomweb"])
 def test_of_the_groups_of_a_name_the_first_is_sent_and_the_rest_is_matched_here(server_type: ServerType) -> None:
-    assert asked(server_type, {"PatientName": "YAMADA^TAROU=山田^太郎"}) == [[("PatientName", "YAMADA^TAROU*")]]
-    assert asked(server_type, {"PatientName": "=山田^太郎", "StudyID": "1"}) == [[("StudyID", "1")]]
+    assert sent_queries(server_type, {"PatientName": "YAMADA^TAROU=山田^太郎"}) == [[("PatientName", "YAMADA^TAROU*")]]
+    assert sent_queries(server_type, {"PatientName": "=山田^太郎", "StudyID": "1"}) == [[("StudyID", "1")]]
     with pytest.raises(InvalidRequest):
         query(server_type, {"PatientName": "*=山田^太郎"}).check_order()
 
@@ -134,8 +134,8 @@ def test_of_the_groups_of_a_name_the_first_is_sent_and_the_rest_is_matched_here(
 def test_dcm4chee_is_asked_for_names_in_capitals_and_for_any_letter_that_has_two_spellings(
     name: str, sent: str
 ) -> None:
-    assert asked("dcm4chee", {"PatientName": name}) == [[("PatientName", sent)]]
-    assert asked("dcm4chee", {"PatientID": name}) == [[("PatientID", unicodedata.normalize("NFC", name))]]
+    assert sent_queries("dcm4chee", {"PatientName": name}) == [[("PatientName", sent)]]
+    assert sent_queries("dcm4chee", {"PatientID": name}) == [[("PatientID", unicodedata.normalize("NFC", name))]]
 
 
 @pytest.mark.parametrize("filters", [{"PatientName": "Hall*"}, {"PatientName": "=山田"}, {"StudyID": "1"}])

@@ -11,22 +11,22 @@ from typing import Any, cast
 
 import pytest
 
-from courier.batches.store import Item, Settled
+from courier.batches.store import Item, ItemOutcome
 from courier.ledger.jobs import LeaseLost
-from worker.batches.migrations import _Book
+from worker.batches.migrations import _ChunkBook
 
 
-class Slow(_Book):
+class SlowBook(_ChunkBook):
     """A book in which writing takes a while; ``written`` are the entries of each time."""
 
     def __init__(self, *, breaks_at: int | None = None, waits_for: int = 0) -> None:
         super().__init__(cast(Any, SimpleNamespace()))
-        self.written: list[list[Settled]] = []
+        self.written: list[list[ItemOutcome]] = []
         self.alone = threading.Lock()
         self.breaks_at = breaks_at
         self.waits_for = waits_for
 
-    def _settle(self, entries: Sequence[Settled]) -> None:
+    def _record_outcomes(self, entries: Sequence[ItemOutcome]) -> None:
         assert self.alone.acquire(blocking=False), "two have the pen"
         deadline = time.monotonic() + 30
         while not self.written and len(self._waiting) < self.waits_for and time.monotonic() < deadline:
@@ -37,12 +37,12 @@ class Slow(_Book):
         self.written.append(list(entries))
 
 
-def entries(count: int) -> list[Settled]:
-    return [Settled(Item(number, "", f"1.{number}"), "open") for number in range(count)]
+def entries(count: int) -> list[ItemOutcome]:
+    return [ItemOutcome(Item(number, "", f"1.{number}"), "open") for number in range(count)]
 
 
 def test_those_who_wait_for_the_pen_are_written_together_and_each_once() -> None:
-    book = Slow(waits_for=15)
+    book = SlowBook(waits_for=15)
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(book.write, entries(16)))
     assert [len(some) for some in book.written] == [1, 15]
@@ -50,7 +50,7 @@ def test_those_who_wait_for_the_pen_are_written_together_and_each_once() -> None
 
 
 def test_whoever_returns_knows_that_his_entry_stands() -> None:
-    book, lost = Slow(breaks_at=1), 0
+    book, lost = SlowBook(breaks_at=1), 0
     with ThreadPoolExecutor(16) as pool:
         futures = {one.item.number: pool.submit(book.write, one) for one in entries(64)}
     stands = {one.item.number for some in book.written for one in some}

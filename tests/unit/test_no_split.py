@@ -26,8 +26,8 @@ from courier.ledger.jobs import PREFIX, Ledger
 from courier.settings import ServerSettings, Settings
 from sandbox.synthetic import image, new_uid
 from worker.dicom.instances import identify
-from worker.jobs.runner import Done, Failed, Verdict, carry
-from worker.jobs.services import Tools
+from worker.jobs.runner import Done, Failed, JobResult, execute
+from worker.jobs.services import Services
 from worker.jobs.upload import upload
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Outcome, Part, Retrieved
@@ -52,7 +52,7 @@ FATES = (
     "is storing",
 )
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 class Killed(BaseException):
@@ -62,8 +62,8 @@ class Killed(BaseException):
 class InTurn(Fleet):
     """Asks one after the other in the job's own thread, so that the test decides the order."""
 
-    def gather(self, questions: Sequence[Callable[[], Answer]]) -> list[Answer | CourierError]:
-        answers: list[Answer | CourierError] = []
+    def gather(self, questions: Sequence[Callable[[], T]]) -> list[T | CourierError]:
+        answers: list[T | CourierError] = []
         for question in questions:
             try:
                 answers.append(question())
@@ -80,16 +80,16 @@ class Work:
     go_on: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     stands: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     fate: str = "works"
-    verdict: Verdict | None = None
+    result: JobResult | None = None
     killed: bool = False
     over: bool = False
     thread: threading.Thread | None = None
 
-    def start(self, attempt: Callable[[], Verdict]) -> None:
+    def start(self, attempt: Callable[[], JobResult]) -> None:
         def run() -> None:
             Work.current.work = self
             try:
-                self.verdict = attempt()
+                self.result = attempt()
             except Killed:
                 self.killed = True
             finally:
@@ -114,7 +114,7 @@ class Work:
         return self.fate
 
 
-class Server:
+class InterleavedPacs:
     """A PACS as far as an upload asks it."""
 
     keeps_bytes = True
@@ -172,13 +172,13 @@ class Server:
         return self._call(lambda: [{}], changes=False)
 
     def _call(
-        self, effect: Callable[[], Answer], *, changes: bool, instead: Mapping[str, Callable[[], Answer]] | None = None
-    ) -> Answer:
+        self, effect: Callable[[], T], *, changes: bool, instead: Mapping[str, Callable[[], T]] | None = None
+    ) -> T:
         fate = cast(Work, Work.current.work).at_a_call()
         name = self.server.name
         for breaker in (name, name + CHANGES) if changes else (name,):
             if self._breakers.read([breaker])[breaker].name == "open":
-                raise self._error("resting", resting=breaker)
+                raise self._error("resting", open_circuit=breaker)
         if self.down:
             raise self._error("connect")
         if fate == "dies before":
@@ -194,21 +194,21 @@ class Server:
             raise self._error("answer")
         return answer
 
-    def _error(self, phase: str, *, resting: str | None = None) -> PacsUnavailable:
+    def _error(self, phase: str, *, open_circuit: str | None = None) -> PacsUnavailable:
         error = PacsUnavailable("No.", server_name=self.server.name, server_type="dicomweb", details={"phase": phase})
-        error.resting, error.is_attempt = resting, resting is None
+        error.open_circuit, error.is_attempt = open_circuit, open_circuit is None
         return error
 
 
-class Files:
+class NumberedSource:
     def fetch(self, url: str) -> Fetched:
         content = IMAGES[int(url[-1])]
         return Fetched(io.BytesIO(content), len(content), hashlib.sha256(content).hexdigest(), "http://host/x")
 
 
-class NoPulse:
+class NoHeartbeat:
     @contextmanager
-    def beating(self, _: object) -> Iterator[None]:
+    def keep_alive(self, _: object) -> Iterator[None]:
         yield
 
     def show(self, *_: object) -> None:
@@ -221,17 +221,17 @@ class JobsOfOneStudy(RuleBasedStateMachine):
         self.client = fakeredis.FakeRedis(decode_responses=True)
         self.ledger = Ledger(self.client)
         self.breakers = Breakers(self.client)
-        self.servers = [Server(name, self.breakers) for name in NAMES]
+        self.servers = [InterleavedPacs(name, self.breakers) for name in NAMES]
         self.jobs: dict[str, dict[str, Any]] = {}
         self.works: dict[str, Work] = {}
-        self.ends: dict[str, Verdict] = {}
+        self.ends: dict[str, JobResult] = {}
 
     @initialize(policy=st.sampled_from(["preferred", "weighted", "balanced"]), seed=st.integers(0, 9))
     def open(self, policy: str, seed: int) -> None:
-        self.tools = Tools(
+        self.services = Services(
             settings=Settings.model_validate({"routing": {"policy": policy}, "jobs": {"max_attempts": 1000}}),
             ledger=self.ledger,
-            sources=cast(Any, Files()),
+            sources=cast(Any, NumberedSource()),
             fleet=InTurn(cast(Any, self.servers), threads=1),
             breakers=self.breakers,
             rng=random.Random(seed),
@@ -343,23 +343,27 @@ class JobsOfOneStudy(RuleBasedStateMachine):
         self.client.delete(*self.client.keys(f"{PREFIX}died:*") or ["none"])
         work = self.works[job_id] = Work()
         job = self.jobs[job_id]
-        pulse = cast(Any, NoPulse())
-        work.start(lambda: carry(upload, task="pacs.upload", job_id=job_id, message=job, tools=self.tools, pulse=pulse))
-        self._look(job_id)
+        heartbeat = cast(Any, NoHeartbeat())
+        work.start(
+            lambda: execute(
+                upload, task="pacs.upload", job_id=job_id, message=job, services=self.services, heartbeat=heartbeat
+            )
+        )
+        self._note_end(job_id)
 
     def _step(self, job_id: str, fate: str) -> None:
         self.works[job_id].step(fate)
-        self._look(job_id)
+        self._note_end(job_id)
 
-    def _look(self, job_id: str) -> None:
+    def _note_end(self, job_id: str) -> None:
         work = self.works[job_id]
         if not work.over:
             return
         del self.works[job_id]
         if work.killed:
             self.client.hset(f"{PREFIX}job:{job_id}", "lease_ms", 0)
-        elif isinstance(work.verdict, Done | Failed):
-            self.ends[job_id] = work.verdict
+        elif isinstance(work.result, Done | Failed):
+            self.ends[job_id] = work.result
 
 
 JobsOfOneStudy.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -12,7 +12,7 @@ import pytest
 from celery.worker import state
 from kombu.utils.limits import TokenBucket
 
-from courier.ledger.jobs import IN_HAND, PREFIX, ClaimState, DueJob, Ledger
+from courier.ledger.jobs import IN_HAND, PREFIX, DueJob, Ledger, TakeState
 from worker.runtime import celery_internals
 
 TASK, JOB = "pacs.upload", {"image_url": "http://host/a.dcm"}
@@ -48,14 +48,14 @@ class Queue:
         self.sent += ids
         return ids
 
-    def take(self) -> ClaimState:
+    def take(self) -> TakeState:
         """A worker takes the first message, and ends its job."""
         job_id = self.messages.popleft()
-        claim = self.ledger.claim(job_id, task=TASK, job=JOB, queue="q")
-        if claim.state is ClaimState.YOURS:
-            self.ledger.finish(job_id, claim.fence, outcome={"payload": {}}, code="done", task=TASK, job=JOB)
-        self.ledger.told(job_id)
-        return claim.state
+        taken = self.ledger.take(job_id, task=TASK, job=JOB, queue="q")
+        if taken.state is TakeState.YOURS:
+            self.ledger.finish(job_id, taken.fence, outcome={"payload": {}}, code="done", task=TASK, job=JOB)
+        self.ledger.published(job_id)
+        return taken.state
 
 
 @pytest.fixture
@@ -73,14 +73,14 @@ def test_a_long_queue_gets_no_second_message_however_often_its_jobs_are_due(queu
     while queue.messages:
         for _ in range(3):
             assert queue.sweep() == []
-        assert queue.take() is ClaimState.YOURS
+        assert queue.take() is TakeState.YOURS
 
 
 def test_a_queue_that_grows_faster_than_it_is_taken_from_gets_none_either(queue: Queue) -> None:
     for number in range(60):
         queue.submit(*names(3, f"{number}-"))
         assert queue.sweep() == []
-        assert queue.take() is ClaimState.YOURS
+        assert queue.take() is TakeState.YOURS
 
 
 def test_a_queue_that_nobody_reads_gets_none(queue: Queue) -> None:
@@ -94,7 +94,7 @@ def test_all_messages_of_a_broker_that_was_emptied_are_sent_again_once(queue: Qu
     queue.messages.clear()
     assert sorted(queue.sweep()) == names(10)
     assert queue.sweep() == []
-    assert [queue.take() for _ in range(10)] == [ClaimState.YOURS] * 10
+    assert [queue.take() for _ in range(10)] == [TakeState.YOURS] * 10
 
 
 def test_a_message_that_is_lost_from_a_queue_that_never_runs_empty_is_sent_when_those_before_it_were_taken(
@@ -136,12 +136,12 @@ def test_messages_in_the_hands_of_a_worker_are_not_sent_again_until_it_says_no_m
 
 def test_what_a_worker_holds_moves_neither_a_lease_nor_a_wait(queue: Queue) -> None:
     ledger = queue.ledger
-    running, waiting = (ledger.claim(name, task=TASK, job=JOB) for name in ("running", "waiting"))
+    running, waiting = (ledger.take(name, task=TASK, job=JOB) for name in ("running", "waiting"))
     ledger.park("waiting", waiting.fence, delay_s=5, code="waiting", message="…")
     before = queue.client.zrange(f"{PREFIX}due", 0, -1, withscores=True)
     ledger.in_hand(["running", "waiting"])
     assert queue.client.zrange(f"{PREFIX}due", 0, -1, withscores=True) == before
-    assert running.state is ClaimState.YOURS
+    assert running.state is TakeState.YOURS
 
 
 @pytest.mark.parametrize("why", ["parked", "lease ran out", "no message was sent", "could not be sent", "cancelled"])
@@ -151,9 +151,9 @@ def test_a_job_that_no_message_is_under_way_for_gets_one_at_once_though_the_queu
     ledger = queue.ledger
     queue.messages.extend(names(1000, "foreign"))
     if why in ("parked", "lease ran out"):
-        claim = ledger.claim("j", task=TASK, job=JOB)
+        taken = ledger.take("j", task=TASK, job=JOB)
         if why == "parked":
-            ledger.park("j", claim.fence, delay_s=0, code="waiting", message="…")
+            ledger.park("j", taken.fence, delay_s=0, code="waiting", message="…")
         queue.client.hset(f"{PREFIX}job:j", "lease_ms", 0)
     else:
         ledger.submit("j", task=TASK, job=JOB, due_in_s=0 if why == "no message was sent" else None)
@@ -175,8 +175,8 @@ def test_a_broker_that_does_not_say_what_is_in_its_queues_gets_nothing_twice(que
 
 def test_what_is_taken_is_counted_by_queue_whatever_becomes_of_it(queue: Queue) -> None:
     for name in ("a", "a", "b"):
-        queue.ledger.claim(name, task=TASK, job=JOB, queue="q")
-    queue.ledger.claim("c", task=TASK, job=JOB)
+        queue.ledger.take(name, task=TASK, job=JOB, queue="q")
+    queue.ledger.take("c", task=TASK, job=JOB)
     assert queue.client.hgetall(f"{PREFIX}taken") == {"q": "3"}
 
 

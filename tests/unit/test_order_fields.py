@@ -16,7 +16,7 @@ from courier import schema
 from courier.batches.planner import Planned, Planner
 from courier.batches.store import CHUNK_TASK, Batches, chunk_job, chunk_pass
 from courier.errors import CourierError
-from courier.ledger.jobs import PREFIX, Known, Ledger, Note, StudyPush, Voided, content_digest
+from courier.ledger.jobs import PREFIX, Event, Ledger, StudyPush, UidRecord, Voided, content_digest
 from courier.messages import (
     BatchContinueJob,
     BatchDeleteJob,
@@ -33,22 +33,22 @@ from courier.messages import (
     old_spellings,
     read_job,
 )
-from courier.redaction import REASON_LENGTH, REQUESTED_BY_LENGTH, shown_job, stated
+from courier.redaction import REASON_LENGTH, REQUESTED_BY_LENGTH, redact_job, stated
 from courier.settings import Settings
 from producer import Courier
-from producer.batches import BatchDesk
-from producer.dead_letters import DeadDesk
+from producer.batches import BatchClient
+from producer.dead_letters import DeadLetterClient
 from producer.errors import InvalidRequest
 from producer.orders import Order, of_plan_file
 from producer.plans import PlanHeader, PlanLine, write
-from worker.batches.coordinator import Conductor, conducted, order
+from worker.batches.coordinator import Coordinator, coordinated, order
 from worker.batches.delete_all import delete_all
 from worker.batches.deletions import StudyDeletions, delete_many
 from worker.batches.downloads import download_all
 from worker.batches.migrations import migrate
-from worker.jobs.attempt import NotYet, Run
+from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.delete import delete
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.jobs.trace import MAX_JOBS, _jobs
 from worker.pacs.fleet import Fleet
 
@@ -161,14 +161,14 @@ def ledger() -> Iterator[Ledger]:
         yield Ledger(client)
 
 
-def worker(ledger: Ledger) -> Tools:
+def worker(ledger: Ledger) -> Services:
     servers = [Untouched("a"), Untouched("b")]
-    return Tools(Settings(), ledger, cast(Any, None), Fleet(cast(Any, servers)), destinations=cast(Any, None))
+    return Services(Settings(), ledger, cast(Any, None), Fleet(cast(Any, servers)), destinations=cast(Any, None))
 
 
-def attempt(ledger: Ledger, job_id: str, task: str, job: Mapping[str, Any]) -> Run:
-    claim = ledger.claim(job_id, task=task, job=job)
-    return Run(job_id, claim.fence, claim.attempt, last=False, ledger=ledger, memo=claim.memo)
+def attempt(ledger: Ledger, job_id: str, task: str, job: Mapping[str, Any]) -> Attempt:
+    taken = ledger.take(job_id, task=task, job=job)
+    return Attempt(job_id, taken.fence, taken.attempt, last=False, ledger=ledger, checkpoint=taken.checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -190,21 +190,21 @@ def test_a_worker_refuses_the_order_and_asks_no_server(ledger: Ledger, task: str
     assert Batches(ledger).get("J") is None
 
 
-@pytest.mark.parametrize("wish", [Conductor.apply, Conductor.retry, Conductor.verify, Conductor.undo])
+@pytest.mark.parametrize("wish", [Coordinator.apply, Coordinator.retry, Coordinator.verify, Coordinator.undo])
 def test_a_batch_is_not_gone_on_with_by_an_order_with_a_field_that_is_not_known(ledger: Ledger, wish: Any) -> None:
-    Batches(ledger).open("B", kind="delete", order={}, width=1)
+    Batches(ledger).open("B", kind="delete", order={}, concurrency=1)
     message = {"batch_id": "B", "dryRun": True}
     run = attempt(ledger, "J", "pacs.batch.apply", message)
     with pytest.raises(InvalidRequest, match="dryRun"):
-        conducted(message, run, worker(ledger), kinds={"delete": StudyDeletions()}, wish=wish)
+        coordinated(message, run, worker(ledger), kinds={"delete": StudyDeletions()}, command=wish)
     batch = Batches(ledger).get("B")
     assert batch is not None
-    assert (batch.state, batch.conductor) == ("planning", "")
+    assert (batch.state, batch.coordinator) == ("planning", "")
 
 
 def test_the_plan_of_an_order_that_is_refused_is_given_up(ledger: Ledger) -> None:
     batches = Batches(ledger)
-    batches.open("B", kind="delete", order={}, width=1)
+    batches.open("B", kind="delete", order={}, concurrency=1)
     with Planner(batches, "B") as planner:
         planner.add(Planned("1.2.3"))
         planner.freeze()
@@ -225,7 +225,7 @@ def methods(kind: type) -> Iterator[tuple[str, inspect.Signature]]:
             yield name, inspect.signature(member)
 
 
-@pytest.mark.parametrize("kind", [Courier, BatchDesk, DeadDesk])
+@pytest.mark.parametrize("kind", [Courier, BatchClient, DeadLetterClient])
 def test_every_method_of_the_library_names_and_types_its_options(kind: type) -> None:
     for name, signature in methods(kind):
         for parameter in list(signature.parameters.values())[1:]:
@@ -236,17 +236,17 @@ def test_every_method_of_the_library_names_and_types_its_options(kind: type) -> 
 def test_whatever_enqueues_a_job_takes_who_requested_it_and_why() -> None:
     jobs = {"upload", "exists", "metadata", "status", "storage", "database", "delete", "studies", "download", "audit"}
     ordered = {"upload", "delete", "download", "migrate", "apply", "apply_file", "retry", "verify", "undo"}
-    for kind, names in ((Courier, {*jobs, "trace", "delete_all"}), (BatchDesk, ordered)):
+    for kind, names in ((Courier, {*jobs, "trace", "delete_all"}), (BatchClient, ordered)):
         signatures = dict(methods(kind))
         assert {name for name in names if not {"requested_by", "reason"} <= set(signatures[name].parameters)} == set()
 
 
-class Sent:
+class RecordingLibrary:
     """A library whose messages are kept."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.jobs: list[dict[str, Any]] = []
-        self.ledger, self.desk = ledger, BatchDesk(ledger, cast(Any, self.enqueue))
+        self.ledger, self.client = ledger, BatchClient(ledger, cast(Any, self.enqueue))
 
     def enqueue(self, task: str, kind: Any, job: Any, **_: Any) -> Any:
         given = {name: value for name, value in job.items() if value is not None}
@@ -255,8 +255,8 @@ class Sent:
 
 
 @pytest.fixture
-def sent(ledger: Ledger) -> Sent:
-    return Sent(ledger)
+def sent(ledger: Ledger) -> RecordingLibrary:
+    return RecordingLibrary(ledger)
 
 
 @pytest.mark.parametrize(
@@ -276,10 +276,10 @@ def sent(ledger: Ledger) -> Sent:
     ],
 )
 def test_a_misspelt_option_of_the_library_is_a_type_error_and_nothing_is_planned(
-    sent: Sent, method: str, options: dict[str, Any]
+    sent: RecordingLibrary, method: str, options: dict[str, Any]
 ) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument"):
-        getattr(sent.desk, method)(["1.2.3"], **options)
+        getattr(sent.client, method)(["1.2.3"], **options)
     assert (sent.jobs, Batches(sent.ledger).list()) == ([], [])
 
 
@@ -295,15 +295,15 @@ def test_a_single_deletion_has_no_option_server_and_takes_no_name_for_a_list_of_
             courier.delete("study", "1.2.3", servers=servers)
 
 
-def test_a_name_given_for_a_list_of_names_is_refused_and_not_taken_letter_by_letter(sent: Sent) -> None:
+def test_a_name_given_for_a_list_of_names_is_refused_and_not_taken_letter_by_letter(sent: RecordingLibrary) -> None:
     for method, more in (("delete", {}), ("download", {"destination": "file:///out"})):
         with pytest.raises(InvalidRequest, match="servers"):
-            getattr(sent.desk, method)(["1.2.3"], servers="ab", **more)
+            getattr(sent.client, method)(["1.2.3"], servers="ab", **more)
     assert (sent.jobs, Batches(sent.ledger).list()) == ([], [])
 
 
-def test_options_that_are_as_without_them_are_not_sent_and_all_others_are(sent: Sent) -> None:
-    sent.desk.delete(filters={"StudyDate": "20250101"}, dry_run=True, verify=False, window="20:00-06:00")
+def test_options_that_are_as_without_them_are_not_sent_and_all_others_are(sent: RecordingLibrary) -> None:
+    sent.client.delete(filters={"StudyDate": "20250101"}, dry_run=True, verify=False, window="20:00-06:00")
     assert sent.jobs[-1] == {
         "filters": {"StudyDate": "20250101"},
         "permanent": True,
@@ -312,11 +312,11 @@ def test_options_that_are_as_without_them_are_not_sent_and_all_others_are(sent: 
         "window": "20:00-06:00",
     }
     with pytest.raises(InvalidRequest, match="dry_run"):
-        sent.desk.delete(everything=True, dry_run=cast(Any, "yes"))
+        sent.client.delete(everything=True, dry_run=cast(Any, "yes"))
     with pytest.raises(InvalidRequest, match="everything"):
-        sent.desk.delete(everything=cast(Any, "x"))
+        sent.client.delete(everything=cast(Any, "x"))
     with pytest.raises(InvalidRequest, match="verify"):
-        sent.desk.delete(everything=True, verify=cast(Any, "no"))
+        sent.client.delete(everything=True, verify=cast(Any, "no"))
 
 
 # --- old names and further ones -----------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_keep_is_a_field_of_no_other_order() -> None:
         assert refusal(kind, {**STRICT[kind], "keep": "s3://kept/x"}).details == {"field": "keep"}
 
 
-def test_source_and_target_are_other_names_and_two_names_with_two_values_are_refused(sent: Sent) -> None:
+def test_source_and_target_are_other_names_and_two_names_with_two_values_are_refused(sent: RecordingLibrary) -> None:
     assert read_job(BatchMigrateJob, {**ITEMS, "source": "a", "target": "b"}) == read_job(
         BatchMigrateJob, STRICT[BatchMigrateJob]
     )
@@ -349,24 +349,24 @@ def test_source_and_target_are_other_names_and_two_names_with_two_values_are_ref
     error = refusal(BatchMigrateJob, {**STRICT[BatchMigrateJob], "source": "c"})
     assert (error.details, "from_server" in error.message) == ({"field": "source"}, True)
     for names in ({"source": "a", "target": "b"}, {"from_server": "a", "to_server": "b", "target": "b"}):
-        sent.desk.migrate(filters={"StudyDate": "20250101"}, **names)
+        sent.client.migrate(filters={"StudyDate": "20250101"}, **names)
         assert (sent.jobs[-1]["from_server"], sent.jobs[-1]["to_server"]) == ("a", "b")
     with pytest.raises(InvalidRequest, match="to_server"):
-        sent.desk.migrate(["1.2"], from_server="a", to_server="b", target="c")
+        sent.client.migrate(["1.2"], from_server="a", to_server="b", target="c")
     with pytest.raises(InvalidRequest, match="from_server"):
-        sent.desk.migrate(["1.2"], to_server="b")
+        sent.client.migrate(["1.2"], to_server="b")
 
 
-def test_the_library_warns_of_keep_where_it_is_called_and_refuses_both(sent: Sent) -> None:
+def test_the_library_warns_of_keep_where_it_is_called_and_refuses_both(sent: RecordingLibrary) -> None:
     with pytest.warns(DeprecationWarning, match="keep is called backup") as told:
-        sent.desk.delete(filters={"StudyDate": "20250101"}, keep="s3://kept/x")
+        sent.client.delete(filters={"StudyDate": "20250101"}, keep="s3://kept/x")
     assert told[0].filename == __file__
     assert (sent.jobs[-1]["backup"], "keep" in sent.jobs[-1]) == ("s3://kept/x", False)
     with pytest.raises(InvalidRequest, match="backup"):
-        sent.desk.delete(["1.2"], keep="s3://kept/x", backup="s3://kept/x")
+        sent.client.delete(["1.2"], keep="s3://kept/x", backup="s3://kept/x")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sent.desk.delete(["1.2"], backup="s3://kept/x")
+        sent.client.delete(["1.2"], backup="s3://kept/x")
 
 
 def plan_file(path: Path, *, kind: str = "delete", item: str = "1.2.3", **more: Any) -> Path:
@@ -375,29 +375,31 @@ def plan_file(path: Path, *, kind: str = "delete", item: str = "1.2.3", **more: 
     return path
 
 
-def test_a_plan_file_that_says_keep_is_applied_with_a_warning(sent: Sent, tmp_path: Path) -> None:
+def test_a_plan_file_that_says_keep_is_applied_with_a_warning(sent: RecordingLibrary, tmp_path: Path) -> None:
     path = plan_file(tmp_path / "old.jsonl", order={"permanent": True, "keep": "s3://kept/x", "verify": True})
     with pytest.warns(DeprecationWarning, match="keep is called backup") as told:
-        sent.desk.apply(path)
+        sent.client.apply(path)
     assert told[0].filename == __file__
     assert (sent.jobs[-1]["backup"], sent.jobs[-1]["planned"]) == ("s3://kept/x", True)
     (batch,) = Batches(sent.ledger).list()
     assert batch.order["backup"] == "s3://kept/x"
-    header, _ = sent.desk.plan(batch.id)
+    header, _ = sent.client.plan(batch.id)
     assert (header.order["backup"], "keep" in header.order) == ("s3://kept/x", False)
     assert header.version == 2, "version 0.1 refuses it, for it would delete without the backup"
     both = {"keep": "s3://kept/x", "backup": "s3://kept/x"}
     with pytest.raises(InvalidRequest, match="backup"):
-        sent.desk.apply(plan_file(tmp_path / "both.jsonl", order=both))
+        sent.client.apply(plan_file(tmp_path / "both.jsonl", order=both))
 
 
-def test_a_plan_file_with_fields_that_are_not_known_is_refused_where_it_deletes(sent: Sent, tmp_path: Path) -> None:
+def test_a_plan_file_with_fields_that_are_not_known_is_refused_where_it_deletes(
+    sent: RecordingLibrary, tmp_path: Path
+) -> None:
     with pytest.raises(InvalidRequest, match="dry_run"):
-        sent.desk.apply(plan_file(tmp_path / "a.jsonl", order={"dryRun": True}))
+        sent.client.apply(plan_file(tmp_path / "a.jsonl", order={"dryRun": True}))
     with pytest.raises(InvalidRequest, match="only_hide"):
-        sent.desk.apply(plan_file(tmp_path / "b.jsonl", only_hide=True))
+        sent.client.apply(plan_file(tmp_path / "b.jsonl", only_hide=True))
     with pytest.raises(InvalidRequest, match="from_server"):
-        sent.desk.apply(plan_file(tmp_path / "c.jsonl", kind="migrate", order={"fromServer": "a", "to_server": "b"}))
+        sent.client.apply(plan_file(tmp_path / "c.jsonl", kind="migrate", order={"fromServer": "a", "to_server": "b"}))
     assert Batches(sent.ledger).list() == []
     url = "https://host/a.dcm"
     of_plan_file(plan_file(tmp_path / "d.jsonl", kind="upload", item=url, colour="red", order={"colour": "red"}))
@@ -406,11 +408,11 @@ def test_a_plan_file_with_fields_that_are_not_known_is_refused_where_it_deletes(
 def test_the_batch_of_a_message_that_says_keep_has_the_warning_once_whoever_planned_it(ledger: Ledger) -> None:
     message = {**ITEMS, "keep": "file:///kept/x", "verify": False}
     for _ in range(2):
-        claim = ledger.claim("J", task="pacs.batch.delete", job=message)
-        run = Run("J", claim.fence, 1, last=False, ledger=ledger)
-        with pytest.raises(NotYet):  # it goes on
-            order(message, run, worker(ledger), kind=StudyDeletions(), name="delete", form=BatchDeleteJob)
-        ledger.park("J", claim.fence, delay_s=0, code="", message="")
+        taken = ledger.take("J", task="pacs.batch.delete", job=message)
+        attempt = Attempt("J", taken.fence, 1, last=False, ledger=ledger)
+        with pytest.raises(Postpone):  # it goes on
+            order(message, attempt, worker(ledger), kind=StudyDeletions(), name="delete", form=BatchDeleteJob)
+        ledger.park("J", taken.fence, delay_s=0, code="", message="")
     batch = Batches(ledger).get("J")
     assert batch is not None
     assert (batch.frozen, len(batch.warnings), batch.order["backup"]) == (True, 1, "file:///kept/x")
@@ -418,7 +420,7 @@ def test_the_batch_of_a_message_that_says_keep_has_the_warning_once_whoever_plan
 
 def test_the_ledger_says_backup_in_both_words_so_that_no_worker_overlooks_it(ledger: Ledger) -> None:
     batches = Batches(ledger)
-    batches.open("new", kind="delete", order={"backup": "s3://kept/x", "permanent": True}, width=1)
+    batches.open("new", kind="delete", order={"backup": "s3://kept/x", "permanent": True}, concurrency=1)
     row = json.loads(cast(str, ledger.client.hget(f"{PREFIX}batch:new", "order")))
     assert (row["keep"], row["backup"]) == ("s3://kept/x", "s3://kept/x")
     ledger.client.hset(f"{PREFIX}batch:old", mapping={**ledger.client.hgetall(f"{PREFIX}batch:new")})
@@ -473,14 +475,14 @@ WHY = {"requested_by": "Dr. Who", "reason": "Doe^Jane asked for it"}
 
 def test_who_and_why_are_kept_with_the_job_whoever_writes_it_down_first(ledger: Ledger) -> None:
     ledger.submit("j1", task="t", job={"uid": "1.2", **WHY})
-    ledger.claim("j2", task="t", job={"uid": "1.2", **WHY})
+    ledger.take("j2", task="t", job={"uid": "1.2", **WHY})
     ledger.submit("j3", task="t", job={"uid": "1.2"})
     for job_id in ("j1", "j2"):
-        record = ledger.look(job_id)
+        record = ledger.read_record(job_id)
         assert (record["requested_by"], record["reason"]) == (WHY["requested_by"], WHY["reason"])
-    assert not WHY.keys() & ledger.look("j3").keys()
-    claim = ledger.claim("j1", task="t", job={"uid": "1.2", **WHY})
-    ledger.bury("j1", claim.fence, outcome={"error": {}}, code="poisoned", task="t", job={"uid": "1.2"})
+    assert not WHY.keys() & ledger.read_record("j3").keys()
+    taken = ledger.take("j1", task="t", job={"uid": "1.2", **WHY})
+    ledger.end_as_dead_letter("j1", taken.fence, outcome={"error": {}}, code="poisoned", task="t", job={"uid": "1.2"})
     letter = ledger.dead_letter("j1")
     assert letter is not None
     assert (letter.requested_by, letter.reason) == (WHY["requested_by"], WHY["reason"])
@@ -492,31 +494,31 @@ def test_another_reason_makes_no_other_job_and_counts_no_crash_apart(ledger: Led
     assert ledger.submit("j1", task="t", job={**job, **WHY})
     assert not ledger.submit("j1", task="t", job={**job, "reason": "another"})
     assert not ledger.submit("j1", task="t", job=job)
-    assert ledger.look("j1")["reason"] == WHY["reason"]
+    assert ledger.read_record("j1")["reason"] == WHY["reason"]
     assert content_digest("t", {**job, **WHY}) == content_digest("t", job)
     with pytest.raises(CourierError):
         ledger.submit("j1", task="t", job={**job, "server": "a"})
 
 
 def test_who_and_why_are_shown_by_the_batch_and_by_each_pass_and_stand_in_no_error_event_or_plan_file(
-    sent: Sent,
+    sent: RecordingLibrary,
 ) -> None:
-    sent.desk.delete(["1.2.3"], backup="s3://kept/x", requested_by=WHY["requested_by"], reason=WHY["reason"])
+    sent.client.delete(["1.2.3"], backup="s3://kept/x", requested_by=WHY["requested_by"], reason=WHY["reason"])
     (batch,) = Batches(sent.ledger).list()
     sent.ledger.submit("undo", task="pacs.batch.undo", job={"batch_id": batch.id, "reason": "it was wrong"})
     sent.ledger.client.hset(f"{PREFIX}batch:{batch.id}", "undo:begun_by", "undo")
-    told = sent.desk.told(sent.desk.get(batch.id))
+    told = sent.client.published(sent.client.get(batch.id))
     assert {name: told[name] for name in WHY} == WHY
     assert (told["passes"]["undo"]["reason"], told["passes"]["undo"]["requested_by"]) == ("it was wrong", None)
-    header, _ = sent.desk.plan(batch.id)
-    for public in (json.dumps(batch.as_json()), header.model_dump_json(), shown_job(sent.jobs[-1])):
+    header, _ = sent.client.plan(batch.id)
+    for public in (json.dumps(batch.as_json()), header.model_dump_json(), redact_job(sent.jobs[-1])):
         assert "Doe" not in public
         assert "Dr. Who" not in public
 
 
 def test_the_pass_of_a_chunk_is_known_by_its_id(ledger: Ledger) -> None:
     batches = Batches(ledger)
-    batches.open("a.apply.b", kind="delete", order={}, width=1)
+    batches.open("a.apply.b", kind="delete", order={}, concurrency=1)
     batch = batches.get("a.apply.b")
     assert batch is not None
     assert chunk_pass(chunk_job(batch, "undo", 12).job_id) == ("a.apply.b", "undo")
@@ -526,14 +528,14 @@ def test_the_pass_of_a_chunk_is_known_by_its_id(ledger: Ledger) -> None:
 
 def test_a_trace_says_of_a_piece_of_a_batch_who_asked_for_the_pass_that_it_belongs_to(ledger: Ledger) -> None:
     batches = Batches(ledger)
-    batches.open("B", kind="delete", order={"reason": "of the order"}, width=1)
+    batches.open("B", kind="delete", order={"reason": "of the order"}, concurrency=1)
     ledger.submit("undo", task="pacs.batch.undo", job={"batch_id": "B", **WHY})
     ledger.client.hset(f"{PREFIX}batch:B", "undo:begun_by", "undo")
     for job_id in ("B.undo.0", "B.undo.0.1", "B.verify.0"):
         ledger.submit(job_id, task=CHUNK_TASK, job={"batch_id": "B"})
     ledger.submit("B.undo.7", task="pacs.delete", job={"reason": "an id that only looks like it"})
-    notes = [Note(0, "ended", job_id, {}) for job_id in ("B.undo.0", "B.undo.0.1", "B.verify.0", "B.undo.7", "gone")]
-    jobs = _jobs({"1.2": Known(notes, None, [], {}, {})}, ledger)
+    history = [Event(0, "ended", job_id, {}) for job_id in ("B.undo.0", "B.undo.0.1", "B.verify.0", "B.undo.7", "gone")]
+    jobs = _jobs({"1.2": UidRecord(history, None, [], {}, {})}, ledger)
     assert {job.job_id: (job.requested_by, job.reason) for job in jobs} == {
         "B.undo.0": tuple(WHY.values()),
         "B.undo.0.1": tuple(WHY.values()),
@@ -543,18 +545,18 @@ def test_a_trace_says_of_a_piece_of_a_batch_who_asked_for_the_pass_that_it_belon
 
 
 def test_a_trace_says_who_asked_for_the_batch_that_deleted_an_image_or_its_study(ledger: Ledger) -> None:
-    Batches(ledger).open("B", kind="delete", order={}, width=1)
+    Batches(ledger).open("B", kind="delete", order={}, concurrency=1)
     ledger.submit("B", task="pacs.batch.delete", job=WHY)
     ledger.client.hset(f"{PREFIX}batch:B", "apply:begun_by", "B")
     ledger.submit("B.apply.0", task=CHUNK_TASK, job={"batch_id": "B"})
     deleted = Voided("deleted", 2, "B.apply.0")
     pushes = [StudyPush("upload", "ward", "u1", 1, None, deleted)]
-    trail = [Note(0, "waiting", f"j{number}", {}) for number in range(MAX_JOBS)]
-    for known in (
-        Known(trail, None, [], {}, {"server": "ward", "job_id": "u1"}, voided=deleted),
-        Known(trail, None, [], {}, {}, pushes=pushes),
+    history = [Event(0, "waiting", f"j{number}", {}) for number in range(MAX_JOBS)]
+    for uid_records in (
+        UidRecord(history, None, [], {}, {"server": "ward", "job_id": "u1"}, voided=deleted),
+        UidRecord(history, None, [], {}, {}, pushes=pushes),
     ):
-        (job,) = _jobs({"1.2": known}, ledger)
+        (job,) = _jobs({"1.2": uid_records}, ledger)
         assert (job.job_id, job.requested_by, job.reason) == ("B.apply.0", *WHY.values())
 
 

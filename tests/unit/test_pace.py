@@ -11,16 +11,16 @@ from zoneinfo import ZoneInfo
 import fakeredis
 import pytest
 
-from courier.batches.store import Batch, Item, Settled
+from courier.batches.store import Batch, Item, ItemOutcome
 from courier.errors import InvalidRequest
 from courier.ledger.jobs import Ledger
 from courier.messages import BatchOrderJob, read_job
 from courier.settings import Settings
 from courier.windows import Window
-from worker.batches.coordinator import Spent
-from worker.batches.throttle import Pace, Rate
-from worker.jobs.attempt import NotYet, Run
-from worker.jobs.services import Tools
+from worker.batches.coordinator import Usage
+from worker.batches.throttle import Rate, Throttle
+from worker.jobs.attempt import Attempt, Postpone
+from worker.jobs.services import Services
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -61,7 +61,7 @@ def test_a_rate_in_tickets_is_never_faster_and_hardly_slower(per_s: float) -> No
 
 
 @dataclass
-class Clock:
+class SleepClock:
     """Time goes on when somebody sleeps; `limits` looks at it as well."""
 
     now_s: float = 1_700_000_000.0
@@ -76,136 +76,136 @@ class Clock:
 
 
 @dataclass
-class Bench:
+class ThrottleBench:
     client: fakeredis.FakeRedis
-    clock: Clock
+    clock: SleepClock
 
-    def pace(self, memo: Mapping[str, Any] | None = None, **order: Any) -> Pace:
+    def throttle(self, checkpoint: Mapping[str, Any] | None = None, **order: Any) -> Throttle:
         ledger = Ledger(self.client)
         none = cast(Any, None)
-        tools = Tools(Settings(), ledger, none, none, now=self.clock.now, sleep=self.clock.sleep)
-        run = Run("B.apply.0", 1, 1, last=False, ledger=ledger, memo=cast(Any, memo))
-        return Pace(Batch("B", "running", "imagined", order), run, tools)
+        services = Services(Settings(), ledger, none, none, now=self.clock.now, sleep=self.clock.sleep)
+        attempt = Attempt("B.apply.0", 1, 1, last=False, ledger=ledger, checkpoint=cast(Any, checkpoint))
+        return Throttle(Batch("B", "running", "imagined", order), attempt, services)
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    clock = Clock()
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThrottleBench]:
+    clock = SleepClock()
     monkeypatch.setattr("limits.storage.redis.time.time", clock.now)
     with fakeredis.FakeRedis(decode_responses=True) as client:
-        yield Bench(client, clock)
+        yield ThrottleBench(client, clock)
 
 
 def items(number: int, size_bytes: int | None = None) -> list[Item]:
     return [Item(at, "a", f"1.{at}", size_bytes) for at in range(number)]
 
 
-def test_a_batch_without_limits_waits_for_nothing(bench: Bench) -> None:
-    pace = bench.pace()
-    pace.wait(items(100))
-    pace.account([], Spent(requests=1000, size_bytes=10**9))
-    pace.wait(items(100))
-    assert (bench.clock.slept, pace.memo, pace.group_items(100)) == ([], {}, 100)
+def test_a_batch_without_limits_waits_for_nothing(bench: ThrottleBench) -> None:
+    throttle = bench.throttle()
+    throttle.wait(items(100))
+    throttle.account([], Usage(requests=1000, size_bytes=10**9))
+    throttle.wait(items(100))
+    assert (bench.clock.slept, throttle.checkpoint, throttle.group_items(100)) == ([], {}, 100)
 
 
-def test_outside_its_window_a_chunk_makes_room_until_it_opens(bench: Bench) -> None:
+def test_outside_its_window_a_chunk_makes_room_until_it_opens(bench: ThrottleBench) -> None:
     at = datetime.fromtimestamp(bench.clock.now_s, ZoneInfo("UTC"))
     shut = f"{(at.hour + 1) % 24:02}:00-{(at.hour + 2) % 24:02}:00"
-    with pytest.raises(NotYet, match="window") as caught:
-        bench.pace(window=shut).wait(items(1))
+    with pytest.raises(Postpone, match="window") as caught:
+        bench.throttle(window=shut).wait(items(1))
     assert (caught.value.steady, 0 < caught.value.delay_s <= 30) == (True, True)
-    bench.pace(window=f"{at.hour:02}:00-{(at.hour + 1) % 24:02}:00").wait(items(1))
+    bench.throttle(window=f"{at.hour:02}:00-{(at.hour + 1) % 24:02}:00").wait(items(1))
 
 
-def test_two_chunks_together_keep_to_the_rate_of_their_batch(bench: Bench) -> None:
-    one, other = bench.pace(requests_per_s=10), bench.pace(requests_per_s=10)
+def test_two_chunks_together_keep_to_the_rate_of_their_batch(bench: ThrottleBench) -> None:
+    one, other = bench.throttle(requests_per_s=10), bench.throttle(requests_per_s=10)
     begun_s = bench.clock.now_s
     for _ in range(25):
-        for pace in (one, other):
-            pace.wait(items(2))
-            pace.account([], Spent())
+        for throttle in (one, other):
+            throttle.wait(items(2))
+            throttle.account([], Usage())
     took_s = bench.clock.now_s - begun_s
     assert 8.5 <= took_s <= 11  # 100 requests, the first second's are had at once
 
 
-def test_what_a_group_really_took_is_paid_before_the_next_one_begins(bench: Bench) -> None:
-    pace = bench.pace(bytes_per_s=1000)
+def test_what_a_group_really_took_is_paid_before_the_next_one_begins(bench: ThrottleBench) -> None:
+    throttle = bench.throttle(bytes_per_s=1000)
     group = items(2, 100)
-    pace.wait(group)
+    throttle.wait(group)
     assert bench.clock.slept == []
-    pace.account([Settled(group[0], "stored", result={"size_bytes": 1500})], Spent(size_bytes=2000))
-    pace.wait(items(1))
+    throttle.account([ItemOutcome(group[0], "stored", result={"size_bytes": 1500})], Usage(size_bytes=2000))
+    throttle.wait(items(1))
     assert 0.9 <= sum(bench.clock.slept) <= 1.6
 
 
-def test_a_wait_that_is_long_leaves_the_slot_to_others_and_is_not_forgotten(bench: Bench) -> None:
-    pace = bench.pace(bytes_per_s=1000)
-    pace.wait(items(1))
-    pace.account([], Spent(size_bytes=60_000))
-    with pytest.raises(NotYet) as caught:
-        pace.wait(items(1))
+def test_a_wait_that_is_long_leaves_the_slot_to_others_and_is_not_forgotten(bench: ThrottleBench) -> None:
+    throttle = bench.throttle(bytes_per_s=1000)
+    throttle.wait(items(1))
+    throttle.account([], Usage(size_bytes=60_000))
+    with pytest.raises(Postpone) as caught:
+        throttle.wait(items(1))
     assert caught.value.steady
     assert caught.value.delay_s == 1
-    assert 55_000 < pace.memo["owed"]["bytes"] < 60_000
-    again = bench.pace(memo={"begun": [], **pace.memo}, bytes_per_s=1000)
-    with pytest.raises(NotYet):
+    assert 55_000 < throttle.checkpoint["owed"]["bytes"] < 60_000
+    again = bench.throttle(checkpoint={"begun": [], **throttle.checkpoint}, bytes_per_s=1000)
+    with pytest.raises(Postpone):
         again.wait(items(1))
     bench.clock.now_s += 3600
-    assert pace.memo["owed"]["bytes"] > again.memo["owed"]["bytes"]
+    assert throttle.checkpoint["owed"]["bytes"] > again.checkpoint["owed"]["bytes"]
 
 
-def test_groups_are_no_larger_than_a_second_allows(bench: Bench) -> None:
-    assert bench.pace(requests_per_s=3.5).group_items(8) == 3
-    assert bench.pace(requests_per_s=0.2).group_items(8) == 1
-    assert bench.pace(requests_per_s=1000).group_items(8) == 8
+def test_groups_are_no_larger_than_a_second_allows(bench: ThrottleBench) -> None:
+    assert bench.throttle(requests_per_s=3.5).group_items(8) == 3
+    assert bench.throttle(requests_per_s=0.2).group_items(8) == 1
+    assert bench.throttle(requests_per_s=1000).group_items(8) == 8
 
 
-def test_a_group_of_unknown_size_is_one_item_and_then_as_many_as_a_second_allows(bench: Bench) -> None:
-    pace = bench.pace(bytes_per_s=1000)
-    assert pace.group_items(8, items(8, 300)) == 3
-    assert pace.group_items(8, items(8, 5000)) == 1
-    assert pace.group_items(8, items(8)) == 1
-    pace.wait(items(1))
-    pace.account([], Spent(size_bytes=250))
-    assert pace.group_items(8, items(8)) == 4
-    pace.wait(items(4))
-    pace.account([], Spent(size_bytes=0))
-    assert pace.group_items(8, items(8)) == 8
-    assert pace.group_items(8, items(2)) >= 2
+def test_a_group_of_unknown_size_is_one_item_and_then_as_many_as_a_second_allows(bench: ThrottleBench) -> None:
+    throttle = bench.throttle(bytes_per_s=1000)
+    assert throttle.group_items(8, items(8, 300)) == 3
+    assert throttle.group_items(8, items(8, 5000)) == 1
+    assert throttle.group_items(8, items(8)) == 1
+    throttle.wait(items(1))
+    throttle.account([], Usage(size_bytes=250))
+    assert throttle.group_items(8, items(8)) == 4
+    throttle.wait(items(4))
+    throttle.account([], Usage(size_bytes=0))
+    assert throttle.group_items(8, items(8)) == 8
+    assert throttle.group_items(8, items(2)) >= 2
 
 
-def test_what_a_chunk_owes_at_its_end_is_paid_at_any_time_of_the_day(bench: Bench) -> None:
+def test_what_a_chunk_owes_at_its_end_is_paid_at_any_time_of_the_day(bench: ThrottleBench) -> None:
     at = datetime.fromtimestamp(bench.clock.now_s, ZoneInfo("UTC"))
-    pace = bench.pace(bytes_per_s=1000, window=f"{at.hour:02}:00-{(at.hour + 1) % 24:02}:00")
-    pace.wait(items(1))
-    pace.account([], Spent(size_bytes=2000))
+    throttle = bench.throttle(bytes_per_s=1000, window=f"{at.hour:02}:00-{(at.hour + 1) % 24:02}:00")
+    throttle.wait(items(1))
+    throttle.account([], Usage(size_bytes=2000))
     bench.clock.now_s += 2 * 3600
-    assert 0.9 <= pace.pay_up() <= 1.6
-    pace.account([], Spent(size_bytes=60_000))
-    with pytest.raises(NotYet):
-        pace.pay_up()
-    assert 50_000 < pace.memo["owed"]["bytes"] < 60_000
+    assert 0.9 <= throttle.clear_deficit() <= 1.6
+    throttle.account([], Usage(size_bytes=60_000))
+    with pytest.raises(Postpone):
+        throttle.clear_deficit()
+    assert 50_000 < throttle.checkpoint["owed"]["bytes"] < 60_000
 
 
-def test_a_long_debt_is_paid_not_much_slower_than_the_rate(bench: Bench) -> None:
-    pace = bench.pace(bytes_per_s=1000, requests_per_s=0.05)
-    pace.wait([])
-    pace.account([], Spent(size_bytes=60_000, requests=0))
+def test_a_long_debt_is_paid_not_much_slower_than_the_rate(bench: ThrottleBench) -> None:
+    throttle = bench.throttle(bytes_per_s=1000, requests_per_s=0.05)
+    throttle.wait([])
+    throttle.account([], Usage(size_bytes=60_000, requests=0))
     begun_s = bench.clock.now_s
-    while pace.memo:
+    while throttle.checkpoint:
         try:
-            pace.pay_up()
-        except NotYet as wait:
+            throttle.clear_deficit()
+        except Postpone as wait:
             bench.clock.now_s += wait.delay_s
     assert 58 <= bench.clock.now_s - begun_s <= 90
-    pace.account([], Spent(size_bytes=0, requests=2))
-    with pytest.raises(NotYet) as caught:
-        pace.pay_up()
+    throttle.account([], Usage(size_bytes=0, requests=2))
+    with pytest.raises(Postpone) as caught:
+        throttle.clear_deficit()
     assert caught.value.delay_s == 20, "a rate that gives out a ticket in twenty seconds is looked at that often"
 
 
-def test_requests_and_bytes_are_paid_for_at_the_same_time(bench: Bench) -> None:
-    pace = bench.pace(bytes_per_s=1000, requests_per_s=10)
-    pace.wait([])
-    pace.account([], Spent(size_bytes=2000, requests=20))
-    assert 0.9 <= pace.pay_up() <= 1.6
+def test_requests_and_bytes_are_paid_for_at_the_same_time(bench: ThrottleBench) -> None:
+    throttle = bench.throttle(bytes_per_s=1000, requests_per_s=10)
+    throttle.wait([])
+    throttle.account([], Usage(size_bytes=2000, requests=20))
+    assert 0.9 <= throttle.clear_deficit() <= 1.6

@@ -34,7 +34,7 @@ def of_version_0_1(ledger: Ledger, name: str = "old@host", *, ago_s: float = 0, 
 
 def says(ledger: Ledger, name: str = "new@host", **more: Any) -> int:
     told = {"ok": True, "complaint": "", "every_s": 10.0, **more}
-    return ledger.say_how(name, peers.entry_of(told, at_s=ledger.clock_s()))
+    return ledger.report_health(name, peers.entry_of(told, at_s=ledger.clock_s()))
 
 
 def test_the_first_worker_notes_the_schema_on_an_empty_ledger(ledger: Ledger) -> None:

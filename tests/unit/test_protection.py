@@ -10,7 +10,7 @@ import pytest
 from courier.errors import CourierError, InvalidRequest, PacsUnavailable
 from courier.messages import Level
 from courier.settings import ServerSettings, ServerType
-from worker.batches.coordinator import Spent
+from worker.batches.coordinator import Usage
 from worker.batches.throttle import metered_fleet
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed, check_two_archives, refusal
@@ -26,7 +26,7 @@ LEVELS: Mapping[Level, Found] = {
 }
 
 
-class Shelf:
+class RecordingShelf:
     """A server that can hide, and writes down what it is asked."""
 
     def __init__(self, deletions: str, there: list[Found] | CourierError) -> None:
@@ -50,10 +50,10 @@ class Shelf:
         return self.deletion(found.level, permanent=permanent)
 
 
-def behind_the_fleet(shelf: Shelf) -> list[Pacs]:
+def behind_the_fleet(shelf: RecordingShelf) -> list[Pacs]:
     """The server as jobs have it, as chunks of batches have it, and as a fleet made of a fleet has it."""
     fleet = Fleet([cast(Any, shelf)])
-    return [fleet["ward"], metered_fleet(fleet, Spent())["ward"], Fleet(fleet)["ward"]]
+    return [fleet["ward"], metered_fleet(fleet, Usage())["ward"], Fleet(fleet)["ward"]]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -72,7 +72,7 @@ def test_no_deletion_reaches_a_server_that_the_settings_protect_from_it(
     deletions: str, permanent: bool, fate: DeletionFate, level: Level
 ) -> None:
     for number in range(3):
-        shelf = Shelf(deletions, [LEVELS[level]])
+        shelf = RecordingShelf(deletions, [LEVELS[level]])
         pacs = behind_the_fleet(shelf)[number]
         assert pacs.deletion(level, permanent=permanent).fate is fate
         answer = pacs.delete(LEVELS[level], permanent=permanent)
@@ -86,12 +86,12 @@ def test_no_deletion_reaches_a_server_that_the_settings_protect_from_it(
 @pytest.mark.parametrize("there", [[], [Found("image", "9.9", "9.9.1", "1.2.3.4")]])
 def test_what_is_not_on_a_protected_server_is_not_refused_there(there: list[Found]) -> None:
     for found in LEVELS.values():
-        shelf = Shelf("never", there if found.level == "image" else [])
+        shelf = RecordingShelf("never", there if found.level == "image" else [])
         assert Fleet([cast(Any, shelf)])["ward"].delete(found, permanent=True).fate is DeletionFate.NOT_THERE
 
 
 def test_a_protected_server_that_is_silent_is_never_said_to_refuse_or_to_be_without_it() -> None:
-    fleet = Fleet([cast(Any, Shelf("never", PacsUnavailable("Silent.")))])
+    fleet = Fleet([cast(Any, RecordingShelf("never", PacsUnavailable("Silent.")))])
     with pytest.raises(PacsUnavailable):
         fleet["ward"].delete(IMAGE, permanent=True)
 

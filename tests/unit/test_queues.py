@@ -60,13 +60,13 @@ def channel() -> Channel:
 def counted() -> Iterator[list[str]]:
     seen: list[str] = []
 
-    class Witness:
+    class CountWitness:
         def count(self, what: str, number: int) -> None:
             seen.extend([what] * number)
 
-    telemetry.watch(Witness())  # type: ignore[arg-type]
+    telemetry.add_observer(CountWitness())  # type: ignore[arg-type]
     yield seen
-    telemetry.stop_watching()
+    telemetry.remove_observers()
 
 
 def app() -> Celery:
@@ -116,7 +116,7 @@ def test_what_is_ours_is_moved_in_its_order_with_all_it_bears_but_its_address(ch
         }.items()
     }
     urgent = channel.put("celery", "pacs.upload", step=9)
-    OldQueues(reads=True).look(channel)
+    OldQueues(reads=True).report_and_move(channel)
     for queue, messages in sent.items():
         there = [json.loads(one) for one in channel.list(OLD_QUEUES[queue])]
         expected = [json.loads(one) for one in messages]
@@ -131,7 +131,7 @@ def test_nothing_is_moved_unless_the_setting_says_so(channel: Channel, caplog: p
     sent = channel.put("celery", "pacs.upload", "pacs.upload")
     with caplog.at_level(logging.INFO):
         old = OldQueues(reads=False)
-        old.look(channel)
+        old.report_and_move(channel)
         assert old.idle
     assert channel.list("celery") == sent
     (said,) = caplog.messages
@@ -162,9 +162,9 @@ def test_the_first_message_that_is_not_ours_stays_as_it_is_and_ends_the_reading_
     behind = channel.put("celery", "pacs.upload")
     old = OldQueues(reads=True)
     for _ in range(3):
-        old.look(channel)
+        old.report_and_move(channel)
         channel.put("batches", "pacs.batch.chunk")
-    old.look(channel)
+    old.report_and_move(channel)
     assert channel.list("celery") == [foreign, *behind]
     assert (len(channel.list("pacs")), len(channel.list("pacs.batches"))) == (1, 3)
     assert (old.stopped, old.idle, counted) == (["celery"], False, ["old_queue_stopped"])
@@ -172,9 +172,9 @@ def test_the_first_message_that_is_not_ours_stays_as_it_is_and_ends_the_reading_
     assert "does not read the queue again until it is restarted" in said
     assert ARGUMENTS not in caplog.text
     channel.client.rpop("celery")  # its own worker took it
-    old.look(channel)
+    old.report_and_move(channel)
     assert channel.list("celery") == behind, "not before a restart"
-    OldQueues(reads=True).look(channel)
+    OldQueues(reads=True).report_and_move(channel)
     assert channel.list("celery") == []
 
 
@@ -183,7 +183,7 @@ def test_a_message_with_a_lower_priority_that_is_not_ours_ends_the_reading_too(c
     (foreign,) = channel.put("celery", "reports.build", step=3)
     rest = channel.put("celery", "pacs.upload", step=9)
     old = OldQueues(reads=True)
-    old.look(channel)
+    old.report_and_move(channel)
     assert (channel.list("celery"), channel.list("celery", 3), channel.list("celery", 9)) == ([], [foreign], rest)
 
 
@@ -202,7 +202,7 @@ def test_a_message_that_another_worker_has_just_taken_is_not_moved_a_second_time
 
     monkeypatch.setattr(channel.client, "lrange", look)
     monkeypatch.setattr(queues, "count", lambda _: [])
-    OldQueues(reads=True).look(channel)
+    OldQueues(reads=True).report_and_move(channel)
     assert taken == [first]
     assert [task_of(json.loads(one)) for one in channel.list("pacs")] == ["pacs.exists", "pacs.metadata"]
 
@@ -213,7 +213,7 @@ def test_many_are_moved_over_several_looks_and_none_is_lost(channel: Channel, mo
     old = OldQueues(reads=True)
     counts = []
     for _ in range(3):
-        old.look(channel)
+        old.report_and_move(channel)
         counts.append(len(channel.list("pacs")))
     assert counts == [40, 80, 95]
     assert [json.loads(one)["headers"]["id"] for one in channel.list("pacs")] == [f"pacs.upload-{n}" for n in range(95)]
@@ -225,7 +225,7 @@ def test_one_of_the_first_protocol_is_known_by_its_body_and_one_without_an_addre
     body = base64.b64encode(json.dumps({"task": "pacs.upload", "id": "1", "kwargs": {}}).encode()).decode()
     odd = json.dumps({"body": body, "headers": {}, "properties": []}).encode()
     channel.client.lpush("celery", odd)
-    OldQueues(reads=True).look(channel)
+    OldQueues(reads=True).report_and_move(channel)
     assert channel.list("pacs") == [odd]
 
 
@@ -238,9 +238,9 @@ def test_what_a_killed_worker_of_0_1_had_taken_is_taken_over_and_what_others_hav
         channel.client.zadd("unacked_index", {tag: 1.0})
     channel.client.hset("unacked", "c", "nothing")
     assert left_by_killed_workers(channel) == 1
-    OldQueues(reads=False).look(channel)
+    OldQueues(reads=False).report_and_move(channel)
     assert channel.client.hlen("unacked") == 3
-    OldQueues(reads=True).look(channel)
+    OldQueues(reads=True).report_and_move(channel)
     assert sorted(channel.client.hkeys("unacked")) == [b"b", b"c"]
     assert channel.client.zrange("unacked_index", 0, -1) == [b"b"]
     (moved,) = channel.list("pacs.batches")
@@ -277,7 +277,7 @@ def test_what_another_application_has_under_the_name_of_an_old_queue_keeps_no_ot
     assert [(found.queue, found.ours) for found in count(channel)] == [("celery", 1)]
     assert left_by_killed_workers(channel) == 0
     old = OldQueues(reads=True)
-    old.look(channel)
+    old.report_and_move(channel)
     assert (len(channel.list("pacs")), channel.list("celery"), old.stopped) == (1, [], [])
     assert [channel.client.type(key) for key in ("batches", "admin", "unacked")] == [b"hash", b"set", b"string"]
 

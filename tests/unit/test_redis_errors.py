@@ -16,9 +16,9 @@ from redis import exceptions
 from courier.errors import PacsUnavailable
 from courier.ledger.jobs import PREFIX, HandedBack, LeaseLost, Ledger, passes, words_of
 from courier.settings import Settings
-from worker.jobs.attempt import Pulse, Run
-from worker.jobs.runner import Done, Failed, NotTaken, Parked, Verdict, carry
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Attempt, Heartbeat
+from worker.jobs.runner import Deferred, Done, Failed, JobResult, NotTaken, execute
+from worker.jobs.services import Services
 
 TASK, JOB = "pacs.upload", {"image_url": "http://host/a.dcm"}
 AWAY: list[redis.RedisError] = [
@@ -40,31 +40,31 @@ WRONG = redis.ResponseError("WRONGTYPE Operation against a key holding the wrong
 
 
 @dataclass
-class Desk:
+class RedisErrorBench:
     client: fakeredis.FakeRedis
     ledger: Ledger
     settings: Settings = field(
         default_factory=lambda: Settings.model_validate({"jobs": {"max_attempts": 4, "max_deaths": 2}})
     )
-    pulse: Pulse = field(init=False)
+    heartbeat: Heartbeat = field(init=False)
 
     def __post_init__(self) -> None:
-        self.pulse = Pulse(self.ledger, lambda *_: None)
+        self.heartbeat = Heartbeat(self.ledger, lambda *_: None)
 
-    def carry(self, ends: object, job_id: str = "j1", job: Mapping[str, Any] = JOB) -> Verdict:
-        def work(job: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    def execute(self, ends: object, job_id: str = "j1", job: Mapping[str, Any] = JOB) -> JobResult:
+        def work(job: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
             if isinstance(ends, BaseException):
                 raise ends
-            return cast(dict[str, Any], ends(run) if callable(ends) else ends)
+            return cast(dict[str, Any], ends(attempt) if callable(ends) else ends)
 
-        tools = Tools(
+        services = Services(
             settings=self.settings,
             ledger=self.ledger,
             sources=cast(Any, None),
             fleet=cast(Any, None),
             rng=random.Random(1),
         )
-        return carry(work, task=TASK, job_id=job_id, message=job, tools=tools, pulse=self.pulse)
+        return execute(work, task=TASK, job_id=job_id, message=job, services=services, heartbeat=self.heartbeat)
 
     def due(self, job_id: str = "j1") -> None:
         self.client.zadd(f"{PREFIX}due", {job_id: 0})
@@ -76,36 +76,38 @@ class Desk:
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
+def bench() -> Iterator[RedisErrorBench]:
     with fakeredis.FakeRedis(decode_responses=True) as client:
-        yield Desk(client, Ledger(client, worker="w1"))
+        yield RedisErrorBench(client, Ledger(client, worker="w1"))
 
 
-def attempt(run: Run) -> dict[str, Any]:
-    return {"attempt": run.attempt}
+def attempt(attempt: Attempt) -> dict[str, Any]:
+    return {"attempt": attempt.number}
 
 
 @pytest.mark.parametrize("error", AWAY, ids=lambda error: f"{type(error).__name__} {str(error)[:9]}")
-def test_a_redis_that_is_away_costs_neither_an_attempt_nor_a_death(desk: Desk, error: redis.RedisError) -> None:
+def test_a_redis_that_is_away_costs_neither_an_attempt_nor_a_death(
+    bench: RedisErrorBench, error: redis.RedisError
+) -> None:
     for _ in range(6):
-        assert isinstance(desk.carry(error), Parked)
-        desk.due()
-    assert desk.carry(attempt) == Done({"attempt": 1})
-    assert desk.ledger.look("j1")["deaths"] == "0"
+        assert isinstance(bench.execute(error), Deferred)
+        bench.due()
+    assert bench.execute(attempt) == Done({"attempt": 1})
+    assert bench.ledger.read_record("j1")["deaths"] == "0"
 
 
 def test_a_job_that_could_not_be_handed_back_is_as_soon_as_redis_is_there(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    bench: RedisErrorBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as away:
-        away.setattr(desk.ledger, "_hand_back", raises(redis.ConnectionError("away")))
-        assert isinstance(desk.carry(redis.ConnectionError("away")), Parked)
-        desk.pulse.round(Pulse._renew, {})
-        assert desk.ledger.look("j1")["state"] == "running"
-    desk.pulse.round(Pulse._renew, {})
-    assert desk.ledger.look("j1")["state"] == "waiting"
-    desk.due()
-    assert desk.carry(attempt) == Done({"attempt": 1})
+        away.setattr(bench.ledger, "_hand_back", raises(redis.ConnectionError("away")))
+        assert isinstance(bench.execute(redis.ConnectionError("away")), Deferred)
+        bench.heartbeat.round(Heartbeat._renew, {})
+        assert bench.ledger.read_record("j1")["state"] == "running"
+    bench.heartbeat.round(Heartbeat._renew, {})
+    assert bench.ledger.read_record("j1")["state"] == "waiting"
+    bench.due()
+    assert bench.execute(attempt) == Done({"attempt": 1})
 
 
 def raises(error: Exception) -> Callable[..., Any]:
@@ -116,67 +118,67 @@ def raises(error: Exception) -> Callable[..., Any]:
 
 
 def test_a_lease_that_ran_out_while_redis_was_away_is_no_death_though_another_worker_has_counted_one(
-    desk: Desk,
+    bench: RedisErrorBench,
 ) -> None:
-    other = Ledger(desk.client, worker="w2")
+    other = Ledger(bench.client, worker="w2")
 
-    def overtaken(run: Run) -> dict[str, Any]:
-        desk.lapse()
-        claim = other.claim("j1", task=TASK, job=JOB)
-        assert claim.deaths == 1, "so far it looks like one"
-        run.ledger.intend(run.job_id, run.fence, {})
+    def overtaken(attempt: Attempt) -> dict[str, Any]:
+        bench.lapse()
+        taken = other.take("j1", task=TASK, job=JOB)
+        assert taken.crash_count == 1, "so far it looks like one"
+        attempt.ledger.write_intent(attempt.job_id, attempt.fence, {})
         raise AssertionError
 
     for _ in range(3):
-        assert isinstance(desk.carry(overtaken), Parked)
-        record = desk.ledger.look("j1")
+        assert isinstance(bench.execute(overtaken), Deferred)
+        record = bench.ledger.read_record("j1")
         assert (record["state"], record["deaths"], record["attempts"]) == ("running", "0", "1")
-        desk.ledger.hand_back("j1", int(record["fence"]), task=TASK, job=JOB, attempt=1)
-        desk.due()
-    assert desk.carry(attempt) == Done({"attempt": 1})
+        bench.ledger.hand_back("j1", int(record["fence"]), task=TASK, job=JOB, attempt=1)
+        bench.due()
+    assert bench.execute(attempt) == Done({"attempt": 1})
 
 
-def test_a_worker_that_died_is_a_death_all_the_same(desk: Desk) -> None:
+def test_a_worker_that_died_is_a_death_all_the_same(bench: RedisErrorBench) -> None:
     for _ in range(2):
-        desk.ledger.claim("j1", task=TASK, job=JOB)
-        desk.lapse()
-    verdict = desk.carry({})
-    assert isinstance(verdict, Failed)
-    assert "died 2 times" in verdict.error.message
+        bench.ledger.take("j1", task=TASK, job=JOB)
+        bench.lapse()
+    result = bench.execute({})
+    assert isinstance(result, Failed)
+    assert "died 2 times" in result.error.message
 
 
-def test_a_death_that_was_none_is_taken_back_once_for_all_jobs_of_one_content(desk: Desk) -> None:
-    other = Ledger(desk.client, worker="w2")
-    fences = {name: desk.ledger.claim(name, task=TASK, job=JOB).fence for name in ("j1", "j2")}
+def test_a_death_that_was_none_is_taken_back_once_for_all_jobs_of_one_content(bench: RedisErrorBench) -> None:
+    other = Ledger(bench.client, worker="w2")
+    fences = {name: bench.ledger.take(name, task=TASK, job=JOB).fence for name in ("j1", "j2")}
     for name in fences:
-        desk.lapse(name)
-        assert other.claim(name, task=TASK, job=JOB).deaths == 1
+        bench.lapse(name)
+        assert other.take(name, task=TASK, job=JOB).crash_count == 1
     for name, fence in fences.items():
-        became = desk.ledger.hand_back(name, fence, task=TASK, job=JOB, attempt=1)
+        became = bench.ledger.hand_back(name, fence, task=TASK, job=JOB, attempt=1)
         assert became is HandedBack.OVERTAKEN
-        assert desk.ledger.hand_back(name, fence, task=TASK, job=JOB, attempt=1) is HandedBack.SETTLED
-    assert other.claim("j3", task=TASK, job=JOB).deaths == 0
+        assert bench.ledger.hand_back(name, fence, task=TASK, job=JOB, attempt=1) is HandedBack.SETTLED
+    assert other.take("j3", task=TASK, job=JOB).crash_count == 0
 
 
-def test_the_same_error_three_times_is_a_dead_letter_that_names_it(desk: Desk) -> None:
+def test_the_same_error_three_times_is_a_dead_letter_that_names_it(bench: RedisErrorBench) -> None:
     for _ in range(2):
-        assert isinstance(desk.carry(WRONG), Parked)
-        desk.due()
-    verdict = desk.carry(WRONG)
-    assert isinstance(verdict, Failed)
-    assert verdict.error.code == "poisoned"
-    assert "WRONGTYPE" in verdict.error.message
-    assert "died" not in verdict.error.message
-    assert desk.ledger.look("j1")["state"] == "dead"
+        assert isinstance(bench.execute(WRONG), Deferred)
+        bench.due()
+    result = bench.execute(WRONG)
+    assert isinstance(result, Failed)
+    assert result.error.code == "poisoned"
+    assert "WRONGTYPE" in result.error.message
+    assert "died" not in result.error.message
+    assert bench.ledger.read_record("j1")["state"] == "dead"
 
 
-def test_other_errors_between_and_those_that_pass_do_not_add_up(desk: Desk) -> None:
-    desk.settings = Settings.model_validate({"jobs": {"max_attempts": 50}})
+def test_other_errors_between_and_those_that_pass_do_not_add_up(bench: RedisErrorBench) -> None:
+    bench.settings = Settings.model_validate({"jobs": {"max_attempts": 50}})
     other = redis.ResponseError("ERR value is not an integer or out of range")
     for error in (WRONG, other, WRONG, other, AWAY[0], WRONG, PacsUnavailable("Away.")):
-        assert isinstance(desk.carry(error), Parked), error
-        desk.due()
-    assert isinstance(desk.carry(attempt), Done)
+        assert isinstance(bench.execute(error), Deferred), error
+        bench.due()
+    assert isinstance(bench.execute(attempt), Done)
 
 
 def test_an_error_of_redis_is_shown_without_what_it_quotes_of_the_command() -> None:
@@ -190,89 +192,91 @@ def test_an_error_of_redis_is_shown_without_what_it_quotes_of_the_command() -> N
 
 
 def test_a_verdict_that_redis_refuses_to_write_three_times_is_a_dead_letter(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    bench: RedisErrorBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desk.ledger, "finish", raises(WRONG))
+    monkeypatch.setattr(bench.ledger, "finish", raises(WRONG))
     for _ in range(2):
-        assert isinstance(desk.carry({}), Parked)
-        desk.due()
-    verdict = desk.carry({})
-    assert isinstance(verdict, Failed)
-    assert desk.ledger.look("j1")["code"] == "poisoned"
+        assert isinstance(bench.execute({}), Deferred)
+        bench.due()
+    result = bench.execute({})
+    assert isinstance(result, Failed)
+    assert bench.ledger.read_record("j1")["code"] == "poisoned"
 
 
 @pytest.mark.parametrize("ends", ["done", "refused", "parked"])
-def test_a_record_that_redis_has_lost_is_written_again_whatever_the_attempt_ends_with(desk: Desk, ends: str) -> None:
-    memo = {"server": "a", "uncertain": True}
+def test_a_record_that_redis_has_lost_is_written_again_whatever_the_attempt_ends_with(
+    bench: RedisErrorBench, ends: str
+) -> None:
+    checkpoint = {"server": "a", "uncertain": True}
     job = {**JOB, "idempotency_key": "k", "requested_by": "me", "reason": "why"}
 
-    def work(run: Run) -> dict[str, Any]:
-        run.intend(memo)
-        desk.client.flushdb()
+    def work(attempt: Attempt) -> dict[str, Any]:
+        attempt.write_intent(checkpoint)
+        bench.client.flushdb()
         if ends == "refused":
             raise PacsUnavailable("Away.")
         if ends == "parked":
-            run.ledger.park(run.job_id, run.fence, delay_s=1, code="waiting", message="Later.")
+            attempt.ledger.park(attempt.job_id, attempt.fence, delay_s=1, code="waiting", message="Later.")
         return {}
 
-    assert isinstance(desk.carry(work, job=job), NotTaken), "its message is given back"
-    record = desk.ledger.look("j1")
-    assert (record["state"], json.loads(record["memo"]), record["attempts"]) == ("queued", memo, "0")
+    assert isinstance(bench.execute(work, job=job), NotTaken), "its message is given back"
+    record = bench.ledger.read_record("j1")
+    assert (record["state"], json.loads(record["memo"]), record["attempts"]) == ("queued", checkpoint, "0")
     assert (record["requested_by"], record["reason"]) == ("me", "why")
-    desk.due()
-    (due,) = desk.ledger.sweep(queues=lambda tasks: dict.fromkeys(tasks, ("q", 0)))
+    bench.due()
+    (due,) = bench.ledger.sweep(queues=lambda tasks: dict.fromkeys(tasks, ("q", 0)))
     assert due.job == job, "should the message be lost as well"
-    verdict = desk.carry(lambda run: {"memo": run.memo, "attempt": run.attempt}, job=job)
-    assert verdict == Done({"memo": memo, "attempt": 1})
+    result = bench.execute(lambda run: {"memo": run.checkpoint, "attempt": run.number}, job=job)
+    assert result == Done({"memo": checkpoint, "attempt": 1})
 
 
 def test_what_was_pushed_before_redis_lost_the_record_is_known_to_the_next_attempt_though_no_memo_was_taken(
-    desk: Desk,
+    bench: RedisErrorBench,
 ) -> None:
-    def work(run: Run) -> dict[str, Any]:
-        desk.client.flushdb()
-        run.intend({"uncertain": True})
+    def work(attempt: Attempt) -> dict[str, Any]:
+        bench.client.flushdb()
+        attempt.write_intent({"uncertain": True})
         raise AssertionError
 
-    assert isinstance(desk.carry(work), NotTaken)
-    assert json.loads(desk.ledger.look("j1")["memo"]) == {"uncertain": True}
+    assert isinstance(bench.execute(work), NotTaken)
+    assert json.loads(bench.ledger.read_record("j1")["memo"]) == {"uncertain": True}
 
 
-def test_a_late_holder_whose_job_was_made_anew_and_ended_changes_nothing(desk: Desk) -> None:
-    def work(run: Run) -> dict[str, Any]:
-        desk.client.flushdb()
+def test_a_late_holder_whose_job_was_made_anew_and_ended_changes_nothing(bench: RedisErrorBench) -> None:
+    def work(attempt: Attempt) -> dict[str, Any]:
+        bench.client.flushdb()
         for _ in range(3):
-            claim = desk.ledger.claim("j1", task=TASK, job=JOB)
-            desk.ledger.park("j1", claim.fence, delay_s=0, code="waiting", message="…")
-        done = desk.ledger.claim("j1", task=TASK, job=JOB)
-        desk.ledger.finish("j1", done.fence, outcome={"payload": {"by": "other"}}, code="done", task=TASK, job=JOB)
+            taken = bench.ledger.take("j1", task=TASK, job=JOB)
+            bench.ledger.park("j1", taken.fence, delay_s=0, code="waiting", message="…")
+        done = bench.ledger.take("j1", task=TASK, job=JOB)
+        bench.ledger.finish("j1", done.fence, outcome={"payload": {"by": "other"}}, code="done", task=TASK, job=JOB)
         return {"by": "us"}
 
-    assert isinstance(desk.carry(work), Parked)
-    assert desk.carry({}) == Done({"by": "other"})
+    assert isinstance(bench.execute(work), Deferred)
+    assert bench.execute({}) == Done({"by": "other"})
 
 
-def test_a_heartbeat_that_finds_no_record_does_not_end_the_job_for_good(desk: Desk) -> None:
-    def work(run: Run) -> dict[str, Any]:
-        desk.client.flushdb()
-        assert not desk.ledger.heartbeat(run.job_id, run.fence)
-        run.lost = True
-        run.check_ours()
+def test_a_heartbeat_that_finds_no_record_does_not_end_the_job_for_good(bench: RedisErrorBench) -> None:
+    def work(attempt: Attempt) -> dict[str, Any]:
+        bench.client.flushdb()
+        assert not bench.ledger.heartbeat(attempt.job_id, attempt.fence)
+        attempt.lost = True
+        attempt.check_ours()
         return {}
 
-    assert isinstance(desk.carry(work), NotTaken)
-    assert desk.carry(attempt) == Done({"attempt": 1})
+    assert isinstance(bench.execute(work), NotTaken)
+    assert bench.execute(attempt) == Done({"attempt": 1})
     with pytest.raises(LeaseLost):
-        desk.ledger.finish("j1", 1, outcome={}, code="done", task=TASK, job=JOB)
+        bench.ledger.finish("j1", 1, outcome={}, code="done", task=TASK, job=JOB)
 
 
 def test_a_record_that_is_written_again_only_later_is_due_at_once_because_its_message_is_gone(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    bench: RedisErrorBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as away:
-        away.setattr(desk.ledger, "_hand_back", raises(redis.ConnectionError("away")))
-        assert isinstance(desk.carry(redis.ConnectionError("away")), Parked)
-    desk.client.flushdb()
-    desk.pulse.round(Pulse._renew, {})
-    assert [due.job_id for due in desk.ledger.sweep()] == ["j1"]
-    assert desk.carry(attempt) == Done({"attempt": 1})
+        away.setattr(bench.ledger, "_hand_back", raises(redis.ConnectionError("away")))
+        assert isinstance(bench.execute(redis.ConnectionError("away")), Deferred)
+    bench.client.flushdb()
+    bench.heartbeat.round(Heartbeat._renew, {})
+    assert [due.job_id for due in bench.ledger.sweep()] == ["j1"]
+    assert bench.execute(attempt) == Done({"attempt": 1})

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from courier.settings import RoutingSettings, ServerSettings
-from worker.jobs.routing import Answer, Decision, Exists, Follow, New, Open, choose, decide
+from worker.jobs.routing import Decision, Exists, Follow, New, Open, Presence, choose, decide
 
 YES, NO, SILENT = True, False, None
 
@@ -35,7 +35,7 @@ YES, NO, SILENT = True, False, None
 def test_silence_is_never_read_as_not_there(
     msdicom: tuple[bool | None, bool | None], dcm4chee: tuple[bool | None, bool | None], decision: Decision
 ) -> None:
-    assert decide([Answer("msdicom", *msdicom), Answer("dcm4chee", *dcm4chee)]) == decision
+    assert decide([Presence("msdicom", *msdicom), Presence("dcm4chee", *dcm4chee)]) == decision
 
 
 def servers(*weights: float) -> list[ServerSettings]:

@@ -8,10 +8,17 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
-from sandbox.datasets import JsonStyle, NotDicom, read_header, whole
+from sandbox.datasets import JsonStyle, NotDicomFile, read_header, whole
 from sandbox.msdicom.query import RESOURCES, BadQuery, fold
 from sandbox.msdicom.query import parse as parse_query
-from sandbox.msdicom.rules import accepts_dicom_json, is_date, is_uid, judge, lenient_media_types, strict_media_type
+from sandbox.msdicom.rules import (
+    accepts_dicom_json,
+    check_file,
+    is_date,
+    is_uid,
+    lenient_media_types,
+    strict_media_type,
+)
 from sandbox.store import Condition
 from sandbox.synthetic import image, new_uid
 
@@ -84,19 +91,19 @@ def test_version_2_names_every_invalid_attribute_by_its_path_and_keeps_it_out_of
         ds.ProcedureCodeSequence = [inner]
         ds.PatientAge = "old"
     header = read_header(written(ds))
-    verdict = judge(header, 2, None)
+    verdict = check_file(header, 2, None)
     assert set(verdict.warnings) == {(0x00081032, 0, 0x00080100), (0x00101010,)}
     shown = whole(header, JsonStyle(bulk=lambda _path: None), verdict.warnings)
     assert "00101010" not in shown
     assert shown["00081032"]["Value"] == [{"00080104": {"vr": "LO", "Value": ["fine"]}}]
-    assert judge(header, 1, None).errors == {}
+    assert check_file(header, 1, None).errors == {}
 
 
 def test_ordinary_samples_are_stored_without_complaint() -> None:
     for name in ("CT_small.dcm", "MR_small.dcm", "MR_small_jp2klossless.dcm", "JPEG-lossy.dcm"):
         path = get_testdata_file(name)
         assert isinstance(path, str)
-        verdict = judge(read_header(Path(path)), 2, None)
+        verdict = check_file(read_header(Path(path)), 2, None)
         assert (verdict.errors, verdict.warnings) == ({}, {}), name
 
 
@@ -105,7 +112,7 @@ def test_a_file_cut_short_is_no_dicom_unless_the_cut_is_between_two_elements() -
     for keep in range(len(whole_file)):
         try:
             header = read_header(whole_file[:keep])
-        except NotDicom:
+        except NotDicomFile:
             continue
         last = header.elements[max(header.elements)]
         assert last.value_tell + len(last.value) == keep

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.store import Condition, Duplicate, NewInstance, Row, Store, Tally, first_wins, latest_wins
+from sandbox.store import Condition, Duplicate, InstanceRow, NewInstance, Store, Tally, first_wins, latest_wins
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def new(study: str = "1", series: str = "1.1", sop: str = "1.1.1", **texts: str)
     )
 
 
-def add(store: Store, instance: NewInstance, content: bytes = b"bytes") -> Row:
+def add(store: Store, instance: NewInstance, content: bytes = b"bytes") -> InstanceRow:
     spool = store.spool()
     spool.write(content)
     return store.add(instance, spool)

@@ -37,18 +37,18 @@ def rates(client: fakeredis.FakeRedis) -> ServerRates:
     return ServerRates(client, retry_after_cap_s=100)
 
 
-def look(rates: ServerRates) -> ServerRate:
+def read_rate(rates: ServerRates) -> ServerRate:
     return rates.read(["a"])["a"]
 
 
 def lower(rates: ServerRates, *, cuts: int | None = None, **more: Any) -> ServerRate:
-    known = look(rates).cuts if cuts is None else cuts
+    known = read_rate(rates).cuts if cuts is None else cuts
     asked = {"status": 429, "retry_after_s": None, "measured_per_s": 0.0, **more}
     return rates.lower("a", cuts=known, **asked)
 
 
 def per_s(rates: ServerRates) -> float:
-    rate = look(rates).per_s
+    rate = read_rate(rates).per_s
     assert rate is not None
     return rate
 
@@ -60,7 +60,7 @@ def age(client: fakeredis.FakeRedis, seconds: float) -> None:
 
 
 def test_a_server_that_has_asked_for_nothing_may_be_asked_at_once(rates: ServerRates) -> None:
-    assert look(rates) == ServerRate("a")
+    assert read_rate(rates) == ServerRate("a")
     assert rates.take("a") == ServerRate("a")
     assert rates.read([]) == {}
 
@@ -89,10 +89,10 @@ def test_each_further_answer_halves_it_down_to_the_lowest(rates: ServerRates) ->
 def test_the_answers_to_requests_that_were_under_way_together_halve_it_once(rates: ServerRates) -> None:
     for _ in range(8):
         lower(rates, cuts=0)
-    assert (look(rates).cuts, per_s(rates)) == (1, pytest.approx(FIRST_PER_S / 2, rel=0.02))
+    assert (read_rate(rates).cuts, per_s(rates)) == (1, pytest.approx(FIRST_PER_S / 2, rel=0.02))
     for _ in range(8):
         lower(rates, cuts=1)
-    assert (look(rates).cuts, per_s(rates)) == (2, pytest.approx(FIRST_PER_S / 4, rel=0.02))
+    assert (read_rate(rates).cuts, per_s(rates)) == (2, pytest.approx(FIRST_PER_S / 4, rel=0.02))
 
 
 def test_turns_are_given_one_by_one_at_the_rate(rates: ServerRates) -> None:
@@ -210,12 +210,12 @@ def test_what_asks_for_fewer_requests(status: int, after_s: float | None, expect
 
 def test_what_is_known_reads_as_a_sentence(rates: ServerRates) -> None:
     lower(rates, retry_after_s=30)
-    assert str(look(rates)).startswith(
+    assert str(read_rate(rates)).startswith(
         "a asked for fewer requests (429): at most 8.0 per second is sent, and none in the"
     )
     for _ in range(8):
         lower(rates)
-    assert "at most one in 2 s is sent" in str(look(rates))
+    assert "at most one in 2 s is sent" in str(read_rate(rates))
 
 
 def test_servers_have_a_rate_each(rates: ServerRates) -> None:

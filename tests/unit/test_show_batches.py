@@ -29,10 +29,10 @@ from producer.cli.batch_tables import (
     undo_question,
     write_csv,
 )
-from producer.cli.quantities import Bandwidth, Rate, Window
+from producer.cli.quantities import Bandwidth, RateParam, WindowParam
 from producer.errors import InvalidRequest
 from producer.plans import PlanLine
-from producer.progress import Pace
+from producer.progress import Throughput
 
 BATCH_ID = "3255f323-b5fc-414a-9368-c5f96df9a771"
 APPLIED = PassState(
@@ -66,7 +66,7 @@ def drawn(thing, width: int) -> list[str]:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_running_batch_is_three_lines_that_fit_the_terminal(width: int) -> None:
-    look = Look(batch(), "apply", Pace(1234.5, 20_500_000, 3700))
+    look = Look(batch(), "apply", Throughput(1234.5, 20_500_000, 3700))
     lines = drawn(look.renderable(), width)
     assert len(lines) == 3
     assert all(len(line) <= width for line in lines)
@@ -81,14 +81,14 @@ def test_a_running_batch_is_three_lines_that_fit_the_terminal(width: int) -> Non
 
 
 def test_before_there_is_a_plan_it_is_said_how_much_was_found() -> None:
-    assert Look(None, "queued", Pace()).line() == "queued"
-    planning = Look(batch(state="planning", current=None, items=0, frozen=False, passes={}), "plan 12000", Pace())
+    assert Look(None, "queued", Throughput()).line() == "queued"
+    planning = Look(batch(state="planning", current=None, items=0, frozen=False, passes={}), "plan 12000", Throughput())
     assert planning.line() == "planning; 12000 items found"
     assert len(drawn(planning.renderable(), 80)) == 2
 
 
 def test_a_batch_outside_of_its_window_says_when_it_goes_on() -> None:
-    look = Look(batch(order={"window": "20:00-06:00"}), "apply", Pace(3.0), opens_in_s=11_520)
+    look = Look(batch(order={"window": "20:00-06:00"}), "apply", Throughput(3.0), opens_in_s=11_520)
     assert look.speed() == "waits for its window 20:00-06:00, which opens in 3:12:00"
     assert drawn(look.renderable(), 80)[1].strip() == look.speed()
 
@@ -97,7 +97,7 @@ def test_a_pass_over_what_was_done_ends_at_all_of_it_and_not_at_all_items() -> N
     verified = PassState(counts={"msdicom": {"verified": 990_000}, "dcm4chee": {"verified": 7}})
     found = batch(state="verifying", current="verify", passes={"apply": APPLIED, "verify": verified})
     assert of_how_many(found, "verify") == 990_007
-    assert Look(found, "verify", Pace()).done() == "990,007/990,007 100 %"
+    assert Look(found, "verify", Throughput()).done() == "990,007/990,007 100 %"
     assert of_how_many(found, "survey") == 999_998
     assert of_how_many(found, "apply") == 1_000_000
 
@@ -176,25 +176,25 @@ def test_a_report_is_narrowed_by_what_any_pass_has_seen_and_an_unknown_outcome_i
 @pytest.mark.parametrize(
     ("kind", "text", "value"),
     [
-        (Rate(), "50/s", 50.0),
-        (Rate(), "50", 50.0),
-        (Rate(), "600/min", 10.0),
-        (Rate(), "1.5/s", 1.5),
-        (Rate(), "0/s", None),
-        (Rate(), "-1/s", None),
-        (Rate(), "fast", None),
+        (RateParam(), "50/s", 50.0),
+        (RateParam(), "50", 50.0),
+        (RateParam(), "600/min", 10.0),
+        (RateParam(), "1.5/s", 1.5),
+        (RateParam(), "0/s", None),
+        (RateParam(), "-1/s", None),
+        (RateParam(), "fast", None),
         (Bandwidth(), "20MB/s", 20e6),
         (Bandwidth(), "512 kB/s", 512e3),
         (Bandwidth(), "1GiB", 2.0**30),
         (Bandwidth(), "20", None),
         (Bandwidth(), "0MB/s", None),
         (Bandwidth(), "5iB/s", None),
-        (Window(), "20:00-06:00", "20:00-06:00"),
-        (Window(), "20:00-06:00 Europe/Berlin", "20:00-06:00 Europe/Berlin"),
-        (Window(), "20:00-20:00", None),
-        (Window(), "24:00-06:00", None),
-        (Window(), "20:00-06:00 Mars/Olympus", None),
-        (Window(), "20:00-06:00 ../../etc/passwd", None),
+        (WindowParam(), "20:00-06:00", "20:00-06:00"),
+        (WindowParam(), "20:00-06:00 Europe/Berlin", "20:00-06:00 Europe/Berlin"),
+        (WindowParam(), "20:00-20:00", None),
+        (WindowParam(), "24:00-06:00", None),
+        (WindowParam(), "20:00-06:00 Mars/Olympus", None),
+        (WindowParam(), "20:00-06:00 ../../etc/passwd", None),
     ],
 )
 def test_quantities_are_read_as_people_write_them(kind: click.ParamType, text: str, value: object) -> None:

@@ -26,7 +26,7 @@ from courier.errors import (
 from courier.settings import SettingsError, SourceSettings
 from worker.storage.encoding import decoded, is_plain
 from worker.storage.folder_source import path_of
-from worker.storage.http import judge_status
+from worker.storage.http import error_of_status
 from worker.storage.s3_source import bucket_and_key
 from worker.storage.sources import Sources
 from worker.storage.spool import CHUNK_BYTES, MEMORY_BYTES, Limits, spool
@@ -47,14 +47,14 @@ STATUSES: list[tuple[int, type[CourierError]]] = [
 
 @pytest.mark.parametrize(("status", "kind"), STATUSES)
 def test_each_status_has_its_meaning_and_is_named_in_the_sentence(status: int, kind: type[CourierError]) -> None:
-    refusal = judge_status(status, None, "http://images.example.org/a")
+    refusal = error_of_status(status, None, "http://images.example.org/a")
     assert type(refusal) is kind
     assert str(status) in refusal.message
 
 
 @pytest.mark.parametrize("status", [200, 203])
 def test_only_a_whole_answer_is_an_image(status: int) -> None:
-    assert judge_status(status, None, "http://images.example.org/a") is None
+    assert error_of_status(status, None, "http://images.example.org/a") is None
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_only_a_whole_answer_is_an_image(status: int) -> None:
     ],
 )
 def test_retry_after_is_taken_over_where_it_makes_sense(text: str | None, seconds: float | None) -> None:
-    refusal = judge_status(503, text, "http://images.example.org/a")
+    refusal = error_of_status(503, text, "http://images.example.org/a")
     assert isinstance(refusal, SourceUnreachable)
     assert refusal.retry_after_s == seconds
 

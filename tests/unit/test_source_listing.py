@@ -17,7 +17,7 @@ from courier.errors import CourierError, NotDicom, SourceDenied, SourceNotAllowe
 from courier.settings import SourceSettings
 from worker.storage import zip_source
 from worker.storage.listing import PAGE_ENTRIES
-from worker.storage.sources import Listed, Sources
+from worker.storage.sources import ListedObject, Sources
 
 BODY = b"0123456789abcdef" * 2000
 
@@ -35,12 +35,12 @@ def sources(folder: Path) -> Sources:
     return Sources(SourceSettings(folders=(folder,), max_bytes=10_000_000))
 
 
-def everything(sources: Sources, url: str) -> dict[str, Listed]:
+def everything(sources: Sources, url: str) -> dict[str, ListedObject]:
     return {one.url: one for page in sources.pages(url) for one in page}
 
 
-def names(found: dict[str, Listed]) -> dict[str, str]:
-    return {url.rpartition("/")[2]: one.why_not for url, one in found.items()}
+def names(found: dict[str, ListedObject]) -> dict[str, str]:
+    return {url.rpartition("/")[2]: one.skip_reason for url, one in found.items()}
 
 
 def test_a_folder_gives_every_file_below_it_by_a_url_that_fetches_it(sources: Sources, folder: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_folder_gives_every_file_below_it_by_a_url_that_fetches_it(sources: So
     found = everything(sources, f"{folder.as_uri()}/")
     assert len(found) == 3
     for url, one in found.items():
-        assert (one.size_bytes, one.why_not) == (len(BODY), "")
+        assert (one.size_bytes, one.skip_reason) == (len(BODY), "")
         with sources.fetch(url) as fetched:
             assert fetched.stream.read() == BODY
     assert len(everything(sources, (folder / "a b").as_uri() + "/")) == 2
@@ -66,7 +66,7 @@ def test_what_is_no_image_is_listed_with_the_reason(sources: Sources, folder: Pa
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.dcm")).write_bytes(BODY)
     listed = everything(sources, f"{folder.as_uri()}/")
     found = names(listed)
-    assert {name for name, why_not in found.items() if not why_not} == {"x.dcm", "%FF.dcm"}
+    assert {name for name, skip_reason in found.items() if not skip_reason} == {"x.dcm", "%FF.dcm"}
     assert len(found) == 8  # a link out of the folder is not followed
     refused = {url.rpartition("/")[2] for url, one in listed.items() if one.refused}
     assert refused == {"more.zip", "gone", "up", "pipe"}, "what may hold an image is not left out in silence"
@@ -192,10 +192,12 @@ def test_entries_that_lead_astray_are_neither_listed_as_images_nor_read(
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("twice.dcm", BODY)
     found = everything(sources, url)
-    assert [one.rpartition("/")[2] for one, listed in found.items() if not listed.why_not] == ["good.dcm"]
-    assert [one.rpartition("/")[2] for one, listed in found.items() if listed.why_not and not listed.refused] == ["._a"]
+    assert [one.rpartition("/")[2] for one, listed in found.items() if not listed.skip_reason] == ["good.dcm"]
+    assert [one.rpartition("/")[2] for one, listed in found.items() if listed.skip_reason and not listed.refused] == [
+        "._a"
+    ]
     for one, listed in found.items():
-        if listed.why_not:
+        if listed.skip_reason:
             with pytest.raises(SourceNotAllowed):
                 sources.fetch(one)
     for malformed in (f"zip+{url}", f"zip+{url}!/", f"zip+zip+{url}!/inner.zip!/a"):
@@ -288,7 +290,7 @@ def test_what_a_patient_cd_holds_beside_its_images_is_left_out_by_name_and_the_r
             (folder / name).write_bytes(BODY)
     found = everything(sources, url)
     start = len(url) + (len("zip+!/") if form == "archive" else 0)
-    assert {one[start:] for one, listed in found.items() if not listed.why_not} == set(IMAGES)
+    assert {one[start:] for one, listed in found.items() if not listed.skip_reason} == set(IMAGES)
     assert not any(listed.refused for listed in found.values())
 
 
@@ -322,7 +324,7 @@ def test_a_file_without_a_byte_is_called_empty_and_no_damaged_archive(sources: S
 def test_a_url_that_is_too_long_is_refused_and_named_by_its_beginning(sources: Sources, packed: Packed) -> None:
     url = packed({"ü" * 3000 + ".dcm": BODY, "a.dcm": BODY})
     long, short = everything(sources, url).values()
-    assert (len(long.url), long.refused, short.why_not) == (8192, True, "")
+    assert (len(long.url), long.refused, short.skip_reason) == (8192, True, "")
 
 
 def test_an_entry_that_cannot_be_unpacked_is_refused_with_what_it_is(
@@ -341,6 +343,6 @@ def test_an_entry_that_cannot_be_unpacked_is_refused_with_what_it_is(
     for url, reason in reasons.items():
         (one,) = everything(sources, url).values()
         assert one.refused
-        assert reason in one.why_not
+        assert reason in one.skip_reason
         with pytest.raises(SourceNotAllowed, match=reason):
             sources.fetch(one.url)

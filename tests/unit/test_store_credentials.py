@@ -28,7 +28,7 @@ WHOLE, IMAGES = "credential:sources.s3", "credential:sources.s3/images"
 
 
 @dataclass
-class Store:
+class StoreRules:
     """A bucket's or account's rules: what it answers for an object, by code; "" is yes."""
 
     answers: dict[str, str] = field(default_factory=dict)
@@ -46,9 +46,9 @@ class Store:
 
 
 @dataclass
-class Process:
+class StoreProcess:
     client: fakeredis.FakeRedis
-    store: Store
+    store: StoreRules
     now_s: float = 0.0
     renewed: int = 0
     asked: list[str] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Process:
                 asking.accepted(lambda: self.store.ask(url))
         except CourierError as error:
             self.error = error
-            return error.code + ("?" if error.resting else "")
+            return error.code + ("?" if error.open_circuit else "")
         return ""
 
     def state(self, name: str = WHOLE) -> str:
@@ -88,13 +88,13 @@ def client() -> Iterator[fakeredis.FakeRedis]:
 
 
 @pytest.fixture
-def one(client: fakeredis.FakeRedis) -> Process:
-    return Process(client, Store())
+def one(client: fakeredis.FakeRedis) -> StoreProcess:
+    return StoreProcess(client, StoreRules())
 
 
 @pytest.fixture
-def two(client: fakeredis.FakeRedis, one: Process) -> Process:
-    return Process(client, one.store)
+def two(client: fakeredis.FakeRedis, one: StoreProcess) -> StoreProcess:
+    return StoreProcess(client, one.store)
 
 
 def half_open(client: fakeredis.FakeRedis, name: str = WHOLE) -> None:
@@ -105,7 +105,7 @@ def half_open(client: fakeredis.FakeRedis, name: str = WHOLE) -> None:
     "code", ["ExpiredToken", "RequestTimeTooSkewed", "InvalidAccessKeyId", "SignatureDoesNotMatch"]
 )
 def test_a_refused_credential_is_used_by_no_process_until_it_is_tested_again(
-    one: Process, two: Process, client: fakeredis.FakeRedis, code: str
+    one: StoreProcess, two: StoreProcess, client: fakeredis.FakeRedis, code: str
 ) -> None:
     one.store.everything = code
     assert one.read("a") == "source_unauthorized?"
@@ -123,7 +123,7 @@ def test_a_refused_credential_is_used_by_no_process_until_it_is_tested_again(
     assert one.state() == "closed"
 
 
-def test_one_object_that_is_denied_is_refused_while_others_of_its_bucket_are_read(one: Process) -> None:
+def test_one_object_that_is_denied_is_refused_while_others_of_its_bucket_are_read(one: StoreProcess) -> None:
     one.store.answers["images/secret"] = "AccessDenied"
     assert one.read("a") == ""
     assert [one.read("secret") for _ in range(10)] == ["source_denied"] * 10
@@ -131,12 +131,14 @@ def test_one_object_that_is_denied_is_refused_while_others_of_its_bucket_are_rea
     assert (one.state(), one.state(IMAGES), one.renewed) == ("closed", "closed", 0)
 
 
-def test_a_signature_that_is_wrong_for_one_odd_name_is_that_objects_trouble(one: Process) -> None:
+def test_a_signature_that_is_wrong_for_one_odd_name_is_that_objects_trouble(one: StoreProcess) -> None:
     one.store.answers["images/odd+name"] = "SignatureDoesNotMatch"
     assert [one.read("a"), one.read("odd+name"), one.read("b")] == ["", "source_denied", ""]
 
 
-def test_a_bucket_that_is_closed_to_the_credential_leaves_the_others_alone(one: Process, two: Process) -> None:
+def test_a_bucket_that_is_closed_to_the_credential_leaves_the_others_alone(
+    one: StoreProcess, two: StoreProcess
+) -> None:
     assert [one.read("a"), one.read("a", "other")] == ["", ""]
     one.store.answers |= {"images/a": "AccessDenied", "images/b": "AccessDenied"}
     assert one.read("b") == "source_unauthorized?"
@@ -145,7 +147,7 @@ def test_a_bucket_that_is_closed_to_the_credential_leaves_the_others_alone(one: 
     assert [two.read("a", "other"), one.read("b", "other")] == ["", ""]
 
 
-def test_a_token_for_one_container_alone_stops_no_other_container(one: Process) -> None:
+def test_a_token_for_one_container_alone_stops_no_other_container(one: StoreProcess) -> None:
     assert one.read("a") == ""
     one.store.answers["other/a"] = "AuthenticationFailed"
     assert one.read("a", "other") == "source_unauthorized?"
@@ -154,7 +156,7 @@ def test_a_token_for_one_container_alone_stops_no_other_container(one: Process) 
 
 
 def test_a_few_denied_objects_are_refused_and_a_row_of_them_is_the_buckets_trouble(
-    one: Process, client: fakeredis.FakeRedis
+    one: StoreProcess, client: fakeredis.FakeRedis
 ) -> None:
     one.store.everything = "AccessDenied"
     assert [one.read(name) for name in "abcd"] == ["source_denied"] * 2 + ["source_unauthorized?"] * 2
@@ -163,7 +165,7 @@ def test_a_few_denied_objects_are_refused_and_a_row_of_them_is_the_buckets_troub
     assert one.read("a") == ""
 
 
-def test_a_list_that_is_denied_says_nothing_of_the_right_to_read(one: Process) -> None:
+def test_a_list_that_is_denied_says_nothing_of_the_right_to_read(one: StoreProcess) -> None:
     one.store.answers["images/"] = "AccessDenied"
     for _ in range(SETTINGS.failures + 1):
         with pytest.raises(SourceDenied), one.credential.asking("s3://images/", "images", counts=False):
@@ -171,7 +173,7 @@ def test_a_list_that_is_denied_says_nothing_of_the_right_to_read(one: Process) -
     assert one.read("a") == ""
 
 
-def test_an_object_that_is_read_between_them_begins_the_row_anew(one: Process, two: Process) -> None:
+def test_an_object_that_is_read_between_them_begins_the_row_anew(one: StoreProcess, two: StoreProcess) -> None:
     one.store.answers |= dict.fromkeys(("images/a", "images/b"), "AccessDenied")
     assert [one.read("a"), one.read("b"), two.read("good"), one.read("a"), one.read("b")] == [
         *["source_denied"] * 2,
@@ -180,20 +182,20 @@ def test_an_object_that_is_read_between_them_begins_the_row_anew(one: Process, t
     ]
 
 
-def test_a_store_that_does_not_say_whether_it_still_allows_what_it_did_is_asked_again_later(one: Process) -> None:
+def test_a_store_that_does_not_say_whether_it_still_allows_what_it_did_is_asked_again_later(one: StoreProcess) -> None:
     assert one.read("a") == ""
     one.store.answers |= {"images/a": "SlowDown", "images/b": "AccessDenied"}
     assert one.read("b") == "source_unreachable"
 
 
-def test_an_object_that_has_gone_meanwhile_still_shows_that_the_credential_is_good(one: Process) -> None:
+def test_an_object_that_has_gone_meanwhile_still_shows_that_the_credential_is_good(one: StoreProcess) -> None:
     assert one.read("a") == ""
     one.store.answers |= {"images/a": "NoSuchKey", "images/b": "AccessDenied"}
     assert one.read("b") == "source_denied"
 
 
 def test_one_request_tests_a_refused_credential_and_what_it_finds_counts(
-    one: Process, two: Process, client: fakeredis.FakeRedis
+    one: StoreProcess, two: StoreProcess, client: fakeredis.FakeRedis
 ) -> None:
     one.store.everything = "ExpiredToken"
     one.read("a")
@@ -208,7 +210,7 @@ def test_one_request_tests_a_refused_credential_and_what_it_finds_counts(
 
 
 def test_an_answer_that_says_nothing_of_the_credential_leaves_the_test_to_another(
-    one: Process, two: Process, client: fakeredis.FakeRedis
+    one: StoreProcess, two: StoreProcess, client: fakeredis.FakeRedis
 ) -> None:
     one.store.everything = "ExpiredToken"
     one.read("a")
@@ -220,7 +222,7 @@ def test_an_answer_that_says_nothing_of_the_credential_leaves_the_test_to_anothe
 
 
 def test_an_error_of_a_server_that_passes_through_says_nothing_of_the_stores_credential(
-    one: Process, client: fakeredis.FakeRedis
+    one: StoreProcess, client: fakeredis.FakeRedis
 ) -> None:
     one.store.everything = "ExpiredToken"
     one.read("a")
@@ -233,7 +235,7 @@ def test_an_error_of_a_server_that_passes_through_says_nothing_of_the_stores_cre
     assert one.state() == "half-open"
 
 
-def test_a_question_inside_another_one_is_part_of_the_same_test(one: Process, client: fakeredis.FakeRedis) -> None:
+def test_a_question_inside_another_one_is_part_of_the_same_test(one: StoreProcess, client: fakeredis.FakeRedis) -> None:
     one.store.everything = "ExpiredToken"
     one.read("a")
     half_open(client)
@@ -243,7 +245,7 @@ def test_a_question_inside_another_one_is_part_of_the_same_test(one: Process, cl
     assert inner == [""]
 
 
-def test_without_redis_a_refusal_ends_its_own_job_alone(one: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_redis_a_refusal_ends_its_own_job_alone(one: StoreProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> BreakerState:
         raise redis.ConnectionError
 
@@ -262,4 +264,4 @@ def test_without_breakers_nothing_is_shared_and_every_error_passes(error: Courie
         raise error
     with pytest.raises(SourceUnauthorized) as caught, credential.asking("az://a/b", "a"):
         check_refusal("AuthenticationFailed", 403, "az://a/b", of="downloads.azure", verb="had", denied=SourceDenied)
-    assert caught.value.resting is None
+    assert caught.value.open_circuit is None

@@ -13,8 +13,8 @@ from python_multipart.multipart import parse_options_header
 from courier.errors import PacsUnavailable, SourceTruncated
 from worker.dicom.instances import Instance
 from worker.pacs.multipart import read_parts
-from worker.pacs.protocol import Part, Passing
-from worker.pacs.stow import PREAMBLE, Once, PassingBody, StowBody
+from worker.pacs.protocol import Part, StreamedInstance
+from worker.pacs.stow import PREAMBLE, Once, StowBody, StreamedBody
 
 GIB = 1024**3
 
@@ -114,28 +114,28 @@ def test_a_gibibyte_passes_through_a_few_large_blocks() -> None:
 # Instances that pass by once
 
 
-def passing(*chunks: bytes, has_preamble: bool = True) -> Passing:
-    return Passing(Instance("1.1", "1.2", "1.3", "1.4", "1.2.840.10008.1.2.1", has_preamble), iter(chunks))
+def streamed(*chunks: bytes, has_preamble: bool = True) -> StreamedInstance:
+    return StreamedInstance(Instance("1.1", "1.2", "1.3", "1.4", "1.2.840.10008.1.2.1", has_preamble), iter(chunks))
 
 
-def once(*images: Passing) -> Once:
+def once(*images: StreamedInstance) -> Once:
     return Once(iter(images), again=lambda: PacsUnavailable("it has passed"))
 
 
-def body_of(*images: Passing) -> PassingBody:
-    return PassingBody(once(*images))
+def body_of(*images: StreamedInstance) -> StreamedBody:
+    return StreamedBody(once(*images))
 
 
 def test_what_passes_is_framed_as_what_is_spooled() -> None:
-    arriving = once(passing(b"abc", b"d"), passing(), passing(b"x" * 600_000), passing(b"\2\0", has_preamble=False))
-    body = PassingBody(arriving)
+    arriving = once(streamed(b"abc", b"d"), streamed(), streamed(b"x" * 600_000), streamed(b"\2\0", has_preamble=False))
+    body = StreamedBody(arriving)
     read = read_parts(iter([b"".join(body)]), body.content_type, error=AssertionError)
     assert [b"".join(one.chunks) for one in read] == [b"abcd", b"", b"x" * 600_000, PREAMBLE + b"\2\0"]
     assert len(arriving.sent) == 4
 
 
 def test_what_has_passed_is_not_sent_twice_as_an_empty_body() -> None:
-    body = body_of(passing(b"abc"))
+    body = body_of(streamed(b"abc"))
     list(body)
     with pytest.raises(PacsUnavailable, match="it has passed"):
         list(body)
@@ -146,7 +146,7 @@ def test_a_body_that_breaks_off_has_no_closing_boundary() -> None:
         yield b"x" * 300_000
         raise PacsUnavailable("gone")
 
-    body = body_of(Passing(passing().instance, breaking()))
+    body = body_of(StreamedInstance(streamed().instance, breaking()))
     blocks = iter(body)
     sent = next(blocks)
     assert len(sent) >= 300_000
@@ -157,7 +157,7 @@ def test_a_body_that_breaks_off_has_no_closing_boundary() -> None:
 
 def test_a_gibibyte_that_passes_is_never_held() -> None:
     block = bytes(256 * 1024)
-    body = body_of(*(Passing(passing().instance, (block for _ in range(1024))) for _ in range(4)))
+    body = body_of(*(StreamedInstance(streamed().instance, (block for _ in range(1024))) for _ in range(4)))
     tracemalloc.start()
     try:
         sent = sum(len(piece) for piece in body)

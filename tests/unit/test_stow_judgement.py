@@ -11,7 +11,7 @@ import pytest
 from worker.dicom.instances import Instance
 from worker.pacs import dcm4chee, generic, msdicom
 from worker.pacs.protocol import Fate, Part
-from worker.pacs.stow import Codes, fate_of, judge, rejected_if_alone, unmentioned
+from worker.pacs.stow import Codes, fate_of, read_outcomes, rejected_if_alone, unmentioned
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 NOT_DICOM_CLASS = "1.2.40.0.13.1.15.110.3.165.2"
@@ -96,7 +96,7 @@ def answer(ok: Sequence[Any] = (), bad: Sequence[Any] = ()) -> dict[str, Any]:
 
 
 def fates(uids: Sequence[str], ds: dict[str, Any], codes: Codes = msdicom.CODES) -> list[Fate]:
-    outcomes = judge([part(uid) for uid in uids], ds, codes=codes, warnings_of=lambda _: ())
+    outcomes = read_outcomes([part(uid) for uid in uids], ds, codes=codes, warnings_of=lambda _: ())
     assert [outcome.sop_instance_uid for outcome in outcomes] == list(uids)
     return [outcome.fate for outcome in outcomes]
 
@@ -130,7 +130,9 @@ def test_the_code_may_be_written_as_a_string() -> None:
 
 
 def test_an_outcome_bears_the_servers_own_code_and_a_sentence() -> None:
-    outcome = judge([part("9.1")], answer(bad=[failed("9.1", 45071)]), codes=msdicom.CODES, warnings_of=lambda _: ())[0]
+    outcome = read_outcomes(
+        [part("9.1")], answer(bad=[failed("9.1", 45071)]), codes=msdicom.CODES, warnings_of=lambda _: ()
+    )[0]
     assert (outcome.failure_reason, outcome.fate) == (45071, Fate.PENDING)
     assert outcome.message.endswith(".")
 
@@ -207,12 +209,12 @@ def test_a_stored_item_that_was_never_sent_stores_nothing() -> None:
 
 
 def test_bad_file_without_saying_which_is_the_only_part_left() -> None:
-    outcomes = judge([part("9.1"), part("9.2")], answer(ok=[stored("9.1")]), codes={}, warnings_of=lambda _: ())
+    outcomes = read_outcomes([part("9.1"), part("9.2")], answer(ok=[stored("9.1")]), codes={}, warnings_of=lambda _: ())
     assert [outcome.fate for outcome in rejected_if_alone(outcomes, "bad")] == [Fate.STORED, Fate.REJECTED]
 
 
 def test_bad_file_without_saying_which_stays_open_among_several() -> None:
-    outcomes = judge([part("9.1"), part("9.2")], {}, codes={}, warnings_of=lambda _: ())
+    outcomes = read_outcomes([part("9.1"), part("9.2")], {}, codes={}, warnings_of=lambda _: ())
     assert [outcome.fate for outcome in rejected_if_alone(outcomes, "bad")] == [Fate.UNMENTIONED] * 2
 
 
@@ -262,7 +264,7 @@ def others(*codes: int | None) -> dict[str, Any]:
 
 def test_another_failure_is_that_of_the_one_image_that_nothing_else_speaks_of() -> None:
     ds = answer(ok=[stored("9.1")]) | others(0xC122)
-    outcomes = judge([part("9.1"), part("9.2")], ds, codes={}, warnings_of=lambda _: ())
+    outcomes = read_outcomes([part("9.1"), part("9.2")], ds, codes={}, warnings_of=lambda _: ())
     assert [one.fate for one in outcomes] == [Fate.STORED, Fate.REJECTED]
     assert outcomes[1].failure_reason == 0xC122
     assert "transfer syntax" in outcomes[1].message

@@ -13,12 +13,12 @@ from dataclasses import replace
 import pytest
 
 from courier.errors import InvalidRequest, PacsUnavailable
-from courier.redaction import shown_job
+from courier.redaction import redact_job
 from courier.settings import ServerSettings, Settings
 from producer.cli.studies import COLUMNS, json_document, write_csv
 from producer.studies import StudyList
-from worker.jobs.attempt import Run
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Attempt
+from worker.jobs.services import Services
 from worker.jobs.studies import list_studies
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import StudyPage
@@ -59,19 +59,19 @@ def uids(*numbers):
     return [f"1.2.{number}" for number in numbers]
 
 
-def tools(*shelves, **results):
+def services(*shelves, **results):
     fleet = Fleet(shelves)
-    return Tools(Settings.model_validate({"results": results}), ledger=None, sources=None, fleet=fleet)
+    return Services(Settings.model_validate({"results": results}), ledger=None, sources=None, fleet=fleet)
 
 
-def ask(tools, **job):
-    return list_studies(job, Run("j", 1, 1, last=False, ledger=None), tools)
+def ask(services, **job):
+    return list_studies(job, Attempt("j", 1, 1, last=False, ledger=None), services)
 
 
-def pages_of(tools, **job):
+def pages_of(services, **job):
     cursor = None
     while True:
-        page = ask(tools, cursor=cursor, **job)
+        page = ask(services, cursor=cursor, **job)
         json.dumps(page)
         yield page
         cursor = page["cursor"]
@@ -86,7 +86,7 @@ def test_every_study_is_listed_once_with_all_its_servers_whatever_the_pages(limi
     second = Shelf("b", uids(*range(30, 95)), largest_page=200)
     random.Random(1).shuffle(second.uids)
     with StudyList() as listed:
-        for page in pages_of(tools(first, second), limit=limit):
+        for page in pages_of(services(first, second), limit=limit):
             assert len(page["studies"]) <= limit + overlap
             listed.add(page)
         found = {entry["study_uid"]: [place["server_name"] for place in entry["servers"]] for entry in listed}
@@ -98,7 +98,7 @@ def test_every_study_is_listed_once_with_all_its_servers_whatever_the_pages(limi
 
 
 def test_an_entry_says_what_the_first_server_tells_and_how_many_images_each_has():
-    (entry,) = ask(tools(Shelf("a", uids(1)), Shelf("b", uids(1))))["studies"]
+    (entry,) = ask(services(Shelf("a", uids(1)), Shelf("b", uids(1))))["studies"]
     assert (entry["patient_id"], entry["patient_name"], entry["modalities"]) == ("of a", "Doe^Jane", ["CT"])
     assert entry["study_date"] is None
     assert entry["servers"] == [
@@ -108,7 +108,7 @@ def test_an_entry_says_what_the_first_server_tells_and_how_many_images_each_has(
 
 @pytest.mark.parametrize("allowed", ["uids", "none"])
 def test_a_site_that_keeps_metadata_out_of_results_gets_no_patient_in_lists(allowed):
-    page = ask(tools(Shelf("a", uids(1)), metadata=allowed))
+    page = ask(services(Shelf("a", uids(1)), metadata=allowed))
     assert "Doe" not in json.dumps(page)
     assert "of a" not in json.dumps(page)
 
@@ -116,13 +116,13 @@ def test_a_site_that_keeps_metadata_out_of_results_gets_no_patient_in_lists(allo
 def test_a_silent_server_keeps_the_list_open_and_is_listed_when_it_is_back():
     first, second = Shelf("a", uids(1, 2)), Shelf("b", uids(3))
     second.silent = True
-    page = ask(tools(first, second))
+    page = ask(services(first, second))
     assert [server["status"] for server in page["servers"]] == ["complete", "unavailable"]
     assert page["cursor"] is not None
     with pytest.raises(PacsUnavailable):
-        ask(tools(first, second), cursor=page["cursor"])
+        ask(services(first, second), cursor=page["cursor"])
     second.silent = False
-    rest = ask(tools(first, second), cursor=page["cursor"])
+    rest = ask(services(first, second), cursor=page["cursor"])
     assert [entry["study_uid"] for entry in rest["studies"]] == uids(3)
     assert rest["cursor"] is None
 
@@ -131,45 +131,45 @@ def test_merging_stops_when_only_silent_servers_are_left_and_says_which():
     first, second = Shelf("a", uids(*range(10))), Shelf("b", uids(11))
     second.silent = True
     with StudyList() as listed:
-        assert list(listed.extend(pages_of(tools(first, second), limit=8))) == [4, 8, 10]
+        assert list(listed.extend(pages_of(services(first, second), limit=8))) == [4, 8, 10]
         assert [server["status"] for server in listed.servers()] == ["complete", "unavailable"]
 
 
 def test_either_lists_the_first_server_that_answers_and_stays_with_it():
     first, second = Shelf("a", uids(1)), Shelf("b", uids(2, 3))
     first.silent = True
-    page = ask(tools(first, second), mode="either", limit=1)
+    page = ask(services(first, second), mode="either", limit=1)
     assert [entry["study_uid"] for entry in page["studies"]] == uids(2)
     first.silent = False
-    rest = list(pages_of(tools(first, second), mode="either", limit=1))
+    rest = list(pages_of(services(first, second), mode="either", limit=1))
     assert [entry["study_uid"] for one in rest for entry in one["studies"]] == uids(1)
-    page = ask(tools(first, second), mode="either", limit=1, cursor=page["cursor"])
+    page = ask(services(first, second), mode="either", limit=1, cursor=page["cursor"])
     assert [entry["study_uid"] for entry in page["studies"]] == uids(3)
 
 
 def test_a_refused_filter_refuses_the_list_instead_of_leaving_a_server_out():
     with pytest.raises(InvalidRequest, match="Nonsense"):
-        ask(tools(Shelf("a", uids(1))), filters={"Nonsense": "1"})
+        ask(services(Shelf("a", uids(1))), filters={"Nonsense": "1"})
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "eyJ9", "e30=", "WzFd", "ä", "A" * 400])
 def test_a_cursor_that_is_none_is_refused(cursor):
     with pytest.raises(InvalidRequest):
-        ask(tools(Shelf("a", uids(1))), cursor=cursor)
+        ask(services(Shelf("a", uids(1))), cursor=cursor)
 
 
 def test_a_cursor_of_another_list_or_another_fleet_is_refused():
-    both = tools(Shelf("a", uids(1, 2)), Shelf("b", uids(3, 4)))
+    both = services(Shelf("a", uids(1, 2)), Shelf("b", uids(3, 4)))
     cursor = ask(both, limit=2)["cursor"]
     with pytest.raises(InvalidRequest, match="another mode"):
         ask(both, filters={"PatientID": "7"}, cursor=cursor)
     with pytest.raises(InvalidRequest, match="No server"):
-        ask(tools(Shelf("a", uids(1, 2))), cursor=cursor)
+        ask(services(Shelf("a", uids(1, 2))), cursor=cursor)
 
 
 def test_memory_stays_flat_while_a_long_list_is_merged():
     def peak_bytes(studies):
-        bench = tools(Shelf("a", uids(*range(studies))))
+        bench = services(Shelf("a", uids(*range(studies))))
         tracemalloc.start()
         try:
             with StudyList() as listed:
@@ -184,7 +184,7 @@ def test_memory_stays_flat_while_a_long_list_is_merged():
 
 def test_the_list_is_one_json_document_and_one_csv_table():
     with StudyList() as listed:
-        listed.add(ask(tools(Shelf("a", uids(2, 1)), Shelf("b", uids(1)))))
+        listed.add(ask(services(Shelf("a", uids(2, 1)), Shelf("b", uids(1)))))
         document = json.loads("".join(json_document({"operation": "list_studies"}, listed)))
         assert [entry["study_uid"] for entry in document["studies"]] == uids(1, 2)
         out = io.StringIO()
@@ -199,7 +199,7 @@ def test_the_list_is_one_json_document_and_one_csv_table():
 
 
 def test_operators_see_what_a_list_is_filtered_by_but_not_for_whom():
-    shown = shown_job({"mode": "both", "filters": {"PatientName": "Doe^Jane"}, "cursor": "abc"})
+    shown = redact_job({"mode": "both", "filters": {"PatientName": "Doe^Jane"}, "cursor": "abc"})
     assert json.loads(shown) == {"mode": "both", "filters": ["PatientName"]}
 
 
@@ -220,7 +220,7 @@ def dated(page):
 def first(shelves, limit, page):
     """What is listed first, and whether in the order of servers."""
     with StudyList() as listed:
-        pages = map(dated, pages_of(tools(*shelves), limit=page, newest_first=True))
+        pages = map(dated, pages_of(services(*shelves), limit=page, newest_first=True))
         for _ in listed.extend(pages, at_most=limit):
             pass
         return [entry["study_uid"] for entry in itertools.islice(listed, limit)], listed.in_server_order
@@ -240,7 +240,7 @@ def test_a_server_that_does_not_sort_and_has_more_makes_the_order_that_of_server
 
 
 def test_a_cursor_goes_on_in_the_order_that_it_was_given_for() -> None:
-    both = tools(SortedShelf("a", uids(3, 2, 1)))
+    both = services(SortedShelf("a", uids(3, 2, 1)))
     cursor = ask(both, limit=1, newest_first=True)["cursor"]
     assert ask(both, limit=1, cursor=cursor, newest_first=True)["servers"][0]["newest_first"] is True
     with pytest.raises(InvalidRequest, match="another"):

@@ -12,12 +12,12 @@ from courier.batches.store import Batch
 from courier.errors import InvalidRequest
 from courier.ledger.jobs import Ledger
 from courier.settings import ServerSettings, Settings
-from worker.batches.coordinator import Desk, Kind
+from worker.batches.coordinator import BatchKind, PassContext
 from worker.batches.deletions import StudyDeletions
 from worker.batches.downloads import StudyDownloads
 from worker.batches.migrations import StudyMigrations
-from worker.jobs.attempt import Run
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Attempt
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import StudyPage
 
@@ -39,19 +39,21 @@ class Long:
         return StudyPage([{"0020000D": {"vr": "UI", "Value": [f"1.{offset}"]}}], next_offset=offset + 1)
 
 
-def listed(kind: Kind, order: Mapping[str, Any], client: fakeredis.FakeRedis) -> tuple[list[str], list[str]]:
+def listed(kind: BatchKind, order: Mapping[str, Any], client: fakeredis.FakeRedis) -> tuple[list[str], list[str]]:
     """What a kind plans of such a server, and the warnings."""
     ledger, fleet = Ledger(client), Fleet([cast(Any, Long())])
-    run = Run("B", ledger.claim("B", task="t", job={}).fence, 1, last=False, ledger=ledger)
-    desk = Desk(Batch("B", "planning", "any", order), run, Tools(Settings(), ledger, cast(Any, None), fleet))
-    return [one.text for page in kind.pages(desk) for one in page], desk.warnings
+    attempt = Attempt("B", ledger.take("B", task="t", job={}).fence, 1, last=False, ledger=ledger)
+    context = PassContext(
+        Batch("B", "planning", "any", order), attempt, Services(Settings(), ledger, cast(Any, None), fleet)
+    )
+    return [one.text for page in kind.pages(context) for one in page], context.warnings
 
 
 @pytest.mark.parametrize(
     ("kind", "order"), [(StudyDeletions(), {}), (StudyMigrations(), {"from_server": "a", "delete_source": True})]
 )
 def test_a_list_that_cannot_be_paged_to_its_end_says_so_where_the_next_order_finds_the_rest(
-    client: fakeredis.FakeRedis, kind: Kind, order: Mapping[str, Any]
+    client: fakeredis.FakeRedis, kind: BatchKind, order: Mapping[str, Any]
 ) -> None:
     studies, warnings = listed(kind, order, client)
     assert studies == ["1.0", "1.1"]
@@ -60,7 +62,7 @@ def test_a_list_that_cannot_be_paged_to_its_end_says_so_where_the_next_order_fin
 
 @pytest.mark.parametrize(("kind", "order"), [(StudyDownloads(), {}), (StudyMigrations(), {"from_server": "a"})])
 def test_and_is_refused_where_the_next_order_would_find_the_same_studies_again(
-    client: fakeredis.FakeRedis, kind: Kind, order: Mapping[str, Any]
+    client: fakeredis.FakeRedis, kind: BatchKind, order: Mapping[str, Any]
 ) -> None:
     with pytest.raises(InvalidRequest, match="narrow the filters") as caught:
         listed(kind, order, client)

@@ -13,7 +13,7 @@ import pytest
 
 from courier import telemetry
 from courier.settings import Settings, SettingsError, TelemetrySettings
-from courier.telemetry import CallSeen, JobSeen, StepSeen
+from courier.telemetry import CallEvent, JobEvent, StepEvent
 from worker.observability import instrumentation
 from worker.observability.metrics import FRESH_S, LedgerCollector, Metrics, Outlook
 
@@ -26,7 +26,7 @@ OUTLOOK = Outlook(
 @pytest.fixture(autouse=True)
 def unwatched() -> Iterator[None]:
     yield
-    telemetry.stop_watching()
+    telemetry.remove_observers()
 
 
 class Witness:
@@ -34,7 +34,7 @@ class Witness:
         self.saw: list[Any] = []
 
     @contextmanager
-    def watching(self, seen: Any) -> Iterator[None]:
+    def observe(self, seen: Any) -> Iterator[None]:
         self.saw.append(("begins", type(seen).__name__))
         try:
             yield
@@ -53,19 +53,19 @@ class Witness:
 
 
 def test_nobody_watches_unless_let_in() -> None:
-    with telemetry.watching(StepSeen("pacs.upload", "push")), telemetry.continued({"traceparent": "00-1"}):
+    with telemetry.observe(StepEvent("pacs.upload", "push")), telemetry.continued({"traceparent": "00-1"}):
         telemetry.count("sweep")
     assert telemetry.carrier() == {}
 
 
 def test_who_watches_sees_how_it_begins_and_how_it_ends_also_with_an_error() -> None:
     witness = Witness()
-    telemetry.watch(witness)
-    seen = JobSeen("pacs.upload", "j1", 2)
+    telemetry.add_observer(witness)
+    seen = JobEvent("pacs.upload", "j1", 2)
     seen.end = "dead"
-    with pytest.raises(RuntimeError), telemetry.watching(seen):
+    with pytest.raises(RuntimeError), telemetry.observe(seen):
         raise RuntimeError
-    assert witness.saw == [("begins", "JobSeen"), ("ends", seen)]
+    assert witness.saw == [("begins", "JobEvent"), ("ends", seen)]
     with telemetry.continued({"traceparent": "00-2"}):
         telemetry.count("woken", 3)
     assert witness.saw[2:] == [{"traceparent": "00-2"}, ("woken", 3)]
@@ -79,9 +79,9 @@ def names(metrics: Metrics) -> set[str]:
 def test_every_metric_and_its_labels_stand_in_the_documentation_and_no_other() -> None:
     metrics = Metrics()
     metrics.registry.register(LedgerCollector(lambda: OUTLOOK))
-    telemetry.watch(metrics)
-    for seen in (JobSeen("t", "j", 1), StepSeen("t", "s"), CallSeen("n", "t", "GET", 500, "pacs_unavailable")):
-        with telemetry.watching(seen):
+    telemetry.add_observer(metrics)
+    for seen in (JobEvent("t", "j", 1), StepEvent("t", "s"), CallEvent("n", "t", "GET", 500, "pacs_unavailable")):
+        with telemetry.observe(seen):
             pass
     own = {name for name in names(metrics) if not name.endswith("_created")}
     counted = {re.sub(r"_(bucket|sum|count)$", "", name) for name in own}

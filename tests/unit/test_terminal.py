@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.terminal import Column, Listing, Terminal, csv_rows, json_text, linked, plain
+from producer.terminal import Column, ListingTable, Terminal, csv_rows, json_text, linked, plain
 
 UID = "1.2.826.0.1.3680043.8.498.12406831542731051035295345080039845114"
 JOB = "59cda953-15ca-4d1d-9407-4a81a2753caa"
@@ -30,8 +30,8 @@ def drawn(thing: object, columns: int | None) -> list[str]:
     return file.getvalue().removesuffix("\n").split("\n")
 
 
-def listing() -> Listing:
-    table = Listing(
+def listing() -> ListingTable:
+    table = ListingTable(
         "server", Column("study", "id"), Column("why", "text"), Column("job", "id"), Column("n", right=True)
     )
     table.add_row(
@@ -62,7 +62,7 @@ def test_ids_go_to_lines_of_their_own_before_anything_is_wider_than_the_screen(c
 
 
 def test_on_a_narrow_screen_each_cell_has_a_line() -> None:
-    table = Listing("server", Column("job", "id"), Column("n", right=True))
+    table = ListingTable("server", Column("job", "id"), Column("n", right=True))
     table.add_row("msdicom-of-the-house", JOB, "7")
     table.add_row("dcm4chee", "", "8")
     assert drawn(table, 20) == [
@@ -77,13 +77,13 @@ def test_on_a_narrow_screen_each_cell_has_a_line() -> None:
 
 @pytest.mark.parametrize("columns", [40, None])
 def test_wide_characters_stand_below_each_other(columns: int | None) -> None:
-    table = Listing("patient", "n", rows=[("山田^太郎", "1"), ("Yamada", "2")])
+    table = ListingTable("patient", "n", rows=[("山田^太郎", "1"), ("Yamada", "2")])
     assert drawn(table, columns) == ["patient    n", "山田^太郎  1", "Yamada     2"]
 
 
 @pytest.mark.parametrize("columns", [30, None])
 def test_the_parts_of_a_list_stand_below_each_other_under_one_heading(columns: int | None) -> None:
-    table = Listing(Column("server", least=8), "n", rows=[("a", "1")])
+    table = ListingTable(Column("server", least=8), "n", rows=[("a", "1")])
     first = drawn(table, columns)
     table.go_on()
     table.add_row("b", "2")
@@ -96,14 +96,14 @@ def test_text_is_neither_markup_nor_control(columns: int | None) -> None:
     assert drawn(ODD, columns) == [shown]
     assert drawn(plain(ODD), columns) == [shown]
     assert drawn(linked(ODD, "http://host/\x1b\\"), columns)[0].endswith(shown)
-    assert shown in drawn(Listing(ODD, rows=[(ODD,)]), columns)[1]
+    assert shown in drawn(ListingTable(ODD, rows=[(ODD,)]), columns)[1]
     with Terminal(file=Screen(), width=80).busy(ODD) as progress:
         progress(ODD)
 
 
 def test_a_sentence_keeps_its_line_breaks_and_a_cell_does_not() -> None:
     assert drawn("one\ntwo", 80) == ["one", "two"]
-    assert drawn(Listing("a", rows=[("one\ntwo",)]), 80) == ["a", "one\\ntwo"]
+    assert drawn(ListingTable("a", rows=[("one\ntwo",)]), 80) == ["a", "one\\ntwo"]
 
 
 @pytest.mark.parametrize("indent", [None, 2])

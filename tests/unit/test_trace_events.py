@@ -14,9 +14,9 @@ import pytest
 import courier.ledger.jobs
 from courier.ledger.jobs import ORDER, Ledger, Receipt, Wait
 from courier.settings import Settings
-from worker.jobs.attempt import Pulse
-from worker.jobs.runner import Done, carry
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Heartbeat
+from worker.jobs.runner import Done, execute
+from worker.jobs.services import Services
 from worker.jobs.trace import trace
 from worker.pacs.fleet import Fleet
 
@@ -37,7 +37,7 @@ def moved(ledger: Ledger, fence: int) -> None:
 def routed(reason: str) -> Callable[[Ledger, int], None]:
     def write(ledger: Ledger, fence: int) -> None:
         decision = {"server": "a", "study_uid": STUDY, "reason": reason, "study_on": [], "candidates": ["a"]}
-        ledger.intend("j", fence, {"server": "a"}, decision=decision)
+        ledger.write_intent("j", fence, {"server": "a"}, decision=decision)
 
     return write
 
@@ -61,17 +61,17 @@ def ended(outcome: dict[str, Any], code: str) -> Callable[[Ledger, int], None]:
     return lambda ledger, fence: ledger.finish("j", fence, outcome=outcome, code=code, task=TASK, job=JOB)
 
 
-def buried(ledger: Ledger, fence: int) -> None:
-    ledger.bury("j", fence, outcome=AWAY, code="pacs_unavailable", task=TASK, job=JOB)
+def dead_lettered(ledger: Ledger, fence: int) -> None:
+    ledger.end_as_dead_letter("j", fence, outcome=AWAY, code="pacs_unavailable", task=TASK, job=JOB)
 
 
 def replayed(ledger: Ledger, fence: int) -> None:
-    buried(ledger, fence)
+    dead_lettered(ledger, fence)
     ledger.replay("j")
 
 
 def purged(ledger: Ledger, fence: int) -> None:
-    buried(ledger, fence)
+    dead_lettered(ledger, fence)
     ledger.purge("j")
 
 
@@ -87,7 +87,7 @@ EVENTS: dict[str, tuple[Callable[[Ledger, int], None], str, str]] = {
     "done": (ended({"payload": {"server_name": "a"}}, "done"), "ended", "pacs.upload is done."),
     "refused": (ended(AWAY, "study_conflict"), "ended", "was refused (study_conflict): Away."),
     "refused without a word": (ended({"error": {}}, "cancelled"), "ended", "was refused (cancelled)"),
-    "a dead letter": (buried, "ended", "ended as a dead letter (pacs_unavailable): Away."),
+    "a dead letter": (dead_lettered, "ended", "ended as a dead letter (pacs_unavailable): Away."),
     "replayed": (replayed, "replayed", "queued again"),
     "purged": (purged, "purged", "Dropped"),
 }
@@ -101,25 +101,29 @@ def ledger() -> Iterator[Ledger]:
 
 def traced(ledger: Ledger, uid: str) -> dict[str, Any]:
     """The answer of `pacs.trace`, which no server has anything to say to."""
-    tools = Tools(settings=Settings(), ledger=ledger, sources=cast(Any, None), fleet=Fleet([]), rng=random.Random(1))
-    pulse = Pulse(ledger, lambda *_: None)
-    verdict = carry(trace, task="pacs.trace", job_id=f"t{uid}", message={"uid": uid}, tools=tools, pulse=pulse)
-    assert isinstance(verdict, Done), verdict
-    return verdict.payload
+    services = Services(
+        settings=Settings(), ledger=ledger, sources=cast(Any, None), fleet=Fleet([]), rng=random.Random(1)
+    )
+    heartbeat = Heartbeat(ledger, lambda *_: None)
+    result = execute(
+        trace, task="pacs.trace", job_id=f"t{uid}", message={"uid": uid}, services=services, heartbeat=heartbeat
+    )
+    assert isinstance(result, Done), result
+    return result.payload
 
 
 @pytest.mark.parametrize("kind", EVENTS)
 def test_a_trace_tells_every_kind_of_event_in_a_sentence(kind: str, ledger: Ledger) -> None:
     write, event, said = EVENTS[kind]
-    job = ledger.claim("j", task=TASK, job=JOB)
-    ledger.hold_image(UID, job_id="j", fence=job.fence, into=(STUDY, f"{STUDY}.1"))
+    job = ledger.take("j", task=TASK, job=JOB)
+    ledger.lock_image(UID, job_id="j", fence=job.fence, into=(STUDY, f"{STUDY}.1"))
     write(ledger, job.fence)
-    told = [one for uid in (UID, STUDY) if ledger.known(uid).trail for one in traced(ledger, uid)["timeline"]]
+    told = [one for uid in (UID, STUDY) if ledger.uid_record(uid).history for one in traced(ledger, uid)["timeline"]]
     assert said in next(one for one in reversed(told) if one["event"] == event)["text"]
 
 
 def test_the_events_above_are_all_that_the_ledger_writes() -> None:
-    written = set(re.findall(r'_note\(\s*"(\w+)"', inspect.getsource(courier.ledger.jobs)))
+    written = set(re.findall(r'_event\(\s*"(\w+)"', inspect.getsource(courier.ledger.jobs)))
     assert written == set(ORDER) == {event for _, event, _ in EVENTS.values()}
 
 
@@ -131,8 +135,8 @@ def test_a_note_of_another_version_that_says_less_does_not_end_the_trace(ledger:
 
 @pytest.mark.parametrize("job_id", ["order 7", "my order", "order 7 b", " ", "a\nb", "a:b|c", "ä" * 255, "[/b]"])
 def test_a_trace_names_jobs_as_they_are_called_whatever_their_ids_hold(job_id: str, ledger: Ledger) -> None:
-    job = ledger.claim(job_id, task=TASK, job=JOB)
-    ledger.hold_image(UID, job_id=job_id, fence=job.fence, into=(STUDY, f"{STUDY}.1"))
+    job = ledger.take(job_id, task=TASK, job=JOB)
+    ledger.lock_image(UID, job_id=job_id, fence=job.fence, into=(STUDY, f"{STUDY}.1"))
     ledger.claim_study(STUDY, server="a", job_id=job_id)
     ledger.stored(UID, STUDY, Receipt(job_id, "a", "00", 1), series_instance_uid=f"{STUDY}.1")
     ledger.copying("b", STUDY, job_id=job_id)

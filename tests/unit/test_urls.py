@@ -9,14 +9,14 @@ from urllib.parse import unquote
 import pytest
 
 from courier.errors import InvalidRequest, SourceNotAllowed
-from courier.ledger.jobs import _wish
-from courier.redaction import shown_job, shown_url, without_queries
+from courier.ledger.jobs import _order_digest
+from courier.redaction import redact_job, redact_url, without_queries
 from courier.settings import AzureSettings, DownloadSettings, S3Settings, SourceSettings
 from courier.urls import object_url
 from producer.inputs import image_url, is_source
 from worker.storage.azure import container_and_blob
 from worker.storage.destinations import Destinations
-from worker.storage.listing import listed
+from worker.storage.listing import listed_object
 from worker.storage.s3_source import bucket_and_key
 from worker.storage.sources import Sources
 from worker.storage.zip_source import is_archive
@@ -63,11 +63,11 @@ VERSIONED = (
 
 @pytest.mark.parametrize("url", OBJECTS)
 def test_an_object_is_named_whole_wherever_its_url_is_shown(url: str) -> None:
-    assert shown_url(url) == url
+    assert redact_url(url) == url
     for sentence in (f"{url} is not there; check the URL.", f"Fetched {url}", f"items [{url!r}, 'https://h/a?sig=x']"):
         assert url in without_queries(sentence)
         assert "sig=x" not in without_queries(sentence)
-    assert json.loads(shown_job({"image_url": url}))["image_url"] == url
+    assert json.loads(redact_job({"image_url": url}))["image_url"] == url
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,15 @@ def test_an_object_is_named_whole_wherever_its_url_is_shown(url: str) -> None:
     ],
 )
 def test_what_may_be_a_credential_is_cut_and_nothing_else(url: str, shown: str) -> None:
-    assert shown_url(url) == shown
+    assert redact_url(url) == shown
     assert "s3cr3t" not in without_queries(f"Of {url} nothing came.")
-    assert "s3cr3t" not in shown_job({"image_url": url})
+    assert "s3cr3t" not in redact_job({"image_url": url})
 
 
 def test_of_what_only_resembles_an_objects_url_nothing_is_shown_that_may_be_a_password() -> None:
-    assert shown_url("s3://u:s3cr3t/x@imgs/order?1.dcm") == "s3://…"
-    assert shown_url("zip+s3://u:s3cr3t/x@imgs/all.zip!/1.dcm") == "zip+s3://…"
-    assert shown_url("file:a?s3cr3t") == "file:a"
+    assert redact_url("s3://u:s3cr3t/x@imgs/order?1.dcm") == "s3://…"
+    assert redact_url("zip+s3://u:s3cr3t/x@imgs/all.zip!/1.dcm") == "zip+s3://…"
+    assert redact_url("file:a?s3cr3t") == "file:a"
 
 
 def test_a_signed_url_beside_an_object_in_one_word_is_cut_in_a_line_all_the_same() -> None:
@@ -103,11 +103,11 @@ def test_a_signed_url_beside_an_object_in_one_word_is_cut_in_a_line_all_the_same
     assert without_queries("zip+https://h/a.zip!/order?1.dcm came") == "zip+https://h/a.zip!/order?1.dcm came"
 
 
-def test_two_objects_are_two_wishes_and_a_url_that_is_signed_anew_is_one() -> None:
-    def wish(url: str, **more: object) -> str:
-        return _wish("pacs.upload", {"image_url": url, "idempotency_key": "order-7", **more})
+def test_two_objects_are_two_orders_and_a_url_that_is_signed_anew_is_one() -> None:
+    def digest(url: str, **more: object) -> str:
+        return _order_digest("pacs.upload", {"image_url": url, "idempotency_key": "order-7", **more})
 
-    assert len({wish(url) for url in OBJECTS}) == len(OBJECTS)
+    assert len({digest(url) for url in OBJECTS}) == len(OBJECTS)
     for one, two in (
         ("s3://imgs/order?1.dcm", "s3://imgs/order?2.dcm"),
         ("az://imgs/order#1.dcm", "az://imgs/order#2.dcm"),
@@ -116,18 +116,18 @@ def test_two_objects_are_two_wishes_and_a_url_that_is_signed_anew_is_one() -> No
         ("zip+https://h/all.zip!/a?id=1.dcm", "zip+https://h/all.zip!/a?id=2.dcm"),
         ("s3://imgs/a://b@c", "s3://imgs/a://d@c"),
     ):
-        assert wish(one) != wish(two)
+        assert digest(one) != digest(two)
     for one, two in (
         ("https://h/a.dcm?sig=1", "https://h/a.dcm?sig=2"),
         ("https://h/a b.dcm?sig=1", "https://h/a b.dcm?sig=2"),
         ("zip+https://h/all.zip?sig=1!/1.dcm", "zip+https://h/all.zip?sig=2!/1.dcm"),
     ):
-        assert wish(one) == wish(two)
+        assert digest(one) == digest(two)
 
 
 @pytest.mark.parametrize("url", SIGNED)
 def test_a_signature_at_an_objects_url_is_shown_nowhere_and_refused_in_words(url: str) -> None:
-    assert "s3cr3t" not in shown_url(url) + without_queries(f"see {url}.") + shown_job({"destination": url})
+    assert "s3cr3t" not in redact_url(url) + without_queries(f"see {url}.") + redact_job({"destination": url})
     for sentence in refusals(url):
         assert "no signature" in sentence
         assert "s3cr3t" not in sentence
@@ -137,8 +137,10 @@ def test_a_signature_at_an_objects_url_is_shown_nowhere_and_refused_in_words(url
 def test_a_version_of_an_object_is_refused_in_words_and_never_taken_for_the_newest(url: str) -> None:
     for sentence in refusals(url):
         assert "older version" in sentence
-    found = listed(url, url)  # a name that only looks so, in a bucket or container: the encoded form is that object
-    assert (found.url, found.why_not) == (object_url(url), "")
+    found = listed_object(
+        url, url
+    )  # a name that only looks so, in a bucket or container: the encoded form is that object
+    assert (found.url, found.skip_reason) == (object_url(url), "")
     assert found.url.partition("://")[0] in ("s3+encoded", "az+encoded")
     assert unquote(found.url.partition("://")[2]) == url.partition("://")[2]
 
@@ -195,12 +197,12 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scheme", ["s3", "az"])
 def test_every_name_that_a_store_lists_has_a_url_that_names_it_alone(scheme: str, name: str) -> None:
-    found = listed(f"{scheme}://imgs/{name}", name, 5)
-    assert (found.why_not, found.size_bytes) == ("", 5)
+    found = listed_object(f"{scheme}://imgs/{name}", name, 5)
+    assert (found.skip_reason, found.size_bytes) == ("", 5)
     read = bucket_and_key if scheme == "s3" else container_and_blob
     assert read(found.url) == ("imgs", name)
     assert image_url(found.url) == found.url, "so a plan file and a list may hold it"
-    assert shown_url(found.url) == found.url
+    assert redact_url(found.url) == found.url
     assert len(found.url.splitlines()) == 1
     if not found.url.startswith(f"{scheme}+"):
         assert found.url == f"{scheme}://imgs/{name}", "a name that a plain URL can have is written as before"

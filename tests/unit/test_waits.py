@@ -25,10 +25,10 @@ from courier.waits import Meanwhile, WaitReason, noted_in, sentence, utc, waitin
 from producer.cli.tables import upload_row
 from producer.handle import Report, newer, read_result
 from sandbox.processes import poll
-from worker.jobs.attempt import NotYet, Pulse, Run
-from worker.jobs.runner import Parked, Verdict, carry
-from worker.jobs.services import Tools
-from worker.pacs.guard import Guard, at_rest
+from worker.jobs.attempt import Attempt, Heartbeat, Postpone
+from worker.jobs.runner import Deferred, JobResult, execute
+from worker.jobs.services import Services
+from worker.pacs.guard import Guard, circuit_open_error
 
 JOBS = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
 JOB = {"image_url": "http://host/a.dcm"}
@@ -37,22 +37,22 @@ NAMES = ["code", "message", "server_name", "since", "next_try"]
 
 
 @dataclass
-class Desk:
+class WaitBench:
     client: fakeredis.FakeRedis
     ledger: Ledger
     shown: list[dict[str, Any]] = field(default_factory=list)
     settings: Settings = field(default_factory=lambda: Settings.model_validate({"jobs": {"max_deaths": 2}}))
 
-    def carry(self, ends: BaseException | Callable[[Run], Any], job_id: str = "j1") -> Verdict:
-        def work(job: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+    def execute(self, ends: BaseException | Callable[[Attempt], Any], job_id: str = "j1") -> JobResult:
+        def work(job: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
             if isinstance(ends, BaseException):
                 raise ends
-            return cast(dict[str, Any], ends(run))
+            return cast(dict[str, Any], ends(attempt))
 
         fleet = cast(Any, None)
-        tools = Tools(self.settings, self.ledger, cast(Any, None), fleet, rng=random.Random(1))
-        pulse = Pulse(self.ledger, lambda _, meta: self.shown.append(meta), beat_s=0.01)
-        return carry(work, task="pacs.upload", job_id=job_id, message=JOB, tools=tools, pulse=pulse)
+        services = Services(self.settings, self.ledger, cast(Any, None), fleet, rng=random.Random(1))
+        heartbeat = Heartbeat(self.ledger, lambda _, meta: self.shown.append(meta), beat_s=0.01)
+        return execute(work, task="pacs.upload", job_id=job_id, message=JOB, services=services, heartbeat=heartbeat)
 
     def waits(self, job_id: str = "j1") -> dict[str, Any] | None:
         return self.ledger.standing([job_id])[job_id].waiting
@@ -66,119 +66,119 @@ class Desk:
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
+def bench() -> Iterator[WaitBench]:
     with fakeredis.FakeRedis(decode_responses=True) as client:
-        yield Desk(client, Ledger(client))
+        yield WaitBench(client, Ledger(client))
 
 
 CAUSES: dict[str, tuple[BaseException, str, str | None]] = {
-    "another job": (NotYet("job j2 is storing the same image", delay_s=1, owner="j2"), "other_job", None),
+    "another job": (Postpone("job j2 is storing the same image", delay_s=1, owner="j2"), "other_job", None),
     "a silent server": (PacsUnavailable("a did not answer.", server_name="a"), "pacs_unavailable", "a"),
     "its source": (SourceUnreachable("The source does not answer."), "source_unreachable", None),
     "a full spool": (SourceUnreachable("The spool is full."), "source_unreachable", None),
-    "a paused batch": (NotYet("the batch is paused", delay_s=1, code="batch_paused"), "batch_paused", None),
-    "a breaker": (at_rest(SERVER, "a", 8), "pacs_unavailable", "a"),
-    "a breaker for changes": (at_rest(SERVER, f"a{CHANGES}", 8), "pacs_unavailable", "a"),
+    "a paused batch": (Postpone("the batch is paused", delay_s=1, code="batch_paused"), "batch_paused", None),
+    "a breaker": (circuit_open_error(SERVER, "a", 8), "pacs_unavailable", "a"),
+    "a breaker for changes": (circuit_open_error(SERVER, f"a{CHANGES}", 8), "pacs_unavailable", "a"),
 }
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_each_cause_is_told_to_watchers_and_kept_in_the_ledger(desk: Desk, cause: str) -> None:
+def test_each_cause_is_told_to_watchers_and_kept_in_the_ledger(bench: WaitBench, cause: str) -> None:
     error, code, server = CAUSES[cause]
-    verdict = desk.carry(error)
-    shown, kept = desk.shown[-1], desk.waits()
+    result = bench.execute(error)
+    shown, kept = bench.shown[-1], bench.waits()
     assert shown["stage"] == "waiting"
     assert (shown["code"], shown["server_name"], shown["message"]) == (code, server, cast(Any, error).message)
     assert list(Waiting.model_validate(kept).model_dump()) == NAMES
     assert kept is not None
     assert [kept[name] for name in NAMES[:3]] == [shown[name] for name in NAMES[:3]]
-    assert abs(desk.at_s(kept["since"])) < 5
-    assert isinstance(verdict, Parked)
-    assert verdict.waits == sentence(waiting_in(shown) or {})
-    assert shown["message"].rstrip(".") in verdict.waits
+    assert abs(bench.at_s(kept["since"])) < 5
+    assert isinstance(result, Deferred)
+    assert result.waits == sentence(waiting_in(shown) or {})
+    assert shown["message"].rstrip(".") in result.waits
 
 
-def test_the_next_try_of_a_job_that_waits_for_a_server_is_the_end_of_its_pause(desk: Desk) -> None:
-    desk.client.hset(f"{PREFIX}{BREAKER}a", "until_ms", int((desk.ledger.clock_s() + 8) * 1000))
-    desk.carry(at_rest(SERVER, "a", 8))
-    for told in (desk.shown[-1], desk.waits()):
+def test_the_next_try_of_a_job_that_waits_for_a_server_is_the_end_of_its_pause(bench: WaitBench) -> None:
+    bench.client.hset(f"{PREFIX}{BREAKER}a", "until_ms", int((bench.ledger.clock_s() + 8) * 1000))
+    bench.execute(circuit_open_error(SERVER, "a", 8))
+    for told in (bench.shown[-1], bench.waits()):
         assert told is not None
-        assert 6 < desk.at_s(told["next_try"]) < 9
-    desk.client.hset(
-        f"{PREFIX}{BREAKER}a", "until_ms", int((desk.ledger.clock_s() + 30) * 1000)
+        assert 6 < bench.at_s(told["next_try"]) < 9
+    bench.client.hset(
+        f"{PREFIX}{BREAKER}a", "until_ms", int((bench.ledger.clock_s() + 30) * 1000)
     )  # another job has tested it
-    assert 28 < desk.at_s((desk.waits() or {})["next_try"]) < 31
-    desk.client.delete(f"{PREFIX}{BREAKER}a")
-    assert abs(desk.at_s((desk.waits() or {})["next_try"])) < 5, "its server is well: it goes on now"
+    assert 28 < bench.at_s((bench.waits() or {})["next_try"]) < 31
+    bench.client.delete(f"{PREFIX}{BREAKER}a")
+    assert abs(bench.at_s((bench.waits() or {})["next_try"])) < 5, "its server is well: it goes on now"
 
 
-def test_it_waits_since_the_first_time_as_long_as_the_cause_is_the_same(desk: Desk) -> None:
+def test_it_waits_since_the_first_time_as_long_as_the_cause_is_the_same(bench: WaitBench) -> None:
     def since() -> str:
-        return str((desk.waits() or {})["since"])
+        return str((bench.waits() or {})["since"])
 
-    desk.carry(NotYet("job j2 is at it", delay_s=0, owner="j2"))
-    desk.client.hset(f"{PREFIX}job:j1", "since_ms", 1_000_000)
+    bench.execute(Postpone("job j2 is at it", delay_s=0, owner="j2"))
+    bench.client.hset(f"{PREFIX}job:j1", "since_ms", 1_000_000)
     first = since()
     for _ in range(2):
-        desk.wake()
-        desk.carry(NotYet("job j2 is at it still", delay_s=0, owner="j2"))
-    assert since() == desk.shown[-1]["since"] == first == utc(1_000_000)
-    desk.wake()
-    desk.carry(NotYet("job j3 is at it", delay_s=0, owner="j3"))
+        bench.wake()
+        bench.execute(Postpone("job j2 is at it still", delay_s=0, owner="j2"))
+    assert since() == bench.shown[-1]["since"] == first == utc(1_000_000)
+    bench.wake()
+    bench.execute(Postpone("job j3 is at it", delay_s=0, owner="j3"))
     assert since() != first
-    assert abs(desk.at_s(desk.shown[-1]["since"])) < 5
+    assert abs(bench.at_s(bench.shown[-1]["since"])) < 5
 
 
-def test_waits_that_get_longer_are_foretold(desk: Desk) -> None:
+def test_waits_that_get_longer_are_foretold(bench: WaitBench) -> None:
     for _ in range(3):
-        desk.carry(NotYet("job j2 is at it", delay_s=1, owner="j2"))
-        desk.wake()
-    desk.carry(NotYet("job j2 is at it", delay_s=1, owner="j2"))
-    foretold, kept = desk.shown[-1], desk.waits()
+        bench.execute(Postpone("job j2 is at it", delay_s=1, owner="j2"))
+        bench.wake()
+    bench.execute(Postpone("job j2 is at it", delay_s=1, owner="j2"))
+    foretold, kept = bench.shown[-1], bench.waits()
     assert kept is not None
-    assert 6 < desk.at_s(foretold["next_try"]) < 9
-    assert abs(desk.at_s(foretold["next_try"]) - desk.at_s(kept["next_try"])) < 1
+    assert 6 < bench.at_s(foretold["next_try"]) < 9
+    assert abs(bench.at_s(foretold["next_try"]) - bench.at_s(kept["next_try"])) < 1
 
 
-def test_a_job_in_its_queue_waits_for_a_worker(desk: Desk) -> None:
-    desk.ledger.submit("j1", task="pacs.upload", job=JOB)
-    assert [(desk.waits() or {})[name] for name in ("code", "next_try")] == ["queued", None]
-    desk.carry(PacsUnavailable("Later."))
-    assert (desk.waits() or {})["code"] == "pacs_unavailable"
-    desk.wake()
-    assert (desk.waits() or {})["code"] == "queued"
+def test_a_job_in_its_queue_waits_for_a_worker(bench: WaitBench) -> None:
+    bench.ledger.submit("j1", task="pacs.upload", job=JOB)
+    assert [(bench.waits() or {})[name] for name in ("code", "next_try")] == ["queued", None]
+    bench.execute(PacsUnavailable("Later."))
+    assert (bench.waits() or {})["code"] == "pacs_unavailable"
+    bench.wake()
+    assert (bench.waits() or {})["code"] == "queued"
 
 
-def test_a_job_whose_worker_is_silent_waits_for_another_one(desk: Desk) -> None:
-    desk.ledger.claim("j1", task="pacs.upload", job=JOB)
-    assert desk.waits() is None
-    desk.client.hset(f"{PREFIX}job:j1", "lease_ms", 1000)
-    assert (desk.waits() or {})["code"] == "worker_lost"
+def test_a_job_whose_worker_is_silent_waits_for_another_one(bench: WaitBench) -> None:
+    bench.ledger.take("j1", task="pacs.upload", job=JOB)
+    assert bench.waits() is None
+    bench.client.hset(f"{PREFIX}job:j1", "lease_ms", 1000)
+    assert (bench.waits() or {})["code"] == "worker_lost"
 
 
-def test_a_job_beside_one_that_crashed_a_worker_says_which(desk: Desk) -> None:
+def test_a_job_beside_one_that_crashed_a_worker_says_which(bench: WaitBench) -> None:
     for job_id in ("j1", "j2"):
-        desk.ledger.claim(job_id, task="pacs.upload", job={**JOB, "server": job_id})
-        desk.client.hset(f"{PREFIX}job:{job_id}", "lease_ms", 0)
-    desk.ledger.claim("j1", task="pacs.upload", job={**JOB, "server": "j1"}, max_deaths=2)
-    desk.ledger.claim("j2", task="pacs.upload", job={**JOB, "server": "j2"}, max_deaths=2)
-    waits = desk.waits("j2") or {}
+        bench.ledger.take(job_id, task="pacs.upload", job={**JOB, "server": job_id})
+        bench.client.hset(f"{PREFIX}job:{job_id}", "lease_ms", 0)
+    bench.ledger.take("j1", task="pacs.upload", job={**JOB, "server": "j1"}, max_deaths=2)
+    bench.ledger.take("j2", task="pacs.upload", job={**JOB, "server": "j2"}, max_deaths=2)
+    waits = bench.waits("j2") or {}
     assert waits["code"] == "crash_suspect"
     assert waits["message"].endswith("job j1")
 
 
-def test_a_job_that_has_ended_or_runs_does_not_wait(desk: Desk) -> None:
-    assert desk.carry(lambda run: {"waits": desk.waits()}) is not None
-    assert desk.waits() is None
-    desk.carry(PacsUnavailable("Later."), "j2")
-    desk.wake("j2")
-    desk.carry(lambda run: {"done": True}, "j2")
-    assert desk.waits("j2") is None
-    assert not {"cause", "since_ms", "server", "message"} & desk.ledger.look("j2").keys()
+def test_a_job_that_has_ended_or_runs_does_not_wait(bench: WaitBench) -> None:
+    assert bench.execute(lambda run: {"waits": bench.waits()}) is not None
+    assert bench.waits() is None
+    bench.execute(PacsUnavailable("Later."), "j2")
+    bench.wake("j2")
+    bench.execute(lambda run: {"done": True}, "j2")
+    assert bench.waits("j2") is None
+    assert not {"cause", "since_ms", "server", "message"} & bench.ledger.read_record("j2").keys()
 
 
-def test_a_full_server_is_named_while_a_running_job_waits_for_a_slot(desk: Desk) -> None:
-    guard = Guard(Breakers(desk.client), Slots(desk.client), [SERVER])
+def test_a_full_server_is_named_while_a_running_job_waits_for_a_slot(bench: WaitBench) -> None:
+    guard = Guard(Breakers(bench.client), Slots(bench.client), [SERVER])
     holds, lets_go = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -190,21 +190,21 @@ def test_a_full_server_is_named_while_a_running_job_waits_for_a_slot(desk: Desk)
     holder.start()
     assert holds.wait(10)
 
-    def work(run: Run) -> dict[str, Any]:
-        with run.step("check"), guard.call(SERVER, changes=False):
-            poll(lambda: desk.shown[-1]["stage"] == "check", timeout_s=10, every_s=0.01)
+    def work(attempt: Attempt) -> dict[str, Any]:
+        with attempt.step("check"), guard.call(SERVER, changes=False):
+            poll(lambda: bench.shown[-1]["stage"] == "check", timeout_s=10, every_s=0.01)
         return {}
 
-    job = threading.Thread(target=desk.carry, args=(work,))
+    job = threading.Thread(target=bench.execute, args=(work,))
     job.start()
-    assert poll(lambda: bool(desk.shown), timeout_s=10, every_s=0.01)
-    first = desk.shown[-1]
+    assert poll(lambda: bool(bench.shown), timeout_s=10, every_s=0.01)
+    first = bench.shown[-1]
     lets_go.set()
     holder.join()
     job.join()
     assert (first["stage"], first["code"], first["server_name"]) == ("waiting", "server_busy", "a")
     assert "1 requests in flight" in first["message"]
-    assert desk.shown[-1]["stage"] == "check", "it waits no longer"
+    assert bench.shown[-1]["stage"] == "check", "it waits no longer"
 
 
 def test_what_waits_on_several_threads_is_told_as_the_first_of_them() -> None:
@@ -231,9 +231,9 @@ def test_the_entry_of_a_worker_of_version_0_1_can_be_read() -> None:
     assert upload_row("", "j1", report).waits == "waiting: No"
 
 
-def test_an_entry_is_what_version_0_1_reads_too(desk: Desk) -> None:
-    desk.carry(NotYet("job j2 is at it", delay_s=1, owner="j2"))
-    shown = desk.shown[-1]
+def test_an_entry_is_what_version_0_1_reads_too(bench: WaitBench) -> None:
+    bench.execute(Postpone("job j2 is at it", delay_s=1, owner="j2"))
+    shown = bench.shown[-1]
     assert (str(shown["stage"]), shown["attempt"]) == ("waiting", 1)
     assert {"code", "message"} <= shown.keys()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from worker.runtime.health import verdict
-from worker.runtime.watchdog import Complaint, Progress, Signs, Told, Watchdog, times_woken, write
+from worker.runtime.watchdog import Complaint, HealthReport, Progress, Signs, Watchdog, times_woken, write
 
 LIMIT_S, HUNG_S, EVERY_S = 60.0, 600.0, 10.0
 
@@ -20,11 +20,11 @@ def signs(**changed: object) -> Signs:
     return Signs(**(usual | changed))  # type: ignore[arg-type]
 
 
-def looked_at(story: list[Signs]) -> Complaint | None:
+def find_last_complaint(story: list[Signs]) -> Complaint | None:
     progress = Progress(LIMIT_S, HUNG_S, gap_s=20.0)
     complaint = None
     for number, look in enumerate(story):
-        complaint = progress.look(look, now_s=number * EVERY_S)
+        complaint = progress.find_complaint(look, now_s=number * EVERY_S)
     return complaint
 
 
@@ -58,7 +58,7 @@ def turning(count: int, **changed: object) -> list[Signs]:
     ],
 )
 def test_a_worker_that_gets_on_or_has_an_excuse_is_never_ended(story: list[Signs]) -> None:
-    complaint = looked_at(story)
+    complaint = find_last_complaint(story)
     assert complaint is None or not complaint.fatal
 
 
@@ -71,7 +71,7 @@ def test_a_worker_that_gets_on_or_has_an_excuse_is_never_ended(story: list[Signs
     ],
 )
 def test_each_way_to_be_stuck_is_found_after_its_own_time_and_not_before(story: list[Signs], words: str) -> None:
-    complaint, earlier = looked_at(story), looked_at(story[:-1])
+    complaint, earlier = find_last_complaint(story), find_last_complaint(story[:-1])
     assert complaint is not None
     assert complaint.fatal
     assert words in str(complaint)
@@ -81,7 +81,7 @@ def test_each_way_to_be_stuck_is_found_after_its_own_time_and_not_before(story: 
 
 def test_what_was_missing_while_the_broker_was_away_is_not_held_against_the_worker() -> None:
     story = [*([signs()] * 6), signs(waiting=None), *([signs()] * 6)]
-    complaint = looked_at(story)
+    complaint = find_last_complaint(story)
     assert complaint is not None
     assert not complaint.fatal
 
@@ -89,19 +89,19 @@ def test_what_was_missing_while_the_broker_was_away_is_not_held_against_the_work
 def test_a_process_that_was_suspended_begins_anew() -> None:
     progress = Progress(LIMIT_S, HUNG_S, gap_s=20.0)
     for now_s in (0.0, 10.0, 20.0, 5000.0):
-        complaint = progress.look(signs(), now_s=now_s)
+        complaint = progress.find_complaint(signs(), now_s=now_s)
     assert complaint is None
 
 
 def test_the_watchdog_ends_a_stuck_process_and_says_so_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Told] = []
+    told: list[HealthReport] = []
     ended: list[bool] = []
     monkeypatch.setattr("worker.runtime.watchdog.faulthandler.dump_traceback_later", lambda *_, **__: None)
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("worker.runtime.watchdog.time.monotonic", lambda: next(clock))
     for watchdog_s in (60.0, 0.0):
         told.clear()
-        dog = Watchdog(signs, watchdog_s=watchdog_s, hung_s=1, tell=told.append, end=lambda: ended.append(True))
+        dog = Watchdog(signs, watchdog_s=watchdog_s, hung_s=1, publish=told.append, end=lambda: ended.append(True))
         dog._progress.gap_s = 1000
         for _ in range(15):
             dog._once()
@@ -153,14 +153,14 @@ def test_a_thread_that_works_is_told_from_one_that_hangs() -> None:
 def test_a_health_check_judges_what_the_worker_said_last(tmp_path: Path) -> None:
     path = tmp_path / "health"
     assert verdict(path, now_s=0)[0] is False
-    write(path, Told(True, "", 10.0))
+    write(path, HealthReport(True, "", 10.0))
     at = json.loads(path.read_text())["at"]
     assert verdict(path, now_s=at + 20)[0] is True
     assert verdict(path, now_s=at + 100) == (
         False,
         "The worker said nothing for 100 s: it is gone, or its process is stuck.",
     )
-    write(path, Told(False, "its loop has not turned for 130 s", 10.0))
+    write(path, HealthReport(False, "its loop has not turned for 130 s", 10.0))
     ok, sentence = verdict(path, now_s=at)
     assert not ok
     assert "its loop has not turned" in sentence

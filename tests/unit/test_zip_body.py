@@ -11,9 +11,9 @@ import pytest
 
 from courier.errors import PacsUnavailable, SourceTruncated
 from worker.dicom.instances import Instance
-from worker.pacs.protocol import Part, Passing
+from worker.pacs.protocol import Part, StreamedInstance
 from worker.pacs.stow import PREAMBLE, Once
-from worker.pacs.zip_body import PassingZip, ZipBody
+from worker.pacs.zip_body import StreamedZip, ZipBody
 
 MIB = 1024**2
 CONTENTS = [b"abc", b"x" * 600_000, b"PK\3\4"]
@@ -28,11 +28,11 @@ def part(content: bytes, *, announced: int | None = None, has_preamble: bool = T
     return Part(instance(has_preamble=has_preamble), lambda: io.BytesIO(content), size_bytes)
 
 
-def passing(*chunks: bytes, has_preamble: bool = True) -> Passing:
-    return Passing(instance(has_preamble=has_preamble), iter(chunks))
+def streamed(*chunks: bytes, has_preamble: bool = True) -> StreamedInstance:
+    return StreamedInstance(instance(has_preamble=has_preamble), iter(chunks))
 
 
-def once(*images: Passing) -> Once:
+def once(*images: StreamedInstance) -> Once:
     return Once(iter(images), again=lambda: PacsUnavailable("it has passed"))
 
 
@@ -58,8 +58,8 @@ def test_a_file_of_another_length_than_announced_is_sent_as_announced_or_not_at_
 
 
 def test_what_passes_has_an_entry_each_and_no_length() -> None:
-    arriving = once(passing(b"abc", b"d"), passing(b"x" * 600_000), passing(b"\2\0", has_preamble=False))
-    body = PassingZip(arriving)
+    arriving = once(streamed(b"abc", b"d"), streamed(b"x" * 600_000), streamed(b"\2\0", has_preamble=False))
+    body = StreamedZip(arriving)
     assert "Content-Length" not in body.headers
     assert entries(body) == [b"abcd", b"x" * 600_000, PREAMBLE + b"\2\0"]
     assert len(arriving.sent) == 3
@@ -72,7 +72,7 @@ def test_what_breaks_off_is_no_archive() -> None:
         yield b"x" * 300_000
         raise PacsUnavailable("gone")
 
-    blocks = iter(PassingZip(once(passing(b"abc"), Passing(instance(), breaking()))))
+    blocks = iter(StreamedZip(once(streamed(b"abc"), StreamedInstance(instance(), breaking()))))
     sent = next(blocks)
     assert len(sent) >= 300_000
     assert not zipfile.is_zipfile(io.BytesIO(sent))
@@ -82,10 +82,10 @@ def test_what_breaks_off_is_no_archive() -> None:
 
 def test_a_gibibyte_is_never_held() -> None:
     block = bytes(256 * 1024)
-    images = (Passing(instance(), (block for _ in range(1024))) for _ in range(4))
+    images = (StreamedInstance(instance(), (block for _ in range(1024))) for _ in range(4))
     tracemalloc.start()
     try:
-        sent = sum(len(piece) for piece in PassingZip(once(*images)))
+        sent = sum(len(piece) for piece in StreamedZip(once(*images)))
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -25,22 +25,22 @@ from courier.errors import (
     StudyConflict,
 )
 from courier.settings import ServerSettings
-from worker.batches.coordinator import Desk
+from worker.batches.coordinator import PassContext
 from worker.batches.equality import Compared, Side, compare
 from worker.batches.removals import hidden_on, remove_study, revoke
-from worker.batches.study_copy import Transfer, bring, images_on
+from worker.batches.study_copy import Transfer, copy_images, images_on
 from worker.batches.throttle import metered
 from worker.dicom.fingerprints import Rewrites
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.download import archived
 from worker.jobs.hangs import Hangs, poisoned
-from worker.jobs.placement import check_not_left_alone
+from worker.jobs.placement import check_no_open_circuit
 from worker.jobs.receipts import Receipts
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.jobs.streamed_instance import Incoming
 from worker.pacs.protocol import Deletion, Found, Pacs, Retrieved, View
 from worker.runtime.scratch import drop
-from worker.storage.destinations import Archive, Destinations, Mark
+from worker.storage.destinations import Archive, Destinations, StudyFingerprint
 from worker.storage.study_marks import CHUNK_BYTES, MANIFEST, UNREADABLE, unpacked
 
 _NOT_DELETED = "nothing was deleted. Order the deletion of this study again"
@@ -48,7 +48,7 @@ _NOT_STORED = "nothing was stored. Put an undamaged copy of it there, then undo 
 
 
 @dataclass(frozen=True)
-class Kept:
+class Backup:
     """Where the copy of a study on one server lies.
 
     ``images_sha256`` is over the UIDs of its images, ``archive_sha256`` over the archive as it was written; None if an
@@ -63,11 +63,11 @@ class Kept:
     archive_sha256: str | None = None
     hidden_before: Sequence[str] | None = None
 
-    def mark(self, study_uid: str) -> Mark:
-        return Mark(study_uid, self.images, self.images_sha256)
+    def fingerprint(self, study_uid: str) -> StudyFingerprint:
+        return StudyFingerprint(study_uid, self.images, self.images_sha256)
 
 
-def keep(pacs: Pacs, study_uid: str, folder: str, run: Run, destinations: Destinations) -> Kept | None:
+def back_up(pacs: Pacs, study_uid: str, folder: str, attempt: Attempt, destinations: Destinations) -> Backup | None:
     """Write the server's copy of a study below ``folder``; None if it has none. What is there already stays.
 
     The name says what is in it: a study that has got more images since becomes a second archive.
@@ -76,24 +76,26 @@ def keep(pacs: Pacs, study_uid: str, folder: str, run: Run, destinations: Destin
     if not founds:
         return None
 
-    def place_for(mark: Mark) -> Archive:
-        name = f"{study_uid}-{mark.images_sha256[:12]}.zip"
+    def place_for(fingerprint: StudyFingerprint) -> Archive:
+        name = f"{study_uid}-{fingerprint.images_sha256[:12]}.zip"
         return destinations.archive(f"{folder.rstrip('/')}/{pacs.server.name}/{name}")
 
     before = hidden_on(pacs, study_uid)
-    place, mark, sha256 = archived(pacs, founds[0], place_for, run)
+    place, fingerprint, sha256 = archived(pacs, founds[0], place_for, attempt)
     hidden = None if before is None else sorted(before)
-    return Kept(place.shown, mark.images, mark.images_sha256, place.overwrites_prevented, sha256, hidden)
+    return Backup(
+        place.shown, fingerprint.images, fingerprint.images_sha256, place.overwrites_prevented, sha256, hidden
+    )
 
 
-def is_all_kept(pacs: Pacs, study_uid: str, kept: Kept, destinations: Destinations) -> bool:
+def is_all_backed_up(pacs: Pacs, study_uid: str, backup: Backup, destinations: Destinations) -> bool:
     """Whether the archive is there and holds exactly the images that the server lists now."""
-    now = Mark.of(study_uid, images_on(pacs, study_uid))
-    there = destinations.archive(kept.url).look()
-    return there == now == kept.mark(study_uid)
+    now = StudyFingerprint.of(study_uid, images_on(pacs, study_uid))
+    there = destinations.archive(backup.url).read_fingerprint()
+    return there == now == backup.fingerprint(study_uid)
 
 
-def remove_kept(pacs: Pacs, study_uid: str, kept: Kept, receipts: Receipts, *, resumed: bool) -> Deletion:
+def remove_backed_up(pacs: Pacs, study_uid: str, backup: Backup, receipts: Receipts, *, resumed: bool) -> Deletion:
     """Delete the study for good, if it has the images that were kept, and no others.
 
     ``resumed``: an attempt that died may have hidden some or all of them.
@@ -103,11 +105,11 @@ def remove_kept(pacs: Pacs, study_uid: str, kept: Kept, receipts: Receipts, *, r
     InvalidRequest
         It has others. Nothing was deleted for good, and what that attempt has hidden is shown again.
     """
-    before, now = kept.hidden_before, set(images_on(pacs, study_uid))
+    before, now = backup.hidden_before, set(images_on(pacs, study_uid))
     by_us = (hidden_on(pacs, study_uid) or frozenset()) - set(before) if resumed and before is not None else set()
-    if Mark.of(study_uid, now | by_us) != kept.mark(study_uid) and (now or by_us):
+    if StudyFingerprint.of(study_uid, now | by_us) != backup.fingerprint(study_uid) and (now or by_us):
         revoke(pacs, study_uid, by_us)
-        raise has_others(pacs, kept)
+        raise has_others(pacs, backup)
     now |= by_us
     removal = remove_study(pacs, study_uid, now, before=before, receipts=receipts)
     if removal.came:
@@ -116,13 +118,13 @@ def remove_kept(pacs: Pacs, study_uid: str, kept: Kept, receipts: Receipts, *, r
     return removal.deletion
 
 
-def has_others(pacs: Pacs, kept: Kept) -> InvalidRequest:
+def has_others(pacs: Pacs, backup: Backup) -> InvalidRequest:
     name = pacs.server.name
-    sentence = f"{name} lists other images than {kept.url} holds; order the deletion of this study again."
+    sentence = f"{name} lists other images than {backup.url} holds; order the deletion of this study again."
     return InvalidRequest(sentence, server_name=name, server_type=pacs.server.type)
 
 
-def prove(pacs: Pacs, study_uid: str, kept: Kept, tools: Tools) -> None:
+def prove(pacs: Pacs, study_uid: str, backup: Backup, services: Services) -> None:
     """Read the archive back, all of it, and compare it with what the server has now, before any of that is deleted.
 
     Raises
@@ -134,12 +136,12 @@ def prove(pacs: Pacs, study_uid: str, kept: Kept, tools: Tools) -> None:
     SourceUnreachable
         It cannot be read at present.
     """
-    with _opened(tools.destinations.archive(kept.url), pacs, study_uid, kept, so=_NOT_DELETED) as copy:
+    with _opened(services.destinations.archive(backup.url), pacs, study_uid, backup, so=_NOT_DELETED) as copy:
         now = Side(pacs, images_on(pacs, study_uid), goes=True, is_made=False)
-        _check_unchanged(study_uid, copy, now, tools.settings.sources.max_bytes, so=_NOT_DELETED)
+        _check_unchanged(study_uid, copy, now, services.settings.sources.max_bytes, so=_NOT_DELETED)
 
 
-def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any]:
+def restore(pacs: Pacs, study_uid: str, backup: Backup, context: PassContext) -> dict[str, Any]:
     """Bring back to the server what it lacks of a kept study, and compare all of it.
 
     Raises
@@ -152,19 +154,21 @@ def restore(pacs: Pacs, study_uid: str, kept: Kept, desk: Desk) -> dict[str, Any
     PacsMisanswered
         The server does not show them as they were kept; it is tried again.
     """
-    name, archive = pacs.server.name, desk.tools.destinations.archive(kept.url)
-    check_not_left_alone(desk.tools, [name], changed=name)
-    with _opened(archive, pacs, study_uid, kept, so=_NOT_STORED) as copy:
+    name, archive = pacs.server.name, context.services.destinations.archive(backup.url)
+    check_no_open_circuit(context.services, [name], changed=name)
+    with _opened(archive, pacs, study_uid, backup, so=_NOT_STORED) as copy:
         before = images_on(pacs, study_uid)
-        limit = desk.tools.settings.sources.max_bytes
+        limit = context.services.settings.sources.max_bytes
         _check_unchanged(study_uid, copy, Side(pacs, before), limit, so="nothing was stored")
         wanted = copy.series_of.keys() - before.keys()
-        source = metered(cast(Pacs, copy), desk.spent)
-        receipts, look = Receipts.of(desk.run), lambda _: desk.run.check_ours()
-        hangs = Hangs(desk.run)
-        transfer = Transfer(source, pacs, study_uid, resumed=True, receipts=receipts, look=look, hangs=hangs)
+        source = metered(cast(Pacs, copy), context.usage)
+        receipts, check_may_go_on = Receipts.of(context.attempt), lambda _: context.attempt.check_ours()
+        hangs = Hangs(context.attempt)
+        transfer = Transfer(
+            source, pacs, study_uid, resumed=True, receipts=receipts, check_may_go_on=check_may_go_on, hangs=hangs
+        )
         if wanted:
-            bring(transfer, wanted, on_source=copy.series_of, on_target=before)
+            copy_images(transfer, wanted, on_source=copy.series_of, on_target=before)
         moot = _check_taken(transfer)
         back = copy.series_of.keys() - moot
         told = _check_restored(pacs, study_uid, copy, back, transfer.stored.keys(), limit)
@@ -271,7 +275,7 @@ class _Damaged(Exception):
 
 
 @contextmanager
-def _opened(archive: Archive, pacs: Pacs, study_uid: str, kept: Kept, *, so: str) -> Iterator[_Copy]:
+def _opened(archive: Archive, pacs: Pacs, study_uid: str, backup: Backup, *, so: str) -> Iterator[_Copy]:
     """The archive on this machine's disk, read through and found to be what was kept; ``so`` ends the sentences."""
     if not _is_there(archive):
         raise _conflict(pacs, f"The backup {archive.shown} is not there any more; {so}.")
@@ -282,12 +286,12 @@ def _opened(archive: Archive, pacs: Pacs, study_uid: str, kept: Kept, *, so: str
             sha256 = _spool(archive.read(), file)
         with ExitStack() as stack:
             try:
-                if kept.archive_sha256 not in (None, sha256):
+                if backup.archive_sha256 not in (None, sha256):
                     raise _Damaged("its bytes are not those that were written")
                 opened = stack.enter_context(unpacked(file))
                 manifest = json.loads(opened.read(MANIFEST))
                 copy = _Copy(pacs.server, opened, {str(entry["image_uid"]): entry for entry in manifest["instances"]})
-                if Mark.of(study_uid, copy.series_of) != kept.mark(study_uid):
+                if StudyFingerprint.of(study_uid, copy.series_of) != backup.fingerprint(study_uid):
                     raise _Damaged("it does not hold the images that were kept")
                 copy.check(study_uid)
             except (_Damaged, *UNREADABLE) as error:
@@ -299,7 +303,7 @@ def _opened(archive: Archive, pacs: Pacs, study_uid: str, kept: Kept, *, so: str
 def _is_there(archive: Archive) -> bool:
     """What is there and is no archive of ours is there too: reading it says what is wrong with it."""
     try:
-        return archive.look() is not None
+        return archive.read_fingerprint() is not None
     except InvalidRequest as error:
         if error.details.get("reason") != "exists":
             raise

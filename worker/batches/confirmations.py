@@ -12,7 +12,7 @@ from typing import Any, Literal
 from courier.batches.planner import count_distinct
 from courier.batches.store import Batch, Batches, Row
 from courier.errors import ConfirmationRequired
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 
 Command = Literal["apply", "retry", "verify", "undo"]
@@ -20,7 +20,9 @@ Command = Literal["apply", "retry", "verify", "undo"]
 _AGAIN = "pacs batch {} {} --confirm-studies {}"
 
 
-def check_may_begin(kind: object, command: Command, batch: Batch, tools: Tools, confirm_studies: int | None) -> None:
+def check_may_begin(
+    kind: object, command: Command, batch: Batch, services: Services, confirm_studies: int | None
+) -> None:
     """Refuse a command that deletes what the settings forbid, or more studies than may be deleted unconfirmed.
 
     Raises
@@ -33,11 +35,11 @@ def check_may_begin(kind: object, command: Command, batch: Batch, tools: Tools, 
     """
     refuse: Callable[[Command, Batch, Fleet], None] | None = getattr(kind, "refuse_forbidden", None)
     if refuse is not None:
-        refuse(command, batch, tools.fleet)
-    limit = tools.settings.deletions.max_studies_per_order
+        refuse(command, batch, services.fleet)
+    limit = services.settings.deletions.max_studies_per_order
     if limit is None and confirm_studies is None:
         return
-    studies = studies_at_stake(kind, command, batch, tools)
+    studies = studies_at_stake(kind, command, batch, services)
     confirmed = studies <= (limit or 0) if confirm_studies is None else studies == confirm_studies
     if confirmed or not studies:
         return
@@ -47,12 +49,12 @@ def check_may_begin(kind: object, command: Command, batch: Batch, tools: Tools, 
     )
 
 
-def studies_at_stake(kind: object, command: Command, batch: Batch, tools: Tools) -> int:
+def studies_at_stake(kind: object, command: Command, batch: Batch, services: Services) -> int:
     """The number of studies that a command deletes images of. Reads the whole plan; memory stays flat."""
     at_stake: Callable[[Command, Row, Batch, Fleet], str | None] | None = getattr(kind, "study_at_stake", None)
     if at_stake is None:
         return 0
-    found = (at_stake(command, row, batch, tools.fleet) for row in Batches(tools.ledger).rows(batch))
+    found = (at_stake(command, row, batch, services.fleet) for row in Batches(services.ledger).rows(batch))
     return count_distinct(uid for uid in found if uid is not None)
 
 

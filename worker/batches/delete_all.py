@@ -11,11 +11,11 @@ from courier.batches.store import Batch, Batches
 from courier.errors import ConfirmationRequired
 from courier.messages import DeleteAllJob, read_job
 from courier.results import BatchFailure, BatchPayload, BatchServer
-from worker.batches.coordinator import WIDTH, Conductor, has_begun
+from worker.batches.coordinator import CONCURRENCY, Coordinator, has_begun
 from worker.batches.deletions import CONFIRMATION, StudyDeletions, check_backup
-from worker.jobs.attempt import Run
-from worker.jobs.delete import asked
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Attempt
+from worker.jobs.delete import select_servers
+from worker.jobs.services import Services
 from worker.jobs.study_lists import study_pages
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed, refusal
@@ -25,7 +25,7 @@ from worker.pacs.protocol import Pacs
 MAX_FAILURES_TOLD = 100
 
 
-def delete_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def delete_all(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Plan the deletion of all studies and see it through; the batch bears the job's id (docs/batches.md).
 
     Raises
@@ -41,26 +41,26 @@ def delete_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
     job = read_job(DeleteAllJob, message)
     if not job.dry_run and job.confirm != CONFIRMATION:
         raise ConfirmationRequired(f'Nothing was deleted: confirm has to be "{CONFIRMATION}".')
-    if not has_begun(run, tools):
-        _open(job, run, tools)
-    conductor = Conductor(
-        StudyDeletions(), run.job_id, run, tools, may_be_empty=True, confirm_studies=job.confirm_studies
+    if not has_begun(attempt, services):
+        _open(job, attempt, services)
+    coordinator = Coordinator(
+        StudyDeletions(), attempt.job_id, attempt, services, may_be_empty=True, confirm_studies=job.confirm_studies
     )
-    batch = conductor.order()
+    batch = coordinator.order()
     remaining = {}
     if batch.state == "done":
-        with run.step("verify"):
-            remaining = _remaining(batch, tools.fleet)
-    return _payload(batch, remaining, run, tools).as_json()
+        with attempt.step("verify"):
+            remaining = _remaining(batch, services.fleet)
+    return _payload(batch, remaining, attempt, services).as_json()
 
 
-def _open(job: DeleteAllJob, run: Run, tools: Tools) -> None:
+def _open(job: DeleteAllJob, attempt: Attempt, services: Services) -> None:
     """Refuse what cannot be done, before anything is; then the batch is there."""
-    named = asked(job.servers, tools.fleet)
+    named = select_servers(job.servers, services.fleet)
     if job.servers is not None or all(refusal(pacs, permanent=job.permanent) for pacs in named):
         check_allowed(named, permanent=job.permanent)
     servers = {pacs.server.name: pacs.server.type for pacs in named}
-    check_backup(job.backup, tools)
+    check_backup(job.backup, services)
     given = {"backup": job.backup, "requested_by": job.requested_by, "reason": job.reason}
     order = {
         "servers": job.servers,
@@ -70,7 +70,7 @@ def _open(job: DeleteAllJob, run: Run, tools: Tools) -> None:
         "verify": False,
         **{name: value for name, value in given.items() if value is not None},
     }
-    Batches(tools.ledger).open(run.job_id, kind="delete", servers=servers, order=order, width=WIDTH)
+    Batches(services.ledger).open(attempt.job_id, kind="delete", servers=servers, order=order, concurrency=CONCURRENCY)
 
 
 def _remaining(batch: Batch, fleet: Fleet) -> dict[str, int]:
@@ -84,10 +84,10 @@ def _count(pacs: Pacs) -> int:
     return count_distinct(uid for page in study_pages(pacs, []) for uid in page)
 
 
-def _payload(batch: Batch, remaining: Mapping[str, int], run: Run, tools: Tools) -> BatchPayload:
-    failures = Batches(tools.ledger).failures(batch, MAX_FAILURES_TOLD)
+def _payload(batch: Batch, remaining: Mapping[str, int], attempt: Attempt, services: Services) -> BatchPayload:
+    failures = Batches(services.ledger).failures(batch, MAX_FAILURES_TOLD)
     return BatchPayload(
-        job_id=run.job_id,
+        job_id=attempt.job_id,
         batch_id=batch.id,
         status="planned" if batch.state == "planned" else "done",
         items=batch.items,

@@ -9,20 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from courier.batches.planner import Planned
-from courier.batches.store import Batch, Item, Pass, Settled
+from courier.batches.store import Batch, Item, ItemOutcome, Pass
 from courier.errors import CourierError
 from courier.messages import BatchDownloadJob, DownloadJob, check_uid, read_job
-from worker.batches.coordinator import Answer, Desk, Work, order, unbegun
+from worker.batches.coordinator import ItemResult, PassContext, PassHandler, order, unbegun
 from worker.batches.study_copy import images_on
 from worker.batches.study_lists import planned_studies
-from worker.jobs.attempt import NotYet, Run
-from worker.jobs.delete import asked
+from worker.jobs.attempt import Attempt, Postpone
+from worker.jobs.delete import select_servers
 from worker.jobs.download import bring
 from worker.jobs.lookup import Reply, settle
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.jobs.study_lists import check_order_filters
 from worker.pacs.protocol import Pacs
-from worker.storage.destinations import Archive, Files, Mark
+from worker.storage.destinations import Archive, Files, StudyFingerprint
 
 
 class StudyDownloads:
@@ -32,67 +32,69 @@ class StudyDownloads:
     group_items = 1
 
     @property
-    def passes(self) -> Mapping[Pass, Work]:
-        return {"survey": self.survey, "apply": self.apply, "verify": self.verify}
+    def passes(self) -> Mapping[Pass, PassHandler]:
+        return {"survey": self.preflight, "apply": self.apply, "verify": self.verify}
 
     def check(self, item: Planned) -> Planned:
         check_uid(item.text)
         return item
 
-    def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
-        servers = asked(desk.batch.order.get("servers"), desk.tools.fleet)
-        return planned_studies(desk, servers, rest_is_reached=False)
+    def pages(self, context: PassContext) -> Iterator[Sequence[Planned]]:
+        servers = select_servers(context.batch.order.get("servers"), context.services.fleet)
+        return planned_studies(context, servers, rest_is_reached=False)
 
-    def survey(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
+    def preflight(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
         """Who has the study; one that a list has just shown is not asked for again."""
-        return [Settled(item, "planned") if item.server else self._found(item, desk) for item in items]
+        return [ItemOutcome(item, "planned") if item.server else self._found(item, context) for item in items]
 
-    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
+    def apply(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
         try:
-            return [self._brought(item, desk) for item in items]
+            return [self._brought(item, context) for item in items]
         finally:
-            desk.run.ledger.let_go_destination(job_id=desk.run.job_id, fence=desk.run.fence)
+            context.attempt.ledger.release_destination(job_id=context.attempt.job_id, fence=context.attempt.fence)
 
-    def verify(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
+    def verify(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
         """Whether what lies at the destination is whole, and is what the server lists now."""
-        return [self._verified(item, desk) for item in items]
+        return [self._verified(item, context) for item in items]
 
-    def _found(self, item: Item, desk: Desk) -> Answer:
+    def _found(self, item: Item, context: PassContext) -> ItemResult:
         try:
-            name = _server_of(item, desk)
+            name = _server_of(item, context)
         except CourierError as error:
             return error
-        return Settled(item, "planned", server=name)
+        return ItemOutcome(item, "planned", server=name)
 
-    def _brought(self, item: Item, desk: Desk) -> Answer:
+    def _brought(self, item: Item, context: PassContext) -> ItemResult:
         try:
-            job = _job_of(item, desk.batch, _server_of(item, desk))
-            payload = bring(job, desk.run, desk.tools, still_wanted=lambda _: desk.run.check_ours())
-        except NotYet:
+            job = _job_of(item, context.batch, _server_of(item, context))
+            payload = bring(job, context.attempt, context.services, still_wanted=lambda _: context.attempt.check_ours())
+        except Postpone:
             return None
         except CourierError as error:
             return error
         told = {name: getattr(payload, name) for name in ("instances", "size_bytes", "sha256", "warnings")}
         result = {"destination": payload.destination, **{name: value for name, value in told.items() if value}}
-        return Settled(item, payload.status, server=payload.server_name, result=result)
+        return ItemOutcome(item, payload.status, server=payload.server_name, result=result)
 
-    def _verified(self, item: Item, desk: Desk) -> Answer:
-        name = desk.known(item).server_name
-        pacs = desk.tools.fleet[name]
+    def _verified(self, item: Item, context: PassContext) -> ItemResult:
+        name = context.known(item).server_name
+        pacs = context.services.fleet[name]
         try:
-            place = _place(_job_of(item, desk.batch, name), desk.tools)
-            there, images = place.look(), images_on(pacs, item.text)
+            place = _place(_job_of(item, context.batch, name), context.services)
+            there, images = place.read_fingerprint(), images_on(pacs, item.text)
         except CourierError as error:
             return error
         if there is None:
             why = f"{place.shown} is not there; retry the batch to bring it again."
-            return Settled(item, "missing", server=name, message=why)
-        if there != Mark.of(item.text, images):
-            return Settled(item, "differs", server=name, message=f"{name} lists other images than {place.shown} holds.")
-        return Settled(item, "verified", server=name, result={"compared": "uids", "images": there.images})
+            return ItemOutcome(item, "missing", server=name, message=why)
+        if there != StudyFingerprint.of(item.text, images):
+            return ItemOutcome(
+                item, "differs", server=name, message=f"{name} lists other images than {place.shown} holds."
+            )
+        return ItemOutcome(item, "verified", server=name, result={"compared": "uids", "images": there.images})
 
 
-def download_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def download_all(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """`pacs.batch.download`: see `order`.
 
     Raises
@@ -101,19 +103,19 @@ def download_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str
         A server is not known or cannot answer for what matches the filters, or nothing may be written at the
         destination; nothing has begun.
     """
-    with unbegun(run, tools):
+    with unbegun(attempt, services):
         job = read_job(BatchDownloadJob, message)
-        check_order_filters(asked(job.servers, tools.fleet), job.filters)
-        tools.destinations.archive(f"{job.destination.rstrip('/')}/0.zip")
-    return order(message, run, tools, kind=StudyDownloads(), name="download", form=BatchDownloadJob)
+        check_order_filters(select_servers(job.servers, services.fleet), job.filters)
+        services.destinations.archive(f"{job.destination.rstrip('/')}/0.zip")
+    return order(message, attempt, services, kind=StudyDownloads(), name="download", form=BatchDownloadJob)
 
 
-def _server_of(item: Item, desk: Desk) -> str:
+def _server_of(item: Item, context: PassContext) -> str:
     """The server that the item or its survey names, or the first that has the study; silence is never "not there"."""
-    if name := item.server or desk.known(item, "survey").server_name:
+    if name := item.server or context.known(item, "survey").server_name:
         return name
     replies = []
-    for pacs in asked(desk.batch.order.get("servers"), desk.tools.fleet):
+    for pacs in select_servers(context.batch.order.get("servers"), context.services.fleet):
         replies.append(_reply(pacs, item.text))
         if replies[-1].found:
             break
@@ -133,6 +135,6 @@ def _job_of(item: Item, batch: Batch, server: str) -> DownloadJob:
     return DownloadJob(study_uid=item.text, destination=destination, format=form, mode=server)
 
 
-def _place(job: DownloadJob, tools: Tools) -> Archive | Files:
-    destinations = tools.destinations
+def _place(job: DownloadJob, services: Services) -> Archive | Files:
+    destinations = services.destinations
     return (destinations.archive if job.format == "zip" else destinations.files)(job.destination)

@@ -12,7 +12,7 @@ from courier.errors import PacsMisanswered, StudyConflict
 from worker.batches.removals import hidden_on, revoke
 from worker.batches.study_copy import images_on
 from worker.pacs.protocol import Pacs
-from worker.storage.study_marks import Mark
+from worker.storage.study_marks import StudyFingerprint
 
 
 def what_is_shown(pacs: Pacs, study_uid: str) -> dict[str, Any] | None:
@@ -21,8 +21,8 @@ def what_is_shown(pacs: Pacs, study_uid: str) -> dict[str, Any] | None:
         return None
     if (before := hidden_on(pacs, study_uid)) is None:
         return None
-    mark = Mark.of(study_uid, shown)
-    return {"images": mark.images, "images_sha256": mark.images_sha256, "before": sorted(before)}
+    fingerprint = StudyFingerprint.of(study_uid, shown)
+    return {"images": fingerprint.images, "images_sha256": fingerprint.images_sha256, "before": sorted(before)}
 
 
 def show_again(pacs: Pacs, study_uid: str, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,14 +36,17 @@ def show_again(pacs: Pacs, study_uid: str, told: Mapping[str, Any]) -> dict[str,
         The archive does not show them; it is tried again.
     """
     name = pacs.server.name
-    mark, before = Mark(study_uid, told["images"], told["images_sha256"]), set(told["before"])
+    fingerprint, before = StudyFingerprint(study_uid, told["images"], told["images_sha256"]), set(told["before"])
     hidden = hidden_on(pacs, study_uid)
     ours, shown = (hidden or frozenset()) - before, images_on(pacs, study_uid).keys()
-    if hidden is None or mark not in (Mark.of(study_uid, ours), Mark.of(study_uid, ours | shown)):
+    if hidden is None or fingerprint not in (
+        StudyFingerprint.of(study_uid, ours),
+        StudyFingerprint.of(study_uid, ours | shown),
+    ):
         sentence = (
-            f"{name} hides {len(ours)} images of the study, and the batch hid {mark.images}: the archive may have"
-            " deleted some since (by default after a day), or others were hidden too. Nothing was shown again; revoke"
-            " the rejection of its images in the archive."
+            f"{name} hides {len(ours)} images of the study, and the batch hid {fingerprint.images}: the archive may"
+            " have deleted some since (by default after a day), or others were hidden too. Nothing was shown again;"
+            " revoke the rejection of its images in the archive."
         )
         raise StudyConflict(sentence, server_name=name, server_type=pacs.server.type)
     revoke(pacs, study_uid, ours)

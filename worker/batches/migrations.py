@@ -1,7 +1,8 @@
 """The kind of batch whose items are studies that go from one server to another: `pacs.batch.migrate`.
 
-What is done to one study is said in ``moves.py``; here: many at the same time, each behind its gate, and what goes into
-the batch's book. The result of ``apply`` is a study's receipt, which later passes complete (docs/batches.md).
+What is done to one study is said in ``study_migration.py``; here: many at the same time, each behind its lock
+for delete, and what goes into the batch. The result of ``apply`` is a study's receipt, which later passes complete
+(docs/batches.md).
 """
 
 from __future__ import annotations
@@ -19,45 +20,45 @@ from courier.batches.store import (
     Batch,
     Batches,
     Item,
+    ItemOutcome,
     ItemStatus,
     Pass,
     Row,
-    Settled,
     is_to_undo,
 )
 from courier.errors import CourierError, InvalidRequest, NotFound, PacsUnavailable, Poisoned, Refused
 from courier.ledger.jobs import LeaseLost
 from courier.messages import BatchMigrateJob, check_uid, read_job
 from worker.batches.confirmations import Command
-from worker.batches.coordinator import Answer, Desk, Work, order, unbegun
+from worker.batches.coordinator import ItemResult, PassContext, PassHandler, order, unbegun
 from worker.batches.study_copy import Transfer, images_on
 from worker.batches.study_migration import (
     Digests,
-    Receipt,
+    MigrationReceipt,
     copy_study,
     delete_source,
     end_deletion,
-    survey_study,
+    preflight_study,
     undo_study,
     verify_moved,
     verify_study,
     what_is_left_out,
 )
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.hangs import Hangs
-from worker.jobs.placement import check_not_left_alone
+from worker.jobs.placement import check_no_open_circuit
 from worker.jobs.receipts import Receipts
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.jobs.study_lists import check_order_filters, study_pages
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed, check_two_archives
 from worker.pacs.protocol import Pacs
 
 #: What is done to a study of a group.
-Do = Callable[..., Settled]
+Do = Callable[..., ItemOutcome]
 
 
-def migrate(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def migrate(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """`pacs.batch.migrate`: plan a migration and see it through; it bears the job's id (docs/jobs.md).
 
     Raises
@@ -66,14 +67,14 @@ def migrate(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any
         A server is not configured, or both are the same one; the settings forbid deletions on the source of a move;
         or the source cannot answer for what matches the filters.
     """
-    with unbegun(run, tools):
+    with unbegun(attempt, services):
         job = read_job(BatchMigrateJob, message)
-        source, target = (tools.fleet[name] for name in (job.from_server, job.to_server))
+        source, target = (services.fleet[name] for name in (job.from_server, job.to_server))
         if job.delete_source:
             check_allowed([source], permanent=True)
             check_two_archives(source, target)
         check_order_filters([source], job.filters)
-    return order(message, run, tools, kind=StudyMigrations(), name="migrate", form=BatchMigrateJob)
+    return order(message, attempt, services, kind=StudyMigrations(), name="migrate", form=BatchMigrateJob)
 
 
 class StudyMigrations:
@@ -82,8 +83,8 @@ class StudyMigrations:
     group_items = 16
 
     @property
-    def passes(self) -> Mapping[Pass, Work]:
-        return {"survey": self.survey, "apply": self.apply, "verify": self.verify, "undo": self.undo}
+    def passes(self) -> Mapping[Pass, PassHandler]:
+        return {"survey": self.preflight, "apply": self.apply, "verify": self.verify, "undo": self.undo}
 
     def check(self, item: Planned) -> Planned:
         """A study goes but one way, whatever server is named with it."""
@@ -99,7 +100,7 @@ class StudyMigrations:
 
     def study_at_stake(self, command: Command, row: Row, batch: Batch, fleet: Fleet) -> str | None:  # noqa: ARG002
         """A move is about each study whose source it has not deleted yet, an undo about each that the batch copied."""
-        applied = row.settled
+        applied = row.outcome
         if command == "undo":
             return row.item.text if applied.result.get("parcels") and is_to_undo(row) else None
         if not batch.order.get("delete_source") or applied.result.get("source_deleted"):
@@ -107,53 +108,53 @@ class StudyMigrations:
         left_out = NOT_DONE if command == "verify" else ("skipped", "refused")
         return None if applied.status in left_out else row.item.text
 
-    def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
+    def pages(self, context: PassContext) -> Iterator[Sequence[Planned]]:
         """The studies of the source that match the order's filters, as far as it lets one page through them."""
-        wishes = desk.batch.order
-        source, moves = desk.tools.fleet[wishes["from_server"]], bool(wishes.get("delete_source"))
-        for page in study_pages(source, desk.warnings, wishes.get("filters"), rest_is_reached=moves):
+        order = context.batch.order
+        source, moves = context.services.fleet[order["from_server"]], bool(order.get("delete_source"))
+        for page in study_pages(source, context.warnings, order.get("filters"), rest_is_reached=moves):
             yield [Planned(study_uid) for study_uid in page]
 
-    def survey(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
-        return _done(items, desk, lambda group: group.each(items, _survey, others=_elsewhere(items, group)))
+    def preflight(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
+        return _done(items, context, lambda group: group.each(items, _preflight, others=_elsewhere(items, group)))
 
-    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
-        return _done(items, desk, lambda group: group.behind_gates(items, _apply))
+    def apply(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
+        return _done(items, context, lambda group: group.locked_for_delete(items, _apply))
 
-    def verify(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
-        return _done(items, desk, lambda group: group.behind_gates(items, _verify))
+    def verify(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
+        return _done(items, context, lambda group: group.locked_for_delete(items, _verify))
 
-    def undo(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Answer]:  # noqa: ARG002
-        return _done(items, desk, lambda group: group.behind_gates(items, _undo))
+    def undo(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[ItemResult]:  # noqa: ARG002
+        return _done(items, context, lambda group: group.locked_for_delete(items, _undo))
 
 
 # --- a group of studies -----------------------------------------------------------------------------------------
 
 
-def _done(items: Sequence[Item], desk: Desk, do: Callable[[_Group], list[Answer]]) -> list[Answer]:
+def _done(items: Sequence[Item], context: PassContext, do: Callable[[_Group], list[ItemResult]]) -> list[ItemResult]:
     """What ``do`` makes of the items; failed, if a server has gone from the settings since they were planned."""
     try:
-        group = _Group.at(desk)
+        group = _Group.at(context)
     except InvalidRequest as error:
         sentence = f"{error.message} Put it back into the settings, then retry the batch."
-        return [Settled(item, "failed", error.payload["code"], sentence) for item in items]
+        return [ItemOutcome(item, "failed", error.payload["code"], sentence) for item in items]
     return do(group)
 
 
 @dataclass
-class _Book:
+class _ChunkBook:
     """Entries into the batch's book by several threads of one chunk.
 
     An entry is written with those of its neighbours, so whoever has the pen writes for all who wait for it.
     """
 
-    desk: Desk
+    context: PassContext
     _pen: threading.Lock = field(default_factory=threading.Lock)
     _queue: threading.Lock = field(default_factory=threading.Lock)
-    _waiting: list[Settled] = field(default_factory=list)
+    _waiting: list[ItemOutcome] = field(default_factory=list)
     _blot: BaseException | None = None
 
-    def write(self, entry: Settled) -> None:
+    def write(self, entry: ItemOutcome) -> None:
         with self._queue:
             self._waiting.append(entry)
         with self._pen:
@@ -164,99 +165,101 @@ class _Book:
                     return
                 entries, self._waiting = self._waiting, []
             try:
-                self._settle(entries)
+                self._record_outcomes(entries)
             except BaseException as error:
                 self._blot = error  # of nobody's entry it is known that it stands
                 raise
 
-    def _settle(self, entries: Sequence[Settled]) -> None:
-        run, chunk = self.desk.run, entries[0].item.number // CHUNK_ITEMS
-        batches = Batches(self.desk.tools.ledger)
-        batches.settle(self.desk.batch, "apply", chunk, entries, job_id=run.job_id, fence=run.fence)
+    def _record_outcomes(self, entries: Sequence[ItemOutcome]) -> None:
+        attempt, chunk = self.context.attempt, entries[0].item.number // CHUNK_ITEMS
+        batches = Batches(self.context.services.ledger)
+        batches.record_outcomes(self.context.batch, "apply", chunk, entries, job_id=attempt.job_id, fence=attempt.fence)
 
 
 @dataclass
 class _Group:
     """The studies of one call: where they come from and go to, and what is written down of them."""
 
-    desk: Desk
+    context: PassContext
     source: Pacs
     target: Pacs
-    _book: _Book
+    _book: _ChunkBook
 
     @classmethod
-    def at(cls, desk: Desk) -> _Group:
-        """The group at ``desk``; `InvalidRequest` if the settings do not know one of its servers."""
-        fleet, wishes = desk.tools.fleet, desk.batch.order
-        return cls(desk, fleet[wishes["from_server"]], fleet[wishes["to_server"]], _Book(desk))
+    def at(cls, context: PassContext) -> _Group:
+        """The group at ``context``; `InvalidRequest` if the settings do not know one of its servers."""
+        fleet, order = context.services.fleet, context.batch.order
+        return cls(context, fleet[order["from_server"]], fleet[order["to_server"]], _ChunkBook(context))
 
-    def each(self, items: Sequence[Item], do: Do, **more: Any) -> list[Answer]:
+    def each(self, items: Sequence[Item], do: Do, **more: Any) -> list[ItemResult]:
         """Do all of them at the same time, unless a server that they need is silent."""
         for pacs in (self.source, self.target):
-            if pacs.server.name in self.desk.down:
-                return [self.desk.down[pacs.server.name]] * len(items)
-        answers = self.desk.tools.fleet.gather([partial(do, item, self, **more) for item in items])
+            if pacs.server.name in self.context.down:
+                return [self.context.down[pacs.server.name]] * len(items)
+        answers = self.context.services.fleet.gather([partial(do, item, self, **more) for item in items])
         self._note_silence(answers)
         return list(answers)
 
-    def behind_gates(self, items: Sequence[Item], do: Do) -> list[Answer]:
+    def locked_for_delete(self, items: Sequence[Item], do: Do) -> list[ItemResult]:
         """As `each`, for those studies that nobody else is storing or deleting; nobody begins to meanwhile."""
-        run, ledger = self.desk.run, self.desk.tools.ledger
+        attempt, ledger = self.context.attempt, self.context.services.ledger
         ready: dict[str, Item] = {}
         try:
             for item in items:
-                if item.text not in ready and run.is_free(ledger.shut(item.text, job_id=run.job_id, fence=run.fence)):
+                if item.text not in ready and attempt.is_free(
+                    ledger.lock_for_delete(item.text, job_id=attempt.job_id, fence=attempt.fence)
+                ):
                     ready[item.text] = item
             ours = list(ready.values())
             answers = {item.number: one for item, one in zip(ours, self.each(ours, do), strict=True)}
         finally:
-            if not run.lost:  # what was ours is the next attempt's then
-                ledger.let_go(run.job_id, fence=run.fence)
+            if not attempt.lost:  # what was ours is the next attempt's then
+                ledger.release(attempt.job_id, fence=attempt.fence)
         return [answers.get(item.number) for item in items]
 
     def transfer(self, item: Item) -> Transfer:
-        settings = self.desk.tools.settings
+        settings = self.context.services.settings
         return Transfer(
             self.source,
             self.target,
             item.text,
-            receipts=Receipts.of(self.desk.run),
-            hangs=Hangs(self.desk.run),
-            look=self._look,
+            receipts=Receipts.of(self.context.attempt),
+            hangs=Hangs(self.context.attempt),
+            check_may_go_on=self._check_may_go_on,
             max_spool_bytes=settings.sources.max_bytes,
             pending_wait_s=settings.jobs.pending_wait_s,
         )
 
-    def receipt(self, item: Item) -> Receipt:
+    def receipt(self, item: Item) -> MigrationReceipt:
         """What the batch knows of the study; saving it leaves the item's status as it is."""
-        applied = self.desk.known(item)
+        applied = self.context.known(item)
 
-        def save(receipt: Receipt) -> None:
+        def save(receipt: MigrationReceipt) -> None:
             self._book.write(replace(applied, status="open", result={**_figures(applied), **receipt.as_json()}))
 
-        return Receipt.from_json(applied.result, save=save)
+        return MigrationReceipt.from_json(applied.result, save=save)
 
     def move_claim(self, item: Item, pacs: Pacs) -> None:
-        self.desk.tools.ledger.move_claim(item.text, server=pacs.server.name, job_id=self.desk.run.job_id)
+        self.context.services.ledger.move_claim(item.text, server=pacs.server.name, job_id=self.context.attempt.job_id)
 
-    def _look(self, _stored: int) -> None:
-        if self.desk.run.lost:
+    def _check_may_go_on(self, _stored: int) -> None:
+        if self.context.attempt.lost:
             raise LeaseLost
         target = self.target.server.name
-        check_not_left_alone(self.desk.tools, [target], changed=target)
+        check_no_open_circuit(self.context.services, [target], changed=target)
 
-    def _note_silence(self, answers: Sequence[Settled | CourierError]) -> None:
+    def _note_silence(self, answers: Sequence[ItemOutcome | CourierError]) -> None:
         """A server on which every study of a group came to grief is not asked again in this attempt."""
         if len(answers) == 1 and isinstance(answers[0], PacsUnavailable) and "failure_reason" in answers[0].details:
             return  # it failed at images of this one study
         silent = {one.server_name if isinstance(one, PacsUnavailable) else None for one in answers}
         if len(silent) == 1 and (name := silent.pop()) is not None and isinstance(answers[0], CourierError):
-            self.desk.down[name] = answers[0]
+            self.context.down[name] = answers[0]
 
 
-def _figures(applied: Settled) -> dict[str, Any]:
+def _figures(applied: ItemOutcome) -> dict[str, Any]:
     """What a result says beside the receipt."""
-    return {name: value for name, value in applied.result.items() if name not in Receipt.FIELDS}
+    return {name: value for name, value in applied.result.items() if name not in MigrationReceipt.FIELDS}
 
 
 # --- a study in each pass ---------------------------------------------------------------------------------------
@@ -264,7 +267,7 @@ def _figures(applied: Settled) -> dict[str, Any]:
 
 def _elsewhere(items: Sequence[Item], group: _Group) -> dict[int, dict[str, bool | None]]:
     """Which of the further servers have each study; None where one does not say."""
-    fleet = group.desk.tools.fleet
+    fleet = group.context.services.fleet
     others = [pacs for pacs in fleet if pacs not in (group.source, group.target)]
     questions = [partial(pacs.find, "study", item.text) for item in items for pacs in others]
     answers = iter(fleet.gather(questions))
@@ -275,43 +278,43 @@ def _elsewhere(items: Sequence[Item], group: _Group) -> dict[int, dict[str, bool
     return found
 
 
-def _survey(item: Item, group: _Group, *, others: Mapping[int, Mapping[str, bool | None]]) -> Settled:
+def _preflight(item: Item, group: _Group, *, others: Mapping[int, Mapping[str, bool | None]]) -> ItemOutcome:
     """A study that is whole on both by its UIDs is planned too: whether it is the same, verification says."""
-    told = survey_study(group.transfer(item), others[item.number])
+    told = preflight_study(group.transfer(item), others[item.number])
     notes = list(told["warnings"])
     if not told["missing"]:
         notes.append(f"{group.target.server.name} has the study already, whole: {told['images']} images")
-    return Settled(item, "planned", "", "; ".join(notes), told, server=group.source.server.name)
+    return ItemOutcome(item, "planned", "", "; ".join(notes), told, server=group.source.server.name)
 
 
-def _apply(item: Item, group: _Group) -> Settled:
+def _apply(item: Item, group: _Group) -> ItemOutcome:
     transfer, receipt = group.transfer(item), group.receipt(item)
     target = group.target.server.name
     try:
-        figures = copy_study(transfer, receipt, attempt=group.desk.run.attempt)
+        figures = copy_study(transfer, receipt, attempt=group.context.attempt.number)
     except Refused as error:
         server = error.server_name or target
-        return Settled(item, "refused", error.payload["code"], error.message, receipt.as_json(), server=server)
+        return ItemOutcome(item, "refused", error.payload["code"], error.message, receipt.as_json(), server=server)
     except Poisoned as error:
-        return Settled(item, "failed", error.code, error.message, receipt.as_json(), server=target)
+        return ItemOutcome(item, "failed", error.code, error.message, receipt.as_json(), server=target)
     status: ItemStatus = "copied" if figures["added"] else "already_there"
     note = what_is_left_out(receipt.notes, group.source)
-    return Settled(item, status, "", note, {**figures, **receipt.as_json()}, server=target)
+    return ItemOutcome(item, status, "", note, {**figures, **receipt.as_json()}, server=target)
 
 
-def _verify(item: Item, group: _Group) -> Settled:
+def _verify(item: Item, group: _Group) -> ItemOutcome:
     transfer, receipt = group.transfer(item), group.receipt(item)
-    wishes, target = group.desk.batch.order, group.target.server.name
-    moves = bool(wishes.get("delete_source"))
+    order, target = group.context.batch.order, group.target.server.name
+    moves = bool(order.get("delete_source"))
     # Orders of version 0.1.0 could ask for fewer: what is deleted is compared, whatever they say.
-    digests: Digests = "all" if moves else wishes.get("digests", "all")
+    digests: Digests = "all" if moves else order.get("digests", "all")
     try:
         if receipt.source_deleted and not images_on(group.source, item.text):
             end_deletion(transfer, receipt)
             group.move_claim(item, group.target)
             told = verify_moved(transfer, receipt, digests=digests)
         else:
-            attempt = group.desk.run.attempt
+            attempt = group.context.attempt.number
             told = verify_study(transfer, receipt, digests=digests, attempt=attempt, moves=moves)
             if moves:
                 delete_source(transfer, receipt)
@@ -322,7 +325,7 @@ def _verify(item: Item, group: _Group) -> Settled:
     if told.get("source_deleted"):
         told["servers"] = {target: "verified", group.source.server.name: "deleted"}
     notes = [_how_compared(told), what_is_left_out(told.pop("notes", ()), group.source)]
-    return Settled(item, "verified", "", " ".join(filter(None, notes)), told, server=target)
+    return ItemOutcome(item, "verified", "", " ".join(filter(None, notes)), told, server=target)
 
 
 def _how_compared(told: Mapping[str, Any]) -> str:
@@ -339,29 +342,31 @@ def _how_compared(told: Mapping[str, Any]) -> str:
     return " ".join(notes)
 
 
-def _not_verified(item: Item, error: Refused, target: str) -> Settled:
+def _not_verified(item: Item, error: Refused, target: str) -> ItemOutcome:
     """What is to be read out of a refusal: images differ, images are missing, or nobody can say."""
     details = error.details
     status: ItemStatus = "differs" if "different" in details else "missing" if "missing" in details else "failed"
     if isinstance(error, NotFound):
         status = "unverified"
-    return Settled(item, status, error.payload["code"], error.message, _told_by(error), server=target)
+    return ItemOutcome(item, status, error.payload["code"], error.message, _details_of(error), server=target)
 
 
-def _told_by(error: Refused) -> dict[str, Any]:
+def _details_of(error: Refused) -> dict[str, Any]:
     return {name: found for name, found in error.details.items() if name != "study_uid"}
 
 
-def _undo(item: Item, group: _Group) -> Settled:
+def _undo(item: Item, group: _Group) -> ItemOutcome:
     transfer, receipt = group.transfer(item), group.receipt(item)
     target = group.target.server.name
     try:
         told = undo_study(transfer, receipt)
     except Refused as error:
         server = error.server_name or target
-        return Settled(item, "kept", error.payload["code"], error.message, _told_by(error), server=server)
+        return ItemOutcome(item, "kept", error.payload["code"], error.message, _details_of(error), server=server)
     if not told["removed"] and not told["restored"]:
-        return Settled(item, "kept", "", f"{target} has nothing of it that this batch has added.", told, server=target)
+        return ItemOutcome(
+            item, "kept", "", f"{target} has nothing of it that this batch has added.", told, server=target
+        )
     if told["restored"]:
         group.move_claim(item, group.source)
         told["servers"] = {target: "undone", group.source.server.name: "undone"}
@@ -376,4 +381,4 @@ def _undo(item: Item, group: _Group) -> Settled:
         notes.append(
             f"{target} keeps {told['left']} images that the batch has not added, so the study is on both servers."
         )
-    return Settled(item, "undone", "", " ".join(notes), told, server=target)
+    return ItemOutcome(item, "undone", "", " ".join(notes), told, server=target)

@@ -27,12 +27,12 @@ from courier.errors import (
 from worker.dicom.instances import title_code
 from worker.jobs.download import to_ask
 from worker.jobs.hangs import Hangs
-from worker.jobs.placement import is_refused_whole, judged_again
+from worker.jobs.placement import is_refused_whole, reject_if_it_persists
 from worker.jobs.receipts import Receipts
 from worker.jobs.streamed_instance import Incoming, digest_of
 from worker.jobs.unseen import as_shown
 from worker.pacs.notes import KEY_OBJECT, REJECTION_TITLES
-from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, Passing
+from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part, StreamedInstance
 from worker.storage.spool import Limits, spool
 
 #: A request ends after so many images or so many bytes: what breaks off later leaves what was answered.
@@ -53,8 +53,8 @@ ErrorKind = TypeVar("ErrorKind", bound=CourierError)
 class Transfer:
     """One study on its way, and what has come of each image.
 
-    ``resumed``: an earlier attempt may have pushed some of it, so what is there already may be ours. ``look`` is called
-    before each request, with the number of images that are stored.
+    ``resumed``: an earlier attempt may have pushed some of it, so what is there already may be ours.
+    ``check_may_go_on`` is called before each request, with the number of images that are stored.
     """
 
     source: Pacs
@@ -62,7 +62,7 @@ class Transfer:
     study_uid: str
     resumed: bool = False
     receipts: Receipts = field(default_factory=Receipts)
-    look: Callable[[int], None] = lambda _: None
+    check_may_go_on: Callable[[int], None] = lambda _: None
     max_spool_bytes: int = 4 * 1024**3
     pending_wait_s: float | None = None
     #: What we stored, with the digest of what passed.
@@ -91,7 +91,7 @@ class Transfer:
     proven: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.spooled = not self.target.takes_passing
+        self.spooled = not self.target.accepts_streams
 
     @property
     def leaves_notes(self) -> bool:
@@ -139,7 +139,7 @@ def listed_on(pacs: Pacs, study_uid: str) -> list[Found]:
     return images
 
 
-def bring(
+def copy_images(
     transfer: Transfer, wanted: Collection[str], *, on_source: Mapping[str, str], on_target: Collection[str]
 ) -> None:
     """Bring the ``wanted`` images to the target; ``transfer`` says what came of each.
@@ -154,13 +154,13 @@ def bring(
     """
     transfer.receipts.copying(transfer.target, transfer.study_uid)
     try:
-        _bring(transfer, wanted, on_source=on_source, on_target=on_target)
+        _copy_images(transfer, wanted, on_source=on_source, on_target=on_target)
     finally:
         if transfer.stored:
             transfer.receipts.copied(transfer.target, transfer.study_uid, len(transfer.stored))
 
 
-def _bring(
+def _copy_images(
     transfer: Transfer, wanted: Collection[str], *, on_source: Mapping[str, str], on_target: Collection[str]
 ) -> None:
     transfer.listed = dict(on_source)
@@ -225,12 +225,12 @@ def _pass(transfer: Transfer, wanted: set[str], *, known: set[str], alone: bool)
     if not wanted:
         return
     spooled = transfer.spooled
-    transfer.look(len(transfer.stored))  # also before the source is asked for anything
+    transfer.check_may_go_on(len(transfer.stored))  # also before the source is asked for anything
     source, moot = transfer.source, transfer.moot
     with closing(received(source, transfer.study_uid, transfer.listed, wanted, left_out=moot)) as images:
         arriving = _Arriving(_without_notes(transfer, images), lambda uid: uid in wanted or uid not in known)
         while transfer.spooled == spooled and arriving.more():
-            transfer.look(len(transfer.stored))
+            transfer.check_may_go_on(len(transfer.stored))
             _send(transfer, arriving, alone=alone)
         arriving.check()
     if transfer.spooled != spooled:
@@ -249,7 +249,7 @@ def _without_notes(transfer: Transfer, images: Iterator[Incoming]) -> Iterator[I
             transfer.leave_out([instance.sop_instance_uid])
         elif title is None and transfer.target.hiding is not None:
             sentence = "Whether it is a rejection note cannot be told, and such a note hides the images that it names."
-            _judge(transfer, image, Outcome(instance.sop_instance_uid, Fate.REJECTED, message=sentence))
+            _apply_outcome(transfer, image, Outcome(instance.sop_instance_uid, Fate.REJECTED, message=sentence))
         else:
             yield image
 
@@ -268,10 +268,10 @@ def _send(transfer: Transfer, arriving: _Arriving, *, alone: bool) -> None:
     if transfer.spooled:
         _spool_and_send(transfer, arriving.take())
         return
-    share = _Share(arriving, 1 if alone else REQUEST_IMAGES)
+    share = _RequestImages(arriving, 1 if alone else REQUEST_IMAGES)
     try:
         with transfer.hangs.sending(transfer.target, lambda: [one.instance.sop_instance_uid for one in share.sent]):
-            outcomes = transfer.target.store_passing(share)
+            outcomes = transfer.target.store_stream(share)
     except (PacsRejected, PacsMisanswered) as error:
         if error.details.get("status") == LENGTH_REQUIRED:
             transfer.spooled = True
@@ -280,7 +280,7 @@ def _send(transfer: Transfer, arriving: _Arriving, *, alone: bool) -> None:
         return
     outcomes = as_shown(transfer.target, [image.instance for image in share.sent], outcomes)
     for image, outcome in zip(share.sent, outcomes, strict=True):
-        _judge(transfer, image, outcome)
+        _apply_outcome(transfer, image, outcome)
 
 
 def _spool_and_send(transfer: Transfer, image: Incoming) -> None:
@@ -292,7 +292,7 @@ def _spool_and_send(transfer: Transfer, image: Incoming) -> None:
         except (PacsRejected, PacsMisanswered) as error:
             _refused_as_a_whole(transfer, [image], error)
         else:
-            _judge(transfer, image, *as_shown(transfer.target, [image.instance], [outcome]))
+            _apply_outcome(transfer, image, *as_shown(transfer.target, [image.instance], [outcome]))
 
 
 def _refused_as_a_whole(transfer: Transfer, sent: list[Incoming], error: CourierError) -> None:
@@ -301,10 +301,10 @@ def _refused_as_a_whole(transfer: Transfer, sent: list[Incoming], error: Courier
         raise error
     fate = Fate.REJECTED if len(sent) == 1 and isinstance(error, PacsRejected) else Fate.UNMENTIONED
     for image in sent:
-        _judge(transfer, image, Outcome(image.instance.sop_instance_uid, fate, message=error.message))
+        _apply_outcome(transfer, image, Outcome(image.instance.sop_instance_uid, fate, message=error.message))
 
 
-def _judge(transfer: Transfer, image: Incoming, outcome: Outcome) -> None:
+def _apply_outcome(transfer: Transfer, image: Incoming, outcome: Outcome) -> None:
     uid = image.instance.sop_instance_uid
     transfer.listed.setdefault(uid, image.instance.series_instance_uid)
     if outcome.is_doubtful:
@@ -329,7 +329,7 @@ def _doubtful(transfer: Transfer, uid: str, outcome: Outcome) -> Outcome:
         return outcome
     faults, since_s = transfer.faults.get(uid, (0, ledger.clock_s()))
     transfer.faults[uid] = (faults + 1, since_s)
-    return judged_again(outcome, faults + 1, since_s, transfer.target, ledger)
+    return reject_if_it_persists(outcome, faults + 1, since_s, transfer.target, ledger)
 
 
 def _check_all_came(transfer: Transfer, wanted: Collection[str]) -> None:
@@ -406,7 +406,7 @@ class _Arriving:
         return None
 
 
-class _Share:
+class _RequestImages:
     """As many of the arriving images as go into one request; ``sent`` are those that have begun to pass."""
 
     def __init__(self, arriving: _Arriving, most_images: int) -> None:
@@ -414,12 +414,12 @@ class _Share:
         self._arriving = arriving
         self._most_images = most_images
 
-    def __iter__(self) -> Iterator[Passing]:
+    def __iter__(self) -> Iterator[StreamedInstance]:
         size_bytes = 0
         while len(self.sent) < self._most_images and size_bytes < REQUEST_BYTES and self._arriving.more():
             image = self._arriving.take()
             self.sent.append(image)
-            yield Passing(image.instance, image.chunks())
+            yield StreamedInstance(image.instance, image.chunks())
             size_bytes += image.size_bytes
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from courier.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered, PacsRejected, StudyConflict
 from worker.batches.equality import Compared, Side, compare
 from worker.batches.removals import Removal, hidden_on, remove_images, remove_study
-from worker.batches.study_copy import Transfer, bare_digests_on, bring, digests_on, images_on, listed_on, pending
+from worker.batches.study_copy import Transfer, bare_digests_on, copy_images, digests_on, images_on, listed_on, pending
 from worker.jobs.hangs import poisoned
 from worker.pacs.notes import is_rejection_note
 from worker.pacs.protection import check_two_archives, refusal
@@ -31,7 +31,7 @@ TOLD = 10
 
 
 @dataclass(frozen=True)
-class Seen:
+class ListedImages:
     """Which images of a study both servers list, each with its series; ``on_source`` without what is left out."""
 
     on_source: Mapping[str, str]
@@ -42,7 +42,7 @@ class Seen:
         return self.on_source.keys() - self.on_target.keys()
 
     @classmethod
-    def look(cls, transfer: Transfer, *, notes_too: bool = False) -> Seen:
+    def read_lists(cls, transfer: Transfer, *, notes_too: bool = False) -> ListedImages:
         """What the source lists as a rejection note is left out, and known to ``transfer`` then; or ``notes_too``."""
         study_uid = transfer.study_uid
         listed = listed_on(transfer.source, study_uid)
@@ -54,7 +54,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class CopiedSet:
     """Images that a pass put on the target, with one digest over those of all of them as they passed, in order.
 
     None: an attempt that was cut short brought some of them, and their digests died with it.
@@ -73,7 +73,7 @@ class Parcel:
 
 
 @dataclass
-class Receipt:
+class MigrationReceipt:
     """What a batch knows of a study that it brings over; verification and undo go by it.
 
     ``before``: what the target had when the pass under way first touched the study; None when none is. ``shared``: what
@@ -97,7 +97,7 @@ class Receipt:
         "notes",
     )
 
-    parcels: list[Parcel] = field(default_factory=list)
+    copied_sets: list[CopiedSet] = field(default_factory=list)
     before: frozenset[str] | None = None
     shared: frozenset[str] = frozenset()
     source_deleted: bool = False
@@ -106,11 +106,11 @@ class Receipt:
     faults: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     hangs: Mapping[str, int] = field(default_factory=dict)
     notes: frozenset[str] = frozenset()
-    save: Callable[[Receipt], None] = lambda _: None
+    save: Callable[[MigrationReceipt], None] = lambda _: None
 
     @property
     def added(self) -> frozenset[str]:
-        return frozenset(uid for parcel in self.parcels for uid in parcel.uids)
+        return frozenset(uid for copied_set in self.copied_sets for uid in copied_set.uids)
 
     @property
     def moved(self) -> frozenset[str]:
@@ -119,7 +119,9 @@ class Receipt:
 
     def as_json(self) -> dict[str, Any]:
         told: dict[str, Any] = {
-            "parcels": [{"uids": sorted(parcel.uids), "digest": parcel.digest} for parcel in self.parcels],
+            "parcels": [
+                {"uids": sorted(copied_set.uids), "digest": copied_set.digest} for copied_set in self.copied_sets
+            ],
             "before": None if self.before is None else sorted(self.before),
             "shared": sorted(self.shared),
             "source_deleted": self.source_deleted,
@@ -132,9 +134,9 @@ class Receipt:
         return {name: value for name, value in told.items() if value or value == []}
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any], *, save: Callable[[Receipt], None]) -> Receipt:
+    def from_json(cls, told: Mapping[str, Any], *, save: Callable[[MigrationReceipt], None]) -> MigrationReceipt:
         return cls(
-            parcels=[Parcel(frozenset(one["uids"]), one["digest"]) for one in told.get("parcels", ())],
+            copied_sets=[CopiedSet(frozenset(one["uids"]), one["digest"]) for one in told.get("parcels", ())],
             before=frozenset(told["before"]) if "before" in told else None,
             shared=frozenset(told.get("shared", ())),
             source_deleted=bool(told.get("source_deleted")),
@@ -150,7 +152,7 @@ class Receipt:
 # --- survey -----------------------------------------------------------------------------------------------------
 
 
-def survey_study(transfer: Transfer, others: Mapping[str, bool | None]) -> dict[str, Any]:
+def preflight_study(transfer: Transfer, others: Mapping[str, bool | None]) -> dict[str, Any]:
     """What a migration of the study would come to. ``others``: whether each further server has it; None, it is silent.
 
     Raises
@@ -158,7 +160,7 @@ def survey_study(transfer: Transfer, others: Mapping[str, bool | None]) -> dict[
     NotFound
         The source does not have it.
     """
-    seen = Seen.look(transfer)
+    seen = ListedImages.read_lists(transfer)
     _check_found(transfer, seen)
     warnings = [f"study_split: it is on {name} too" for name, there in others.items() if there]
     warnings += [f"{name} did not say whether it has the study" for name, there in others.items() if there is None]
@@ -174,7 +176,7 @@ def survey_study(transfer: Transfer, others: Mapping[str, bool | None]) -> dict[
 # --- copy -------------------------------------------------------------------------------------------------------
 
 
-def copy_study(transfer: Transfer, receipt: Receipt, *, attempt: int = 1) -> dict[str, Any]:
+def copy_study(transfer: Transfer, receipt: MigrationReceipt, *, attempt: int = 1) -> dict[str, Any]:
     """Bring over what the target lacks. The receipt then says what was added; the figures are for the report.
 
     Raises
@@ -187,13 +189,13 @@ def copy_study(transfer: Transfer, receipt: Receipt, *, attempt: int = 1) -> dic
         A server failed; the next attempt brings what is left.
     """
     transfer.leave_out(receipt.notes)
-    seen = Seen.look(transfer)
+    seen = ListedImages.read_lists(transfer)
     _check_found(transfer, seen)
     _begin(transfer, receipt, seen)
     before = receipt.before or frozenset()
     if seen.missing:
-        _bring_missing(transfer, receipt, seen, attempt=attempt)
-    added = _note_parcel(transfer, receipt, seen)
+        _copy_missing(transfer, receipt, seen, attempt=attempt)
+    added = _note_copied_set(transfer, receipt, seen)
     receipt.hangs = transfer.given_up
     _check_accepted(transfer)
     return {
@@ -205,7 +207,7 @@ def copy_study(transfer: Transfer, receipt: Receipt, *, attempt: int = 1) -> dic
     }
 
 
-def _begin(transfer: Transfer, receipt: Receipt, seen: Seen) -> None:
+def _begin(transfer: Transfer, receipt: MigrationReceipt, seen: ListedImages) -> None:
     """Write down what was on the target before the pass touches the study, if it is going to."""
     transfer.resumed = receipt.before is not None
     if receipt.before is None and seen.missing:
@@ -213,10 +215,10 @@ def _begin(transfer: Transfer, receipt: Receipt, seen: Seen) -> None:
         receipt.save(receipt)
 
 
-def _bring_missing(transfer: Transfer, receipt: Receipt, seen: Seen, *, attempt: int) -> None:
+def _copy_missing(transfer: Transfer, receipt: MigrationReceipt, seen: ListedImages, *, attempt: int) -> None:
     transfer.faults, transfer.hangs_seen = dict(receipt.faults), receipt.hangs
     try:
-        bring(transfer, seen.missing, on_source=seen.on_source, on_target=seen.on_target)
+        copy_images(transfer, seen.missing, on_source=seen.on_source, on_target=seen.on_target)
         receipt.faults = {}
     except CourierError:
         if transfer.faults:
@@ -234,7 +236,7 @@ def _clear_pending(transfer: Transfer) -> None:
         transfer.receipts.delete(transfer.target, image, permanent=True)
 
 
-def _note_parcel(transfer: Transfer, receipt: Receipt, first: Seen) -> int:
+def _note_copied_set(transfer: Transfer, receipt: MigrationReceipt, first: ListedImages) -> int:
     """Enter into the receipt what the pass has added, an earlier attempt included; how many images that are.
 
     What an earlier attempt added was there at the ``first`` look.
@@ -243,13 +245,13 @@ def _note_parcel(transfer: Transfer, receipt: Receipt, first: Seen) -> int:
     uids = earlier | transfer.stored.keys()
     if uids:
         digest = None if earlier else digest_over(transfer.stored.values())
-        receipt.parcels.append(Parcel(frozenset(uids), digest))
+        receipt.copied_sets.append(CopiedSet(frozenset(uids), digest))
     receipt.before = None
     receipt.notes |= transfer.moot
     return len(uids)
 
 
-def _by_earlier_attempt(receipt: Receipt, seen: Seen) -> set[str]:
+def _by_earlier_attempt(receipt: MigrationReceipt, seen: ListedImages) -> set[str]:
     if receipt.before is None:
         return set()
     return (seen.on_target.keys() & seen.on_source.keys()) - receipt.before
@@ -260,7 +262,7 @@ def digest_over(digests: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
-def _check_found(transfer: Transfer, seen: Seen) -> None:
+def _check_found(transfer: Transfer, seen: ListedImages) -> None:
     if not seen.on_source:
         on_target = f"; {transfer.target.server.name} has {len(seen.on_target)} images of it" if seen.on_target else ""
         sentence = f"{transfer.source.server.name} does not have the study{on_target}."
@@ -303,7 +305,7 @@ def what_is_left_out(notes: Collection[str], source: Pacs) -> str:
 
 
 def verify_study(
-    transfer: Transfer, receipt: Receipt, *, digests: Digests, attempt: int = 1, moves: bool = False
+    transfer: Transfer, receipt: MigrationReceipt, *, digests: Digests, attempt: int = 1, moves: bool = False
 ) -> dict[str, Any]:
     """Prove that the target has all that the source has, bringing over what the source has got meanwhile.
 
@@ -318,18 +320,20 @@ def verify_study(
         brought over.
     """
     transfer.leave_out(receipt.notes)
-    seen = first = Seen.look(transfer)
+    seen = first = ListedImages.read_lists(transfer)
     _check_found(transfer, seen)
     _begin(transfer, receipt, seen)
     lost = seen.missing & receipt.added
     for _ in range(TOP_UPS):
         if not seen.missing - transfer.refused.keys():
             break
-        _bring_missing(transfer, receipt, seen, attempt=attempt)
-        seen = Seen.look(transfer)
+        _copy_missing(transfer, receipt, seen, attempt=attempt)
+        seen = ListedImages.read_lists(transfer)
     touched = receipt.before is not None
-    receipt.parcels = [replace(parcel, digest=None) if parcel.uids & lost else parcel for parcel in receipt.parcels]
-    brought = _note_parcel(transfer, receipt, first)
+    receipt.copied_sets = [
+        replace(copied_set, digest=None) if copied_set.uids & lost else copied_set for copied_set in receipt.copied_sets
+    ]
+    copied = _note_copied_set(transfer, receipt, first)
     if touched:
         receipt.save(receipt)
     _check_accepted(transfer)
@@ -337,15 +341,15 @@ def verify_study(
     return {
         "images": len(seen.on_source),
         "images_on_target": len(seen.on_target),
-        "topped_up": brought - len(lost),
+        "topped_up": copied - len(lost),
         "lost": len(lost),
         "size_bytes": transfer.size_bytes,
         "notes": sorted(transfer.moot),
-        **(_compare_all(transfer, seen) if moves else _compare(transfer, seen, receipt.parcels, digests)),
+        **(_compare_all(transfer, seen) if moves else _compare(transfer, seen, receipt.copied_sets, digests)),
     }
 
 
-def verify_moved(transfer: Transfer, receipt: Receipt, *, digests: Digests) -> dict[str, Any]:
+def verify_moved(transfer: Transfer, receipt: MigrationReceipt, *, digests: Digests) -> dict[str, Any]:
     """As `verify_study`, when the source's copy is gone: the target still has all of it, as it passed.
 
     Raises
@@ -354,8 +358,8 @@ def verify_moved(transfer: Transfer, receipt: Receipt, *, digests: Digests) -> d
         The target has lost images.
     """
     on_target = _on_target(transfer, receipt.moved)
-    moved = Seen({uid: on_target[uid] for uid in receipt.moved}, on_target)
-    told = _compare(transfer, moved, receipt.parcels, digests, source_has=False)
+    moved = ListedImages({uid: on_target[uid] for uid in receipt.moved}, on_target)
+    told = _compare(transfer, moved, receipt.copied_sets, digests, source_has=False)
     return {"images": len(receipt.moved), "images_on_target": len(on_target), "source_deleted": True, **told}
 
 
@@ -373,7 +377,7 @@ def _on_target(transfer: Transfer, moved: Collection[str]) -> dict[str, str]:
     return on_target
 
 
-def _check_complete(transfer: Transfer, seen: Seen) -> None:
+def _check_complete(transfer: Transfer, seen: ListedImages) -> None:
     if seen.missing:
         sentence = (
             f"The study on {transfer.source.server.name} grows: after {TOP_UPS} rounds {len(seen.missing)} images are "
@@ -383,7 +387,12 @@ def _check_complete(transfer: Transfer, seen: Seen) -> None:
 
 
 def _compare(
-    transfer: Transfer, seen: Seen, parcels: Sequence[Parcel], digests: Digests, *, source_has: bool = True
+    transfer: Transfer,
+    seen: ListedImages,
+    copied_sets: Sequence[CopiedSet],
+    digests: Digests,
+    *,
+    source_has: bool = True,
 ) -> dict[str, Any]:
     """Compare what the target gives back with what passed, or with what the source gives now.
 
@@ -397,12 +406,12 @@ def _compare(
         return told
     given: dict[str, str] | None = None
     proven: set[str] = set()
-    if target.keeps_bytes and (parcels or not source_has):
-        if _is_all_one_parcel(transfer, seen, parcels, wanted):
+    if target.keeps_bytes and (copied_sets or not source_has):
+        if _is_all_one_copied_set(transfer, seen, copied_sets, wanted):
             return {**told, "compared": len(wanted)}
         given = digests_on(target, transfer.study_uid, seen.on_target, wanted)
-        proven = {uid for parcel in parcels if parcel.is_among(given) for uid in parcel.uids}
-        if not source_has and (different := _not_as_they_passed(given, parcels, set(given) - proven)):
+        proven = {uid for copied_set in copied_sets if copied_set.is_among(given) for uid in copied_set.uids}
+        if not source_has and (different := _not_as_they_passed(given, copied_sets, set(given) - proven)):
             raise _differ(transfer, Compared(different=different))
     found = Compared()
     if source_has:
@@ -411,7 +420,7 @@ def _compare(
     return {**told, "compared": len(proven | found.by_bytes), "compared_elements": len(found.by_elements)}
 
 
-def _compare_all(transfer: Transfer, seen: Seen) -> dict[str, Any]:
+def _compare_all(transfer: Transfer, seen: ListedImages) -> dict[str, Any]:
     """Read both servers for every image, because the source's copy goes next."""
     found = _prove_source(transfer, seen, seen.on_source.keys())
     compared = {"compared": len(found.by_bytes), "compared_elements": len(found.by_elements)}
@@ -422,7 +431,7 @@ def _not_kept_by(transfer: Transfer) -> list[str]:
     return [pacs.server.name for pacs in (transfer.source, transfer.target) if not pacs.keeps_bytes]
 
 
-def _prove_source(transfer: Transfer, seen: Seen, wanted: Collection[str]) -> Compared:
+def _prove_source(transfer: Transfer, seen: ListedImages, wanted: Collection[str]) -> Compared:
     """`_prove` that the source's copy may go: the target may have had its own before."""
     source = Side(transfer.source, seen.on_source, goes=True, is_made=False, left_out=transfer.moot)
     return _prove(transfer, source, Side(transfer.target, seen.on_target), wanted)
@@ -449,17 +458,21 @@ def _prove(
     return found
 
 
-def _is_all_one_parcel(transfer: Transfer, seen: Seen, parcels: Sequence[Parcel], wanted: set[str]) -> bool:
+def _is_all_one_copied_set(
+    transfer: Transfer, seen: ListedImages, copied_sets: Sequence[CopiedSet], wanted: set[str]
+) -> bool:
     """Whether the target has what passed in one pass and nothing else, which it takes no reading of UIDs to see."""
-    if len(parcels) != 1 or not parcels[0].digest or not parcels[0].uids == wanted == seen.on_target.keys():
+    if len(copied_sets) != 1 or not copied_sets[0].digest or not copied_sets[0].uids == wanted == seen.on_target.keys():
         return False
-    return parcels[0].is_of(bare_digests_on(transfer.target, transfer.study_uid))
+    return copied_sets[0].is_of(bare_digests_on(transfer.target, transfer.study_uid))
 
 
-def _not_as_they_passed(given: Mapping[str, str], parcels: Sequence[Parcel], unproven: set[str]) -> list[str]:
+def _not_as_they_passed(given: Mapping[str, str], copied_sets: Sequence[CopiedSet], unproven: set[str]) -> list[str]:
     """The images of parcels that are there whole and yet are not what passed, where the source cannot be asked."""
-    whole = (parcel for parcel in parcels if parcel.digest is not None and parcel.uids <= given.keys())
-    return sorted(uid for parcel in whole for uid in parcel.uids & unproven)
+    whole = (
+        copied_set for copied_set in copied_sets if copied_set.digest is not None and copied_set.uids <= given.keys()
+    )
+    return sorted(uid for copied_set in whole for uid in copied_set.uids & unproven)
 
 
 def _differ(transfer: Transfer, found: Compared) -> StudyConflict:
@@ -477,7 +490,7 @@ def _differ(transfer: Transfer, found: Compared) -> StudyConflict:
     return error
 
 
-def _to_compare(seen: Seen, digests: Digests) -> set[str]:
+def _to_compare(seen: ListedImages, digests: Digests) -> set[str]:
     """All images of the source, none, or one of each series: always the same one, whoever asks."""
     if digests != "sample":
         return set(seen.on_source) if digests == "all" else set()
@@ -490,7 +503,7 @@ def _to_compare(seen: Seen, digests: Digests) -> set[str]:
 # --- the source's copy ------------------------------------------------------------------------------------------
 
 
-def delete_source(transfer: Transfer, receipt: Receipt) -> None:
+def delete_source(transfer: Transfer, receipt: MigrationReceipt) -> None:
     """Delete the study from the source, where each of its images is proven to be the same on the target.
 
     What `verify_study` has not proven in this attempt is proven here; then both are looked at once more. What has to be
@@ -512,11 +525,11 @@ def delete_source(transfer: Transfer, receipt: Receipt) -> None:
     _check_allowed(transfer, source)
     check_two_archives(source, transfer.target)
     transfer.leave_out(receipt.notes)
-    seen = Seen.look(transfer)
+    seen = ListedImages.read_lists(transfer)
     _check_nothing_is_lost(transfer)
     if not seen.missing and (unproven := seen.on_source.keys() - transfer.proven):
         _prove_source(transfer, seen, unproven)
-        seen = Seen.look(transfer)
+        seen = ListedImages.read_lists(transfer)
     if seen.missing or seen.on_source.keys() - transfer.proven:
         sentence = f"{source.server.name} got images while the study was verified; it is verified again."
         raise transfer.error(PacsMisanswered, source, sentence)
@@ -537,13 +550,13 @@ def _check_nothing_is_lost(transfer: Transfer) -> None:
         raise transfer.error(PacsRejected, transfer.source, sentence)
 
 
-def end_deletion(transfer: Transfer, receipt: Receipt) -> None:
+def end_deletion(transfer: Transfer, receipt: MigrationReceipt) -> None:
     """End what an attempt that died has begun: the source may hide images that were to be deleted for good."""
     if receipt.hidden_before is not None:
         _remove_source(transfer, receipt, receipt.moved)
 
 
-def _remove_source(transfer: Transfer, receipt: Receipt, proven: Collection[str]) -> None:
+def _remove_source(transfer: Transfer, receipt: MigrationReceipt, proven: Collection[str]) -> None:
     source, study_uid = transfer.source, transfer.study_uid
     allowed, before = {*proven, *receipt.notes}, receipt.hidden_before
     removal = remove_study(source, study_uid, allowed, before=before, receipts=transfer.receipts)
@@ -565,7 +578,7 @@ def _remove_source(transfer: Transfer, receipt: Receipt, proven: Collection[str]
 # --- undo -------------------------------------------------------------------------------------------------------
 
 
-def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
+def undo_study(transfer: Transfer, receipt: MigrationReceipt) -> dict[str, Any]:
     """Take from the target what the batch added, and nothing else; ``transfer`` leads as it did when it was brought.
 
     Where the batch has deleted the source's copy, that is brought back and compared first. Nothing is removed of which
@@ -581,7 +594,7 @@ def undo_study(transfer: Transfer, receipt: Receipt) -> dict[str, Any]:
     """
     _check_allowed(transfer, transfer.target)
     left_out = _restore(transfer, receipt) if receipt.removing is None and receipt.source_deleted else set()
-    seen = Seen.look(transfer, notes_too=True)  # version 0.1.0 has copied them
+    seen = ListedImages.read_lists(transfer, notes_too=True)  # version 0.1.0 has copied them
     ours = (receipt.added | _by_earlier_attempt(receipt, seen)) & seen.on_target.keys() - left_out
     if receipt.removing is not None:
         ours &= receipt.removing
@@ -615,7 +628,7 @@ def _check_allowed(transfer: Transfer, pacs: Pacs) -> None:
         raise transfer.error(InvalidRequest, pacs, f"Refused: {why}")
 
 
-def _remove(transfer: Transfer, receipt: Receipt) -> Removal:
+def _remove(transfer: Transfer, receipt: MigrationReceipt) -> Removal:
     target, ours = transfer.target, receipt.removing or frozenset()
     before, receipts = receipt.hidden_before, transfer.receipts
     removal = remove_images(target, transfer.study_uid, ours, before=before, receipts=receipts)
@@ -625,13 +638,13 @@ def _remove(transfer: Transfer, receipt: Receipt) -> Removal:
     return removal
 
 
-def _restore(transfer: Transfer, receipt: Receipt) -> set[str]:
+def _restore(transfer: Transfer, receipt: MigrationReceipt) -> set[str]:
     """Bring back to the source what it had before the batch deleted it, and compare all of it.
 
     Returns what the source does not need back (`Outcome.is_moot`); it stays on the target.
     """
     back = replace(transfer, source=transfer.target, target=transfer.source)
-    seen = Seen.look(back)
+    seen = ListedImages.read_lists(back)
     wanted = receipt.moved - seen.on_target.keys() - back.moot
     if gone := wanted - seen.on_source.keys():
         sentence = (
@@ -640,12 +653,12 @@ def _restore(transfer: Transfer, receipt: Receipt) -> set[str]:
         )
         raise transfer.error(StudyConflict, back.source, sentence)
     if wanted:
-        bring(back, wanted, on_source=seen.on_source, on_target=seen.on_target)
+        copy_images(back, wanted, on_source=seen.on_source, on_target=seen.on_target)
         back.hangs.forget(back.target, back.given_up)  # an operator who orders the undo again wants them sent
     moot = back.moot
     back.refused = {uid: outcome for uid, outcome in back.refused.items() if uid not in moot}
     _check_accepted(back)
-    after = Seen.look(back)
+    after = ListedImages.read_lists(back)
     if lacking := receipt.moved - moot - after.on_target.keys():
         sentence = f"{back.target.server.name} does not list {len(lacking)} of the images that were brought back to it."
         raise transfer.error(PacsMisanswered, back.target, sentence)

@@ -16,12 +16,12 @@ from limits import RateLimitItemPerSecond
 from limits.storage import RedisStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from courier.batches.store import Batch, Item, Settled
+from courier.batches.store import Batch, Item, ItemOutcome
 from courier.waits import BATCH_RATE, BATCH_WINDOW
 from courier.windows import Window
-from worker.batches.coordinator import Spent
-from worker.jobs.attempt import NotYet, Run
-from worker.jobs.services import Tools
+from worker.batches.coordinator import Usage
+from worker.jobs.attempt import Attempt, Postpone
+from worker.jobs.services import Services
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Pacs, Retrieved, View
 
@@ -56,58 +56,58 @@ class Rate:
 
 #: What a server is asked; an answer of several pages counts as one request.
 _QUESTIONS: Final = frozenset(
-    {"find", "present", "store", "store_passing", "metadata", "studies", "instances", "delete"}
+    {"find", "present", "store", "store_stream", "metadata", "studies", "instances", "delete"}
 )
 
 
 class Metered:
     """A server, or whatever stands in for one; what it is asked, and the bytes that it sends, are counted."""
 
-    def __init__(self, pacs: Pacs, spent: Spent) -> None:
+    def __init__(self, pacs: Pacs, usage: Usage) -> None:
         self._pacs = pacs
-        self._spent = spent
+        self._usage = usage
 
     def __getattr__(self, name: str) -> Any:
         if name in _QUESTIONS:
-            self._spent.add(requests=1)
+            self._usage.add(requests=1)
         return getattr(self._pacs, name)
 
     @contextmanager
     def retrieve(self, found: Found, *, view: View = "as_set") -> Iterator[Iterator[Retrieved]]:
-        self._spent.add(requests=1)
+        self._usage.add(requests=1)
         with self._pacs.retrieve(found, view=view) as parts:
             yield (replace(part, chunks=self._counted(part.chunks)) for part in parts)
 
     def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
-            self._spent.add(size_bytes=len(chunk))
+            self._usage.add(size_bytes=len(chunk))
             yield chunk
 
 
-def metered(pacs: Pacs, spent: Spent) -> Pacs:
-    return cast(Pacs, Metered(pacs, spent))
+def metered(pacs: Pacs, usage: Usage) -> Pacs:
+    return cast(Pacs, Metered(pacs, usage))
 
 
-def metered_fleet(fleet: Fleet, spent: Spent) -> Fleet:
-    return fleet.through(lambda pacs: metered(pacs, spent))
+def metered_fleet(fleet: Fleet, usage: Usage) -> Fleet:
+    return fleet.through(lambda pacs: metered(pacs, usage))
 
 
-class Pace:
+class Throttle:
     """The pace of a batch for one attempt at one of its chunks."""
 
-    def __init__(self, batch: Batch, run: Run, tools: Tools) -> None:
-        self._tools = tools
+    def __init__(self, batch: Batch, attempt: Attempt, services: Services) -> None:
+        self._services = services
         window = batch.order.get("window")
         self._window = Window.read(window) if window else None
         wanted = {unit: batch.order.get(f"{unit}_per_s") for unit in ("requests", "bytes")}
         self._per_s: dict[str, float] = {unit: float(per_s) for unit, per_s in wanted.items() if per_s}
         self._rates = {unit: Rate.of(per_s) for unit, per_s in self._per_s.items()}
-        owed = (run.memo or {}).get("owed", {})
-        self._owed: dict[str, float] = {unit: float(owed.get(unit, 0)) for unit in self._rates}
+        deficit = (attempt.checkpoint or {}).get("owed", {})
+        self._deficit: dict[str, float] = {unit: float(deficit.get(unit, 0)) for unit in self._rates}
         self._paid: dict[str, float] = {}
         self._carried = [0.0, 0.0]  # items in groups that are over, and their bytes
         self._batch_id = batch.id
-        self._limiter = _limiter(tools) if self._rates else None
+        self._limiter = _limiter(services) if self._rates else None
 
     def group_items(self, most: int, items: Sequence[Item] = ()) -> int:
         """How many of the next ``items`` a group may have: no more than a second's requests, or a second's bytes.
@@ -129,78 +129,84 @@ class Pace:
         return size_bytes / count if count else math.inf
 
     @property
-    def memo(self) -> dict[str, Any]:
+    def checkpoint(self) -> dict[str, Any]:
         """What the next attempt has to know."""
-        return {"owed": self._owed} if any(self._owed.values()) else {}
+        return {"owed": self._deficit} if any(self._deficit.values()) else {}
 
     def wait(self, group: Sequence[Item]) -> float:
         """Return when ``group`` may begin, after so many seconds.
 
         Raises
         ------
-        NotYet
+        Postpone
             That is too long to wait for it here.
         """
-        if self._window and (closed_s := self._window.opens_in_s(self._tools.now())):
-            raise NotYet("the batch's window is closed", delay_s=min(closed_s, _LOOK_S), steady=True, code=BATCH_WINDOW)
+        if self._window and (closed_s := self._window.opens_in_s(self._services.now())):
+            raise Postpone(
+                "the batch's window is closed", delay_s=min(closed_s, _LOOK_S), steady=True, code=BATCH_WINDOW
+            )
         self._paid = {"requests": float(len(group)), "bytes": float(sum(item.size_bytes or 0 for item in group))}
-        for unit in self._owed:
-            self._owed[unit] += self._paid[unit]
+        for unit in self._deficit:
+            self._deficit[unit] += self._paid[unit]
         try:
-            return self.pay_up()
-        except NotYet:
+            return self.clear_deficit()
+        except Postpone:
             # The group does not begin: what was taken for it already is a credit.
-            self._owed = {unit: owed - self._paid[unit] for unit, owed in self._owed.items()}
+            self._deficit = {unit: deficit - self._paid[unit] for unit, deficit in self._deficit.items()}
             raise
 
-    def pay_up(self) -> float:
+    def clear_deficit(self) -> float:
         """Return when all that is owed is paid for, after so many seconds, whatever the time of the day.
 
         Raises
         ------
-        NotYet
+        Postpone
             That is too long to wait for it here.
         """
         waited_s = 0.0
-        while not self._pay():
+        while not self._take_tickets():
             if waited_s >= _STAY_S:
-                raise NotYet("the batch is at its rate limit", delay_s=self._refilled_s(), steady=True, code=BATCH_RATE)
+                raise Postpone(
+                    "the batch is at its rate limit", delay_s=self._refilled_s(), steady=True, code=BATCH_RATE
+                )
             pause_s = min(rate.window_s for rate in self._rates.values()) / _PIECES
-            self._tools.sleep(pause_s)
+            self._services.sleep(pause_s)
             waited_s += pause_s
         return waited_s
 
     def _refilled_s(self) -> float:
         """When to look again: what is not taken within its window is lost, so a long wait would pay for little."""
-        blocking = [rate.window_s for unit, rate in self._rates.items() if self._owed[unit] >= rate.worth]
+        blocking = [rate.window_s for unit, rate in self._rates.items() if self._deficit[unit] >= rate.worth]
         return float(min([*blocking, _LOOK_S]))
 
-    def account(self, settled: Sequence[Settled], spent: Spent) -> None:
+    def account(self, outcomes: Sequence[ItemOutcome], usage: Usage) -> None:
         """What the group really took is paid for before the next one begins, or the chunk ends."""
-        carried = sum(int(one.result.get("size_bytes") or one.item.size_bytes or 0) for one in settled)
+        carried = sum(int(one.result.get("size_bytes") or one.item.size_bytes or 0) for one in outcomes)
         took = {
-            "requests": self._paid.get("requests", 0.0) if spent.requests is None else spent.requests,
-            "bytes": float(carried if spent.size_bytes is None else spent.size_bytes),
+            "requests": self._paid.get("requests", 0.0) if usage.requests is None else usage.requests,
+            "bytes": float(carried if usage.size_bytes is None else usage.size_bytes),
         }
         self._carried = [self._carried[0] + self._paid["requests"], self._carried[1] + took["bytes"]]
-        for unit in self._owed:
-            self._owed[unit] += took[unit] - self._paid[unit]
+        for unit in self._deficit:
+            self._deficit[unit] += took[unit] - self._paid[unit]
 
-    def _pay(self) -> bool:
+    def _take_tickets(self) -> bool:
         """Take tickets for what is owed, of each kind as many as there are now; False if that is not enough."""
         paid = True
         for unit, rate in self._rates.items():
             limit = RateLimitItemPerSecond(rate.amount, rate.window_s, namespace="batch")
-            while (tickets := math.floor(self._owed[unit] / rate.worth + 1e-9)) > 0:
+            while (tickets := math.floor(self._deficit[unit] / rate.worth + 1e-9)) > 0:
                 piece = min(tickets, max(1, rate.amount // _PIECES))
                 if not self._limiter or not self._limiter.hit(limit, self._batch_id, unit, cost=piece):
                     paid = False
                     break
-                self._owed[unit] -= piece * rate.worth
+                self._deficit[unit] -= piece * rate.worth
         return paid
 
 
-def _limiter(tools: Tools) -> MovingWindowRateLimiter:
+def _limiter(services: Services) -> MovingWindowRateLimiter:
     """One that counts in the ledger's database, over its connections."""
-    pool = tools.ledger.client.connection_pool
-    return MovingWindowRateLimiter(RedisStorage("redis://", connection_pool=pool, key_prefix=tools.ledger.key("rate")))
+    pool = services.ledger.client.connection_pool
+    return MovingWindowRateLimiter(
+        RedisStorage("redis://", connection_pool=pool, key_prefix=services.ledger.key("rate"))
+    )

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from courier.batches.planner import Planned
-from courier.batches.store import CHUNK_ITEMS, NOWHERE, Batch, Item, ItemStatus, Pass, Row, Settled, is_to_undo
+from courier.batches.store import CHUNK_ITEMS, NOWHERE, Batch, Item, ItemOutcome, ItemStatus, Pass, Row, is_to_undo
 from courier.errors import (
     CourierError,
     ImageAlreadyExists,
@@ -31,17 +31,17 @@ from courier.errors import (
     SourceNotAllowed,
     TryAgain,
     is_final,
-    is_resting,
+    waits_for_server,
 )
 from courier.ledger.jobs import StoredImage
 from courier.messages import BatchUploadJob, read_job
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from worker.batches.confirmations import Command
-from worker.batches.coordinator import Answer as Result
-from worker.batches.coordinator import Desk, Work, order, unbegun
+from worker.batches.coordinator import ItemResult as Result
+from worker.batches.coordinator import PassContext, PassHandler, order, unbegun
 from worker.batches.upload_checks import undo, verify
 from worker.dicom.instances import Instance, identify
-from worker.jobs.attempt import Run, ServerUnknown
+from worker.jobs.attempt import Attempt, ServerUnknown
 from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.knowledge import server_left
 from worker.jobs.placement import (
@@ -49,26 +49,26 @@ from worker.jobs.placement import (
     PENDINGS_BEFORE_REMOVAL,
     REFUSED_UNREAD,
     Placement,
-    Wish,
+    PlacementOrder,
     already_exists,
     answered,
     image_of,
     is_refused_whole,
-    judged_again,
-    left_alone,
+    open_circuits,
     refusal,
+    reject_if_it_persists,
     settle,
     sole_target,
 )
 from worker.jobs.receipts import Receipts
-from worker.jobs.routing import Answer, Decision, Exists, decide
+from worker.jobs.routing import Decision, Exists, Presence, decide
 from worker.jobs.same_bytes import Arrival
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.jobs.unseen import as_shown
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed
 from worker.pacs.protocol import Fate, Outcome, Pacs, Part
-from worker.storage.sources import Fetched, Listed
+from worker.storage.sources import Fetched, ListedObject
 
 #: So many images, or bytes, make a load; so many are fetched at a time, and wait fetched for the next load to begin.
 LOAD_IMAGES = 25
@@ -143,7 +143,7 @@ class _Image:
 
 
 @dataclass
-class _Load:
+class _ImageLoad:
     """Images that travel together; ``placed`` are those that go anywhere."""
 
     images: list[_Image]
@@ -162,31 +162,31 @@ class ImageUploads:
     group_items = CHUNK_ITEMS
 
     @property
-    def passes(self) -> Mapping[Pass, Work]:
+    def passes(self) -> Mapping[Pass, PassHandler]:
         return {"apply": self.apply, "verify": self.verify, "undo": self.undo}
 
     def check(self, item: Planned) -> Planned:
         """Whether a worker may fetch it is said when it does."""
         if not _IS_URL(item.text):
-            raise InvalidRequest(f"{shown_url(item.text)!r} is no URL; write https://…, s3://…, az://… or file:///….")
+            raise InvalidRequest(f"{redact_url(item.text)!r} is no URL; write https://…, s3://…, az://… or file:///….")
         return item
 
-    def pages(self, desk: Desk) -> Iterator[Sequence[Planned]]:
+    def pages(self, context: PassContext) -> Iterator[Sequence[Planned]]:
         """All that a worker finds below the order's source."""
-        wishes = desk.batch.order
-        source, server = wishes.get("source"), str(wishes.get("server") or "")
+        order = context.batch.order
+        source, server = order.get("source"), str(order.get("server") or "")
         if source is None:
             raise InvalidRequest("A batch of uploads needs items, or a source that lists them.")
-        for page in desk.tools.sources.pages(source):
+        for page in context.services.sources.pages(source):
             yield [_planned(one, server) for one in page]
 
-    def apply(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Result]:  # noqa: ARG002
+    def apply(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[Result]:  # noqa: ARG002
         """What an earlier attempt may have done is in its own notes, with where and what."""
-        server = str(desk.batch.order.get("server") or "")
+        server = str(context.batch.order.get("server") or "")
         if server:
-            desk.tools.fleet[server]  # an unknown name is refused before anything is fetched
+            context.services.fleet[server]  # an unknown name is refused before anything is fetched
         wanted = [item if item.server or not server else replace(item, server=server) for item in items]
-        return Uploads(desk).carry(wanted)
+        return Uploads(context).execute(wanted)
 
     def refuse_forbidden(self, command: Command, batch: Batch, fleet: Fleet) -> None:
         if command == "undo" and batch.order.get("server"):
@@ -194,30 +194,30 @@ class ImageUploads:
 
     def study_at_stake(self, command: Command, row: Row, batch: Batch, fleet: Fleet) -> str | None:  # noqa: ARG002
         """An undo deletes the images that the batch has stored."""
-        if command != "undo" or row.settled.status != "stored" or not is_to_undo(row):
+        if command != "undo" or row.outcome.status != "stored" or not is_to_undo(row):
             return None
-        return str(row.settled.result["study_uid"])
+        return str(row.outcome.result["study_uid"])
 
-    def leave(self, items: Sequence[Item], desk: Desk) -> list[Settled]:
+    def leave(self, items: Sequence[Item], context: PassContext) -> list[ItemOutcome]:
         """What may have arrived of items that are left open: their receipts, for a retry or an undo."""
-        pushed = {int(number): Pushed(**row) for number, row in desk.memo.get("pushed", {}).items()}
+        pushed = {int(number): Pushed(**row) for number, row in context.checkpoint.get("pushed", {}).items()}
         return [
-            Settled(item, "open", server=one.server, result=one.doubtful_receipt)
+            ItemOutcome(item, "open", server=one.server, result=one.doubtful_receipt)
             for item in items
             if (one := pushed.get(item.number)) is not None and one.uncertain
         ]
 
-    def verify(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Result]:  # noqa: ARG002
-        return verify([desk.known(item) for item in items], desk)
+    def verify(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[Result]:  # noqa: ARG002
+        return verify([context.known(item) for item in items], context)
 
-    def undo(self, items: Sequence[Item], desk: Desk, *, resumed: set[int]) -> list[Result]:
-        return undo([desk.known(item) for item in items], desk, resumed=resumed)
+    def undo(self, items: Sequence[Item], context: PassContext, *, resumed: set[int]) -> list[Result]:
+        return undo([context.known(item) for item in items], context, resumed=resumed)
 
 
 KIND = ImageUploads()
 
 
-def upload_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def upload_all(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """`pacs.batch.upload`: plan it and see it through; it bears the job's id.
 
     Raises
@@ -227,30 +227,30 @@ def upload_all(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, 
     CourierError
         As of any order of a batch.
     """
-    with unbegun(run, tools):
+    with unbegun(attempt, services):
         server = read_job(BatchUploadJob, message).server
         if server is not None:
-            tools.fleet[server]
-    return order(message, run, tools, kind=KIND, name="upload", form=BatchUploadJob)
+            services.fleet[server]
+    return order(message, attempt, services, kind=KIND, name="upload", form=BatchUploadJob)
 
 
 class Uploads:
     """One attempt at the items of a group. ``results`` holds what became of each, by its number."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-        self._run, self._tools = desk.run, desk.tools
-        self._hangs = Hangs(desk.run)
-        self._memo = {int(number): Pushed(**row) for number, row in desk.memo.get("pushed", {}).items()}
-        for number, row in desk.rows.items():  # tried as often as it may be in another round, and never cleared up
-            if number not in self._memo and "uncertain" in row.settled.result:
-                self._memo[number] = Pushed(server=row.settled.server, **row.settled.result)
+    def __init__(self, context: PassContext) -> None:
+        self._context = context
+        self._attempt, self._services = context.attempt, context.services
+        self._hangs = Hangs(context.attempt)
+        self._checkpoint = {int(number): Pushed(**row) for number, row in context.checkpoint.get("pushed", {}).items()}
+        for number, row in context.rows.items():  # tried as often as it may be in another round, and never cleared up
+            if number not in self._checkpoint and "uncertain" in row.outcome.result:
+                self._checkpoint[number] = Pushed(server=row.outcome.server, **row.outcome.result)
         self._others: dict[int, Pushed] = {}  # of items of the chunk that come in another group
         #: Of items whose images another job had: image, study and series.
-        self._wants = {int(number): tuple(uids) for number, uids in desk.memo.get("wants", {}).items()}
+        self._wants = {int(number): tuple(uids) for number, uids in context.checkpoint.get("wants", {}).items()}
         self._written = self._known  # as the ledger has it
         self._near: list[_Image] = []  # the load that is asked about while another is pushed
-        self._holding = threading.Lock()
+        self._locking = threading.Lock()
         self._on: dict[str, set[str]] = {}  # study → servers that are known to have it
         #: Servers that did not answer, to a question or to a push: what more goes there waits for the next attempt.
         self._silent: dict[str, CourierError] = {}
@@ -258,34 +258,34 @@ class Uploads:
         self._receipts: deque[Pushed] = deque()  # of images that are stored, not yet in the ledger
         self.results: dict[int, Result] = {}
 
-    def carry(self, items: Sequence[Item]) -> list[Result]:
+    def execute(self, items: Sequence[Item]) -> list[Result]:
         """Upload them; one result per item, in their order. An error leaves its item open; None: another has it."""
         numbers = {item.number for item in items}
-        self._others = {number: pushed for number, pushed in self._memo.items() if number not in numbers}
-        self._memo = {number: pushed for number, pushed in self._memo.items() if number in numbers}
+        self._others = {number: pushed for number, pushed in self._checkpoint.items() if number not in numbers}
+        self._checkpoint = {number: pushed for number, pushed in self._checkpoint.items() if number in numbers}
         try:
-            with self._run.step("check"):
+            with self._attempt.step("check"):
                 self._recover(items)
                 waiting = [item for item in items if item.number not in self.results]
-                self._check_held(waiting)
+                self._check_locked(waiting)
                 self._check_servers(waiting)
-            with self._run.step("carry"):
+            with self._attempt.step("carry"):
                 self._pipeline([item for item in items if item.number not in self.results])
             self._write_down()
         finally:
-            self._let_go()
+            self._release()
         return [self._last_word(item) for item in items]
 
     def _last_word(self, item: Item) -> Result:
         """Given up, an image that may have arrived is still known as ours to whoever tries again."""
-        result, pushed = self.results[item.number], self._memo.get(item.number)
+        result, pushed = self.results[item.number], self._checkpoint.get(item.number)
         if not isinstance(result, CourierError) or pushed is None or not pushed.uncertain:
             return result
-        if not is_final(result) and not self._run.last:
+        if not is_final(result) and not self._attempt.last:
             return result
         told = pushed.doubtful_receipt
         sentence = f"{result.message} It may have arrived on {pushed.server}: retry the batch to make sure."
-        return Settled(item, "failed", result.payload["code"], sentence, server=pushed.server, result=told)
+        return ItemOutcome(item, "failed", result.payload["code"], sentence, server=pushed.server, result=told)
 
     # --- what an earlier attempt has left ---------------------------------------------------------------------
 
@@ -293,18 +293,18 @@ class Uploads:
         """Look for what an earlier attempt may have stored, before anything is fetched again."""
         by_study: dict[tuple[str, str], list[tuple[Item, Pushed]]] = {}
         for item in items:
-            pushed = self._memo.get(item.number)
+            pushed = self._checkpoint.get(item.number)
             if pushed is None or not pushed.uncertain:
                 continue
-            if pushed.server not in self._tools.fleet.names:
+            if pushed.server not in self._services.fleet.names:
                 self.results[item.number] = server_left(pushed.server, "pushed the image to", then="")
             else:
                 by_study.setdefault((pushed.server, pushed.study_uid), []).append((item, pushed))
         wanted = {key: [pushed.image_uid for _, pushed in group] for key, group in by_study.items()}
-        for key, there in _present(wanted, self._tools).items():
+        for key, there in _present(wanted, self._services).items():
             for item, pushed in by_study[key]:
                 if isinstance(there, CourierError):
-                    self.results[item.number] = _judged(item, there, pushed.server)
+                    self.results[item.number] = _result_of_error(item, there, pushed.server)
                 elif pushed.image_uid in there:
                     self._note_stored(item, pushed)
 
@@ -312,8 +312,8 @@ class Uploads:
 
     def _pipeline(self, items: Sequence[Item]) -> None:
         """Three loads are under way: one is fetched, one is asked about, one is pushed; all in the job's context."""
-        recent: deque[_Load] = deque(maxlen=3)
-        asked: Future[_Load] | None = None
+        recent: deque[_ImageLoad] = deque(maxlen=3)
+        asked: Future[_ImageLoad] | None = None
         pushed: Future[None] | None = None
         with (
             ThreadPoolExecutor(1, thread_name_prefix="ask") as asker,
@@ -322,7 +322,7 @@ class Uploads:
         ):
             try:
                 for images in loads:
-                    recent.append(_Load(images))
+                    recent.append(_ImageLoad(images))
                     if asked is not None:
                         ready = asked.result()
                         _wait(pushed)
@@ -345,7 +345,7 @@ class Uploads:
             with closing(self._fetched(items)) as fetched:
                 for item, got in fetched:
                     if isinstance(got, CourierError):
-                        self.results[item.number] = _judged(item, got)
+                        self.results[item.number] = _result_of_error(item, got)
                         continue
                     load.append(got)
                     if _is_full(load, FIRST_IMAGES if first else LOAD_IMAGES):
@@ -378,12 +378,12 @@ class Uploads:
             return next(iter(self._silent.values()))
         if item.server in self._down:
             return self._down[item.server]
-        self._desk.spent.add(requests=1)
+        self._context.usage.add(requests=1)
         try:
-            fetched = self._tools.sources.fetch(item.text)
+            fetched = self._services.sources.fetch(item.text)
         except CourierError as error:
             return error
-        self._desk.spent.add(size_bytes=fetched.size_bytes)
+        self._context.usage.add(size_bytes=fetched.size_bytes)
         try:
             if fetched.size_bytes > MEMORY_BYTES:
                 fetched.to_disk()
@@ -397,54 +397,54 @@ class Uploads:
 
     # --- a load -----------------------------------------------------------------------------------------------
 
-    def _ask_about(self, load: _Load) -> _Load:
-        load.placed = self._placed(self._held(load.images))
+    def _ask_about(self, load: _ImageLoad) -> _ImageLoad:
+        load.placed = self._placed(self._locked(load.images))
         return load
 
-    def _push_load(self, load: _Load) -> None:
+    def _push_load(self, load: _ImageLoad) -> None:
         try:
             self._push(load.placed)
             self._write_down()
         finally:
             load.close()
-            with self._holding:
-                self._let_go(but=self._near)
+            with self._locking:
+                self._release(but=self._near)
 
-    def _held(self, load: Sequence[_Image]) -> list[_Image]:
+    def _locked(self, load: Sequence[_Image]) -> list[_Image]:
         """Those that nobody else is storing or deleting; the others wait for their turn."""
-        run = self._run
-        with self._holding:  # or the load before would let go of them with its own
+        attempt = self._attempt
+        with self._locking:  # or the load before would let go of them with its own
             self._near = list(load)
-            owners = run.ledger.hold_images([one.uids for one in load], job_id=run.job_id, fence=run.fence)
+            owners = attempt.ledger.lock_images([one.uids for one in load], job_id=attempt.job_id, fence=attempt.fence)
         for image, owner in zip(load, owners, strict=True):
-            if run.is_free(owner):
+            if attempt.is_free(owner):
                 self._wants.pop(image.item.number, None)
             else:
                 self._wants[image.item.number] = image.uids
                 self.results[image.item.number] = None
         return [image for image, owner in zip(load, owners, strict=True) if owner is None]
 
-    def _check_held(self, items: Sequence[Item]) -> None:
+    def _check_locked(self, items: Sequence[Item]) -> None:
         """What another job had at the last attempt, and has still, is not fetched again to find that out."""
-        run = self._run
+        attempt = self._attempt
         wants = [(item, uids) for item in items if len(uids := self._wants.get(item.number, ())) == len(_UIDS)]
         images = [(uids[0], uids[1], uids[2]) for _, uids in wants]
-        owners = run.ledger.hold_images(images, job_id=run.job_id, fence=run.fence)
-        waiting = [item for (item, _), owner in zip(wants, owners, strict=True) if not run.is_free(owner)]
+        owners = attempt.ledger.lock_images(images, job_id=attempt.job_id, fence=attempt.fence)
+        waiting = [item for (item, _), owner in zip(wants, owners, strict=True) if not attempt.is_free(owner)]
         self.results.update({item.number: None for item in waiting})
 
     def _check_servers(self, items: Sequence[Item]) -> None:
         """For a server that is left alone no file is fetched: nothing could be said, or stored, there."""
-        targets = sorted({item.server for item in items} & set(self._tools.fleet.names))
-        for error in left_alone(self._tools, self._tools.fleet.names):
+        targets = sorted({item.server for item in items} & set(self._services.fleet.names))
+        for error in open_circuits(self._services, self._services.fleet.names):
             self._silent.setdefault(str(error.server_name), error)
         for target in targets:
-            for error in left_alone(self._tools, [], changed=target):
+            for error in open_circuits(self._services, [], changed=target):
                 self._down.setdefault(target, error)
 
     def _placed(self, images: Sequence[_Image]) -> list[tuple[_Image, Placement]]:
         """Where each goes. Those that go nowhere are in the results."""
-        answers = self._asked(images)
+        answers = self._ask_about_images(images)
         settled: dict[tuple[str, str, Decision], Placement | CourierError] = {}
         placed = []
         for image in images:
@@ -460,55 +460,55 @@ class Uploads:
         return placed
 
     def _settle(self, image: _Image, decision: Decision) -> Placement | CourierError:
-        wish = Wish(self._run.job_id, image.item.server or None, told=False, compares=False)
+        order = PlacementOrder(self._attempt.job_id, image.item.server or None, in_history=False, compares=False)
         try:
-            return settle(decision, image.arrival, wish, errors=self._silent, tools=self._tools)
+            return settle(decision, image.arrival, order, errors=self._silent, services=self._services)
         except CourierError as error:
             return error
         except ServerUnknown as wait:
             return PacsUnavailable(f"It {wait.message}.", server_name=wait.reason.server_name)
 
     def _refuse_or_recognise(self, image: _Image, decision: Decision, error: CourierError) -> None:
-        pushed = self._memo.get(image.item.number)
+        pushed = self._checkpoint.get(image.item.number)
         if isinstance(decision, Exists) and pushed and self._may_be_ours(image, decision.server):
             self._note_stored(image.item, pushed)
         else:
-            self.results[image.item.number] = _judged(image.item, error)
+            self.results[image.item.number] = _result_of_error(image.item, error)
 
     def _may_be_ours(self, image: _Image, server: str) -> bool:
         """Whether an image that is on ``server`` now may have come there by an earlier attempt."""
-        pushed = self._memo.get(image.item.number)
+        pushed = self._checkpoint.get(image.item.number)
         return pushed is not None and pushed.uncertain and pushed.server == server and pushed.is_about(image)
 
-    def _asked(self, images: Sequence[_Image]) -> dict[str, list[Answer]]:
+    def _ask_about_images(self, images: Sequence[_Image]) -> dict[str, list[Presence]]:
         """What each server says of each image, all asked at the same time: first for its study, then for the images of
         the studies that it has.
         """
-        names = self._tools.fleet.names
+        names = self._services.fleet.names
         by_study: dict[str, list[str]] = {}
         for image in images:
             by_study.setdefault(image.instance.study_instance_uid, []).append(image.instance.sop_instance_uid)
         wanted = {image.item.server or None for image in images}
         target = sole_target(wanted.pop() if len(wanted) == 1 else None, names)
         has_study = self._ask_for_studies(list(by_study), target)
-        there = _present({key: by_study[key[1]] for key, has in has_study.items() if has}, self._tools)
+        there = _present({key: by_study[key[1]] for key, has in has_study.items() if has}, self._services)
         for (name, _), reply in there.items():
             if isinstance(reply, CourierError):
                 self._silent.setdefault(name, reply)
-        answers: dict[str, list[Answer]] = {}
+        answers: dict[str, list[Presence]] = {}
         for study, uids in by_study.items():
             for uid in uids:
                 answers[uid] = [
-                    Answer(name, image=_has(uid, there.get((name, study), set())), study=has_study[name, study])
+                    Presence(name, image=_has(uid, there.get((name, study), set())), study=has_study[name, study])
                     if has_study[name, study] is not None
-                    else Answer(name, image=None, study=None)
+                    else Presence(name, image=None, study=None)
                     for name in names
                 ]
         return answers
 
     def _ask_for_studies(self, studies: Sequence[str], target: str | None) -> dict[tuple[str, str], bool | None]:
         """By server and study. One that a server had a moment ago is not asked for again."""
-        fleet = self._tools.fleet
+        fleet = self._services.fleet
         found: dict[tuple[str, str], bool | None] = {}
         questions: list[tuple[str, str]] = []
         for name in fleet.names:
@@ -537,32 +537,34 @@ class Uploads:
             return
         resumed = {image.item.number for image, to in placed if self._may_be_ours(image, to.server)}
         for image, to in placed:
-            self._memo[image.item.number] = self._pushed(image, to.server)
+            self._checkpoint[image.item.number] = self._pushed(image, to.server)
         self._send_alone_what_hung(placed)
-        self._desk.remember(self._as_json())
+        self._context.save_checkpoint(self._as_json())
         self._written = self._known
         by_server: dict[str, list[_Image]] = {}
         for image, to in sorted(placed, key=lambda pair: pair[0].instance.study_instance_uid):
             by_server.setdefault(to.server, []).append(image)
         requests = [
-            (self._tools.fleet[server], request)
+            (self._services.fleet[server], request)
             for server, images in by_server.items()
-            for request in self._requests(images, self._tools.fleet[server])
+            for request in self._requests(images, self._services.fleet[server])
         ]
-        answers = self._tools.fleet.gather([partial(_store, pacs, request, self._hangs) for pacs, request in requests])
+        answers = self._services.fleet.gather(
+            [partial(_store, pacs, request, self._hangs) for pacs, request in requests]
+        )
         for (pacs, request), answer in zip(requests, answers, strict=True):
             if isinstance(answer, CourierError):
                 self._not_answered(request, pacs, answer, resumed)
             else:
                 for image, outcome in zip(request, answer, strict=True):
-                    self._judge(image, outcome, pacs, resumed=image.item.number in resumed)
+                    self._apply_outcome(image, outcome, pacs, resumed=image.item.number in resumed)
 
     def _each_once(self, found: Sequence[tuple[_Image, Placement]]) -> list[tuple[_Image, Placement]]:
         """Of several items with one image only one is pushed; the others look again what became of it.
 
         And nothing goes to a server that has failed a push meanwhile.
         """
-        pushers = {pushed.image_uid: number for number, pushed in self._memo.items() if pushed.uncertain}
+        pushers = {pushed.image_uid: number for number, pushed in self._checkpoint.items() if pushed.uncertain}
         placed = []
         for image, to in found:
             number = image.item.number
@@ -578,7 +580,7 @@ class Uploads:
         """Those at whose files their servers have not hung too often; the others have failed."""
         left = []
         for server, images in _by_server(placed).items():
-            pacs, seen = self._tools.fleet[server], {one.sha256: one.hangs_seen for one in self._memo.values()}
+            pacs, seen = self._services.fleet[server], {one.sha256: one.hangs_seen for one in self._checkpoint.values()}
             given_up = self._hangs.given_up(pacs, [image.fetched.sha256 for image in images], seen)
             for image, to in placed:
                 hangs = given_up.get(image.fetched.sha256)
@@ -588,23 +590,23 @@ class Uploads:
                     self.results[image.item.number] = self._given_up(image, pacs, int(hangs or 0))
         return left
 
-    def _given_up(self, image: _Image, pacs: Pacs, hangs: int) -> Settled:
+    def _given_up(self, image: _Image, pacs: Pacs, hangs: int) -> ItemOutcome:
         """A file that is not sent again. A retry sends it once more, and knows whether it may have arrived before."""
         error, uncertain = poisoned(pacs, hangs, {}), self._may_be_ours(image, pacs.server.name)
         receipt = self._pushed(image, pacs.server.name).receipt
-        self._memo.pop(image.item.number, None)
+        self._checkpoint.pop(image.item.number, None)
         result = {**receipt, "uncertain": uncertain, "hangs_seen": hangs}
-        return Settled(image.item, "failed", error.code, error.message, server=pacs.server.name, result=result)
+        return ItemOutcome(image.item, "failed", error.code, error.message, server=pacs.server.name, result=result)
 
     def _send_alone_what_hung(self, placed: Sequence[tuple[_Image, Placement]]) -> None:
         for server, images in _by_server(placed).items():
-            counted = self._hangs.counted(self._tools.fleet[server], [one.fetched.sha256 for one in images])
+            counted = self._hangs.counted(self._services.fleet[server], [one.fetched.sha256 for one in images])
             for image in images:
                 if image.fetched.sha256 in counted:
                     self._note(image.item.number, alone=True)
 
     def _pushed(self, image: _Image, server: str) -> Pushed:
-        earlier = self._memo.get(image.item.number)
+        earlier = self._checkpoint.get(image.item.number)
         same = earlier is not None and earlier.is_about(image)
         uid, study, series = image.uids
         return Pushed(
@@ -627,7 +629,7 @@ class Uploads:
         request: list[_Image] = []
         size_bytes = 0
         for image in images:
-            if self._memo[image.item.number].alone:
+            if self._checkpoint[image.item.number].alone:
                 yield [image]
                 continue
             size_bytes += image.fetched.size_bytes + FRAMING_BYTES
@@ -640,7 +642,7 @@ class Uploads:
 
     def _not_answered(self, request: Sequence[_Image], pacs: Pacs, error: CourierError, resumed: set[int]) -> None:
         """A request that failed as a whole. Refused as a whole, each image is tried alone before it is refused."""
-        if isinstance(error, PacsUnavailable) or is_resting(error):
+        if isinstance(error, PacsUnavailable) or waits_for_server(error):
             self._down[pacs.server.name] = error
         for image in request:
             number = image.item.number
@@ -654,45 +656,45 @@ class Uploads:
                 continue
             if isinstance(error, Refused | NeedsPerson) or error.details.get("phase") in NOT_SENT:
                 self._note(number, uncertain=number in resumed)
-            self.results[number] = _judged(image.item, error, pacs.server.name)
+            self.results[number] = _result_of_error(image.item, error, pacs.server.name)
 
-    def _judge(self, image: _Image, outcome: Outcome, pacs: Pacs, *, resumed: bool) -> None:
-        item, pushed = image.item, self._memo[image.item.number]
+    def _apply_outcome(self, image: _Image, outcome: Outcome, pacs: Pacs, *, resumed: bool) -> None:
+        item, pushed = image.item, self._checkpoint[image.item.number]
         name = pacs.server.name
         if outcome.fate is Fate.STORED or (outcome.fate is Fate.ALREADY_THERE and resumed):
             self._on.setdefault(pushed.study_uid, set()).add(name)
             self._note_stored(item, pushed, outcome.warnings)
             return
         if outcome.fate is Fate.ALREADY_THERE:
-            del self._memo[item.number]
-            there = already_exists(name, image.arrival, self._tools, compares=False)
-            self.results[item.number] = _judged(item, there, name)
+            del self._checkpoint[item.number]
+            there = already_exists(name, image.arrival, self._services, compares=False)
+            self.results[item.number] = _result_of_error(item, there, name)
             return
         if outcome.is_doubtful:
             outcome = self._doubtful(image, outcome, pacs)
-        wait_s = self._tools.settings.jobs.pending_wait_s
+        wait_s = self._services.settings.jobs.pending_wait_s
         error = refusal(outcome, image.instance, pacs, pending_wait_s=wait_s)
         if outcome.fate is Fate.PENDING:
             error = self._pending(image, pacs, error, resumed=resumed)
         elif outcome.fate is Fate.UNMENTIONED:
             self._note(item.number, alone=True)
         elif isinstance(error, Refused):
-            del self._memo[item.number]
-        self.results[item.number] = _judged(item, error, name)
+            del self._checkpoint[item.number]
+        self.results[item.number] = _result_of_error(item, error, name)
 
     def _doubtful(self, image: _Image, outcome: Outcome, pacs: Pacs) -> Outcome:
         """Count the failures at the image, which is sent alone then: an answer for several explains but one."""
-        pushed, ledger = self._memo[image.item.number], self._run.ledger
+        pushed, ledger = self._checkpoint[image.item.number], self._attempt.ledger
         since_s = pushed.faulty_since_s or ledger.clock_s()
         self._note(image.item.number, alone=True, faults=pushed.faults + 1, faulty_since_s=since_s)
-        return judged_again(outcome, pushed.faults + 1, since_s, pacs, ledger)
+        return reject_if_it_persists(outcome, pushed.faults + 1, since_s, pacs, ledger)
 
     def _pending(self, image: _Image, pacs: Pacs, error: CourierError, *, resumed: bool) -> CourierError:
         """Count the answers "being stored"; when they do not end, clear what a broken store left behind."""
-        pendings = self._memo[image.item.number].pendings + 1
+        pendings = self._checkpoint[image.item.number].pendings + 1
         if pendings >= PENDINGS_BEFORE_REMOVAL:
             try:
-                Receipts.of(self._run).delete(pacs, image_of(image.instance), permanent=True)
+                Receipts.of(self._attempt).delete(pacs, image_of(image.instance), permanent=True)
             except CourierError as trouble:
                 return trouble
             pendings = 0
@@ -702,7 +704,7 @@ class Uploads:
     # --- the ledger -------------------------------------------------------------------------------------------
 
     def _note(self, number: int, **changes: Any) -> None:
-        self._memo[number] = replace(self._memo[number], **changes)
+        self._checkpoint[number] = replace(self._checkpoint[number], **changes)
 
     def _note_stored(self, item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> None:
         self._receipts.append(pushed)
@@ -716,70 +718,70 @@ class Uploads:
             stored = StoredImage(one.image_uid, one.study_uid, one.series_uid, one.sha256, one.size_bytes)
             by_server.setdefault(one.server, []).append(stored)
         for server, images in by_server.items():
-            self._run.ledger.stored_many(server, images, job_id=self._run.job_id)
+            self._attempt.ledger.stored_many(server, images, job_id=self._attempt.job_id)
 
     def _write_down(self) -> None:
         """What the servers said since: above all, where one made clear that an image there is not ours."""
         if self._known != self._written:
-            self._desk.remember(self._as_json())
+            self._context.save_checkpoint(self._as_json())
             self._written = self._known
 
     def _as_json(self) -> dict[str, Any]:
-        memo = {**self._others, **self._memo}
-        told: dict[str, Any] = {"pushed": {str(number): asdict(pushed) for number, pushed in memo.items()}}
+        checkpoint = {**self._others, **self._checkpoint}
+        told: dict[str, Any] = {"pushed": {str(number): asdict(pushed) for number, pushed in checkpoint.items()}}
         return {**told, "wants": {str(number): uids for number, uids in self._wants.items()}} if self._wants else told
 
     @property
     def _known(self) -> tuple[dict[int, Pushed], dict[int, tuple[str, ...]]]:
         """What the next attempt has to know."""
-        return dict(self._memo), dict(self._wants)
+        return dict(self._checkpoint), dict(self._wants)
 
-    def _let_go(self, *, but: Iterable[_Image] = ()) -> None:
+    def _release(self, *, but: Iterable[_Image] = ()) -> None:
         """Of all but what may be on its way into a server still: who asks for it next has to find it decided."""
         self._write_receipts()
         unclear = {
             (pushed.image_uid, pushed.study_uid)
-            for number, pushed in {**self._others, **self._memo}.items()
-            if (pushed.uncertain or pushed.pendings) and not isinstance(self.results.get(number), Settled)
+            for number, pushed in {**self._others, **self._checkpoint}.items()
+            if (pushed.uncertain or pushed.pendings) and not isinstance(self.results.get(number), ItemOutcome)
         }
         unclear |= {one.uids[:2] for one in but}
-        self._run.ledger.let_go_images(
-            job_id=self._run.job_id,
-            fence=self._run.fence,
+        self._attempt.ledger.release_images(
+            job_id=self._attempt.job_id,
+            fence=self._attempt.fence,
             but={image_uid for image_uid, _ in unclear},
             following={study_uid for _, study_uid in unclear},
         )
 
 
-def _planned(one: Listed, server: str) -> Planned:
+def _planned(one: ListedObject, server: str) -> Planned:
     """What was found, as a plan has it; what is left out or refused comes to no server."""
     code = SourceNotAllowed.code if one.refused else ""
-    return Planned(one.url, "" if one.why_not else server, one.size_bytes, one.why_not, code)
+    return Planned(one.url, "" if one.skip_reason else server, one.size_bytes, one.skip_reason, code)
 
 
-def _stored(item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> Settled:
+def _stored(item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> ItemOutcome:
     told = {"warnings": list(warnings)} if warnings else {}
-    return Settled(item, "stored", server=pushed.server, result={**pushed.receipt, **told})
+    return ItemOutcome(item, "stored", server=pushed.server, result={**pushed.receipt, **told})
 
 
-def _judged(item: Item, error: CourierError, server: str = "") -> Settled | CourierError:
+def _result_of_error(item: Item, error: CourierError, server: str = "") -> ItemOutcome | CourierError:
     """What an error makes of an item; what time may cure leaves it open. A file that came to no server is at none."""
-    if isinstance(error, TryAgain) or is_resting(error):
+    if isinstance(error, TryAgain) or waits_for_server(error):
         return error
     server = error.server_name or server or NOWHERE
     if isinstance(error, ImageAlreadyExists):
         told = ("study_uid", "series_uid", "image_uid", "sha256")  # whether it is the same file, verify says
         result = {name: error.details[name] for name in told}
-        return Settled(item, "already_there", error.code, error.message, server=server, result=result)
+        return ItemOutcome(item, "already_there", error.code, error.message, server=server, result=result)
     status: ItemStatus = "failed" if isinstance(error, NeedsPerson) else "refused"
-    return Settled(item, status, error.payload["code"], error.message, server=server)
+    return ItemOutcome(item, status, error.payload["code"], error.message, server=server)
 
 
 def _present(
-    wanted: Mapping[tuple[str, str], Sequence[str]], tools: Tools
+    wanted: Mapping[tuple[str, str], Sequence[str]], services: Services
 ) -> dict[tuple[str, str], set[str] | CourierError]:
     """By server and study: those of the images that are there."""
-    fleet = tools.fleet
+    fleet = services.fleet
     replies = fleet.gather([partial(fleet[name].present, study, uids) for (name, study), uids in wanted.items()])
     return dict(zip(wanted, replies, strict=True))
 

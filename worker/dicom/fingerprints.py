@@ -253,15 +253,15 @@ def _over(parts: Iterable[bytes]) -> bytes:
     return digest.digest()
 
 
-class _Coding(NamedTuple):
+class _DatasetCoding(NamedTuple):
     little_endian: bool
     explicit: bool
 
 
-_IMPLICIT_LITTLE: Final = _Coding(little_endian=True, explicit=False)
+_IMPLICIT_LITTLE: Final = _DatasetCoding(little_endian=True, explicit=False)
 
 
-class _Header(NamedTuple):
+class _ElementHeader(NamedTuple):
     tag: int
     vr: bytes
     at: int
@@ -277,7 +277,7 @@ class _Dataset:
         self._start = start
         self._window, self._window_at = b"", 0
         # What the first element says counts, not the transfer syntax: some writers mix the two up.
-        self.coding = _Coding(little_endian, explicit=_is_vr(self._read(start, 6)[4:]))
+        self.coding = _DatasetCoding(little_endian, explicit=_is_vr(self._read(start, 6)[4:]))
 
     def __enter__(self) -> _Dataset:
         return self
@@ -308,18 +308,18 @@ class _Dataset:
             self._window, self._window_at, offset = self._stream.read(max(length, _WINDOW_BYTES)), at, 0
         return self._window[offset : offset + length]
 
-    def _header(self, at: int, coding: _Coding) -> _Header:
+    def _header(self, at: int, coding: _DatasetCoding) -> _ElementHeader:
         head = self._read(at, 8)
         group, number, vr, length = _EXPLICIT[coding.little_endian].unpack(head)
         tag = group << 16 | number
         # Items have no VR, and some writers fall back to implicit ones inside of sequences.
         if not coding.explicit or group == 0xFFFE or not _is_vr(vr):
-            return _Header(tag, b"", at + 8, _IMPLICIT[coding.little_endian].unpack(head)[2])
+            return _ElementHeader(tag, b"", at + 8, _IMPLICIT[coding.little_endian].unpack(head)[2])
         if vr in _VRS_WITH_16_BITS:
-            return _Header(tag, vr, at + 8, length)
-        return _Header(tag, vr, at + 12, _LONG_LENGTH[coding.little_endian].unpack(self._read(at + 8, 4))[0])
+            return _ElementHeader(tag, vr, at + 8, length)
+        return _ElementHeader(tag, vr, at + 12, _LONG_LENGTH[coding.little_endian].unpack(self._read(at + 8, 4))[0])
 
-    def _elements(self, at: int, end: int | None, coding: _Coding, above: bytes) -> Generator[_Leaf, None, int]:
+    def _elements(self, at: int, end: int | None, coding: _DatasetCoding, above: bytes) -> Generator[_Leaf, None, int]:
         """Elements up to ``end``, or to the delimiter of their item; returns where they end."""
         last = self._size if end is None else end
         while at < last:
@@ -341,7 +341,9 @@ class _Dataset:
             raise _unreadable("an item has no end")
         return at
 
-    def _special(self, header: _Header, last: int, coding: _Coding, path: bytes) -> Generator[_Leaf, None, int]:
+    def _special(
+        self, header: _ElementHeader, last: int, coding: _DatasetCoding, path: bytes
+    ) -> Generator[_Leaf, None, int]:
         """An element that holds others, or may, or that does not say what it is."""
         tag, told, start, length = header
         if len(path) > 8 * _MAX_DEPTH or tag >> 16 == 0xFFFE:
@@ -364,7 +366,7 @@ class _Dataset:
             yield from items if items is not None else (_Leaf(path, vr, self._digest(start, length, vr)),)
         return start + length
 
-    def _items_in(self, start: int, length: int, coding: _Coding, path: bytes, vr: bytes) -> list[_Leaf] | None:
+    def _items_in(self, start: int, length: int, coding: _DatasetCoding, path: bytes, vr: bytes) -> list[_Leaf] | None:
         """An element whose VR is not known may be a sequence: if it can be read as one, it is one."""
         if length < 8 or self._read(start, 4) != _ITEM_BYTES:
             return None
@@ -374,7 +376,7 @@ class _Dataset:
             return None
 
     def _sequence(
-        self, at: int, end: int | None, coding: _Coding, path: bytes, vr: bytes
+        self, at: int, end: int | None, coding: _DatasetCoding, path: bytes, vr: bytes
     ) -> Generator[_Leaf, None, int]:
         yield _Leaf(path, vr, _EMPTY)
         number = 0
@@ -435,7 +437,7 @@ class _Dataset:
         return 0
 
 
-class _Inflated(_Dataset):
+class _InflatedDataset(_Dataset):
     """A deflated dataset, inflated into a file of its own."""
 
     def __exit__(self, *_: object) -> None:
@@ -448,7 +450,7 @@ def _opened(stream: BinaryIO, transfer_syntax_uid: str) -> _Dataset:
     start = 132 if stream.read(132)[128:] == b"DICM" else 0
     start = _Dataset(stream, start).meta()
     if transfer_syntax_uid in _DEFLATED:
-        return _Inflated(_inflated(stream, start), 0)
+        return _InflatedDataset(_inflated(stream, start), 0)
     return _Dataset(stream, start, little_endian=transfer_syntax_uid != ExplicitVRBigEndian)
 
 

@@ -20,7 +20,7 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPIPHTJ2KReferencedDeflate, MediaStorageDirectoryStorage
 
 from courier.errors import InvalidUid, MissingUid, NotDicom
-from worker.dicom.structure import MAX_VALUE_BYTES, CannotTell, CutShort, Feed, Steps, Walk, Window, read_through
+from worker.dicom.structure import MAX_VALUE_BYTES, ByteWindow, CannotTell, CutShort, Feed, Steps, Walk, read_through
 
 _MEDIA_STORAGE_SOP_CLASS_UID, _TRANSFER_SYNTAX_UID = 0x00020002, 0x00020010
 _SOP_CLASS_UID, _SOP_INSTANCE_UID = 0x00080016, 0x00080018
@@ -242,7 +242,7 @@ class _File:
         self._dataset: dict[int, list[bytes]] = {}
         self._has_preamble = True
 
-    def walk(self, window: Window) -> Steps[None]:
+    def walk(self, window: ByteWindow) -> Steps[None]:
         """Raises `NotDicom`, `MissingUid` and `InvalidUid` for what the dataset cannot be read without."""
         yield from window.have(0, _HEAD_BYTES)
         start = _start_of_meta(window.read(0, _HEAD_BYTES))
@@ -252,7 +252,7 @@ class _File:
         except CannotTell:
             self.is_understood = False
 
-    def _walk(self, window: Window, start: int) -> Steps[None]:
+    def _walk(self, window: ByteWindow, start: int) -> Steps[None]:
         meta = Walk(window, frozenset(_META_UIDS))
         self._meta = meta.values
         dataset_start = yield from meta.meta(start)
@@ -264,7 +264,7 @@ class _File:
             self._dataset = dataset.values
             yield from dataset.dataset(dataset_start, syntax)
 
-    def _inflate(self, window: Window, at: int, syntax: str) -> Steps[None]:
+    def _inflate(self, window: ByteWindow, at: int, syntax: str) -> Steps[None]:
         """The same for a deflated dataset, of which no more than one piece is in memory."""
         inner = _Inflated(syntax)
         self._dataset = inner.values
@@ -337,7 +337,7 @@ class _Inflated:
         self._size_bytes = 0
         self._feed = Feed(lambda window: self._dataset(window, syntax))
 
-    def _dataset(self, window: Window, syntax: str) -> Steps[None]:
+    def _dataset(self, window: ByteWindow, syntax: str) -> Steps[None]:
         self._walk = Walk(window, _WANTED, max_steps=_INFLATED_STEPS)
         try:
             yield from self._walk.dataset(0, syntax)

@@ -61,7 +61,7 @@ class CannotTell(Exception):
     """The structure is too odd or too long to be followed to its end."""
 
 
-class Window:
+class ByteWindow:
     """The part of the bytes that is at hand, ``data`` from byte ``start`` on; ``tail`` are the last bytes of all."""
 
     __slots__ = ("data", "ended", "size", "start", "tail")
@@ -91,8 +91,8 @@ class Window:
 class Feed:
     """Gives a walk what arrives. Errors of the walk come out of `feed` and `end`."""
 
-    def __init__(self, walk: Callable[[Window], Steps[None]]) -> None:
-        self._window = Window()
+    def __init__(self, walk: Callable[[ByteWindow], Steps[None]]) -> None:
+        self._window = ByteWindow()
         self._steps = walk(self._window)
         self._wants: int | None = 0
         self._advance()
@@ -124,9 +124,9 @@ class Feed:
         self._wants = None if request is None else request[0]
 
 
-def read_through(walk: Callable[[Window], Steps[None]], stream: BinaryIO) -> None:
+def read_through(walk: Callable[[ByteWindow], Steps[None]], stream: BinaryIO) -> None:
     """The same for a file that can be read anywhere: what the walk skips is not read."""
-    window = Window()
+    window = ByteWindow()
     window.size = stream.seek(0, io.SEEK_END)
     stream.seek(max(0, window.size - 4))
     window.tail = stream.read(4)
@@ -172,7 +172,7 @@ class Walk:
     Of an element that comes several times, ``values`` has two that differ, if there are any, in their order.
     """
 
-    def __init__(self, window: Window, wanted: frozenset[int], *, max_steps: int = MAX_STEPS) -> None:
+    def __init__(self, window: ByteWindow, wanted: frozenset[int], *, max_steps: int = MAX_STEPS) -> None:
         self.values: dict[int, list[bytes]] = {}
         self._window = window
         self._wanted = wanted | {_NUMBER_OF_FRAMES}

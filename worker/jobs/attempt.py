@@ -1,6 +1,6 @@
 """One attempt at one job: its lease, its stage, its timings, and the pulse that keeps it alive.
 
-What a job does lives elsewhere; when it is tried again is decided in ``carry.py``.
+What a job does lives elsewhere; when it is tried again is decided in ``runner.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import redis
 from courier.errors import Cancelled
 from courier.ledger.jobs import NO_ATTACHMENTS, Attachments, LeaseLost, Ledger, passes, words_of
 from courier.redaction import about, job_lines
-from courier.telemetry import StepSeen, watching
+from courier.telemetry import StepEvent, observe
 from courier.waits import OTHER_JOB, SERVER_UNKNOWN, WORKER_SHUTDOWN, Meanwhile, WaitReason
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ HAND_OVER_S = 1.0
 SHUT_DOWN = "the worker was shut down before the job had ended"
 
 
-class NotYet(Exception):
+class Postpone(Exception):
     """Another job has to end first, ``owner`` unless there is another ``code``. Waiting for it is no failed attempt.
 
     Waits in a row get longer, unless they are ``steady``: then it is known when to look again.
@@ -45,7 +45,7 @@ class NotYet(Exception):
         self.reason = WaitReason(code, message, subject=owner)
 
 
-class ServerUnknown(NotYet):
+class ServerUnknown(Postpone):
     """A worker that knows the server ``name`` has to do the job: this worker's settings lack it, another's do not."""
 
     def __init__(self, name: str) -> None:
@@ -54,14 +54,14 @@ class ServerUnknown(NotYet):
         self.reason = replace(self.reason, server_name=name)
 
 
-class Lookable(Protocol):
+class LateCheck(Protocol):
     """What the heartbeat of a job looks at now and then."""
 
-    def look(self) -> None: ...
+    def note_if_late(self) -> None: ...
 
 
 @dataclass
-class Run:
+class Attempt:
     """An attempt under way. ``memo`` is what an earlier attempt wrote down before its push, if it came so far.
 
     A job that is a piece of another one is not ``shown`` to whoever looks for results.
@@ -69,12 +69,12 @@ class Run:
 
     job_id: str
     fence: int
-    attempt: int
+    number: int
     last: bool
     ledger: Ledger
     cancelled: bool = False  # before this attempt began
     task: str = ""
-    memo: dict[str, Any] | None = None
+    checkpoint: dict[str, Any] | None = None
     clock: Callable[[], float] = time.perf_counter
     stage: str = "claimed"
     timings_ms: dict[str, float] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Run:
     #: What this attempt wrote down last, whether or not the ledger took it.
     noted: Mapping[str, Any] | None = None
     #: Requests under way at whose files a server may hang.
-    sends: list[Lookable] = field(default_factory=list)
+    sends: list[LateCheck] = field(default_factory=list)
     #: What the ledger keeps of the job's messages.
     attachments: Attachments = NO_ATTACHMENTS
 
@@ -100,21 +100,21 @@ class Run:
         self.stage, begun = name, self.clock()
         about(stage=name)
         try:
-            with watching(StepSeen(self.task, name)):
+            with observe(StepEvent(self.task, name)):
                 yield
         finally:
             elapsed_ms = (self.clock() - begun) * 1000
             self.timings_ms[name] = round(self.timings_ms.get(name, 0.0) + elapsed_ms, 1)
 
-    def intend(self, memo: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> None:
+    def write_intent(self, checkpoint: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> None:
         """Write down what is about to happen, as the last moment at which a cancellation counts."""
-        if not self.note(memo, decision=decision):
+        if not self.note(checkpoint, decision=decision):
             raise Cancelled("The job was cancelled before anything was pushed.")
 
-    def note(self, memo: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> bool:
+    def note(self, checkpoint: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> bool:
         """Write down what the next attempt has to know; False if the job was cancelled, and the memo is not written."""
-        self.noted = memo
-        return self.ledger.intend(self.job_id, self.fence, memo, decision=decision)
+        self.noted = checkpoint
+        return self.ledger.write_intent(self.job_id, self.fence, checkpoint, decision=decision)
 
     def is_free(self, owner: str | None) -> bool:
         """Whether no other job holds something; ``owner``, if one does, is what this job waits for."""
@@ -131,7 +131,7 @@ class Run:
 Publish = Callable[[str, dict[str, Any]], None]
 
 
-class Pulse:
+class Heartbeat:
     """Two threads per process: one renews the leases of running jobs, the other shows their stages.
 
     They are two because a result back-end that hangs must not cost anybody a lease. A stage is shown only when it
@@ -142,7 +142,7 @@ class Pulse:
         self._ledger = ledger
         self._publish = publish
         self._beat_s = beat_s
-        self._runs: dict[tuple[str, int], tuple[Run, float]] = {}  # an overtaken attempt may still be here
+        self._attempts: dict[tuple[str, int], tuple[Attempt, float]] = {}  # an overtaken attempt may still be here
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._owed: list[Callable[[], object]] = []
@@ -150,38 +150,38 @@ class Pulse:
     def start(self) -> None:
         """Start both threads, as far as they do not run yet."""
         with self._lock:
-            for name, beat in (("pulse", Pulse._renew), ("stages", Pulse._show_stage))[len(self._threads) :]:
+            for name, beat in (("pulse", Heartbeat._renew), ("stages", Heartbeat._show_stage))[len(self._threads) :]:
                 args = (weakref.ref(self), beat, self._beat_s)
                 thread = threading.Thread(target=_beat_on, args=args, name=name, daemon=True)
                 thread.start()
                 self._threads.append(thread)
 
     @contextlib.contextmanager
-    def beating(self, run: Run) -> Iterator[None]:
-        """The lease of ``run`` is kept alive inside; after it, nothing more is published for the job."""
+    def keep_alive(self, attempt: Attempt) -> Iterator[None]:
+        """The lease of ``attempt`` is kept alive inside; after it, nothing more is published for the job."""
         self.start()
         with self._lock:
-            self._runs[_attempt(run)] = (run, time.monotonic())
+            self._attempts[_attempt(attempt)] = (attempt, time.monotonic())
         try:
             yield
         finally:
             with self._lock:
-                del self._runs[_attempt(run)]
-            with run.lock:  # a beat under way ends before the result is stored, so it cannot overwrite it
-                run.lost = True
+                del self._attempts[_attempt(attempt)]
+            with attempt.lock:  # a beat under way ends before the result is stored, so it cannot overwrite it
+                attempt.lost = True
 
-    def let_go(self) -> int:
+    def release(self) -> int:
         """Put all running jobs aside for somebody else to take over at once; returns how many. No death is counted."""
         with self._lock:
-            runs = [run for run, _ in self._runs.values()]
-        for run in runs:
-            run.lost = True
+            attempts = [attempt for attempt, _ in self._attempts.values()]
+        for attempt in attempts:
+            attempt.lost = True
             with contextlib.suppress(LeaseLost, redis.RedisError):  # else whoever waits for the lease takes it over
                 self._ledger.park(
-                    run.job_id, run.fence, delay_s=0, code=WORKER_SHUTDOWN, message=SHUT_DOWN, wait="steady"
+                    attempt.job_id, attempt.fence, delay_s=0, code=WORKER_SHUTDOWN, message=SHUT_DOWN, wait="steady"
                 )
-            log.warning("Job %s is left to another worker: %s", run.job_id, SHUT_DOWN)
-        return len(runs)
+            log.warning("Job %s is left to another worker: %s", attempt.job_id, SHUT_DOWN)
+        return len(attempts)
 
     def owe(self, give: Callable[[], object]) -> None:
         """Call ``give``, which hands a job back to the ledger, as soon as Redis is there again."""
@@ -204,61 +204,61 @@ class Pulse:
                     return
                 log.warning("A job cannot be handed back: %s", words_of(error))
 
-    def show(self, run: Run, meta: dict[str, Any]) -> None:
+    def show(self, attempt: Attempt, meta: dict[str, Any]) -> None:
         """Show ``meta`` at once, if the job is still ours to speak for: nothing may cover a later attempt's result."""
-        with run.lock:
-            if not run.lost and self._ledger.heartbeat(run.job_id, run.fence):
-                self._publish(run.job_id, meta)
+        with attempt.lock:
+            if not attempt.lost and self._ledger.heartbeat(attempt.job_id, attempt.fence):
+                self._publish(attempt.job_id, meta)
 
     def round(self, beat: Beat, done: ByAttempt) -> ByAttempt:
         """One beat for each running job; what was ``done`` for it before goes with it."""
-        if beat is Pulse._renew:
+        if beat is Heartbeat._renew:
             self._pay()
         with self._lock:
-            runs = list(self._runs.values())
-            done = {attempt: what for attempt, what in done.items() if attempt in self._runs}
-        for run, begun in runs:
-            with job_lines(run.job_id):
+            attempts = list(self._attempts.values())
+            done = {attempt: what for attempt, what in done.items() if attempt in self._attempts}
+        for this_attempt, begun in attempts:
+            with job_lines(this_attempt.job_id):
                 try:
-                    beat(self, run, begun, done)
+                    beat(self, this_attempt, begun, done)
                 except Exception as error:  # noqa: BLE001 - without this thread every job would lose its lease
                     log.warning("A beat failed (%s); trying again", type(error).__name__)
         return done
 
-    def _renew(self, run: Run, begun: float, renewed: dict[tuple[str, int], Any]) -> None:
-        for send in list(run.sends):
-            send.look()
+    def _renew(self, attempt: Attempt, begun: float, renewed: dict[tuple[str, int], Any]) -> None:
+        for send in list(attempt.sends):
+            send.note_if_late()
         now = time.monotonic()
-        if now - renewed.get(_attempt(run), begun) >= self._ledger.lease_s / 3:
-            if not self._ledger.heartbeat(run.job_id, run.fence):
-                run.lost = True
-            renewed[_attempt(run)] = now
+        if now - renewed.get(_attempt(attempt), begun) >= self._ledger.lease_s / 3:
+            if not self._ledger.heartbeat(attempt.job_id, attempt.fence):
+                attempt.lost = True
+            renewed[_attempt(attempt)] = now
 
-    def _show_stage(self, run: Run, begun: float, shown: dict[tuple[str, int], Any]) -> None:
-        waits = run.meanwhile.now()
-        what = run.stage if waits is None else waits
-        if run.shown and time.monotonic() - begun >= self._beat_s and shown.get(_attempt(run)) != what:
-            shown[_attempt(run)] = what
+    def _show_stage(self, attempt: Attempt, begun: float, shown: dict[tuple[str, int], Any]) -> None:
+        waits = attempt.meanwhile.now()
+        what = attempt.stage if waits is None else waits
+        if attempt.shown and time.monotonic() - begun >= self._beat_s and shown.get(_attempt(attempt)) != what:
+            shown[_attempt(attempt)] = what
             why = waits[0].as_json(since_ms=waits[1], next_ms=None) if waits else {}
-            self.show(run, {"stage": "waiting" if waits else run.stage, "attempt": run.attempt, **why})
+            self.show(attempt, {"stage": "waiting" if waits else attempt.stage, "attempt": attempt.number, **why})
 
 
 #: By attempt: when it was renewed, or which stage was shown.
 ByAttempt = dict[tuple[str, int], Any]
-Beat = Callable[[Pulse, Run, float, ByAttempt], None]
+Beat = Callable[[Heartbeat, Attempt, float, ByAttempt], None]
 
 
-def _beat_on(pulse: weakref.ref[Pulse], beat: Beat, beat_s: float) -> None:
+def _beat_on(heartbeat: weakref.ref[Heartbeat], beat: Beat, beat_s: float) -> None:
     """As long as somebody has the pulse."""
     done: ByAttempt = {}
     while True:
         time.sleep(beat_s)
-        there = pulse()
+        there = heartbeat()
         if there is None:
             return
         done = there.round(beat, done)
         del there
 
 
-def _attempt(run: Run) -> tuple[str, int]:
-    return run.job_id, run.fence
+def _attempt(attempt: Attempt) -> tuple[str, int]:
+    return attempt.job_id, attempt.fence

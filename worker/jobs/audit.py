@@ -14,12 +14,12 @@ from courier.errors import CourierError, InvalidRequest
 from courier.messages import AuditJob, read_job
 from courier.results import AuditedServer, AuditPayload, OnlyOn, Overlap, SplitOn, SplitStudy
 from worker.dicom.viewer import viewer_url
-from worker.jobs.attempt import Run
-from worker.jobs.delete import asked
+from worker.jobs.attempt import Attempt
+from worker.jobs.delete import select_servers
 from worker.jobs.lookup import Reply, settle
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.jobs.study_lists import Left, walk
-from worker.jobs.uid_index import Sightings
+from worker.jobs.uid_index import UidIndex
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Found, Pacs
 
@@ -30,10 +30,10 @@ ABREAST = 4
 #: Differing images shown per study, and over all studies of one result, which passes through Redis.
 SHOWN_PER_STUDY, SHOWN_PER_RESULT = 100, 20_000
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
-def audit(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def audit(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """One page of the split studies, in the order of their UIDs; of one study, one page of the images that differ.
 
     Raises
@@ -44,37 +44,37 @@ def audit(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
         The one study that was asked for is on none of them.
     """
     job = read_job(AuditJob, message)
-    servers = asked(job.servers, tools.fleet)
+    servers = select_servers(job.servers, services.fleet)
     if len(servers) < 2:
         raise InvalidRequest("An audit compares servers: name two or more.", details={"field": "servers"})
     names = [pacs.server.name for pacs in servers]
-    with Sightings(names) as studies:
-        with run.step("list"):
-            left = _list(job, servers, studies, run, tools.fleet)
+    with UidIndex(names) as studies:
+        with attempt.step("list"):
+            left = _list(job, servers, studies, attempt, services.fleet)
         after = "" if job.study_uid or job.cursor is None else job.cursor
         candidates = studies.shared(after=after, limit=job.limit + 1)
         groups = studies.groups()
-    with run.step("compare"):
-        entries = _compare(job, candidates[: job.limit], run, tools.fleet)
+    with attempt.step("compare"):
+        entries = _compare(job, candidates[: job.limit], attempt, services.fleet)
     cursor = candidates[job.limit - 1][0] if len(candidates) > job.limit else None
     if job.study_uid is not None:
         entries, cursor = _one_page(entries, job.limit)
     return AuditPayload(
-        job_id=run.job_id,
+        job_id=attempt.job_id,
         servers=[_audited(pacs, groups, left.get(pacs.server.name, Left())) for pacs in servers],
         studies=sum(count for _, count in groups),
         split=sum(count for on, count in groups if len(on) > 1),
         entries=entries,
         cursor=cursor,
-        timings_ms=run.timings_ms,
-        attempts=run.attempt,
+        timings_ms=attempt.timings_ms,
+        attempts=attempt.number,
     ).as_json()
 
 
-def _list(job: AuditJob, servers: Sequence[Pacs], studies: Sightings, run: Run, fleet: Fleet) -> dict[str, Left]:
+def _list(job: AuditJob, servers: Sequence[Pacs], studies: UidIndex, attempt: Attempt, fleet: Fleet) -> dict[str, Left]:
     """Note which studies each server has; what each sent that does not match, by its name."""
     if job.study_uid is None:
-        left = _all([partial(_walk, pacs, job.filters, studies, run) for pacs in servers], fleet)
+        left = _all([partial(_walk, pacs, job.filters, studies, attempt) for pacs in servers], fleet)
         return {pacs.server.name: one for pacs, one in zip(servers, left, strict=True)}
     answers = _all([partial(pacs.find, "study", job.study_uid) for pacs in servers], fleet)
     replies = [Reply(pacs, found) for pacs, found in zip(servers, answers, strict=True)]
@@ -84,17 +84,19 @@ def _list(job: AuditJob, servers: Sequence[Pacs], studies: Sightings, run: Run, 
     return {}
 
 
-def _walk(pacs: Pacs, filters: Mapping[str, str], studies: Sightings, run: Run) -> Left:
+def _walk(pacs: Pacs, filters: Mapping[str, str], studies: UidIndex, attempt: Attempt) -> Left:
     """Note all of one server's studies, page by page; what it sent beside them."""
     left = Left()
-    run.intend({})  # nothing to remember, but a cancelled or lost job ends here
+    attempt.write_intent({})  # nothing to remember, but a cancelled or lost job ends here
     for uids in walk(pacs, filters, left, limit=PAGE):
         studies.note(pacs.server.name, uids)
-        run.intend({})  # as above
+        attempt.write_intent({})  # as above
     return left
 
 
-def _compare(job: AuditJob, candidates: Sequence[tuple[str, list[str]]], run: Run, fleet: Fleet) -> list[SplitStudy]:
+def _compare(
+    job: AuditJob, candidates: Sequence[tuple[str, list[str]]], attempt: Attempt, fleet: Fleet
+) -> list[SplitStudy]:
     """Those of the studies that still are on more than one server when their images are asked for."""
     compared: list[SplitStudy | None] = []
     shown = (
@@ -103,7 +105,7 @@ def _compare(job: AuditJob, candidates: Sequence[tuple[str, list[str]]], run: Ru
     after = job.cursor if job.study_uid and job.cursor else ""
     compare = partial(_compared, after=after, shown=shown)
     for start in range(0, len(candidates), ABREAST):
-        run.intend({})  # as above
+        attempt.write_intent({})  # as above
         abreast = candidates[start : start + ABREAST]
         compared += _all([partial(compare, uid, [fleet[name] for name in on]) for uid, on in abreast], fleet)
     return [study for study in compared if study is not None]
@@ -111,7 +113,7 @@ def _compare(job: AuditJob, candidates: Sequence[tuple[str, list[str]]], run: Ru
 
 def _compared(study_uid: str, servers: Sequence[Pacs], *, after: str, shown: int) -> SplitStudy | None:
     """The study's copies; of the images that differ the next ``shown`` after ``after``."""
-    with Sightings([pacs.server.name for pacs in servers]) as images:
+    with UidIndex([pacs.server.name for pacs in servers]) as images:
         for pacs in servers:
             found = pacs.instances(Found("study", study_uid))
             images.note(pacs.server.name, (str(one.sop_instance_uid) for one in found))
@@ -178,9 +180,9 @@ def _count(pacs: Pacs, groups: Sequence[tuple[list[str], int]]) -> int:
     return sum(count for on, count in groups if pacs.server.name in on)
 
 
-def _all(questions: Sequence[Callable[[], Answer]], fleet: Fleet) -> list[Answer]:
+def _all(questions: Sequence[Callable[[], T]], fleet: Fleet) -> list[T]:
     """Every answer, all asked at the same time; the first error is everybody's."""
-    answers: list[Answer] = []
+    answers: list[T] = []
     for answer in fleet.gather(questions):
         if isinstance(answer, CourierError):
             raise answer

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Turns:
+class BatchSlots:
     """So many jobs at a time in this process; others stand in line. Safe for threads."""
 
     def __init__(self, slots: int) -> None:

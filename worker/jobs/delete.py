@@ -24,11 +24,11 @@ from courier.errors import (
 )
 from courier.messages import DeleteJob, Level, read_job
 from courier.results import DeletedEntry, DeletePayload, Fault
-from worker.jobs.attempt import NotYet, Run
+from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.knowledge import server_left
 from worker.jobs.lookup import find, in_that_study
 from worker.jobs.receipts import Receipts
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.pacs.finding import find_known
 from worker.pacs.fleet import Fleet
 from worker.pacs.protection import check_allowed
@@ -49,7 +49,7 @@ _WORST_FIRST = (DeletionFate.REFUSED, DeletionFate.HIDDEN, DeletionFate.DELETED,
 
 
 @dataclass
-class _Progress:
+class _DeletionProgress:
     """What is known of each server: what was found there (and so begun), how it ended, or why it is open."""
 
     begun: dict[str, list[Found]] = field(default_factory=dict)
@@ -63,16 +63,16 @@ class _Progress:
         }
 
     @classmethod
-    def from_json(cls, memo: Mapping[str, Any] | None, level: Level) -> _Progress:
-        if memo is None:
+    def from_json(cls, checkpoint: Mapping[str, Any] | None, level: Level) -> _DeletionProgress:
+        if checkpoint is None:
             return cls()
         return cls(
-            begun={name: [Found(level, *uids) for uids in rows] for name, rows in memo["begun"].items()},
-            entries={name: DeletedEntry(**entry) for name, entry in memo["entries"].items()},
+            begun={name: [Found(level, *uids) for uids in rows] for name, rows in checkpoint["begun"].items()},
+            entries={name: DeletedEntry(**entry) for name, entry in checkpoint["entries"].items()},
         )
 
 
-def delete(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def delete(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Delete what bears a UID on every server asked; one outcome per server (docs/jobs.md).
 
     Raises
@@ -87,44 +87,44 @@ def delete(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
         A server is silent; ``details["servers"]`` says what was deleted elsewhere meanwhile.
     """
     job = read_job(DeleteJob, message)
-    progress = _Progress.from_json(run.memo, job.level)
-    if run.cancelled:
-        raise _cancelled(job, progress, run, tools.fleet)
+    progress = _DeletionProgress.from_json(attempt.checkpoint, job.level)
+    if attempt.cancelled:
+        raise _cancelled(job, progress, attempt, services.fleet)
     if progress.begun:
-        _check_still_known(job, progress, tools.fleet)
-    servers = asked(job.servers, tools.fleet)
+        _check_still_known(job, progress, services.fleet)
+    servers = select_servers(job.servers, services.fleet)
     if job.servers is not None and not progress.begun:
         check_allowed(servers, permanent=job.permanent)
     if job.dry_run:
-        with run.step("check"):
-            _look(job, servers, progress, tools.fleet)
-            _foretell(job, progress, tools.fleet)
+        with attempt.step("check"):
+            _find_targets(job, servers, progress, services.fleet)
+            _foretell(job, progress, services.fleet)
     else:
-        _take_turn(job, run)
-        with run.step("check"):
+        _take_turn(job, attempt)
+        with attempt.step("check"):
             resumed = set(progress.begun)
-            _look(job, servers, progress, tools.fleet)
-        with run.step("delete"):
-            _carry_out(job, progress, resumed, run, tools)
-            forget_what_is_gone(_studies(job, progress), tools)
-    return _concluded(job, servers, progress, run).as_json()
+            _find_targets(job, servers, progress, services.fleet)
+        with attempt.step("delete"):
+            _execute(job, progress, resumed, attempt, services)
+            forget_what_is_gone(_studies(job, progress), services)
+    return _concluded(job, servers, progress, attempt).as_json()
 
 
-def _check_still_known(job: DeleteJob, progress: _Progress, fleet: Fleet) -> None:
+def _check_still_known(job: DeleteJob, progress: _DeletionProgress, fleet: Fleet) -> None:
     """A deletion that has begun cannot end without a server of it that has left the settings, and says what is done."""
     names = {*progress.begun, *(job.servers or ())} - {*progress.entries, *fleet.names}
     for name in sorted(names):
-        details = {"level": job.level, "uid": job.uid, **_told(progress)}
+        details = {"level": job.level, "uid": job.uid, **_entries_json(progress)}
         error = server_left(name, "was to delete on", details=details)
         error.payload["message"] += _done_already(progress.entries.values())
         raise error
 
 
-def _told(progress: _Progress) -> dict[str, Any]:
+def _entries_json(progress: _DeletionProgress) -> dict[str, Any]:
     return {"servers": [entry.model_dump() for entry in progress.entries.values()]}
 
 
-def asked(names: Sequence[str] | None, fleet: Fleet) -> list[Pacs]:
+def select_servers(names: Sequence[str] | None, fleet: Fleet) -> list[Pacs]:
     """The servers that are meant, in order of preference; `InvalidRequest` lists the known ones."""
     if names is None:
         return list(fleet)
@@ -160,26 +160,26 @@ def as_done(deletion: Deletion, pacs: Pacs, level: Level, *, permanent: bool) ->
     return deletion if promised.fate is DeletionFate.REFUSED else promised
 
 
-def forget_what_is_gone(study_uids: Iterable[str], tools: Tools) -> None:
+def forget_what_is_gone(study_uids: Iterable[str], services: Services) -> None:
     """Give up the claims on those studies that every server says it does not have."""
-    uids, servers = list(study_uids), list(tools.fleet)
-    answers = iter(tools.fleet.gather([partial(pacs.find, "study", uid) for uid in uids for pacs in servers]))
+    uids, servers = list(study_uids), list(services.fleet)
+    answers = iter(services.fleet.gather([partial(pacs.find, "study", uid) for uid in uids for pacs in servers]))
     for uid in uids:
         if not any([next(answers) for _ in servers]):  # an error counts too: silence is never read as "gone"
-            tools.ledger.forget_study(uid)
+            services.ledger.forget_study(uid)
 
 
-def _take_turn(job: DeleteJob, run: Run) -> None:
+def _take_turn(job: DeleteJob, attempt: Attempt) -> None:
     """Nobody stores into it from now on; who is storing already comes first."""
     if job.level == "image":
-        owner = run.ledger.hold_image(job.uid, job_id=run.job_id, fence=run.fence)
+        owner = attempt.ledger.lock_image(job.uid, job_id=attempt.job_id, fence=attempt.fence)
     else:
-        owner = run.ledger.shut(job.uid, job_id=run.job_id, fence=run.fence)
+        owner = attempt.ledger.lock_for_delete(job.uid, job_id=attempt.job_id, fence=attempt.fence)
     if owner is not None:
-        raise NotYet(f"job {owner} is storing or deleting the same {job.level}", delay_s=TURN_S, owner=owner)
+        raise Postpone(f"job {owner} is storing or deleting the same {job.level}", delay_s=TURN_S, owner=owner)
 
 
-def _look(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, fleet: Fleet) -> None:
+def _find_targets(job: DeleteJob, servers: Sequence[Pacs], progress: _DeletionProgress, fleet: Fleet) -> None:
     """Ask every server of which nothing is known yet."""
     names = [pacs.server.name for pacs in servers]
     open_ones = [name for name in names if name not in progress.begun and name not in progress.entries]
@@ -198,7 +198,7 @@ def _look(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, fleet: F
             progress.entries[name] = _entry(fleet[name], "not_there")
 
 
-def _foretell(job: DeleteJob, progress: _Progress, fleet: Fleet) -> None:
+def _foretell(job: DeleteJob, progress: _DeletionProgress, fleet: Fleet) -> None:
     """What a delete would come to, with the number of images."""
     counts = fleet.gather([partial(_count, fleet[name], founds) for name, founds in progress.begun.items()])
     for (name, founds), count in zip(progress.begun.items(), counts, strict=True):
@@ -216,12 +216,14 @@ def _count(pacs: Pacs, founds: Sequence[Found]) -> int:
     return sum(1 for found in founds for _ in pacs.instances(found))
 
 
-def _carry_out(job: DeleteJob, progress: _Progress, resumed: set[str], run: Run, tools: Tools) -> None:
+def _execute(
+    job: DeleteJob, progress: _DeletionProgress, resumed: set[str], attempt: Attempt, services: Services
+) -> None:
     """Delete it wherever it was found; what is about to happen is written down first."""
     open_ones = [name for name in progress.begun if name not in progress.entries]
     if set(open_ones) - resumed:
-        _intend(progress, run)
-    fleet, receipts = tools.fleet, Receipts.of(run)
+        _write_intent(progress, attempt)
+    fleet, receipts = services.fleet, Receipts.of(attempt)
     answers = fleet.gather(
         [
             partial(
@@ -246,20 +248,20 @@ def _carry_out(job: DeleteJob, progress: _Progress, resumed: set[str], run: Run,
         else:
             progress.errors[name] = answer
     if progress.errors and progress.begun:
-        run.note(progress.as_json())  # too late to be cancelled: it has begun
+        attempt.note(progress.as_json())  # too late to be cancelled: it has begun
 
 
-def _intend(progress: _Progress, run: Run) -> None:
+def _write_intent(progress: _DeletionProgress, attempt: Attempt) -> None:
     """Write it down; a cancellation ends the job here, and says what was deleted before."""
     try:
-        run.intend(progress.as_json())
+        attempt.write_intent(progress.as_json())
     except Cancelled as error:
         gone = _done_already(progress.entries.values())
         sentence = f"The job was cancelled.{gone} Nothing else was deleted." if gone else error.message
-        raise Cancelled(sentence, details=_told(progress) if gone else None) from None
+        raise Cancelled(sentence, details=_entries_json(progress) if gone else None) from None
 
 
-def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> Cancelled:
+def _cancelled(job: DeleteJob, progress: _DeletionProgress, attempt: Attempt, fleet: Fleet) -> Cancelled:
     """The end of a job that was cancelled after an attempt that had begun: nothing more is deleted.
 
     What became of that attempt, its servers have to say. One that is silent is waited for as long as any job waits.
@@ -274,7 +276,7 @@ def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> C
     answers = fleet.gather([partial(_still_there, fleet[name], progress.begun[name]) for name in open_ones])
     left = [name for name in not_ended if name not in open_ones]
     for name, answer in zip(open_ones, answers, strict=True):
-        if isinstance(answer, CourierError) and not is_final(answer) and not run.last:
+        if isinstance(answer, CourierError) and not is_final(answer) and not attempt.last:
             raise answer
         if isinstance(answer, CourierError) or answer:
             left.append(name)
@@ -286,7 +288,7 @@ def _cancelled(job: DeleteJob, progress: _Progress, run: Run, fleet: Fleet) -> C
     rest = " Nothing else was deleted." if gone else ""
     if left:
         rest = f" An earlier attempt on {', '.join(left)} was not completed; look there for what is left."
-    details = {**_told(progress), **({"may_be_deleted_on": left} if left else {})}
+    details = {**_entries_json(progress), **({"may_be_deleted_on": left} if left else {})}
     return Cancelled(f"The job was cancelled.{gone}{rest}", details=details)
 
 
@@ -299,7 +301,7 @@ def _done_already(entries: Iterable[DeletedEntry]) -> str:
     return f" Done already on {', '.join(gone)}." if gone else ""
 
 
-def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, run: Run) -> DeletePayload:
+def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _DeletionProgress, attempt: Attempt) -> DeletePayload:
     """The payload, unless a server is silent, nobody has it, or nobody deletes it."""
     for name, error in progress.errors.items():
         pacs = next(pacs for pacs in servers if pacs.server.name == name)
@@ -321,14 +323,14 @@ def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _Progress, run
         sentence = f"{refused.server_name} does not delete the {job.level}. {refused.note}"
         raise kind(sentence, server_name=refused.server_name, server_type=refused.server_type, details=details)
     return DeletePayload(
-        job_id=run.job_id,
+        job_id=attempt.job_id,
         level=job.level,
         uid=job.uid,
         permanent=job.permanent,
         dry_run=job.dry_run,
         servers=entries,
-        timings_ms=run.timings_ms,
-        attempts=run.attempt,
+        timings_ms=attempt.timings_ms,
+        attempts=attempt.number,
     )
 
 
@@ -357,7 +359,7 @@ def _entry(
     )
 
 
-def _studies(job: DeleteJob, progress: _Progress) -> set[str]:
+def _studies(job: DeleteJob, progress: _DeletionProgress) -> set[str]:
     """The studies that may be gone now. Of one that was nowhere, a claim may be left."""
     if job.level == "study" and not progress.errors:
         return {job.uid}

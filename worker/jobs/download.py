@@ -25,16 +25,16 @@ from courier.errors import (
     PacsMisanswered,
 )
 from courier.messages import DownloadJob, read_job
-from courier.redaction import about, shown_url
+from courier.redaction import about, redact_url
 from courier.results import DownloadPayload
 from worker.dicom.instances import Instance
-from worker.jobs.attempt import NotYet, Run
-from worker.jobs.lookup import look, settle
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Attempt, Postpone
+from worker.jobs.lookup import find_on_servers, settle
+from worker.jobs.services import Services
 from worker.jobs.streamed_instance import Incoming
 from worker.pacs.protocol import Found, Pacs, View
-from worker.storage.destinations import Archive, Files, Mark
-from worker.storage.study_marks import MANIFEST, something_else
+from worker.storage.destinations import Archive, Files, StudyFingerprint
+from worker.storage.study_marks import MANIFEST, occupied
 
 #: How soon to look again whether the other job with the same destination has ended.
 TURN_S = 1.0
@@ -52,7 +52,7 @@ class _Study:
 
     pacs: Pacs
     found: Found
-    run: Run
+    attempt: Attempt
     series_of: Mapping[str, str]
     #: Called now and then with the number of images that came; raises if nobody wants the rest.
     still_wanted: Callable[[int], None]
@@ -61,8 +61,8 @@ class _Study:
     resumed: int = 0
 
     @property
-    def mark(self) -> Mark:
-        return Mark.of(self.found.study_instance_uid, self.series_of)
+    def fingerprint(self) -> StudyFingerprint:
+        return StudyFingerprint.of(self.found.study_instance_uid, self.series_of)
 
     @property
     def missing(self) -> list[str]:
@@ -79,7 +79,7 @@ class _Study:
         return PacsMisanswered(sentence, server_name=server.name, server_type=server.type, details=details)
 
 
-def download(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def download(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Bring a study to its destination, where it appears when it is whole (docs/jobs.md).
 
     Raises
@@ -92,71 +92,75 @@ def download(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, An
         What came is not what the server lists: the answer was cut off, or the study changed meanwhile.
     """
     job = read_job(DownloadJob, message)
-    return bring(job, run, tools, still_wanted=lambda done: run.intend({"transfer": done})).as_json()
+    return bring(job, attempt, services, still_wanted=lambda done: attempt.write_intent({"transfer": done})).as_json()
 
 
-def bring(job: DownloadJob, run: Run, tools: Tools, *, still_wanted: Callable[[int], None]) -> DownloadPayload:
+def bring(
+    job: DownloadJob, attempt: Attempt, services: Services, *, still_wanted: Callable[[int], None]
+) -> DownloadPayload:
     """As `download`, for a study of a batch too. ``still_wanted`` is called now and then; what it raises ends it."""
-    if run.cancelled:  # what an earlier attempt has left is seen by nobody
+    if attempt.cancelled:  # what an earlier attempt has left is seen by nobody
         raise Cancelled("The job was cancelled before the download was whole.")
-    place, write = _destination(job, tools)
-    _take_turn(place.shown, run)
-    with run.step("check"):
-        reply = settle("study", job.study_uid, look("study", job.study_uid, mode=job.mode, fleet=tools.fleet))
+    place, write = _destination(job, services)
+    _take_turn(place.shown, attempt)
+    with attempt.step("check"):
+        reply = settle(
+            "study", job.study_uid, find_on_servers("study", job.study_uid, mode=job.mode, fleet=services.fleet)
+        )
         about(server_name=reply.pacs.server.name)
-        study = _study(reply.pacs, reply.found[0], run, still_wanted)
-        there = place.look()
-    if there == study.mark:
+        study = _study(reply.pacs, reply.found[0], attempt, still_wanted)
+        there = place.read_fingerprint()
+    if there == study.fingerprint:
         return _payload(job, study, {"status": "already_there"})
     if there is not None:
-        raise something_else(place.shown)
+        raise occupied(place.shown)
     try:
-        with run.step("transfer"):
+        with attempt.step("transfer"):
             written = write(study)
     except InvalidRequest as error:
-        if error.details.get("reason") != "exists" or place.look() != study.mark:
+        if error.details.get("reason") != "exists" or place.read_fingerprint() != study.fingerprint:
             raise
         return _payload(job, study, {"status": "already_there"})  # another attempt has brought the same meanwhile
     return _payload(job, study, {"status": "downloaded", **written}, overwrites_prevented=place.overwrites_prevented)
 
 
-def _destination(job: DownloadJob, tools: Tools) -> tuple[Archive | Files, Callable[[_Study], dict[str, Any]]]:
+def _destination(job: DownloadJob, services: Services) -> tuple[Archive | Files, Callable[[_Study], dict[str, Any]]]:
     """Where the job writes to, and what writes a study there."""
     if job.format == "zip":
-        archive = tools.destinations.archive(job.destination)
+        archive = services.destinations.archive(job.destination)
         return archive, lambda study: _to_archive(study, archive)
-    files = tools.destinations.files(job.destination)
+    files = services.destinations.files(job.destination)
     return files, lambda study: _to_files(study, files)
 
 
 def archived(
-    pacs: Pacs, found: Found, place_for: Callable[[Mark], Archive], run: Run
-) -> tuple[Archive, Mark, str | None]:
+    pacs: Pacs, found: Found, place_for: Callable[[StudyFingerprint], Archive], attempt: Attempt
+) -> tuple[Archive, StudyFingerprint, str | None]:
     """One server's copy of a study as an archive that may return to it, at the place that is chosen by what is in it.
 
     The last is the SHA-256 of the archive as it was written; None if it was there already, and was not written again.
     The caller sees to it that no other job writes there.
     """
-    study = replace(_study(pacs, found, run, lambda _: run.check_ours()), view="to_return")
-    place = place_for(study.mark)
-    there = place.look()
-    if there is not None and there != study.mark:
-        raise something_else(place.shown)
+    study = replace(_study(pacs, found, attempt, lambda _: attempt.check_ours()), view="to_return")
+    place = place_for(study.fingerprint)
+    there = place.read_fingerprint()
+    if there is not None and there != study.fingerprint:
+        raise occupied(place.shown)
     written = _to_archive(study, place) if there is None else {}
-    return place, study.mark, written.get("sha256")
+    return place, study.fingerprint, written.get("sha256")
 
 
-def _take_turn(shown: str, run: Run) -> None:
+def _take_turn(shown: str, attempt: Attempt) -> None:
     digest = hashlib.sha256(shown.encode()).hexdigest()
-    owner = run.ledger.hold_destination(digest, job_id=run.job_id, fence=run.fence)
+    owner = attempt.ledger.lock_destination(digest, job_id=attempt.job_id, fence=attempt.fence)
     if owner is not None:
-        raise NotYet(f"job {owner} is writing to the same destination", delay_s=TURN_S, owner=owner)
+        raise Postpone(f"job {owner} is writing to the same destination", delay_s=TURN_S, owner=owner)
 
 
-def _study(pacs: Pacs, found: Found, run: Run, still_wanted: Callable[[int], None]) -> _Study:
+def _study(pacs: Pacs, found: Found, attempt: Attempt, still_wanted: Callable[[int], None]) -> _Study:
     """The study with the list of its images."""
     images = {str(one.sop_instance_uid): str(one.series_instance_uid) for one in pacs.instances(found)}
-    study = _Study(pacs, found, run, images, still_wanted)
+    study = _Study(pacs, found, attempt, images, still_wanted)
     if not images:
         raise study.misanswered(f"{pacs.server.name} lists the study but none of its images.")
     return study
@@ -167,7 +171,7 @@ def _study(pacs: Pacs, found: Found, run: Run, still_wanted: Callable[[int], Non
 
 def _to_archive(study: _Study, place: Archive) -> dict[str, Any]:
     digest = hashlib.sha256()
-    size_bytes = place.write(_hashed(_zipped(study), digest), study.mark)
+    size_bytes = place.write(_hashed(_zipped(study), digest), study.fingerprint)
     return {"archive_bytes": size_bytes, "sha256": digest.hexdigest()}
 
 
@@ -197,7 +201,7 @@ def _to_files(study: _Study, place: Files) -> dict[str, Any]:
     left = place.names()
     names = {name_of(series, image): image for image, series in study.series_of.items()}
     if left - names.keys() - {MANIFEST}:
-        raise something_else(place.shown)
+        raise occupied(place.shown)
     for name in sorted(left & names.keys()):
         _keep(study, names[name], place.read(name))
     for image in _retrieved(study, to_ask(study.found, study.series_of, study.missing)):
@@ -211,7 +215,7 @@ def _to_files(study: _Study, place: Files) -> dict[str, Any]:
 def _keep(study: _Study, image_uid: str, content: Iterator[bytes]) -> None:
     """Take what is there for received if it is proven to be all of the image; the rest is brought again."""
     try:
-        image = _Incoming(content, blame=lambda error: error)
+        image = _IncomingFile(content, blame=lambda error: error)
         for _ in image.chunks():
             pass
     except (NotDicom, MissingUid, InvalidUid):
@@ -242,7 +246,7 @@ def name_of(series_uid: str, image_uid: str) -> str:
     return f"{series_uid}/{image_uid}.dcm"
 
 
-class _Incoming(Incoming):
+class _IncomingFile(Incoming):
     """One image while it arrives, with its place in a download."""
 
     @property
@@ -262,15 +266,15 @@ class _Incoming(Incoming):
         }
 
 
-def _retrieved(study: _Study, asked: Iterable[Found]) -> Iterator[_Incoming]:
+def _retrieved(study: _Study, asked: Iterable[Found]) -> Iterator[_IncomingFile]:
     """Each image of the study as the server sends it; one that does not belong there is an error."""
     name = study.pacs.server.name
     for found in asked:
         try:
             with study.pacs.retrieve(found, view=study.view) as parts:
                 for part in parts:
-                    _look_up(study)
-                    image = _Incoming(part.chunks, blame=study.unreadable)
+                    _report_progress(study)
+                    image = _IncomingFile(part.chunks, blame=study.unreadable)
                     if image.instance.sop_instance_uid in study.received or not _belongs(image.instance, study):
                         raise study.misanswered(f"{name} sent an image that it did not list; the study has changed.")
                     yield image
@@ -278,10 +282,10 @@ def _retrieved(study: _Study, asked: Iterable[Found]) -> Iterator[_Incoming]:
             raise study.misanswered(f"{name} lost a part of the study meanwhile; it is looked at again.") from error
 
 
-def _look_up(study: _Study) -> None:
+def _report_progress(study: _Study) -> None:
     """Show how far it is, and learn now and then whether the job is still wanted and still ours."""
     done = len(study.received)
-    study.run.stage = f"transfer {done}/{len(study.series_of)}"
+    study.attempt.stage = f"transfer {done}/{len(study.series_of)}"
     if done % IMAGES_BETWEEN_LOOKS == 0:
         study.still_wanted(done)
 
@@ -323,16 +327,16 @@ def _payload(
     came = outcome["status"] == "downloaded"
     warnings = [] if study.pacs.keeps_bytes else ["server_rewrites_headers"]
     return DownloadPayload(
-        job_id=study.run.job_id,
+        job_id=study.attempt.job_id,
         server_name=study.pacs.server.name,
         server_type=study.pacs.server.type,
         study_uid=job.study_uid,
-        destination=shown_url(job.destination),
+        destination=redact_url(job.destination),
         format=job.format,
         instances=len(study.series_of),
         size_bytes=sum(entry["size_bytes"] for entry in study.received.values()) if came else None,
         warnings=warnings if overwrites_prevented else [*warnings, OVERWRITE_NOT_PREVENTED],
-        timings_ms=study.run.timings_ms,
-        attempts=study.run.attempt,
+        timings_ms=study.attempt.timings_ms,
+        attempts=study.attempt.number,
         **outcome,
     )

@@ -21,7 +21,7 @@ import redis
 
 from courier.errors import CourierError, PacsUnavailable, Poisoned
 from courier.ledger.jobs import Hang, Ledger
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.placement import says_it_is_well
 from worker.pacs.protocol import Pacs
 from worker.pacs.transport import when_sent
@@ -37,7 +37,7 @@ NOTED_AFTER_S: Final = 5.0
 
 
 @dataclass
-class Waiting:
+class PendingRequest:
     """A request of a job that is under way to ``server``. Safe for threads; the pulse looks at it now and then."""
 
     ledger: Ledger
@@ -54,7 +54,7 @@ class Waiting:
         """All of its body has gone out."""
         self.sent_s = time.monotonic()
 
-    def look(self) -> None:
+    def note_if_late(self) -> None:
         """Note that the server hangs, if its answer is late."""
         with self._lock:
             if self.sent_s is None or self.is_over or self.is_noted or time.monotonic() - self.sent_s < self.after_s:
@@ -77,7 +77,7 @@ class Waiting:
 class Hangs:
     """What a job knows of such files, and adds to it. Without a run nothing is known, and nothing noted."""
 
-    run: Run | None = None
+    attempt: Attempt | None = None
     #: Servers that hung at any file lately.
     _troubled: set[str] = field(default_factory=set)
 
@@ -94,28 +94,30 @@ class Hangs:
         return {file: one.count for file, one in found.items() if _is_given_up(one, (seen or {}).get(file, 0), pacs)}
 
     def _known(self, pacs: Pacs, files: Collection[str]) -> dict[str, Hang]:
-        if self.run is None or not files:
+        if self.attempt is None or not files:
             return {}
-        is_troubled, found = self.run.ledger.hangs(pacs.server.name, files)
+        is_troubled, found = self.attempt.ledger.hangs(pacs.server.name, files)
         if is_troubled:
             self._troubled.add(pacs.server.name)
         return found
 
     def forget(self, pacs: Pacs, hangs: Mapping[str, int]) -> None:
         """Begin anew to count the hangs at those files."""
-        if self.run is not None:
+        if self.attempt is not None:
             for file, times in hangs.items():
-                self.run.ledger.note_hang(pacs.server.name, [file], times=-times)
+                self.attempt.ledger.note_hang(pacs.server.name, [file], times=-times)
 
     @contextmanager
     def sending(self, pacs: Pacs, files: Callable[[], Collection[str]]) -> Iterator[None]:
         """A request with ``files`` is sent inside; they are asked for when all of it has gone out, and later."""
-        if self.run is None:
+        if self.attempt is None:
             yield
             return
         after_s = min(NOTED_AFTER_S, pacs.server.read_timeout_s / 2)
-        waiting = Waiting(self.run.ledger, pacs.server.name, after_s, files, pacs.server.name in self._troubled)
-        self.run.sends.append(waiting)
+        waiting = PendingRequest(
+            self.attempt.ledger, pacs.server.name, after_s, files, pacs.server.name in self._troubled
+        )
+        self.attempt.sends.append(waiting)
         hung = answered = False
         try:
             with when_sent(waiting.sent):
@@ -125,7 +127,7 @@ class Hangs:
             hung = isinstance(error, PacsUnavailable) and error.hung and error.server_name == pacs.server.name
             raise
         finally:
-            self.run.sends.remove(waiting)
+            self.attempt.sends.remove(waiting)
             try:
                 waiting.end(hung=hung, answered=answered)
             except redis.RedisError as error:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from courier.errors import PacsUnavailable
 from courier.settings import MODES
 from worker.jobs.attempt import ServerUnknown
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 
 #: How long a worker keeps a slot for a job that it puts back: an idle one would take most of the messages else.
 LINGER_S: Final = 1.0
@@ -29,13 +29,13 @@ _OF_NONE: Final = frozenset({"pacs.batch.show", "pacs.batch.pause", "pacs.batch.
 _REPLAY: Final = ", and if the job is a dead letter by then, replay it"
 
 
-def check_knows_servers(task: str, job: Mapping[str, Any], servers: Collection[str], tools: Tools) -> None:
+def check_knows_servers(task: str, job: Mapping[str, Any], servers: Collection[str], services: Services) -> None:
     """`ServerUnknown`, if a job is about one of ``servers``, those of all workers, that this worker does not know."""
-    missing = sorted(set(servers) - set(tools.fleet.names)) if servers else []
+    missing = sorted(set(servers) - set(services.fleet.names)) if servers else []
     if missing and (named := _named(task, job)) is not None:
         missing = [name for name in missing if name in named]
     if missing:
-        tools.sleep(LINGER_S)
+        services.sleep(LINGER_S)
         raise ServerUnknown(missing[0])
 
 

@@ -1,6 +1,6 @@
 """Is it anywhere, and what does it say of itself: `pacs.exists` and `pacs.metadata`.
 
-Whoever else has to find an object first (to download or delete it) asks through `look` and `settle`, so that
+Whoever else has to find an object first (to download or delete it) asks through `find_on_servers` and `settle`, so that
 silence means the same everywhere: never "not there". Nothing here changes anything on a server.
 """
 
@@ -15,9 +15,9 @@ from courier.errors import CourierError, InvalidRequest, NotFound, PacsMisanswer
 from courier.messages import ExistsJob, Level, LookupJob, read_job
 from courier.results import Dataset, Fault, FoundEntry, FoundPayload
 from courier.settings import MODES, ResultSettings
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.result_fields import allowed, place
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.jobs.study_lists import Left, walk
 from worker.pacs.finding import find_in_studies, find_in_study
 from worker.pacs.fleet import Fleet
@@ -46,7 +46,7 @@ class Reply:
     error: CourierError | None = None
 
 
-def exists(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def exists(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Who has it, by its UID alone (design contract, section 5).
 
     Raises
@@ -57,15 +57,15 @@ def exists(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
         The error of the first server whose silence leaves the question open.
     """
     job = read_job(ExistsJob, message)
-    return _answer("exists", job, run, tools, described=job.metadata)
+    return _answer("exists", job, attempt, services, described=job.metadata)
 
 
-def metadata(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def metadata(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """As `exists`, with the metadata of every image of the object."""
-    return _answer("metadata", read_job(LookupJob, message), run, tools, described=True)
+    return _answer("metadata", read_job(LookupJob, message), attempt, services, described=True)
 
 
-def asked(mode: str, fleet: Fleet) -> list[Pacs]:
+def servers_of_mode(mode: str, fleet: Fleet) -> list[Pacs]:
     """The servers that ``mode`` stands for, in order of preference."""
     if mode in MODES:
         return list(fleet)
@@ -75,9 +75,9 @@ def asked(mode: str, fleet: Fleet) -> list[Pacs]:
     return [fleet[mode]]
 
 
-def look(level: Level, uid: str, *, mode: str, fleet: Fleet, study_uid: str | None = None) -> list[Reply]:
+def find_on_servers(level: Level, uid: str, *, mode: str, fleet: Fleet, study_uid: str | None = None) -> list[Reply]:
     """Ask for an object, all servers at the same time; in mode `either` up to the first, in order, that has it."""
-    servers = asked(mode, fleet)
+    servers = servers_of_mode(mode, fleet)
     answers = fleet.in_order([partial(find, pacs, level, uid, study_uid=study_uid) for pacs in servers])
     replies = []
     for pacs, answer in zip(servers, answers, strict=False):
@@ -151,18 +151,18 @@ def in_that_study(level: Level, study_uid: str | None) -> str:
 
 
 def _answer(
-    operation: Literal["exists", "metadata"], job: LookupJob, run: Run, tools: Tools, *, described: bool
+    operation: Literal["exists", "metadata"], job: LookupJob, attempt: Attempt, services: Services, *, described: bool
 ) -> dict[str, Any]:
-    with run.step("check"):
-        replies = look(job.level, job.uid, mode=job.mode, fleet=tools.fleet, study_uid=job.study_uid)
+    with attempt.step("check"):
+        replies = find_on_servers(job.level, job.uid, mode=job.mode, fleet=services.fleet, study_uid=job.study_uid)
         first = settle(job.level, job.uid, replies, study_uid=job.study_uid)
     descriptions: dict[str, Description | CourierError] = {}
     if described:
-        with run.step("describe"):
-            descriptions = _describe([reply for reply in replies if reply.found], tools)
+        with attempt.step("describe"):
+            descriptions = _describe([reply for reply in replies if reply.found], services)
     return FoundPayload(
         operation=operation,
-        job_id=run.job_id,
+        job_id=attempt.job_id,
         level=job.level,
         uid=job.uid,
         mode=job.mode,
@@ -173,11 +173,11 @@ def _answer(
     ).as_json()
 
 
-def _describe(having: Sequence[Reply], tools: Tools) -> dict[str, Description | CourierError]:
+def _describe(having: Sequence[Reply], services: Services) -> dict[str, Description | CourierError]:
     """The metadata from each server that has the object; one server's trouble is told if another's are there."""
-    results = tools.settings.results
+    results = services.settings.results
     questions = [partial(_read, reply, results) for reply in having]
-    answers = tools.fleet.gather(questions)
+    answers = services.fleet.gather(questions)
     errors = [answer for answer in answers if isinstance(answer, CourierError)]
     if len(errors) == len(answers):
         raise errors[0]

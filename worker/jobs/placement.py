@@ -29,8 +29,8 @@ from worker.jobs.attempt import ServerUnknown
 from worker.jobs.result_fields import place
 from worker.jobs.routing import Decision, Exists, Follow, New, Open, choose
 from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare, in_words
-from worker.jobs.services import Tools
-from worker.pacs.guard import at_rest, slowed
+from worker.jobs.services import Services
+from worker.pacs.guard import circuit_open_error, slowed
 from worker.pacs.protocol import NOTHING_OR_WRONG_URL, Fate, Found, Outcome, Pacs
 from worker.pacs.server_rates import STAY_S
 
@@ -56,20 +56,20 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlacementOrder:
     """Who asks for a place: the job, and the server that it names, if it does.
 
-    ``told`` says whether a claim is worth a line on the study's trail, ``compares`` whether the bytes of an image that
-    is there already are compared now.
+    ``in_history`` says whether a claim is worth an entry in the study's history, ``compares`` whether the bytes of
+    an image that is there already are compared now.
     """
 
     job_id: str
     server: str | None = None
-    told: bool = True
+    in_history: bool = True
     compares: bool = True
 
 
-def left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None) -> Sequence[CourierError]:
+def open_circuits(services: Services, names: Sequence[str], *, changed: str | None = None) -> Sequence[CourierError]:
     """Errors of those of the servers ``names`` that may not be asked now, and of ``changed`` if it takes no changes.
 
     So are those that have asked for fewer requests, if the next one would wait too long for its turn.
@@ -77,25 +77,25 @@ def left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None
     To be asked before a file is fetched that would be of no use then. One that is to be asked whether it is well again,
     and that no job is asking, may be asked.
     """
-    if tools.breakers is None:
+    if services.breakers is None:
         return []
     changes = [] if changed is None else [changed + CHANGES]
     credentials = [name + CREDENTIAL for name in names]
-    states = tools.breakers.read([*names, *credentials, *changes])
-    resting = [
-        at_rest(tools.fleet[server_of(breaker)].server, breaker, state.pause_left_s, state.reason)
+    states = services.breakers.read([*names, *credentials, *changes])
+    errors = [
+        circuit_open_error(services.fleet[server_of(breaker)].server, breaker, state.pause_left_s, state.reason)
         for breaker, state in states.items()
         if state.pause_left_s is not None and (state.pause_left_s > 0 or state.probing)
     ]
     asked = list(dict.fromkeys([*names, *([changed] if changed else [])]))
-    rates = {} if tools.rates is None else tools.rates.read(asked)
-    return resting + [slowed(tools.fleet[name].server, rate) for name, rate in rates.items() if rate.wait_s > STAY_S]
+    rates = {} if services.rates is None else services.rates.read(asked)
+    return errors + [slowed(services.fleet[name].server, rate) for name, rate in rates.items() if rate.wait_s > STAY_S]
 
 
-def check_not_left_alone(tools: Tools, names: Sequence[str], *, changed: str | None = None) -> None:
-    """`PacsUnavailable` or `PacsUnauthorized`, if one of those servers is `left_alone`."""
-    if resting := left_alone(tools, names, changed=changed):
-        raise first_to_wait_for(resting)
+def check_no_open_circuit(services: Services, names: Sequence[str], *, changed: str | None = None) -> None:
+    """`PacsUnavailable` or `PacsUnauthorized`, if one of those servers is `open_circuits`."""
+    if errors := open_circuits(services, names, changed=changed):
+        raise first_to_wait_for(errors)
 
 
 def sole_target(server: str | None, names: Sequence[str]) -> str | None:
@@ -113,7 +113,12 @@ def answered(name: str, reply: T | CourierError, *, target: str | None) -> T | C
 
 
 def settle(
-    decision: Decision, arrival: Arrival, wish: Wish, *, errors: Mapping[str, CourierError], tools: Tools
+    decision: Decision,
+    arrival: Arrival,
+    order: PlacementOrder,
+    *,
+    errors: Mapping[str, CourierError],
+    services: Services,
 ) -> Placement:
     """Where the image goes; for a study that is nowhere, by the claim.
 
@@ -132,67 +137,67 @@ def settle(
     """
     match decision:
         case Exists(server):
-            raise already_exists(server, arrival, tools, compares=wish.compares)
+            raise already_exists(server, arrival, services, compares=order.compares)
         case Open(unanswered):
             raise first_to_wait_for([errors[name] for name in unanswered])
         case Follow(server, study_on):
-            return _follow(wish, server, study_on, candidates=tools.fleet.names)
+            return _follow(order, server, study_on, candidates=services.fleet.names)
         case New():
-            return _claim(arrival.instance.study_instance_uid, wish, tools)
+            return _claim(arrival.instance.study_instance_uid, order, services)
 
 
-def _follow(wish: Wish, server: str, study_on: tuple[str, ...], *, candidates: Sequence[str]) -> Placement:
-    if wish.server is not None and wish.server not in study_on:
+def _follow(order: PlacementOrder, server: str, study_on: tuple[str, ...], *, candidates: Sequence[str]) -> Placement:
+    if order.server is not None and order.server not in study_on:
         raise StudyConflict(
             f"The study is on {server}; leave out the server or name {server}, so that the study is not split.",
             server_name=server,
-            details={"study_on": list(study_on), "requested": wish.server},
+            details={"study_on": list(study_on), "requested": order.server},
         )
-    reason: RouteReason = "requested" if wish.server else "study_exists"
+    reason: RouteReason = "requested" if order.server else "study_exists"
     route = Route(reason=reason, study_on=list(study_on), candidates=list(candidates))
-    return Placement(wish.server or server, route, ("study_split",) if len(study_on) > 1 else ())
+    return Placement(order.server or server, route, ("study_split",) if len(study_on) > 1 else ())
 
 
-def _claim(study_instance_uid: str, wish: Wish, tools: Tools) -> Placement:
-    healthy = _healthy(tools)
-    proposal = wish.server or _claimed(study_instance_uid, tools) or _choose(healthy, tools)
-    claim = tools.ledger.claim_study(
+def _claim(study_instance_uid: str, order: PlacementOrder, services: Services) -> Placement:
+    healthy = _healthy(services)
+    proposal = order.server or _claimed(study_instance_uid, services) or _choose(healthy, services)
+    claim = services.ledger.claim_study(
         study_instance_uid,
         server=proposal,
-        job_id=wish.job_id,
-        among=tools.fleet.names,
-        told=wish.told,
-        asked_for=wish.server is not None,
+        job_id=order.job_id,
+        among=services.fleet.names,
+        in_history=order.in_history,
+        asked_for=order.server is not None,
     )
-    if claim.server not in tools.fleet.names:
+    if claim.server not in services.fleet.names:
         raise ServerUnknown(claim.server)
-    if wish.server is not None and claim.server != wish.server:
+    if order.server is not None and claim.server != order.server:
         raise StudyConflict(
             f"No server has the study yet, but another image of it is on its way to {claim.server}, or may still arrive"
             f" there; leave out the server, name {claim.server}, or send the job again when that image's job has ended"
             " (a dead letter ends when it is purged).",
             server_name=claim.server,
-            details={"study_on": [], "requested": wish.server},
+            details={"study_on": [], "requested": order.server},
         )
-    reason: RouteReason = "requested" if wish.server else "new_study" if claim.first else "claimed"
+    reason: RouteReason = "requested" if order.server else "new_study" if claim.first else "claimed"
     return Placement(claim.server, Route(reason=reason, study_on=[], candidates=[server.name for server in healthy]))
 
 
-def _claimed(study_instance_uid: str, tools: Tools) -> str | None:
+def _claimed(study_instance_uid: str, services: Services) -> str | None:
     """The server that the study belongs to, unless that has left the settings: all that are left have said no."""
-    server = tools.ledger.claimed_server(study_instance_uid)
-    return server if server in tools.fleet.names else None
+    server = services.ledger.claimed_server(study_instance_uid)
+    return server if server in services.fleet.names else None
 
 
-def _healthy(tools: Tools) -> list[ServerSettings]:
+def _healthy(services: Services) -> list[ServerSettings]:
     """Servers that may be given a new study, the healthiest alone; all have answered, or nobody would ask for a place.
 
     Whether a server has the study is never guessed from this: it only chooses among those that do not have it.
     """
-    servers = [pacs.server for pacs in tools.fleet]
-    if tools.breakers is None:
+    servers = [pacs.server for pacs in services.fleet]
+    if services.breakers is None:
         return servers
-    ranks = {name: _rank(state) for name, state in tools.breakers.states(tools.fleet.names).items()}
+    ranks = {name: _rank(state) for name, state in services.breakers.states(services.fleet.names).items()}
     best = min(ranks.values())
     return [server for server in servers if ranks[server.name] == best < _OPEN]
 
@@ -207,33 +212,33 @@ def _rank(state: BreakerState) -> int:
     return 2 if state.name == "half-open" else _OPEN
 
 
-def _choose(healthy: list[ServerSettings], tools: Tools) -> str:
+def _choose(healthy: list[ServerSettings], services: Services) -> str:
     if not healthy:
-        raise _nobody(tools)
-    routing = tools.settings.routing
-    placed = tools.ledger.placed() if routing.policy == "balanced" else {}
-    return choose(healthy, routing, placed=placed, rng=tools.rng)
+        raise _nobody(services)
+    routing = services.settings.routing
+    placed = services.ledger.placed() if routing.policy == "balanced" else {}
+    return choose(healthy, routing, placed=placed, rng=services.rng)
 
 
-def _nobody(tools: Tools) -> PacsUnavailable:
+def _nobody(services: Services) -> PacsUnavailable:
     """All are left alone: the job waits for the one that is asked again first."""
     error = PacsUnavailable("No server takes new studies at present; the job waits for one.")
-    if tools.breakers is not None:
-        states = tools.breakers.states(tools.fleet.names).values()
-        error.resting, error.is_attempt = min(states, key=lambda state: state.pause_left_s or 0).breaker, False
+    if services.breakers is not None:
+        states = services.breakers.states(services.fleet.names).values()
+        error.open_circuit, error.is_attempt = min(states, key=lambda state: state.pause_left_s or 0).breaker, False
     return error
 
 
-def already_exists(server: str, arrival: Arrival, tools: Tools, *, compares: bool = True) -> ImageAlreadyExists:
+def already_exists(server: str, arrival: Arrival, services: Services, *, compares: bool = True) -> ImageAlreadyExists:
     """The error; ``compares``: the server is asked for the image, and its bytes are compared (`same_bytes`)."""
-    pacs = tools.fleet[server]
-    found = compare(pacs, arrival, tools.fleet) if compares else LEFT_TO_VERIFICATION
-    return told_to_exist(server, arrival, found, tools)
+    pacs = services.fleet[server]
+    found = compare(pacs, arrival, services.fleet) if compares else LEFT_TO_VERIFICATION
+    return image_exists_error(server, arrival, found, services)
 
 
-def told_to_exist(server: str, arrival: Arrival, found: Comparison, tools: Tools) -> ImageAlreadyExists:
-    settings = tools.fleet[server].server
-    receipt = tools.ledger.receipt(arrival.instance.sop_instance_uid)
+def image_exists_error(server: str, arrival: Arrival, found: Comparison, services: Services) -> ImageAlreadyExists:
+    settings = services.fleet[server].server
+    receipt = services.ledger.receipt(arrival.instance.sop_instance_uid)
     elsewhere = arrival.elsewhere.get(server)
     where = f"{server}, in another study ({elsewhere})" if elsewhere else server
     sentence = f"The image is already on {where}{_difference(found)}."
@@ -300,7 +305,7 @@ def is_refused_whole(error: CourierError) -> bool:
     )
 
 
-def judged_again(outcome: Outcome, faults: int, since_s: float, pacs: Pacs, ledger: Ledger | None) -> Outcome:
+def reject_if_it_persists(outcome: Outcome, faults: int, since_s: float, pacs: Pacs, ledger: Ledger | None) -> Outcome:
     """``outcome``, a doubtful failure, after ``faults`` of them at the image since ``since_s``: perhaps a refusal.
 
     It is one if the server has stored other images meanwhile, and does not say that its storage or database is in

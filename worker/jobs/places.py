@@ -15,19 +15,22 @@ from functools import partial
 
 from courier.errors import CourierError, SourceDenied, TryAgain
 from courier.results import PlaceEntry
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 
 #: How long a place may take, all at the same time. Less than ``pacs doctor`` waits for.
 TRY_S = 12.0
 
-_Attempt = Callable[[], PlaceEntry]
+_TryPlace = Callable[[], PlaceEntry]
 
 
-def tried_places(tools: Tools, *, wait_s: float = TRY_S) -> list[PlaceEntry]:
+def tried_places(services: Services, *, wait_s: float = TRY_S) -> list[PlaceEntry]:
     """One entry per place, in the order of the settings; patterns of buckets name none that could be tried."""
-    sources = [_trial(tools, "source", place, partial(_try_source, tools, place)) for place in tools.sources.places]
+    sources = [
+        _trial(services, "source", place, partial(_try_source, services, place)) for place in services.sources.places
+    ]
     downloads = [
-        _trial(tools, "download", place, partial(_try_download, tools, place)) for place in tools.destinations.places
+        _trial(services, "download", place, partial(_try_download, services, place))
+        for place in services.destinations.places
     ]
     until_s = time.monotonic() + wait_s
     return [trial.entry_at(until_s) for trial in (*sources, *downloads)]
@@ -36,7 +39,7 @@ def tried_places(tools: Tools, *, wait_s: float = TRY_S) -> list[PlaceEntry]:
 class _Trial(threading.Thread):
     """One place being tried. At most one thread hangs at a place, however often it is asked for."""
 
-    def __init__(self, unknown: PlaceEntry, attempt: _Attempt) -> None:
+    def __init__(self, unknown: PlaceEntry, attempt: _TryPlace) -> None:
         super().__init__(name=f"try {unknown.place}", daemon=True)
         self._unknown = unknown
         self._attempt = attempt
@@ -60,9 +63,9 @@ _lock = threading.Lock()
 _trials: dict[tuple[int, str, str], _Trial] = {}
 
 
-def _trial(tools: Tools, use: str, place: str, attempt: _Attempt) -> _Trial:
+def _trial(services: Services, use: str, place: str, attempt: _TryPlace) -> _Trial:
     """A trial of the place that is under way; begun now if there is none."""
-    key = (id(tools.sources), use, place)
+    key = (id(services.sources), use, place)
     with _lock:
         for ended in [one for one, trial in _trials.items() if not trial.is_alive()]:
             del _trials[ended]
@@ -78,10 +81,10 @@ def _host() -> str:
     return socket.gethostname()
 
 
-def _try_source(tools: Tools, place: str) -> PlaceEntry:
+def _try_source(services: Services, place: str) -> PlaceEntry:
     entry = PlaceEntry(place=place, use="source", state="usable", host=_host())
     try:
-        first = tools.sources.first_listed(place)
+        first = services.sources.first_listed(place)
     except SourceDenied as error:  # what may not be listed may be readable all the same
         more = "Batches cannot list it; whether single images can be read is not known."
         return entry.model_copy(update={"state": "unknown", "message": f"{error.message} {more}"})
@@ -90,16 +93,16 @@ def _try_source(tools: Tools, place: str) -> PlaceEntry:
     if first is None:
         return entry.model_copy(update={"state": "empty"})
     try:
-        tools.sources.try_reading(first)
+        services.sources.try_reading(first)
     except CourierError as error:
         return _failed(entry, error, error.message.replace(first, f"the first image in {place}"))
     return entry
 
 
-def _try_download(tools: Tools, place: str) -> PlaceEntry:
+def _try_download(services: Services, place: str) -> PlaceEntry:
     entry = PlaceEntry(place=place, use="download", state="usable", host=_host())
     try:
-        prevented = tools.destinations.probe(place)
+        prevented = services.destinations.probe(place)
     except CourierError as error:
         return _failed(entry, error)
     return entry.model_copy(update={"overwrites": "prevented" if prevented else "not_prevented"})

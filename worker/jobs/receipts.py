@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from courier.ledger.jobs import Ledger
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.pacs.protocol import Deletion, Found, Pacs
 
 
@@ -20,8 +20,8 @@ class Receipts:
     job_id: str = ""
 
     @classmethod
-    def of(cls, run: Run) -> Receipts:
-        return cls(run.ledger, run.job_id)
+    def of(cls, attempt: Attempt) -> Receipts:
+        return cls(attempt.ledger, attempt.job_id)
 
     def delete(self, pacs: Pacs, found: Found, *, permanent: bool) -> Deletion:
         """Delete or hide ``found`` on a server, and void the receipts of all that it holds there."""

@@ -10,7 +10,7 @@ from courier.settings import RoutingSettings, ServerSettings
 
 
 @dataclass(frozen=True)
-class Answer:
+class Presence:
     """What one server said about an image and its study; None where it did not answer."""
 
     server: str
@@ -48,7 +48,7 @@ class New:
 Decision = Exists | Open | Follow | New
 
 
-def decide(answers: Sequence[Answer]) -> Decision:
+def decide(answers: Sequence[Presence]) -> Decision:
     """What follows from ``answers``, given in order of preference.
 
     An image found anywhere settles the question even while a server is silent. Otherwise one silent server leaves

@@ -143,7 +143,7 @@ def _tables(pacs: Pacs, known: Found, apart: frozenset[int]) -> Iterator[Table]:
 
 
 @dataclass(frozen=True)
-class _Retrieved:
+class _FileDigests:
     """The digests of a file: whole, without its preamble, and with one of zeros; None if it is too large to be ours."""
 
     sha256: str | None
@@ -160,7 +160,7 @@ class _Retrieved:
         return None if arrival.bare_sha256 is None else arrival.bare_sha256() == self.bare_sha256
 
 
-def _retrieved(pacs: Pacs, known: Found) -> Iterator[_Retrieved]:
+def _retrieved(pacs: Pacs, known: Found) -> Iterator[_FileDigests]:
     """What the server has under the UID, in whichever study."""
     for found in find_known(pacs, known):
         with pacs.retrieve(found) as parts:
@@ -168,14 +168,14 @@ def _retrieved(pacs: Pacs, known: Found) -> Iterator[_Retrieved]:
                 yield _digests(part.chunks)
 
 
-def _digests(chunks: Iterable[bytes]) -> _Retrieved:
+def _digests(chunks: Iterable[bytes]) -> _FileDigests:
     full, bare, zeroed = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(PREAMBLE)
     head, size_bytes = b"", 0
     for chunk in whole(chunks):
         full.update(chunk)
         size_bytes += len(chunk)
         if size_bytes > COMPARED_BYTES + PREAMBLE_BYTES:
-            return _Retrieved(None)
+            return _FileDigests(None)
         rest = chunk
         if len(head) < PREAMBLE_BYTES:
             head += chunk
@@ -183,5 +183,5 @@ def _digests(chunks: Iterable[bytes]) -> _Retrieved:
         bare.update(rest)
         zeroed.update(rest)
     if not head.endswith(b"DICM", 0, PREAMBLE_BYTES):  # without a preamble, all of it is the image
-        return _Retrieved(full.hexdigest(), full.hexdigest())
-    return _Retrieved(full.hexdigest(), bare.hexdigest(), zeroed.hexdigest())
+        return _FileDigests(full.hexdigest(), full.hexdigest())
+    return _FileDigests(full.hexdigest(), bare.hexdigest(), zeroed.hexdigest())

@@ -22,67 +22,67 @@ from courier.results import (
     StoragePayload,
 )
 from courier.waits import utc
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.places import tried_places
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.pacs.protocol import DatabaseState, Pacs, ServerState, StorageState
 
 State = TypeVar("State", ServerState, StorageState, DatabaseState)
 Kind = TypeVar("Kind", StatusEntry, StorageEntry, DatabaseEntry)
 
 
-def status(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def status(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Who answers, how fast, and what each server says of itself."""
-    asked = _ask(message, run, tools, lambda pacs: pacs.state())
-    entries = [_with_rate(_entry(StatusEntry, *answer, _status), tools) for answer in asked]
-    places = tried_places(tools) if read_job(StatusJob, message).places else []
-    return StatusPayload(job_id=run.job_id, servers=entries, places=places).as_json()
+    asked = _ask(message, attempt, services, lambda pacs: pacs.state())
+    entries = [_with_rate(_entry(StatusEntry, *answer, _status), services) for answer in asked]
+    places = tried_places(services) if read_job(StatusJob, message).places else []
+    return StatusPayload(job_id=attempt.job_id, servers=entries, places=places).as_json()
 
 
-def _with_rate(entry: StatusEntry, tools: Tools) -> StatusEntry:
+def _with_rate(entry: StatusEntry, services: Services) -> StatusEntry:
     """``entry`` with the rate at which workers ask the server, if it has asked for fewer requests."""
-    if tools.rates is None:
+    if services.rates is None:
         return entry
-    rate = tools.rates.read([entry.server_name])[entry.server_name]
+    rate = services.rates.read([entry.server_name])[entry.server_name]
     if rate.per_s is None:
         return entry
-    held_until = utc((tools.now() + rate.held_s) * 1000) if rate.held_s > 0 else None
+    held_until = utc((services.now() + rate.held_s) * 1000) if rate.held_s > 0 else None
     limit = RateLimit(status=rate.status, per_s=round(rate.per_s, 2), held_until=held_until)
     note = "; ".join(filter(None, [entry.note.rstrip("."), str(rate)]))
     return entry.model_copy(update={"rate_limit": limit, "note": note})
 
 
-def storage(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def storage(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """How much room each server says that it has."""
-    asked = _ask(message, run, tools, _storage_of)
+    asked = _ask(message, attempt, services, _storage_of)
     entries = [_entry(StorageEntry, *answer, _storage) for answer in asked]
-    return StoragePayload(job_id=run.job_id, servers=entries).as_json()
+    return StoragePayload(job_id=attempt.job_id, servers=entries).as_json()
 
 
-def database(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def database(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Whether each server's database works, by a call that touches it."""
-    asked = _ask(message, run, tools, _database_of)
+    asked = _ask(message, attempt, services, _database_of)
     entries = [_entry(DatabaseEntry, *answer, _database) for answer in asked]
-    return DatabasePayload(job_id=run.job_id, servers=entries).as_json()
+    return DatabasePayload(job_id=attempt.job_id, servers=entries).as_json()
 
 
 def _ask(
-    message: Mapping[str, Any], run: Run, tools: Tools, question: Callable[[Pacs], State]
+    message: Mapping[str, Any], attempt: Attempt, services: Services, question: Callable[[Pacs], State]
 ) -> list[tuple[Pacs, float, State | CourierError]]:
     """Ask the servers that the job names, all at once; each answer with how long it took in milliseconds."""
     job = read_job(ServersJob, message)
-    fleet = tools.probes or tools.fleet
+    fleet = services.probes or services.fleet
     servers = list(fleet) if job.servers is None else [fleet[name] for name in dict.fromkeys(job.servers)]
 
     def timed(pacs: Pacs) -> tuple[Pacs, float, State | CourierError]:
-        begun = run.clock()
+        begun = attempt.clock()
         try:
             answer: State | CourierError = question(pacs)
         except CourierError as error:
             answer = error
-        return pacs, round((run.clock() - begun) * 1000, 1), answer
+        return pacs, round((attempt.clock() - begun) * 1000, 1), answer
 
-    with run.step("check"):
+    with attempt.step("check"):
         answers = fleet.gather([partial(timed, pacs) for pacs in servers])
     return [answer for answer in answers if not isinstance(answer, CourierError)]
 
@@ -106,13 +106,13 @@ def _entry(
     pacs: Pacs,
     latency_ms: float,
     answer: State | CourierError,
-    told: Callable[[State], dict[str, Any]],
+    as_entry: Callable[[State], dict[str, Any]],
 ) -> Kind:
     known: dict[str, Any]
     if isinstance(answer, CourierError):
         known = {"status": reachability(answer), "error": Fault(code=answer.payload["code"], message=answer.message)}
     else:
-        known = {"status": "up", "note": answer.note, **told(answer)}
+        known = {"status": "up", "note": answer.note, **as_entry(answer)}
     return kind(server_name=pacs.server.name, server_type=pacs.server.type, latency_ms=latency_ms, **known)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from courier.ledger.breakers import Breakers
 from courier.ledger.jobs import DueJob, Ledger
 from courier.settings import DownloadSettings, Settings
-from worker.jobs.batch_slots import Turns
+from worker.jobs.batch_slots import BatchSlots
 from worker.pacs.fleet import Fleet
 from worker.pacs.server_rates import ServerRates
 from worker.storage.destinations import Destinations
@@ -22,7 +22,7 @@ def _leave_it_to_the_sweeper(jobs: Sequence[DueJob]) -> None:
 
 
 @dataclass(frozen=True)
-class Tools:
+class Services:
     settings: Settings
     ledger: Ledger
     sources: Sources
@@ -41,7 +41,7 @@ class Tools:
     #: The same servers once more, with threads of their own: what batches ask is never before what single jobs ask.
     bulk: Fleet | None = None
     #: How many chunks of batches this process does at a time, so that single jobs always find it ready.
-    turns: Turns = field(default_factory=lambda: Turns(64))
+    batch_slots: BatchSlots = field(default_factory=lambda: BatchSlots(64))
     #: Seconds since the epoch; and waiting for less than a beat of the pulse: for windows and rates of batches.
     now: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep

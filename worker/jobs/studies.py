@@ -21,10 +21,10 @@ from courier.messages import StudiesJob, read_job
 from courier.results import Dataset, Fault, ListedServer, StudiesPayload, StudyEntry, StudyOn
 from courier.settings import ResultSettings
 from worker.dicom.viewer import viewer_url
-from worker.jobs.attempt import Run
-from worker.jobs.lookup import asked
-from worker.jobs.services import Tools
-from worker.jobs.study_lists import Left, Mark, Walk
+from worker.jobs.attempt import Attempt
+from worker.jobs.lookup import servers_of_mode
+from worker.jobs.services import Services
+from worker.jobs.study_lists import Left, ListWalk, Mark
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, number, text, values
 from worker.pacs.fleet import Fleet
 from worker.pacs.protocol import Pacs
@@ -46,7 +46,7 @@ MAX_PRINTS = 20
 
 
 @dataclass(frozen=True)
-class Part:
+class ListPart:
     """The next part of one server's list, and where it goes on: None after its end.
 
     ``left`` is what the server sent beside it.
@@ -58,7 +58,7 @@ class Part:
     is_sorted: bool = False
 
 
-def list_studies(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def list_studies(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """One page of the merged list (design contract, section 5).
 
     Raises
@@ -69,17 +69,17 @@ def list_studies(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str
         No server answered: the error of the first.
     """
     job = read_job(StudiesJob, message)
-    marks = read_cursor(job, tools.fleet)
-    with run.step("list"):
-        parts = _parts(job, marks, tools.fleet)
-    listed = {name: part for name, part in parts.items() if isinstance(part, Part)}
+    marks = read_cursor(job, services.fleet)
+    with attempt.step("list"):
+        parts = _parts(job, marks, services.fleet)
+    listed = {name: part for name, part in parts.items() if isinstance(part, ListPart)}
     if not listed:
         raise next(part for part in parts.values() if isinstance(part, CourierError))
     return StudiesPayload(
-        job_id=run.job_id,
+        job_id=attempt.job_id,
         mode=job.mode,
-        studies=merge(listed, tools),
-        servers=[_listed(tools.fleet[name], part) for name, part in parts.items()],
+        studies=merge(listed, services),
+        servers=[_listed(services.fleet[name], part) for name, part in parts.items()],
         cursor=_cursor(job, marks, parts),
     ).as_json()
 
@@ -93,7 +93,7 @@ def read_cursor(job: StudiesJob, fleet: Fleet) -> dict[str, Mark]:
         The cursor is none of ours, or was given out for another mode, other filters or other servers.
     """
     if job.cursor is None:
-        return {pacs.server.name: Mark() for pacs in asked(job.mode, fleet)}
+        return {pacs.server.name: Mark() for pacs in servers_of_mode(job.mode, fleet)}
     try:
         cursor = json.loads(base64.urlsafe_b64decode(job.cursor.encode("ascii")))
         query, offsets = cursor["query"], {str(name): int(offset) for name, offset in cursor["offsets"].items()}
@@ -111,13 +111,13 @@ def read_cursor(job: StudiesJob, fleet: Fleet) -> dict[str, Mark]:
     }
 
 
-def _cursor(job: StudiesJob, marks: Mapping[str, Mark], parts: Mapping[str, Part | CourierError]) -> str | None:
+def _cursor(job: StudiesJob, marks: Mapping[str, Mark], parts: Mapping[str, ListPart | CourierError]) -> str | None:
     """What was not asked, or did not answer, goes on where it was."""
     left: dict[str, Mark] = {}
     either = job.mode == "either"
     for name, mark in marks.items():
         part = parts.get(name)
-        if not isinstance(part, Part):
+        if not isinstance(part, ListPart):
             left |= {} if either else {name: mark}  # the first that answers is the one whose list it is
         elif part.next is not None:
             left[name] = part.next
@@ -136,11 +136,11 @@ def _cursor(job: StudiesJob, marks: Mapping[str, Mark], parts: Mapping[str, Part
 
 def _query(job: StudiesJob) -> str:
     """What a cursor belongs to, without saying it: filters may name a patient."""
-    wish = json.dumps([job.mode, job.filters, *(["newest"] if job.newest_first else [])], sort_keys=True)
-    return hashlib.sha256(wish.encode()).hexdigest()[:16]
+    order = json.dumps([job.mode, job.filters, *(["newest"] if job.newest_first else [])], sort_keys=True)
+    return hashlib.sha256(order.encode()).hexdigest()[:16]
 
 
-def _parts(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str, Part | CourierError]:
+def _parts(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str, ListPart | CourierError]:
     """Each server's next part, or why there is none. A refusal of the question refuses the job."""
     if job.mode == "either":
         return _first_part(job, marks, fleet)
@@ -152,13 +152,13 @@ def _parts(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str
     return parts
 
 
-def _first_part(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str, Part | CourierError]:
-    parts: dict[str, Part | CourierError] = {}
+def _first_part(job: StudiesJob, marks: Mapping[str, Mark], fleet: Fleet) -> dict[str, ListPart | CourierError]:
+    parts: dict[str, ListPart | CourierError] = {}
     for name, mark in marks.items():
         question = partial(_part, fleet[name], job, mark=mark, wanted=job.limit)
         parts[name] = fleet.gather([question])[0]
         _raise_refusals(parts.values())
-        if isinstance(parts[name], Part):
+        if isinstance(parts[name], ListPart):
             break
     return parts
 
@@ -169,13 +169,13 @@ def _raise_refusals(parts: Any) -> None:
             raise part
 
 
-def _part(pacs: Pacs, job: StudiesJob, *, mark: Mark, wanted: int) -> Part:
+def _part(pacs: Pacs, job: StudiesJob, *, mark: Mark, wanted: int) -> ListPart:
     """``wanted`` studies from ``mark``, in as many requests as the server's own page size asks for.
 
     Fewer, if the server sends many that do not match: the list goes on with the next job.
     """
     studies: list[Dataset] = []
-    way = Walk(pacs, job.filters, set(mark.prints), newest_first=job.newest_first)
+    way = ListWalk(pacs, job.filters, set(mark.prints), newest_first=job.newest_first)
     at: Mark | None = mark
     while at is not None and len(studies) < wanted and way.left.dropped < MAX_DROPPED:
         limit = wanted - len(studies)
@@ -183,17 +183,17 @@ def _part(pacs: Pacs, job: StudiesJob, *, mark: Mark, wanted: int) -> Part:
         studies += further
     if at is not None:
         at = replace(at, prints=(*mark.prints, *filter(None, (way.first,)))[-MAX_PRINTS:])
-    return Part(studies, at, way.left, way.is_sorted)
+    return ListPart(studies, at, way.left, way.is_sorted)
 
 
-def merge(parts: Mapping[str, Part], tools: Tools) -> list[StudyEntry]:
+def merge(parts: Mapping[str, ListPart], services: Services) -> list[StudyEntry]:
     """One entry per study, its servers in order; a study that stands twice on overlapping pages counts once."""
     by_uid: dict[str, dict[str, Dataset]] = {}
     for name, part in parts.items():
         for ds in part.studies:
             by_uid.setdefault(text(ds, STUDY_INSTANCE_UID), {})[name] = ds
-    results = tools.settings.results
-    return [_entry(uid, datasets, tools.fleet, results) for uid, datasets in by_uid.items()]
+    results = services.settings.results
+    return [_entry(uid, datasets, services.fleet, results) for uid, datasets in by_uid.items()]
 
 
 def _entry(uid: str, datasets: Mapping[str, Dataset], fleet: Fleet, results: ResultSettings) -> StudyEntry:
@@ -227,7 +227,7 @@ def _person(ds: Dataset) -> str:
     return str(name.get("Alphabetic", "")) if isinstance(name, dict) else str(name or "")
 
 
-def _listed(pacs: Pacs, part: Part | CourierError) -> ListedServer:
+def _listed(pacs: Pacs, part: ListPart | CourierError) -> ListedServer:
     server = pacs.server
     if isinstance(part, CourierError):
         fault = Fault(code=part.payload["code"], message=part.message)

@@ -61,7 +61,7 @@ class Mark:
 
 
 @dataclass
-class Walk:
+class ListWalk:
     """The way through one server's list, page after page. ``prints`` are fingerprints of the pages before.
 
     A server that ignores the offset sends a page again. If that page is not full, it is all that the server has; if it
@@ -149,8 +149,8 @@ def _fingerprint(page: StudyPage) -> str:
 
 
 def walk(pacs: Pacs, filters: Mapping[str, str], left: Left, *, limit: int = PAGE_STUDIES) -> Iterator[list[str]]:
-    """The UIDs of a server's studies that match ``filters``, page by page; see `Walk`. ``left`` gets what does not."""
-    way = Walk(pacs, filters, left=left)
+    """The UIDs of a server's studies that match ``filters``, page by page; see `ListWalk`. ``left`` gets the others."""
+    way = ListWalk(pacs, filters, left=left)
     mark: Mark | None = Mark()
     while mark is not None:
         studies, mark = way.step(mark, limit=limit)

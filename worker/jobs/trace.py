@@ -14,7 +14,7 @@ from typing import Any
 
 from courier.batches.store import CHUNK_TASK, Batches, chunk_pass
 from courier.errors import CourierError, NotFound
-from courier.ledger.jobs import ORDER, Known, Ledger, Note, StudyPush, Voided
+from courier.ledger.jobs import ORDER, Event, Ledger, StudyPush, UidRecord, Voided
 from courier.messages import Level, TraceJob, read_job
 from courier.redaction import stated
 from courier.results import (
@@ -28,9 +28,9 @@ from courier.results import (
     TraceReceipt,
     TraceState,
 )
-from worker.jobs.attempt import Run
+from worker.jobs.attempt import Attempt
 from worker.jobs.result_fields import place
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.pacs.protocol import Found, Pacs
 
 LEVELS: tuple[Level, ...] = ("image", "series", "study")
@@ -75,7 +75,7 @@ class _Now:
         return "unknown" if server in self.silent or server not in names else "gone"
 
 
-def trace(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def trace(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Everything that is known of one UID.
 
     Raises
@@ -84,40 +84,40 @@ def trace(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
         Every server says that there is no such image, series or study, and the ledger never heard of it.
     """
     job = read_job(TraceJob, message)
-    with run.step("check"):
-        said = _ask(job.uid, tools)
-    with run.step("ledger"):
-        known = _known(job.uid, said, tools.ledger)
-        jobs = _jobs(known, tools.ledger)
+    with attempt.step("check"):
+        said = _ask(job.uid, services)
+    with attempt.step("ledger"):
+        uid_records = _uid_records(job.uid, said, services.ledger)
+        jobs = _jobs(uid_records, services.ledger)
     seen = [one for one in said if one.found]
-    if not seen and not any(_anything(one) for one in known.values()) and not any(one.error for one in said):
+    if not seen and not any(_anything(one) for one in uid_records.values()) and not any(one.error for one in said):
         sentence = "Neither a server nor the ledger knows of this UID."
-        raise NotFound(sentence, details={"uid": job.uid, "asked": tools.fleet.names})
+        raise NotFound(sentence, details={"uid": job.uid, "asked": services.fleet.names})
     now = _Now(said)
-    first = now.present[0] if now.present else _last_known(now, known)
+    first = now.present[0] if now.present else _last_known(now, uid_records)
     return TracePayload(
-        job_id=run.job_id,
+        job_id=attempt.job_id,
         uid=job.uid,
-        level=seen[0].found[0].level if seen else _level(known[job.uid]),
+        level=seen[0].found[0].level if seen else _level(uid_records[job.uid]),
         server_name=first,
-        server_type=tools.fleet[first].server.type if first else None,
+        server_type=services.fleet[first].server.type if first else None,
         viewer_url=place(seen[0].found[0], seen[0].pacs.server).viewer_url if seen else "",
-        why=_why(now, known, job.uid),
+        why=_why(now, uid_records, job.uid),
         present=now.present,
         servers=[_entry(one) for one in said],
-        claim=_claim(known.values()),
-        receipt=_receipt(known[job.uid], now),
-        pushes=[_push(push, now if of == job.uid else None) for of, one in known.items() for push in one.pushes],
-        held_by=known[job.uid].holder,
-        storing=known[job.uid].storing,
+        claim=_claim(uid_records.values()),
+        receipt=_receipt(uid_records[job.uid], now),
+        pushes=[_push(push, now if of == job.uid else None) for of, one in uid_records.items() for push in one.pushes],
+        held_by=uid_records[job.uid].holder,
+        storing=uid_records[job.uid].writers,
         jobs=jobs,
-        timeline=_events(known),
+        timeline=_events(uid_records),
     ).as_json()
 
 
-def _ask(uid: str, tools: Tools) -> list[Said]:
+def _ask(uid: str, services: Services) -> list[Said]:
     """Ask every server at every level, all at once. The first level at which it is found counts."""
-    fleet = tools.probes or tools.fleet
+    fleet = services.probes or services.fleet
     answers = iter(fleet.gather([partial(pacs.find, level, uid) for pacs in fleet for level in LEVELS]))
     said = []
     for pacs in fleet:
@@ -128,44 +128,44 @@ def _ask(uid: str, tools: Tools) -> list[Said]:
     return said
 
 
-def _known(uid: str, said: Sequence[Said], ledger: Ledger) -> dict[str, Known]:
+def _uid_records(uid: str, said: Sequence[Said], ledger: Ledger) -> dict[str, UidRecord]:
     """The ledger's knowledge of the UID itself and, if it is not a study's, of the study above it."""
-    known = {uid: ledger.known(uid)}
+    uid_records = {uid: ledger.uid_record(uid)}
     above = {one.found[0].study_instance_uid for one in said if one.found}
-    above |= {note.details["study_uid"] for note in known[uid].trail if note.details.get("study_uid")}
-    above |= {study for study in [known[uid].receipt.get("study_uid")] if study}
-    return known | {study: ledger.known(study) for study in sorted(above - {uid})}
+    above |= {event.details["study_uid"] for event in uid_records[uid].history if event.details.get("study_uid")}
+    above |= {study for study in [uid_records[uid].receipt.get("study_uid")] if study}
+    return uid_records | {study: ledger.uid_record(study) for study in sorted(above - {uid})}
 
 
-def _anything(known: Known) -> bool:
-    return bool(known.trail or known.holder or known.storing or known.claim or known.receipt or known.pushes)
+def _anything(record: UidRecord) -> bool:
+    return bool(record.history or record.holder or record.writers or record.claim or record.receipt or record.pushes)
 
 
-def _level(known: Known) -> Level | None:
+def _level(record: UidRecord) -> Level | None:
     """What the ledger makes of a UID that is on no server: images have receipts, studies have claims."""
-    if known.claim or known.storing or known.pushes:
+    if record.claim or record.writers or record.pushes:
         return "study"
-    return "image" if known.receipt or any(note.event == "routed" for note in known.trail) else None
+    return "image" if record.receipt or any(event.event == "routed" for event in record.history) else None
 
 
-def _last_known(now: _Now, known: Mapping[str, Known]) -> str | None:
+def _last_known(now: _Now, uid_records: Mapping[str, UidRecord]) -> str | None:
     """A server that did not answer, and that the ledger had it on, or its study claimed for, last."""
-    names = [one.receipt.get("server") for one in known.values() if not one.voided]
-    names += [one.claim.get("server") for one in known.values()]
+    names = [one.receipt.get("server") for one in uid_records.values() if not one.voided]
+    names += [one.claim.get("server") for one in uid_records.values()]
     return next((name for name in names if name in now.silent), None)
 
 
-def _why(now: _Now, known: Mapping[str, Known], uid: str) -> str:
+def _why(now: _Now, uid_records: Mapping[str, UidRecord], uid: str) -> str:
     """One sentence on where it is, and one on the last decision that says why."""
     if not now.present:
-        return _why_nowhere(now, known, uid)
-    first, own = now.present[0], known[uid]
+        return _why_nowhere(now, uid_records, uid)
+    first, own = now.present[0], uid_records[uid]
     if own.voided and own.receipt["server"] == first:
         return (
             f"It is on {first}. {_stored(own)}, and job {own.voided.job_id} {_VOIDED[own.voided.how]} at"
             f" {_time(own.voided.at_ms)}: what is there now was not removed, or has been stored since."
         )
-    return _why_there(first, known)
+    return _why_there(first, uid_records)
 
 
 _VOIDED = {
@@ -180,14 +180,16 @@ _REASONS = {
 }
 
 
-def _why_there(first: str, known: Mapping[str, Known]) -> str:
-    routed = [note for one in known.values() for note in one.trail if note.event == "routed"]
+def _why_there(first: str, uid_records: Mapping[str, UidRecord]) -> str:
+    routed = [event for one in uid_records.values() for event in one.history if event.event == "routed"]
     if routed and routed[-1].details.get("server") == first:
         reason = _REASONS.get(routed[-1].details.get("reason", ""), "of a decision")
         return f"It is on {first}. Job {routed[-1].job_id} was to push it there, because {reason}."
-    if first in {one.claim.get("server") for one in known.values()}:
+    if first in {one.claim.get("server") for one in uid_records.values()}:
         return f"It is on {first}, which its study is claimed for."
-    pushes = [push for one in known.values() for push in one.pushes if push.server == first and push.voided is None]
+    pushes = [
+        push for one in uid_records.values() for push in one.pushes if push.server == first and push.voided is None
+    ]
     if pushes:
         return f"It is on {first}. Job {pushes[-1].job_id} put images of the study there at {_time(pushes[-1].at_ms)}."
     return (
@@ -196,13 +198,13 @@ def _why_there(first: str, known: Mapping[str, Known]) -> str:
     )
 
 
-def _why_nowhere(now: _Now, known: Mapping[str, Known], uid: str) -> str:
+def _why_nowhere(now: _Now, uid_records: Mapping[str, UidRecord], uid: str) -> str:
     silent = f", and {' and '.join(now.silent)} did not answer" if now.silent else ""
-    return f"No server {'that answered ' if silent else ''}has it{silent}. {_last_word(known, uid)}"
+    return f"No server {'that answered ' if silent else ''}has it{silent}. {_last_word(uid_records, uid)}"
 
 
-def _last_word(known: Mapping[str, Known], uid: str) -> str:
-    own = known[uid]
+def _last_word(uid_records: Mapping[str, UidRecord], uid: str) -> str:
+    own = uid_records[uid]
     if own.voided:
         return f"{_stored(own)}, and job {own.voided.job_id} {_VOIDED[own.voided.how]} at {_time(own.voided.at_ms)}."
     if own.receipt:
@@ -210,7 +212,7 @@ def _last_word(known: Mapping[str, Known], uid: str) -> str:
         return f"The ledger's last word is {own.receipt['server']}: {_stored(own)}{since}."
     if own.pushes:
         return f"The ledger's last word is {own.pushes[-1].server}: {_pushed(own.pushes[-1])}."
-    claims = [one.claim["server"] for one in known.values() if one.claim.get("server")]
+    claims = [one.claim["server"] for one in uid_records.values() if one.claim.get("server")]
     return (
         f"The ledger's last word is {claims[0]}, which its study is claimed for."
         if claims
@@ -218,8 +220,8 @@ def _last_word(known: Mapping[str, Known], uid: str) -> str:
     )
 
 
-def _stored(known: Known) -> str:
-    receipt = known.receipt
+def _stored(record: UidRecord) -> str:
+    receipt = record.receipt
     return f"Job {receipt['job_id']} stored it on {receipt['server']} at {_time(receipt.get('stored_ms'))}"
 
 
@@ -241,8 +243,8 @@ def _entry(answer: Said) -> TraceEntry:
     return TraceEntry(server_name=server.name, server_type=server.type, status="found", level=first.level, **where)
 
 
-def _claim(known: Iterable[Known]) -> TraceClaim | None:
-    for one in known:
+def _claim(uid_records: Iterable[UidRecord]) -> TraceClaim | None:
+    for one in uid_records:
         if one.claim.get("server"):
             return TraceClaim(
                 server_name=one.claim["server"],
@@ -253,8 +255,8 @@ def _claim(known: Iterable[Known]) -> TraceClaim | None:
     return None
 
 
-def _receipt(known: Known, now: _Now) -> TraceReceipt | None:
-    receipt = known.receipt
+def _receipt(record: UidRecord, now: _Now) -> TraceReceipt | None:
+    receipt = record.receipt
     if not receipt:
         return None
     return TraceReceipt(
@@ -263,8 +265,8 @@ def _receipt(known: Known, now: _Now) -> TraceReceipt | None:
         stored_at=_time(receipt.get("stored_ms")),
         sha256=receipt["sha256"],
         size_bytes=int(receipt["size_bytes"]),
-        state=now.state(receipt["server"], known.voided),
-        **_voided(known.voided),
+        state=now.state(receipt["server"], record.voided),
+        **_voided(record.voided),
     )
 
 
@@ -286,25 +288,25 @@ def _voided(voided: Voided | None) -> dict[str, Any]:
     return {} if voided is None else {"voided_at": _time(voided.at_ms), "voided_by": voided.job_id}
 
 
-def _jobs(known: Mapping[str, Known], ledger: Ledger) -> list[TracedJob]:
+def _jobs(uid_records: Mapping[str, UidRecord], ledger: Ledger) -> list[TracedJob]:
     """The records of the jobs that had to do with it, as far as they are kept."""
     ids: dict[str, None] = {}
-    for one in known.values():
+    for one in uid_records.values():
         named = [one.claim.get("claimed_by"), one.claim.get("opened_by"), one.receipt.get("job_id"), one.holder]
-        ids |= dict.fromkeys(job_id for job_id in (*named, *one.storing) if job_id)
-        ids |= dict.fromkeys(note.job_id for note in one.trail)
+        ids |= dict.fromkeys(job_id for job_id in (*named, *one.writers) if job_id)
+        ids |= dict.fromkeys(event.job_id for event in one.history)
         ids |= dict.fromkeys(push.job_id for push in one.pushes)
         # Last, because the pieces of a batch, which may have deleted it, write into no trail.
         ids |= dict.fromkeys(voided.job_id for voided in (one.voided, *(push.voided for push in one.pushes)) if voided)
-    records = {job_id: ledger.look(job_id) for job_id in list(ids)[-MAX_JOBS:]}
-    return [_job(job_id, record, _asked_for(job_id, record, ledger)) for job_id, record in records.items() if record]
+    records = {job_id: ledger.read_record(job_id) for job_id in list(ids)[-MAX_JOBS:]}
+    return [_job(job_id, record, _requested_by(job_id, record, ledger)) for job_id, record in records.items() if record]
 
 
-def _asked_for(job_id: str, record: Mapping[str, str], ledger: Ledger) -> Mapping[str, str]:
+def _requested_by(job_id: str, record: Mapping[str, str], ledger: Ledger) -> Mapping[str, str]:
     """Who requested the job, and why; of a piece of a batch that is said of the job that began its pass."""
     piece = chunk_pass(job_id) if record.get("task") == CHUNK_TASK else None
     batch = Batches(ledger).get(piece[0]) if piece else None
-    return stated(ledger.look(batch.of(piece[1]).begun_by) if piece and batch else record)
+    return stated(ledger.read_record(batch.of(piece[1]).begun_by) if piece and batch else record)
 
 
 def _job(job_id: str, record: Mapping[str, str], asked_for: Mapping[str, str]) -> TracedJob:
@@ -322,28 +324,28 @@ def _job(job_id: str, record: Mapping[str, str], asked_for: Mapping[str, str]) -
     )
 
 
-def _events(known: Mapping[str, Known]) -> list[TraceEvent]:
+def _events(uid_records: Mapping[str, UidRecord]) -> list[TraceEvent]:
     """All notes in order of time; one that stands on several trails is told once."""
-    notes: dict[tuple[int, str, str, str], TraceEvent] = {}
-    for uid, one in known.items():
-        for note in one.trail:
+    events: dict[tuple[int, str, str, str], TraceEvent] = {}
+    for uid, one in uid_records.items():
+        for entry in one.history:
             event = TraceEvent(
-                at=_time(note.at_ms) or "",
+                at=_time(entry.at_ms) or "",
                 uid=uid,
-                event=note.event,
-                job_id=note.job_id,
-                text=told(note),
-                details=note.details,
+                event=entry.event,
+                job_id=entry.job_id,
+                text=sentence_of(entry),
+                details=entry.details,
             )
-            notes.setdefault((note.at_ms, note.job_id, note.event, event.text), event)
-    return [notes[key] for key in sorted(notes, key=lambda key: (key[0], ORDER.get(key[2], 0)))]
+            events.setdefault((entry.at_ms, entry.job_id, entry.event, event.text), event)
+    return [events[key] for key in sorted(events, key=lambda key: (key[0], ORDER.get(key[2], 0)))]
 
 
-def told(note: Note) -> str:
+def sentence_of(event: Event) -> str:
     """A note as one sentence, also where another version of the ledger wrote it and left something out."""
-    details = note.details
+    details = event.details
     server = details.get("server", "a server")
-    match note.event:
+    match event.event:
         case "claimed":
             return _claimed(server, details.get("void"))
         case "routed":
@@ -356,7 +358,7 @@ def told(note: Note) -> str:
         case "ended":
             return _ending(details)
         case _:
-            return _BY_HAND.get(note.event, note.event)
+            return _BY_HAND.get(event.event, event.event)
 
 
 def _claimed(server: str, void: str | None) -> str:

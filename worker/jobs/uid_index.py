@@ -15,7 +15,7 @@ _NOTE = (
 _SHARED = "servers & (servers - 1) != 0"
 
 
-class Sightings:
+class UidIndex:
     """UIDs, each with the servers it was seen on, in a private file of SQLite's that vanishes with it.
 
     ``names`` are at most 63 servers, in order of preference. `note` may be called from several threads.

@@ -26,30 +26,30 @@ from courier.messages import UploadJob, read_job
 from courier.redaction import about
 from courier.results import Dataset, Route, StudyAction, UploadPayload
 from worker.dicom.instances import Instance, identify
-from worker.jobs.attempt import NotYet, Run
+from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.knowledge import server_left
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
-    Wish,
+    PlacementOrder,
     already_exists,
     answered,
-    check_not_left_alone,
+    check_no_open_circuit,
+    image_exists_error,
     image_of,
-    judged_again,
     refusal,
+    reject_if_it_persists,
     settle,
     sole_target,
-    told_to_exist,
     uids_of,
     viewer_of,
 )
 from worker.jobs.receipts import Receipts
 from worker.jobs.result_fields import allowed
-from worker.jobs.routing import Answer, Decision, Exists, decide
+from worker.jobs.routing import Decision, Exists, Presence, decide
 from worker.jobs.same_bytes import Arrival, compare
-from worker.jobs.services import Tools
+from worker.jobs.services import Services
 from worker.jobs.streamed_instance import digest_of
 from worker.pacs.finding import find_known
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part
@@ -64,7 +64,7 @@ TURN_S = 0.5
 
 
 @dataclass(frozen=True)
-class Memo:
+class UploadCheckpoint:
     """What is being pushed where, and why; written to the ledger before the push, read by the next attempt.
 
     ``uncertain`` says that a push of ours may have arrived although nobody told us so; ``pendings`` counts the answers
@@ -100,8 +100,8 @@ class Memo:
         return (self.instance.sop_instance_uid, self.sha256) == (instance.sop_instance_uid, sha256)
 
     @classmethod
-    def from_json(cls, memo: Mapping[str, Any]) -> Memo:
-        known = dict(memo)
+    def from_json(cls, checkpoint: Mapping[str, Any]) -> UploadCheckpoint:
+        known = dict(checkpoint)
         known["instance"] = Instance(**known["instance"])
         known["route"] = Route(**known["route"])
         known["warnings"] = tuple(known["warnings"])
@@ -109,13 +109,13 @@ class Memo:
 
 
 @dataclass
-class _Seen:
-    """What the check found: an `Answer` per server, and the error of each server that gave none.
+class _CheckResult:
+    """What the check found: a `Presence` per server, and the error of each server that gave none.
 
     ``elsewhere``: the servers that have the image in another study alone, each with that study.
     """
 
-    answers: list[Answer]
+    answers: list[Presence]
     errors: dict[str, CourierError] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
 
@@ -125,11 +125,11 @@ class _Trip:
     """What all steps of one attempt share."""
 
     job: UploadJob
-    run: Run
-    tools: Tools
+    attempt: Attempt
+    services: Services
 
 
-def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:
+def upload(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Carry one image (design contract, section 6) and return the upload payload.
 
     Raises
@@ -137,80 +137,82 @@ def upload(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]
     CourierError
         Any code of the source, the file or the servers; `TryAgain` leaves everything ready for another attempt.
     """
-    trip = _Trip(read_job(UploadJob, message), run, tools)
-    memo = Memo.from_json(run.memo) if run.memo else None
-    if memo is not None:
-        about(study_uid=memo.instance.study_instance_uid, server_name=memo.server)
-        _check_still_known(memo, trip)
+    trip = _Trip(read_job(UploadJob, message), attempt, services)
+    checkpoint = UploadCheckpoint.from_json(attempt.checkpoint) if attempt.checkpoint else None
+    if checkpoint is not None:
+        about(study_uid=checkpoint.instance.study_instance_uid, server_name=checkpoint.server)
+        _check_still_known(checkpoint, trip)
     if trip.job.server is not None:
-        tools.fleet[trip.job.server]  # an unknown name is refused before anything is fetched
-    if run.cancelled and not (memo and (memo.may_arrive or memo.stored)):
+        services.fleet[trip.job.server]  # an unknown name is refused before anything is fetched
+    if attempt.cancelled and not (checkpoint and (checkpoint.may_arrive or checkpoint.stored)):
         raise Cancelled("The job was cancelled before anything was pushed.")
-    if memo is None or not _arrived(memo, trip):
-        memo = _bring_again(trip, memo) if memo and memo.may_arrive else _bring(trip, memo)
-    if not memo.stored:
-        memo = _receipt(trip, memo)
-    return _describe(trip, memo).as_json()
+    if checkpoint is None or not _arrived(checkpoint, trip):
+        checkpoint = (
+            _bring_again(trip, checkpoint) if checkpoint and checkpoint.may_arrive else _bring(trip, checkpoint)
+        )
+    if not checkpoint.stored:
+        checkpoint = _receipt(trip, checkpoint)
+    return _describe(trip, checkpoint).as_json()
 
 
-def _check_still_known(memo: Memo, trip: _Trip) -> None:
+def _check_still_known(checkpoint: UploadCheckpoint, trip: _Trip) -> None:
     """Of what may be on a server that has left the settings nothing can be said, and it is stored on no other."""
-    if memo.server in trip.tools.fleet.names or not (memo.may_arrive or memo.stored):
+    if checkpoint.server in trip.services.fleet.names or not (checkpoint.may_arrive or checkpoint.stored):
         return
-    if trip.run.cancelled and not memo.stored:
-        raise _uncertain(Cancelled("The job was cancelled."), memo)
-    done = "stored the image on" if memo.stored else "pushed the image, which may have arrived, to"
-    raise server_left(memo.server, done, details={**uids_of(memo.instance), "may_be_on": memo.server})
+    if trip.attempt.cancelled and not checkpoint.stored:
+        raise _uncertain(Cancelled("The job was cancelled."), checkpoint)
+    done = "stored the image on" if checkpoint.stored else "pushed the image, which may have arrived, to"
+    raise server_left(checkpoint.server, done, details={**uids_of(checkpoint.instance), "may_be_on": checkpoint.server})
 
 
-def _arrived(memo: Memo, trip: _Trip) -> bool:
+def _arrived(checkpoint: UploadCheckpoint, trip: _Trip) -> bool:
     """Whether an earlier attempt's push reached the server it was meant for.
 
     A dead letter has let go of its image: replayed, it holds it again first, or what is found may be another's.
     """
-    if not (memo.uncertain or memo.stored):
+    if not (checkpoint.uncertain or checkpoint.stored):
         return False
-    with trip.run.step("check"):
-        _wait_for_turn(memo.instance, trip.run)
+    with trip.attempt.step("check"):
+        _wait_for_turn(checkpoint.instance, trip.attempt)
         try:
-            images = find_known(trip.tools.fleet[memo.server], image_of(memo.instance))
-            there = _is_in(images, memo.instance.study_instance_uid)
+            images = find_known(trip.services.fleet[checkpoint.server], image_of(checkpoint.instance))
+            there = _is_in(images, checkpoint.instance.study_instance_uid)
         except CourierError as error:
-            if not memo.stored or _may_be_cured(error, trip.run):
+            if not checkpoint.stored or _may_be_cured(error, trip.attempt):
                 raise
             there = True
-        return there and _is_no_others(memo, _arrival(memo), trip)
+        return there and _is_no_others(checkpoint, _arrival(checkpoint), trip)
 
 
-def _is_no_others(memo: Memo, arrival: Arrival, trip: _Trip) -> bool:
+def _is_no_others(checkpoint: UploadCheckpoint, arrival: Arrival, trip: _Trip) -> bool:
     """True, unless another has stored the image since this job pushed it: then `ImageAlreadyExists`.
 
     Another job has left a receipt; another program, where the server keeps bytes, perhaps other bytes.
     """
-    receipt, tools = trip.run.ledger.receipt(memo.instance.sop_instance_uid), trip.tools
-    if receipt is not None and receipt.job_id != trip.run.job_id:
-        raise already_exists(memo.server, arrival, tools)
-    if not memo.stored:
-        _check_same(memo, arrival, tools)
+    receipt, services = trip.attempt.ledger.receipt(checkpoint.instance.sop_instance_uid), trip.services
+    if receipt is not None and receipt.job_id != trip.attempt.job_id:
+        raise already_exists(checkpoint.server, arrival, services)
+    if not checkpoint.stored:
+        _check_same(checkpoint, arrival, services)
     return True
 
 
-def _check_same(memo: Memo, arrival: Arrival, tools: Tools) -> None:
+def _check_same(checkpoint: UploadCheckpoint, arrival: Arrival, services: Services) -> None:
     """`ImageAlreadyExists`, if what is there can be seen to be another file than the one that this job pushed."""
-    found = compare(tools.fleet[memo.server], arrival, tools.fleet)
+    found = compare(services.fleet[checkpoint.server], arrival, services.fleet)
     if found.same is False:
-        raise told_to_exist(memo.server, arrival, found, tools)
+        raise image_exists_error(checkpoint.server, arrival, found, services)
 
 
-def _may_be_cured(error: CourierError, run: Run) -> bool:
+def _may_be_cured(error: CourierError, attempt: Attempt) -> bool:
     """Whether another attempt may do better. If not, what is stored is stored, and never said to have failed."""
-    return isinstance(error, TryAgain) and not error.is_lasting and not run.last
+    return isinstance(error, TryAgain) and not error.is_lasting and not attempt.last
 
 
-def _bring_again(trip: _Trip, earlier: Memo) -> Memo:
+def _bring_again(trip: _Trip, earlier: UploadCheckpoint) -> UploadCheckpoint:
     """`_bring`, when an image has not arrived that still may: a job that is refused then looks again, and says so."""
     try:
-        if trip.run.cancelled:
+        if trip.attempt.cancelled:
             raise Cancelled("The job was cancelled.")
         return _bring(trip, earlier)
     except Refused as refused:
@@ -221,65 +223,67 @@ def _bring_again(trip: _Trip, earlier: Memo) -> Memo:
         raise _uncertain(refused, earlier) from None
 
 
-def _uncertain(refused: Refused, memo: Memo) -> Refused:
+def _uncertain(refused: Refused, checkpoint: UploadCheckpoint) -> Refused:
     said = "The job was cancelled" if isinstance(refused, Cancelled) else refused.message.rstrip(".")
     return type(refused)(
-        f"{said}; an earlier push of the image to {memo.server} may still arrive, so look for it there.",
+        f"{said}; an earlier push of the image to {checkpoint.server} may still arrive, so look for it there.",
         server_name=refused.server_name,
         server_type=refused.server_type,
-        details={**uids_of(memo.instance), "may_be_on": memo.server, **refused.details},
+        details={**uids_of(checkpoint.instance), "may_be_on": checkpoint.server, **refused.details},
     )
 
 
-def _bring(trip: _Trip, earlier: Memo | None) -> Memo:
+def _bring(trip: _Trip, earlier: UploadCheckpoint | None) -> UploadCheckpoint:
     """Fetch, identify, check, route and push; the memo then says where the image is.
 
     What would be fetched in vain is not: while another job has the image, or a server is left alone.
     """
-    run, tools = trip.run, trip.tools
-    if run.wants:
-        with run.step("check"):
-            _take_turn(*run.wants, run=run)
+    attempt, services = trip.attempt, trip.services
+    if attempt.wants:
+        with attempt.step("check"):
+            _take_turn(*attempt.wants, attempt=attempt)
     _check_servers(trip, earlier)
-    with run.step("fetch"):
-        fetched = tools.sources.fetch(trip.job.image_url)
-    pushed: Memo | None = None
+    with attempt.step("fetch"):
+        fetched = services.sources.fetch(trip.job.image_url)
+    pushed: UploadCheckpoint | None = None
     try:
         with fetched:
             pushed = _place(trip, fetched, earlier)
     except SourceUnreachable as error:  # its file could not be closed
-        if pushed is None or _may_be_cured(error, run):
+        if pushed is None or _may_be_cured(error, attempt):
             raise
     return pushed
 
 
-def _place(trip: _Trip, fetched: Fetched, earlier: Memo | None) -> Memo:
+def _place(trip: _Trip, fetched: Fetched, earlier: UploadCheckpoint | None) -> UploadCheckpoint:
     """Identify, check, route and push what was fetched."""
-    run, tools = trip.run, trip.tools
-    with run.step("identify"):
+    attempt, services = trip.attempt, trip.services
+    with attempt.step("identify"):
         instance = identify(fetched.stream)
     about(study_uid=instance.study_instance_uid)
-    with run.step("check"):
-        _wait_for_turn(instance, run)
-        seen = _check(instance, tools, target=sole_target(trip.job.server, tools.fleet.names))
+    with attempt.step("check"):
+        _wait_for_turn(instance, attempt)
+        seen = _check(instance, services, target=sole_target(trip.job.server, services.fleet.names))
     if earlier is not None and not earlier.is_about(instance, fetched.sha256):
         earlier = None  # the source gives another file now: what an earlier attempt pushed proves nothing for it
-    with run.step("route"):
+    with attempt.step("route"):
         decision = decide(seen.answers)
-        memo = _memo(instance, fetched, earlier, tools)
+        checkpoint = _checkpoint(instance, fetched, earlier, services)
         there = decision.server if isinstance(decision, Exists) else ""
         if earlier is not None and there not in seen.elsewhere and _may_be_ours(earlier, there):
             _is_no_others(earlier, _arrival(earlier, fetched), trip)
             return earlier
-        memo = _route(trip, memo, fetched, decision, seen)
-    about(server_name=memo.server)
-    with run.step("push"):
-        return _push(trip, memo, fetched, resumed=_may_be_ours(earlier, memo.server))
+        checkpoint = _route(trip, checkpoint, fetched, decision, seen)
+    about(server_name=checkpoint.server)
+    with attempt.step("push"):
+        return _push(trip, checkpoint, fetched, resumed=_may_be_ours(earlier, checkpoint.server))
 
 
-def _memo(instance: Instance, fetched: Fetched, earlier: Memo | None, tools: Tools) -> Memo:
-    names = tools.fleet.names
-    return Memo(
+def _checkpoint(
+    instance: Instance, fetched: Fetched, earlier: UploadCheckpoint | None, services: Services
+) -> UploadCheckpoint:
+    names = services.fleet.names
+    return UploadCheckpoint(
         server=names[0],
         instance=instance,
         size_bytes=fetched.size_bytes,
@@ -295,45 +299,45 @@ def _memo(instance: Instance, fetched: Fetched, earlier: Memo | None, tools: Too
     )
 
 
-def _may_be_ours(earlier: Memo | None, server: str) -> bool:
+def _may_be_ours(earlier: UploadCheckpoint | None, server: str) -> bool:
     """Whether an image that is on ``server`` now may have come there by an earlier attempt at this very job."""
     return earlier is not None and earlier.uncertain and earlier.server == server
 
 
-def _check_servers(trip: _Trip, earlier: Memo | None) -> None:
+def _check_servers(trip: _Trip, earlier: UploadCheckpoint | None) -> None:
     """`PacsUnavailable`, if a server is left alone that has to say whether it has the image, or is to store it."""
-    names = trip.tools.fleet.names
+    names = trip.services.fleet.names
     target = trip.job.server or (earlier.server if earlier else None) or (names[0] if len(names) == 1 else None)
-    check_not_left_alone(trip.tools, names, changed=target if target in names else None)
+    check_no_open_circuit(trip.services, names, changed=target if target in names else None)
 
 
-def _wait_for_turn(instance: Instance, run: Run) -> None:
-    _take_turn(instance.sop_instance_uid, instance.study_instance_uid, instance.series_instance_uid, run=run)
+def _wait_for_turn(instance: Instance, attempt: Attempt) -> None:
+    _take_turn(instance.sop_instance_uid, instance.study_instance_uid, instance.series_instance_uid, attempt=attempt)
 
 
-def _take_turn(image: str, study: str, series: str, *, run: Run) -> None:
-    owner = run.ledger.hold_image(image, job_id=run.job_id, fence=run.fence, into=(study, series))
+def _take_turn(image: str, study: str, series: str, *, attempt: Attempt) -> None:
+    owner = attempt.ledger.lock_image(image, job_id=attempt.job_id, fence=attempt.fence, into=(study, series))
     if owner is not None:
         sentence = f"job {owner} is storing the same image, or deleting what it belongs to"
-        raise NotYet(sentence, delay_s=TURN_S, owner=owner)
+        raise Postpone(sentence, delay_s=TURN_S, owner=owner)
 
 
-def _check(instance: Instance, tools: Tools, *, target: str | None) -> _Seen:
+def _check(instance: Instance, services: Services, *, target: str | None) -> _CheckResult:
     """Ask every server for the image and for its study, all at the same time."""
     questions: list[Callable[[], list[Found]]] = []
-    for pacs in tools.fleet:
+    for pacs in services.fleet:
         questions.append(partial(find_known, pacs, image_of(instance)))
         questions.append(partial(pacs.find, "study", instance.study_instance_uid))
-    replies = iter(tools.fleet.gather(questions))
-    seen = _Seen([])
-    for name in tools.fleet.names:
+    replies = iter(services.fleet.gather(questions))
+    seen = _CheckResult([])
+    for name in services.fleet.names:
         image, study = (answered(name, next(replies), target=target) for _ in range(2))
         for reply in (image, study):
             if isinstance(reply, CourierError):
                 seen.errors.setdefault(name, reply)
         if not isinstance(image, CourierError) and image and not _is_in(image, instance.study_instance_uid):
             seen.elsewhere[name] = image[0].study_instance_uid
-        seen.answers.append(Answer(name, image=_yes(image), study=_yes(study)))
+        seen.answers.append(Presence(name, image=_yes(image), study=_yes(study)))
     return seen
 
 
@@ -345,17 +349,29 @@ def _yes(reply: list[Found] | CourierError) -> bool | None:
     return None if isinstance(reply, CourierError) else bool(reply)
 
 
-def _route(trip: _Trip, memo: Memo, fetched: Fetched, decision: Decision, seen: _Seen) -> Memo:
+def _route(
+    trip: _Trip, checkpoint: UploadCheckpoint, fetched: Fetched, decision: Decision, seen: _CheckResult
+) -> UploadCheckpoint:
     """Where the image goes; for a study that is nowhere, by the claim."""
-    wish = Wish(trip.run.job_id, trip.job.server)
-    arrival = replace(_arrival(memo, fetched), elsewhere=seen.elsewhere)
-    placed = settle(decision, arrival, wish, errors=seen.errors, tools=trip.tools)
-    return replace(memo, server=placed.server, route=placed.route, warnings=(*memo.warnings, *placed.warnings))
+    order = PlacementOrder(trip.attempt.job_id, trip.job.server)
+    arrival = replace(_arrival(checkpoint, fetched), elsewhere=seen.elsewhere)
+    placed = settle(decision, arrival, order, errors=seen.errors, services=trip.services)
+    return replace(
+        checkpoint, server=placed.server, route=placed.route, warnings=(*checkpoint.warnings, *placed.warnings)
+    )
 
 
-def _arrival(memo: Memo, fetched: Fetched | None = None) -> Arrival:
+def _arrival(checkpoint: UploadCheckpoint, fetched: Fetched | None = None) -> Arrival:
     bare, opened = (None, None) if fetched is None else (partial(_bare_digest, fetched), fetched.open)
-    return Arrival(memo.instance, memo.size_bytes, memo.sha256, memo.source, memo.zero_preamble, bare, open=opened)
+    return Arrival(
+        checkpoint.instance,
+        checkpoint.size_bytes,
+        checkpoint.sha256,
+        checkpoint.source,
+        checkpoint.zero_preamble,
+        bare,
+        open=opened,
+    )
 
 
 def _bare_digest(fetched: Fetched) -> str:
@@ -363,120 +379,126 @@ def _bare_digest(fetched: Fetched) -> str:
         return digest_of(iter(partial(file.read, CHUNK_BYTES), b""))
 
 
-def _push(trip: _Trip, memo: Memo, fetched: Fetched, *, resumed: bool) -> Memo:
+def _push(trip: _Trip, checkpoint: UploadCheckpoint, fetched: Fetched, *, resumed: bool) -> UploadCheckpoint:
     """Send the image to its server and judge the answer for this instance."""
-    tools = trip.tools
-    pacs = tools.fleet[memo.server]
-    hangs = Hangs(trip.run)
-    _check_hangs(hangs, pacs, memo, trip.run, resumed=resumed)
-    decision = {"server": memo.server, "study_uid": memo.instance.study_instance_uid, **memo.route.model_dump()}
-    trip.run.intend(replace(memo, uncertain=True).as_json(), decision=decision)
-    part = Part(memo.instance, fetched.open, fetched.size_bytes)
+    services = trip.services
+    pacs = services.fleet[checkpoint.server]
+    hangs = Hangs(trip.attempt)
+    _check_hangs(hangs, pacs, checkpoint, trip.attempt, resumed=resumed)
+    decision = {
+        "server": checkpoint.server,
+        "study_uid": checkpoint.instance.study_instance_uid,
+        **checkpoint.route.model_dump(),
+    }
+    trip.attempt.write_intent(replace(checkpoint, uncertain=True).as_json(), decision=decision)
+    part = Part(checkpoint.instance, fetched.open, fetched.size_bytes)
     try:
-        with hangs.sending(pacs, lambda: [memo.sha256]):
+        with hangs.sending(pacs, lambda: [checkpoint.sha256]):
             (outcome,) = pacs.store([part])
     except CourierError as error:
         if isinstance(error, NeedsPerson) or error.details.get("phase") in NOT_SENT:
-            trip.run.intend(replace(memo, uncertain=resumed).as_json())
+            trip.attempt.write_intent(replace(checkpoint, uncertain=resumed).as_json())
         raise
     if outcome.fate is Fate.PENDING:
-        _pending(replace(memo, uncertain=resumed), pacs, trip.run)
+        _pending(replace(checkpoint, uncertain=resumed), pacs, trip.attempt)
     if outcome.is_doubtful:
-        outcome = _doubtful(outcome, memo, pacs, trip.run)
-    return _judge(outcome, memo, _arrival(memo, fetched), resumed=resumed, tools=tools)
+        outcome = _doubtful(outcome, checkpoint, pacs, trip.attempt)
+    return _apply_outcome(outcome, checkpoint, _arrival(checkpoint, fetched), resumed=resumed, services=services)
 
 
-def _check_hangs(hangs: Hangs, pacs: Pacs, memo: Memo, run: Run, *, resumed: bool) -> None:
+def _check_hangs(hangs: Hangs, pacs: Pacs, checkpoint: UploadCheckpoint, attempt: Attempt, *, resumed: bool) -> None:
     """`Poisoned`, if the server has hung at the file so often that it is not sent again, until it is replayed."""
-    count = hangs.given_up(pacs, [memo.sha256], {memo.sha256: memo.hangs_seen}).get(memo.sha256)
+    count = hangs.given_up(pacs, [checkpoint.sha256], {checkpoint.sha256: checkpoint.hangs_seen}).get(checkpoint.sha256)
     if count is not None:
-        run.note(replace(memo, uncertain=resumed, hangs_seen=count).as_json())
-        raise poisoned(pacs, count, uids_of(memo.instance))
+        attempt.note(replace(checkpoint, uncertain=resumed, hangs_seen=count).as_json())
+        raise poisoned(pacs, count, uids_of(checkpoint.instance))
 
 
-def _judge(outcome: Outcome, memo: Memo, arrival: Arrival, *, resumed: bool, tools: Tools) -> Memo:
+def _apply_outcome(
+    outcome: Outcome, checkpoint: UploadCheckpoint, arrival: Arrival, *, resumed: bool, services: Services
+) -> UploadCheckpoint:
     match outcome.fate:
         case Fate.STORED:
-            return replace(memo, warnings=(*memo.warnings, *outcome.warnings))
+            return replace(checkpoint, warnings=(*checkpoint.warnings, *outcome.warnings))
         case Fate.ALREADY_THERE if resumed:
-            _check_same(memo, arrival, tools)
-            return memo
+            _check_same(checkpoint, arrival, services)
+            return checkpoint
         case Fate.ALREADY_THERE:
-            raise already_exists(memo.server, arrival, tools)
+            raise already_exists(checkpoint.server, arrival, services)
         case _:
-            pacs = tools.fleet[memo.server]
-            raise refusal(outcome, memo.instance, pacs, pending_wait_s=tools.settings.jobs.pending_wait_s)
+            pacs = services.fleet[checkpoint.server]
+            raise refusal(outcome, checkpoint.instance, pacs, pending_wait_s=services.settings.jobs.pending_wait_s)
 
 
-def _pending(memo: Memo, pacs: Pacs, run: Run) -> None:
+def _pending(checkpoint: UploadCheckpoint, pacs: Pacs, attempt: Attempt) -> None:
     """Count the answers "being stored"; when they do not end, clear what a broken store left behind."""
-    counted = replace(memo, pendings=memo.pendings + 1)
+    counted = replace(checkpoint, pendings=checkpoint.pendings + 1)
     if counted.pendings >= PENDINGS_BEFORE_REMOVAL:
-        Receipts.of(run).delete(pacs, image_of(memo.instance), permanent=True)
+        Receipts.of(attempt).delete(pacs, image_of(checkpoint.instance), permanent=True)
         counted = replace(counted, pendings=0)
-    run.intend(counted.as_json())
+    attempt.write_intent(counted.as_json())
 
 
-def _doubtful(outcome: Outcome, memo: Memo, pacs: Pacs, run: Run) -> Outcome:
+def _doubtful(outcome: Outcome, checkpoint: UploadCheckpoint, pacs: Pacs, attempt: Attempt) -> Outcome:
     """Count the failures at the image; when others are stored and it never is, the fault is its own."""
-    since_s = memo.faulty_since_s or run.ledger.clock_s()
-    counted = replace(memo, uncertain=True, faults=memo.faults + 1, faulty_since_s=since_s)
-    run.note(counted.as_json())
-    return judged_again(outcome, counted.faults, since_s, pacs, run.ledger)
+    since_s = checkpoint.faulty_since_s or attempt.ledger.clock_s()
+    counted = replace(checkpoint, uncertain=True, faults=checkpoint.faults + 1, faulty_since_s=since_s)
+    attempt.note(counted.as_json())
+    return reject_if_it_persists(outcome, counted.faults, since_s, pacs, attempt.ledger)
 
 
-def _receipt(trip: _Trip, memo: Memo) -> Memo:
+def _receipt(trip: _Trip, checkpoint: UploadCheckpoint) -> UploadCheckpoint:
     """Write down that the image is stored, and learn whether this job opened its study."""
-    run, instance = trip.run, memo.instance
-    receipt = Receipt(run.job_id, memo.server, memo.sha256, memo.size_bytes)
-    opened = run.ledger.stored(
+    attempt, instance = trip.attempt, checkpoint.instance
+    receipt = Receipt(attempt.job_id, checkpoint.server, checkpoint.sha256, checkpoint.size_bytes)
+    opened = attempt.ledger.stored(
         instance.sop_instance_uid,
         instance.study_instance_uid,
         receipt,
         series_instance_uid=instance.series_instance_uid,
     )
-    action: StudyAction = "created" if opened and not memo.route.study_on else "updated"
-    stored = replace(memo, stored=True, study_action=action)
-    run.note(stored.as_json())  # too late to be cancelled: it is stored
+    action: StudyAction = "created" if opened and not checkpoint.route.study_on else "updated"
+    stored = replace(checkpoint, stored=True, study_action=action)
+    attempt.note(stored.as_json())  # too late to be cancelled: it is stored
     return stored
 
 
-def _describe(trip: _Trip, memo: Memo) -> UploadPayload:
+def _describe(trip: _Trip, checkpoint: UploadCheckpoint) -> UploadPayload:
     """Read the metadata back from the server that now has the image, and put the payload together."""
-    run, tools = trip.run, trip.tools
-    pacs = tools.fleet[memo.server]
-    warnings = memo.warnings
-    with run.step("describe"):
+    attempt, services = trip.attempt, trip.services
+    pacs = services.fleet[checkpoint.server]
+    warnings = checkpoint.warnings
+    with attempt.step("describe"):
         try:
-            metadata = _metadata(pacs, memo.instance)
+            metadata = _metadata(pacs, checkpoint.instance)
         except CourierError as error:
-            if _may_be_cured(error, run):
+            if _may_be_cured(error, attempt):
                 raise
             metadata, warnings = {}, (*warnings, "metadata_unavailable")
         else:
             if metadata is None:
-                metadata, warnings = {}, (*warnings, _warning_of_unseen(trip, memo))
-    shown, reduced = _allowed(metadata, trip.job, tools)
-    instance = memo.instance
+                metadata, warnings = {}, (*warnings, _warning_of_unseen(trip, checkpoint))
+    shown, reduced = _allowed(metadata, trip.job, services)
+    instance = checkpoint.instance
     return UploadPayload(
-        job_id=run.job_id,
-        study_action=memo.study_action,
+        job_id=attempt.job_id,
+        study_action=checkpoint.study_action,
         server_name=pacs.server.name,
         server_type=pacs.server.type,
-        route=memo.route,
+        route=checkpoint.route,
         study_uid=instance.study_instance_uid,
         series_uid=instance.series_instance_uid,
         image_uid=instance.sop_instance_uid,
         sop_class_uid=instance.sop_class_uid,
         transfer_syntax_uid=instance.transfer_syntax_uid,
-        size_bytes=memo.size_bytes,
-        sha256=memo.sha256,
+        size_bytes=checkpoint.size_bytes,
+        sha256=checkpoint.sha256,
         warnings=[*warnings, *reduced],
         metadata=shown,
         viewer_url=viewer_of(pacs.server, instance),
-        source=memo.source,
-        timings_ms=run.timings_ms,
-        attempts=run.attempt,
+        source=checkpoint.source,
+        timings_ms=attempt.timings_ms,
+        attempts=attempt.number,
     )
 
 
@@ -486,7 +508,7 @@ def _metadata(pacs: Pacs, instance: Instance) -> Dataset | None:
     return datasets[0] if datasets else None
 
 
-def _warning_of_unseen(trip: _Trip, memo: Memo) -> str:
+def _warning_of_unseen(trip: _Trip, checkpoint: UploadCheckpoint) -> str:
     """What a result warns of whose image was answered as stored and is not shown.
 
     Raises
@@ -497,22 +519,22 @@ def _warning_of_unseen(trip: _Trip, memo: Memo) -> str:
         The server does not say why: it is looked for again. Where a server can hide images, or does not find it by its
         UID either, it never counts as stored.
     """
-    pacs, instance, run = trip.tools.fleet[memo.server], memo.instance, trip.run
+    pacs, instance, attempt = trip.services.fleet[checkpoint.server], checkpoint.instance, trip.attempt
     why = None if pacs.hiding is None else pacs.hiding.why_unseen(instance)
     if why is not None:
         study, series, image = instance.study_instance_uid, instance.series_instance_uid, instance.sop_instance_uid
-        run.ledger.void(memo.server, study, series, image, job_id=run.job_id)
-        raise refusal(why, instance, pacs, pending_wait_s=trip.tools.settings.jobs.pending_wait_s)
+        attempt.ledger.void(checkpoint.server, study, series, image, job_id=attempt.job_id)
+        raise refusal(why, instance, pacs, pending_wait_s=trip.services.settings.jobs.pending_wait_s)
     what, details = f"{pacs.server.name} accepted the image but does not show it", uids_of(instance)
     error = PacsMisanswered(
-        f"{what}; it is looked for again.", server_name=memo.server, server_type=pacs.server.type, details=details
+        f"{what}; it is looked for again.", server_name=checkpoint.server, server_type=pacs.server.type, details=details
     )
-    if pacs.hiding is not None or _may_be_cured(error, run):
+    if pacs.hiding is not None or _may_be_cured(error, attempt):
         raise error
     if _is_not_found(pacs, instance):
         advice = "nor does it find it. Look there for the reason, then replay the job."
         raise PacsMisanswered(
-            f"{what}, {advice}", server_name=memo.server, server_type=pacs.server.type, details=details
+            f"{what}, {advice}", server_name=checkpoint.server, server_type=pacs.server.type, details=details
         )
     return "metadata_unavailable"
 
@@ -525,9 +547,9 @@ def _is_not_found(pacs: Pacs, instance: Instance) -> bool:
         return False
 
 
-def _allowed(metadata: Dataset, job: UploadJob, tools: Tools) -> tuple[Dataset, list[str]]:
+def _allowed(metadata: Dataset, job: UploadJob, services: Services) -> tuple[Dataset, list[str]]:
     """As much metadata as the site allows in results, and warnings; a job may ask for less, never for more."""
     if job.metadata is False:
         return {}, []
-    (shown,), warnings = allowed([metadata], tools.settings.results, max_bytes=MAX_METADATA_BYTES)
+    (shown,), warnings = allowed([metadata], services.settings.results, max_bytes=MAX_METADATA_BYTES)
     return shown, warnings

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def measure(settings: TelemetrySettings, look: Callable[[], Outlook]) -> None:
+def measure(settings: TelemetrySettings, read_outlook: Callable[[], Outlook]) -> None:
     """Count what this process does and serve it at ``metrics_host:metrics_port``; nothing without a port.
 
     Raises
@@ -29,13 +29,13 @@ def measure(settings: TelemetrySettings, look: Callable[[], Outlook]) -> None:
     from worker.observability.metrics import LedgerCollector, Metrics  # noqa: PLC0415 (not where nobody measures)
 
     metrics = Metrics()
-    metrics.registry.register(LedgerCollector(look))
+    metrics.registry.register(LedgerCollector(read_outlook))
     try:
         metrics.serve(settings.metrics_host, settings.metrics_port)
     except OSError as error:
         where = f"{settings.metrics_host}:{settings.metrics_port}"
         raise SettingsError(f"telemetry.metrics_port: nobody can listen at {where} ({error.strerror})") from None
-    telemetry.watch(metrics)
+    telemetry.add_observer(metrics)
 
 
 def forget(settings: TelemetrySettings, pid: int) -> None:

@@ -1,6 +1,6 @@
 """How a line of the log looks: JSON for machines, text on a terminal; in both, all that is known of its job.
 
-What may be said of a job and of a URL is decided in ``logs.py``.
+What may be said of a job and of a URL is decided in ``courier/redaction.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 from pythonjsonlogger.json import JsonFormatter
 
-from courier.redaction import about_line, frames_of, shown_id, shown_text, without_queries
+from courier.redaction import about_line, frames_of, printable, shown_id, without_queries
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class TextLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         about = dict(record.about)  # type: ignore[attr-defined]  # the filter's
         record.job_id = shown_id(str(about.pop("job_id", "-")))
-        known = " ".join(f"{name}={shown_text(str(value))}" for name, value in about.items())
+        known = " ".join(f"{name}={printable(str(value))}" for name, value in about.items())
         record.more = f" [{known}]" if known else ""
         record.message = _in_one_record(without_queries(record.message))
         return super().formatMessage(record)
@@ -74,7 +74,7 @@ class TextLines(logging.Formatter):
 
 def _in_one_record(message: str) -> str:
     """``message`` so that no part of it looks like a record of its own, whatever control characters it quotes."""
-    return "\n    ".join(shown_text(line) for line in message.split("\n"))
+    return "\n    ".join(printable(line) for line in message.split("\n"))
 
 
 class JsonLines(JsonFormatter):

@@ -19,7 +19,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from courier.telemetry import CallSeen, Count, JobSeen, Seen, StepSeen
+from courier.telemetry import CallEvent, Count, JobEvent, StepEvent, TelemetryEvent
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ FRESH_S: Final = 2.0
 
 
 class Metrics:
-    """A `telemetry.Watcher` that counts. With ``PROMETHEUS_MULTIPROC_DIR`` the counts of all children add up."""
+    """A `telemetry.Observer` that counts. With ``PROMETHEUS_MULTIPROC_DIR`` the counts of all children add up."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -61,23 +61,23 @@ class Metrics:
         }
 
     @contextmanager
-    def watching(self, seen: Seen) -> Iterator[None]:
+    def observe(self, seen: TelemetryEvent) -> Iterator[None]:
         begun_s = time.perf_counter()
-        if isinstance(seen, JobSeen):
+        if isinstance(seen, JobEvent):
             self._running.inc()
         try:
             yield
         finally:
             self._ended(seen, time.perf_counter() - begun_s)
 
-    def _ended(self, seen: Seen, took_s: float) -> None:
+    def _ended(self, seen: TelemetryEvent, took_s: float) -> None:
         match seen:
-            case JobSeen():
+            case JobEvent():
                 self._running.dec()
                 self._jobs.labels(seen.task, seen.end, seen.code).inc()
-            case StepSeen():
+            case StepEvent():
                 self._steps.labels(seen.task, seen.name).observe(took_s)
-            case CallSeen():
+            case CallEvent():
                 server = (seen.server_name, seen.server_type)
                 self._calls.labels(*server, seen.method).inc()
                 self._latency.labels(*server).observe(took_s)
@@ -121,9 +121,9 @@ class Outlook:
 
 @dataclass(eq=False)  # the registry keeps it by its identity
 class LedgerCollector(Collector):
-    """Asks ``look`` at each scrape. Where it does not answer, ``pacs_ledger_up`` is 0 and the rest is left out."""
+    """Asks ``read_outlook`` at each scrape. Without an answer ``pacs_ledger_up`` is 0 and the rest is left out."""
 
-    look: Callable[[], Outlook]
+    read_outlook: Callable[[], Outlook]
     _last: tuple[float, Outlook | None] = (-FRESH_S, None)
     _lock: Any = field(default_factory=threading.Lock)
 
@@ -156,7 +156,7 @@ class LedgerCollector(Collector):
             asked_s, outlook = self._last
             if time.monotonic() - asked_s >= FRESH_S:
                 try:
-                    outlook = self.look()
+                    outlook = self.read_outlook()
                 except Exception as error:  # noqa: BLE001 - a scrape without the ledger still says the rest
                     log.warning("Ledger or broker could not be asked for metrics: %s", type(error).__name__)
                     outlook = None

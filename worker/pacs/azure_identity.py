@@ -19,7 +19,7 @@ from azure.identity import ManagedIdentityCredential
 
 from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
 from courier.settings import ServerSettings
-from worker.pacs.connections import causes, mistrust
+from worker.pacs.connections import causes, tls_error_reason
 from worker.pacs.tokens import REASONS, TOKEN_TIMEOUT_S, CachedToken, Clock, NoToken, Token, bounded_session
 
 #: As Azure documents them for its metadata service: time cures these, 404 and 410 while it is being updated.
@@ -83,7 +83,7 @@ def _unasked(error: Exception) -> tuple[type[CourierError], str]:
     if not isinstance(error, AzureError):
         return PacsUnauthorized, "was not asked: the environment's AZURE_ variables are incomplete or malformed"
     if any(isinstance(one, ssl.SSLError) for one in causes(error)):
-        return PacsUnavailable, f"did not answer: {mistrust(error)}"
+        return PacsUnavailable, f"did not answer: {tls_error_reason(error)}"
     return PacsUnavailable, "did not answer"
 
 

@@ -151,7 +151,7 @@ def authorities(server: ServerSettings) -> ssl.SSLContext:
     return context
 
 
-def mistrust(error: BaseException) -> str:
+def tls_error_reason(error: BaseException) -> str:
     """Why TLS failed, in words: what OpenSSL says of the certificate, if that was it."""
     for one in causes(error):
         if isinstance(one, ssl.SSLCertVerificationError):

@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from courier.errors import InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable, is_resting
+from courier.errors import InvalidRequest, PacsMisanswered, PacsUnauthorized, PacsUnavailable, waits_for_server
 from courier.filters import Filter
 from courier.messages import Level, check_uid
-from courier.redaction import shown_text
+from courier.redaction import printable
 from courier.results import Dataset
 from worker.dicom.fingerprints import Rewrites
 from worker.dicom.instances import Instance
@@ -34,14 +34,14 @@ from worker.pacs.protocol import (
     Hiding,
     Outcome,
     Part,
-    Passing,
     Retrieved,
     ServerState,
     StorageState,
+    StreamedInstance,
     StudyPage,
     View,
 )
-from worker.pacs.stow import Codes, Sent, failed_by_code, judge
+from worker.pacs.stow import Codes, Sent, failed_by_code, read_outcomes
 from worker.pacs.study_turns import StudyTurns
 from worker.pacs.transport import Answer, Request, Transport
 from worker.pacs.warning_text import warning_text
@@ -116,7 +116,7 @@ class Dcm4chee:
     rewrites = REWRITES
     #: HTTP_MAX_POST_SIZE of the image.
     request_bytes = 10_000_000_000
-    takes_passing = True
+    accepts_streams = True
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -166,7 +166,7 @@ class Dcm4chee:
         The first of a study goes alone. Oddity: "First images of a study wait for each other".
         """
         with self._turns.turn({part.instance.study_instance_uid for part in parts}):
-            outcomes = self._judged(parts, self._web.push(parts, expected=STORE_STATUSES))
+            outcomes = self._read_outcomes(parts, self._web.push(parts, expected=STORE_STATUSES))
             self._turns.begun(
                 [
                     part.instance.study_instance_uid
@@ -176,14 +176,14 @@ class Dcm4chee:
             )
         return outcomes
 
-    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
+    def store_stream(self, stream: Iterable[StreamedInstance]) -> list[Outcome]:
         """Without a turn: jobs pass images with their study locked, and one request at a time."""
-        return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
+        return self._read_outcomes(*self._web.push_stream(stream, expected=STORE_STATUSES))
 
-    def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
+    def _read_outcomes(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
         document = self._web.dataset(answer)
         failure_of = _Failures(document, answer.headers.get("Warning", "")).outcome
-        return judge(sent, document, codes=CODES, warnings_of=lambda _: (), failure_of=failure_of)
+        return read_outcomes(sent, document, codes=CODES, warnings_of=lambda _: (), failure_of=failure_of)
 
     def metadata(self, found: Found) -> list[Dataset]:
         return self._web.metadata(found)
@@ -243,11 +243,11 @@ class Dcm4chee:
         troubles += [why] if (why := self._why_not_to_be_used()) else []
         if not troubles and (fault := self._web.root_fault(hint="it ends with /aets/TITLE/rs")):
             troubles = [fault]
-        archive = next((one for one in self._told("/devices") or () if one.get("hasArcDevExt")), {})
+        archive = next((one for one in self._read_configuration("/devices") or () if one.get("hasArcDevExt")), {})
         version = archive.get("dicomSoftwareVersion")
         return ServerState(
-            product=shown_text(str(archive.get("dicomManufacturerModelName") or "dcm4chee-arc"), limit=64),
-            version=shown_text(str(version[0]), limit=64) if isinstance(version, list) and version else None,
+            product=printable(str(archive.get("dicomManufacturerModelName") or "dcm4chee-arc"), limit=64),
+            version=printable(str(version[0]), limit=64) if isinstance(version, list) and version else None,
             ready=status == "STARTED" and not troubles,
             note="; ".join([f"/ctrl/status says {status}", *troubles]),
         )
@@ -257,14 +257,14 @@ class Dcm4chee:
         title = self._transport.base_path.partition("/aets/")[2].partition("/")[0]
         if not title:
             return "its url names no application entity; it ends with /aets/TITLE/rs. Check the server's url"
-        entities = self._told("/aets")
+        entities = self._read_configuration("/aets")
         titles = [str(one.get("dicomAETitle")) for one in entities or ()]
         if entities is not None and title not in titles:
-            known = shown_text(", ".join(titles[:20]), limit=300)
+            known = printable(", ".join(titles[:20]), limit=300)
             return f"it has no application entity {title}; there are {known}. Check the server's url"
         if entities is not None and self.server.retrieve_aet and self.server.retrieve_aet not in titles:
             return f"it has no application entity {self.server.retrieve_aet}; check the server's retrieve_aet"
-        offered = self._told("/webapps") or []
+        offered = self._read_configuration("/webapps") or []
         if (classes := _service_classes(offered, title)) and "STOW_RS" not in classes:
             return f"its application entity {title} takes no images (it has no STOW_RS); check the server's url"
         other = self.server.retrieve_aet
@@ -274,12 +274,12 @@ class Dcm4chee:
             )
         return ""
 
-    def _told(self, path: str) -> list[dict[str, Any]] | None:
+    def _read_configuration(self, path: str) -> list[dict[str, Any]] | None:
         """A list out of the archive's configuration; None where it does not tell this account."""
         try:
             found = self._web.parse(self._transport.exchange(Request("GET", self._archive + path, _JSON)))
         except (PacsUnauthorized, PacsMisanswered) as error:
-            if is_resting(error):
+            if waits_for_server(error):
                 raise
             return None
         return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else None
@@ -453,7 +453,7 @@ def error_message(answer: Answer) -> str:
     match = _MESSAGE.search(body)
     if not isinstance(message, str):
         message = match[1] if match else f"status {answer.status}"
-    return shown_text(message, limit=300)
+    return printable(message, limit=300)
 
 
 def rejected_images(answer: Answer) -> int | None:

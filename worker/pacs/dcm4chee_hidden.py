@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, is_resting
+from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, waits_for_server
 from courier.results import Dataset
 from worker.dicom.instances import Instance
 from worker.pacs.dicomjson import items, text
@@ -122,12 +122,12 @@ class Dcm4cheeHidden:
 
 def _is_out_of_sight(error: CourierError) -> bool:
     if isinstance(error, PacsUnauthorized):
-        return not is_resting(error)
+        return not waits_for_server(error)
     return error.details.get("status") == 404
 
 
 @dataclass(frozen=True)
-class _Place:
+class _OtherPlace:
     """Another study or series than that of an image, which has it."""
 
     kind: str
@@ -138,12 +138,12 @@ class _Place:
         return {f"in_{self.kind}_uid": self.uid}
 
 
-def _other_place(instance: Instance, there: list[Found]) -> _Place | None:
+def _other_place(instance: Instance, there: list[Found]) -> _OtherPlace | None:
     """Where ``there`` is the image; None if it is in the study and series that it names itself."""
     if instance.study_instance_uid not in [one.study_instance_uid for one in there]:
-        return _Place("study", there[0].study_instance_uid)
+        return _OtherPlace("study", there[0].study_instance_uid)
     if instance.series_instance_uid not in [one.series_instance_uid for one in there]:
-        return _Place("series", str(there[0].series_instance_uid))
+        return _OtherPlace("series", str(there[0].series_instance_uid))
     return None
 
 

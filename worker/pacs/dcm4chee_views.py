@@ -11,7 +11,15 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from courier.errors import InvalidUid, MissingUid, NotDicom, NotFound, PacsMisanswered, PacsUnauthorized, is_resting
+from courier.errors import (
+    InvalidUid,
+    MissingUid,
+    NotDicom,
+    NotFound,
+    PacsMisanswered,
+    PacsUnauthorized,
+    waits_for_server,
+)
 from courier.results import Dataset
 from worker.dicom.fingerprints import Rewrites
 from worker.dicom.instances import Reading
@@ -97,7 +105,7 @@ class Dcm4cheeViews:
                 for series, uids in uids_of.items()
             )
         except (PacsUnauthorized, PacsMisanswered) as error:
-            if is_resting(error):
+            if waits_for_server(error):
                 raise
             return False
 

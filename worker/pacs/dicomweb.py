@@ -17,12 +17,12 @@ from urllib.parse import quote, urlencode
 
 from courier.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
 from courier.messages import Level, check_uid
-from courier.redaction import shown_text
+from courier.redaction import printable
 from courier.results import Dataset
 from worker.pacs.dicomjson import SERIES_INSTANCE_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, is_too_dense, text, values
 from worker.pacs.multipart import read_parts
-from worker.pacs.protocol import Found, Part, Passing, Retrieved
-from worker.pacs.stow import Once, PassingBody, StowBody
+from worker.pacs.protocol import Found, Part, Retrieved, StreamedInstance
+from worker.pacs.stow import Once, StowBody, StreamedBody
 from worker.pacs.transport import Answer, Request, Transport
 
 DICOM_JSON = {"Accept": "application/dicom+json"}
@@ -110,7 +110,7 @@ class DicomWeb:
             status = error.details.get("status")
             return _no_root(f"{self._base}/studies", f"it answered {status}" if status else "its answer is none", hint)
         if not is_labelled:
-            return _no_root(f"{self._base}/studies", f"its answer is labelled {shown_text(label, limit=64)}", hint)
+            return _no_root(f"{self._base}/studies", f"its answer is labelled {printable(label, limit=64)}", hint)
         return ""
 
     def instances(self, found: Found, *, page: int, order: Sequence[tuple[str, str]] = ()) -> Iterator[Found]:
@@ -170,10 +170,12 @@ class DicomWeb:
         headers = {"Content-Type": body.content_type, "Content-Length": str(body.content_length)}
         return self._post(body, headers, expected)
 
-    def push_passing(self, passing: Iterable[Passing], *, expected: Collection[int]) -> tuple[list[Passing], Answer]:
+    def push_stream(
+        self, stream: Iterable[StreamedInstance], *, expected: Collection[int]
+    ) -> tuple[list[StreamedInstance], Answer]:
         """Send instances to ``/studies`` while they arrive, chunked (RFC 9112 7.1); what was sent, and the answer."""
-        once = self.once(passing)
-        body = PassingBody(once)
+        once = self.once(stream)
+        body = StreamedBody(once)
         answer = self._post(body, {"Content-Type": body.content_type}, expected)
         return once.sent, answer
 
@@ -181,10 +183,10 @@ class DicomWeb:
         target = f"{self._base}/studies"
         return self.transport.exchange(Request("POST", target, {**DICOM_JSON, **headers}, body, expected=expected))
 
-    def once(self, passing: Iterable[Passing]) -> Once:
-        """``passing``, which nobody gets a second time: for a fresh token the images have to be brought again."""
+    def once(self, stream: Iterable[StreamedInstance]) -> Once:
+        """``stream``, which nobody gets a second time: for a fresh token the images have to be brought again."""
         sentence = f"{self._name} wanted a fresh token after the images had passed; they are brought again."
-        return Once(passing, again=lambda: self.transport.error(PacsUnavailable, sentence))
+        return Once(stream, again=lambda: self.transport.error(PacsUnavailable, sentence))
 
     def metadata(self, found: Found) -> list[Dataset]:
         target = f"{self._base}{path_of(found)}/metadata"

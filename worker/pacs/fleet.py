@@ -13,7 +13,7 @@ from worker.pacs.protection import protected
 from worker.pacs.protocol import Pacs
 from worker.runtime.shortage import start_threads
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 class Fleet:
@@ -56,13 +56,13 @@ class Fleet:
     def names(self) -> list[str]:
         return list(self._by_name)
 
-    def gather(self, questions: Sequence[Callable[[], Answer]]) -> list[Answer | CourierError]:
+    def gather(self, questions: Sequence[Callable[[], T]]) -> list[T | CourierError]:
         """Ask everything at the same time; an error of ours stands in the place of its answer."""
         futures = [self._ask(question) for question in questions[1:]]
         first = [_answer(question) for question in questions[:1]]
         return first + [future.result() for future in futures]
 
-    def in_order(self, questions: Sequence[Callable[[], Answer]]) -> Iterator[Answer | CourierError]:
+    def in_order(self, questions: Sequence[Callable[[], T]]) -> Iterator[T | CourierError]:
         """As `gather`, one answer after the other; whoever stops listening does not wait for the rest."""
         futures = [self._ask(question) for question in questions]
         try:
@@ -72,7 +72,7 @@ class Fleet:
             for future in futures:
                 future.cancel()
 
-    def _ask(self, question: Callable[[], Answer]) -> Future[Answer | CourierError]:
+    def _ask(self, question: Callable[[], T]) -> Future[T | CourierError]:
         """In the context of whoever asks: its lines in the log are those of the same job."""
         return self._pool.submit(copy_context().run, _answer, question)
 
@@ -80,7 +80,7 @@ class Fleet:
         self._pool.shutdown()
 
 
-def _answer(question: Callable[[], Answer]) -> Answer | CourierError:
+def _answer(question: Callable[[], T]) -> T | CourierError:
     try:
         return question()
     except CourierError as error:

@@ -21,14 +21,14 @@ from worker.pacs.protocol import (
     Found,
     Outcome,
     Part,
-    Passing,
     Retrieved,
     ServerState,
     StorageState,
+    StreamedInstance,
     StudyPage,
     View,
 )
-from worker.pacs.stow import Sent, judge, rejected_if_alone, unmentioned
+from worker.pacs.stow import Sent, read_outcomes, rejected_if_alone, unmentioned
 from worker.pacs.tolerant import PAGE, TolerantDicomWeb
 from worker.pacs.transport import Answer, Request, Transport
 
@@ -47,7 +47,7 @@ WARNINGS = {
 }
 
 
-class PlainDicomWeb:
+class GenericDicomWeb:
     #: Unknown, so never relied upon.
     keeps_bytes = False
     #: As unknown. Oddity: "What a plain DICOMweb server rewrites".
@@ -55,7 +55,7 @@ class PlainDicomWeb:
     request_bytes = None
     hiding = None
     #: As unknown: a proxy in front may want to know how much will come.
-    takes_passing = False
+    accepts_streams = False
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -69,15 +69,15 @@ class PlainDicomWeb:
         return self._web.present(study_instance_uid, sop_instance_uids, page=MAX_PAGE)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
-        return self._judged(parts, self._web.push(parts, expected=STORE_STATUSES))
+        return self._read_outcomes(parts, self._web.push(parts, expected=STORE_STATUSES))
 
-    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
-        return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
+    def store_stream(self, stream: Iterable[StreamedInstance]) -> list[Outcome]:
+        return self._read_outcomes(*self._web.push_stream(stream, expected=STORE_STATUSES))
 
-    def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
+    def _read_outcomes(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
         if answer.status == 204:
             return unmentioned(sent)
-        outcomes = judge(sent, self._web.dataset(answer), codes={}, warnings_of=warnings_of)
+        outcomes = read_outcomes(sent, self._web.dataset(answer), codes={}, warnings_of=warnings_of)
         return rejected_if_alone(outcomes, BAD_FILE) if answer.status == 400 else outcomes
 
     def metadata(self, found: Found) -> list[Dataset]:

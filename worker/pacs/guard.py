@@ -49,7 +49,7 @@ class _Probe:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _CircuitSnapshot:
     """A state, and when by this process's clock it was read."""
 
     state: BreakerState
@@ -87,7 +87,7 @@ class Call:
         breaker = self._breakers[-1] if changes and not _is_down(error) else self._breakers[0]
         probe = self._probes.pop(breaker, None)
         if not self._guard.failed(breaker, probe, error.retry_after_s).closed:
-            error.resting, error.is_attempt = breaker, probe is None
+            error.open_circuit, error.is_attempt = breaker, probe is None
 
     def unauthorized(self, error: PacsUnauthorized) -> None:
         """The server is well. The breaker of the credential opens at once if the credential as such is refused; a
@@ -100,7 +100,7 @@ class Call:
         self._guard.succeeded(server, self._probes.pop(server, None))
         probe = self._probes.pop(credential, None)
         if not self._guard.failed(credential, probe, at_once=True, reason=error.message).closed:
-            error.resting = credential
+            error.open_circuit = credential
 
     def slowed(self, server: ServerSettings, error: PacsUnavailable) -> None:
         """The server asks for fewer requests, which says neither that it is well nor that it is not."""
@@ -132,7 +132,7 @@ class Guard:
         self._slowed: frozenset[str] = frozenset()
         self._asked: dict[str, deque[float]] = {name: deque(maxlen=_REMEMBERED) for name in self._servers}
         self._names = [name for server in servers for name in breakers_of(server.name)]
-        self._seen: dict[str, _Seen] = {}
+        self._seen: dict[str, _CircuitSnapshot] = {}
         self._probes: dict[str, _Probe] = {}
         self._half_open = threading.Lock()
         self._starting = threading.Lock()
@@ -162,7 +162,7 @@ class Guard:
                 yield call
                 call.answered()
             except CourierError as error:
-                _judge(call, server, error)
+                _record_error(call, server, error)
                 raise
             finally:
                 call.over()
@@ -182,7 +182,7 @@ class Guard:
             if taken:
                 raise
             sentence = f"{server.name} has {limit} requests in flight and took no further one within {wait_s:g} s."
-            raise _resting(server, server.name, sentence) from None
+            raise _not_sent_error(server, server.name, sentence) from None
 
     # --- rates --------------------------------------------------------------------------------------------------
 
@@ -232,13 +232,13 @@ class Guard:
     def _refuse_if_open(self, server: ServerSettings, name: str) -> None:
         left_s = self._pause_left_s(name)
         if left_s is not None and left_s > 0:
-            raise at_rest(server, name, left_s, self._reason(name))
+            raise circuit_open_error(server, name, left_s, self._reason(name))
 
     def admit(self, server: ServerSettings, name: str) -> _Probe | None:
         """Let a call through: as the probe, if the breaker is half-open. The probe's own job waits for its verdict."""
         while (left_s := self._pause_left_s(name)) is not None:
             if left_s > 0:
-                raise at_rest(server, name, left_s, self._reason(name))
+                raise circuit_open_error(server, name, left_s, self._reason(name))
             with self._half_open:
                 under_way = self._probes.get(name)
                 if under_way is None:
@@ -250,10 +250,10 @@ class Guard:
                         log.info("Asking %s whether it is well again", name)
                         return probe
                     if not state.closed:
-                        raise at_rest(server, name, state.pause_left_s or 0, state.reason)
+                        raise circuit_open_error(server, name, state.pause_left_s or 0, state.reason)
                     continue
             if under_way.job is None or under_way.job != job_in_hand():
-                raise at_rest(server, name, 0, self._reason(name))
+                raise circuit_open_error(server, name, 0, self._reason(name))
             under_way.over.wait(server.connect_timeout_s + server.read_timeout_s)
         return None
 
@@ -308,7 +308,7 @@ class Guard:
         probe.over.set()
 
     def _see(self, name: str, state: BreakerState) -> None:
-        self._seen[name] = _Seen(state, self._clock())
+        self._seen[name] = _CircuitSnapshot(state, self._clock())
 
     def _pause_left_s(self, name: str) -> float | None:
         """None: closed, as far as is known here; 0: half-open."""
@@ -327,7 +327,9 @@ class Guard:
         """Start the thread that keeps the slots and looks round, if it does not run yet."""
         with self._starting:
             if self._thread is None:
-                thread = threading.Thread(target=_look_round, args=(weakref.ref(self),), name="guard", daemon=True)
+                thread = threading.Thread(
+                    target=_tend_while_alive, args=(weakref.ref(self),), name="guard", daemon=True
+                )
                 thread.start()
                 self._thread = thread
 
@@ -343,7 +345,7 @@ class Guard:
         for name, state in self._breakers.read(self._names).items():
             seen = self._seen.get(name)
             if seen is None or seen.at <= asked_at:
-                self._seen[name] = _Seen(state, asked_at)
+                self._seen[name] = _CircuitSnapshot(state, asked_at)
         if self._rates is not None:
             rates = self._rates.read(self._servers)
             self._slowed = frozenset(name for name, rate in rates.items() if rate.per_s is not None)
@@ -355,7 +357,7 @@ class Guard:
             self._breakers.renew(probe.breaker, probe.token, for_s=PROBE_S)
 
 
-def _look_round(guard: weakref.ref[Guard]) -> None:
+def _tend_while_alive(guard: weakref.ref[Guard]) -> None:
     """As long as somebody has the guard: without this thread its slots and breakers would stand still."""
     while True:
         time.sleep(BEAT_S)
@@ -369,17 +371,17 @@ def _look_round(guard: weakref.ref[Guard]) -> None:
         del there
 
 
-def _judge(call: Call, server: ServerSettings, error: CourierError) -> None:
+def _record_error(call: Call, server: ServerSettings, error: CourierError) -> None:
     """What an error says of the server. A broken answer says neither that it is well nor that it is not."""
     if error.server_name != server.name:
         return
     if isinstance(error, PacsUnavailable):
         if error.slow_down:
             call.slowed(server, error)
-        elif error.resting is None:
+        elif error.open_circuit is None:
             call.failed(error)
     elif isinstance(error, PacsUnauthorized):
-        if error.resting is None:
+        if error.open_circuit is None:
             call.unauthorized(error)
     elif not isinstance(error, TryAgain):
         call.answered()
@@ -391,7 +393,7 @@ def _is_down(error: PacsUnavailable) -> bool:
     return error.retry_after_s is not None or not answered
 
 
-def at_rest(
+def circuit_open_error(
     server: ServerSettings, breaker: str, left_s: float, reason: str = ""
 ) -> PacsUnavailable | PacsUnauthorized:
     """Why a call is not made: the breaker is open, or half-open while another job tests the server. ``reason`` is what
@@ -400,10 +402,10 @@ def at_rest(
     if breaker.endswith(CREDENTIAL):
         why = reason or "check its auth settings and the account's rights."
         refused = PacsUnauthorized(f"{circuit_open(breaker)}: {why}", details={"phase": "resting"}, **_named(server))
-        refused.resting = breaker
+        refused.open_circuit = breaker
         return refused
     then = "the server is tested again when its pause is over" if left_s > 0 else "another job is testing the server"
-    return _resting(server, breaker, f"{circuit_open(breaker)}; {then}.")
+    return _not_sent_error(server, breaker, f"{circuit_open(breaker)}; {then}.")
 
 
 def slowed(server: ServerSettings, rate: ServerRate) -> PacsUnavailable:
@@ -416,9 +418,9 @@ def slowed(server: ServerSettings, rate: ServerRate) -> PacsUnavailable:
     return error
 
 
-def _resting(server: ServerSettings, breaker: str, sentence: str) -> PacsUnavailable:
+def _not_sent_error(server: ServerSettings, breaker: str, sentence: str) -> PacsUnavailable:
     error = PacsUnavailable(sentence, details={"phase": "resting"}, **_named(server))
-    error.resting, error.is_attempt = breaker, False
+    error.open_circuit, error.is_attempt = breaker, False
     return error
 
 

@@ -36,14 +36,14 @@ from worker.pacs.protocol import (
     Found,
     Outcome,
     Part,
-    Passing,
     Retrieved,
     ServerState,
     StorageState,
+    StreamedInstance,
     StudyPage,
     View,
 )
-from worker.pacs.stow import Codes, Sent, failed_by_code, judge, unmentioned
+from worker.pacs.stow import Codes, Sent, failed_by_code, read_outcomes, unmentioned
 from worker.pacs.transport import Answer, Request, Transport
 
 #: 400 also means that the server cancelled the call, so time may cure it. Oddity: "A cancelled call is a 400".
@@ -80,7 +80,7 @@ class MsDicom:
     #: Of the server itself; Azure's service takes 4 GB by now.
     request_bytes = 2_147_483_647
     hiding = None
-    takes_passing = True
+    accepts_streams = True
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -94,15 +94,17 @@ class MsDicom:
         return self._web.present(study_instance_uid, sop_instance_uids, page=MAX_PAGE)
 
     def store(self, parts: Sequence[Part]) -> list[Outcome]:
-        return self._judged(parts, self._web.push(parts, expected=STORE_STATUSES))
+        return self._read_outcomes(parts, self._web.push(parts, expected=STORE_STATUSES))
 
-    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
-        return self._judged(*self._web.push_passing(passing, expected=STORE_STATUSES))
+    def store_stream(self, stream: Iterable[StreamedInstance]) -> list[Outcome]:
+        return self._read_outcomes(*self._web.push_stream(stream, expected=STORE_STATUSES))
 
-    def _judged(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
+    def _read_outcomes(self, sent: Sequence[Sent], answer: Answer) -> list[Outcome]:
         if answer.status == 204:
             return unmentioned(sent)
-        return judge(sent, self._web.dataset(answer), codes=CODES, warnings_of=warnings_of, failure_of=_failure_of)
+        return read_outcomes(
+            sent, self._web.dataset(answer), codes=CODES, warnings_of=warnings_of, failure_of=_failure_of
+        )
 
     def metadata(self, found: Found) -> list[Dataset]:
         return self._web.metadata(found)

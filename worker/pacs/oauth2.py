@@ -14,7 +14,7 @@ from requests_oauth2client.exceptions import EndpointError, InvalidTokenResponse
 
 from courier.errors import CourierError, PacsMisanswered, PacsUnauthorized, PacsUnavailable
 from courier.settings import ServerSettings
-from worker.pacs.connections import mistrust
+from worker.pacs.connections import tls_error_reason
 from worker.pacs.tokens import REASONS, TOKEN_TIMEOUT_S, CachedToken, Clock, NoToken, Token, bounded_session
 
 
@@ -55,7 +55,7 @@ class ClientCredentials(CachedToken):
 def _meaning(error: Exception) -> tuple[type[CourierError], str]:
     """Which of our errors a failed token request is, and what the endpoint did, in words."""
     if isinstance(error, requests.exceptions.SSLError):
-        return PacsUnavailable, f"did not answer: {mistrust(error)}"
+        return PacsUnavailable, f"did not answer: {tls_error_reason(error)}"
     if isinstance(error, requests.RequestException):
         return PacsUnavailable, "did not answer"
     status = getattr(getattr(error, "response", None), "status_code", 0)

@@ -26,16 +26,16 @@ from worker.pacs.protocol import (
     Found,
     Outcome,
     Part,
-    Passing,
     Retrieved,
     ServerState,
     StorageState,
+    StreamedInstance,
     StudyPage,
     View,
 )
 from worker.pacs.stow import Sent
 from worker.pacs.transport import Request, Transport
-from worker.pacs.zip_body import PassingZip, ZipBody
+from worker.pacs.zip_body import StreamedZip, ZipBody
 
 MAX_PAGE = 1000
 #: Orthanc's words for our levels, and the collections of its REST API.
@@ -80,7 +80,7 @@ class Orthanc:
     rewrites = Rewrites()
     request_bytes = None
     hiding = None
-    takes_passing = True
+    accepts_streams = True
 
     def __init__(self, transport: Transport) -> None:
         self.server = transport.server
@@ -95,7 +95,7 @@ class Orthanc:
         """
         check_uid(uid)
         question = {"Level": RESOURCES[level][0], "Query": {IDENTIFIERS[level]: uid}, "Expand": True}
-        matches = self._look_up(question)
+        matches = self._query_index(question)
         if not all(_tag(match, IDENTIFIERS[level]) == uid for match in matches):
             raise self._web.misanswered("matches that were not asked for")
         if level == "study":
@@ -109,7 +109,7 @@ class Orthanc:
         for first in range(0, len(wanted), LISTED):
             uids = [check_uid(uid) for uid in wanted[first : first + LISTED]]
             query = {"StudyInstanceUID": check_uid(study_instance_uid), "SOPInstanceUID": "\\".join(uids)}
-            matches = self._look_up({"Level": "Instance", "Query": query, "Expand": True})
+            matches = self._query_index({"Level": "Instance", "Query": query, "Expand": True})
             found = {_tag(match, "SOPInstanceUID") for match in matches}
             if not found <= set(uids):
                 raise self._web.misanswered("matches that were not asked for")
@@ -122,14 +122,14 @@ class Orthanc:
         Oddity: "Orthanc does not tell a duplicate". Oddity: "An archive is answered file by file, in order".
         """
         told = self._import(ZipBody(parts))
-        return _refused(parts) if told is None else self._judged(parts, told)
+        return _refused(parts) if told is None else self._read_outcomes(parts, told)
 
-    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
-        once = self._web.once(passing)
-        told = self._import(PassingZip(once))
-        return _refused(once.sent) if told is None else self._judged(once.sent, told)
+    def store_stream(self, stream: Iterable[StreamedInstance]) -> list[Outcome]:
+        once = self._web.once(stream)
+        told = self._import(StreamedZip(once))
+        return _refused(once.sent) if told is None else self._read_outcomes(once.sent, told)
 
-    def _import(self, archive: ZipBody | PassingZip) -> list[dict[str, Any]] | None:
+    def _import(self, archive: ZipBody | StreamedZip) -> list[dict[str, Any]] | None:
         """What Orthanc says of the files; None if it refuses the archive as a whole.
 
         Oddity: "One file can make Orthanc refuse an archive".
@@ -138,7 +138,7 @@ class Orthanc:
         answer = self._transport.exchange(request)
         return None if answer.status == 400 else self._objects(self._web.parse(answer))
 
-    def _judged(self, sent: Sequence[Sent], told: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    def _read_outcomes(self, sent: Sequence[Sent], told: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         """One outcome per image. Where files are left out, what the others are has to be asked by their keys."""
         uids = [one.instance.sop_instance_uid for one in sent]
         keys = [str(one.get("ID")) for one in told if one.get("Status") != "Failure"]
@@ -184,7 +184,7 @@ class Orthanc:
         for first in range(0, len(study_instance_uids), LISTED):
             uids = study_instance_uids[first : first + LISTED]
             query = {"StudyInstanceUID": "\\".join(uids)}
-            for match in self._objects(self._look_up({"Level": "Study", "Query": query, "Expand": True})):
+            for match in self._objects(self._query_index({"Level": "Study", "Query": query, "Expand": True})):
                 tags = {**_tags(match, "PatientMainDicomTags"), **_tags(match, "MainDicomTags")}
                 found[_tag(match, "StudyInstanceUID")] = tags
         return found
@@ -240,11 +240,11 @@ class Orthanc:
 
     def _keys(self, found: Found) -> list[str]:
         """Orthanc's own keys for ``found``, its parents included in the question."""
-        return [str(key) for key in self._look_up(_question(found.level, found))]
+        return [str(key) for key in self._query_index(_question(found.level, found))]
 
     def _series(self, above: Found) -> list[dict[str, Any]]:
         """What the index says of the series of ``above``, or of ``above`` itself."""
-        return self._objects(self._look_up({**_question("series", above), "Expand": True}))
+        return self._objects(self._query_index({**_question("series", above), "Expand": True}))
 
     def _images(self, above: Found, series: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What the index says of the images; by Orthanc's own key, that costs it a third of what a question does."""
@@ -264,7 +264,7 @@ class Orthanc:
             raise self._web.misanswered("something that is no list of objects")
         return found
 
-    def _look_up(self, question: Mapping[str, Any]) -> list[Any]:
+    def _query_index(self, question: Mapping[str, Any]) -> list[Any]:
         """What Orthanc's index knows: keys of Orthanc's own or, if ``Expand`` is asked for, what they stand for."""
         body = (json.dumps(question).encode(),)
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body[0]))}

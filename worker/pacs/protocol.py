@@ -49,7 +49,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Passing:
+class StreamedInstance:
     """One instance to push while it arrives from elsewhere. ``chunks`` come once, and nobody knows how many."""
 
     instance: Instance
@@ -225,15 +225,15 @@ class Pacs(Protocol):
         ...
 
     @property
-    def takes_passing(self) -> bool:
-        """Whether it is known to take a body whose length is not announced, as `store_passing` sends."""
+    def accepts_streams(self) -> bool:
+        """Whether it is known to take a body whose length is not announced, as `store_stream` sends."""
         ...
 
-    def store_passing(self, passing: Iterable[Passing]) -> list[Outcome]:
+    def store_stream(self, stream: Iterable[StreamedInstance]) -> list[Outcome]:
         """As `store`, in one request, for instances that arrive while they are sent: one outcome for each that came.
 
         Nothing can be sent a second time: where a fresh token would be needed, it raises `PacsUnavailable`. What
-        ``passing`` raises breaks the request off before its closing boundary, and is raised again.
+        ``stream`` raises breaks the request off before its closing boundary, and is raised again.
         """
         ...
 

@@ -9,7 +9,7 @@ from courier.settings import ServerSettings, ServerType
 from worker.pacs import msdicom
 from worker.pacs.credentials import credentials
 from worker.pacs.dcm4chee import Dcm4chee
-from worker.pacs.generic import PlainDicomWeb
+from worker.pacs.generic import GenericDicomWeb
 from worker.pacs.guard import Guard
 from worker.pacs.guarded import GuardedTransport
 from worker.pacs.orthanc import Orthanc
@@ -20,7 +20,7 @@ DIALECTS: Mapping[ServerType, Callable[[Transport], Pacs]] = {
     "msdicom": msdicom.MsDicom,
     "dcm4chee": Dcm4chee,
     "orthanc": Orthanc,
-    "dicomweb": PlainDicomWeb,
+    "dicomweb": GenericDicomWeb,
 }
 #: Where a dialect reads an HTTP status in its own way.
 STATUSES: Mapping[ServerType, Mapping[int, type[CourierError]]] = {"msdicom": msdicom.STATUSES}

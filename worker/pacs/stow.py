@@ -26,7 +26,7 @@ from worker.pacs.dicomjson import (
     number,
     text,
 )
-from worker.pacs.protocol import Fate, Outcome, Part, Passing
+from worker.pacs.protocol import Fate, Outcome, Part, StreamedInstance
 
 BLOCK_BYTES = 256 * 1024
 PREAMBLE = b"\0" * 128 + b"DICM"
@@ -36,7 +36,7 @@ Codes = Mapping[int, tuple[Fate, str]]
 
 
 class Sent(Protocol):
-    """What an answer is matched to: a `Part`, or a `Passing` that has passed."""
+    """What an answer is matched to: a `Part`, or a `StreamedInstance` that has passed."""
 
     @property
     def instance(self) -> Instance: ...
@@ -76,32 +76,32 @@ class Once:
     ``again`` makes the error for being asked for a second time.
     """
 
-    def __init__(self, passing: Iterable[Passing], *, again: Callable[[], CourierError]) -> None:
-        self.sent: list[Passing] = []
-        self._passing: Iterable[Passing] | None = passing
+    def __init__(self, stream: Iterable[StreamedInstance], *, again: Callable[[], CourierError]) -> None:
+        self.sent: list[StreamedInstance] = []
+        self._stream: Iterable[StreamedInstance] | None = stream
         self._again = again
 
-    def __iter__(self) -> Iterator[Passing]:
-        if self._passing is None:
+    def __iter__(self) -> Iterator[StreamedInstance]:
+        if self._stream is None:
             raise self._again()
-        passing, self._passing = self._passing, None
-        for one in passing:
+        stream, self._stream = self._stream, None
+        for one in stream:
             self.sent.append(one)
             yield one
 
 
-class PassingBody:
+class StreamedBody:
     """As `StowBody`, for instances that pass by once and whose lengths nobody knows."""
 
-    def __init__(self, passing: Once) -> None:
-        self._passing = passing
+    def __init__(self, stream: Once) -> None:
+        self._stream = stream
         self.content_type, self._opening, self._closing = _framing()
 
     def __iter__(self) -> Iterator[bytes]:
         return in_blocks(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
-        for one in self._passing:
+        for one in self._stream:
             yield self._opening + preamble_of(one)
             yield from one.chunks
             yield b"\r\n"
@@ -116,7 +116,7 @@ def _framing() -> tuple[str, bytes, bytes]:
     return content_type, opening, f"--{boundary}--\r\n".encode()
 
 
-def judge(
+def read_outcomes(
     parts: Sequence[Sent],
     answer: Dataset,
     *,
@@ -138,7 +138,7 @@ def judge(
     `UNMENTIONED`.
     """
     failure_of = failure_of or partial(failed_by_code, codes=codes)
-    stored, failed = _told(answer, Counter(part.instance.sop_instance_uid for part in parts))
+    stored, failed = _items_by_uid(answer, Counter(part.instance.sop_instance_uid for part in parts))
     outcomes: list[Outcome | None] = []
     for part in parts:
         uid = part.instance.sop_instance_uid
@@ -155,7 +155,9 @@ def judge(
     return _eliminate(parts, outcomes, nameless, failure_of)
 
 
-def _told(answer: Dataset, sent: Mapping[str, int]) -> tuple[dict[str, list[Dataset]], dict[str, list[Dataset]]]:
+def _items_by_uid(
+    answer: Dataset, sent: Mapping[str, int]
+) -> tuple[dict[str, list[Dataset]], dict[str, list[Dataset]]]:
     """The items of the stored and of the failed images by UID. Where they contradict each other, none counts as stored.
 
     ``sent``: how often each UID was sent.

@@ -48,7 +48,7 @@ _NO_KEYS = {"limit", "offset", "includefield"}
 
 
 @dataclass(frozen=True)
-class Reply:
+class SearchReply:
     """What a search was answered with.
 
     ``nothing``: the server found nothing, as the standard says it. ``unclear``: nothing was found, or the resource does
@@ -105,7 +105,7 @@ class TolerantDicomWeb(DicomWeb):
             self._check_nothing(reply)
         return []
 
-    def _find_by_path(self, uid: str, reply: Reply) -> list[Found]:
+    def _find_by_path(self, uid: str, reply: SearchReply) -> list[Found]:
         """Where the server ignores the UID in a query. That its path answers is shown by a study that is there."""
         other = text(reply.rows[0], STUDY_INSTANCE_UID)
         if not fits_path(other):
@@ -126,7 +126,7 @@ class TolerantDicomWeb(DicomWeb):
             raise self._needs_study(level, why)
         reply = self._ask_for(query.resource, [(query.keyword, uid)], tags, optional=True)
         hits = [ds for ds in reply.rows if text(ds, query.tag) == uid]
-        if hits and not Reply("rows", 200, hits).lacks(tags):
+        if hits and not SearchReply("rows", 200, hits).lacks(tags):
             self._finds.add(level)
             return list({path_of(found): found for found in (self._found(level, ds) for ds in hits)}.values())
         why = f"does not say to which study it belongs ({query.resource})" if hits else ""
@@ -136,7 +136,7 @@ class TolerantDicomWeb(DicomWeb):
             self._missing_since[level] = (time.monotonic(), why)
         raise self._needs_study(level, why or f"ignores {query.keyword} in a search of {query.resource}")
 
-    def _why_it_proves_nothing(self, level: Level, reply: Reply) -> str:
+    def _why_it_proves_nothing(self, level: Level, reply: SearchReply) -> str:
         """Why the object may still be there, though the root found none; "" if it is not there."""
         query = QUERIES[level]
         if reply.says == "nothing":
@@ -224,7 +224,7 @@ class TolerantDicomWeb(DicomWeb):
             self._check_nothing(reply)
         return not reply.rows and not self._some_studies()
 
-    def _check_nothing(self, reply: Reply) -> None:
+    def _check_nothing(self, reply: SearchReply) -> None:
         """An unclear answer to a search of ``/studies`` says that nothing was found, if other searches have rows.
 
         Raises
@@ -237,7 +237,7 @@ class TolerantDicomWeb(DicomWeb):
         elif reply.status != 200 or not self._knows_its_paths():
             raise self._nothing_or_wrong_url(reply.status)
 
-    def _check_way(self, reply: Reply, resource: str, keyword: str) -> None:
+    def _check_way(self, reply: SearchReply, resource: str, keyword: str) -> None:
         """It is the server's way to say so if it says the same of a UID that no object has; else it is in trouble."""
         way = (resource, reply.status)
         if way in self._ways:
@@ -340,7 +340,9 @@ class TolerantDicomWeb(DicomWeb):
             series = Found("series", study.study_instance_uid, text(ds, SERIES_INSTANCE_UID))
             yield from self._listed(self.nameable(series), page, cuts)
 
-    def _pages(self, path: str, first: Reply, tags: Sequence[str], page: int, cuts: list[str]) -> Iterator[Dataset]:
+    def _pages(
+        self, path: str, first: SearchReply, tags: Sequence[str], page: int, cuts: list[str]
+    ) -> Iterator[Dataset]:
         """The rows of a list, page by page, to an empty page or one that brings nothing new."""
         seen: set[str] = set()
         offset, reply = 0, first
@@ -358,7 +360,7 @@ class TolerantDicomWeb(DicomWeb):
 
     def _rest(self, found: Found, seen: set[str]) -> Iterator[Found]:
         """What a cut list has left out. A server that caps its pages and ignores the offset never lists all."""
-        if found.level == "study" and self._told_images(found) == len(seen):
+        if found.level == "study" and self._announced_images(found) == len(seen):
             return
         described = {text(ds, SOP_INSTANCE_UID): ds for ds in self._metadata(found).rows}
         if not seen <= described.keys():
@@ -368,7 +370,7 @@ class TolerantDicomWeb(DicomWeb):
             )
         yield from (self._image(found, ds) for uid, ds in described.items() if uid not in seen)
 
-    def _told_images(self, study: Found) -> int | None:
+    def _announced_images(self, study: Found) -> int | None:
         """How many images the server says that the study has."""
         uid, tag = study.study_instance_uid, NUMBER_OF_STUDY_RELATED_INSTANCES
         reply = self._ask("/studies", [("StudyInstanceUID", uid), ("includefield", tag)])
@@ -440,10 +442,10 @@ class TolerantDicomWeb(DicomWeb):
         rows = self._metadata(series).rows if found.level == "study" else []
         return rows or [ds for one in images for ds in self._metadata(one).rows]
 
-    def _metadata(self, found: Found) -> Reply:
+    def _metadata(self, found: Found) -> SearchReply:
         """Of several images, one object is no answer: which of them it describes is not said."""
         reply = self._exchange(f"{path_of(found)}/metadata", _OPTIONAL, is_long=found.level != "image")
-        return Reply("unclear", reply.status, []) if reply.is_one and found.level != "image" else reply
+        return SearchReply("unclear", reply.status, []) if reply.is_one and found.level != "image" else reply
 
     def _post(self, body: Iterable[bytes], headers: Mapping[str, str], expected: Collection[int]) -> Answer:
         """A server that takes no images will not take them later."""
@@ -458,7 +460,7 @@ class TolerantDicomWeb(DicomWeb):
 
     def _ask_for(
         self, path: str, parameters: Sequence[Parameter], tags: Sequence[str], *, optional: bool = False
-    ) -> Reply:
+    ) -> SearchReply:
         """As `_ask`. A server that leaves UIDs out is asked to include them (PS3.18 8.3.4.3)."""
         reply = self._ask(path, [*parameters, *_included(tags, self._form)], optional=optional)
         for form in range(self._form + 1, 3):
@@ -472,13 +474,13 @@ class TolerantDicomWeb(DicomWeb):
                 self._form, reply = form, again
         return reply
 
-    def _ask(self, path: str, parameters: Iterable[Parameter], *, optional: bool = False) -> Reply:
+    def _ask(self, path: str, parameters: Iterable[Parameter], *, optional: bool = False) -> SearchReply:
         asked = list(parameters)
         query = urlencode(asked, safe=RAW, quote_via=quote)
         is_long = any(name == "offset" for name, _ in asked)
         return self._exchange(f"{path}?{query}", _OPTIONAL if optional else _SEARCH, is_long=is_long)
 
-    def _exchange(self, target: str, expected: Collection[int], *, is_long: bool) -> Reply:
+    def _exchange(self, target: str, expected: Collection[int], *, is_long: bool) -> SearchReply:
         """``is_long``: the answer is worth compressing."""
         headers = DICOM_JSON_GZIP if is_long else DICOM_JSON
         request = Request("GET", self._base + target, headers, expected=expected)
@@ -492,22 +494,22 @@ class TolerantDicomWeb(DicomWeb):
             self._answered_at = time.monotonic()
         return reply
 
-    def _read(self, answer: Answer) -> Reply:
+    def _read(self, answer: Answer) -> SearchReply:
         status = answer.status
         if status == 204:
-            return Reply("nothing", status, [])
+            return SearchReply("nothing", status, [])
         if status not in _SEARCH:
-            return Reply("not_offered", status, [])
+            return SearchReply("not_offered", status, [])
         document = self._document(answer)
         if document == []:
-            return Reply("nothing", status, [])
+            return SearchReply("nothing", status, [])
         if status == 404 or document in (None, {}):
-            return Reply("unclear", status, [])
+            return SearchReply("unclear", status, [])
         if is_dataset(document):
-            return Reply("rows", status, [document], is_one=True)
+            return SearchReply("rows", status, [document], is_one=True)
         if not isinstance(document, list) or not all(isinstance(ds, dict) for ds in document):
             raise self.lasting("It sent JSON that is no list of datasets; check the server's url")
-        return Reply("rows", status, document)
+        return SearchReply("rows", status, document)
 
     def _document(self, answer: Answer) -> Any:
         """None where there is none; a 404 may bear any text."""

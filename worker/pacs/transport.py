@@ -25,8 +25,8 @@ from urllib3.response import BaseHTTPResponse
 
 from courier.errors import CourierError, PacsMisanswered, PacsRejected, PacsUnauthorized, PacsUnavailable, TryAgain
 from courier.settings import ServerSettings
-from courier.telemetry import CallSeen, carrier, watching
-from worker.pacs.connections import mistrust, pool, refused_certificate
+from courier.telemetry import CallEvent, carrier, observe
+from worker.pacs.connections import pool, refused_certificate, tls_error_reason
 from worker.pacs.server_rates import asks_to_slow_down
 from worker.runtime.urllib3_internals import Stale, extend
 
@@ -143,10 +143,10 @@ class Transport:
                 _discard(response)
 
     @contextmanager
-    def _watched(self, request: Request) -> Iterator[CallSeen]:
+    def _watched(self, request: Request) -> Iterator[CallEvent]:
         """Let whoever watches see this call; an error counts against this server only if it is of its making."""
-        seen = CallSeen(self.server.name, self.server.type, request.method)
-        with watching(seen):
+        seen = CallEvent(self.server.name, self.server.type, request.method)
+        with observe(seen):
             try:
                 yield seen
             except CourierError as error:
@@ -340,7 +340,7 @@ def _reason(error: wire.HTTPError, server: ServerSettings, read_timeout_s: float
         (wire.NewConnectionError, "connect", "no connection could be made"),
         (wire.ConnectTimeoutError, "connect", f"no connection within {server.connect_timeout_s:g} s"),
         (wire.EmptyPoolError, "connect", f"all {server.max_concurrency} connections to it are in use"),
-        (wire.SSLError, "answer", mistrust(error)),
+        (wire.SSLError, "answer", tls_error_reason(error)),
         (wire.ReadTimeoutError, "answer", f"no whole answer began within {read_timeout_s:g} s"),
     )
     for kind, phase, words in reasons:

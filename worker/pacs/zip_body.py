@@ -38,20 +38,20 @@ class ZipBody:
         return archive
 
 
-class PassingZip:
+class StreamedZip:
     """As `ZipBody`, for instances that pass by once and whose lengths nobody knows."""
 
     headers: Mapping[str, str] = {"Content-Type": CONTENT_TYPE}
 
-    def __init__(self, passing: Once) -> None:
-        self._passing = passing
+    def __init__(self, stream: Once) -> None:
+        self._stream = stream
 
     def __iter__(self) -> Iterator[bytes]:
         return in_blocks(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
         archive = ZipStream()
-        for number, one in enumerate(self._passing):
+        for number, one in enumerate(self._stream):
             archive.add(chain((preamble_of(one),), one.chunks), str(number))
             yield from archive.file()
         yield from archive.footer()

@@ -99,7 +99,7 @@ class LeavingThreads(thread.TaskPool):  # type: ignore[misc]  # celery is untype
         """Entered while the threads are started."""
         return contextlib.nullcontext()
 
-    def let_go(self) -> int:
+    def release_jobs(self) -> int:
         """Called in a cold shutdown, after the messages were given back: how many jobs are under way."""
         return 0
 
@@ -124,7 +124,7 @@ class LeavingThreads(thread.TaskPool):  # type: ignore[misc]  # celery is untype
 
     def on_terminate(self, *_: Any) -> None:
         """The messages are back in their queues by now. Without jobs under way the process ends by itself."""
-        if self.let_go():
+        if self.release_jobs():
             os._exit(EX_FAILURE)  # the interpreter would wait for the threads
 
 

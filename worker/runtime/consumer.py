@@ -155,13 +155,13 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
     count_return: ClassVar[Callable[[str], int]] = staticmethod(lambda _: 0)
     #: Makes a dead letter of a job (its id, task, message, and what is attached) that cannot be done; False if it has
     #: ended already.
-    bury: ClassVar[Callable[[str, str, Mapping[str, Any], Attachment, CourierError], bool]] = staticmethod(
+    dead_letter: ClassVar[Callable[[str, str, Mapping[str, Any], Attachment, CourierError], bool]] = staticmethod(
         lambda *_: True
     )
     #: Celery's; how a request is handed to the pool.
     on_task_request: Any
     #: Notes that the outcome of a job is where its client looks for it.
-    told: ClassVar[Callable[[str], None]] = staticmethod(lambda _: None)
+    published: ClassVar[Callable[[str], None]] = staticmethod(lambda _: None)
     #: Messages that came, whatever became of them, and turns of the loop: what a watchdog judges it by.
     taken = 0
     turns = 0
@@ -277,7 +277,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
             message.reject_log_error(log, self.connection_errors)
         signals.task_rejected.send(sender=self, message=message, exc=None)
         if name.can_be_told and not goes_on:
-            self._tell(str(name.job_id), refusal)
+            self._publish(str(name.job_id), refusal)
 
     def _follow_up(self, message: Any, name: Named, refusal: CourierError) -> bool:
         """Send what follows on the failure of a job that the ledger does not know; False: do it again later."""
@@ -304,10 +304,10 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         embedded = envelope.sound_follow_ups(arguments[2]) if len(arguments) == 3 else {}
         return follow_ups.attachment(embedded, envelope.sound_place(headers))
 
-    def _tell(self, job_id: str, error: CourierError) -> None:
+    def _publish(self, job_id: str, error: CourierError) -> None:
         try:
             self.app.backend.store_result(job_id, error, "FAILURE")
-            type(self).told(job_id)
+            type(self).published(job_id)
         except (BackendError, redis.RedisError) as away:
             log.warning("Nobody could be told: %s", type(away).__name__)
         if self.event_dispatcher:
@@ -337,7 +337,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         times = self.returns.given_back(lambda: self._count(named(message)))
         self.end_after_a_few(why)
         if times >= shortage.MAX_RETURNS:
-            self._bury(message, why)
+            self._dead_letter(message, why)
         elif not message.acknowledged:
             message.reject_log_error(log, self.connection_errors, requeue=True)
             time.sleep(shortage.PAUSE_S)
@@ -361,21 +361,21 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         except redis.RedisError:
             return 0
 
-    def _bury(self, message: Any, why: str) -> None:
+    def _dead_letter(self, message: Any, why: str) -> None:
         """A job that the ledger has brought to its end meanwhile stays as it ended."""
         name, fault = named(message), shortage.dead_letter(why)
         try:
             arguments = message.payload[1] if "task" in message.headers else message.payload.get("kwargs", {})
             job = arguments.get("job")
             job = job if isinstance(job, Mapping) else {}
-            died = type(self).bury(str(name.job_id), str(name.task), job, self._attached(message), fault)
+            died = type(self).dead_letter(str(name.job_id), str(name.task), job, self._attached(message), fault)
         except Exception as failed:  # noqa: BLE001 - what made it come back may keep it from being read
             log.error("A dead letter could not be written into the ledger: %s", type(failed).__name__)
             died = True
         message.reject_log_error(log, self.connection_errors)
         if died:
             log.error("Dead letter: %s (%s)", fault.message, _shown(message))
-            self._tell(str(name.job_id), fault)
+            self._publish(str(name.job_id), fault)
 
 
 def _shown(message: Any) -> str:
@@ -398,7 +398,7 @@ class Turns(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
         parent.turns += 1
 
 
-def look(worker: Any) -> Signs:
+def read_signs(worker: Any) -> Signs:
     """What Celery's ``worker`` (its controller) shows of its progress; the broker is asked anew each time."""
     consumer = worker.consumer
     slots, busy = celery_internals.slots(worker)

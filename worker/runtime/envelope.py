@@ -81,7 +81,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", arbitrary_types_allowed=True)
 
 
-class Place(_Strict):
+class CanvasPlace(_Strict):
     """Where a job stands in a canvas."""
 
     root_id: Text | None = None
@@ -91,7 +91,7 @@ class Place(_Strict):
     ignore_result: bool | None = None
 
 
-class Headers(Place):  # type: ignore[no-redef]  # pydantic's plugin has a parameter `kwargs` of its own
+class Headers(CanvasPlace):  # type: ignore[no-redef]  # pydantic's plugin has a parameter `kwargs` of its own
     """What Celery reads of a message's headers; in its first protocol, of the body. Others may stand beside these."""
 
     task: Annotated[Text, Field(min_length=1)]
@@ -329,7 +329,7 @@ def sound_follow_ups(embed: object) -> dict[str, Any]:
 
 def sound_place(headers: Mapping[str, Any]) -> dict[str, Any]:
     """Where a refused message says that its job stands in a canvas."""
-    return _sound(Place, headers)
+    return _sound(CanvasPlace, headers)
 
 
 def _sound(kind: type[_Kind], values: object) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from kombu.exceptions import EncodeError
 
 from courier.errors import CourierError, InvalidRequest
 from courier.ledger.jobs import Attachment, PendingFollowUps
-from courier.redaction import shown_job
+from courier.redaction import redact_job
 from worker.runtime.celery_internals import fail_chain, is_chord_in_doubt
 from worker.runtime.shortage import is_shortage
 
@@ -82,7 +82,7 @@ def _named(value: Any) -> Any:
     if kind is None:
         options.setdefault("argsrepr", "(...)")
         options.setdefault(
-            "kwargsrepr", shown_job(kwargs.get("job")) if str(value["task"]).startswith("pacs.") else "{...}"
+            "kwargsrepr", redact_job(kwargs.get("job")) if str(value["task"]).startswith("pacs.") else "{...}"
         )
     else:
         kwargs |= {name: _named(kwargs[name]) for name in _MEMBERS if name in kwargs}

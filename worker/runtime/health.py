@@ -20,9 +20,9 @@ PATIENCE_S = 45.0
 def verdict(path: Path, *, now_s: float) -> tuple[bool, str]:
     """Whether the worker that writes ``path`` is well, and in words."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        age_s, every_s = now_s - float(told["at"]), float(told["every_s"])
-        ok, complaint = bool(told["ok"]), str(told["complaint"])
+        report = json.loads(path.read_text(encoding="utf-8"))
+        age_s, every_s = now_s - float(report["at"]), float(report["every_s"])
+        ok, complaint = bool(report["ok"]), str(report["complaint"])
     except FileNotFoundError:
         return False, f"No worker has written {path} yet."
     except (OSError, ValueError, LookupError, TypeError):

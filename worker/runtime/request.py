@@ -11,7 +11,7 @@ from celery.exceptions import Ignore, Reject, Retry, Terminated, TimeLimitExceed
 from celery.worker import state
 from celery.worker.request import Request
 
-from courier.redaction import shown_job
+from courier.redaction import redact_job
 from worker.runtime import consumer, revokes, shortage
 
 #: What a task ignores its message for that has to come again, before anything of the job was begun.
@@ -34,7 +34,7 @@ class ShownRequest(Request):  # type: ignore[misc]  # celery is untyped
     @property
     def kwargsrepr(self) -> str:
         kwargs = self.kwargs
-        return shown_job(kwargs.get("job") if isinstance(kwargs, dict) else None)
+        return redact_job(kwargs.get("job") if isinstance(kwargs, dict) else None)
 
     def info(self, safe: bool = False) -> dict[str, Any]:  # noqa: ARG002 - Celery's signature
         """What `inspect` and Flower's page of a worker say of a message: never its bare arguments."""

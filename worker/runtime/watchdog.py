@@ -73,7 +73,7 @@ class Progress:
     _since: dict[str, float] = field(default_factory=dict)
     _before: tuple[float, Signs] | None = None
 
-    def look(self, signs: Signs, *, now_s: float) -> Complaint | None:
+    def find_complaint(self, signs: Signs, *, now_s: float) -> Complaint | None:
         """The complaint that has lasted longest, measured by its own limit; None if all is well or nobody can tell."""
         excused = signs.stopping or signs.waiting is None
         before, self._before = self._before, None if excused else (now_s, signs)
@@ -114,7 +114,7 @@ def times_woken() -> int | None:
 
 
 @dataclass(frozen=True)
-class Told:
+class HealthReport:
     """What a look is worth telling others: a file for `worker.runtime.health`, the ledger for ``pacs doctor``."""
 
     ok: bool
@@ -124,20 +124,20 @@ class Told:
     stopped_queues: tuple[str, ...] = ()
 
     def as_json(self) -> str:
-        told = {"ok": self.ok, "complaint": self.complaint, "every_s": self.every_s, "at": time.time()}
-        return json.dumps({**told, "stopped_queues": self.stopped_queues})
+        report = {"ok": self.ok, "complaint": self.complaint, "every_s": self.every_s, "at": time.time()}
+        return json.dumps({**report, "stopped_queues": self.stopped_queues})
 
 
 class Watchdog:
-    """The thread. ``look`` gives the signs, ``tell`` gets every judgement, ``end`` is how the process ends."""
+    """The thread. ``read_signs`` gives the signs, ``tell`` gets every judgement, ``end`` is how the process ends."""
 
     def __init__(
         self,
-        look: Callable[[], Signs],
+        read_signs: Callable[[], Signs],
         *,
         watchdog_s: float,
         hung_s: float,
-        tell: Callable[[Told], None],
+        publish: Callable[[HealthReport], None],
         end: Callable[[], None],
     ) -> None:
         limit_s = watchdog_s or UNWELL_S
@@ -145,7 +145,7 @@ class Watchdog:
         self._deadly = watchdog_s > 0
         self._limit_s = limit_s
         self._progress = Progress(limit_s, hung_s, gap_s=self.every_s + max(limit_s / 2, 5.0))
-        self._look, self._tell, self._end = look, tell, end
+        self._read_signs, self._publish, self._end = read_signs, publish, end
 
     def start(self) -> None:
         threading.Thread(target=self._loop, name="watchdog", daemon=True).start()
@@ -162,8 +162,8 @@ class Watchdog:
         if self._deadly:  # where a library keeps all of Python from running, this thread too, C ends the process
             with contextlib.suppress(RuntimeError):  # that takes a thread, of which the system may have no more
                 faulthandler.dump_traceback_later(2 * self._limit_s + 60, exit=True, file=2)
-        complaint = self._progress.look(self._look(), now_s=time.monotonic())
-        self._tell(Told(not (complaint and complaint.fatal), str(complaint or ""), self.every_s))
+        complaint = self._progress.find_complaint(self._read_signs(), now_s=time.monotonic())
+        self._publish(HealthReport(not (complaint and complaint.fatal), str(complaint or ""), self.every_s))
         if complaint and complaint.fatal and self._deadly:
             log.critical(
                 "This worker is stuck: %s (at %s). It ends itself with exit status %d, to be started again; "
@@ -181,9 +181,9 @@ def _where() -> str:
     return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-3:])) or "no frame"
 
 
-def write(path: Path, told: Told) -> None:
+def write(path: Path, report: HealthReport) -> None:
     """Lay the judgement down at ``path``, whole or not at all."""
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(number, "w", encoding="utf-8") as out:
-        out.write(told.as_json())
+        out.write(report.as_json())
     os.replace(name, path)

@@ -32,11 +32,11 @@ from worker.storage.study_marks import (
     CHUNK_BYTES,
     MANIFEST,
     PROBE,
-    Mark,
+    StudyFingerprint,
     blocks_of,
+    occupied,
     refusal,
     retried_if_taken,
-    something_else,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class _Container:
         with self._credential.asking(shown, self.name) as asking, _translated(shown):
             yield asking
 
-    def _look(self, name: str) -> None:
+    def _read_properties(self, name: str) -> None:
         """With the credential as it is then, which may be another one."""
         with _translated(self.shown(name)):
             self._account.service().get_blob_client(self.name, name).get_blob_properties()
@@ -152,7 +152,7 @@ class _Container:
                 if code_of(error) == "ContainerNotFound" or not is_azure(getattr(error.response, "headers", {})):
                     raise
                 metadata = None
-            asking.accepted(partial(self._look, name))
+            asking.accepted(partial(self._read_properties, name))
         return metadata
 
     def etags(self, prefix: str) -> Iterator[tuple[str, str]]:
@@ -218,7 +218,7 @@ class _Container:
                 asking.accepted()
                 size_bytes += len(block)
             if not all(_OUR_BLOCK(staged.id) for staged in blob.get_block_list("uncommitted")[1]):
-                raise something_else(self.shown(name))
+                raise occupied(self.shown(name))
             blob.commit_block_list(
                 blocks,
                 content_settings=ContentSettings(content_type=content_type),
@@ -236,20 +236,22 @@ class AzureArchive:
         self._container = container
         self._name = name
 
-    def look(self) -> Mark | None:
+    def read_fingerprint(self) -> StudyFingerprint | None:
         metadata = self._container.head(self._name)
         if metadata is None:
             return None
         try:
-            return Mark(metadata["pacs_study"], int(metadata["pacs_images"]), metadata["pacs_images_sha256"])
+            return StudyFingerprint(
+                metadata["pacs_study"], int(metadata["pacs_images"]), metadata["pacs_images_sha256"]
+            )
         except (KeyError, ValueError):
-            raise something_else(self.shown) from None
+            raise occupied(self.shown) from None
 
-    def write(self, chunks: Iterator[bytes], mark: Mark) -> int:
+    def write(self, chunks: Iterator[bytes], fingerprint: StudyFingerprint) -> int:
         metadata = {
-            "pacs_study": mark.study_uid,
-            "pacs_images": str(mark.images),
-            "pacs_images_sha256": mark.images_sha256,
+            "pacs_study": fingerprint.study_uid,
+            "pacs_images": str(fingerprint.images),
+            "pacs_images_sha256": fingerprint.images_sha256,
         }
         return self._container.write(self._name, chunks, content_type="application/zip", metadata=metadata)
 
@@ -268,13 +270,13 @@ class AzureFiles:
         self._prefix = prefix
         self._etags: dict[str, str] = {}
 
-    def look(self) -> Mark | None:
+    def read_fingerprint(self) -> StudyFingerprint | None:
         if self._container.head(self._prefix + MANIFEST) is None:
             return None
-        mark = Mark.of_manifest(b"".join(self._container.read(self._prefix + MANIFEST)))
-        if mark is None:
-            raise something_else(self.shown)
-        return mark
+        fingerprint = StudyFingerprint.of_manifest(b"".join(self._container.read(self._prefix + MANIFEST)))
+        if fingerprint is None:
+            raise occupied(self.shown)
+        return fingerprint
 
     def names(self) -> set[str]:
         self._etags = {name.removeprefix(self._prefix): etag for name, etag in self._container.etags(self._prefix)}
@@ -303,7 +305,7 @@ def _translated(shown: str) -> Iterator[None]:
     except SettingsError as error:
         raise _without_credential(shown, error) from error
     except azure.HttpResponseError as error:
-        raise _judge(error, shown) from error
+        raise _write_error(error, shown) from error
     except (azure.AzureError, HTTPError) as error:
         raise unreachable(error, shown, verb="had at present") from error
 
@@ -335,7 +337,7 @@ def _refused(shown: str, code: str, status: int, *, known: bool) -> CourierError
     return _denied(f"{shown} may not be written ({code or status}); {_ADVICE}.")
 
 
-def _judge(error: HttpResponseError, shown: str) -> CourierError:
+def _write_error(error: HttpResponseError, shown: str) -> CourierError:
     """What an error answer means.
 
     Raises
@@ -345,7 +347,7 @@ def _judge(error: HttpResponseError, shown: str) -> CourierError:
     """
     code, status = code_of(error), error.status_code or 0
     if code in _TAKEN:
-        return something_else(shown)
+        return occupied(shown)
     if code in _FULL or status in (413, 507):
         return refusal(f"{shown} cannot be written: it is more than Azure takes or has room for.", "full")
     check_refusal(code, status, shown, of="downloads.azure", verb="written", denied=_denied)

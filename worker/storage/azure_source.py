@@ -23,13 +23,13 @@ from courier.errors import (
     TryAgain,
 )
 from courier.ledger.breakers import Breakers
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from courier.settings import SettingsError, SourceSettings
 from courier.urls import object_url, refusal_reason
 from worker.storage.azure import AzureAccount, code_of, container_and_blob, container_and_prefix, is_azure
 from worker.storage.credentials import Asking, StoreCredential
-from worker.storage.http import HttpSource, judge_answer
-from worker.storage.listing import PAGE_ENTRIES, Listed, listed
+from worker.storage.http import HttpSource, error_of_answer
+from worker.storage.listing import PAGE_ENTRIES, ListedObject, listed_object
 from worker.storage.network import Network, unreachable
 from worker.storage.policy import Policy
 from worker.storage.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, unauthorized
@@ -67,15 +67,15 @@ class AzureSource:
                 signed_url = self._account.url(container, blob)
             except SettingsError as error:
                 raise _without_credential(source, error) from error
-            judge = partial(_judge, source, asking, partial(self._look, container, blob, source))
-            with _named(shown_url(signed_url), source):
+            judge = partial(_read_error, source, asking, partial(self._read_properties, container, blob, source))
+            with _named(redact_url(signed_url), source):
                 return replace(self._http.fetch(signed_url, limits, judge), source=source)
 
-    def _look(self, container: str, blob: str, source: str) -> None:
-        with _listed(source):
+    def _read_properties(self, container: str, blob: str, source: str) -> None:
+        with _listed_object(source):
             self._account.service().get_blob_client(container, blob).get_blob_properties()
 
-    def pages(self, url: str) -> Iterator[list[Listed]]:
+    def pages(self, url: str) -> Iterator[list[ListedObject]]:
         """The blobs below ``az://container/prefix/``, a page of Azure's at a time."""
         names = container_and_prefix(url)
         if names is None:
@@ -85,7 +85,7 @@ class AzureSource:
         container, prefix = names
         self._check(container)
         source = object_url(f"az://{container}/{prefix}")
-        with self._credential.asking(source, container, counts=False), _listed(source):
+        with self._credential.asking(source, container, counts=False), _listed_object(source):
             client = self._account.service().get_container_client(container)
             found = client.list_blobs(
                 name_starts_with=prefix or None, include=["metadata"], results_per_page=PAGE_ENTRIES
@@ -96,7 +96,7 @@ class AzureSource:
             page = [_blob(container, blob) for blob in more if not _is_folder(blob)]
             if page:
                 yield page
-            with self._credential.asking(source, container, counts=False), _listed(source):
+            with self._credential.asking(source, container, counts=False), _listed_object(source):
                 more = next(pages, None)
 
     def _check(self, container: str) -> None:
@@ -126,10 +126,10 @@ def _named(asked: str, source: str) -> Iterator[None]:
         raise type(error)(sentence) from error
 
 
-def _blob(container: str, blob: Any) -> Listed:
+def _blob(container: str, blob: Any) -> ListedObject:
     url = f"az://{container}/{blob.name}"
     unreadable = "its name has . or .. between slashes" if container_and_blob(object_url(url)) is None else ""
-    return listed(url, blob.name, blob.size, unreadable=unreadable)
+    return listed_object(url, blob.name, blob.size, unreadable=unreadable)
 
 
 def _is_folder(blob: Any) -> bool:
@@ -141,12 +141,12 @@ def _without_credential(source: str, error: SettingsError) -> SourceUnauthorized
     return unauthorized(source, "sources.azure", "no credential", str(error), verb="read")
 
 
-def _judge(
+def _read_error(
     source: str, asking: Asking, again: Callable[[], object], status: int, headers: Mapping[str, str], shown: str
 ) -> CourierError | None:
     """What the answer of a fetch means; the code says more than the status where both are there."""
     code = headers.get("x-ms-error-code", "")
-    refusal = _refusal(source, code, status, known=is_azure(headers)) or judge_answer(status, headers, shown)
+    refusal = _refusal(source, code, status, known=is_azure(headers)) or error_of_answer(status, headers, shown)
     if refusal is None:
         asking.accepted(again)
     return refusal
@@ -174,7 +174,7 @@ def _refusal(source: str, code: str, status: int, *, known: bool) -> CourierErro
 
 
 @contextmanager
-def _listed(source: str) -> Iterator[None]:
+def _listed_object(source: str) -> Iterator[None]:
     """The SDK's errors end here; their own text is left out because it may quote more than the address."""
     from azure.core import exceptions as azure  # noqa: PLC0415 (as in worker/storage/azure.py)
 

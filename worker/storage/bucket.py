@@ -20,7 +20,7 @@ from courier.errors import CourierError, InvalidRequest, SourceUnreachable
 from worker.storage.credentials import Asking, StoreCredential
 from worker.storage.network import unreachable
 from worker.storage.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, credential_trouble, is_code
-from worker.storage.study_marks import CHUNK_BYTES, PROBE, Records, blocks_of, refusal, something_else
+from worker.storage.study_marks import CHUNK_BYTES, PROBE, Records, blocks_of, occupied, refusal
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _Appear = Callable[..., Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Place:
+class KnownBucket:
     """A bucket at an endpoint, and what this process knows of it: which ways of writing keep the condition."""
 
     name: str
@@ -48,14 +48,14 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Seen:
+class StoredObject:
     """An object as a store shows it: the ETag without quotes, the names of the metadata in small letters."""
 
     etag: str
     metadata: Mapping[str, str]
 
     @classmethod
-    def of(cls, answer: Mapping[str, Any]) -> Seen:
+    def of(cls, answer: Mapping[str, Any]) -> StoredObject:
         metadata = {str(name).lower(): str(value) for name, value in answer.get("Metadata", {}).items()}
         return cls(_etag(answer), metadata)
 
@@ -72,7 +72,7 @@ class _Write:
 
 
 class Bucket:
-    def __init__(self, client: Any, name: str, place: Place, credential: StoreCredential, *, beside: str) -> None:
+    def __init__(self, client: Any, name: str, place: KnownBucket, credential: StoreCredential, *, beside: str) -> None:
         """``beside`` is the key of what is written, in whose folder a probe may be written too."""
         self._client = client
         self._credential = credential
@@ -83,7 +83,7 @@ class Bucket:
     def shown(self, key: str) -> str:
         return f"s3://{self.name}/{key}"
 
-    def head(self, key: str) -> Seen | None:
+    def head(self, key: str) -> StoredObject | None:
         """The object as it is now; None if it is not there."""
         with self._asking(self.shown(key)) as asking:
             try:
@@ -93,10 +93,10 @@ class Bucket:
                     raise
                 self._client.head_bucket(Bucket=self.name)  # a missing bucket has to be told from a missing object
                 answer = None
-            asking.accepted(partial(self._look, key))
-        return None if answer is None else Seen.of(answer)
+            asking.accepted(partial(self._read_head, key))
+        return None if answer is None else StoredObject.of(answer)
 
-    def _look(self, key: str) -> None:
+    def _read_head(self, key: str) -> None:
         with translated(self.shown(key)):
             self._head(key)
 
@@ -285,7 +285,7 @@ class Bucket:
         if write.replaces or not write.prevented:
             before = self.head(write.key)
             if (before.etag if before else "") != write.replaces:
-                raise something_else(self.shown(write.key))
+                raise occupied(self.shown(write.key))
         if write.prevented:
             return appear(**condition)
         try:
@@ -296,7 +296,7 @@ class Bucket:
             answer = appear()
         after = self.head(write.key)
         if after is None or (after.metadata.get(_WRITTEN_AS) != write.token and after.etag != _etag(answer)):
-            raise something_else(self.shown(write.key))
+            raise occupied(self.shown(write.key))
         return answer
 
     def _end_ours(self, key: str) -> None:
@@ -343,7 +343,7 @@ def translated(shown: str) -> Iterator[None]:
         with credential_trouble(shown, "downloads.s3", verb="written"):
             yield
     except boto.ClientError as error:
-        raise _judge(error.response, shown) from error
+        raise _write_error(error.response, shown) from error
     except boto.NoRegionError as error:
         raise _denied(f"{shown} cannot be written ({type(error).__name__}); set downloads.s3.region.") from error
     except boto.ParamValidationError as error:
@@ -354,10 +354,10 @@ def translated(shown: str) -> Iterator[None]:
         raise unreachable(error, shown, verb="had at present") from error
 
 
-def _judge(answer: Mapping[str, Any], shown: str) -> CourierError:
+def _write_error(answer: Mapping[str, Any], shown: str) -> CourierError:
     code, status = _code(answer), _status(answer)
     if _is_occupied(answer):
-        return something_else(shown)
+        return occupied(shown)
     check_refusal(code, status, shown, of="downloads.s3", verb="written", denied=_denied)
     if code in ("NoSuchKey", "NoSuchUpload"):
         return SourceUnreachable(f"{shown} was changed by another program meanwhile; it is tried again.")

@@ -49,7 +49,7 @@ class Doubt(Exception):
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _CredentialSnapshot:
     state: BreakerState
     at: float
 
@@ -73,7 +73,7 @@ class StoreCredential:
         self._breakers, self._renew, self._clock = breakers, renew, clock
         self._lock = threading.Lock()
         self._mine = threading.local()
-        self._seen: dict[str, _Seen] = {}
+        self._seen: dict[str, _CredentialSnapshot] = {}
         self._known: OrderedDict[str, Again] = OrderedDict()
 
     @contextmanager
@@ -100,9 +100,9 @@ class StoreCredential:
             yield asking
             asking.accepted()
         except Doubt as doubt:
-            raise asking.judged(doubt) from doubt.__cause__
+            raise asking.resolve_doubt(doubt) from doubt.__cause__
         except SourceUnauthorized as error:
-            if error.resting is None:
+            if error.open_circuit is None:
                 asking.refused(error, names[0])
             raise
         except CourierError as error:
@@ -204,7 +204,7 @@ class StoreCredential:
         self._renew()
 
     def _see(self, state: BreakerState) -> BreakerState:
-        self._seen[state.breaker] = _Seen(state, self._clock())
+        self._seen[state.breaker] = _CredentialSnapshot(state, self._clock())
         return state
 
 
@@ -234,7 +234,7 @@ class Asking:
             " store accepts it.",
             details={"phase": "resting", "reason": state.reason},
         )
-        error.resting = name
+        error.open_circuit = name
         raise error
 
     def accepted(self, again: Again | None = None) -> None:
@@ -250,16 +250,16 @@ class Asking:
         state = self._credential.failed(name, self._tokens.pop(name, ""), at_once=True, reason=reason)
         self._credential.renew()
         if not state.closed:
-            error.resting = name
+            error.open_circuit = name
         return error
 
-    def judged(self, doubt: Doubt) -> CourierError:
+    def resolve_doubt(self, doubt: Doubt) -> CourierError:
         """What a refusal is that may be the credential's, the place's, or the object's."""
         whole, place = self._names[0], self._names[-1]
         name = whole if doubt.whole else place
         again = self._credential.known(self._place)
         if again is not None:
-            return self._told_apart(again, doubt, name)
+            return self._resolve_by_asking_again(again, doubt, name)
         if doubt.whole:
             elsewhere = self._credential.known_elsewhere(self._place)
             accepted = elsewhere is not None and _is_accepted(elsewhere) is True
@@ -270,10 +270,10 @@ class Asking:
         token = self._tokens.pop(name, "")
         if self._credential.failed(name, token, at_once=False, reason=reason).closed:
             return doubt.denied
-        doubt.unauthorized.resting = name
+        doubt.unauthorized.open_circuit = name
         return doubt.unauthorized
 
-    def _told_apart(self, again: Again, doubt: Doubt, name: str) -> CourierError:
+    def _resolve_by_asking_again(self, again: Again, doubt: Doubt, name: str) -> CourierError:
         answer = _is_accepted(again)
         if answer is True:
             self.accepted()

@@ -14,9 +14,9 @@ from worker.storage.azure_destination import AzureDestinations
 from worker.storage.folder_destination import FolderDestinations
 from worker.storage.network import NO_PROXY, Network
 from worker.storage.s3_destination import S3Destinations
-from worker.storage.study_marks import Archive, Files, Mark, Records, refusal
+from worker.storage.study_marks import Archive, Files, Records, StudyFingerprint, refusal
 
-__all__ = ["Archive", "Destinations", "Files", "Mark", "Records"]
+__all__ = ["Archive", "Destinations", "Files", "Records", "StudyFingerprint"]
 
 _Family = FolderDestinations | S3Destinations | AzureDestinations
 _NEEDED = {"s3": extras.S3, "az": extras.AZURE_BLOBS}

@@ -22,7 +22,16 @@ from uuid import uuid4
 from courier.errors import CourierError, SourceUnreachable
 from courier.settings import DownloadSettings
 from courier.urls import without_query_marks
-from worker.storage.study_marks import CHUNK_BYTES, MANIFEST, PROBE, UNREADABLE, Mark, refusal, something_else, unpacked
+from worker.storage.study_marks import (
+    CHUNK_BYTES,
+    MANIFEST,
+    PROBE,
+    UNREADABLE,
+    StudyFingerprint,
+    occupied,
+    refusal,
+    unpacked,
+)
 
 _FILE_URL = re.compile(r"file:/", re.IGNORECASE).match
 _TO_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -71,14 +80,14 @@ class FolderDestinations:
                 with suppress(FileNotFoundError):
                     os.unlink(probe.name, dir_fd=folder)
 
-    def _place(self, url: str) -> tuple[str, _Place]:
+    def _place(self, url: str) -> tuple[str, _FolderPlace]:
         path = path_of(url)
         real = Path(os.path.realpath(path.parent)) / path.name
         folder = next((folder for folder in self._folders if real.is_relative_to(folder)), None)
         if folder is None or real == folder or path.name in ("", ".", ".."):
             sentence = "The destination is in none of the folders that downloads.folders names; put it into one."
             raise refusal(sentence, "not_allowed")
-        return path.as_uri(), _Place(folder, real.relative_to(folder).parts)
+        return path.as_uri(), _FolderPlace(folder, real.relative_to(folder).parts)
 
 
 def path_of(url: str) -> Path:
@@ -92,7 +101,7 @@ def path_of(url: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _FolderPlace:
     """A name below a folder of the settings."""
 
     folder: Path
@@ -120,12 +129,12 @@ class _Place:
 
 
 class FolderArchive:
-    def __init__(self, shown: str, place: _Place) -> None:
+    def __init__(self, shown: str, place: _FolderPlace) -> None:
         self.shown = shown
         self.overwrites_prevented = True
         self._place = place
 
-    def look(self) -> Mark | None:
+    def read_fingerprint(self) -> StudyFingerprint | None:
         with _translated(self.shown):
             try:
                 with self._place.opened(create=False) as folder:
@@ -133,9 +142,9 @@ class FolderArchive:
             except FileNotFoundError:
                 return None
             with os.fdopen(descriptor, "rb") as file:
-                return _mark_of_archive(file, self.shown)
+                return _fingerprint_of_archive(file, self.shown)
 
-    def write(self, chunks: Iterator[bytes], mark: Mark) -> int:  # noqa: ARG002 - it stands in the archive's manifest
+    def write(self, chunks: Iterator[bytes], fingerprint: StudyFingerprint) -> int:  # noqa: ARG002 - it stands in the archive's manifest
         with _translated(self.shown), self._place.opened(create=True) as folder:
             size_bytes, self.overwrites_prevented = _write(folder, self._place.name, chunks, self.shown)
             return size_bytes
@@ -152,12 +161,12 @@ class FolderFiles:
 
     overwrites_prevented = True  # the folder itself gets its name by a rename, which replaces an empty folder at most
 
-    def __init__(self, shown: str, place: _Place) -> None:
+    def __init__(self, shown: str, place: _FolderPlace) -> None:
         self.shown = shown
         self._place = place
         self._unfinished = place.name + _UNFINISHED
 
-    def look(self) -> Mark | None:
+    def read_fingerprint(self) -> StudyFingerprint | None:
         with _translated(self.shown):
             try:
                 with self._place.opened(self._place.name, create=False) as folder:
@@ -166,14 +175,14 @@ class FolderFiles:
                     manifest = b"".join(_chunks(os.open(MANIFEST, _TO_READ, dir_fd=folder)))
             except FileNotFoundError:
                 if self._exists():
-                    raise something_else(self.shown) from None
+                    raise occupied(self.shown) from None
                 return None
             except NotADirectoryError:
-                raise something_else(self.shown) from None
-        mark = Mark.of_manifest(manifest)
-        if mark is None:
-            raise something_else(self.shown)
-        return mark
+                raise occupied(self.shown) from None
+        fingerprint = StudyFingerprint.of_manifest(manifest)
+        if fingerprint is None:
+            raise occupied(self.shown)
+        return fingerprint
 
     def names(self) -> set[str]:
         found = set()
@@ -204,7 +213,7 @@ class FolderFiles:
                 os.rename(self._unfinished, self._place.name, src_dir_fd=folder, dst_dir_fd=folder)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise something_else(self.shown) from error
+                    raise occupied(self.shown) from error
                 raise
             os.fsync(folder)
 
@@ -215,15 +224,15 @@ class FolderFiles:
         return False
 
 
-def _mark_of_archive(file: BinaryIO, shown: str) -> Mark:
+def _fingerprint_of_archive(file: BinaryIO, shown: str) -> StudyFingerprint:
     try:
         with unpacked(file) as archive:
-            mark = Mark.of_manifest(archive.read(MANIFEST))
+            fingerprint = StudyFingerprint.of_manifest(archive.read(MANIFEST))
     except UNREADABLE:
-        mark = None
-    if mark is None:
-        raise something_else(shown)
-    return mark
+        fingerprint = None
+    if fingerprint is None:
+        raise occupied(shown)
+    return fingerprint
 
 
 def _write(folder: int, name: str, chunks: Iterator[bytes], shown: str) -> tuple[int, bool]:
@@ -243,7 +252,7 @@ def _write(folder: int, name: str, chunks: Iterator[bytes], shown: str) -> tuple
             os.fsync(file.fileno())
             prevented = _publish(folder, temporary, name)
         except FileExistsError:
-            raise something_else(shown) from None
+            raise occupied(shown) from None
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
@@ -322,10 +331,10 @@ def _translated(shown: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _judge(error, shown) from error
+        raise _write_error(error, shown) from error
 
 
-def _judge(error: OSError, shown: str) -> CourierError:
+def _write_error(error: OSError, shown: str) -> CourierError:
     reason, words = _REASONS.get(error.errno or 0, ("", ""))
     if reason:
         return refusal(f"{shown} cannot be written: {words}.", reason)

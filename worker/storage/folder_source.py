@@ -22,10 +22,10 @@ from courier.errors import (
     SourceTruncated,
     SourceUnreachable,
 )
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from courier.settings import SourceSettings
 from courier.urls import without_query_marks
-from worker.storage.listing import Listed, listed, paged
+from worker.storage.listing import ListedObject, listed_object, paged
 from worker.storage.spool import CHUNK_BYTES, Fetched, Limits, spool
 
 _ABSOLUTE = re.compile(r"file:/", re.IGNORECASE).match
@@ -43,24 +43,24 @@ class FolderSource:
 
     def fetch(self, url: str, limits: Limits) -> Fetched:
         path = path_of(url)
-        source = shown_url(url)
+        source = redact_url(url)
         try:
             with self._open(path) as file:
                 size_bytes = os.fstat(file.fileno()).st_size
                 fetched = spool(_chunks(file), source=source, limits=limits, announced_bytes=size_bytes)
         except OSError as error:
-            raise _judge(error, source) from error
+            raise _read_error(error, source) from error
         return fetched
 
-    def pages(self, url: str) -> Iterator[list[Listed]]:
+    def pages(self, url: str) -> Iterator[list[ListedObject]]:
         """The files below ``file:///folder/``, in the order in which the folders hold them."""
         path = path_of(url)
         try:
             yield from paged(self._below(path))
         except OSError as error:
-            raise _judge(error, shown_url(url)) from error
+            raise _read_error(error, redact_url(url)) from error
 
-    def _below(self, path: Path) -> Iterator[Listed]:
+    def _below(self, path: Path) -> Iterator[ListedObject]:
         real, folder = self._allowed(path)
         yield from _walk(_to_folder(folder, real.relative_to(folder).parts), path.as_posix().rstrip("/"))
 
@@ -128,7 +128,7 @@ def _to_folder(folder: Path, parts: tuple[str, ...]) -> int:
     return descriptor
 
 
-def _walk(descriptor: int, path: str, depth: int = 0) -> Iterator[Listed]:
+def _walk(descriptor: int, path: str, depth: int = 0) -> Iterator[ListedObject]:
     """What is below the open folder, which is closed at the end. Links to folders are not followed."""
     try:
         with os.scandir(descriptor) as found:
@@ -136,7 +136,7 @@ def _walk(descriptor: int, path: str, depth: int = 0) -> Iterator[Listed]:
                 below = f"{path}/{one.name}"
                 if one.is_dir(follow_symlinks=False):
                     if depth >= MAX_DEPTH:
-                        yield listed(_url(below), below, unreadable=f"below more than {MAX_DEPTH} folders")
+                        yield listed_object(_url(below), below, unreadable=f"below more than {MAX_DEPTH} folders")
                     else:
                         yield from _walk(os.open(one.name, _READ_FOLDER, dir_fd=descriptor), below, depth + 1)
                 else:
@@ -145,15 +145,15 @@ def _walk(descriptor: int, path: str, depth: int = 0) -> Iterator[Listed]:
         os.close(descriptor)
 
 
-def _file(one: os.DirEntry[str], path: str) -> Listed:
+def _file(one: os.DirEntry[str], path: str) -> ListedObject:
     url = _url(path)
     try:
         status = one.stat()  # of what it leads to; whether that may be read is for the fetch to say
     except OSError:
-        return listed(url, path, unreadable="a link that leads nowhere, or a file that has gone")
+        return listed_object(url, path, unreadable="a link that leads nowhere, or a file that has gone")
     if not stat.S_ISREG(status.st_mode):
-        return listed(url, path, unreadable="a link to a folder, or a device")
-    return listed(url, path, status.st_size)
+        return listed_object(url, path, unreadable="a link to a folder, or a device")
+    return listed_object(url, path, status.st_size)
 
 
 def _url(path: str) -> str:
@@ -165,7 +165,7 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
         yield chunk
 
 
-def _judge(error: OSError, source: str) -> CourierError:
+def _read_error(error: OSError, source: str) -> CourierError:
     if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
         return SourceNotFound(f"{source} is not there; check the URL.")
     if error.errno in (errno.EACCES, errno.EPERM):

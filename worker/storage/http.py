@@ -40,7 +40,7 @@ from courier.errors import (
     TryAgain,
 )
 from courier.ledger.breakers import Breakers
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from courier.settings import SourceSettings
 from worker.runtime.deadlines import timed
 from worker.runtime.http_client_internals import FinalResponse
@@ -53,7 +53,7 @@ from worker.storage.spool import CHUNK_BYTES, Fetched, Limits, spool
 
 Resolve = Callable[[str, int], list[tuple[Any, ...]]]
 #: What an answer that is no redirect means, by its status and headers; None where the body is the image.
-Judge = Callable[[int, Mapping[str, str], str], CourierError | None]
+ErrorOfAnswer = Callable[[int, Mapping[str, str], str], CourierError | None]
 
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pacs-courier"}
 #: From a proxy that hands on the request itself. Behind a CONNECT, where its refusal ends the connection, it would be
@@ -105,14 +105,14 @@ class HttpSource:
         use_pools(self._pools, dialled_pools(self._dial, request_target=lambda: str(_fetch.request), answer=_answer))
         self._proxy = None if settings.proxy is None else StoreCredential("sources.proxy", breakers)
 
-    def fetch(self, url: str, limits: Limits, judge: Judge | None = None) -> Fetched:
+    def fetch(self, url: str, limits: Limits, error_of: ErrorOfAnswer | None = None) -> Fetched:
         target = self._policy.read(url)
-        source = shown_url(url)
+        source = redact_url(url)
         for _ in range(self._settings.max_redirects + 1):
             response = self._get(target, limits, source)
             try:
                 if response.status not in _REDIRECTS:
-                    return _receive(response, limits, source, judge or judge_answer)
+                    return _receive(response, limits, source, error_of or error_of_answer)
                 target = self._next_target(target, response, source)
             finally:
                 response.close()
@@ -125,7 +125,7 @@ class HttpSource:
         """The answer's head; its body is still on the wire."""
         limits.check_time(source)
         with self._of_the_proxy(source):
-            response = self._asked(target, limits, source)
+            response = self._send_request(target, limits, source)
             if self._proxy is not None and target.scheme == "http" and response.status == _PROXY_REFUSES:
                 response.close()
                 raise of_proxy(response.status, source)
@@ -135,7 +135,7 @@ class HttpSource:
         """Around a request: the proxy may refuse the worker's credential."""
         return nullcontext() if self._proxy is None else self._proxy.asking(source)
 
-    def _asked(self, target: Target, limits: Limits, source: str) -> urllib3.BaseHTTPResponse:
+    def _send_request(self, target: Target, limits: Limits, source: str) -> urllib3.BaseHTTPResponse:
         plain = self._proxy is not None and target.scheme == "http"
         request = target.absolute if plain else target.request
         _fetch.deadline_s, _fetch.idle_timeout_s = limits.deadline_s, self._settings.idle_timeout_s
@@ -199,9 +199,9 @@ class HttpSource:
         raise failure
 
 
-def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str, judge: Judge) -> Fetched:
+def _receive(response: urllib3.BaseHTTPResponse, limits: Limits, source: str, error_of: ErrorOfAnswer) -> Fetched:
     range_bytes = _bytes_of_whole(response)
-    refusal = judge(response.status, response.headers, source)
+    refusal = error_of(response.status, response.headers, source)
     if refusal and range_bytes is None:
         raise refusal
     encoding = response.headers.get("Content-Encoding", "")
@@ -226,11 +226,11 @@ def _bytes_of_whole(response: urllib3.BaseHTTPResponse) -> int | None:
     return size_bytes if last + 1 == size_bytes else None
 
 
-def judge_answer(status: int, headers: Mapping[str, str], source: str) -> CourierError | None:
-    return judge_status(status, headers.get("Retry-After"), source)
+def error_of_answer(status: int, headers: Mapping[str, str], source: str) -> CourierError | None:
+    return error_of_status(status, headers.get("Retry-After"), source)
 
 
-def judge_status(status: int, retry_after: str | None, source: str) -> CourierError | None:
+def error_of_status(status: int, retry_after: str | None, source: str) -> CourierError | None:
     """What an answer's status means for the job; None where the body is the image.
 
     Statuses that time may cure are tried again; everything else of the 400s is taken as the source's no.

@@ -34,35 +34,35 @@ _IS_NO_IMAGE = re.compile(
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedObject:
     """One thing that was found, by the URL that fetches it.
 
-    ``why_not`` is why it is not fetched: its name says that it is no image; or, if ``refused``, it cannot be read, so
-    that an image may be missing.
+    ``skip_reason`` is why it is not fetched: its name says that it is no image; or, if ``refused``, it cannot be
+    read, so that an image may be missing.
     """
 
     url: str
     size_bytes: int | None = None
-    why_not: str = ""
+    skip_reason: str = ""
     refused: bool = False
 
 
 class Listing(Protocol):
     """What can say what it has. It SHALL ask the policy first, SHALL hold one page at a time, SHALL NOT retry."""
 
-    def pages(self, url: str) -> Iterator[list[Listed]]: ...
+    def pages(self, url: str) -> Iterator[list[ListedObject]]: ...
 
 
-def listed(url: str, name: str, size_bytes: int | None = None, *, unreadable: str = "") -> Listed:
+def listed_object(url: str, name: str, size_bytes: int | None = None, *, unreadable: str = "") -> ListedObject:
     """What is called ``name``: left out if its name says that it is no image, refused if it cannot be read."""
     url = object_url(url)
     if no_image := _no_image(name):
-        return Listed(url[:MAX_URL], size_bytes, no_image)
+        return ListedObject(url[:MAX_URL], size_bytes, no_image)
     unreadable = unreadable or _unreadable(url, name)
-    return Listed(url[:MAX_URL], size_bytes, unreadable, refused=bool(unreadable))
+    return ListedObject(url[:MAX_URL], size_bytes, unreadable, refused=bool(unreadable))
 
 
-def paged(entries: Iterable[Listed]) -> Iterator[list[Listed]]:
+def paged(entries: Iterable[ListedObject]) -> Iterator[list[ListedObject]]:
     rest = iter(entries)
     while page := list(islice(rest, PAGE_ENTRIES)):
         yield page

@@ -16,18 +16,18 @@ from typing import Any
 from courier.ledger.breakers import Breakers
 from courier.settings import DownloadSettings
 from courier.urls import refusal_reason
-from worker.storage.bucket import Bucket, Place, Way, translated
+from worker.storage.bucket import Bucket, KnownBucket, Way, translated
 from worker.storage.credentials import StoreCredential
 from worker.storage.network import NO_PROXY, Network, s3_client
 from worker.storage.study_marks import (
     MANIFEST,
     PROBE,
-    Mark,
     OwnRecords,
     Records,
+    StudyFingerprint,
+    occupied,
     refusal,
     retried_if_taken,
-    something_else,
 )
 
 _S3_URL = re.compile(r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})/(?P<key>[^\x00-\x1f]+)").fullmatch
@@ -49,7 +49,7 @@ class S3Destinations:
         self._records = records or OwnRecords()
         self._lock = threading.Lock()
         self._client: Any = None
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, KnownBucket] = {}
 
     def archive(self, url: str) -> S3Archive:
         key = _parts(url)[1]
@@ -86,7 +86,7 @@ class S3Destinations:
                     read_timeout_s=READ_TIMEOUT_S,
                 )
             name = f"{self._settings.endpoint_url or self._settings.region or ''} {bucket}"
-            place = self._places.setdefault(bucket, Place(name, {}, self._records))
+            place = self._places.setdefault(bucket, KnownBucket(name, {}, self._records))
             client = self._client
         return Bucket(client, bucket, place, self._credential, beside=beside)
 
@@ -114,21 +114,21 @@ class S3Archive:
         self._bucket = bucket
         self._key = key
 
-    def look(self) -> Mark | None:
+    def read_fingerprint(self) -> StudyFingerprint | None:
         there = self._bucket.head(self._key)
         if there is None:
             return None
         told = there.metadata
         try:
-            return Mark(told["pacs-study"], int(told["pacs-images"]), told["pacs-images-sha256"])
+            return StudyFingerprint(told["pacs-study"], int(told["pacs-images"]), told["pacs-images-sha256"])
         except (KeyError, ValueError):
-            raise something_else(self.shown) from None
+            raise occupied(self.shown) from None
 
-    def write(self, chunks: Iterator[bytes], mark: Mark) -> int:
+    def write(self, chunks: Iterator[bytes], fingerprint: StudyFingerprint) -> int:
         metadata = {
-            "pacs-study": mark.study_uid,
-            "pacs-images": str(mark.images),
-            "pacs-images-sha256": mark.images_sha256,
+            "pacs-study": fingerprint.study_uid,
+            "pacs-images": str(fingerprint.images),
+            "pacs-images-sha256": fingerprint.images_sha256,
         }
         size_bytes, self.overwrites_prevented = self._bucket.write(
             self._key, chunks, content_type="application/zip", metadata=metadata
@@ -149,13 +149,13 @@ class S3Files:
         self._prefix = prefix
         self._etags: dict[str, str] = {}
 
-    def look(self) -> Mark | None:
+    def read_fingerprint(self) -> StudyFingerprint | None:
         if self._bucket.head(self._prefix + MANIFEST) is None:
             return None
-        mark = Mark.of_manifest(b"".join(self._bucket.read(self._prefix + MANIFEST)))
-        if mark is None:
-            raise something_else(self.shown)
-        return mark
+        fingerprint = StudyFingerprint.of_manifest(b"".join(self._bucket.read(self._prefix + MANIFEST)))
+        if fingerprint is None:
+            raise occupied(self.shown)
+        return fingerprint
 
     def names(self) -> set[str]:
         self._etags = {key.removeprefix(self._prefix): etag for key, etag in self._bucket.etags(self._prefix)}

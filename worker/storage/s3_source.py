@@ -29,14 +29,14 @@ from courier.errors import (
     SourceUnreachable,
 )
 from courier.ledger.breakers import Breakers
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from courier.settings import SettingsError, SourceSettings
 from courier.urls import ENCODED, object_name, refusal_reason
 from worker.runtime.botocore_internals import make_answers, unreadable_answer
 from worker.runtime.deadlines import timed
 from worker.storage.credentials import StoreCredential
 from worker.storage.encoding import decoded, is_plain
-from worker.storage.listing import PAGE_ENTRIES, Listed, listed
+from worker.storage.listing import PAGE_ENTRIES, ListedObject, listed_object
 from worker.storage.network import Network, reading_credentials, s3_client, unreachable
 from worker.storage.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, credential_trouble, is_code
 from worker.storage.spool import Fetched, Limits, spool
@@ -61,7 +61,7 @@ class S3Source:
     def fetch(self, url: str, limits: Limits) -> Fetched:
         bucket, key = bucket_and_key(url)
         self._check(bucket)
-        source = shown_url(url)
+        source = redact_url(url)
         _asking.deadline_s = limits.deadline_s
         try:
             return self._fetched(bucket, key, source, limits)
@@ -73,7 +73,7 @@ class S3Source:
         with self._credential.asking(source, bucket) as asking:
             with _translated(source):
                 answer = self._connected().get_object(Bucket=bucket, Key=key)
-            asking.accepted(partial(self._look, bucket, key, source))
+            asking.accepted(partial(self._read_one_byte, bucket, key, source))
         # Not the body's own ``with``: that gives the bare stream, past its checksum and the translation of its errors.
         with closing(answer["Body"]) as body:
             encoding = str(answer.get("ContentEncoding", ""))
@@ -86,23 +86,23 @@ class S3Source:
                 announced_bytes=size_bytes if is_plain(encoding) else None,
             )
 
-    def _look(self, bucket: str, key: str, source: str) -> None:
+    def _read_one_byte(self, bucket: str, key: str, source: str) -> None:
         """By a GET of one byte: S3 answers a HEAD that it refuses without a code."""
         with _translated(source):
             self._connected().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
 
-    def pages(self, url: str) -> Iterator[list[Listed]]:
+    def pages(self, url: str) -> Iterator[list[ListedObject]]:
         """The objects below ``s3://bucket/prefix/``, a page of S3's at a time."""
         bucket, prefix = _bucket_and_prefix(url)
         self._check(bucket)
-        source = shown_url(url)
+        source = redact_url(url)
         more: dict[str, str] = {}
         while True:
             _asking.deadline_s = time.monotonic() + self._settings.total_timeout_s
             with self._credential.asking(source, bucket, counts=False), _translated(source):
                 answer = self._connected().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_ENTRIES, **more)
             found = ((one["Key"], one.get("Size")) for one in answer.get("Contents", ()))
-            page = [_listed(bucket, key, size) for key, size in found if not key.endswith("/")]
+            page = [_listed_object(bucket, key, size) for key, size in found if not key.endswith("/")]
             if page:
                 yield page
             if not answer.get("IsTruncated"):
@@ -185,9 +185,9 @@ def _leads_out(key: str) -> bool:
     return not {".", ".."}.isdisjoint(key.split("/"))
 
 
-def _listed(bucket: str, key: str, size_bytes: int | None) -> Listed:
+def _listed_object(bucket: str, key: str, size_bytes: int | None) -> ListedObject:
     unreadable = "its name has . or .. between slashes" if _leads_out(key) else ""
-    return listed(f"s3://{bucket}/{key}", key, size_bytes, unreadable=unreadable)
+    return listed_object(f"s3://{bucket}/{key}", key, size_bytes, unreadable=unreadable)
 
 
 def _client(settings: SourceSettings) -> Any:
@@ -223,7 +223,7 @@ def _translated(source: str) -> Iterator[None]:
         with credential_trouble(source, "sources.s3", verb="read"):
             yield
     except boto.ClientError as error:
-        raise _judge(error.response, source) from error
+        raise _read_error(error.response, source) from error
     except (boto.IncompleteReadError, boto.ResponseStreamingError, boto.FlexibleChecksumError) as error:
         raise SourceTruncated(f"{source} did not arrive whole; it is fetched again from the start.") from error
     except boto.ParamValidationError as error:
@@ -236,7 +236,7 @@ def _translated(source: str) -> Iterator[None]:
         raise _no_s3(source, "an answer that cannot be read") from error
 
 
-def _judge(answer: Mapping[str, Any], source: str) -> CourierError:
+def _read_error(answer: Mapping[str, Any], source: str) -> CourierError:
     """What an error answer of S3 means for the job; the code says more than the status where both are there.
 
     Raises

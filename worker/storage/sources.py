@@ -14,18 +14,18 @@ from typing import Protocol
 from courier import extras
 from courier.errors import SourceNotAllowed, SourceNotFound, SourceTooLarge
 from courier.ledger.breakers import Breakers
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from courier.settings import SourceSettings, places_of
 from courier.urls import ENCODED
 from worker.storage.azure_source import AzureSource
 from worker.storage.folder_source import FolderSource
 from worker.storage.http import HttpSource, Resolve, resolve
-from worker.storage.listing import Listed, Listing
+from worker.storage.listing import ListedObject, Listing
 from worker.storage.s3_source import S3Source
 from worker.storage.spool import Fetched, Limits
 from worker.storage.zip_source import Archives, is_archive, is_entry
 
-__all__ = ["Fetched", "Listed", "Source", "Sources"]
+__all__ = ["Fetched", "ListedObject", "Source", "Sources"]
 
 #: How long the first byte of a source may take where only that is wanted.
 TRY_S = 10.0
@@ -54,7 +54,7 @@ class NotInstalled:
     def fetch(self, url: str, limits: Limits) -> Fetched:  # noqa: ARG002 - the Protocol's
         raise self._refusal(url)
 
-    def pages(self, url: str) -> Iterator[list[Listed]]:
+    def pages(self, url: str) -> Iterator[list[ListedObject]]:
         raise self._refusal(url)
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Sources:
             return self._archives.fetch(url, self._limits())
         return self._fetch(url, self._limits())
 
-    def pages(self, url: str) -> Iterator[list[Listed]]:
+    def pages(self, url: str) -> Iterator[list[ListedObject]]:
         """What ``url`` holds, page by page: below ``s3://bucket/prefix/``, ``az://container/prefix/`` and
         ``file:///folder/``, or in a ZIP file at any URL that can be fetched.
 
@@ -128,7 +128,7 @@ class Sources:
             empty = False
             yield page
         if empty:
-            raise SourceNotFound(f"There is nothing in {shown_url(url)}; check the URL.")
+            raise SourceNotFound(f"There is nothing in {redact_url(url)}; check the URL.")
 
     @property
     def places(self) -> list[str]:

@@ -33,7 +33,7 @@ UNREADABLE = (
 
 
 @dataclass(frozen=True)
-class Mark:
+class StudyFingerprint:
     """What a finished download holds: which study, and exactly which of its images (a digest of their UIDs)."""
 
     study_uid: str
@@ -41,12 +41,12 @@ class Mark:
     images_sha256: str
 
     @classmethod
-    def of(cls, study_uid: str, image_uids: Iterable[str]) -> Mark:
+    def of(cls, study_uid: str, image_uids: Iterable[str]) -> StudyFingerprint:
         uids = sorted(image_uids)
         return cls(study_uid, len(uids), hashlib.sha256("\n".join(uids).encode()).hexdigest())
 
     @classmethod
-    def of_manifest(cls, manifest: bytes) -> Mark | None:
+    def of_manifest(cls, manifest: bytes) -> StudyFingerprint | None:
         """The mark of a download's manifest; None if it is something else."""
         try:
             document: Any = json.loads(manifest)
@@ -110,11 +110,11 @@ class Archive(Protocol):
     shown: str
     overwrites_prevented: bool
 
-    def look(self) -> Mark | None:
+    def read_fingerprint(self) -> StudyFingerprint | None:
         """What is there: None if nothing, `InvalidRequest` (``exists``) if it is no download of ours."""
         ...
 
-    def write(self, chunks: Iterator[bytes], mark: Mark) -> int:
+    def write(self, chunks: Iterator[bytes], fingerprint: StudyFingerprint) -> int:
         """Put ``chunks`` there, to be seen when all have come; the size in bytes. Their errors pass through."""
         ...
 
@@ -129,7 +129,7 @@ class Files(Protocol):
     shown: str
     overwrites_prevented: bool
 
-    def look(self) -> Mark | None: ...
+    def read_fingerprint(self) -> StudyFingerprint | None: ...
 
     def names(self) -> set[str]:
         """What an unfinished download has left there: files that came whole."""
@@ -164,7 +164,7 @@ def refusal(sentence: str, reason: str, more: Mapping[str, Any] | None = None) -
     return InvalidRequest(sentence, details={"field": "destination", "reason": reason, **(more or {})})
 
 
-def something_else(shown: str) -> InvalidRequest:
+def occupied(shown: str) -> InvalidRequest:
     return refusal(f"{shown} holds something else; nothing is laid over it: name another place.", "exists")
 
 
@@ -175,7 +175,7 @@ def retried_if_taken(shown: str) -> Iterator[None]:
     Raises
     ------
     SourceUnreachable
-        Instead of `something_else`.
+        Instead of `occupied`.
     """
     try:
         yield

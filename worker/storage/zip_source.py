@@ -22,10 +22,10 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import quote, unquote
 
 from courier.errors import NotDicom, SourceNotAllowed, SourceNotFound, SourceTooLarge
-from courier.redaction import shown_url
+from courier.redaction import redact_url
 from courier.urls import ENTRY, ZIP, bare, entry_of
 from worker.runtime.scratch import no_room
-from worker.storage.listing import Listed, listed, paged
+from worker.storage.listing import ListedObject, listed_object, paged
 from worker.storage.spool import CHUNK_BYTES, Fetched, Limits, spool
 
 #: An archive's directory is held in memory while it is open: some 80 MB for as many entries.
@@ -60,14 +60,14 @@ class Archives:
         self._kept: dict[str, _Kept] = {}
         self._timer: threading.Timer | None = None
 
-    def pages(self, url: str) -> Iterator[list[Listed]]:
+    def pages(self, url: str) -> Iterator[list[ListedObject]]:
         """Every entry of the archive at ``url`` (with or without ``zip+``), in the archive's order."""
         outer = url[len(ZIP) :] if is_entry(url) else url
         if is_entry(url) and ENTRY in outer:
             raise SourceNotAllowed("An entry of an archive cannot be listed; name the archive.")
         with self._opened(outer, self._limits()) as archive:
             if not any(True for _ in archive.entries()):
-                raise SourceNotFound(f"{shown_url(outer)} is empty: the archive holds no file.")
+                raise SourceNotFound(f"{redact_url(outer)} is empty: the archive holds no file.")
             yield from paged(archive.entries())
 
     def fetch(self, url: str, limits: Limits) -> Fetched:
@@ -83,24 +83,24 @@ class Archives:
             one.drop()
 
     @contextmanager
-    def _opened(self, url: str, limits: Limits) -> Iterator[_Archive]:
+    def _opened(self, url: str, limits: Limits) -> Iterator[_CheckedZip]:
         """The archive, fetched by whoever comes first while the others wait for it."""
         with self._lock:
             kept = self._kept.setdefault(url, _Kept())
             kept.users += 1
         try:
             if not kept.fetching.acquire(timeout=max(limits.deadline_s - time.monotonic(), 0)):
-                raise limits.too_slow(shown_url(url))
+                raise limits.too_slow(redact_url(url))
             try:
                 if kept.archive is None:
-                    kept.archive = _Archive(self._fetch(url, limits), url)
+                    kept.archive = _CheckedZip(self._fetch(url, limits), url)
             finally:
                 kept.fetching.release()
             yield kept.archive
         finally:
             if kept.archive is None:
                 self._forget(url, kept)
-            self._let_go(kept)
+            self._release(kept)
 
     def _forget(self, url: str, kept: _Kept) -> None:
         """Whoever comes next fetches anew."""
@@ -108,7 +108,7 @@ class Archives:
             if self._kept.get(url) is kept:
                 del self._kept[url]
 
-    def _let_go(self, kept: _Kept) -> None:
+    def _release(self, kept: _Kept) -> None:
         with self._lock:
             kept.users -= 1
             kept.used_s = time.monotonic()
@@ -116,11 +116,11 @@ class Archives:
             dropped = [self._kept.pop(url) for _, url in idle[: max(len(idle) - KEPT, 0)]]
             if not kept.users and kept not in self._kept.values():
                 dropped.append(kept)
-            self._look_again()
+            self._start_timer()
         for one in dropped:
             one.drop()
 
-    def _look_again(self) -> None:
+    def _start_timer(self) -> None:
         """Have one timer running while there is anything to be let go."""
         if self._kept and self._timer is None:
             self._timer = threading.Timer(KEEP_S, self._drop_idle)
@@ -133,7 +133,7 @@ class Archives:
             old = time.monotonic() - KEEP_S
             gone = [url for url, one in self._kept.items() if not one.users and one.used_s <= old]
             dropped = [self._kept.pop(url) for url in gone]
-            self._look_again()
+            self._start_timer()
         for one in dropped:
             one.drop()
 
@@ -143,7 +143,7 @@ class _Kept:
     """An archive that is there or on its way, and how many are at it."""
 
     fetching: threading.Lock = field(default_factory=threading.Lock)
-    archive: _Archive | None = None
+    archive: _CheckedZip | None = None
     users: int = 0
     used_s: float = 0.0
 
@@ -152,13 +152,13 @@ class _Kept:
             self.archive.close()
 
 
-class _Archive:
+class _CheckedZip:
     """One archive whose directory has been read and found plausible."""
 
     def __init__(self, fetched: Fetched, url: str) -> None:
         self._fetched = fetched
         self._url = url
-        self._shown = shown_url(url)
+        self._shown = redact_url(url)
         self._lock = threading.Lock()
         try:
             if not fetched.size_bytes:
@@ -176,28 +176,28 @@ class _Archive:
         self._zip.close()
         self._fetched.drop()
 
-    def entries(self) -> Iterator[Listed]:
+    def entries(self) -> Iterator[ListedObject]:
         for info in self._zip.infolist():
             if _is_no_file(info):
                 continue
             url = f"{ZIP}{self._url}{ENTRY}{quote(info.filename)}"
-            yield listed(url, info.filename, info.file_size, unreadable=self._why_not(info))
+            yield listed_object(url, info.filename, info.file_size, unreadable=self._skip_reason(info))
 
     def read(self, name: str, limits: Limits) -> Fetched:
         source = f"{self._shown}{ENTRY}{quote(name)}"
         info = self._zip.NameToInfo.get(name)
         if info is None or _is_no_file(info):
             raise SourceNotFound(f"{source} is not there: the archive has no such entry.")
-        why_not = self._why_not(info)
-        if why_not:
-            raise SourceNotAllowed(f"{source} cannot be read: {why_not}.")
+        skip_reason = self._skip_reason(info)
+        if skip_reason:
+            raise SourceNotAllowed(f"{source} cannot be read: {skip_reason}.")
         with _translated(source):
             with self._lock:  # opening counts readers, and not safely among threads
                 entry = self._zip.open(info)
             with entry:
                 return spool(_chunks(entry), source=source, limits=limits, announced_bytes=info.file_size)
 
-    def _why_not(self, info: zipfile.ZipInfo) -> str:
+    def _skip_reason(self, info: zipfile.ZipInfo) -> str:
         parts = info.filename.replace("\\", "/").split("/")
         kind = stat.S_IFMT(info.external_attr >> 16)
         reasons = {

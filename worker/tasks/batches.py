@@ -10,7 +10,7 @@ from celery import Task
 from worker.app import app
 from worker.batches import coordinator
 from worker.batches.chunks import chunk
-from worker.batches.coordinator import Conductor, Kind
+from worker.batches.coordinator import BatchKind, Coordinator
 from worker.batches.delete_all import delete_all
 from worker.batches.deletions import StudyDeletions, delete_many
 from worker.batches.downloads import StudyDownloads, download_all
@@ -19,7 +19,7 @@ from worker.batches.uploads import KIND as UPLOADS
 from worker.batches.uploads import upload_all
 from worker.tasks.door import deliver
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, BatchKind] = {
     "delete": StudyDeletions(),
     "download": StudyDownloads(),
     "migrate": StudyMigrations(),
@@ -90,22 +90,22 @@ def pacs_batch_cancel(self: Task, job: object = None, **_: Any) -> dict[str, Any
 @app.task(name="pacs.batch.apply", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_apply(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """See a plan through that was looked at."""
-    return deliver(self, partial(coordinator.conducted, kinds=KINDS, wish=Conductor.apply), job, beside=beside)
+    return deliver(self, partial(coordinator.coordinated, kinds=KINDS, command=Coordinator.apply), job, beside=beside)
 
 
 @app.task(name="pacs.batch.retry", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_retry(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Try again what failed of a batch, or was found missing."""
-    return deliver(self, partial(coordinator.conducted, kinds=KINDS, wish=Conductor.retry), job, beside=beside)
+    return deliver(self, partial(coordinator.coordinated, kinds=KINDS, command=Coordinator.retry), job, beside=beside)
 
 
 @app.task(name="pacs.batch.verify", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_verify(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Look once more whether what a batch did is so."""
-    return deliver(self, partial(coordinator.conducted, kinds=KINDS, wish=Conductor.verify), job, beside=beside)
+    return deliver(self, partial(coordinator.coordinated, kinds=KINDS, command=Coordinator.verify), job, beside=beside)
 
 
 @app.task(name="pacs.batch.undo", bind=True)  # type: ignore[untyped-decorator]  # celery is untyped
 def pacs_batch_undo(self: Task, job: object = None, **beside: Any) -> dict[str, Any]:
     """Take back what a batch did."""
-    return deliver(self, partial(coordinator.conducted, kinds=KINDS, wish=Conductor.undo), job, beside=beside)
+    return deliver(self, partial(coordinator.coordinated, kinds=KINDS, command=Coordinator.undo), job, beside=beside)

@@ -1,4 +1,4 @@
-"""What all doors do: hand the message to `carry`, and say its verdict in Celery's words."""
+"""What all doors do: hand the message to `execute`, and say its verdict in Celery's words."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from courier.ledger.jobs import LeaseLost, PendingFollowUps, job_id_for
 from courier.redaction import job_lines
 from courier.telemetry import continued
 from worker.app import BROKER_ERRORS, app, ready
-from worker.jobs.attempt import Pulse, Run
-from worker.jobs.idempotency import follow
-from worker.jobs.runner import Done, Failed, NotTaken, Parked, Starved, Verdict, Work, carry
-from worker.jobs.services import Tools
+from worker.jobs.attempt import Attempt, Heartbeat
+from worker.jobs.idempotency import outcome_of_first
+from worker.jobs.runner import Deferred, Done, Failed, JobResult, NotTaken, Starved, Work, execute
+from worker.jobs.services import Services
 from worker.runtime import follow_ups
 from worker.runtime.follow_ups import End, detach
 from worker.runtime.request import NOT_BEGUN, WAITS
@@ -52,33 +52,33 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
         work, message = _refuse, {**beside, "job": message}  # as it came, so that it is refused when it is woken, too
     key = message.get("idempotency_key") if isinstance(message, dict) else None
     if isinstance(key, str) and key and job_id_for(key) != job_id:
-        work = partial(follow, task.name)
+        work = partial(outcome_of_first, task.name)
     elif task.name in OPENS_A_BATCH and not IS_BATCH_ID(job_id):
         wrong = InvalidRequest("A batch bears its job's id, which may hold letters, digits, . _ and - only.")
         return _said(task, Failed(wrong, PendingFollowUps(attached.follow_ups)))
     trace = _trace(task)
     with job_lines(job_id, task.name):
-        tool, beat = _ready()  # the first job lets in who watches
-        if not _heeded(task, tool):
+        services, heartbeat = _ready()  # the first job lets in who watches
+        if not _heeded(task, services):
             time.sleep(PAUSE_S)
             raise Reject("the ledger cannot be reached", requeue=True)
         with continued({"traceparent": trace} if trace else {}):
-            verdict = carry(
+            result = execute(
                 work,
                 task=task.name,
                 job_id=job_id,
                 message=message,
-                tools=tool,
-                pulse=beat,
+                services=services,
+                heartbeat=heartbeat,
                 trace=trace,
                 queue=_queue(task),
                 attached=attached,
             )
-        return _said(task, verdict)
+        return _said(task, result)
 
 
-def _said(task: Task, verdict: Verdict) -> dict[str, Any]:
-    match verdict:
+def _said(task: Task, result: JobResult) -> dict[str, Any]:
+    match result:
         case Done(payload, pending):
             _send(task, payload, pending)
             return payload
@@ -91,8 +91,8 @@ def _said(task: Task, verdict: Verdict) -> dict[str, Any]:
         case Starved():
             time.sleep(PAUSE_S)
             raise Ignore(STARVED)
-        case Parked():
-            raise Ignore(WAITS, verdict.waits)
+        case Deferred():
+            raise Ignore(WAITS, result.waits)
 
 
 def _send(task: Task, outcome: dict[str, Any] | CourierError, pending: PendingFollowUps | None) -> None:
@@ -118,22 +118,26 @@ def _send(task: Task, outcome: dict[str, Any] | CourierError, pending: PendingFo
 
 
 def _sent(end: End, pending: PendingFollowUps) -> bool:
-    tool, beat = _ready()
-    run = Run(end.job_id, pending.fence, attempt=0, last=False, ledger=tool.ledger, task=end.task, shown=False)
-    with beat.beating(run):
-        sent = follow_ups.send(app, end, pending, lambda count: tool.ledger.followed(end.job_id, pending, sent=count))
+    services, heartbeat = _ready()
+    attempt = Attempt(
+        end.job_id, pending.fence, number=0, last=False, ledger=services.ledger, task=end.task, shown=False
+    )
+    with heartbeat.keep_alive(attempt):
+        sent = follow_ups.send(
+            app, end, pending, lambda count: services.ledger.followed(end.job_id, pending, sent=count)
+        )
         if sent is not None:
-            tool.ledger.followed(end.job_id, pending, sent=sent, all_of_them=True)
+            services.ledger.followed(end.job_id, pending, sent=sent, all_of_them=True)
     return sent is not None
 
 
-def _refuse(message: Mapping[str, Any], run: Run, tools: Tools) -> dict[str, Any]:  # noqa: ARG001 - a `Work`
+def _refuse(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:  # noqa: ARG001 - a `Work`
     raise InvalidRequest(
         f"The message has {len(message) - 1} arguments beside job; all fields of an order belong into the object job."
     )
 
 
-def _ready() -> tuple[Tools, Pulse]:
+def _ready() -> tuple[Services, Heartbeat]:
     try:
         return ready()
     except (RuntimeError, MemoryError) as error:
@@ -143,12 +147,12 @@ def _ready() -> tuple[Tools, Pulse]:
         raise Ignore(NOT_BEGUN) from None  # what becomes of the message: worker/runtime/request.py
 
 
-def _heeded(task: Task, tools: Tools) -> bool:
+def _heeded(task: Task, services: Services) -> bool:
     """Cancel a job that bears a stamp whose jobs were revoked; False if the ledger does not say whether it does."""
     stamps = stamps_of(task.request)
     try:
-        if stamps and tools.ledger.is_cancelled_by_stamp(stamps):
-            tools.ledger.cancel(task.request.id, mark=True)
+        if stamps and services.ledger.is_cancelled_by_stamp(stamps):
+            services.ledger.cancel(task.request.id, mark=True)
     except redis.RedisError as error:
         log.warning("The ledger does not say whether the job was revoked (%s)", type(error).__name__)
         return False

@@ -9,8 +9,8 @@ from pydicom import dcmread
 from rich.console import Console
 
 from courier.errors import ImageAlreadyExists, NotDicom
-from sandbox.endings import Upload, as_table, viewer_links
 from sandbox.samples import ALREADY_ON_DCM4CHEE, STORED, Sample, sample_bytes, samples
+from sandbox.summary import Upload, as_table, viewer_links
 
 STORED_ON_MSDICOM = {
     "status": "stored",

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from courier.errors import CourierError
-from producer.terminal import Column, Listing, linked, plain
+from producer.terminal import Column, ListingTable, linked, plain
 from sandbox.samples import STORED, Sample
 
 
@@ -96,11 +96,11 @@ def progress(uploads: Sequence[Upload]) -> Table:
     return table
 
 
-def as_table(uploads: Sequence[Upload]) -> Listing:
+def as_table(uploads: Sequence[Upload]) -> ListingTable:
     """What became of each sample, its study's whole UID and the number of its viewer link."""
     links = viewer_links(uploads)
     words = (Column(heading) for heading in ("server", "route", "viewer"))
-    table = Listing("file", Column("study", "id"), *words, Column("ms", right=True), Column("ending", "text"))
+    table = ListingTable("file", Column("study", "id"), *words, Column("ms", right=True), Column("ending", "text"))
     for upload in uploads:
         payload = upload.payload
         study = payload["study_uid"] if payload else ""

@@ -17,12 +17,12 @@ OPERATIONS: tuple[str, ...] = get_args(Operation)
 DIALECTS = ("msdicom", "dcm4chee")
 
 
-class MoodError(ValueError):
+class FaultError(ValueError):
     """A mood that cannot be; the sentence says what is wrong with it."""
 
 
 @dataclass(frozen=True)
-class Mood:
+class InjectedFault:
     """What goes wrong with a request; fields combine.
 
     The connection (done in ``web.py``, for any dialect and operation)
@@ -83,34 +83,34 @@ class Mood:
             return random.uniform(*self.latency_ms) / 1000
         return self.latency_ms / 1000
 
-    def over(self, other: Mood) -> Mood:
+    def over(self, other: InjectedFault) -> InjectedFault:
         """This mood where it says something, else ``other``."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return Mood(**{**other.as_json(), **said})
+        return InjectedFault(**{**other.as_json(), **said})
 
     def as_json(self) -> dict[str, Any]:
         """Only the fields that say something."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
-def parse(wish: Mapping[str, Any]) -> tuple[Mood, int | None]:
+def parse(order: Mapping[str, Any]) -> tuple[InjectedFault, int | None]:
     """A mood and how many requests it lasts (None: until changed), from a control request's JSON.
 
-    Raises `MoodError`.
+    Raises `FaultError`.
     """
-    wish = dict(wish)
-    times = wish.pop("times", None)
+    order = dict(order)
+    times = order.pop("times", None)
     if times is not None and (not isinstance(times, int) or isinstance(times, bool) or times < 1):
-        raise MoodError("times must be a whole number above 0")
-    unknown = set(wish) - set(_KINDS)
+        raise FaultError("times must be a whole number above 0")
+    unknown = set(order) - set(_KINDS)
     if unknown:
-        raise MoodError(f"unknown mood {sorted(unknown)[0]!r}; there are {', '.join(sorted(_KINDS))}")
-    for name, value in wish.items():
+        raise FaultError(f"unknown mood {sorted(unknown)[0]!r}; there are {', '.join(sorted(_KINDS))}")
+    for name, value in order.items():
         if not _KINDS[name](value):
-            raise MoodError(f"{name} cannot be {value!r}")
-    if isinstance(wish.get("latency_ms"), list):
-        wish["latency_ms"] = tuple(wish["latency_ms"])
-    return Mood(**wish), times
+            raise FaultError(f"{name} cannot be {value!r}")
+    if isinstance(order.get("latency_ms"), list):
+        order["latency_ms"] = tuple(order["latency_ms"])
+    return InjectedFault(**order), times
 
 
 def _number(value: Any) -> bool:
@@ -128,7 +128,7 @@ def _flag(value: Any) -> bool:
 
 
 _KINDS: dict[str, Any] = {
-    **{f.name: _flag for f in fields(Mood) if f.default is False},
+    **{f.name: _flag for f in fields(InjectedFault) if f.default is False},
     "latency_ms": _latency,
     "drip_bytes_per_s": lambda value: _number(value) and value > 0,
     "status": lambda value: isinstance(value, int) and 200 <= value <= 599,
@@ -156,30 +156,30 @@ class Clock:
 
 @dataclass
 class _Spell:
-    mood: Mood
+    fault: InjectedFault
     times_left: int | None
     set_at_s: float
     #: Authorization headers that were refused under this spell; any other one is a new token.
     refused: set[str] = field(default_factory=set)
 
 
-class Moods:
+class Faults:
     """Which mood is set for which dialect and operation. ``usual`` is what `clear` goes back to."""
 
-    def __init__(self, clock: Clock | None = None, usual: Mood | None = None) -> None:
+    def __init__(self, clock: Clock | None = None, usual: InjectedFault | None = None) -> None:
         self.clock = clock or Clock()
-        self.usual = usual or Mood()
+        self.usual = usual or InjectedFault()
         self._spells: dict[tuple[str, str], _Spell] = {}
         self._changes: dict[tuple[str, str], int] = {}
         self._clearings = 0
 
-    def put(self, dialect: str, operation: str, mood: Mood, times: int | None = None) -> None:
-        """Set the mood of an operation (``*``: of all), replacing the one it had. Raises `MoodError`."""
+    def put(self, dialect: str, operation: str, fault: InjectedFault, times: int | None = None) -> None:
+        """Set the mood of an operation (``*``: of all), replacing the one it had. Raises `FaultError`."""
         if dialect not in DIALECTS:
-            raise MoodError(f"dialect must be one of {', '.join(DIALECTS)}")
+            raise FaultError(f"dialect must be one of {', '.join(DIALECTS)}")
         if operation not in OPERATIONS:
-            raise MoodError(f"operation must be one of {', '.join(OPERATIONS)}")
-        self._spells[dialect, operation] = _Spell(mood, times, self.clock.now_s())
+            raise FaultError(f"operation must be one of {', '.join(OPERATIONS)}")
+        self._spells[dialect, operation] = _Spell(fault, times, self.clock.now_s())
         self._changes[dialect, operation] = self._changes.get((dialect, operation), 0) + 1
 
     def clear(self) -> None:
@@ -190,17 +190,17 @@ class Moods:
         """Differs whenever moods were cleared or one was set for this very operation (not for ``*``)."""
         return self._clearings, self._changes.get((dialect, operation), 0)
 
-    def look(self, dialect: str, operation: str) -> Mood:
+    def read_current(self, dialect: str, operation: str) -> InjectedFault:
         """The mood an operation is in, without using up a request."""
-        mood = self.usual
+        fault = self.usual
         for key in ((dialect, "*"), (dialect, operation)):
             if key in self._spells:
-                mood = self._spells[key].mood.over(mood)
-        return mood
+                fault = self._spells[key].fault.over(fault)
+        return fault
 
-    def take(self, dialect: str, operation: str) -> Mood:
+    def take(self, dialect: str, operation: str) -> InjectedFault:
         """The mood for one request, which counts against ``times``."""
-        mood = self.look(dialect, operation)
+        fault = self.read_current(dialect, operation)
         for key in {(dialect, "*"), (dialect, operation)}:
             spell = self._spells.get(key)
             if spell is None or spell.times_left is None:
@@ -208,12 +208,12 @@ class Moods:
             spell.times_left -= 1
             if spell.times_left == 0:
                 del self._spells[key]
-        return mood
+        return fault
 
     def refuses_all(self, dialect: str) -> bool:
         """Whether the dialect refuses everything until changed, so that its port can be closed."""
         spell = self._spells.get((dialect, "*"))
-        return spell is not None and spell.mood.refuse and spell.times_left is None
+        return spell is not None and spell.fault.refuse and spell.times_left is None
 
     def is_old_token(self, dialect: str, operation: str, authorization: str | None, issued_at_s: float | None) -> bool:
         """Whether ``unauthorized`` still refuses this Authorization header.
@@ -234,7 +234,7 @@ class Moods:
         """What is set, as ``GET /moods`` shows it."""
         shown: dict[str, dict[str, Any]] = {dialect: {} for dialect in DIALECTS}
         for (dialect, operation), spell in self._spells.items():
-            entry = spell.mood.as_json()
+            entry = spell.fault.as_json()
             if spell.times_left is not None:
                 entry["times"] = spell.times_left
             shown[dialect][operation] = entry
