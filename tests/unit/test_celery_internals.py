@@ -27,7 +27,6 @@ from celery.concurrency import get_implementation
 from celery.events.dispatcher import EventDispatcher
 from celery.exceptions import InvalidTaskError, SecurityError, TaskRevokedError, WorkerShutdown, WorkerTerminate
 from celery.security.serialization import SecureSerializer
-from celery.utils.time import rate
 from celery.worker import WorkController, components, state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request, create_request_cls
@@ -35,7 +34,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from kombu.message import Message
-from kombu.utils.limits import TokenBucket
 
 from courier.celery_internals import (
     EmbeddingAMQP,
@@ -289,9 +287,12 @@ def test_take_back_depends_on_who_frees_a_place_in_the_pool() -> None:
 
 
 def test_in_hand_depends_on_where_celery_keeps_what_waits_for_a_slot_or_a_rate_limit() -> None:
-    bucket = TokenBucket(rate("1/h"))
     consumer = Consumer.__new__(Consumer)
-    consumer.timer, consumer.task_buckets, consumer._limit_order = MagicMock(), {"a": None, "b": bucket}, 0
+    consumer.timer, consumer.task_buckets, consumer._limit_order = MagicMock(), {}, 0
+    consumer.app = SimpleNamespace(tasks={"a": Task(), "b": SimpleNamespace(rate_limit="1/h")})
+    consumer.reset_rate_limits()
+    bucket = consumer.task_buckets["b"]
+    assert consumer.task_buckets["a"] is None
     consumer.on_task_request = lambda _: None
     at_once, limited, reserved = Numbered("at once"), Numbered("limited"), Numbered("reserved")
     consumer._limit_task(at_once, bucket, 1)

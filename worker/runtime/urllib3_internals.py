@@ -8,6 +8,7 @@ of its socket, or a socket and a request line of the caller's own. What is said 
 from __future__ import annotations
 
 import errno
+import functools
 import http.client
 import socket
 import ssl
@@ -114,6 +115,7 @@ class RenewedTls:
             raise BrokenPipeError(errno.EPIPE, "closed while the request was sent") from error
 
 
+@functools.cache
 def limited_pools() -> PoolClasses:
     """Pools of `Deadline` connections, whose options they take; for https `RenewedTls` ones too."""
     return {**_pools(Deadline), "https": _pools(RenewedTls, Deadline)["https"]}
@@ -127,6 +129,7 @@ def extend(response: Any, timeout_s: float) -> None:
 # --- sockets ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def noted_pools(note: Callable[[socket.socket], None]) -> PoolClasses:
     """Pools that call ``note`` with the socket of each connection once it is connected, on the thread that asks."""
 
