@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import runpy
 import subprocess
 import sys
@@ -96,6 +97,10 @@ def test_celeryconfig_at_the_top_only_re_exports_and_is_loaded_by_no_package() -
     ours = {name: value for name, value in vars(celery_settings).items() if not name.startswith("_")}
     assert exported == ours
     assert [name_of(path) for path in MODULES if "celeryconfig" in path.read_text(encoding="utf-8")] == []
+
+
+def test_the_settings_are_found_under_their_name_of_version_0_1() -> None:
+    assert importlib.import_module("worker.settings").Settings is Settings
 
 
 def test_packaging_names_every_package() -> None:
