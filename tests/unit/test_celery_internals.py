@@ -560,12 +560,12 @@ class AskedRequest(ShownRequest):
 
 @pytest.fixture
 def request_of_a_job(app: Celery) -> Any:
-    @app.task(name="pacs.upload", acks_late=True, shared=False)
+    @app.task(name="a.upload", acks_late=True, shared=False)
     def upload(job: Any) -> None:
         """Nothing."""
 
     app.finalize()
-    task = app.amqp.as_task_v2("job-1", "pacs.upload", kwargs={"job": {"image_url": "https://host/a?secret"}})
+    task = app.amqp.as_task_v2("job-1", "a.upload", kwargs={"job": {"image_url": "https://host/a?secret"}})
     body = json.dumps(task.body)
     message = Message(
         body=body, headers=task.headers, content_type="application/json", content_encoding="utf-8", accept=None
