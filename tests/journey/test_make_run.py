@@ -30,6 +30,10 @@ pytestmark = [
 ]
 
 
+#: `make run` runs at the root of the source; the sandbox is not installed.
+SANDBOX = {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
 class Demo:
     """One run of what `make run` runs, in a folder of its own; its processes are known by their environment."""
 
@@ -41,7 +45,7 @@ class Demo:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sandbox.demo", *options],
                 cwd=folder,
-                env={**os.environ, MARK: self._mark.partition("=")[2], "COLUMNS": "110"},
+                env={**os.environ, **SANDBOX, MARK: self._mark.partition("=")[2], "COLUMNS": "110"},
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
@@ -184,7 +188,7 @@ def test_make_run_passes_once_on() -> None:
 @pytest.mark.parametrize("columns", [80, 40])
 def test_on_a_terminal_its_table_loses_no_digit_of_a_study(tmp_path: Path, columns: int) -> None:
     run = (sys.executable, "-m", "sandbox.demo")
-    ended = in_terminal(["--once"], columns=columns, env={}, argv=run, cwd=tmp_path)
+    ended = in_terminal(["--once"], columns=columns, env=SANDBOX, argv=run, cwd=tmp_path)
     assert ended.status == 0, ended.shown
     contents = [sample.content for sample in samples() if sample.ending == STORED and sample.content]
     studies = {dcmread(io.BytesIO(content), stop_before_pixels=True).StudyInstanceUID for content in contents}
