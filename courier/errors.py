@@ -129,7 +129,7 @@ class SourceTruncated(TryAgain):
 class PacsUnavailable(TryAgain):
     """``slow_down``: the server has asked for fewer requests, and ``retry_after_s`` is when the job's next one may be
     sent (worker/pacs/server_rates.py). ``is_attempt`` is False where the server was not asked, or only to learn
-    whether it is well again. Neither costs the job any of its attempts.
+    whether its circuit may close. Neither costs the job any of its attempts.
     """
 
     code = "pacs_unavailable"

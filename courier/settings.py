@@ -476,7 +476,7 @@ def _malformed(url: str) -> bool:
 
 
 class BreakerSettings(_Section):
-    """When a server that fails is left alone, and for how long."""
+    """When the circuit of a server that fails opens, and for how long."""
 
     failures: Annotated[int, Field(ge=1)] = 5
     window_s: Annotated[float, Field(gt=0)] = 900

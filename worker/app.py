@@ -425,7 +425,7 @@ def _look_into_old_queues() -> None:
 
 
 def sweep(ledger: Ledger) -> int:
-    """Send a message for every job that is due, or whose server is well again; returns how many.
+    """Send a message for every job that is due, or whose circuit has closed; returns how many.
 
     None is sent again that may be in its queue.
     """

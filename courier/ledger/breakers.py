@@ -1,4 +1,4 @@
-"""Circuit breakers, one state for all workers: which servers are left alone for a while, because they failed.
+"""Circuit breakers, one state for all workers: which servers get no calls for a while, because they failed.
 
 What stands here is in Redis, and each transition is one Lua script by the Redis server's clock. Who asks before each
 call is ``pacs/guard.py``; the jobs that wait for a server are parked by ``jobs.py``, which reads the same keys.

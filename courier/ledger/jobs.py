@@ -1202,9 +1202,9 @@ class PendingFollowUps:
 
 @dataclass(frozen=True)
 class TakeResult:
-    """What became of the wish to do a job now. ``memo`` is what an earlier attempt left behind.
+    """What became of the order to do a job now. ``checkpoint`` is what an earlier attempt left behind.
 
-    ``waited_s`` ago it was first parked for a server that was left alone; 0 if it never was. ``wants`` are the image,
+    ``waited_s`` ago it was first parked for an open circuit; 0 if it never was. ``wants`` are the image,
     study and series that it waits for, because another job has them. ``attachments`` are what its record has of its
     messages, ``pending`` is what is still to be sent of a job that has ended.
     """
@@ -1699,7 +1699,7 @@ class Ledger:
         return int(self._wake(keys=[self.key("parked"), self.key("due")], args=args))
 
     def parked(self) -> dict[str, int]:
-        """How many jobs wait for each server that is left alone."""
+        """How many jobs wait for each server whose circuit is open."""
         breakers = sorted(cast(set[str], self._redis.smembers(self.key("parked"))))
         with self._redis.pipeline(transaction=False) as pipe:
             for breaker in breakers:

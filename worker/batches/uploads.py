@@ -434,7 +434,7 @@ class Uploads:
         self.results.update({item.number: None for item in waiting})
 
     def _check_servers(self, items: Sequence[Item]) -> None:
-        """For a server that is left alone no file is fetched: nothing could be said, or stored, there."""
+        """For a server whose circuit is open no file is fetched: nothing could be said, or stored, there."""
         targets = sorted({item.server for item in items} & set(self._services.fleet.names))
         for error in open_circuits(self._services, self._services.fleet.names):
             self._silent.setdefault(str(error.server_name), error)

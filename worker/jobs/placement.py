@@ -74,7 +74,7 @@ def open_circuits(services: Services, names: Sequence[str], *, changed: str | No
 
     So are those that have asked for fewer requests, if the next one would wait too long for its turn.
 
-    To be asked before a file is fetched that would be of no use then. One that is to be asked whether it is well again,
+    To be asked before a file is fetched that would be of no use then. One whose circuit is half-open,
     and that no job is asking, may be asked.
     """
     if services.breakers is None:
@@ -206,7 +206,7 @@ _OPEN = 3
 
 
 def _rank(state: BreakerState) -> int:
-    """0: nothing is against it; 1: it failed lately; 2: somebody has to ask whether it is well; 3: it is left alone."""
+    """0: nothing is against it; 1: it failed lately; 2: its circuit is half-open; 3: its circuit is open."""
     if state.closed:
         return 1 if state.lately else 0
     return 2 if state.name == "half-open" else _OPEN
@@ -221,7 +221,7 @@ def _choose(healthy: list[ServerSettings], services: Services) -> str:
 
 
 def _nobody(services: Services) -> PacsUnavailable:
-    """All are left alone: the job waits for the one that is asked again first."""
+    """All circuits are open: the job waits for the one that is asked again first."""
     error = PacsUnavailable("No server takes new studies at present; the job waits for one.")
     if services.breakers is not None:
         states = services.breakers.states(services.fleet.names).values()

@@ -292,7 +292,7 @@ class _Defer(_Aside):
 
 @dataclass(frozen=True)
 class WaitForServer(_Aside):
-    """Until a server that is left alone is well again, or a credential that was refused is accepted."""
+    """Until the circuit of a server closes, or a credential that was refused is accepted."""
 
     breaker: str
     counts: bool
@@ -482,5 +482,5 @@ def _record(result: JobResult, attempt: Attempt, *, task: str, job: Mapping[str,
                 counts=result.counts,
                 server_name=reason.server_name,
             )
-            log.info("Parked until %s is well again: %s", result.breaker, reason.message)
+            log.info("Parked until the circuit %s closes: %s", result.breaker, reason.message)
     return result

@@ -27,7 +27,7 @@ class Services:
     ledger: Ledger
     sources: Sources
     fleet: Fleet
-    #: Of all servers, for all workers; without them nobody is left alone and nobody is sick.
+    #: Of all servers, for all workers; without them every circuit is closed.
     breakers: Breakers | None = None
     #: How fast those servers may be asked that have asked for fewer requests.
     rates: ServerRates | None = None

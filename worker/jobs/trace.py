@@ -369,7 +369,7 @@ def _claimed(server: str, void: str | None) -> str:
 
 def _waiting(details: Mapping[str, Any]) -> str:
     """A job that waits for a circuit breaker has no delay: it goes on when the server is well."""
-    how_long = f"for {details['delay_s']} s" if "delay_s" in details else "until its server is well again"
+    how_long = f"for {details['delay_s']} s" if "delay_s" in details else "until its circuit breaker closes"
     return f"Put aside {how_long} ({details.get('code')}): {details.get('message', '')}"
 
 

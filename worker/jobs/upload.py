@@ -236,7 +236,7 @@ def _uncertain(refused: Refused, checkpoint: UploadCheckpoint) -> Refused:
 def _bring(trip: _Trip, earlier: UploadCheckpoint | None) -> UploadCheckpoint:
     """Fetch, identify, check, route and push; the memo then says where the image is.
 
-    What would be fetched in vain is not: while another job has the image, or a server is left alone.
+    What would be fetched in vain is not: while another job has the image, or the circuit of a server is open.
     """
     attempt, services = trip.attempt, trip.services
     if attempt.wants:
@@ -305,7 +305,7 @@ def _may_be_ours(earlier: UploadCheckpoint | None, server: str) -> bool:
 
 
 def _check_servers(trip: _Trip, earlier: UploadCheckpoint | None) -> None:
-    """`PacsUnavailable`, if a server is left alone that has to say whether it has the image, or is to store it."""
+    """`PacsUnavailable`, if the circuit of a server is open that has to be asked for the image, or is to store it."""
     names = trip.services.fleet.names
     target = trip.job.server or (earlier.server if earlier else None) or (names[0] if len(names) == 1 else None)
     check_no_open_circuit(trip.services, names, changed=target if target in names else None)

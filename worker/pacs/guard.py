@@ -146,7 +146,7 @@ class Guard:
         Raises
         ------
         PacsUnavailable
-            The server is left alone at present, or has no room for one more request; ``resting`` says so.
+            The circuit is open, or the server has no room for one more request; ``open_circuit`` says so.
         PacsUnauthorized
             It refuses the worker's credential at present.
         """
@@ -247,7 +247,7 @@ class Guard:
                     self._see(name, state)
                     if mine:
                         self._probes[name] = probe
-                        log.info("Asking %s whether it is well again", name)
+                        log.info("%s: circuit half-open, sending a test call", name)
                         return probe
                     if not state.closed:
                         raise circuit_open_error(server, name, state.pause_left_s or 0, state.reason)
@@ -267,7 +267,7 @@ class Guard:
             log.warning("Could not note that %s is well: %s", name, type(error).__name__)
         if probe is not None:
             self._done(probe)
-            log.info("%s is well again", name)
+            log.info("%s: circuit closed", name)
 
     def failed(
         self,
@@ -284,7 +284,7 @@ class Guard:
                 name, probe=token, retry_after_s=retry_after_s, at_once=at_once, reason=reason
             )
             if self._pause_left_s(name) is None and state.pause_left_s is not None:
-                log.warning("%s failed too often: it is left alone for %.1f s", name, state.pause_left_s)
+                log.warning("%s failed too often: circuit open for %.1f s", name, state.pause_left_s)
             self._see(name, state)
         except redis.RedisError as error:
             log.warning("Could not note a failure of %s: %s", name, type(error).__name__)
