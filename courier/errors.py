@@ -202,7 +202,7 @@ class Cancelled(Refused):
 class Unauthorized(NeedsPerson):
     """A credential of the worker itself is refused, or may not do what is needed.
 
-    Where its circuit breaker is open (`resting`), the job waits, and uses up none of its attempts. ``scope`` is what is
+    Where its circuit is open (`open_circuit`), the job waits, and uses up none of its attempts. ``scope`` is what is
     refused: all that is asked for with the credential, or one request for want of a right.
     """
 

@@ -225,7 +225,7 @@ def _dead_letter(job_id: str, task: str, job: Mapping[str, Any], attached: Attac
 
 @functools.cache
 def _ledger_beside() -> Ledger:
-    """For what this process asks of the ledger outside of jobs; children of the pool have their own `tools`."""
+    """For what this process asks of the ledger outside of jobs; children of the pool have their own `services`."""
     return _ledger()
 
 

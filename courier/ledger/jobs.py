@@ -1310,7 +1310,7 @@ class Event:
 class UidRecord:
     """What the ledger knows of one UID. ``claim`` and ``receipt`` are the records as they stand, {} without one.
 
-    ``holder`` is the job that is storing or deleting it now, ``storing`` are those that are storing into it. ``voided``
+    ``holder`` is the job that is storing or deleting it now, ``writers`` are those that are storing into it. ``voided``
     says why the receipt holds no longer, ``pushes`` who has put images there last, if the UID is that of a study.
     """
 
@@ -1721,7 +1721,7 @@ class Ledger:
         task: str,
         job: Mapping[str, Any],
     ) -> PendingFollowUps | None:
-        """Write the outcome, once, and let go of whatever the job held. Until it is `told`, the job stays due.
+        """Write the outcome, once, and let go of whatever the job held. Until it is `published`, the job stays due.
         Returns its follow-ups, which are to be sent before.
 
         A claim under which no image has been stored is released, unless the error says that an image may still arrive.
@@ -1769,7 +1769,7 @@ class Ledger:
     def followed(self, job_id: str, pending: PendingFollowUps, *, sent: int, all_of_them: bool = False) -> None:
         """Note how many of its follow-ups a worker has sent for a job that has ended; `LeaseLost` if another one does.
 
-        Until ``all_of_them`` are sent, the job is not `told`.
+        Until ``all_of_them`` are sent, the job is not `published`.
         """
         length: str | int = len(pending.follow_ups) if all_of_them else ""
         args: list[str | int] = [job_id, pending.fence, sent, length]

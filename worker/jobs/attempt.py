@@ -62,7 +62,7 @@ class LateCheck(Protocol):
 
 @dataclass
 class Attempt:
-    """An attempt under way. ``memo`` is what an earlier attempt wrote down before its push, if it came so far.
+    """An attempt under way. ``checkpoint`` is what an earlier attempt wrote down before its push, if it came so far.
 
     A job that is a piece of another one is not ``shown`` to whoever looks for results.
     """

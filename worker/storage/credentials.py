@@ -86,7 +86,7 @@ class StoreCredential:
         Raises
         ------
         SourceUnauthorized
-            The credential is refused; with ``resting`` if its breaker is open.
+            The credential is refused; with ``open_circuit`` if its breaker is open.
         """
         under_way = getattr(self._mine, "asking", None)
         if under_way is not None:

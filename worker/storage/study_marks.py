@@ -100,7 +100,7 @@ class Archive(Protocol):
     """One file. ``shown`` is its URL as it may be told. ``overwrites_prevented`` is False after a write for which the
     store could not promise that it replaced nothing.
 
-    A question (`look`, `read`) SHALL change nothing.
+    A question (`read_fingerprint`, `read`) SHALL change nothing.
 
     It SHALL raise `InvalidRequest` where somebody has to change something (``details["reason"]``: ``not_allowed``,
     ``exists``, ``missing``, ``denied``, ``full``) and `SourceUnreachable` where time may cure it, and SHALL leave
