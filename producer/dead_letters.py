@@ -57,6 +57,8 @@ class DeadLetterClient:
         with _reachable():
             return tuple(self.ledger.events_of(letter))
 
+    trail = history  # as version 0.1 named it
+
     def replay(self, job_id: str) -> bool:
         """Queue the job again under its id, its attempts and deaths forgotten; False if it is no dead letter.
 

@@ -506,6 +506,11 @@ class Batch:
     passes: Mapping[Pass, PassState] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
+    @property
+    def width(self) -> int:
+        """``concurrency``, as version 0.1 named it."""
+        return self.concurrency
+
     def of(self, which: Pass) -> PassState:
         return self.passes.get(which, _NO_PASS)
 

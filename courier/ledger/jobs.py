@@ -1336,9 +1336,9 @@ class Load:
 class DeadLetter:
     """A job that nothing but a person can help. ``about`` is what it was to do, fit to be shown.
 
-    ``deaths`` is how often a worker died on it, ``replays`` how often it was replayed before; ``begun`` says that it
-    had come as far as to write down what it was about to do, ``uids`` what it had got hold of. ``requested_by`` and
-    ``reason`` are as they were given, "" where they were not.
+    ``crash_count`` is how often a worker crashed on it, ``replays`` how often it was replayed before; ``begun`` says
+    that it had come as far as to write down what it was about to do, ``uids`` what it had got hold of.
+    ``requested_by`` and ``reason`` are as they were given, "" where they were not.
     """
 
     job_id: str
@@ -1354,6 +1354,11 @@ class DeadLetter:
     uids: list[str]
     requested_by: str = ""
     reason: str = ""
+
+    @property
+    def deaths(self) -> int:
+        """``crash_count``, as version 0.1 named it."""
+        return self.crash_count
 
     @property
     def code(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -235,7 +236,8 @@ def test_the_counts_of_child_processes_add_up(redis, sandbox, image_server, tmp_
 
 
 def test_without_telemetry_nothing_of_it_is_loaded():
-    ours = {"opentelemetry.exporter", "prometheus_client", "courier.traces", "worker.observability.metrics"}
+    ours = {"opentelemetry.exporter", "prometheus_client", "courier.otlp", "worker.observability.metrics"}
+    assert all(map(importlib.util.find_spec, ours)), "each could be loaded"
     show = f"import sys, worker.app, producer; print(*{ours} & set(sys.modules))"  # redis-py loads its part of the API
     command = [sys.executable, "-c", show]
     environ = {"PATH": "", "PYTHONPATH": ":".join(sys.path)}

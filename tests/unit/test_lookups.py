@@ -1,4 +1,4 @@
-"""Whom to believe when servers say different things, or nothing: `look`, `settle` and what is shown of it."""
+"""Whom to believe when servers say different things, or nothing: `find_on_servers`, `settle`, what is shown of it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Copies of studies that are kept before they are deleted: written as archives, and brought back from them.
 
-What a download writes and how an image gets to a server are said in `downloads` and `transfers`.
+What a download writes is said in `worker.batches.downloads`, how an image gets to a server in
+`worker.batches.study_copy`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The course of a batch: plan, then pass after pass over its chunks, to the end. What an item is, its `Kind` says.
+"""The course of a batch: plan, then pass after pass over its chunks, to the end. What an item is, its `BatchKind` says.
 
 A batch has a job of its own, its *coordinator*, which plans, then sleeps in the ledger and looks now and then; each
 chunk of the plan is in each pass a job of the ledger as well (``chunks.py``). So a batch survives whatever a job
@@ -159,8 +159,8 @@ class BatchKind(Protocol):
     settings forbid what the command deletes on a server that the order names; ``study_at_stake(command, row, batch,
     fleet)`` gives the UID of the study of which the command deletes images for an item, or None.
 
-    A kind whose memo says what may have been done has a method ``leave(items, desk)`` too: of items that stay open when
-    their job ends, it gives the `open` `ItemOutcome` whose results a retry or an undo have to know.
+    A kind whose checkpoint says what may have been done has a method ``leave(items, context)`` too: of items that
+    stay open when their job ends, it gives the `open` `ItemOutcome` whose results a retry or an undo have to know.
 
     Which items come to it: ``survey`` and ``apply`` get what is open; ``verify`` what was done (`NOT_DONE` says what
     was not), ``undo`` that and whatever left a result. What survey settles as anything but ``planned`` is not applied;

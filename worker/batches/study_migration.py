@@ -1,8 +1,8 @@
 """One study's way from one server to another, pass by pass: look, copy, verify, delete the source's copy, take it back.
 
-How images get across is in `transfers`; here: which are brought over, what proves that they arrived, and what is
-written down before each step, so that an attempt that dies is gone on with by the next. Whoever calls has shut the
-study's gate.
+How images get across is in `worker.batches.study_copy`; here: which are copied, what proves that they arrived,
+and what is written down before each step, so that the next attempt goes on where a crashed one stopped. The caller has
+the study's lock for delete.
 """
 
 from __future__ import annotations

@@ -245,8 +245,8 @@ class Pacs(Protocol):
         """One page of studies with at least the study's UID; ``filters`` are DICOM keywords.
 
         Every row SHALL match all filters (PS3.4 C.2.2.2), whatever the server sends. A study can stand on two pages;
-        the caller drops the second. `worker.jobs.study_lists.pages` goes through them. Offsets are the dialect's own.
-        Raises `InvalidRequest` for a filter that is none, or that the dialect cannot match.
+        the caller drops the second. `worker.jobs.study_lists.study_pages` goes through them. Offsets are the dialect's
+        own. Raises `InvalidRequest` for a filter that is none, or that the dialect cannot match.
         """
         ...
 

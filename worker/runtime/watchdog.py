@@ -129,7 +129,7 @@ class HealthReport:
 
 
 class Watchdog:
-    """The thread. ``read_signs`` gives the signs, ``tell`` gets every judgement, ``end`` is how the process ends."""
+    """The thread. ``read_signs`` gives the signs, ``publish`` gets every report, ``end`` is how the process ends."""
 
     def __init__(
         self,
