@@ -60,7 +60,7 @@ class DeadLetterClient:
     trail = history  # as version 0.1 named it
 
     def replay(self, job_id: str) -> bool:
-        """Queue the job again under its id, its attempts and deaths forgotten; False if it is no dead letter.
+        """Queue the job again under its id, its attempts and crashes forgotten; False if it is no dead letter.
 
         It knows how far it came. Its old failure is forgotten, and it ends like any job.
         """
@@ -74,7 +74,7 @@ class DeadLetterClient:
         return True
 
     def purge(self, job_id: str) -> bool:
-        """Drop the letter and its message; False if it is no dead letter. Its trail stays."""
+        """Drop the letter and its message; False if it is no dead letter. Its history stays."""
         with _reachable():
             return self.ledger.purge(job_id)
 

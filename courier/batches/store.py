@@ -285,7 +285,7 @@ redis.call('HSET', KEYS[1], 'state', b[2] or 'running')
 return b[2] or 'running'
 """
 
-# A batch whose conductor's job is over (cancelled, dead) is nobody's any more: it stops. So does one without a job
+# A batch whose coordinator's job is over (cancelled, dead) is nobody's any more: it stops. So does one without a job
 # whose plan nobody writes on. ARGV: prefix of jobs, batch id, life of a plan that does not grow, what is said then.
 _STATE = (
     _NOW
@@ -880,7 +880,7 @@ class Batches:
         ]
 
     def state(self, batch_id: str) -> str:
-        """The state, seen to be over when the conductor's job is, or the planner gone; "" if there is no such batch."""
+        """The state; it is over when the coordinator's job is, or the planner is gone. "" if there is no such batch."""
         args: list[str | int] = [self._ledger.key("job", ""), batch_id, _PLANNER_GONE_MS, json.dumps([_PLANNER_GONE])]
         state, ended = self._state(keys=[self._key(batch_id)], args=args)
         if ended:

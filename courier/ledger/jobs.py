@@ -82,9 +82,9 @@ SILENT_S: Final = 60.0
 #: No record of an ended job goes before the last message that may begin it anew: one that a killed worker held comes
 #: back after Celery's visibility time-out (courier/celery_settings.py), and once more if that worker is killed too.
 MESSAGES_S: Final = 5 * 3600
-#: A trail keeps so many decisions, the latest ones.
+#: A history keeps so many decisions, the latest ones.
 TRAIL_LENGTH: Final = 100
-#: What comes first of what stands on two trails in the same millisecond.
+#: What comes first of what stands on two histories in the same millisecond.
 ORDER: Final = {
     event: number
     for number, event in enumerate(("claimed", "routed", "stored", "waiting", "ended", "replayed", "purged"))
@@ -148,8 +148,8 @@ local function known_servers() return redis.call('ZRANGEBYSCORE', prefix .. 'ser
 local function is_known(server) return tonumber(redis.call('ZSCORE', prefix .. 'servers', server) or 0) >= heard_ms end
 """
 
-# Notes ride on the scripts that decide, so a trail costs no round trip. A job's own object is what it holds; the study
-# and the series it stores into are told only of trouble, or the images of a study would fill its trail.
+# Events are written by the scripts that decide, so a history costs no round trip. A job's own object is what it holds;
+# the study and the series that it stores into get only events of trouble, or a study's images would fill its history.
 _HISTORY = f"""
 local function note(key, entry, keep_ms)
   redis.call('RPUSH', key, string.format('%.0f', now) .. ' ' .. entry)
@@ -166,10 +166,10 @@ local function note_of_job(job, entry, keep_ms, above)
 end
 """
 
-# A claim binds as long as a job of those that follow it may still push. Of a job that waits, the memo tells whether it
-# has pushed, or whether its server said that it was storing the image already; it asks for its server again before the
-# next push. The record of a job that ended long ago is gone, and with it the doubt. A claim that is released without
-# any image stored under it leaves no trace in the count of studies.
+# A claim binds as long as a job of those that follow it may still push. Of a job that waits, the checkpoint says
+# whether it has pushed, or whether its server said that it was storing the image already; it asks for its server again
+# before the next push. The record of a job that ended long ago is gone, and with it the doubt. A claim that is
+# released without any image stored under it leaves no trace in the count of studies.
 # Jobs of version 0.1 follow no claim, and say not when they asked the servers (asked_us). They are known by having
 # made the claim, or by storing into the study; of the latter, a hundred are looked at.
 _FOLLOWERS = """
@@ -588,7 +588,7 @@ if (fields[1] ~= 'done' and fields[1] ~= 'dead') or fields[2] then return 0 end
 return redis.call('ZREM', KEYS[2], ARGV[1])
 """
 
-# What the job held it let go of at its end, and what it was told of is outdated; its memo says how far it came.
+# What the job held it let go of at its end, and what it was told of is outdated; its checkpoint says how far it came.
 _ANEW = """
 local function begin_anew(job, due, dead, deaths, id, delay_ms)
   redis.call('HSET', job, 'state', 'queued', 'attempts', 0, 'replayed_ms', now)
@@ -1295,7 +1295,7 @@ class StudyClaim:
 
 @dataclass(frozen=True)
 class Event:
-    """One decision on a trail: ``event``, its job, and what belongs to it.
+    """One decision in a history: ``event``, its job, and what belongs to it.
 
     Events: claimed, routed, stored, waiting, ended, replayed, purged.
     """
@@ -1943,7 +1943,7 @@ class Ledger:
         return [_letter(job_id, row) for job_id, row in rows if row.get("state") == "dead"]
 
     def events_of(self, letter: DeadLetter) -> list[Event]:
-        """What the trails of all that the job got hold of say of it, each note once, in order."""
+        """What the histories of all that the job got hold of say of it, each event once, in order."""
         with self._redis.pipeline(transaction=False) as pipe:
             for uid in letter.uids:
                 pipe.lrange(self.key("trail", uid), 0, -1)
@@ -1952,7 +1952,7 @@ class Ledger:
         return sorted(events, key=lambda event: (event.at_ms, ORDER.get(event.event, 0)))
 
     def replay(self, job_id: str) -> DueJob | None:
-        """Make a dead letter a queued job again, with its memo and no attempts; None if it is no dead letter.
+        """Make a dead letter a queued job again, with its checkpoint and no attempts; None if it is no dead letter.
 
         Like a submitted one it is due after the grace period, should its message get lost.
         """
@@ -1967,7 +1967,7 @@ class Ledger:
     def purge(self, job_id: str) -> bool:
         """Drop a dead letter and its message, so that it cannot be replayed; False if it is none.
 
-        Its outcome and its trail are kept as long as those of any ended job.
+        Its outcome and its history are kept as long as those of any ended job.
         """
         keys = [self.key("job", job_id), self.key("dead")]
         return bool(self._purge(keys=keys, args=[job_id, _event("purged", job_id), self.keep_ms]))
@@ -2107,7 +2107,7 @@ class Ledger:
         A choice that is not ``among`` these servers, if they are given, is void if no worker that runs knows it; where
         one does, it is given back, and the job does not follow the claim. Void is also any other choice if ``server``
         was ``asked_for`` and no job that follows the claim may still push. From now on the job follows the claim, until
-        it ends or lets go of its images. ``in_history`` leaves a line on the study's trail.
+        it ends or lets go of its images. ``in_history`` leaves a line in the study's history.
         """
         keys = [
             self.key("study", study_instance_uid),
@@ -2386,7 +2386,7 @@ def _headers(text: str) -> dict[str, Any]:
 
 
 def _gist(outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trail says of an outcome: the sentence and the server, none of the metadata."""
+    """What a history says of an outcome: the sentence and the server, none of the metadata."""
     told = outcome.get("error") or outcome.get("payload") or {}
     return {name: told[name] for name in ("message", "server_name") if told.get(name)}
 

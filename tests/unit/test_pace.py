@@ -18,9 +18,10 @@ from courier.messages import BatchOrderJob, read_job
 from courier.settings import Settings
 from courier.windows import Window
 from worker.batches.coordinator import Usage
-from worker.batches.throttle import Rate, Throttle
+from worker.batches.throttle import _QUESTIONS, Rate, Throttle
 from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.services import Services
+from worker.pacs.protocol import Pacs
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -115,6 +116,10 @@ def test_outside_its_window_a_chunk_makes_room_until_it_opens(bench: ThrottleBen
         bench.throttle(window=shut).wait(items(1))
     assert (caught.value.steady, 0 < caught.value.delay_s <= 30) == (True, True)
     bench.throttle(window=f"{at.hour:02}:00-{(at.hour + 1) % 24:02}:00").wait(items(1))
+
+
+def test_what_is_counted_as_a_request_are_methods_of_a_server() -> None:
+    assert {name for name in _QUESTIONS if not callable(getattr(Pacs, name, None))} == set()
 
 
 def test_two_chunks_together_keep_to_the_rate_of_their_batch(bench: ThrottleBench) -> None:

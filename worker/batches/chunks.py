@@ -210,7 +210,7 @@ class _ChunkAttempt:
                 self._save_checkpoint()
 
     def _leave_open(self) -> None:
-        """The memo goes with this job; what it says of open items has to be known to a retry and to an undo."""
+        """The checkpoint goes with this job; what it says of open items has to be known to a retry and to an undo."""
         items = [row.item for row in _open_rows(self.batches, self.batch, self.job)]
         context = PassContext(
             self.batch, self.attempt, self.services, rows=self.rows, pass_checkpoint=self.pass_checkpoint

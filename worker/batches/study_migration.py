@@ -468,7 +468,7 @@ def _is_all_one_copied_set(
 
 
 def _not_as_they_passed(given: Mapping[str, str], copied_sets: Sequence[CopiedSet], unproven: set[str]) -> list[str]:
-    """The images of parcels that are there whole and yet are not what passed, where the source cannot be asked."""
+    """The images of copied sets that are there whole and yet are not what passed, where the source cannot be asked."""
     whole = (
         copied_set for copied_set in copied_sets if copied_set.digest is not None and copied_set.uids <= given.keys()
     )

@@ -171,7 +171,7 @@ def _locked(stored: Sequence[ItemOutcome], context: PassContext) -> list[ItemOut
     """
     attempt, ledger = context.attempt, context.attempt.ledger
     hidden = [one for one in stored if _only_hides(one, context)]
-    if hidden:  # what an attempt that died has left of its own would keep the gates open
+    if hidden:  # what an attempt that died has left of its own would keep the study from being locked for delete
         ledger.release_images(job_id=attempt.job_id, fence=attempt.fence)
     locked_studies = {
         study: attempt.is_free(ledger.lock_for_delete(study, job_id=attempt.job_id, fence=attempt.fence))

@@ -2,7 +2,8 @@
 
 What a single upload does step by step (`worker/jobs/upload.py`) happens here to a *load* of images at a time: one step
 in the ledger holds them all, a server is asked per study, and one STOW carries many. While a load is pushed the next
-one is fetched. What makes a second attempt harmless is the memo again: before a load is pushed it says what goes where.
+one is fetched. What makes a second attempt harmless is the checkpoint again: before a load is pushed it says what goes
+where.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ _IS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,15}:[^\s\x00-\x1f\x7f]{1,8191}")
 
 @dataclass(frozen=True)
 class Pushed:
-    """What the memo holds of one image that was to be pushed, or was.
+    """What the checkpoint holds of one image that was to be pushed, or was.
 
     ``uncertain`` says that it may have arrived although nobody told us so; ``alone`` that the next request has to
     bear it alone, because nobody knows which image of the last one was bad. ``faults`` counts the answers that the

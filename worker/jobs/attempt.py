@@ -112,7 +112,7 @@ class Attempt:
             raise Cancelled("The job was cancelled before anything was pushed.")
 
     def note(self, checkpoint: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> bool:
-        """Write down what the next attempt has to know; False if the job was cancelled, and the memo is not written."""
+        """Write down what the next attempt has to know; False if the job was cancelled: nothing is written."""
         self.noted = checkpoint
         return self.ledger.write_intent(self.job_id, self.fence, checkpoint, decision=decision)
 

@@ -1,8 +1,8 @@
 """Delete an image, a series or a study wherever it is: `pacs.delete`, and what the deletion of many is made of.
 
 How a server deletes is its dialect's affair. Here: who is asked, what is written down before anything is deleted, and
-what may be said of a server that is silent. A job that was interrupted goes on with the objects of its *memo*, so that
-what it deleted itself is never reported as "not there".
+what may be said of a server that is silent. A job that was interrupted goes on with the objects of its *checkpoint*, so
+that what it deleted itself is never reported as "not there".
 """
 
 from __future__ import annotations

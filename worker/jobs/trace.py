@@ -296,7 +296,7 @@ def _jobs(uid_records: Mapping[str, UidRecord], ledger: Ledger) -> list[TracedJo
         ids |= dict.fromkeys(job_id for job_id in (*named, *one.writers) if job_id)
         ids |= dict.fromkeys(event.job_id for event in one.history)
         ids |= dict.fromkeys(push.job_id for push in one.pushes)
-        # Last, because the pieces of a batch, which may have deleted it, write into no trail.
+        # Last, because the pieces of a batch, which may have deleted it, write into no history.
         ids |= dict.fromkeys(voided.job_id for voided in (one.voided, *(push.voided for push in one.pushes)) if voided)
     records = {job_id: ledger.read_record(job_id) for job_id in list(ids)[-MAX_JOBS:]}
     return [_job(job_id, record, _requested_by(job_id, record, ledger)) for job_id, record in records.items() if record]
@@ -325,7 +325,7 @@ def _job(job_id: str, record: Mapping[str, str], asked_for: Mapping[str, str]) -
 
 
 def _events(uid_records: Mapping[str, UidRecord]) -> list[TraceEvent]:
-    """All notes in order of time; one that stands on several trails is told once."""
+    """All events in order of time; one that stands in several histories comes once."""
     events: dict[tuple[int, str, str, str], TraceEvent] = {}
     for uid, one in uid_records.items():
         for entry in one.history:

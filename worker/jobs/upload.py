@@ -1,7 +1,7 @@
 """An image's way from its URL into the PACS it belongs to: fetch, identify, check, route, push, describe.
 
 The six steps are six functions below, called in order by `upload`. What makes a second delivery harmless is the
-*memo*: before the first byte is pushed, the ledger holds what goes where, so the next attempt looks there first.
+*checkpoint*: before the first byte is pushed, the ledger holds what goes where, so the next attempt looks there first.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _uncertain(refused: Refused, checkpoint: UploadCheckpoint) -> Refused:
 
 
 def _bring(trip: _Trip, earlier: UploadCheckpoint | None) -> UploadCheckpoint:
-    """Fetch, identify, check, route and push; the memo then says where the image is.
+    """Fetch, identify, check, route and push; the checkpoint then says where the image is.
 
     What would be fetched in vain is not: while another job has the image, or the circuit of a server is open.
     """
