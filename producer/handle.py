@@ -165,10 +165,16 @@ def newer(stored: Report | None, known: Report) -> Report:
 
 
 def _error(result: Any) -> CourierError:
-    """The error of a failed job as Celery's JSON back-end stores it: the wire object is the only argument."""
-    if isinstance(result, CourierError):  # Celery has rebuilt it
+    """The error of a failed job as Celery's JSON back-end stores it: the wire object is the only argument.
+
+    Celery rebuilds it, as a class of its own making where this process has not loaded the module that the worker named:
+    in version 0.1 that was ``worker.errors``.
+    """
+    if isinstance(result, CourierError):
         return result
-    arguments = result.get("exc_message") if isinstance(result, Mapping) else None
+    arguments = result.args if isinstance(result, BaseException) else None
+    if isinstance(result, Mapping):
+        arguments = result.get("exc_message")
     if isinstance(arguments, list | tuple) and arguments and isinstance(arguments[0], Mapping):
         return from_payload(arguments[0])
     kind = result.get("exc_type", "unknown") if isinstance(result, Mapping) else type(result).__name__

@@ -18,6 +18,7 @@ from celery import Celery
 from redis import Redis
 
 from producer import Courier, doctor
+from producer.errors import NotDicom
 from sandbox import processes as parts
 from sandbox.processes import Child, poll
 from tests.chaos.crew import Crew
@@ -36,6 +37,18 @@ with Courier() as courier:
     jobs = [courier.upload(url).id for url in urls["single"]]
     batch = courier.batch.upload(urls["batch"]).id if urls["batch"] else None
 json.dump({"jobs": jobs, "batch": batch}, sys.stdout)
+"""
+#: Another, which enqueues one URL and prints the error.
+FAILING = """
+import sys
+from producer import Courier
+from producer.errors import CourierError
+with Courier() as courier:
+    job = courier.upload(sys.stdin.read())
+    try:
+        job.result(timeout_s=60)
+    except CourierError as error:
+        print(job.id, type(error).__name__, error.code)
 """
 
 
@@ -67,9 +80,19 @@ class LastVersion:
         """The id of the batch."""
         alone, together = [Picture.new() for _ in range(single)], [Picture.new() for _ in range(batch)]
         urls = {"single": [self._put(one) for one in alone], "batch": [self._put(one) for one in together]}
+        ids = json.loads(self._run(PROGRAM, json.dumps(urls)))
+        self.pictures |= dict(zip(ids["jobs"], alone, strict=True))
+        self.in_batch += together
+        return ids["batch"]
+
+    def fail(self, url: str) -> list[str]:
+        """An upload of ``url``: its id, and the class and code of its error as a program of that version sees it."""
+        return self._run(FAILING, url).split()
+
+    def _run(self, program: str, text: str) -> str:
         ended = subprocess.run(
-            [LAST / "bin/python", "-I", "-c", PROGRAM],
-            input=json.dumps(urls),
+            [LAST / "bin/python", "-I", "-c", program],
+            input=text,
             env={"PACS_CONFIG": str(self._config)},
             cwd=LAST / "source",  # Celery reads the `celeryconfig` that is there
             capture_output=True,
@@ -78,10 +101,7 @@ class LastVersion:
             timeout=WAIT_S,
         )
         assert ended.returncode == 0, ended.stderr
-        ids = json.loads(ended.stdout)
-        self.pictures |= dict(zip(ids["jobs"], alone, strict=True))
-        self.in_batch += together
-        return ids["batch"]
+        return ended.stdout
 
 
 def _in_clone() -> bool:
@@ -161,6 +181,21 @@ def test_an_upgrade_loses_nothing_and_does_nothing_twice(
         outcome="all done once by a worker of this version; the batch has ended",
         recovery_s=took_s,
     )
+
+
+def test_an_error_is_the_same_for_programs_and_workers_of_either_version(
+    crew: Crew, last: LastVersion, image_server: Any, sandbox: Any
+) -> None:
+    url = str(image_server.put("none.dcm", b"no image"))
+    old = last.worker("old")
+    job_id, *of_the_old = last.fail(url)
+    with Courier(crew.loaded()) as courier, pytest.raises(NotDicom):
+        courier.handle(job_id).result(timeout_s=WAIT_S)
+    assert crew.processes.stop_one(old) == 0
+    crew.start(queue={**crew.queue, "read_old_queues": True})
+    _, *of_the_new = last.fail(url)
+    assert of_the_old == of_the_new == ["NotDicom", "not_dicom"]
+    assert len(kept(sandbox)) == 0
 
 
 def has_ended(handle: Any) -> bool:

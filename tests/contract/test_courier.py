@@ -177,7 +177,8 @@ def test_a_key_whose_job_failed_for_a_reason_that_can_pass_is_sent_again_and_its
     error = SourceDenied("No.").payload
     outcome = {"error": error}
     ledger.finish(handle.id, taken.fence, outcome=outcome, code="source_denied", task="pacs.upload", job=job)
-    told = {"exc_type": "SourceDenied", "exc_module": "courier.errors", "exc_message": [error]}
+    # As a worker of version 0.1 stores it.
+    told = {"exc_type": "SourceDenied", "exc_module": "worker.errors", "exc_message": [error]}
     with Redis.from_url(redis.result_backend) as results:
         key = courier._app.backend.get_key_for_task(handle.id)
         results.set(key, json.dumps({"status": "FAILURE", "result": told, "task_id": handle.id}))
@@ -189,6 +190,19 @@ def test_a_key_whose_job_failed_for_a_reason_that_can_pass_is_sent_again_and_its
         assert (again.id, again.status(), broker.llen(queue)) == (handle.id, "queued", 1)
         assert courier.upload("http://host/a.dcm?sig=new", idempotency_key="k").id == handle.id
         assert broker.llen(queue) == 1, "one message for one job"
+
+
+@pytest.mark.parametrize("module", ["worker.errors", "courier.errors", "producer.errors"])
+def test_an_error_is_the_same_whatever_module_the_worker_of_another_version_has_it_in(courier, module):
+    error = SourceDenied("No.", details={"a": 1}).payload
+    told = {"exc_type": "SourceDenied", "exc_module": module, "exc_message": [error]}
+    backend = courier._app.backend
+    backend.client.set(
+        backend.get_key_for_task(module), json.dumps({"status": "FAILURE", "result": told, "task_id": module})
+    )
+    with pytest.raises(SourceDenied) as raised:
+        courier.handle(module).result()
+    assert raised.value.payload == error
 
 
 def test_a_result_that_another_celery_worker_revoked_is_what_the_ledger_says(courier, ledger):

@@ -102,6 +102,21 @@ def test_marking_celery_depends_on_who_makes_a_result_back_end_and_marks_a_job_a
         assert app.backend.get_state("two") == states.PENDING
 
 
+def test_marking_celery_depends_on_what_a_result_back_end_stores_of_an_error() -> None:
+    class NamingCelery(MarkingCelery):
+        def module_of(self, error: BaseException) -> str:
+            return "named" if isinstance(error, KeyError) else super().module_of(error)
+
+    with NamingCelery("naming", set_as_current=False, broker="memory://", backend="cache+memory://") as app:
+        backend, stored = app.backend, {}
+        for job_id, error in (("one", KeyError("k")), ("two", shortage.Escaped("e"))):
+            backend.mark_as_failure(job_id, error)
+            stored[job_id] = json.loads(backend.get(backend.get_key_for_task(job_id)))["result"]["exc_module"]
+        assert stored == {"one": "named", "two": "worker.runtime.shortage"}
+        of_celerys_own = backend.prepare_exception(KeyError("k"), "pickle")
+        assert isinstance(of_celerys_own, KeyError), "Celery's tracer asks for the error itself"
+
+
 def test_the_app_depends_on_what_keeps_a_failure_from_being_stored_and_followed() -> None:
     """`worker.app` calls it with ``store_result=False``, and with ``request=None`` so that nothing follows."""
     assert {"store_result", "request"} <= set(parameters(Backend.mark_as_failure))

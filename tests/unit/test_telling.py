@@ -9,6 +9,7 @@ import pytest
 import redis
 from celery.exceptions import BackendStoreError, TimeLimitExceeded
 
+import producer.errors
 from courier.errors import NotDicom
 from worker import app as product
 from worker.app import app
@@ -33,6 +34,13 @@ def test_a_result_that_cannot_be_stored_does_not_make_its_job_a_failed_one(store
 def test_a_failure_of_the_job_is_told(stored: list[tuple[str, str]]) -> None:
     app.backend.mark_as_failure("j1", NotDicom("This is no image."))
     assert stored == [("j1", "FAILURE")]
+
+
+def test_a_plain_celery_program_catches_the_class_of_an_error_that_it_imports_from_producer() -> None:
+    stored = app.backend.prepare_exception(NotDicom("This is no image."))
+    assert (stored["exc_module"], stored["exc_type"]) == ("producer.errors", "NotDicom")  # 0.1 has it there, too
+    with pytest.raises(producer.errors.NotDicom, match="This is no image"):
+        raise app.backend.exception_to_python(stored)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class MarkingCelery(Celery):  # type: ignore[misc]  # celery is untyped
-    """An app that is asked before a job is marked as failed in its result back-end."""
+    """An app that is asked before a job is marked as failed in its result back-end, and what is stored of its error."""
 
     def mark_as_failure(
         self, mark: Callable[..., None], job_id: str, error: BaseException, *args: Any, **kwargs: Any
@@ -41,10 +41,19 @@ class MarkingCelery(Celery):  # type: ignore[misc]  # celery is untyped
         """Called in the place of ``mark``, Celery's own, with the arguments that it would have had."""
         mark(job_id, error, *args, **kwargs)
 
+    def module_of(self, error: BaseException) -> str:
+        """The module that the result back-end names: a program that has loaded it is given its class of this error."""
+        return type(error).__module__
+
     def _get_backend(self) -> Any:
         backend = super()._get_backend()
         backend.mark_as_failure = functools.partial(self.mark_as_failure, backend.mark_as_failure)
+        backend.prepare_exception = functools.partial(self._prepared, backend.prepare_exception)
         return backend
+
+    def _prepared(self, prepare: Callable[..., Any], error: BaseException, *args: Any, **kwargs: Any) -> Any:
+        fields = prepare(error, *args, **kwargs)
+        return {**fields, "exc_module": self.module_of(error)} if isinstance(fields, dict) else fields
 
 
 def consume_no_other_queue(app: Celery) -> None:
