@@ -74,6 +74,7 @@ chaos: $(VENV)/.ready-dev last-version ## workers, Redis and servers killed, cut
 	@$(BIN)/python -m tests.chaos
 
 bench: $(VENV)/.ready-dev ## figures, as ratios within one run
+	@$(BIN)/python -m benchmarks.startup
 	@$(BIN)/python -m benchmarks.uploads
 	@$(BIN)/python -m benchmarks.bulk
 	@$(BIN)/python -m benchmarks.migration

@@ -62,10 +62,17 @@ def test_a_users_program_is_checked_strictly_against_the_installed_wheel(install
     assert checked(installed, PROGRAM, tmp_path) == "Success: no issues found in 1 source file\n"
     wrong = PROGRAM.replace("stored['viewer_url']", "stored['viewer_link']").replace('"servers"', '"server"')
     wrong = wrong.replace("error.server_name or", "error.server or").replace('exists("study"', 'exists("studies"')
+    wrong += "\nfrom producer import Couriers\n"
     answer = checked(installed, wrong, tmp_path)
-    for words in ('"viewer_link"', '"server"', '"ImageAlreadyExists" has no attribute "server"', "'studies'"):
+    for words in (
+        '"viewer_link"',
+        '"server"',
+        '"ImageAlreadyExists" has no attribute "server"',
+        "'studies'",
+        'no attribute "Couriers"',
+    ):
         assert words in answer
-    assert "Found 4 errors" in answer
+    assert "Found 5 errors" in answer
 
 
 def in_folders(files: frozenset[str], *folders: str) -> set[str]:

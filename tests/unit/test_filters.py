@@ -365,5 +365,5 @@ def test_what_a_producer_knows_of_vrs_is_what_the_dictionary_says() -> None:
 
 
 def test_checking_filters_loads_no_dicom() -> None:
-    code = "import producer, producer.cli, courier.filters, sys; sys.exit('pydicom' in sys.modules)"
+    code = "import producer.client, producer.cli.orders, courier.filters, sys; sys.exit('pydicom' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 JOBS = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
 CLI = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 
-BATCH = cast(click.Group, main.commands["batch"])
+BATCH = cast(click.Group, main.load("batch"))
 
 
 def task_names() -> set[str]:
@@ -92,7 +92,7 @@ def test_a_refusal_names_a_field_so_that_it_can_stand_in_a_line(name: str) -> No
 def test_every_command_has_a_section_that_names_its_options(command: str) -> None:
     section = re.search(rf"^## `pacs {command}.*?(?=^## |\Z)", CLI, re.MULTILINE | re.DOTALL)
     assert section, f"docs/cli.md lacks a section ## `pacs {command} …`"
-    options = [one for one in main.commands[command].params if isinstance(one, click.Option)]
+    options = [one for one in main.load(command).params if isinstance(one, click.Option)]
     names = [option.opts[0] for option in options]
     assert [name for name in names if name not in section[0] and name not in ("--json", "--timeout")] == []
 
