@@ -162,7 +162,7 @@ def order_line(batch: Batch) -> str:
 
 
 def history_lines(told: Mapping[str, Any]) -> Iterator[str]:
-    """Who requested a batch and each of its passes, and why, of `BatchClient.told`; what its order says stands once."""
+    """Who requested a batch and each of its passes, and why (`BatchClient.published`); its order stands once."""
     given: Mapping[str, Any] = {}
     for what, one in (("order", told), *told["passes"].items()):
         said = {name: one[name] for name in ("requested_by", "reason") if one.get(name)}

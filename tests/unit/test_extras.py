@@ -111,7 +111,7 @@ def test_files_are_read_and_written_without_either(tmp_path: Path) -> None:
     assert [one.url for page in sources.pages(f"file://{tmp_path}/") for one in page] == [f"file://{tmp_path}/1.dcm"]
     sources.close()
     destinations = Destinations(DownloadSettings.model_validate({"folders": [tmp_path]}))
-    assert destinations.archive(f"file://{tmp_path}/2.zip").look() is None
+    assert destinations.archive(f"file://{tmp_path}/2.zip").read_fingerprint() is None
 
 
 def test_one_sdk_alone_is_enough_for_its_own_store(hide):
