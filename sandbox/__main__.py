@@ -72,7 +72,7 @@ class Sandbox:
         return Site(dialect, self.stores[dialect], self.faults, authorize, self.tokens.issued_at_s)
 
     def _control_application(self, ohif: Path | None) -> web.Application:
-        """The control server, with the viewers and both token endpoints, each under the moods of its dialect."""
+        """The control server, with the viewers and both token endpoints, each under the faults of its dialect."""
         app = self.control.application()
         app.add_routes(Viewer(self.stores, ohif=ohif is not None).routes())
         for dialect, prefix, path, endpoint in (

@@ -1,4 +1,4 @@
-"""The control server: sets moods, moves the clock, empties the stores, and bears the viewer's pages.
+"""The control server: sets faults, moves the clock, empties the stores, and bears the viewer's pages.
 
 It decides nothing about DICOM; it is never in the way of a request to a dialect.
 """
@@ -18,7 +18,7 @@ from sandbox.web import Listener, RequestLoad
 
 _ABOUT = """<!doctype html><title>PACS Courier sandbox</title><h1>PACS Courier sandbox</h1>
 <p>A tool for development: two stand-in PACS servers with faults on demand. Not for patients' images.</p>
-<ul><li>GET, DELETE /moods; PUT /moods/{dialect}/{operation}</li><li>GET, PUT /clock</li><li>POST /reset</li>
+<ul><li>GET, DELETE /faults; PUT /faults/{dialect}/{operation}</li><li>GET, PUT /clock</li><li>POST /reset</li>
 <li>GET, DELETE /load</li><li>GET /healthz</li><li>/viewer/{dialect}?StudyInstanceUIDs=UID</li></ul>"""
 
 
@@ -37,9 +37,8 @@ class Control:
             [
                 web.get("/", self._about),
                 web.get("/healthz", self._healthz),
-                web.get("/moods", self._get_faults),
-                web.delete("/moods", self._clear_faults),
-                web.put("/moods/{dialect}/{operation}", self._put_fault),
+                *self._faults_at("/faults"),
+                *self._faults_at("/moods"),  # as version 0.1 named them
                 web.get("/clock", self._get_clock),
                 web.put("/clock", self._put_clock),
                 web.post("/reset", self._reset),
@@ -48,6 +47,13 @@ class Control:
             ]
         )
         return app
+
+    def _faults_at(self, path: str) -> list[web.RouteDef]:
+        return [
+            web.get(path, self._get_faults),
+            web.delete(path, self._clear_faults),
+            web.put(f"{path}/{{dialect}}/{{operation}}", self._put_fault),
+        ]
 
     async def _about(self, _request: web.Request) -> web.Response:
         return web.Response(text=_ABOUT, content_type="text/html")

@@ -138,7 +138,7 @@ def show(stack: Stack, uploads: Sequence[Upload], console: Terminal) -> None:
         "Flower (jobs, workers)": stack.flower.url,
         "MSDICOM sandbox": stack.sandbox.msdicom,
         "DCM4CHEE sandbox": stack.sandbox.dcm4chee,
-        "faults on demand": f"{stack.sandbox.control}/moods",
+        "faults on demand": f"{stack.sandbox.control}/faults",
         "sample images": stack.images.base,
     }
     for what, address in addresses.items():

@@ -1,6 +1,6 @@
-"""How a sandbox server misbehaves on demand: which mood applies to which request, and the clock that can be moved.
+"""How a sandbox server misbehaves on demand: which fault applies to which request, and the clock that can be moved.
 
-Only values and the table of moods; what a mood does on the wire is in ``web.py`` (everything that concerns the
+Only values and the table of faults; what a fault does on the wire is in ``web.py`` (everything that concerns the
 connection) and in the dialects (everything that concerns an answer's content).
 """
 
@@ -18,7 +18,7 @@ DIALECTS = ("msdicom", "dcm4chee")
 
 
 class FaultError(ValueError):
-    """A mood that cannot be; the sentence says what is wrong with it."""
+    """A fault that cannot be; the sentence says what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class InjectedFault:
         return self.latency_ms / 1000
 
     def over(self, other: InjectedFault) -> InjectedFault:
-        """This mood where it says something, else ``other``."""
+        """This fault where it says something, else ``other``."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return InjectedFault(**{**other.as_json(), **said})
 
@@ -94,7 +94,7 @@ class InjectedFault:
 
 
 def parse(order: Mapping[str, Any]) -> tuple[InjectedFault, int | None]:
-    """A mood and how many requests it lasts (None: until changed), from a control request's JSON.
+    """A fault and how many requests it lasts (None: until changed), from a control request's JSON.
 
     Raises `FaultError`.
     """
@@ -104,7 +104,7 @@ def parse(order: Mapping[str, Any]) -> tuple[InjectedFault, int | None]:
         raise FaultError("times must be a whole number above 0")
     unknown = set(order) - set(_KINDS)
     if unknown:
-        raise FaultError(f"unknown mood {sorted(unknown)[0]!r}; there are {', '.join(sorted(_KINDS))}")
+        raise FaultError(f"unknown fault {sorted(unknown)[0]!r}; there are {', '.join(sorted(_KINDS))}")
     for name, value in order.items():
         if not _KINDS[name](value):
             raise FaultError(f"{name} cannot be {value!r}")
@@ -164,7 +164,7 @@ class _Spell:
 
 
 class Faults:
-    """Which mood is set for which dialect and operation. ``usual`` is what `clear` goes back to."""
+    """Which fault is set for which dialect and operation. ``usual`` is what `clear` goes back to."""
 
     def __init__(self, clock: Clock | None = None, usual: InjectedFault | None = None) -> None:
         self.clock = clock or Clock()
@@ -174,7 +174,7 @@ class Faults:
         self._clearings = 0
 
     def put(self, dialect: str, operation: str, fault: InjectedFault, times: int | None = None) -> None:
-        """Set the mood of an operation (``*``: of all), replacing the one it had. Raises `FaultError`."""
+        """Set the fault of an operation (``*``: of all), replacing the one it had. Raises `FaultError`."""
         if dialect not in DIALECTS:
             raise FaultError(f"dialect must be one of {', '.join(DIALECTS)}")
         if operation not in OPERATIONS:
@@ -187,11 +187,11 @@ class Faults:
         self._clearings += 1
 
     def changes(self, dialect: str, operation: str) -> tuple[int, int]:
-        """Differs whenever moods were cleared or one was set for this very operation (not for ``*``)."""
+        """Differs whenever faults were cleared or one was set for this very operation (not for ``*``)."""
         return self._clearings, self._changes.get((dialect, operation), 0)
 
     def read_current(self, dialect: str, operation: str) -> InjectedFault:
-        """The mood an operation is in, without using up a request."""
+        """The fault an operation is in, without using up a request."""
         fault = self.usual
         for key in ((dialect, "*"), (dialect, operation)):
             if key in self._spells:
@@ -199,7 +199,7 @@ class Faults:
         return fault
 
     def take(self, dialect: str, operation: str) -> InjectedFault:
-        """The mood for one request, which counts against ``times``."""
+        """The fault for one request, which counts against ``times``."""
         fault = self.read_current(dialect, operation)
         for key in {(dialect, "*"), (dialect, operation)}:
             spell = self._spells.get(key)
@@ -218,7 +218,7 @@ class Faults:
     def is_old_token(self, dialect: str, operation: str, authorization: str | None, issued_at_s: float | None) -> bool:
         """Whether ``unauthorized`` still refuses this Authorization header.
 
-        A token of the built-in endpoint is new if it was issued after the mood was set. Of any other header nothing is
+        A token of the built-in endpoint is new if it was issued after the fault was set. Of any other header nothing is
         known, so the first one seen is the old one, and a different one is new.
         """
         spell = self._spells.get((dialect, operation)) or self._spells.get((dialect, "*"))
@@ -231,7 +231,7 @@ class Faults:
         return authorization in spell.refused
 
     def as_json(self) -> dict[str, dict[str, Any]]:
-        """What is set, as ``GET /moods`` shows it."""
+        """What is set, as ``GET /faults`` shows it."""
         shown: dict[str, dict[str, Any]] = {dialect: {} for dialect in DIALECTS}
         for (dialect, operation), spell in self._spells.items():
             entry = spell.fault.as_json()

@@ -355,11 +355,11 @@ class SandboxPart:
         return f"{self.control}/viewer/{dialect}?StudyInstanceUIDs={{study}}"
 
     def set_fault(self, dialect: str, operation: str, **fault: object) -> None:
-        self._call("PUT", f"/moods/{dialect}/{operation}", fault)
+        self._call("PUT", f"/faults/{dialect}/{operation}", fault)
 
     def reset_faults(self) -> None:
-        """All moods back to normal."""
-        self._call("DELETE", "/moods")
+        """All faults back to normal."""
+        self._call("DELETE", "/faults")
 
     def empty(self) -> None:
         """Both stores emptied."""

@@ -1,7 +1,7 @@
 """The sandbox's own identity provider: access tokens for client credentials, Entra-shaped and Keycloak-shaped.
 
 Who gets a token, how long it lives, whether a request's token is good. Whether a dialect asks for tokens at all is a
-mood (``bearer``), and refusing the request is done where requests arrive. Tokens are opaque, kept in memory and gone
+fault (``bearer``), and refusing the request is done where requests arrive. Tokens are opaque, kept in memory and gone
 with the process, as they would be after a restart of a provider that changes its keys.
 """
 

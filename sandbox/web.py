@@ -1,9 +1,9 @@
-"""HTTP mechanics both dialects share: serving, bodies streamed in and out, and what a mood does to a connection.
+"""HTTP mechanics both dialects share: serving, bodies streamed in and out, and what a fault does to a connection.
 
 No dialect's rules here: which status, which header and which part is acceptable is decided by ``msdicom.py`` and
 ``dcm4chee.py``. A handler is an aiohttp handler marked with `operation`; it returns an ordinary
-`aiohttp.web.Response` or, for a long body, a `Streamed`. The `door` in front of all handlers applies the mood of
-(dialect, operation) and leaves it in ``request[MOOD]`` for the parts of it that are the dialect's business.
+`aiohttp.web.Response` or, for a long body, a `Streamed`. The `door` in front of all handlers applies the fault of
+(dialect, operation) and leaves it in ``request[FAULT]`` for the parts of it that are the dialect's business.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHUNK_BYTES = 256 * 1024
 #: So much of a request's parts may wait in memory; further ones wait on disk, however small.
 HELD_BYTES = 16 * 1024 * 1024
 DICOM_JSON = "application/dicom+json"
-FAULT: web.RequestKey[InjectedFault] = web.RequestKey("mood", InjectedFault)
+FAULT: web.RequestKey[InjectedFault] = web.RequestKey("fault", InjectedFault)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Authorize = Callable[[web.Request, str, InjectedFault], web.Response | None]
@@ -88,7 +88,7 @@ class Site:
 
 
 def operation(name: str) -> Callable[[H], H]:
-    """Mark a handler with the operation whose mood applies to it."""
+    """Mark a handler with the operation whose fault applies to it."""
 
     def mark(handler: H) -> H:
         handler.operation = name  # type: ignore[attr-defined]  # functions bear attributes, their type does not say so
@@ -152,7 +152,7 @@ async def multipart(
 
 
 class Reset(ConnectionResetError):
-    """The mood ``reset_after_bytes`` came true: the connection is gone."""
+    """The fault ``reset_after_bytes`` came true: the connection is gone."""
 
 
 class BrokenMultipart(Exception):
@@ -176,7 +176,7 @@ class BodyPart:
 
 
 async def body(request: web.Request) -> AsyncIterator[bytes]:
-    """The request's body as it arrives. Raises `Reset` where the mood says so, ConnectionError if the client goes."""
+    """The request's body as it arrives. Raises `Reset` where the fault says so, ConnectionError if the client goes."""
     left = request[FAULT].reset_after_bytes
     async for chunk in request.content.iter_any():
         if left is not None:
@@ -317,7 +317,7 @@ class Splitter:
 
 
 def door(site: Site) -> Middleware:
-    """The middleware that stands in front of a dialect's handlers and lets its moods out on them."""
+    """The middleware that stands in front of a dialect's handlers and lets its faults out on them."""
 
     @web.middleware
     async def through(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -395,7 +395,7 @@ def reset(request: web.Request) -> None:
 
 
 async def _send(request: web.Request, response: web.StreamResponse, fault: InjectedFault) -> web.StreamResponse:
-    """Put the answer on the wire, as well or badly as the mood will have it."""
+    """Put the answer on the wire, as well or badly as the fault will have it."""
     if fault.charset and response.headers.get("Content-Type") == DICOM_JSON:
         response.headers["Content-Type"] = f"{DICOM_JSON}; charset=utf-8"
     cut = fault.reset_answer if fault.truncate is False else fault.truncate

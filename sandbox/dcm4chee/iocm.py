@@ -234,7 +234,7 @@ async def delete_study(archive: ArchiveState, request: web.Request) -> web.Strea
     archive.deleting.add(study)
     try:
         for start in range(0, len(rows), _CHUNK):
-            # The mood's latency is per chunk here, so that a second request can meet the first one at work.
+            # The fault's latency is per chunk here, so that a second request can meet the first one at work.
             await asyncio.sleep(request[FAULT].latency_s())
             retained_for_ever = asked.get("retainObj") == "true"
             free_at_s = float("inf") if retained_for_ever else archive.now_s() + PURGE_INTERVAL_S

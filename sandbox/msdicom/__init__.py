@@ -1,7 +1,7 @@
 """MSDICOM, as a sandbox: Microsoft's DICOM server in its API versions 1 and 2 (the ``archived`` branch of its code).
 
 Routes, answers and codes of that server, over real HTTP and a real store. What it accepts is in ``rules.py``,
-its searches are in ``query.py``; how bytes travel and what a mood does to a connection, in ``web.py``. What is
+its searches are in ``query.py``; how bytes travel and what a fault does to a connection, in ``web.py``. What is
 left out is listed in ``docs/sandbox.md``.
 """
 
@@ -108,7 +108,7 @@ async def _problems(request: web.Request, handler: Any) -> web.StreamResponse:
 
 @dataclass(frozen=True)
 class _PublishedReport:
-    """A published health report. ``changes`` are those of the moods it was made under."""
+    """A published health report. ``changes`` are those of the faults it was made under."""
 
     at_s: float
     changes: tuple[int, int]
@@ -562,7 +562,7 @@ class MsDicomServer:
     async def health(self, request: web.Request) -> web.StreamResponse:
         """The last published report, which lags behind what it reports by up to `HEALTH_PERIOD_S`.
 
-        So that a test need not wait, a mood of this very operation, or the end of all moods, publishes a new one.
+        So that a test need not wait, a fault of this very operation, or the end of all faults, publishes a new one.
         """
         now_s = self._site.clock.now_s()
         changes = self._site.faults.changes("msdicom", "health")

@@ -408,7 +408,7 @@ def test_of_a_request_that_was_cut_off_what_arrived_is_kept_and_the_rest_sent(
 
 
 @pytest.mark.parametrize(
-    ("server", "mood"),
+    ("server", "fault"),
     [
         ("msdicom", {"transient_272": True}),
         ("dcm4chee", {"transient_272": True}),
@@ -419,11 +419,11 @@ def test_of_a_request_that_was_cut_off_what_arrived_is_kept_and_the_rest_sent(
     ],
 )
 def test_what_a_server_could_not_store_now_it_stores_later(
-    site: UploadSite, sandbox: SandboxPart, server: str, mood: dict[str, Any]
+    site: UploadSite, sandbox: SandboxPart, server: str, fault: dict[str, Any]
 ) -> None:
     study = new_uid()
     chunk = site.chunk(*site.study(5, study), server=server)
-    sandbox.set_fault(server, "store", **mood, times=1)
+    sandbox.set_fault(server, "store", **fault, times=1)
     assert all(word.endswith("?") for word in words(chunk.attempt()))
     chunk.attempt()
     assert chunk.ends == ["stored"] * 5

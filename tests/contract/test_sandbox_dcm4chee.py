@@ -978,7 +978,7 @@ def a_second_delete_meets_the_first(archive: SandboxArchive) -> None:
 
     first = threading.Thread(target=delete)
     first.start()
-    until(lambda: "delete" not in archive.get(f"{archive.part.control}/moods").json()["dcm4chee"])
+    until(lambda: "delete" not in archive.get(f"{archive.part.control}/faults").json()["dcm4chee"])
     # The first one sleeps in front of the door, then at work: one sent half-way through its work meets it there.
     # Nothing on the wire tells which of the two it is, so this is by the clock: 0.7 s each.
     time.sleep(1.0)

@@ -1,7 +1,7 @@
-"""Each mood of the sandbox, as it looks on the wire.
+"""Each fault of the sandbox, as it looks on the wire.
 
-Raw sockets where the matter is the connection, requests where it is the answer. What a mood means to a worker is tested
-elsewhere.
+Raw sockets where the matter is the connection, requests where it is the answer. What a fault means to a worker is
+tested elsewhere.
 """
 
 from __future__ import annotations
@@ -438,7 +438,7 @@ def test_the_token_endpoint_has_faults_too(pacs: SandboxDialect) -> None:
 
 def put(pacs: SandboxDialect, path: str, body: Any) -> requests.Response:
     content = body if isinstance(body, str) else json.dumps(body)
-    return requests.put(f"{pacs.part.control}/moods/{path}", data=content, timeout=10)
+    return requests.put(f"{pacs.part.control}/faults/{path}", data=content, timeout=10)
 
 
 def test_faults_combine_and_an_operations_own_wins_over_that_of_all(msdicom: SandboxDialect) -> None:
@@ -452,9 +452,10 @@ def test_faults_combine_and_an_operations_own_wins_over_that_of_all(msdicom: San
 
 def test_faults_are_shown_and_end_together(msdicom: SandboxDialect) -> None:
     put(msdicom, "msdicom/store", {"latency_ms": [1, 2], "times": 3})
-    shown = requests.get(f"{msdicom.part.control}/moods", timeout=10).json()
+    shown = requests.get(f"{msdicom.part.control}/faults", timeout=10).json()
     assert shown == {"msdicom": {"store": {"latency_ms": [1, 2], "times": 3}}, "dcm4chee": {}}
-    cleared = requests.delete(f"{msdicom.part.control}/moods", timeout=10).json()
+    assert requests.get(f"{msdicom.part.control}/moods", timeout=10).json() == shown, "the path of version 0.1"
+    cleared = requests.delete(f"{msdicom.part.control}/faults", timeout=10).json()
     assert cleared == {"msdicom": {}, "dcm4chee": {}}
 
 
@@ -482,7 +483,7 @@ def test_a_fault_that_cannot_be_is_refused_with_a_sentence(msdicom: SandboxDiale
     answer = put(msdicom, path, body)
     assert answer.status_code == 400
     assert len(answer.json()["error"]) > 10
-    assert requests.get(f"{msdicom.part.control}/moods", timeout=10).json() == {"msdicom": {}, "dcm4chee": {}}
+    assert requests.get(f"{msdicom.part.control}/faults", timeout=10).json() == {"msdicom": {}, "dcm4chee": {}}
 
 
 def test_a_reset_empties_both_stores_and_sets_the_clock_right(msdicom: SandboxDialect) -> None:

@@ -135,11 +135,11 @@ DOORS: dict[str, tuple[Callable[[SlowDownSite], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("mood", [{"status": 429}, {"status": 503, "retry_after_s": 1}], ids=["429", "503"])
+@pytest.mark.parametrize("fault", [{"status": 429}, {"status": 503, "retry_after_s": 1}], ids=["429", "503"])
 @pytest.mark.parametrize("door", DOORS)
-def test_a_request_to_slow_down_uses_up_no_attempt(site: SlowDownSite, door: str, mood: dict[str, Any]) -> None:
+def test_a_request_to_slow_down_uses_up_no_attempt(site: SlowDownSite, door: str, fault: dict[str, Any]) -> None:
     order, operation = DOORS[door]
-    site.sandbox.set_fault("msdicom", operation, times=TIMES, **mood)
+    site.sandbox.set_fault("msdicom", operation, times=TIMES, **fault)
     handle = order(site)
     payload = handle.result(timeout_s=WAIT_S)
     assert payload.get("status", "done") in ("stored", "done", "downloaded", "deleted")
@@ -148,7 +148,7 @@ def test_a_request_to_slow_down_uses_up_no_attempt(site: SlowDownSite, door: str
     passes = payload.get("passes", {})
     assert "failed" not in passes.get("apply", {}).get("totals", {})
     rate = site.rate("msdicom")
-    assert (rate.cuts > 0, rate.status) == (True, mood["status"])
+    assert (rate.cuts > 0, rate.status) == (True, fault["status"])
 
 
 def test_an_undo_waits_too(site: SlowDownSite) -> None:
