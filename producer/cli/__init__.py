@@ -87,7 +87,9 @@ class _PacsGroup(click.Group):
         try:
             return name, command if name is None else self.load(name), rest
         except KeyboardInterrupt:  # of which click would say "Aborted!", with the exit status of a failure
-            click.echo("pacs: Interrupted.", err=True)
+            from producer.terminal import errors_console, plain  # noqa: PLC0415 (loads rich)
+
+            errors_console.print(plain("pacs: Interrupted."))
             ctx.exit(130)
 
     def invoke(self, ctx: click.Context) -> Any:
