@@ -15,6 +15,7 @@ from celery import Celery
 from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
 from celery.exceptions import SecurityError
+from kombu.utils.encoding import bytes_to_str
 
 # --- the app of a program ---------------------------------------------------------------------------------------------
 
@@ -46,7 +47,12 @@ class GuestCelery(Celery):  # type: ignore[misc]  # celery is untyped
 
 def read_results(backend: Any, job_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     """What ``backend`` has stored of those jobs that it has an entry of, read in one go."""
-    rows = backend.mget([backend.get_key_for_task(job_id) for job_id in job_ids]) if job_ids else []
+    keys = [backend.get_key_for_task(job_id) for job_id in job_ids]
+    rows = backend.mget(keys) if keys else []
+    if isinstance(rows, Mapping):  # a memcached has no order, and names without bytes
+        to_text: Any = bytes_to_str
+        named = {to_text(key): row for key, row in rows.items()}
+        rows = [named.get(to_text(key)) for key in keys]
     return {job_id: backend.decode_result(row) for job_id, row in zip(job_ids, rows, strict=True) if row}
 
 
@@ -61,6 +67,19 @@ def store_probe(backend: Any) -> None:
     """
     if isinstance(backend, RedisBackend):
         backend.client.set(backend.get_key_for_task(f"probe-{uuid.uuid4()}"), "", ex=1)
+
+
+def subscriber(backend: Any) -> Any:
+    """A client of the Redis that keeps results, with the same options and connections of its own; None of another kind
+    of back-end, which publishes no results.
+    """
+    return backend._create_client(**backend.connparams) if isinstance(backend, RedisBackend) else None
+
+
+def result_channel(backend: Any, job_id: str) -> bytes:
+    """Where a Redis that keeps results publishes what it stores of the job."""
+    key = backend.get_key_for_task(job_id)
+    return key if isinstance(key, bytes) else str(key).encode()
 
 
 def disconnect(backend: Any) -> None:

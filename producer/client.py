@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from celery import Celery
 from celery.exceptions import BackendError
 from kombu.connection import Connection
 
-from courier import celery_internals, celery_settings, tracing
+from courier import celery_internals, celery_settings, redis_urls, tracing
 from courier.batches.store import Batches
 from courier.ledger import peers
 from courier.ledger.jobs import DueJob, Ledger, job_id_for, words_of
@@ -54,6 +55,7 @@ from producer.errors import (
     NotFound,
 )
 from producer.handle import Handle, Report, Result_co, newer, read_result, read_standing
+from producer.notifications import Notifications, Rotation
 from producer.results import (
     AuditResult,
     DatabaseResult,
@@ -71,8 +73,8 @@ from producer.results import (
 log = logging.getLogger(__name__)
 
 _UNREACHABLE = (redis.ConnectionError, redis.TimeoutError, kombu.exceptions.OperationalError, BackendError)
-_POLL_S = 0.1
-#: While a program waits, the ledger is asked this often for the jobs that the result back-end has no entry of.
+#: While a program waits, all its jobs are read this often, whatever is published of them, and the ledger is asked for
+#: those that the result back-end has no entry of.
 _LEDGER_POLL_S = 1.0
 #: How often a program looks whether it can still read the ledger.
 _SCHEMA_S = 10.0
@@ -112,7 +114,10 @@ class Courier:
         tracing.trace(self.settings.telemetry)
         queue = self.settings.queue.at(broker_url=broker_url, result_backend=result_backend, ledger_url=ledger_url)
         self._app = _celery(self.settings, queue)
-        # Results are polled: with a back-end, Celery would subscribe to each one it sends, and not send without it.
+        self._backend_lock, self._has_backend = threading.Lock(), False
+        self._notifications = Notifications(self._backend)
+        # Results have subscriptions of ours: with a back-end, Celery would subscribe to each one it sends, and not send
+        # without it.
         self._sender = _celery(self.settings, queue.model_copy(update={"result_backend": "disabled://"}))
         jobs, results = self.settings.jobs, self.settings.results
         self._ledger = (
@@ -133,11 +138,19 @@ class Courier:
 
     def close(self) -> None:
         """End its connections. Those to the broker stay: Celery shares them among all apps of this program."""
+        self._notifications.close()
         self._sender.close()
         self._app.close()
-        celery_internals.disconnect(self._app.backend)
+        celery_internals.disconnect(self._backend())
         if self._ledger is not None:
             self._ledger.close()
+
+    def _backend(self) -> Any:
+        """Where results are kept; if that is a Redis, one object for all threads, and so one pool of connections."""
+        if not self._has_backend:
+            with self._backend_lock:
+                self._has_backend = self._app.backend is not None
+        return self._app.backend
 
     def upload(
         self,
@@ -376,7 +389,7 @@ class Courier:
 
     def _forget(self, job_id: str) -> None:
         with _reachable():
-            celery_internals.forget_result(self._app.backend, job_id)
+            celery_internals.forget_result(self._backend(), job_id)
 
     def _send(self, due: DueJob) -> None:
         try:
@@ -444,7 +457,7 @@ class Courier:
         """
         self._stored_reports([f"probe-{uuid.uuid4()}"])
         with _reachable():
-            celery_internals.store_probe(self._app.backend)
+            celery_internals.store_probe(self._backend())
 
     def handle(self, job_id: str, *, batch_id: str = "") -> Handle:
         """The handle of a job that was enqueued by anybody."""
@@ -477,7 +490,7 @@ class Courier:
     def _stored_reports(self, ids: Sequence[str]) -> dict[str, Report]:
         """What the result back-end says of those jobs that it has an entry of."""
         with _reachable():
-            rows = celery_internals.read_results(self._app.backend, ids)
+            rows = celery_internals.read_results(self._backend(), ids)
         return {job_id: read_result(row) for job_id, row in rows.items()}
 
     def _ledger_reports(self, job_ids: Iterable[str]) -> dict[str, Report]:
@@ -545,24 +558,27 @@ class Courier:
                     del open_handles[job_id]
 
     def _polled(self, job_ids: Mapping[str, Any], deadline: float | None) -> Iterator[tuple[dict[str, Report], bool]]:
-        """Reports of what is left of ``job_ids``, again and again; whether what is ``unknown`` now stays so."""
+        """Reports of what is left of ``job_ids``, as they are published; whether what is ``unknown`` now stays so."""
         patience = time.monotonic() + self.settings.jobs.grace_s
         ask_ledger_at = time.monotonic()
-        while job_ids:
-            now = time.monotonic()
-            last = deadline is not None and now >= deadline
-            reports = self._stored_reports(list(job_ids))
-            if last or now >= ask_ledger_at:
-                new = [job_id for job_id in job_ids if job_id not in reports or reports[job_id].revoked]
-                reports |= self._refined(job_ids if last else new, reports)
-                ask_ledger_at = now + _LEDGER_POLL_S
-            elif self._ledger is not None:
-                reports = {job_id: report for job_id, report in reports.items() if not report.revoked}
-            yield reports, last or now >= patience
-            if last:
-                return
-            if job_ids:
-                time.sleep(_POLL_S)
+        read, asked, due = Rotation(job_ids), Rotation(job_ids), list(job_ids)
+        with contextlib.closing(self._notifications.subscription()) as subscription:
+            while job_ids:
+                now = time.monotonic()
+                last = deadline is not None and now >= deadline
+                reports = self._stored_reports(due := list(job_ids) if last else due)
+                if last or now >= ask_ledger_at:
+                    new = [job_id for job_id in due if job_id not in reports or reports[job_id].revoked]
+                    reports |= self._refined(due if last else new, reports)
+                    ask_ledger_at = now + _LEDGER_POLL_S
+                elif self._ledger is not None:
+                    reports = {job_id: report for job_id, report in reports.items() if not report.revoked}
+                yield reports, last or now >= patience
+                if last or not job_ids:
+                    return
+                published = subscription.wait(job_ids, due, until=min(ask_ledger_at, deadline or ask_ledger_at))
+                ask = time.monotonic() >= ask_ledger_at
+                due = asked.next() if ask else read.next() if published is None else list(published)
 
 
 def _depth(connection: Connection, queue: str) -> int:
@@ -582,6 +598,7 @@ def _celery(settings: Settings, queue: QueueSettings) -> Celery:
         # The program's CELERY_BROKER_URL wins over the plain key.
         broker_read_url=queue.broker_url,
         broker_write_url=queue.broker_url,
+        result_backend_thread_safe=queue.result_backend.partition("://")[0] in (*redis_urls.SCHEMES, "sentinel"),
         result_expires=settings.results.expires_s,
         task_publish_retry=False,
     )

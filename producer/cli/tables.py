@@ -51,10 +51,18 @@ def follow(courier: Courier, jobs: Mapping[Handle, str], *, timeout_s: float | N
         for handle, report in courier.watch(jobs, timeout_s=timeout_s):
             before, last[handle.id] = last[handle.id], report
             over += int(report.over) - int(before.over)
-            stages[_label(before)] -= not before.over
-            stages[_label(report)] += not report.over
+            _count(stages, before, -1)
+            _count(stages, report, 1)
             progress.update(line, completed=over, description=printable(_stages(stages)))
     return last
+
+
+def _count(stages: Counter[str], report: Report, by: int) -> None:
+    """Of jobs that are open; a stage that none is at any more is left out, or each line would go through all."""
+    if not report.over:
+        stages[label := _label(report)] += by
+        if not stages[label]:
+            del stages[label]
 
 
 def _label(report: Report) -> str:

@@ -45,7 +45,9 @@ from courier.celery_internals import (
     json_signer,
     private_key,
     read_results,
+    result_channel,
     store_probe,
+    subscriber,
 )
 from worker.runtime import celery_internals, consumer, shortage
 from worker.runtime.celery_internals import LeavingThreads, MarkingCelery
@@ -406,6 +408,12 @@ def test_read_results_depends_on_how_a_back_end_keeps_what_it_stores(
     assert read_results(backend, []) == {}
 
 
+def test_read_results_depends_on_what_a_memcached_answers(app: Celery) -> None:
+    app.backend.store_result("read-1", {"a": 1}, "SUCCESS")
+    assert read_results(app.backend, ["read-0", "read-1"])["read-1"]["result"] == {"a": 1}
+    assert read_results(app.backend, ["read-0"]) == {}
+
+
 def test_forget_result_depends_on_the_name_that_an_entry_has(
     backend: Any, stored: Callable[[str, str, Any], None]
 ) -> None:
@@ -421,6 +429,30 @@ def test_store_probe_depends_on_where_a_back_end_has_its_client(backend: Any) ->
     (name,) = backend.client.keys()
     assert name.startswith(b"celery-task-meta-probe-")
     assert backend.client.ttl(name) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")
+def test_result_channel_depends_on_where_a_back_end_publishes_what_it_stores(backend: Any) -> None:
+    with backend.client.pubsub() as pubsub:
+        pubsub.subscribe(result_channel(backend, "told"))
+        assert pubsub.get_message(timeout=5)["type"] == "subscribe"
+        for kept, state in (({"stage": "push"}, "PROGRESS"), ({"uid": "1.2"}, states.SUCCESS)):
+            backend.store_result("told", kept, state)
+            message = pubsub.get_message(timeout=5)
+            assert (message["type"], message["channel"]) == ("message", b"celery-task-meta-told")
+
+
+def test_subscriber_depends_on_how_a_back_end_makes_its_client() -> None:
+    url = "rediss://reader:secret@results.invalid:6390/3?ssl_cert_reqs=required"
+    with Celery("results", set_as_current=False, broker="memory://", backend=url) as app:
+        pool, own = app.backend.client.connection_pool, subscriber(app.backend).connection_pool
+        assert own is not pool
+        assert own.connection_class is pool.connection_class
+        options = ("host", "port", "db", "username", "password", "ssl_cert_reqs", "socket_timeout", "client_name")
+        assert [own.connection_kwargs[name] for name in options] == [pool.connection_kwargs[name] for name in options]
+        assert own.connection_kwargs["password"] == "secret"
+    with Celery("results", set_as_current=False, broker="memory://", backend="cache+memory://") as app:
+        assert subscriber(app.backend) is None
 
 
 def test_disconnect_depends_on_where_a_back_end_has_its_connections() -> None:

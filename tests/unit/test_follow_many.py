@@ -51,3 +51,21 @@ def test_ten_times_as_many_jobs_take_about_ten_times_as_long_to_show() -> None:
         return time.process_time() - begun
 
     assert took_s(5000) < 30 * max(took_s(500), 0.005)
+
+
+class Scattered(Jobs):
+    """Each job is at a stage of its own before it ends."""
+
+    def watch(self, jobs: Mapping[Handle, str], timeout_s: float | None) -> Iterator[tuple[Handle, Report]]:
+        for number, handle in enumerate(jobs):
+            yield handle, Report("running", f"stage {number}")
+            yield handle, Report("done", "done")
+
+
+def test_stages_that_no_job_is_at_any_more_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = []
+    monkeypatch.setattr(tables, "_stages", lambda stages: labels.append(len(stages)) or "")
+    jobs = Scattered(50)
+    last = tables.follow(cast(Any, jobs), jobs.handles, timeout_s=None, quiet=True)
+    assert {report.status for report in last.values()} == {"done"}
+    assert max(labels) == 2
