@@ -1,6 +1,6 @@
 """What an operator can set: one frozen tree, read once from ``pacs.toml`` and the environment.
 
-Only shapes, defaults and limits live here; nobody below reads the environment. Documented in
+Only shapes, defaults and limits live here; no module below reads the environment. Documented in
 ``docs/settings.md``, which a test compares with these classes.
 """
 
@@ -276,7 +276,7 @@ class ResultSettings(_Section):
 
 
 class SigningSettings(_Section):
-    """Whose messages a worker takes: without these three keys anybody's who can reach the broker."""
+    """Whose messages a worker takes: without these three keys, those of every program that reaches the broker."""
 
     key_file: Path | None = None
     certificate_file: Path | None = None
@@ -369,7 +369,7 @@ class QueueSettings(_Section):
     @field_validator("broker_url", "result_backend", "ledger_url")
     @classmethod
     def _readable(cls, url: str) -> str:
-        """Refused here in words of our own: whoever reads a malformed URL later quotes its password."""
+        """Refused here in words of our own: a library that reads a malformed URL later quotes its password."""
         if any(_malformed(one) for one in _NEXT_URL.split(url)):
             raise ValueError("it is no URL; write : / ? # @ [ ] ; in a user name or password percent-encoded")
         return url

@@ -1,7 +1,7 @@
 """Where jobs, steps and calls to servers can be watched from outside, by whoever was let in; otherwise by nobody.
 
 As with logging, the work says what it does and knows no listener. The listeners are ``worker/observability/metrics.py``
-and ``otlp.py``, which this module does not import: while nobody watches, nothing is loaded and a step costs less than
+and ``otlp.py``, which this module does not import: without observers nothing is loaded and a step costs less than
 a microsecond.
 """
 

@@ -285,7 +285,7 @@ redis.call('HSET', KEYS[1], 'state', b[2] or 'running')
 return b[2] or 'running'
 """
 
-# A batch whose coordinator's job is over (cancelled, dead) is nobody's any more: it stops. So does one without a job
+# A batch whose coordinator's job is over (cancelled, dead) has no coordinator: it stops. So does one without a job
 # whose plan nobody writes on. ARGV: prefix of jobs, batch id, life of a plan that does not grow, what is said then.
 _STATE = (
     _NOW
