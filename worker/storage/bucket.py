@@ -305,7 +305,7 @@ class Bucket:
             self._abort(key, upload_id)
 
     def _abort(self, key: str, upload_id: str) -> None:
-        from botocore import exceptions as boto  # noqa: PLC0415 (as in s3.py)
+        from botocore import exceptions as boto  # noqa: PLC0415 (as in s3_destination.py)
 
         try:
             self._client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload_id)
@@ -317,7 +317,7 @@ class Bucket:
         self._place.records.upload_ended(self.shown(key), upload_id)
 
     def _remove(self, key: str, versions: Iterable[str | None]) -> None:
-        from botocore import exceptions as boto  # noqa: PLC0415 (as in s3.py)
+        from botocore import exceptions as boto  # noqa: PLC0415 (as in s3_destination.py)
 
         try:
             try:
@@ -336,7 +336,7 @@ class Bucket:
 @contextmanager
 def translated(shown: str) -> Iterator[None]:
     """boto's errors end here; their own text is left out because it may quote more than the address."""
-    from boto3.exceptions import Boto3Error  # noqa: PLC0415 (as in s3.py)
+    from boto3.exceptions import Boto3Error  # noqa: PLC0415 (as in s3_destination.py)
     from botocore import exceptions as boto  # noqa: PLC0415
 
     try:
