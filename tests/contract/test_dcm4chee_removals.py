@@ -227,7 +227,7 @@ def test_where_nothing_can_be_hidden_an_image_that_came_before_the_last_look_sta
     study, late, came = new_uid(), new_uid(), list[str]()
     uids = site.put("dcm4chee" if kind == "undo" else "msdicom", study, 2)
     module: Any = deletions if kind == "backup" else study_migration
-    name = {"undo": "remove_images", "move": "remove_study", "backup": "remove_kept"}[kind]
+    name = {"undo": "remove_images", "move": "remove_study", "backup": "remove_backed_up"}[kind]
     remove = getattr(module, name)
 
     def after_another(*args: Any, **more: Any) -> Any:
