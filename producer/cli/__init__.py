@@ -42,7 +42,7 @@ COMMANDS: Final = {
         "audit",
         "List the studies that are on more than one server, and in how many images their copies differ.",
     ),
-    "dead": ("dead", "Dead letters: jobs that were tried as often as they may be, or that somebody has to look at."),
+    "dead": ("dead", "Dead letters: jobs that were tried as often as they may be, or that a person has to look at."),
 }
 
 

@@ -135,7 +135,7 @@ def failures_table(failures: Sequence[Mapping[str, Any]]) -> ListingTable:
     """The first of what is not as it should be."""
     table = _table("item", "server", "outcome", "why", kinds={"item": "id", "why": "text"})
     for one in failures:
-        item = redact_url(one.get("item") or one["study_uid"])  # its signature is nobody's business on a screen
+        item = redact_url(one.get("item") or one["study_uid"])  # a screen shows no signature
         why = f"{one['code']}: {one['message']}" if one["code"] else one["message"]
         table.add_row(item, one["server_name"] or "–", said(one["status"]), why, style="yellow")
     return table

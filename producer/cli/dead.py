@@ -95,7 +95,7 @@ def steering(command: Command) -> Command:
 
 @click.group()
 def dead() -> None:
-    """Dead letters: jobs that were tried as often as they may be, or that somebody has to look at."""
+    """Dead letters: jobs that were tried as often as they may be, or that a person has to look at."""
 
 
 @dead.command("list")

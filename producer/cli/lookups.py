@@ -28,7 +28,7 @@ study_option = click.option(
 @as_json_option
 @plain_failures
 def exists(level: Level, uid: str, described: bool, timeout_s: float | None, as_json: bool, **where: Any) -> int:
-    """Say who has the image, series or study that bears UID. Exit status 1: nobody has it."""
+    """Say who has the image, series or study that bears UID. Exit status 1: no server has it."""
     with Session() as courier:
         handle = courier.exists(level, uid, metadata=described, **where)
         payload = ended(courier, handle, timeout_s=timeout_s, as_json=as_json)
