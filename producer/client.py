@@ -460,7 +460,7 @@ class Courier:
             celery_internals.store_probe(self._backend())
 
     def handle(self, job_id: str, *, batch_id: str = "") -> Handle:
-        """The handle of a job that was enqueued by anybody."""
+        """The handle of a job that any program has enqueued."""
         return Handle(job_id, self, batch_id)
 
     def cancel(self, job_id: str) -> bool:

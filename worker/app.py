@@ -686,7 +686,7 @@ def _needs_stores() -> None:
 
 def outlook() -> Outlook:
     """What a scrape asks of the ledger and the broker."""
-    from worker.observability.metrics import Outlook  # noqa: PLC0415 (not where nobody measures)
+    from worker.observability.metrics import Outlook  # noqa: PLC0415 (only where metrics are on)
 
     ledger = _ledger_beside()
     load = ledger.load(overdue_s=OVERDUE_S)

@@ -371,7 +371,7 @@ def test_an_answer_that_was_lost_is_asked_for_and_nothing_is_stored_twice(
     assert words(chunk.attempt()) == ["pacs_unavailable?"] * 8
     single = site.services.ledger.take("single", task="pacs.upload", job={})
     (owner,) = site.services.ledger.lock_images([_first_uids(site, server, study)], job_id="single", fence=single.fence)
-    assert owner == chunk.job_id  # nobody else may store it until it is known whether we did
+    assert owner == chunk.job_id  # no other job may store it until it is known whether ours did
     fetched = len(site.images.requests)
     chunk.attempt()
     assert chunk.ends == ["stored"] * 8

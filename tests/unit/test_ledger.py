@@ -209,7 +209,7 @@ def test_jobs_that_may_not_have_another_death_take_turns_in_a_worker(
     killer = take("killer")
     assert (killer.state, killer.crash_count) == (TakeState.YOURS, 2)
     assert take("neighbour").state is TakeState.EARLY, "or both would be blamed for the next death"
-    assert take("somebody else").state is TakeState.YOURS
+    assert take("another job").state is TakeState.YOURS
     assert ledger.read_record("neighbour")["deaths"] == "2"
     expire_lease(client, "killer")
     assert take("killer").crash_count == 3

@@ -317,7 +317,7 @@ def _give_up(batch: Batch, job: BatchChunkJob, items: Sequence[Item], left: _Ope
 
 
 def _leave(batches: Batches, batch: Batch) -> None:
-    """The batch was ended, perhaps with its coordinator: then nobody else sees to it that it expires."""
+    """The batch was ended, perhaps with its coordinator: then no other job sets its expiry."""
     if batches.state(batch.id) == "cancelled":
         batches.expire(batch.id)
 

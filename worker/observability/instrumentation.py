@@ -26,7 +26,7 @@ def measure(settings: TelemetrySettings, read_outlook: Callable[[], Outlook]) ->
     """
     if not settings.metrics_port:
         return
-    from worker.observability.metrics import LedgerCollector, Metrics  # noqa: PLC0415 (not where nobody measures)
+    from worker.observability.metrics import LedgerCollector, Metrics  # noqa: PLC0415 (only where metrics are on)
 
     metrics = Metrics()
     metrics.registry.register(LedgerCollector(read_outlook))
