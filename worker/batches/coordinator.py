@@ -44,7 +44,7 @@ from worker.jobs.services import Services
 
 #: How many chunks of a batch are open at a time, over all workers, unless its order says so.
 CONCURRENCY = 4
-#: How soon the coordinator looks again, if nobody wakes it before.
+#: How soon the coordinator looks again, if no message wakes it before.
 LOOK_AGAIN_S = 1.0
 #: How soon somebody looks again who is paused, or whose items others have; and who stands in line for a slot.
 TURN_S = 1.0

@@ -26,7 +26,7 @@ from worker.storage.destinations import Archive, Files, StudyFingerprint
 
 
 class StudyDownloads:
-    """The kind: its items are studies; the server of an item is the one to ask, if anybody said so."""
+    """The kind: its items are studies; the server of an item is the one to ask, if the order names one."""
 
     #: One at a time in a chunk, because a study is large; several chunks are under way at once.
     group_items = 1

@@ -99,7 +99,7 @@ def bring(
     job: DownloadJob, attempt: Attempt, services: Services, *, still_wanted: Callable[[int], None]
 ) -> DownloadPayload:
     """As `download`, for a study of a batch too. ``still_wanted`` is called now and then; what it raises ends it."""
-    if attempt.cancelled:  # what an earlier attempt has left is seen by nobody
+    if attempt.cancelled:  # no job looks at what an earlier attempt has left
         raise Cancelled("The job was cancelled before the download was whole.")
     place, write = _destination(job, services)
     _take_turn(place.shown, attempt)

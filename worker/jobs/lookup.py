@@ -1,6 +1,6 @@
 """Is it anywhere, and what does it say of itself: `pacs.exists` and `pacs.metadata`.
 
-Whoever else has to find an object first (to download or delete it) asks through `find_on_servers` and `settle`, so that
+Other jobs that must find an object first (to download or delete it) ask through `find_on_servers` and `settle`, so that
 silence means the same everywhere: never "not there". Nothing here changes anything on a server.
 """
 

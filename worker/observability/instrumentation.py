@@ -22,7 +22,7 @@ def measure(settings: TelemetrySettings, read_outlook: Callable[[], Outlook]) ->
     Raises
     ------
     SettingsError
-        Nobody can listen there.
+        The address cannot be listened at.
     """
     if not settings.metrics_port:
         return

@@ -99,7 +99,7 @@ class Metrics:
         Raises
         ------
         OSError
-            Nobody can listen there.
+            The address cannot be listened at.
         """
         _, thread = start_http_server(port, host, registry=self.registry)
         thread.name = "metrics"
