@@ -162,7 +162,7 @@ def test_an_undo_waits_too(site: SlowDownSite) -> None:
 def test_a_job_that_waits_says_for_which_server_why_and_until_when(site: SlowDownSite) -> None:
     site.sandbox.set_fault("msdicom", "query", status=429, retry_after_s=20)
     handle = uploads(site)
-    assert poll(lambda: handle.waiting() is not None, timeout_s=WAIT_S)
+    assert poll(lambda: handle.status() == "waiting", timeout_s=WAIT_S)
     waiting = handle.waiting()
     assert (waiting["code"], waiting["server_name"]) == ("pacs_unavailable", "msdicom")
     assert "fewer requests" in waiting["message"]
