@@ -254,12 +254,16 @@ def redact_job(job: object) -> str:
     """
     if not isinstance(job, Mapping):
         return "{…}"
-    shown = {
+    return printable(json.dumps(redacted_fields(job), ensure_ascii=False), limit=500)
+
+
+def redacted_fields(job: Mapping[Any, Any]) -> dict[str, object]:
+    """The fields of `redact_job`, by their names."""
+    return {
         name if _IS_FIELD(name) else "…": _shown_field(name, value)
         for name, value in ((str(name), value) for name, value in job.items())
         if name not in HIDDEN_FIELDS
     }
-    return printable(json.dumps(shown, ensure_ascii=False), limit=500)
 
 
 def shown_result(result: Mapping[str, Any]) -> str:

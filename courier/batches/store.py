@@ -977,14 +977,19 @@ class Batches:
         if new:
             self._redis.hset(self._key(batch.id), "warnings", json.dumps([*batch.warnings, *new]))
 
-    def list(self) -> list[Batch]:
-        """All that are known, the latest first."""
-        ids = cast(list[str], self._redis.zrevrange(self._ledger.key("batches"), 0, -1))
+    def latest(self, limit: int | None) -> list[Batch]:
+        """So many that are known, the latest first; forgotten ones among them are left out."""
+        last = -1 if limit is None else limit - 1
+        ids = cast(list[str], self._redis.zrevrange(self._ledger.key("batches"), 0, last))
         found = {batch_id: self.get(batch_id) for batch_id in ids}
         gone = [batch_id for batch_id, batch in found.items() if batch is None]
         if gone:
             self._redis.zrem(self._ledger.key("batches"), *gone)
         return [batch for batch in found.values() if batch is not None]
+
+    def list(self) -> list[Batch]:
+        """All that are known, the latest first."""
+        return self.latest(None)
 
     def _key(self, batch_id: str, part: str = "") -> str:
         """Raises InvalidRequest, or an id such as ``B:outcomes:apply`` would be taken for another key of batch B."""

@@ -15,6 +15,7 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
     due           zset    job ids by the time (ms) at which somebody has to look at them again: to begin, to go on, or,
                           once a job has ended, to tell its outcome to whoever waits
     dead          zset    dead letters by the time of their death
+    recent        list    the jobs that ended last, the latest first, without the chunks of batches (`RECENT`)
     died:HASH     hash    how often a worker died doing this content; by worker: at which count it did last
     unanswered    zset    job ids by the time when a message was sent for them, until one of theirs is seen
     taken         hash    queue → how many messages of it have reached a job's claim
@@ -84,6 +85,8 @@ SILENT_S: Final = 60.0
 MESSAGES_S: Final = 5 * 3600
 #: A history keeps so many decisions, the latest ones.
 TRAIL_LENGTH: Final = 100
+#: So many of the jobs that ended are listed, the latest ones.
+RECENT: Final = 1000
 #: What comes first of what stands on two histories in the same millisecond.
 ORDER: Final = {
     event: number
@@ -550,6 +553,7 @@ _FINISH = (
     _NOW
     + _HISTORY
     + _FOLLOWERS
+    + f"local recent = {RECENT}"
     + """
 local job, due, dead, deaths = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local state = redis.call('HGET', job, 'state')
@@ -569,6 +573,10 @@ for gate in string.gmatch(redis.call('HGET', job, 'gates') or '', '%S+') do
   if redis.call('HGET', gate, 'job_id') == ARGV[1] then redis.call('DEL', gate) end
 end
 for key in string.gmatch(redis.call('HGET', job, 'storing') or '', '%S+') do redis.call('SREM', key, ARGV[1]) end
+if redis.call('HEXISTS', job, 'keep_ms') == 0 then
+  redis.call('LPUSH', prefix .. 'recent', ARGV[1])
+  redis.call('LTRIM', prefix .. 'recent', 0, recent - 1)
+end
 if ARGV[3] == 'dead' then
   redis.call('ZADD', dead, now, ARGV[1])
 else

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
@@ -78,6 +78,30 @@ redis.call('PEXPIRE', KEYS[2], ARGV[4])
 return {mine, waiting, members + 1}
 """
 )
+
+
+# How many slots of a server are leased by processes that live. KEYS: slots of each server.
+_HELD = (
+    _NOW
+    + """
+local counts = {}
+for i, key in ipairs(KEYS) do
+  counts[i] = 0
+  for _, row in ipairs(redis.call('HVALS', key)) do
+    local held, ends = string.match(row, '(%d+):(%d+)')
+    if ends and tonumber(ends) >= now then counts[i] = counts[i] + tonumber(held) end
+  end
+end
+return counts
+"""
+)
+
+
+def read_slots(client: redis.Redis, names: Sequence[str], *, prefix: str = PREFIX) -> dict[str, int]:
+    """How many slots of each server are leased just now, by all processes together."""
+    keys = [prefix + SLOTS + name for name in names]
+    counts = client.register_script(_HELD)(keys=keys) if keys else []
+    return {name: int(count) for name, count in zip(names, counts, strict=True)}
 
 
 class NoSlot(Exception):
