@@ -22,6 +22,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,10 +38,15 @@ from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import AzuritePart, Child, OrthancPart, Processes, RedisPart, SandboxPart
 from tests.packages import Distributions, build_distributions, install
+from tests.stopping import stop_together
 
 # Tables are as wide as a test says: readline tells child processes, such as xdist's, of a terminal of its own.
 for _name in ("COLUMNS", "LINES"):
     os.environ.pop(_name, None)
+
+# What is not kept compiled is compiled by each worker anew, which takes a third of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # In the background of a shell an interrupt is ignored, by children too; some tests interrupt theirs.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -253,6 +259,7 @@ class Workers:
     def close(self) -> None:
         """End them all, then fail the test if one wrote a traceback, or owned to a fault, that was not announced."""
         watched = [child for child in self._running.children if child not in self._may_show_tracebacks]
+        stop_together(self._running.children, self._request.getfixturevalue("redis"))
         self._running.stop()
         for child in watched:
             if any(sign in child.log for sign in SIGNS_OF_A_FAULT):

@@ -574,6 +574,7 @@ def _end_hard() -> None:
 
 app.steps["worker"].add(WatchedOver)
 app.steps["consumer"].add(consumer.Turns)
+app.steps["consumer"].add(consumer.HeardSignals)
 
 
 class EventsTogether(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
@@ -706,8 +707,12 @@ def outlook() -> Outlook:
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _collect_less_often(**_: Any) -> None:
-    """The metadata of one image are a thousand objects, for which Python would look for cycles once or more per job."""
+    """The metadata of one image are a thousand objects, for which Python would look for cycles once or more per job.
+
+    What was loaded stays until the end, where looking through it would take half a second.
+    """
     gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
+    gc.freeze()
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]  # celery is untyped

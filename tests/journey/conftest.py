@@ -23,6 +23,7 @@ from producer import Courier
 from producer.cli import main
 from sandbox import processes as parts
 from sandbox.processes import Processes, RedisPart, SandboxPart
+from tests.stopping import stop_together
 from tests.stow import stow
 
 
@@ -49,6 +50,7 @@ def steady_worker(
         child = parts.worker(running, config, name="steady")
         child.wait_ready()
         yield Steady(config, Settings.load({"PACS_CONFIG": str(config)}))
+        stop_together([child], redis_server)
         child.stop(grace_s=15)
         assert "Traceback (most recent call last)" not in child.log, child.log_tail(60)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +23,14 @@ from billiard.einfo import ExceptionInfo
 from celery.exceptions import Ignore, Reject
 from celery.worker import state
 from celery.worker.consumer import Consumer
+from kombu.asynchronous.hub import Hub
 from kombu.exceptions import DecodeError
 from kombu.transport import redis as redis_transport
 from kombu.transport.redis import Transport
 
 from courier.errors import CourierError, NotDicom
 from worker import app as product
-from worker.runtime import celery_internals, request, shortage
+from worker.runtime import celery_internals, consumer, request, shortage
 from worker.runtime.consumer import PacsConsumer
 from worker.runtime.kombu_internals import PacsChannel, PacsQoS
 
@@ -390,6 +394,31 @@ def test_reading_the_metadata_of_an_image_does_not_make_a_worker_look_for_cycles
     finally:
         gc.callbacks.pop()
         gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+def test_a_signal_ends_the_wait_for_the_next_message_once_its_handler_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[int] = []
+    heard: list[int] = []
+    monkeypatch.setattr(consumer, "_read_all", lambda told: heard.extend(os.read(told, 4096)))
+    consumer._told_of_signals.cache_clear()
+    with contextlib.ExitStack() as undone:
+        hub = Hub()
+        undone.callback(hub.close)
+        undone.callback(signal.signal, signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
+        undone.callback(consumer._told_of_signals.cache_clear)
+        undone.callback(signal.set_wakeup_fd, -1)
+        signal.signal(signal.SIGUSR1, lambda number, _: handled.append(number))
+        consumer.wake_by_signals(hub)
+        later = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+        later.start()
+        undone.callback(later.join)
+        events = hub.poller.poll(60)
+        assert [number for number, _ in events] == list(hub.readers)
+        assert handled == [signal.SIGUSR1], "a worker knows by now that it is to stop"
+        wake, arguments = hub.readers[events[0][0]]
+        wake(*arguments)
+        assert heard == [signal.SIGUSR1]
 
 
 def test_a_message_that_redis_did_not_note_as_taken_is_put_back_before_another_is_asked_for(

@@ -8,8 +8,13 @@ its connection, find the same message again, and so on for ever. Nothing here kn
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -396,6 +401,35 @@ class Turns(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
     @staticmethod
     def _count(parent: Any) -> None:
         parent.turns += 1
+
+
+class HeardSignals(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
+    """Has a signal end the wait of the consumer's loop, which would look a second later whether it is to stop."""
+
+    def start(self, parent: Any) -> None:
+        if parent.hub is not None and threading.current_thread() is threading.main_thread():
+            wake_by_signals(parent.hub)
+
+
+def wake_by_signals(hub: Any) -> None:
+    """Have a signal to this process wake ``hub`` (kombu's) once its handler has run. Only the main thread may ask."""
+    told = _told_of_signals()
+    hub.add_reader(told, _read_all, told)
+
+
+@functools.cache
+def _told_of_signals() -> int:
+    """A pipe that signals are written to. It stays open: another file with its number would be written to."""
+    told, tells = os.pipe()
+    os.set_blocking(told, False)
+    os.set_blocking(tells, False)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    return told
+
+
+def _read_all(told: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        os.read(told, 4096)
 
 
 def read_signs(worker: Any) -> Signs:
