@@ -158,7 +158,22 @@ class RateLimit(BaseModel):
     held_until: str | None = None
 
 
+class SuspensionEntry(BaseModel):
+    """How an operator has taken a server out of service: who, since when and until when (RFC 3339, UTC)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: Literal["paused", "maintenance"]
+    set_by: str
+    reason: str | None = None
+    since: str
+    until: str | None = None
+
+
 class StatusEntry(ServerEntry):
+    """``suspension``: the server was asked although jobs leave it alone, so that an operator sees how it is."""
+
+    suspension: SuspensionEntry | None = None
     rate_limit: RateLimit | None = None
     ready: bool | Unknown = "unknown"
     product: str = "unknown"

@@ -69,6 +69,7 @@ from producer.results import (
     TraceResult,
     UploadResult,
 )
+from producer.server_orders import ServerClient
 
 log = logging.getLogger(__name__)
 
@@ -350,6 +351,14 @@ class Courier:
             raise BrokerUnavailable("Dead letters are in the ledger; give ledger_url.")
         self._check_schema()
         return DeadLetterClient(self._ledger, forget=self._forget, send=self._send)
+
+    @property
+    def servers(self) -> ServerClient:
+        """Taking servers out of service, and back."""
+        if self._ledger is None:
+            raise BrokerUnavailable("Which servers are out of service is in the ledger; give ledger_url.")
+        self._check_schema()
+        return ServerClient(self._ledger, [server.name for server in self.settings.servers])
 
     def enqueue(
         self, task: str, kind: type[Job], job: Mapping[str, Any], *, job_id: str | None = None, batch_id: str = ""

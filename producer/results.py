@@ -37,6 +37,7 @@ __all__ = [
     "StudiesResult",
     "StudyEntryDict",
     "StudyOnDict",
+    "SuspensionEntryDict",
     "TraceClaimDict",
     "TraceEntryDict",
     "TraceEventDict",
@@ -371,6 +372,16 @@ class FoundResult(TypedDict):
     warnings: list[str]
 
 
+class SuspensionEntryDict(TypedDict):
+    """How an operator has taken a server out of service: who, since when and until when (RFC 3339, UTC)."""
+
+    state: Literal["paused", "maintenance"]
+    set_by: str
+    reason: str | None
+    since: str
+    until: str | None
+
+
 class RateLimitDict(TypedDict):
     """How fast workers ask a server that has asked for fewer requests, with ``status``.
 
@@ -383,12 +394,15 @@ class RateLimitDict(TypedDict):
 
 
 class StatusEntryDict(TypedDict):
+    """``suspension``: the server was asked although jobs leave it alone, so that an operator sees how it is."""
+
     server_name: str
     server_type: str
     status: Literal["up", "degraded", "not responding"]
     latency_ms: float
     note: str
     error: FaultDict | None
+    suspension: SuspensionEntryDict | None
     rate_limit: RateLimitDict | None
     ready: bool | Literal["unknown"]
     product: str

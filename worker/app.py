@@ -39,6 +39,7 @@ from courier.ledger import peers
 from courier.ledger.breakers import Breakers
 from courier.ledger.jobs import Attachment, DueJob, Ledger, TakeState, passes, words_of
 from courier.ledger.slots import Slots
+from courier.ledger.suspensions import Suspensions
 from courier.redaction import redact_job, shown_result
 from courier.settings import ServerSettings, Settings, SettingsError
 from worker.jobs.attempt import Heartbeat
@@ -289,13 +290,16 @@ def _services() -> Services:
     prefix, cap_s = settings.queue.key_prefix, settings.jobs.retry_after_cap_s
     breakers = Breakers(ledger.client, settings.breaker, retry_after_cap_s=cap_s, prefix=prefix)
     rates = ServerRates(ledger.client, retry_after_cap_s=cap_s, prefix=prefix)
-    guard = Guard(breakers, Slots(ledger.client, prefix=prefix), settings.servers, rates=rates)
+    suspensions = Suspensions(ledger.client, [server.name for server in settings.servers], prefix=prefix)
+    slots = Slots(ledger.client, prefix=prefix)
+    guard = Guard(breakers, slots, settings.servers, rates=rates, suspensions=suspensions)
     fleet = Fleet([connect(server, guard) for server in settings.servers])
     _guards.append(guard)
     return Services(
         settings=settings,
         ledger=ledger,
         breakers=breakers,
+        suspensions=suspensions,
         rates=rates,
         sources=Sources(settings.sources, breakers=breakers),
         destinations=Destinations(settings.downloads, ledger, Network.of(settings.sources), breakers),
@@ -693,6 +697,7 @@ def outlook() -> Outlook:
     load = ledger.load(overdue_s=OVERDUE_S)
     server_names = [server.name for server in settings.servers]
     breakers = Breakers(ledger.client, prefix=settings.queue.key_prefix)
+    suspensions = Suspensions(ledger.client, prefix=settings.queue.key_prefix).read(server_names)
     return Outlook(
         servers_digests=len(peers.Peers.of(ledger).servers_digests),
         queues=consumer.depths(app, queues.QUEUES),
@@ -702,6 +707,7 @@ def outlook() -> Outlook:
         parked=ledger.parked(),
         batches=Counter(batch.state for batch in Batches(ledger).list()),
         breakers={name: state.name for name, state in breakers.states(server_names).items()},
+        suspended={name: suspensions[name].state if name in suspensions else "" for name in server_names},
     )
 
 

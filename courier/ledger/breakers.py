@@ -32,6 +32,8 @@ BREAKER: Final = "breaker:"
 FAILURES: Final = "failures:"
 CHANGES: Final = ":changes"
 CREDENTIAL: Final = ":credential"
+#: What stands behind a server's name where an operator has taken it out of service (``suspensions.py``).
+SUSPENDED: Final = ":suspended"
 #: What the breaker of a store's credential begins with; no server is called so.
 STORE: Final = "credential:"
 #: A server that failed so lately, and did nothing well since, gets no new studies while there are others.
@@ -241,13 +243,20 @@ def breakers_of(server: str) -> tuple[str, str, str]:
 
 def server_of(breaker: str) -> str:
     """The server that a breaker belongs to."""
-    return breaker.removesuffix(CHANGES).removesuffix(CREDENTIAL)
+    return breaker.removesuffix(CHANGES).removesuffix(CREDENTIAL).removesuffix(SUSPENDED)
+
+
+def is_suspension(breaker: str | None) -> bool:
+    """Whether ``breaker`` is no circuit breaker, but an operator's order to leave the server alone."""
+    return breaker is not None and breaker.endswith(SUSPENDED)
 
 
 def circuit_open(breaker: str) -> str:
     """That a circuit breaker is open, as a part of a sentence."""
     if breaker.startswith(STORE):
         return f"the credential of {breaker.removeprefix(STORE)} was refused (circuit breaker open)"
+    if is_suspension(breaker):
+        return f"{server_of(breaker)} is paused or in maintenance"
     if breaker.endswith(CREDENTIAL):
         return f"{server_of(breaker)} refused the worker's credential (circuit breaker of the credential open)"
     what, which = ("changes", " for changes") if breaker.endswith(CHANGES) else ("requests", "")

@@ -69,7 +69,7 @@ import redis
 from redis.commands.core import Script
 
 from courier.errors import InvalidRequest
-from courier.ledger.breakers import CHANGES, by_server
+from courier.ledger.breakers import CHANGES, CREDENTIAL, SUSPENDED, by_server, is_suspension
 from courier.redaction import redact_job, stated, without_queries
 from courier.redis_urls import is_socket
 from courier.settings import PREFIX
@@ -103,6 +103,8 @@ WOKEN_AT_ONCE: Final = 1000
 WOKEN_APART_MS: Final = 5
 #: How long the one that was woken to be the probe has, until another one is.
 PROBE_AGAIN_S: Final = 5.0
+#: How soon a job looks again that waits for a server which an operator has taken out of service, if nothing wakes it.
+SUSPENDED_LOOK_S: Final = 3600.0
 #: How soon a job comes back whose breaker has closed while it was being parked.
 CLOSED_MEANWHILE_S: Final = 0.5
 #: So many messages more than waited are to be taken from a queue before one that waited is lost: those that workers had
@@ -338,7 +340,12 @@ local at = redis.call('HGET', job, 'parked')
 if at then redis.call('ZREM', ARGV[5] .. at, ARGV[1]) end
 redis.call('HDEL', job, 'sends', 'looks', 'woken', 'parked')
 redis.call('ZADD', due, now + ARGV[4], ARGV[1])
-local since = redis.call('HGET', job, 'parked_ms')
+local since, suspended = unpack(redis.call('HMGET', job, 'parked_ms', 'suspended_ms'))
+if suspended then  -- what an operator has ordered takes nothing of the time that a job may wait for a server
+  redis.call('HDEL', job, 'suspended_ms')
+  since = since and string.format('%.0f', tonumber(since) + now - tonumber(suspended))
+  if since then redis.call('HSET', job, 'parked_ms', since) end
+end
 local waited = since and now - tonumber(since) or 0
 return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0, waited,
   redis.call('HGET', job, 'wants') or '', redis.call('HGET', job, 'follow_ups') or '',
@@ -495,7 +502,14 @@ if redis.call('HGET', job, 'fence') ~= ARGV[2] then return 0 end
 if redis.call('HGET', job, 'state') ~= 'running' then return 0 end
 wait_for(job, ARGV[4], ARGV[5], ARGV[11], ARGV[12])
 if ARGV[10] == '0' then redis.call('HINCRBY', job, 'attempts', -1) end
-if redis.call('HSETNX', job, 'parked_ms', string.format('%.0f', now)) == 1 then
+local suspended = ARGV[13] == '1'
+if suspended then
+  redis.call('HSETNX', job, 'suspended_ms', string.format('%.0f', now))
+  if redis.call('HGET', job, 'noted') ~= ARGV[12] then
+    redis.call('HSET', job, 'noted', ARGV[12])
+    note_of_job(job, ARGV[7], ARGV[8], true)
+  end
+elseif redis.call('HSETNX', job, 'parked_ms', string.format('%.0f', now)) == 1 then
   note_of_job(job, ARGV[7], ARGV[8], true)
 end
 if ends_at_once(job) then
@@ -509,26 +523,37 @@ end
 redis.call('HSET', job, 'parked', ARGV[6])
 redis.call('ZADD', parked, now, ARGV[1])
 redis.call('SADD', index, ARGV[6])
-redis.call('ZADD', due, tonumber(redis.call('HGET', job, 'parked_ms')) + ARGV[3], ARGV[1])
+local since = suspended and now or tonumber(redis.call('HGET', job, 'parked_ms'))
+redis.call('ZADD', due, since + ARGV[3], ARGV[1])
 return 1
 """
 )
 
 # One job is woken to be the probe when the pause is over, another one if nothing comes of it; all when it has closed.
-# All as well when no worker that runs knows the server: its breaker will not close.
+# All as well when no worker that runs knows the server: its breaker will not close. A server that an operator has taken
+# out of service is not tried by anyone: all are woken when the order has ended.
 _WAKE = (
     _NOW
     + _SERVERS
-    + f"local of_changes = '^(.*){CHANGES}$'"
+    + f"local parts = {{'{CHANGES}', '{CREDENTIAL}', '{SUSPENDED}'}}"
     + """
 local index, due = KEYS[1], KEYS[2]
 local knows = #known_servers() > 0
 local total = 0
+local function server_of(name)
+  for _, part in ipairs(parts) do
+    if name:sub(-#part) == part then return name:sub(1, -#part - 1) end
+  end
+  return name
+end
 for _, name in ipairs(redis.call('SMEMBERS', index)) do
   local breaker, parked = ARGV[1] .. name, ARGV[2] .. name
   local fields = redis.call('HMGET', breaker, 'until_ms', 'probe_until_ms', 'woken_ms')
   local count = 0
-  if not fields[1] or (knows and not is_known(name:match(of_changes) or name)) then
+  if name:sub(-#parts[3]) == parts[3] then
+    local over = redis.call('EXISTS', breaker) == 0 or (knows and not is_known(server_of(name)))
+    count = over and tonumber(ARGV[3]) or 0
+  elseif not fields[1] or (knows and not is_known(server_of(name))) then
     count = tonumber(ARGV[3])
   elseif tonumber(fields[1]) <= now and tonumber(fields[2] or 0) <= now
       and tonumber(fields[3] or 0) + ARGV[4] <= now then
@@ -603,7 +628,7 @@ local function begin_anew(job, due, dead, deaths, id, delay_ms)
   redis.call('HINCRBY', job, 'replays', 1)
   redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
     'storing', 'sent', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms', 'refused', 'refusals', 'server',
-    'cause', 'since_ms', 'purged', 'telling_ms', 'followed', 'noted')
+    'cause', 'since_ms', 'purged', 'telling_ms', 'followed', 'noted', 'suspended_ms')
   redis.call('PERSIST', job)
   redis.call('ZREM', dead, id)
   redis.call('DEL', deaths)
@@ -1655,14 +1680,17 @@ class Ledger:
     ) -> None:
         """Put the job aside until ``breaker`` closes, or until ``max_wait_s`` after it was first put aside so.
 
-        An attempt that ``counts`` not is given back.
+        An attempt that ``counts`` not is given back. Where an operator has taken the server out of service, the job
+        waits as long as that lasts, which counts for no ``max_wait_s``.
         """
+        suspended = is_suspension(breaker)
+        max_wait_s = SUSPENDED_LOOK_S if suspended else max_wait_s
         keys = [self.key("job", job_id), self.key("due"), self.key("parked", breaker), self.key("parked")]
         keys.append(self.key("breaker", breaker))
         event = _event("waiting", job_id, code=code, message=message)
         args: list[str | int] = [job_id, fence, _ms(max_wait_s), code, message, breaker, event, self.keep_ms]
         reason = WaitReason(code, message, server_name, breaker)
-        args += [_ms(CLOSED_MEANWHILE_S), int(counts), server_name, reason.cause]
+        args += [_ms(CLOSED_MEANWHILE_S), int(counts), server_name, reason.cause, int(suspended)]
         self._guard(self._park_for(keys=keys, args=args))
 
     def foresee(
@@ -1672,6 +1700,8 @@ class Ledger:
         answer = self._foresee(keys=[self.key("job", job_id), self.key("breaker", breaker)], args=[fence, reason.cause])
         self._guard(answer)
         now_ms, since_ms, waits, until_ms = (float(one) for one in answer)
+        if is_suspension(breaker) and not until_ms:  # until an operator ends it
+            return reason.as_json(since_ms=since_ms, next_ms=None)
         delay_ms = _grown_ms(_ms(delay_s), int(waits)) if growing else _ms(delay_s)
         return reason.as_json(since_ms=since_ms, next_ms=until_ms or now_ms + delay_ms)
 
@@ -2229,6 +2259,10 @@ class Ledger:
         """How many new studies each server was given."""
         return {server: int(count) for server, count in self._hash(self.key("placed")).items()}
 
+    def servers_of_workers(self) -> list[str]:
+        """The servers that a worker has known within a day."""
+        return sorted(cast(list[str], self._redis.zrange(self.key("servers"), 0, -1)))
+
     # --- workers --------------------------------------------------------------------------------------------
 
     def report_health(self, worker: str, report: str, *, servers: Iterable[str] = ()) -> int:
@@ -2427,7 +2461,8 @@ def _wait(
     if row["state"] == "queued" or row["sent"]:
         return IN_QUEUE.as_json(since_ms=woken_ms or since_ms, next_ms=None if row["sent"] else due_ms)
     reason = WaitReason(row["code"] or "", row["message"] or "", row["server"] or "")
-    next_ms = (until_ms or now_ms) if row["parked"] else due_ms
+    parked_ms = until_ms or (None if is_suspension(row["parked"]) else now_ms)
+    next_ms = parked_ms if row["parked"] else due_ms
     return reason.as_json(since_ms=since_ms, next_ms=next_ms)
 
 

@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "status": ("servers", "Say who answers, and how fast."),
     "storage": ("servers", "Say how much room each server has, as far as it tells."),
     "database": ("servers", "Say whether each server's database works."),
+    "server": ("server", "Take a server out of service, and back."),
     "trace": ("trace", "Say why the image, series or study that bears UID is where it is."),
     "doctor": (
         "doctor",

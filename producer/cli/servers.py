@@ -120,6 +120,14 @@ def database_table(entries: Sequence[Entry]) -> ListingTable:
     return _table(entries, {"database": lambda entry: entry["database"], "ms": _latency})
 
 
+def _note(entry: Entry) -> str:
+    """What an operator has ordered for the server, then its error, or what it says of itself."""
+    if not entry["error"]:
+        return " ".join([entry["note"], *entry.get("warnings", ())])
+    ordered = [entry["note"]] if entry.get("suspension") else []
+    return "; ".join([*ordered, entry["error"]["message"]])
+
+
 def _latency(entry: Entry) -> str:
     return f"{entry['latency_ms']:.0f}"
 
@@ -133,7 +141,7 @@ def _table(entries: Sequence[Entry], columns: Mapping[str, Callable[[Entry], str
     table = ListingTable("server", "type", "status", *numbers, Column("note", "text"))
     for entry in entries:
         status = entry["status"]
-        note = entry["error"]["message"] if entry["error"] else " ".join([entry["note"], *entry.get("warnings", ())])
+        note = _note(entry)
         shown = "server not responding" if status == "not responding" else status
         cells = (column(entry) for column in columns.values())
         table.add_row(entry["server_name"], entry["server_type"], plain(shown, _STYLES[status]), *cells, note)

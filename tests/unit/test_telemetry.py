@@ -19,7 +19,14 @@ from worker.observability.metrics import FRESH_S, LedgerCollector, Metrics, Outl
 
 DOCS = (Path(__file__).parents[2] / "docs" / "observability.md").read_text(encoding="utf-8")
 OUTLOOK = Outlook(
-    queues={"pacs": 3}, open=4, overdue=1, dead=2, parked={"orthanc": 5}, batches={"a": 1}, breakers={"n": "open"}
+    queues={"pacs": 3},
+    open=4,
+    overdue=1,
+    dead=2,
+    parked={"orthanc": 5},
+    batches={"a": 1},
+    breakers={"n": "open"},
+    suspended={"n": ""},
 )
 
 

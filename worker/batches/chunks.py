@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from courier.batches.store import STATE_OF, Batch, Batches, Item, ItemOutcome, Pass, Row
 from courier.errors import CourierError, InvalidRequest, Refused, first_to_wait_for, is_final, waits_for_server
+from courier.ledger.breakers import is_suspension
 from courier.messages import BatchChunkJob, read_job
 from courier.results import BatchChunkPayload
 from courier.waits import BATCH_PAUSED
@@ -65,10 +66,7 @@ def chunk(
         still_open = [row.item for row in _open_rows(batches, batch, job)]
         if still_open and not left.stopped:
             errors = [error for item in still_open if (error := left.error_of(item))]
-            if errors and (not attempt.last or any(map(waits_for_server, errors))):
-                raise first_to_wait_for(errors)
-            if left.busy:
-                raise _busy(attempt)
+            _wait_or_try_again(errors, left, attempt)
             _give_up(batch, job, still_open, left, attempt)
         if not left.stopped:
             chunk_attempt.clear_deficit()
@@ -82,6 +80,22 @@ def chunk(
     else:
         services.wake(batches.fill(batch, job.which))
     return told
+
+
+def _wait_or_try_again(errors: Sequence[CourierError], left: _OpenItems, attempt: Attempt) -> None:
+    """Raise what the chunk does next for its open items; return if this was the last attempt at them.
+
+    Items whose server an operator has taken out of service keep the others from no attempt: for those the chunk waits
+    when nothing else is left to do.
+    """
+    suspended = [error for error in errors if is_suspension(error.open_circuit)]
+    others = [error for error in errors if error not in suspended]
+    if others and (not attempt.last or any(map(waits_for_server, others))):
+        raise first_to_wait_for(others)
+    if left.busy:
+        raise _busy(attempt)
+    if suspended:
+        raise first_to_wait_for(suspended)
 
 
 def _busy(attempt: Attempt) -> Postpone:

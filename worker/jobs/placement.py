@@ -31,6 +31,7 @@ from worker.jobs.routing import Decision, Exists, Follow, New, Open, choose
 from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare, in_words
 from worker.jobs.services import Services
 from worker.pacs.guard import circuit_open_error, slowed
+from worker.pacs.in_service import suspended, suspended_error
 from worker.pacs.protocol import NOTHING_OR_WRONG_URL, Fate, Found, Outcome, Pacs
 from worker.pacs.server_rates import STAY_S
 
@@ -72,22 +73,27 @@ class PlacementOrder:
 def open_circuits(services: Services, names: Sequence[str], *, changed: str | None = None) -> Sequence[CourierError]:
     """Errors of those of the servers ``names`` that may not be asked now, and of ``changed`` if it takes no changes.
 
-    So are those that have asked for fewer requests, if the next one would wait too long for its turn.
+    So are those that an operator has taken out of service, and those that have asked for fewer requests, if the next
+    one would wait too long for its turn.
 
     To be asked before a file is fetched that would be of no use then. One whose circuit is half-open,
     and that no job is asking, may be asked.
     """
+    asked = list(dict.fromkeys([*names, *([changed] if changed else [])]))
+    left = {name: one for name, one in suspended(services.suspensions).items() if name in asked}
+    errors: list[CourierError] = [suspended_error(services.fleet[name].server, one) for name, one in left.items()]
     if services.breakers is None:
-        return []
+        return errors
+    names, asked = [name for name in names if name not in left], [name for name in asked if name not in left]
+    changed = None if changed in left else changed
     changes = [] if changed is None else [changed + CHANGES]
     credentials = [name + CREDENTIAL for name in names]
     states = services.breakers.read([*names, *credentials, *changes])
-    errors = [
+    errors += [
         circuit_open_error(services.fleet[server_of(breaker)].server, breaker, state.pause_left_s, state.reason)
         for breaker, state in states.items()
         if state.pause_left_s is not None and (state.pause_left_s > 0 or state.probing)
     ]
-    asked = list(dict.fromkeys([*names, *([changed] if changed else [])]))
     rates = {} if services.rates is None else services.rates.read(asked)
     return errors + [slowed(services.fleet[name].server, rate) for name, rate in rates.items() if rate.wait_s > STAY_S]
 

@@ -27,7 +27,7 @@ from courier.errors import (
     from_payload,
     waits_for_server,
 )
-from courier.ledger.breakers import circuit_open
+from courier.ledger.breakers import circuit_open, is_suspension
 from courier.ledger.jobs import (
     CLOSED_MEANWHILE_S,
     NOTHING_ATTACHED,
@@ -45,11 +45,12 @@ from courier.messages import MESSAGE_BYTES
 from courier.redaction import about, about_study, redact_url, where_it_broke
 from courier.settings import JobSettings
 from courier.telemetry import End, JobEvent, count, observe
-from courier.waits import WORKER_SHORTAGE, WaitReason, noted_in, sentence
+from courier.waits import SERVER_MAINTENANCE, SERVER_PAUSED, WORKER_SHORTAGE, WaitReason, noted_in, sentence
 from worker.jobs.attempt import Attempt, Heartbeat, Postpone
 from worker.jobs.delete_lock import ASK_AGAIN_S, SOON_AGAIN, is_deleting, is_given_up
 from worker.jobs.knowledge import check_knows_servers
 from worker.jobs.services import Services
+from worker.pacs import in_service
 from worker.pacs.server_rates import SPREAD_S
 from worker.runtime.shortage import MAX_RETURNS, PAUSE_S, STARVED, Returns, dead_letter, is_shortage, why
 
@@ -60,6 +61,12 @@ SOMEBODY_WAITS: Final = frozenset({"pacs.exists", "pacs.metadata", "pacs.list_st
 
 #: How long a job waits whose server asked for fewer requests, where the rate could not be lowered (Redis was away).
 SLOWED_S: Final = 1.0
+
+#: How soon a job goes on without a server whose maintenance has begun in the middle of an attempt.
+WITHOUT_IT_S: Final = 0.2
+
+#: These may take long, so they obey an operator in the middle of an attempt.
+_OBEYS_MIDWAY: Final = frozenset({"pacs.batch.chunk"})
 
 #: A job to which Redis gives the same error so often is a dead letter.
 MAX_REFUSALS: Final = 3
@@ -155,7 +162,9 @@ def execute(  # noqa: PLR0913 - what a message is, and what there is to work wit
     seen = JobEvent(task, job_id, taken.attempt)
     try:
         with observe(seen), noted_in(attempt.meanwhile), heartbeat.keep_alive(attempt):
-            result = _attempt(work, taken, job, attempt, services, task=task)
+            with in_service.viewed_by_attempt(services.suspensions, live=task in _OBEYS_MIDWAY) as view:
+                result = _attempt(work, taken, job, attempt, services, task=task)
+                result = _without_the_server(result, view)
             if isinstance(result, _Defer | WaitForServer):
                 result = _foreseen(result, attempt, heartbeat)
             result = _record(result, attempt, task=task, job=job, services=services)
@@ -296,6 +305,7 @@ class WaitForServer(_Aside):
 
     breaker: str
     counts: bool
+    error: CourierError
 
 
 def _foreseen(result: _Defer | WaitForServer, attempt: Attempt, heartbeat: Heartbeat) -> _Defer | WaitForServer:
@@ -347,6 +357,13 @@ def _attempt(
         return Failed(fault) if attempt.last else _defer(fault, attempt, limits, services.rng)
 
 
+def _without_the_server(result: JobResult, view: in_service.ServiceView) -> JobResult:
+    """``result``; but a job that would wait for a server whose maintenance has just begun looks how it goes without."""
+    if isinstance(result, WaitForServer) and view.is_news(result.error):
+        return _Defer(result.reason, WITHOUT_IT_S, "steady")
+    return result
+
+
 def _again(error: TryAgain, taken: TakeResult, attempt: Attempt, services: Services, *, task: str) -> JobResult:
     limits = services.settings.jobs
     if error.is_lasting or is_given_up(error, job_id=attempt.job_id, ledger=services.ledger, last=attempt.last):
@@ -392,7 +409,9 @@ def _fit_to_try(taken: TakeResult, job: Mapping[str, Any], limits: JobSettings) 
 
 
 def _to_wait_for(error: CourierError, taken: TakeResult, limits: JobSettings, task: str) -> str | None:
-    """The circuit breaker that the job sits out, if it may still wait."""
+    """The circuit breaker that the job sits out, if it may still wait. What an operator has ordered every job does."""
+    if is_suspension(error.open_circuit):
+        return error.open_circuit
     if not waits_for_server(error) or task in SOMEBODY_WAITS or taken.waited_s >= limits.max_wait_s:
         return None
     return None if _is_attempt(error) and taken.attempt >= limits.max_attempts else error.open_circuit
@@ -431,11 +450,14 @@ def _wait_for_server(error: CourierError, breaker: str) -> WaitForServer:
     reason = _reason(error, breaker)
     if asked:
         reason = replace(reason, message=f"{error.message.rstrip('.')}; {circuit_open(breaker)}")
-    return WaitForServer(reason, breaker, counts=asked)
+    return WaitForServer(reason, breaker, counts=asked, error=error)
 
 
 def _reason(error: CourierError, subject: str = "") -> WaitReason:
-    return WaitReason(error.payload["code"], error.message, error.server_name or "", subject)
+    code = error.payload["code"]
+    if is_suspension(error.open_circuit):
+        code = SERVER_PAUSED if error.details.get(in_service.STATE) == "paused" else SERVER_MAINTENANCE
+    return WaitReason(code, error.message, error.server_name or "", subject)
 
 
 def backoff_s(attempt: int, limits: JobSettings, rng: random.Random) -> float:
@@ -482,5 +504,8 @@ def _record(result: JobResult, attempt: Attempt, *, task: str, job: Mapping[str,
                 counts=result.counts,
                 server_name=reason.server_name,
             )
-            log.info("Parked until the circuit %s closes: %s", result.breaker, reason.message)
+            until = (
+                "the server is in service" if is_suspension(result.breaker) else f"the circuit {result.breaker} closes"
+            )
+            log.info("Parked until %s: %s", until, reason.message)
     return result

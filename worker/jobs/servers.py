@@ -20,6 +20,7 @@ from courier.results import (
     StatusPayload,
     StorageEntry,
     StoragePayload,
+    SuspensionEntry,
 )
 from courier.waits import utc
 from worker.jobs.attempt import Attempt
@@ -34,9 +35,23 @@ Kind = TypeVar("Kind", StatusEntry, StorageEntry, DatabaseEntry)
 def status(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Who answers, how fast, and what each server says of itself."""
     asked = _ask(message, attempt, services, lambda pacs: pacs.state())
-    entries = [_with_rate(_entry(StatusEntry, *answer, _status), services) for answer in asked]
+    entries = [
+        _with_suspension(_with_rate(_entry(StatusEntry, *answer, _status), services), services) for answer in asked
+    ]
     places = tried_places(services) if read_job(StatusJob, message).places else []
     return StatusPayload(job_id=attempt.job_id, servers=entries, places=places).as_json()
+
+
+def _with_suspension(entry: StatusEntry, services: Services) -> StatusEntry:
+    """``entry`` with what an operator has ordered for the server."""
+    suspension = None
+    if services.suspensions is not None:
+        suspension = services.suspensions.read([entry.server_name]).get(entry.server_name)
+    if suspension is None:
+        return entry
+    note = "; ".join(filter(None, [str(suspension), entry.note]))
+    told = SuspensionEntry.model_validate(suspension.as_json())
+    return entry.model_copy(update={"suspension": told, "note": note})
 
 
 def _with_rate(entry: StatusEntry, services: Services) -> StatusEntry:

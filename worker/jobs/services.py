@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from courier.ledger.breakers import Breakers
 from courier.ledger.jobs import DueJob, Ledger
+from courier.ledger.suspensions import Suspensions
 from courier.settings import DownloadSettings, Settings
 from worker.jobs.batch_slots import BatchSlots
 from worker.pacs.fleet import Fleet
@@ -29,6 +30,8 @@ class Services:
     fleet: Fleet
     #: Of all servers, for all workers; without them every circuit is closed.
     breakers: Breakers | None = None
+    #: Which servers an operator has taken out of service; without them none.
+    suspensions: Suspensions | None = None
     #: How fast those servers may be asked that have asked for fewer requests.
     rates: ServerRates | None = None
     #: The same servers over short-tempered connections of their own: asking how they are never waits behind work.

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 #: From a look into an index to a push of gigabytes.
 BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 BREAKER_STATES: Final = ("closed", "half-open", "open")
+SUSPENDED_STATES: Final = ("paused", "maintenance")
 #: Scrapes in quick succession, by several servers, ask the ledger once.
 FRESH_S: Final = 2.0
 
@@ -117,6 +118,7 @@ class Outlook:
     batches: Mapping[str, int]
     breakers: Mapping[str, str]
     servers_digests: int = 0
+    suspended: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)  # the registry keeps it by its identity
@@ -150,6 +152,15 @@ class LedgerCollector(Collector):
             for state in BREAKER_STATES:
                 breakers.add_metric([server, state], float(state == now))
         yield breakers
+        suspended = GaugeMetricFamily(
+            "pacs_server_suspended",
+            "1 while an operator has taken the server out of service",
+            labels=["server_name", "state"],
+        )
+        for server, now in outlook.suspended.items():
+            for state in SUSPENDED_STATES:
+                suspended.add_metric([server, state], float(state == now))
+        yield suspended
 
     def _fresh(self) -> Outlook | None:
         with self._lock:

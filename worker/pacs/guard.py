@@ -1,8 +1,9 @@
-"""What stands before every call to a server in this process: its circuit breakers, its rate if it has asked for fewer
-requests, and its slots, all workers' alike.
+"""What stands before every call to a server in this process: an operator's order to leave the server alone, its circuit
+breakers, its rate if it has asked for fewer requests, and its slots, all workers' alike.
 
-The states of breakers and rates are read twice a second for all servers together, and after a failure of one's own; a
-call to a server that is well asks Redis for nothing. What is sent over the wire is none of this module's business.
+The states of orders, breakers and rates are read twice a second for all servers together, and after a failure of one's
+own; a call to a server that is well asks Redis for nothing. What is sent over the wire is none of this module's
+business.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import redis
 from courier.errors import CourierError, PacsUnauthorized, PacsUnavailable, TryAgain
 from courier.ledger.breakers import CHANGES, CREDENTIAL, Breakers, BreakerState, breakers_of, circuit_open
 from courier.ledger.slots import NoSlot, Slots
+from courier.ledger.suspensions import Suspensions
 from courier.redaction import job_in_hand
 from courier.settings import ServerSettings
 from courier.waits import SERVER_BUSY, WaitReason, waiting_for
+from worker.pacs.in_service import suspended, suspended_error
 from worker.pacs.server_rates import ServerRate, ServerRates
 
 log = logging.getLogger(__name__)
@@ -115,18 +118,20 @@ class Call:
 class Guard:
     """The breakers, rates and slots as one process sees them. Safe for threads; made after a fork."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that stands before a call
         self,
         breakers: Breakers,
         slots: Slots,
         servers: Sequence[ServerSettings],
         *,
         rates: ServerRates | None = None,
+        suspensions: Suspensions | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._breakers, self._slots, self._clock = breakers, slots, clock
         self._rates, self._sleep = rates, sleep
+        self._suspensions = suspensions
         self._servers = [server.name for server in servers]
         #: The servers that have asked for fewer requests, and when each was asked lately.
         self._slowed: frozenset[str] = frozenset()
@@ -146,11 +151,14 @@ class Guard:
         Raises
         ------
         PacsUnavailable
-            The circuit is open, or the server has no room for one more request; ``open_circuit`` says so.
+            An operator has taken the server out of service, the circuit is open, or the server has no room for one
+            more request; ``open_circuit`` says so.
         PacsUnauthorized
             It refuses the worker's credential at present.
         """
         self._wake_up()
+        if (suspension := suspended(self._suspensions).get(server.name)) is not None:
+            raise suspended_error(server, suspension)
         names = breakers_of(server.name) if changes else breakers_of(server.name)[:-1]
         for name in names:
             self._refuse_if_open(server, name)
@@ -346,6 +354,8 @@ class Guard:
             seen = self._seen.get(name)
             if seen is None or seen.at <= asked_at:
                 self._seen[name] = _CircuitSnapshot(state, asked_at)
+        if self._suspensions is not None:
+            self._suspensions.refresh()
         if self._rates is not None:
             rates = self._rates.read(self._servers)
             self._slowed = frozenset(name for name, rate in rates.items() if rate.per_s is not None)
