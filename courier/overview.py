@@ -123,7 +123,7 @@ return {servers, string.match(text, '"study_uid":"([%d.]+)"') or '', string.matc
 
 #: What is read of a job that is shown, and of one that ended to say whether it is.
 _SHOWN: Final = (
-    *("state", "task", "job", "memo", "code", "created_ms", "replayed_ms", "ended_ms", "attempts", "worker"),
+    *("state", "task", "job", "memo", "code", "created_ms", "replayed_ms", "ended_ms", "attempts"),
     *("requested_by", "reason"),
 )
 _ENDED_READ: Final = ("state", "task", "code", "created_ms", "replayed_ms", "ended_ms")
@@ -178,7 +178,6 @@ class JobRow:
     next_try: str | None = None
     ended_ms: int | None = None
     attempts: int = 0
-    worker: str = ""
     batch_id: str = ""
     requested_by: str = ""
     reason: str = ""
@@ -209,7 +208,6 @@ class JobRow:
             "ended_at": None if self.ended_ms is None else utc(self.ended_ms),
             "age_s": round(self.age_s, 1),
             "attempts": self.attempts,
-            "worker": self.worker or None,
             "batch_id": self.batch_id or None,
             "requested_by": self.requested_by or None,
             "reason": self.reason or None,
@@ -480,7 +478,6 @@ def _open_row(job_id: str, row: Mapping[str, str | None], standing: JobStanding,
         since=waiting.get("since"),
         next_try=waiting.get("next_try"),
         attempts=standing.attempts,
-        worker=(row["worker"] or "") if state == "running" else "",
         batch_id=_batch_of(job_id, row["task"] or "", job),
         requested_by=row["requested_by"] or "",
         reason=row["reason"] or "",

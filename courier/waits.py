@@ -34,6 +34,12 @@ WORKER_SHUTDOWN: Final = "worker_shutdown"
 WORKER_SHORTAGE: Final = "worker_shortage"
 CRASH_SUSPECT: Final = "crash_suspect"
 REDIS_UNAVAILABLE: Final = "redis_unavailable"
+WAIT_CODES: Final = frozenset(
+    (
+        *(QUEUED, OTHER_JOB, SERVER_BUSY, SERVER_UNKNOWN, BATCH_RUNNING, BATCH_PAUSED, BATCH_WINDOW, BATCH_RATE),
+        *(BATCH_SLOTS, WORKER_LOST, WORKER_SHUTDOWN, WORKER_SHORTAGE, CRASH_SUSPECT, REDIS_UNAVAILABLE),
+    )
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal, Self
 
 import kombu
@@ -43,6 +44,7 @@ from courier.messages import (
     UploadJob,
     read_job,
 )
+from courier.overview import JobList, JobQuery, Overview
 from courier.queues import OLD_QUEUES, QUEUES, QueueContents, count, left_by_killed_workers
 from courier.redaction import redact_job
 from courier.settings import QueueSettings, Settings
@@ -360,6 +362,37 @@ class Courier:
         self._check_schema()
         return ServerClient(self._ledger, [server.name for server in self.settings.servers])
 
+    @property
+    def overview(self) -> Overview:
+        """Questions to the ledger about jobs, servers and batches, which change nothing."""
+        if self._ledger is None:
+            raise BrokerUnavailable("Which jobs there are, the ledger says; give ledger_url.")
+        self._check_schema()
+        return Overview(self._ledger)
+
+    def jobs(  # noqa: PLR0913 - each filter by its name
+        self,
+        *,
+        states: Collection[str] = (),
+        kind: str = "",
+        code: str = "",
+        server: str = "",
+        since: datetime | None = None,
+        before: datetime | None = None,
+        limit: int = 50,
+    ) -> JobList:
+        """Open jobs and those that ended last, ``limit`` at most, with what each waits for or failed of.
+
+        ``states`` are of running, waiting, queued, done, failed, dead; ``kind`` is a task without its ``pacs.``;
+        ``code`` is why a job waits or failed; ``server`` has to do with it; it was enqueued ``since`` and ``before``
+        (both with a time zone). A bounded number of jobs is looked at; the list's ``open_jobs`` says whether those were
+        all.
+        """
+        since_s, before_s = (moment.timestamp() if moment else None for moment in (since, before))
+        which = JobQuery(tuple(states), kind, code, server, since_s, before_s)
+        with reachable():
+            return self.overview.jobs(which, limit=limit)
+
     def enqueue(
         self, task: str, kind: type[Job], job: Mapping[str, Any], *, job_id: str | None = None, batch_id: str = ""
     ) -> Handle:
@@ -375,7 +408,7 @@ class Courier:
         with observe(SendEvent(task, handle.id)):
             trace = carrier().get("traceparent", "")
             self._check_schema()
-            with _reachable():
+            with reachable():
                 known = self._ledger is not None and not self._ledger.submit(
                     handle.id, task=task, job=job, trace=trace, again=True
                 )
@@ -390,19 +423,19 @@ class Courier:
         """Raise `BrokerUnavailable` where the ledger was written by a release that this one cannot read."""
         if self._ledger is None or time.monotonic() < self._schema_read_until:
             return
-        with _reachable():
+        with reachable():
             reason = peers.cannot_read(self._ledger.schema())
         if reason:
             raise BrokerUnavailable(reason)
         self._schema_read_until = time.monotonic() + _SCHEMA_S
 
     def _forget(self, job_id: str) -> None:
-        with _reachable():
+        with reachable():
             celery_internals.forget_result(self._backend(), job_id)
 
     def _send(self, due: DueJob) -> None:
         try:
-            with _reachable():
+            with reachable():
                 self._sender.send_task(
                     due.task,
                     kwargs={"job": due.job},
@@ -430,7 +463,7 @@ class Courier:
         and are not in the ledger are left out, as are workers of version 0.1.
         """
         # A connection of its own: Redis may have closed those that the program has kept.
-        with _reachable(), self._app.connection_for_write() as connection:
+        with reachable(), self._app.connection_for_write() as connection:
             asked = {"reply": True, "timeout": timeout_s, "connection": connection}
             answers = self._app.control.broadcast("active_queues", **asked) or []
             known = self._ledger.workers(now_s=time.time()) if self._ledger else {}
@@ -444,13 +477,13 @@ class Courier:
 
     def queue_depths(self) -> dict[str, int]:
         """How many messages wait in each of the product's queues."""
-        with _reachable(), self._app.connection_for_write() as connection:
+        with reachable(), self._app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=5)
             return {name: _depth(connection, name) for name in QUEUES}
 
     def old_queues(self) -> tuple[list[QueueContents], int]:
         """What of ours lies in queues of version 0.1, and how many messages its workers had taken; Redis alone says."""
-        with _reachable(), self._app.connection_for_write() as connection:
+        with reachable(), self._app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=5)
             if connection.transport.driver_type != "redis":
                 return [], 0
@@ -465,7 +498,7 @@ class Courier:
             It does not answer, or refuses.
         """
         self._stored_reports([f"probe-{uuid.uuid4()}"])
-        with _reachable():
+        with reachable():
             celery_internals.store_probe(self._backend())
 
     def handle(self, job_id: str, *, batch_id: str = "") -> Handle:
@@ -477,7 +510,7 @@ class Courier:
         if self._ledger is None:
             raise BrokerUnavailable("Cancelling needs the ledger; give ledger_url.")
         self._check_schema()
-        with _reachable():
+        with reachable():
             return Batches(self._ledger).cancel_job(job_id) in ("queued", "running", "waiting")
 
     def reports(self, job_ids: Iterable[str]) -> dict[str, Report]:
@@ -498,7 +531,7 @@ class Courier:
 
     def _stored_reports(self, ids: Sequence[str]) -> dict[str, Report]:
         """What the result back-end says of those jobs that it has an entry of."""
-        with _reachable():
+        with reachable():
             rows = celery_internals.read_results(self._backend(), ids)
         return {job_id: read_result(row) for job_id, row in rows.items()}
 
@@ -508,7 +541,7 @@ class Courier:
         if self._ledger is None:
             return {job_id: Report("queued", "queued") for job_id in ids}
         self._check_schema()
-        with _reachable():
+        with reachable():
             known = self._ledger.standing(ids)
         unknown = {
             job_id: Report("unknown", "unknown", error=self._not_known(job_id)) for job_id in ids if job_id not in known
@@ -633,7 +666,8 @@ def _stated(requested_by: str | None, reason: str | None) -> dict[str, str | Non
 
 
 @contextlib.contextmanager
-def _reachable() -> Iterator[None]:
+def reachable() -> Iterator[None]:
+    """Inside, what Redis refuses, or does not answer, is `BrokerUnavailable`."""
     try:
         yield
     except redis.exceptions.OutOfMemoryError as error:

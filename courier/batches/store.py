@@ -912,14 +912,21 @@ class Batches:
 
         A batch is never cancelled by halves: its pieces would lose what they know of items that they have begun.
         """
-        task, job = self._ledger.kind_of(job_id)
-        batch_id = self._batch_of(job_id, task, str(job.get("batch_id") or ""))
+        task, batch_id = self._task_and_batch(job_id)
         if not batch_id:
             return self._ledger.cancel(job_id, mark=mark)
         self.cancel(batch_id)
         if task != CHUNK_TASK:
             self._ledger.cancel(job_id, unless="taken")
         return self._ledger.read_record(job_id).get("state", "")
+
+    def batch_of(self, job_id: str) -> str:
+        """The batch that `cancel_job` would cancel with the job; "" if there is none."""
+        return self._task_and_batch(job_id)[1]
+
+    def _task_and_batch(self, job_id: str) -> tuple[str, str]:
+        task, job = self._ledger.kind_of(job_id)
+        return task, self._batch_of(job_id, task, str(job.get("batch_id") or ""))
 
     def _batch_of(self, job_id: str, task: str, named: str) -> str:
         """The batch that a job has under way, or is a piece of, or is called like; "" if there is none.

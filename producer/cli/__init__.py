@@ -18,7 +18,9 @@ from courier import __version__
 COMMANDS: Final = {
     "upload": ("uploads", "Fetch the image at each URL and put it where its study belongs."),
     "result": ("uploads", "Show what became of a job."),
-    "cancel": ("cancel", "Cancel a job that has not begun to store or to delete."),
+    "jobs": ("jobs", "Say which jobs run, wait or are queued, and which ended lately, and why."),
+    "cancel": ("cancel", "Cancel jobs that have not begun to store or to delete."),
+    "top": ("top", "Show servers, queues, batches and what jobs wait for, again and again."),
     "exists": ("lookups", "Say who has the image, series or study that bears UID."),
     "metadata": ("lookups", "Show the metadata of every image of what bears UID."),
     "studies": ("studies", "List the studies of all servers, each once."),
