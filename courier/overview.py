@@ -16,6 +16,7 @@ from courier.batches.store import Batch, Batches, chunk_pass
 from courier.ledger.breakers import Breakers, BreakerState
 from courier.ledger.jobs import PAGE, RECENT, JobStanding, Ledger
 from courier.ledger.slots import read_slots
+from courier.ledger.suspensions import Suspension, Suspensions
 from courier.redaction import redacted_fields
 from courier.waits import utc
 
@@ -272,7 +273,8 @@ class JobList:
 @dataclass(frozen=True)
 class ServerLoad:
     """A server as the workers share it. ``circuit`` is its gravest breaker; ``waiting`` counts jobs that are parked
-    until it closes. ``slots_limit`` is None where the settings of this process do not name the server.
+    until it closes, or until an operator ends its ``suspension``, which is None where the server is in service.
+    ``slots_limit`` is None where the settings of this process do not name the server.
     """
 
     name: str
@@ -280,10 +282,12 @@ class ServerLoad:
     slots_used: int
     slots_limit: int | None
     waiting: int
+    suspension: Suspension | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
             "server_name": self.name,
+            "suspension": None if self.suspension is None else self.suspension.as_json(),
             "circuit": self.circuit.name,
             "circuit_breaker": self.circuit.breaker,
             "pause_left_s": self.circuit.pause_left_s,
@@ -414,8 +418,12 @@ class Overview:
         names = list(dict.fromkeys((*limits, *sorted(known))))
         prefix = self._ledger.key()
         circuits = Breakers(self._redis, prefix=prefix).states(names)
+        suspended = Suspensions(self._redis, prefix=prefix).read(names)
         slots, parked = read_slots(self._redis, names, prefix=prefix), self._ledger.parked()
-        return [ServerLoad(name, circuits[name], slots[name], limits.get(name), parked.get(name, 0)) for name in names]
+        return [
+            ServerLoad(name, circuits[name], slots[name], limits.get(name), parked.get(name, 0), suspended.get(name))
+            for name in names
+        ]
 
     def batches(self, *, limit: int = 20) -> list[Batch]:
         """The latest batches, those first that are not over."""

@@ -214,7 +214,8 @@ def servers_table(servers: Sequence[ServerLoad]) -> ListingTable:
     table = ListingTable("server", "circuit", *numbers, Column("note", "text"))
     for one in servers:
         limit = "" if one.slots_limit is None else f"/{one.slots_limit}"
-        circuit = plain(one.circuit.name, _STYLES[one.circuit.name])
+        state = one.circuit.name if one.suspension is None else one.suspension.state
+        circuit = plain(state, _STYLES.get(state, "yellow"))
         table.add_row(
             one.name, circuit, f"{one.slots_used}{limit}", f"{one.waiting:,}" if one.waiting else "", _note(one)
         )
@@ -223,6 +224,8 @@ def servers_table(servers: Sequence[ServerLoad]) -> ListingTable:
 
 def _note(server: ServerLoad) -> str:
     circuit = server.circuit
+    if server.suspension is not None:
+        return str(server.suspension)
     if circuit.closed:
         return "failed lately" if circuit.lately else ""
     pause = f"tested again in {circuit.pause_left_s:.0f} s" if circuit.pause_left_s else "is tested now"

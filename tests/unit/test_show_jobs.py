@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from courier.ledger.breakers import BreakerState
+from courier.ledger.suspensions import Suspension
 from courier.overview import JobList, JobRow, OpenJobs, ServerLoad, WaitingCount
 from courier.queues import QUEUE_OF
 from producer.cli import main
@@ -118,6 +119,14 @@ def test_a_picture_names_the_sick_server_its_jobs_the_slots_and_the_queues() -> 
         assert words in text
     assert "of its credential; check its auth settings; is tested now" in text
     assert "dead letters" not in text
+
+
+def test_a_picture_names_a_server_that_an_operator_has_paused_and_who_did() -> None:
+    paused = Suspension("dcm4chee", "paused", "1", "r.lee", 1000, "disk")
+    servers = [replace(one, suspension=paused) for one in picture().servers if one.name == "dcm4chee"]
+    text = shown(drawn(picture(servers=servers)))
+    assert "dcm4chee is paused, set by r.lee" in text
+    assert "closed" not in text
 
 
 def test_a_picture_tells_of_silent_workers_overdue_jobs_and_dead_letters() -> None:

@@ -295,3 +295,8 @@ def test_the_ledger_tells_whether_an_entry_is_outdated(stored: Report | None, kn
 def test_every_code_is_told_in_the_docs() -> None:
     codes = {value for name, value in vars(waits).items() if name.isupper() and isinstance(value, str)}
     assert {code for code in codes if f"`{code}`" not in JOBS} == set()
+
+
+def test_every_code_of_a_wait_is_listed() -> None:
+    codes = {value for name, value in vars(waits).items() if name.isupper() and isinstance(value, str)}
+    assert codes == waits.WAIT_CODES
