@@ -50,6 +50,7 @@ class BatchSite:
         self.ledger = Ledger.connect(ledger_url, grace_s=1)
         self.fleet = Fleet([connect(server) for server in self.settings.servers])
         self.sources = Sources(self.settings.sources)
+        self.destinations = Destinations(self.settings.downloads, self.ledger)
         self.heartbeat = Heartbeat(self.ledger, lambda *_: None)
         self.batch = "B"
         self.now, self.sleep = time.time, time.sleep
@@ -70,7 +71,7 @@ class BatchSite:
             self.ledger,
             self.sources,
             self.fleet,
-            destinations=Destinations(self.settings.downloads, self.ledger),
+            destinations=self.destinations,
             rng=random.Random(1),
             now=self.now,
             sleep=self.sleep,

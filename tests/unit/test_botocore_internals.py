@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import boto3
 import pytest
 from botocore.awsrequest import AWSHTTPConnectionPool, AWSHTTPSConnectionPool
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from botocore.loaders import JSONFileLoader
 from botocore.parsers import create_parser
 
 from tests.servers.peer import OK, peer
@@ -36,7 +36,7 @@ def client(port: int = 9, *, keyed: bool = True, proxies: dict[str, str] | None 
         proxies=proxies or {},
     )
     url = f"http://127.0.0.1:{port}"
-    return boto3.session.Session(**keys).client("s3", endpoint_url=url, region_name="us-east-1", config=config)
+    return internals.new_session().create_client("s3", endpoint_url=url, region_name="us-east-1", config=config, **keys)
 
 
 @pytest.fixture(autouse=True)
@@ -144,3 +144,16 @@ def test_unreadable_answer_is_what_boto_raises_of_one() -> None:
     shape = client().meta.service_model.operation_model("ListObjectsV2").output_shape
     with pytest.raises(internals.unreadable_answer()):
         create_parser("rest-xml").parse({"status_code": 200, "headers": {}, "body": b"<html>no S3</html><"}, shape)
+
+
+def test_new_session_depends_on_where_a_session_keeps_what_clients_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> Any:
+        return internals.new_session().create_client("s3", region_name="us-east-1")
+
+    first = made()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "later")
+    monkeypatch.setattr(JSONFileLoader, "load_file", lambda *_: pytest.fail("a file of boto's is read again"))
+    second = made()
+    assert first._request_signer._credentials is None
+    assert second._request_signer._credentials.access_key == "later", "a session knows the credentials of another"

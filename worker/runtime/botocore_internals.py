@@ -6,6 +6,7 @@ A function that takes a client takes one of S3 that has sent nothing yet. boto i
 
 from __future__ import annotations
 
+import functools
 import http.client
 import ssl
 from collections.abc import Callable
@@ -13,6 +14,23 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from worker.runtime.urllib3_internals import answer_with
+
+
+def new_session() -> Any:
+    """A session of boto's that has read no credentials yet; what clients are made of is read once per process."""
+    from botocore.session import Session  # noqa: PLC0415 (a worker that never sees S3 does not pay for it)
+
+    session = Session()
+    session.register_component("data_loader", _models())
+    return session
+
+
+@functools.cache
+def _models() -> Any:
+    """The descriptions of S3 and of its endpoints. To read them takes ten times as long as to make a client of them."""
+    from botocore.session import Session  # noqa: PLC0415 (as above)
+
+    return Session().get_component("data_loader")
 
 
 def trust(client: Any, context: ssl.SSLContext) -> None:
@@ -60,6 +78,6 @@ def _to_one_store(params: dict[str, Any], context: dict[str, Any], **_: Any) -> 
 
 def unreadable_answer() -> type[Exception]:
     """What boto raises of an answer that it cannot read."""
-    from botocore.parsers import ResponseParserError  # noqa: PLC0415 (a worker that never sees S3 does not pay for it)
+    from botocore.parsers import ResponseParserError  # noqa: PLC0415 (as above)
 
     return ResponseParserError  # type: ignore[no-any-return]  # boto is untyped

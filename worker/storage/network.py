@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import ssl
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,10 +96,9 @@ def _context(ca_file: Path | None) -> ssl.SSLContext:
 
 def s3_client(
     settings: S3Settings, network: Network, *, connect_timeout_s: float, read_timeout_s: float
-) -> Any:  # boto3 has no types
+) -> Any:  # boto has no types
     """One client of S3 for all threads. One attempt per request, because the job retries."""
-    import boto3  # noqa: PLC0415 (a worker that never sees S3 does not pay for it)
-    from botocore.config import Config  # noqa: PLC0415
+    from botocore.config import Config  # noqa: PLC0415 (a worker that never sees S3 does not pay for it)
 
     config = Config(
         signature_version="s3v4",
@@ -113,7 +113,7 @@ def s3_client(
         request_checksum_calculation="when_required" if settings.endpoint_url else "when_supported",
     )
     with reading_credentials():
-        client = boto3.session.Session().client(
+        client = botocore_internals.new_session().create_client(
             "s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config
         )
     botocore_internals.read_credentials_within(client, reading_credentials)
@@ -199,6 +199,14 @@ def of_proxy(status: int, shown: str) -> CourierError:
     if 400 <= status < 500 and status not in (408, 425, 429):
         return SourceNotAllowed(f"{shown}: the proxy does not connect to the host (status {status}); allow it there.")
     return SourceUnreachable(f"{shown} cannot be had: the proxy answered {status}; it is tried again.")
+
+
+def close_what_failed(error: BaseException) -> None:
+    """Let go of the answers that the frames of ``error`` hold: boto closes none that it cannot read, and its connection
+    would stay open until Python collects its garbage.
+    """
+    for one in _chain(error):
+        traceback.clear_frames(one.__traceback__)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -37,7 +37,7 @@ from worker.runtime.deadlines import timed
 from worker.storage.credentials import StoreCredential
 from worker.storage.encoding import decoded, is_plain
 from worker.storage.listing import PAGE_ENTRIES, ListedObject, listed_object
-from worker.storage.network import Network, reading_credentials, s3_client, unreachable
+from worker.storage.network import Network, close_what_failed, reading_credentials, s3_client, unreachable
 from worker.storage.refusals import ARCHIVED, IN_ARCHIVE, check_refusal, credential_trouble, is_code
 from worker.storage.spool import Fetched, Limits, spool
 
@@ -233,6 +233,7 @@ def _translated(source: str) -> Iterator[None]:
     except boto.BotoCoreError as error:
         raise SourceDenied(f"{source} cannot be asked for ({type(error).__name__}); {_CREDENTIALS}.") from error
     except (unreadable_answer(), ValueError) as error:
+        close_what_failed(error)
         raise _no_s3(source, "an answer that cannot be read") from error
 
 
