@@ -77,6 +77,11 @@ class UploadPayload(Payload):
     timings_ms: dict[str, float]
     attempts: int
 
+    def as_json(self) -> dict[str, Any]:
+        """The metadata is JSON already, as its server sent it, a NaN included: pydantic would copy each value."""
+        fields = self.model_dump(mode="json", exclude={"metadata"})
+        return {name: self.metadata if name == "metadata" else fields[name] for name in type(self).model_fields}
+
 
 class Fault(BaseModel):
     """Why a server gave no answer."""

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import json
 import logging
 import os
 import signal
@@ -52,6 +53,7 @@ from worker.pacs.guard import Guard
 from worker.pacs.registry import connect
 from worker.pacs.server_rates import ServerRates
 from worker.runtime import celery_internals, consumer, kombu_internals, revokes, shortage, watchdog
+from worker.runtime.json_text import EncodedResult
 from worker.runtime.request import ShownRequest
 from worker.storage import s3_source
 from worker.storage.azure import AzureAccount
@@ -85,11 +87,17 @@ BROKER_ERRORS = (redis.RedisError, kombu.exceptions.OperationalError, BackendErr
 class ShownResult(UserDict[str, Any]):
     """A result that Celery stores as it is, and of which events and logs have one line without metadata.
 
-    Celery would cut the text of a dict, which takes nearly a millisecond, and may show a patient.
+    Celery would cut the text of a dict, which takes nearly a millisecond, and may show a patient. ``text`` is its JSON,
+    if it is encoded already.
     """
 
+    def __init__(self, result: Mapping[str, Any]) -> None:
+        super().__init__(result)
+        self.text = result.text if isinstance(result, EncodedResult) else ""
+
     def __json__(self) -> dict[str, Any]:
-        return self.data
+        found: dict[str, Any] = json.loads(self.text) if self.text else self.data
+        return found
 
     def __repr__(self) -> str:
         return shown_result(self.data)
@@ -146,6 +154,9 @@ class PacsCelery(celery_internals.MarkingCelery):
 
     def mark_as_failure(self, mark: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         _publish_failure(mark, *args, **kwargs)
+
+    def text_of(self, result: object) -> str:
+        return result.text if isinstance(result, ShownResult) else ""
 
     def module_of(self, error: BaseException) -> str:
         """Of our errors the module that programs import, of this version and of 0.1."""

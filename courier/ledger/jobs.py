@@ -1754,7 +1754,7 @@ class Ledger:
         """The outcome of an ended job is where its client looks for it: nobody has to be woken to bring it there."""
         self._published(keys=[self.key("job", job_id), self.key("due")], args=[job_id])
 
-    def finish(
+    def finish(  # noqa: PLR0913 - as `_end`
         self,
         job_id: str,
         fence: int,
@@ -1763,15 +1763,22 @@ class Ledger:
         code: str,
         task: str,
         job: Mapping[str, Any],
+        text: str = "",
     ) -> PendingFollowUps | None:
         """Write the outcome, once, and let go of whatever the job held. Until it is `published`, the job stays due.
-        Returns its follow-ups, which are to be sent before.
+        Returns its follow-ups, which are to be sent before. ``text`` is the outcome as JSON, if it is encoded already.
 
         A claim under which no image has been stored is released, unless the error says that an image may still arrive.
         """
         ending = {"code": code, "task": task}
         return self._end(
-            job_id, fence, "done", outcome=outcome, ending=ending, crash_count_key=self._crash_count_key(task, job)
+            job_id,
+            fence,
+            "done",
+            outcome=outcome,
+            ending=ending,
+            crash_count_key=self._crash_count_key(task, job),
+            text=text,
         )
 
     def end_as_dead_letter(
@@ -1790,7 +1797,7 @@ class Ledger:
             job_id, fence, "dead", outcome=outcome, ending=ending, crash_count_key=self._crash_count_key(task, job)
         )
 
-    def _end(
+    def _end(  # noqa: PLR0913 - all that an end is
         self,
         job_id: str,
         fence: int,
@@ -1799,10 +1806,11 @@ class Ledger:
         outcome: Mapping[str, Any],
         ending: Mapping[str, Any],
         crash_count_key: str,
+        text: str = "",
     ) -> PendingFollowUps | None:
         keys = [self.key("job", job_id), self.key("due"), self.key("dead"), crash_count_key]
         event = _event("ended", job_id, **ending, **_gist(outcome))
-        args: list[str | int] = [job_id, fence, state, _dump(outcome), ending["code"], self.keep_ms, event]
+        args: list[str | int] = [job_id, fence, state, text or _dump(outcome), ending["code"], self.keep_ms, event]
         untold_ms = min(self.grace_ms, _ms(self.lease_s))
         doubtful = "may_be_on" in outcome.get("error", {}).get("details", {})
         answer = cast(list[str], self._finish(keys=keys, args=[*args, untold_ms, int(doubtful)]))

@@ -12,6 +12,7 @@ from courier.results import Dataset, Place
 from courier.settings import ResultSettings, ServerSettings
 from worker.dicom.viewer import viewer_url
 from worker.pacs.protocol import Found
+from worker.runtime.json_text import ASCII_GROWTH, encode
 
 _UID_TAGS = ("00080016", "00080018", "0020000D", "0020000E")
 
@@ -29,7 +30,7 @@ def allowed(datasets: Sequence[Dataset], results: ResultSettings, *, max_bytes: 
         return [{} for _ in datasets], []
     if results.metadata == "uids":
         return [uids_only(ds) for ds in datasets], []
-    if len(json.dumps(datasets)) > max_bytes:
+    if len(encode(datasets)) * ASCII_GROWTH > max_bytes and len(json.dumps(datasets)) > max_bytes:
         return [uids_only(ds) for ds in datasets], ["metadata_reduced_to_uids"]
     return list(datasets), []
 

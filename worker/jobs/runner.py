@@ -52,6 +52,7 @@ from worker.jobs.knowledge import check_knows_servers
 from worker.jobs.services import Services
 from worker.pacs import in_service
 from worker.pacs.server_rates import SPREAD_S
+from worker.runtime.json_text import EncodedResult
 from worker.runtime.shortage import MAX_RETURNS, PAUSE_S, STARVED, Returns, dead_letter, is_shortage, why
 
 log = logging.getLogger(__name__)
@@ -470,10 +471,18 @@ def _record(result: JobResult, attempt: Attempt, *, task: str, job: Mapping[str,
     ledger = services.ledger
     match result:
         case Done(payload):
-            ended = {"payload": payload}
-            pending = ledger.finish(attempt.job_id, attempt.fence, outcome=ended, code="done", task=task, job=job)
+            encoded = EncodedResult.of(payload)
+            pending = ledger.finish(
+                attempt.job_id,
+                attempt.fence,
+                outcome={"payload": encoded},
+                text=f'{{"payload":{encoded.text}}}',
+                code="done",
+                task=task,
+                job=job,
+            )
             log.info("Done after %s attempt(s)", attempt.number)
-            return Done(payload, pending)
+            return Done(encoded, pending)
         case Failed(error):
             _name_source(error, task, job)
             end = ledger.finish if isinstance(error, Refused) else ledger.end_as_dead_letter

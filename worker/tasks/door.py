@@ -24,6 +24,7 @@ from worker.jobs.runner import Deferred, Done, Failed, JobResult, NotTaken, Star
 from worker.jobs.services import Services
 from worker.runtime import follow_ups
 from worker.runtime.follow_ups import End, detach
+from worker.runtime.json_text import EncodedResult
 from worker.runtime.request import NOT_BEGUN, WAITS
 from worker.runtime.revokes import stamps_of
 from worker.runtime.shortage import STARVED, is_shortage
@@ -101,7 +102,8 @@ def _send(task: Task, outcome: dict[str, Any] | CourierError, pending: PendingFo
     """
     if pending is None or not pending.follow_ups:
         return
-    end = End(task.request.id, task.name, outcome, task.request)
+    plain = outcome.read_back() if isinstance(outcome, EncodedResult) else outcome
+    end = End(task.request.id, task.name, plain, task.request)
     try:
         if not pending.fence:
             if follow_ups.send(app, end, pending, lambda _: None) is not None:
