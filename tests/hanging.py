@@ -6,10 +6,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
 
 import urllib3
+
+from tests.servers.loopback import Handler, serving
 
 #: Not passed on: they belong to one connection.
 _HOP = {"connection", "transfer-encoding", "content-length", "host", "keep-alive"}
@@ -17,36 +19,24 @@ _HOP = {"connection", "transfer-encoding", "content-length", "host", "keep-alive
 
 @dataclass
 class Hanging:
-    """In front of the DICOMweb root ``behind``; a body that holds one of ``at`` is read, counted and never answered.
+    """In front of a DICOMweb root; a body that holds one of ``at`` is read, counted and never answered.
 
     ``limit``: so often, then no more.
     """
 
-    behind: str
     at: list[bytes] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
-    port: int = 0
+    url: str = ""
     limit: int | None = None
 
     def hangs_at(self, body: bytes) -> bool:
         marks = [mark for mark in self.at if mark in body]
         return bool(marks) and (self.limit is None or self.seen(marks[0]) <= self.limit)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}{urlsplit(self.behind).path}"
-
     def seen(self, mark: bytes) -> int:
         """How many bodies with ``mark`` have come, whole."""
         return sum(mark in body for body in self.bodies)
-
-
-class _HangingServer(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        pass
 
 
 def _body_of(request: BaseHTTPRequestHandler) -> bytes:
@@ -62,13 +52,11 @@ def _body_of(request: BaseHTTPRequestHandler) -> bytes:
 
 @contextmanager
 def hanging(behind: str) -> Iterator[Hanging]:
-    server = Hanging(behind)
+    server = Hanging()
     pool = urllib3.PoolManager(retries=False)
     origin = f"{urlsplit(behind).scheme}://{urlsplit(behind).netloc}"
 
-    class HangingHandler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class HangingHandler(Handler):
         def _any(self) -> None:
             body = _body_of(self)
             if self.command == "POST":
@@ -89,16 +77,9 @@ def hanging(behind: str) -> Iterator[Hanging]:
 
         do_GET = do_POST = do_DELETE = do_PUT = _any
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with _HangingServer(("127.0.0.1", 0), HangingHandler) as listening:
-        server.port = listening.server_port
-        thread = threading.Thread(target=listening.serve_forever, daemon=True)
-        thread.start()
+    with serving(HangingHandler) as url:
+        server.url = f"{url}{urlsplit(behind).path}"
         try:
             yield server
         finally:
             server.over.set()
-            listening.shutdown()
-            thread.join()

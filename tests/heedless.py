@@ -7,9 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
+
+from tests.servers.loopback import Handler, serving
 
 STUDY_INSTANCE_UID = "0020000D"
 
@@ -84,32 +85,14 @@ def heedless(**habits: Any) -> Iterator[Heedless]:
     """One that listens on loopback; it matches UIDs of studies, and nothing else."""
     site = Heedless(**habits)
 
-    class HeedlessHandler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
+    class HeedlessHandler(Handler):
         def _answer(self) -> None:
             status, document = site.answer(self.command, self.path)
             body = b"" if document is None else json.dumps(document).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/dicom+json")
-            if status != 204:
-                self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.answer(status, body, "application/dicom+json")
 
         do_GET = do_DELETE = _answer
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HeedlessHandler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    site.url = f"http://127.0.0.1:{server.server_port}/dicomweb"
-    try:
+    with serving(HeedlessHandler) as url:
+        site.url = f"{url}/dicomweb"
         yield site
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

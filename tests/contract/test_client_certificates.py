@@ -54,6 +54,7 @@ class CertificateServer(ThreadingHTTPServer):
 
 class _CertificateHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: CertificateServer
 
     def do_GET(self) -> None:

@@ -70,6 +70,7 @@ class _ProxyServer(ThreadingHTTPServer):
 
 class _ConnectHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: _ProxyServer
 
     def do_CONNECT(self) -> None:

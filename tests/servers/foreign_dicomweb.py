@@ -13,12 +13,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 import pydicom
 from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
+
+from tests.servers.loopback import Handler, serving
 
 BASE = "/dicomweb"
 STUDY, SERIES, IMAGE = "0020000D", "0020000E", "00080018"
@@ -283,34 +284,15 @@ def foreign(habits: Habits | None = None) -> Iterator[Foreign]:
     """One that listens on loopback."""
     site = Foreign(habits or Habits())
 
-    class ForeignHandler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
+    class ForeignHandler(Handler):
         def _answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length)
             status, content, kind = site.answer(self.command, self.path, body, self.headers.get("Content-Type", ""))
-            self.send_response(status)
-            if kind:
-                self.send_header("Content-Type", kind)
-            if status != 204:
-                self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            self.answer(status, content, kind)
 
         do_GET = do_POST = do_DELETE = _answer
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), ForeignHandler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    site.url = f"http://127.0.0.1:{server.server_port}{BASE}"
-    try:
+    with serving(ForeignHandler) as url:
+        site.url = f"{url}{BASE}"
         yield site
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
