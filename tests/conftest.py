@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,34 @@ def _or_missing(start: Callable[[], Any]) -> Any:
         pytest.skip(str(missing))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _threads_of_what_is_gone_end() -> Iterator[None]:
-    """Guards end their threads when they are collected; hundreds of them would take the processor from later tests."""
-    yield
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Ten thousand tests are a large heap: what stays until the end is looked through once, not again and again."""
     gc.collect()
+    session.config.stash[REUSED] = _exceptions()
+    gc.freeze()
+
+
+#: The exceptions that were made when the tests were collected, as their parameters.
+REUSED = pytest.StashKey[list[BaseException]]()
+
+
+def _exceptions() -> list[BaseException]:
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), BaseException)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """Guards and pulses end their threads when they are collected; hundreds of them would take the processor.
+
+    An exception that stays keeps the frames of each test that raised it, and with them all that was there.
+    """
+    told = yield
+    if nextitem is None or nextitem.path != item.path:
+        for error in item.config.stash[REUSED] + _exceptions():
+            error.__traceback__ = None
+        gc.collect()
+    return told
 
 
 @pytest.fixture
