@@ -46,6 +46,8 @@ class CourierError(Exception):
     """
 
     code: ClassVar[str] = ""
+    #: Whether the job that ends with this error has its answer, so that there is nothing for a person to do.
+    is_answer: bool = False
     #: The circuit breaker (courier/ledger/breakers.py) that is open, if that is why, or that this error has
     #: opened. Then the job waits until the breaker closes, and not for a time.
     open_circuit: str | None = None
@@ -112,6 +114,8 @@ class TryAgain(CourierError):
 
 class Refused(CourierError):
     """Trying again would end the same way."""
+
+    is_answer = True
 
 
 class NeedsPerson(CourierError):

@@ -138,7 +138,8 @@ ConfirmStudies = Annotated[int, Field(ge=0)]
 class DeleteJob(Job):
     """`pacs.delete`. ``dry_run`` only says what would happen; not ``permanent``: hidden, by servers that can hide.
 
-    ``study_uid`` as in `LookupJob`.
+    ``study_uid`` as in `LookupJob`. ``follow_up_of``: the deletion that left out servers in maintenance, for which this
+    one makes up; it waits for them. Sent by that deletion itself.
     """
 
     model_config = STRICT
@@ -149,6 +150,7 @@ class DeleteJob(Job):
     servers: Servers | None = None
     permanent: bool = True
     dry_run: bool = False
+    follow_up_of: Annotated[str, Field(min_length=1, max_length=255)] | None = None
 
 
 class StudiesJob(Job):

@@ -55,7 +55,10 @@ class Route(BaseModel):
 
 
 class UploadPayload(Payload):
-    """The result of `pacs.upload`. ``timings_ms`` has one entry per step that ran in the attempt that finished."""
+    """The result of `pacs.upload`. ``timings_ms`` has one entry per step that ran in the attempt that finished.
+
+    ``not_asked``: servers in maintenance, which may have the study, or the image, as well.
+    """
 
     operation: Literal["upload"] = "upload"
     status: Literal["stored"] = "stored"
@@ -74,6 +77,7 @@ class UploadPayload(Payload):
     metadata: Dataset
     viewer_url: str
     source: str
+    not_asked: list[str] = []
     timings_ms: dict[str, float]
     attempts: int
 
@@ -104,13 +108,16 @@ class Place(BaseModel):
 
 
 class FoundEntry(BaseModel):
-    """What one server said. ``also_in`` are further objects with the same UID, which no server should have."""
+    """What one server said. ``also_in`` are further objects with the same UID, which no server should have.
+
+    ``not_asked``: it is in maintenance; ``error`` says who set that.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     server_name: str
     server_type: str
-    status: Literal["found", "not_there", "unavailable"]
+    status: Literal["found", "not_there", "unavailable", "not_asked"]
     study_uid: str | None = None
     series_uid: str | None = None
     image_uid: str | None = None
@@ -132,6 +139,7 @@ class FoundPayload(Payload):
     server_type: str
     servers: list[FoundEntry]
     warnings: list[str]
+    not_asked: list[str] = []
 
 
 Unknown = Literal["unknown"]
@@ -239,24 +247,28 @@ class DatabasePayload(Payload):
 class DeletedEntry(BaseModel):
     """What became of it on one server. ``note`` says what frees it and when, or why the server refused.
 
-    ``images`` is how many there are, and counted in a dry run only.
+    ``images`` is how many there are, and counted in a dry run only. ``not_asked``: the server is in maintenance; the
+    job ``follow_up_job_id`` deletes there when that has ended.
     """
 
     model_config = ConfigDict(frozen=True)
 
     server_name: str
     server_type: str
-    status: Literal["deleted", "hidden", "not_there", "unavailable", "refused", "would_delete", "would_hide"]
+    status: Literal[
+        "deleted", "hidden", "not_there", "unavailable", "refused", "would_delete", "would_hide", "not_asked"
+    ]
     note: str = ""
     study_uid: str | None = None
     series_uid: str | None = None
     image_uid: str | None = None
     images: int | None = None
+    follow_up_job_id: str | None = None
     error: Fault | None = None
 
 
 class DeletePayload(Payload):
-    """The result of `pacs.delete`: an entry per server that was asked, in order of preference."""
+    """The result of `pacs.delete`: an entry per server that was meant, in order of preference."""
 
     operation: Literal["delete"] = "delete"
     level: Level
@@ -264,6 +276,8 @@ class DeletePayload(Payload):
     permanent: bool
     dry_run: bool
     servers: list[DeletedEntry]
+    warnings: list[str] = []
+    not_asked: list[str] = []
     timings_ms: dict[str, float]
     attempts: int
 
@@ -300,14 +314,15 @@ class ListedServer(BaseModel):
 
     ``dropped`` rows that it sent do not match the filters and are left out; ``lacking`` are filtered attributes that no
     row of this page has. ``may_be_cut``: the server ignores offset, so it may have more studies than it lists.
-    ``newest_first``: the server was asked to sort its list so, and can.
+    ``newest_first``: the server was asked to sort its list so, and can. ``not_asked``: it is in maintenance, and its
+    studies are missing from the list.
     """
 
     model_config = ConfigDict(frozen=True)
 
     server_name: str
     server_type: str
-    status: Literal["more", "complete", "unavailable"]
+    status: Literal["more", "complete", "unavailable", "not_asked"]
     count: int = 0
     dropped: int = 0
     lacking: list[str] = []
@@ -317,13 +332,17 @@ class ListedServer(BaseModel):
 
 
 class StudiesPayload(Payload):
-    """The result of `pacs.list_studies`. Only a ``cursor`` of None says that the list is at its end."""
+    """The result of `pacs.list_studies`. Only a ``cursor`` of None says that the list is at its end.
+
+    With ``not_asked`` servers, which are in maintenance, the list is incomplete also at its end.
+    """
 
     operation: Literal["list_studies"] = "list_studies"
     mode: str
     studies: list[StudyEntry]
     servers: list[ListedServer]
     cursor: str | None
+    not_asked: list[str] = []
 
 
 class BatchServer(BaseModel):
@@ -483,6 +502,7 @@ class DownloadPayload(Payload):
     sha256: str | None = None
     resumed: int = 0
     warnings: list[str]
+    not_asked: list[str] = []
     timings_ms: dict[str, float]
     attempts: int
 
@@ -541,7 +561,10 @@ class AuditedServer(BaseModel):
 
 
 class AuditPayload(Payload):
-    """The result of `pacs.audit`. ``studies`` and ``split`` are totals; ``cursor`` of None: no entries follow."""
+    """The result of `pacs.audit`. ``studies`` and ``split`` are totals; ``cursor`` of None: no entries follow.
+
+    With ``not_asked`` servers, which are in maintenance, the audit is incomplete: what they have is not compared.
+    """
 
     operation: Literal["audit"] = "audit"
     servers: list[AuditedServer]
@@ -549,18 +572,19 @@ class AuditPayload(Payload):
     split: int
     entries: list[SplitStudy]
     cursor: str | None
+    not_asked: list[str] = []
     timings_ms: dict[str, float]
     attempts: int
 
 
 class TraceEntry(BaseModel):
-    """What one server said of the UID; ``level`` is what it is there."""
+    """What one server said of the UID; ``level`` is what it is there. ``not_asked``: it is in maintenance."""
 
     model_config = ConfigDict(frozen=True)
 
     server_name: str
     server_type: str
-    status: Literal["found", "not_there", "unavailable"]
+    status: Literal["found", "not_there", "unavailable", "not_asked"]
     level: Level | None = None
     study_uid: str | None = None
     series_uid: str | None = None

@@ -331,6 +331,10 @@ def _worker(name: str, said: Mapping[str, Any] | None, now_s: float) -> Finding:
 
 def _server(entry: Mapping[str, Any]) -> Finding:
     check = f"server {entry['server_name']}"
+    if entry.get("suspension"):
+        command = "resume" if entry["suspension"]["state"] == "paused" else "maintenance --end"
+        advice = f"When that is over: pacs server {command} {entry['server_name']}"
+        return Finding(check, "warning", f"{entry['status']}. {entry['note']}", advice)
     if entry["status"] == "up":
         known = " ".join(told for name in ("product", "version") if (told := entry[name]) != "unknown")
         what = f"{known}. " if known else ""

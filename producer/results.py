@@ -92,7 +92,10 @@ class SplitStudyDict(TypedDict):
 
 
 class AuditResult(TypedDict):
-    """The result of `pacs.audit`. ``studies`` and ``split`` are totals; ``cursor`` of None: no entries follow."""
+    """The result of `pacs.audit`. ``studies`` and ``split`` are totals; ``cursor`` of None: no entries follow.
+
+    With ``not_asked`` servers, which are in maintenance, the audit is incomplete: what they have is not compared.
+    """
 
     operation: Literal["audit"]
     job_id: str
@@ -101,6 +104,7 @@ class AuditResult(TypedDict):
     split: int
     entries: list[SplitStudyDict]
     cursor: str | None
+    not_asked: list[str]
     timings_ms: dict[str, float]
     attempts: int
 
@@ -280,22 +284,26 @@ class DeleteAllResult(TypedDict):
 class DeletedEntryDict(TypedDict):
     """What became of it on one server. ``note`` says what frees it and when, or why the server refused.
 
-    ``images`` is how many there are, and counted in a dry run only.
+    ``images`` is how many there are, and counted in a dry run only. ``not_asked``: the server is in maintenance; the
+    job ``follow_up_job_id`` deletes there when that has ended.
     """
 
     server_name: str
     server_type: str
-    status: Literal["deleted", "hidden", "not_there", "unavailable", "refused", "would_delete", "would_hide"]
+    status: Literal[
+        "deleted", "hidden", "not_there", "unavailable", "refused", "would_delete", "would_hide", "not_asked"
+    ]
     note: str
     study_uid: str | None
     series_uid: str | None
     image_uid: str | None
     images: int | None
+    follow_up_job_id: str | None
     error: FaultDict | None
 
 
 class DeleteResult(TypedDict):
-    """The result of `pacs.delete`: an entry per server that was asked, in order of preference."""
+    """The result of `pacs.delete`: an entry per server that was meant, in order of preference."""
 
     operation: Literal["delete"]
     job_id: str
@@ -304,6 +312,8 @@ class DeleteResult(TypedDict):
     permanent: bool
     dry_run: bool
     servers: list[DeletedEntryDict]
+    warnings: list[str]
+    not_asked: list[str]
     timings_ms: dict[str, float]
     attempts: int
 
@@ -329,6 +339,7 @@ class DownloadResult(TypedDict):
     sha256: str | None
     resumed: int
     warnings: list[str]
+    not_asked: list[str]
     timings_ms: dict[str, float]
     attempts: int
 
@@ -343,11 +354,14 @@ class PlaceDict(TypedDict):
 
 
 class FoundEntryDict(TypedDict):
-    """What one server said. ``also_in`` are further objects with the same UID, which no server should have."""
+    """What one server said. ``also_in`` are further objects with the same UID, which no server should have.
+
+    ``not_asked``: it is in maintenance; ``error`` says who set that.
+    """
 
     server_name: str
     server_type: str
-    status: Literal["found", "not_there", "unavailable"]
+    status: Literal["found", "not_there", "unavailable", "not_asked"]
     study_uid: str | None
     series_uid: str | None
     image_uid: str | None
@@ -370,6 +384,7 @@ class FoundResult(TypedDict):
     server_type: str
     servers: list[FoundEntryDict]
     warnings: list[str]
+    not_asked: list[str]
 
 
 class SuspensionEntryDict(TypedDict):
@@ -482,12 +497,13 @@ class ListedServerDict(TypedDict):
 
     ``dropped`` rows that it sent do not match the filters and are left out; ``lacking`` are filtered attributes that no
     row of this page has. ``may_be_cut``: the server ignores offset, so it may have more studies than it lists.
-    ``newest_first``: the server was asked to sort its list so, and can.
+    ``newest_first``: the server was asked to sort its list so, and can. ``not_asked``: it is in maintenance, and its
+    studies are missing from the list.
     """
 
     server_name: str
     server_type: str
-    status: Literal["more", "complete", "unavailable"]
+    status: Literal["more", "complete", "unavailable", "not_asked"]
     count: int
     dropped: int
     lacking: list[str]
@@ -497,7 +513,10 @@ class ListedServerDict(TypedDict):
 
 
 class StudiesResult(TypedDict):
-    """The result of `pacs.list_studies`. Only a ``cursor`` of None says that the list is at its end."""
+    """The result of `pacs.list_studies`. Only a ``cursor`` of None says that the list is at its end.
+
+    With ``not_asked`` servers, which are in maintenance, the list is incomplete also at its end.
+    """
 
     operation: Literal["list_studies"]
     job_id: str
@@ -505,14 +524,15 @@ class StudiesResult(TypedDict):
     studies: list[StudyEntryDict]
     servers: list[ListedServerDict]
     cursor: str | None
+    not_asked: list[str]
 
 
 class TraceEntryDict(TypedDict):
-    """What one server said of the UID; ``level`` is what it is there."""
+    """What one server said of the UID; ``level`` is what it is there. ``not_asked``: it is in maintenance."""
 
     server_name: str
     server_type: str
-    status: Literal["found", "not_there", "unavailable"]
+    status: Literal["found", "not_there", "unavailable", "not_asked"]
     level: Literal["image", "series", "study"] | None
     study_uid: str | None
     series_uid: str | None
@@ -619,7 +639,10 @@ class RouteDict(TypedDict):
 
 
 class UploadResult(TypedDict):
-    """The result of `pacs.upload`. ``timings_ms`` has one entry per step that ran in the attempt that finished."""
+    """The result of `pacs.upload`. ``timings_ms`` has one entry per step that ran in the attempt that finished.
+
+    ``not_asked``: servers in maintenance, which may have the study, or the image, as well.
+    """
 
     operation: Literal["upload"]
     job_id: str
@@ -639,6 +662,7 @@ class UploadResult(TypedDict):
     metadata: dict[str, Any]
     viewer_url: str
     source: str
+    not_asked: list[str]
     timings_ms: dict[str, float]
     attempts: int
 

@@ -11,6 +11,7 @@ import getpass
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import redis
 
@@ -71,6 +72,35 @@ class ServerClient:
     def resume(self, server: str) -> ServerChange:
         """End a pause. `InvalidRequest` if no worker knows such a server, or if it is in maintenance."""
         return self._end(self._known(server), "paused", "pacs server maintenance {} --end")
+
+    def maintenance(
+        self,
+        server: str,
+        *,
+        until: datetime | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> ServerChange:
+        """Leave ``server`` alone while work on the others goes on, until `end_maintenance` or ``until``.
+
+        A server that is paused goes into maintenance; one that is in maintenance gets the new end and the new name.
+
+        Raises
+        ------
+        InvalidRequest
+            No worker knows such a server, or ``until`` is over or has no time zone.
+        """
+        if until is not None and until.tzinfo is None:
+            raise InvalidRequest("The end of a maintenance needs a time zone.", details={"field": "until"})
+        name, who, why = self._order(server, requested_by, reason)
+        until_ms = None if until is None else int(until.timestamp() * 1000)
+        with _reachable():
+            changed, now = self._suspensions.maintain(name, set_by=who, reason=why, until_ms=until_ms)
+        return ServerChange(name, changed, now)
+
+    def end_maintenance(self, server: str) -> ServerChange:
+        """End a maintenance. `InvalidRequest` if no worker knows such a server, or if it is paused."""
+        return self._end(self._known(server), "maintenance", "pacs server resume {}")
 
     def _end(self, name: str, state: SuspendedState, command: str) -> ServerChange:
         with _reachable():

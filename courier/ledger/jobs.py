@@ -195,12 +195,13 @@ local function is_pushing_unsaid(id, study)
   local memo = job[2] or ''
   return may_have_pushed(memo) and string.find(memo, '"' .. study .. '"', 1, true)
 end
-local function is_followed(claim, asker)
+local function is_followed(claim, asker, but_asker)
+  local study = string.match(claim, '([%d.]+)$')
   for _, field in ipairs(redis.call('HKEYS', claim)) do
     local id = string.match(field, '^follower:(.+)$')
-    if id and is_pushing(id) then return true end
+    local pushes = id and (but_asker and id == asker and is_pushing_unsaid or is_pushing)
+    if pushes and pushes(id, study) then return true end
   end
-  local study = string.match(claim, '([%d.]+)$')
   local unsaid = redis.call('SRANDMEMBER', prefix .. 'storing:' .. study, 100)
   unsaid[#unsaid + 1] = redis.call('HGET', claim, 'claimed_by') or nil
   for _, id in ipairs(unsaid) do
@@ -980,10 +981,12 @@ return 1
 """
 )
 
-# ARGV: server, job, lifetime, note, its lifetime, 1 if the job asked for that server, then the servers that this worker
-# knows: a claim on another server is left to a worker that knows it, and is void if no worker that runs does. A job
-# that asked for its server takes over a claim if no job that follows it may still push, and nothing has been stored
-# under it since the job asked the servers, which all said that they have none.
+# ARGV: server, job, lifetime, note, its lifetime, 1 if the job asked for that server, or `from:` and the server that it
+# is to leave because of its maintenance; then the servers that this worker knows: a claim on another server is left to
+# a worker that knows it, and is void if no worker that runs does. A job that asked for its server takes over a claim if
+# no job that follows it may still push, and nothing has been stored under it since the job asked the servers, which all
+# said that they have none. A claim on a server in maintenance, which has not been asked, goes over to another server
+# only if nothing was ever stored under it, and no job that follows it may still push.
 # Version 0.1 did not say when something was stored under a claim: it counts as now, once.
 _CLAIM_STUDY = (
     _NOW
@@ -997,12 +1000,16 @@ local server = redis.call('HGET', claim, 'server')
 local binds = #ARGV == 6
 for i = 7, #ARGV do binds = binds or ARGV[i] == server end
 if server and not binds and is_known(server) then return {server, 0} end
-local asked_elsewhere = ARGV[6] == '1' and server ~= ARGV[1]
+local leaves = server and ARGV[6] == 'from:' .. server
+local asked_elsewhere = (ARGV[6] == '1' or leaves) and server ~= ARGV[1]
 if server and binds and asked_elsewhere then
-  if redis.call('HEXISTS', claim, 'opened_by') == 1 then redis.call('HSETNX', claim, 'stored_us', us) end
+  if redis.call('HEXISTS', claim, 'opened_by') == 1 then
+    if leaves then return {server, 0} end
+    redis.call('HSETNX', claim, 'stored_us', us)
+  end
   local stored_us = tonumber(redis.call('HGET', claim, 'stored_us') or 0)
   local seen = stored_us < tonumber(redis.call('HGET', job, 'asked_us') or 1)
-  if is_followed(claim, ARGV[2]) or not seen then return {server, 0} end
+  if is_followed(claim, ARGV[2], leaves) or not (seen or leaves) then return {server, 0} end
 end
 local first = not (server and binds) or asked_elsewhere
 if first then
@@ -1913,6 +1920,10 @@ class Ledger:
         """The messages of these jobs are lost: they are due now, however often somebody was woken for them."""
         self._requeue_lost(keys=[self.key("due"), self.key("unanswered")], args=list(job_ids))
 
+    def created_ms(self, job_id: str) -> int:
+        """When the job was written down first, by the clock of Redis; 0 if there is no record."""
+        return int(float(self._redis.hget(self.key("job", job_id), "created_ms") or 0))
+
     def read_record(self, job_id: str) -> dict[str, str]:
         """The record as it stands, without its messages (which may bear credentials); {} if there is none."""
         record = self._hash(self.key("job", job_id))
@@ -2138,7 +2149,7 @@ class Ledger:
         study = receipt.get("study_uid")
         return self._hash(self.key("pushes", study)) if study else {}
 
-    def claim_study(
+    def claim_study(  # noqa: PLR0913 - whose it is to be, and what may void another choice
         self,
         study_instance_uid: str,
         *,
@@ -2147,13 +2158,15 @@ class Ledger:
         among: Sequence[str] = (),
         in_history: bool = True,
         asked_for: bool = False,
+        leaving: str | None = None,
     ) -> StudyClaim:
         """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice.
 
         A choice that is not ``among`` these servers, if they are given, is void if no worker that runs knows it; where
         one does, it is given back, and the job does not follow the claim. Void is also any other choice if ``server``
-        was ``asked_for`` and no job that follows the claim may still push. From now on the job follows the claim, until
-        it ends or lets go of its images. ``in_history`` leaves a line in the study's history.
+        was ``asked_for`` and no job that follows the claim may still push; and the choice of the server ``leaving``,
+        which is in maintenance, if moreover nothing was ever stored under the claim. From now on the job follows the
+        claim, until it ends or lets go of its images. ``in_history`` leaves a line in the study's history.
         """
         keys = [
             self.key("study", study_instance_uid),
@@ -2162,9 +2175,19 @@ class Ledger:
             self.key("job", job_id),
         ]
         event = _event("claimed", job_id, server=server) if in_history else ""
-        args: list[str | int] = [server, job_id, self._claim_ms, event, self.keep_ms, int(asked_for), *among]
+        taking_over = int(asked_for) if leaving is None else f"from:{leaving}"
+        args: list[str | int] = [server, job_id, self._claim_ms, event, self.keep_ms, taking_over, *among]
         chosen, first = self._claim_study(keys=keys, args=args)
         return StudyClaim(str(chosen), bool(first))
+
+    def claim_is_in_use(self, study_instance_uid: str) -> bool:
+        """Whether a job that follows the claim of a study is at work just now."""
+        claim = self._hash(self.key("study", study_instance_uid))
+        followers = [field.partition(":")[2] for field in claim if field.startswith("follower:")]
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in followers:
+                pipe.hget(self.key("job", job_id), "state")
+            return "running" in (pipe.execute() if followers else [])
 
     def move_claim(self, study_instance_uid: str, *, server: str, job_id: str) -> bool:
         """The study is on ``server`` now and nowhere else: so is its claim, if it has one."""

@@ -13,11 +13,11 @@ from typing import IO, Any, Literal, Self, TextIO
 import click
 
 from producer.audits import pages, whole
-from producer.cli.door import DONE, as_json_option, conditions, plain_failures
+from producer.cli.door import DONE, UNAVAILABLE, as_json_option, conditions, plain_failures
 from producer.cli.session import Session
 from producer.cli.studies import left_out
 from producer.client import Courier
-from producer.errors import CourierError, StillRunning
+from producer.errors import CourierError, PacsUnavailable, StillRunning
 from producer.repairs import new_file, repair, write
 from producer.terminal import (
     Column,
@@ -49,6 +49,7 @@ class _Pages:
     def __init__(self) -> None:
         self._file: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self.head: dict[str, Any] = {}
+        self.not_asked: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +58,10 @@ class _Pages:
         self._file.close()
 
     def add(self, page: Mapping[str, Any]) -> None:
+        left = [name for name in page.get("not_asked", ()) if name not in self.not_asked]
+        self.not_asked += left
         self.head = {name: page[name] for name in ("operation", "servers", "studies", "split")}
+        self.head["not_asked"] = self.not_asked
         self._file.write(json.dumps(page["entries"]) + "\n")
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -78,7 +82,7 @@ def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_
     """List the studies that are on more than one server, and in how many images their copies differ.
 
     Images are compared by their UIDs, not by their bytes. Exit status 3: a server did not answer, and without it
-    nothing is said.
+    nothing is said; or one is in maintenance, and the audit is incomplete.
     """
     form: Form = "json" if how["as_json"] else "csv" if as_csv else "table"
     order = _AuditOrder(servers or None, conditions(filters, called="filter"), how["timeout_s"])
@@ -91,7 +95,7 @@ def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_
                 print_json(_failed(error))
             raise
         _show(found, form)
-    return DONE
+        return UNAVAILABLE if found.not_asked else DONE
 
 
 def _collect(courier: Courier, order: _AuditOrder, found: _Pages, plan: Path | None) -> None:
@@ -101,6 +105,12 @@ def _collect(courier: Courier, order: _AuditOrder, found: _Pages, plan: Path | N
         return
     with new_file(plan) as out:
         _collect(courier, order, found, None)
+        if found.not_asked:
+            left = " and ".join(found.not_asked)
+            raise PacsUnavailable(
+                f"No plan was written: {left} is in maintenance and was not asked. Audit again when that has ended,"
+                " or name the servers to compare."
+            )
         names = [server["server_name"] for server in found.head["servers"]]
         totals = write(_repairs(courier, order, found), out, servers=names)
     _say(
@@ -131,6 +141,9 @@ def _show(found: _Pages, form: Form) -> None:
             table.go_on()
     head = found.head
     each = ", ".join(f"{server['server_name']}: {server['studies']}{left_out(server)}" for server in head["servers"])
+    if found.not_asked:
+        sentence = f"The audit is incomplete: {' and '.join(found.not_asked)} is in maintenance and was not asked."
+        errors_console.print(sentence, style="red")
     _say(f"{head['split']} of {head['studies']} studies are on more than one server ({each}).")
 
 

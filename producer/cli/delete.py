@@ -99,7 +99,8 @@ def delete(level: Level, uid: str, servers: Sequence[str], backup: str | None, *
     """Delete the image, series or study that bears UID on every server that has it.
 
     On a terminal it is shown first, and you are asked; elsewhere it needs --yes. With --backup a study is deleted as a
-    batch of one, which `pacs batch undo` takes back.
+    batch of one, which `pacs batch undo` takes back. Exit status 1: a server refused, or is in maintenance and was not
+    asked; a job of its own then deletes there later.
     """
     permanent = not hides(hide=how["hide"], keep=how["keep"])
     more = {name: how[name] for name in ("study_uid", "requested_by", "reason", "timeout_s", "as_json")}
@@ -118,7 +119,7 @@ def delete(level: Level, uid: str, servers: Sequence[str], backup: str | None, *
         if backup is not None and not how["dry_run"]:
             return order.back_up_and_delete(courier)
         payload = order.carry_out(courier, dry_run=how["dry_run"], quiet=order.as_json)
-    return FAILED if any(entry["status"] == "refused" for entry in payload["servers"]) else DONE
+    return FAILED if any(entry["status"] in ("refused", "not_asked") for entry in payload["servers"]) else DONE
 
 
 _STYLES = {
@@ -129,7 +130,13 @@ _STYLES = {
     "refused": "yellow",
     "would_delete": "bold",
     "would_hide": "bold",
+    "not_asked": "yellow",
 }
+
+
+def _note(entry: Mapping[str, Any]) -> str:
+    later = entry.get("follow_up_job_id")
+    return f"{entry['note']} Job {later} deletes there when that has ended." if later else str(entry["note"])
 
 
 def deletion_table(entries: Sequence[Mapping[str, Any]]) -> ListingTable:
@@ -137,6 +144,6 @@ def deletion_table(entries: Sequence[Mapping[str, Any]]) -> ListingTable:
     table = ListingTable("server", "type", "outcome", Column("images", right=True), Column("note", "text"))
     for entry in entries:
         images = "" if entry["images"] is None else str(entry["images"])
-        row = (entry["server_name"], entry["server_type"], entry["status"], images, entry["note"])
+        row = (entry["server_name"], entry["server_type"], entry["status"], images, _note(entry))
         table.add_row(*row, style=_STYLES[entry["status"]])
     return table

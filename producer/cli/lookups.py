@@ -57,7 +57,7 @@ def metadata(level: Level, uid: str, timeout_s: float | None, as_json: bool, **w
     return DONE
 
 
-_STYLES = {"found": "green", "not_there": "dim", "unavailable": "red"}
+_STYLES = {"found": "green", "not_there": "dim", "unavailable": "red", "not_asked": "yellow"}
 #: What is shown of an image's metadata; the rest is in ``--json``.
 _SHOWN = {
     "00100020": "patient id",

@@ -44,7 +44,10 @@ Form = Literal["table", "json", "csv"]
 def studies(
     filters: Sequence[str], limit: int | None, as_csv: bool, mode: str, timeout_s: float | None, as_json: bool
 ) -> int:
-    """List the studies of all servers, each once. Exit status 3: a server did not answer, its studies are missing."""
+    """List the studies of all servers, each once.
+
+    Exit status 3: a server did not answer, or is in maintenance and was not asked; its studies are missing.
+    """
     form: Form = "json" if as_json else "csv" if as_csv else "table"
     with Session() as courier, StudyList() as listed:
         # Also of a short list every server is asked, and each that sorts gives as many as are wanted in all.
@@ -68,7 +71,8 @@ def _show(listed: StudyList, mode: str, limit: int | None, form: Form) -> int:
     servers = _shown_servers(listed, limit)
     entries = itertools.islice(listed, limit)
     if form == "json":
-        whole = listed.cursor is None and (limit is None or len(listed) <= limit)
+        asked = all(server["status"] != "not_asked" for server in servers)
+        whole = listed.cursor is None and asked and (limit is None or len(listed) <= limit)
         order = "server" if listed.in_server_order else "newest_first"
         head = {"operation": "list_studies", "mode": mode, "complete": whole, "order": order, "servers": servers}
         for piece in json_document(head, entries):
@@ -115,12 +119,15 @@ def _end(server: dict[str, Any]) -> str:
 
 
 def _say_servers(servers: Sequence[dict[str, Any]]) -> int:
-    missing = [server for server in servers if server["status"] == "unavailable"]
+    missing = [server for server in servers if server["status"] in ("unavailable", "not_asked")]
     for server in servers:
         line = (
             f"{server['server_name']}: {counted(server['count'], 'study', 'studies')}, {_end(server)}{left_out(server)}"
         )
         errors_console.print(line, style="red" if server in missing else "dim")
+    if missing:
+        names = " and ".join(server["server_name"] for server in missing)
+        errors_console.print(f"The list is incomplete: the studies of {names} are missing.", style="red")
     return UNAVAILABLE if missing else DONE
 
 

@@ -23,7 +23,7 @@ def trace(uid: str, timeout_s: float | None, as_json: bool) -> int:
         payload = ended(courier, courier.trace(uid), timeout_s=timeout_s, as_json=as_json)
     if not as_json:
         show_trace(payload)
-    return UNAVAILABLE if any(entry["status"] == "unavailable" for entry in payload["servers"]) else DONE
+    return UNAVAILABLE if any(entry["status"] in ("unavailable", "not_asked") for entry in payload["servers"]) else DONE
 
 
 _ANSWERS = {"found": "yes", "not_there": "no"}

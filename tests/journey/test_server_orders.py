@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import requests
 
 from courier.ledger.suspensions import FRESH_S
 from producer import Courier
@@ -19,8 +20,8 @@ def in_service(courier: Courier) -> Iterator[None]:
     """What one test has ordered is over for the next one."""
     yield
     for name, suspension in courier.servers.suspended().items():
-        if suspension.state == "paused":
-            courier.servers.resume(name)
+        end = courier.servers.resume if suspension.state == "paused" else courier.servers.end_maintenance
+        end(name)
 
 
 def waits_with(handle, code: str) -> dict:
@@ -95,6 +96,57 @@ def test_what_is_under_way_at_a_server_that_is_paused_ends(courier: Courier, pac
     assert pacs("server", "pause", "msdicom")[0] == 0
     ended = under_way.result(timeout_s=WAIT_S)
     assert (ended["status"], ended["server_name"], ended["warnings"]) == ("stored", "msdicom", [])
+
+
+def has(url: str, study: str) -> int:
+    """How many images of a study a server has, asked by hand."""
+    answer = requests.get(f"{url}/studies/{study}/instances", headers={"Accept": "application/dicom+json"}, timeout=10)
+    return len(answer.json()) if answer.status_code == 200 else 0
+
+
+def test_work_on_the_others_goes_on_in_a_maintenance_and_what_was_left_is_made_up_for_at_its_end(
+    courier: Courier, pacs, sandbox: SandboxPart, image_server, put
+):
+    gone, known = new_uid(), new_uid()
+    for url in (sandbox.msdicom, sandbox.dcm4chee):
+        put(url, image(gone))
+    courier.upload(image_server.put("known.dcm", image(known)), server="msdicom").result(timeout_s=WAIT_S)
+    who = ("--requested-by", "ana", "--reason", "new disks")
+    status, order, _ = pacs("server", "maintenance", "msdicom", "--until", "2h", *who)
+    assert (status, order["suspension"]["state"]) == (0, "maintenance")
+    assert order["suspension"]["until"] > order["suspension"]["since"]
+    obeyed(courier, "pacs_unavailable")
+    sandbox.load(anew=True)
+
+    stored = courier.upload(image_server.put("new.dcm", image(new_uid()))).result(timeout_s=WAIT_S)
+    assert (stored["server_name"], stored["not_asked"], stored["warnings"]) == ("dcm4chee", ["msdicom"], ["not_asked"])
+    waits = courier.upload(image_server.put("of-known.dcm", image(known)))
+    assert waits_with(waits, "server_maintenance")["server_name"] == "msdicom"
+
+    status, deleted, _ = pacs("delete", "study", gone, "--yes", "--requested-by", "bo")
+    assert status == 1
+    outcomes = {entry["server_name"]: entry for entry in deleted["servers"]}
+    assert (outcomes["msdicom"]["status"], outcomes["dcm4chee"]["status"]) == ("not_asked", "deleted")
+    later = courier.handle(outcomes["msdicom"]["follow_up_job_id"])
+    waits_with(later, "server_maintenance")
+
+    status, _, said = pacs("delete-all", "--yes", "--confirm", "delete all studies")
+    assert status == 2
+    assert "set by ana" in said
+    status, listed, _ = pacs("studies")
+    assert (status, listed["complete"]) == (3, False)
+    assert pacs("audit", "--server", "msdicom", "--server", "dcm4chee")[0] == 3
+    assert sandbox.load()["msdicom"]["total"] == 0
+    assert (has(sandbox.msdicom, gone), has(sandbox.dcm4chee, gone)) == (1, 0)
+    assert suspension_of(pacs, "msdicom")["set_by"] == "ana"
+
+    status, order, _ = pacs("server", "maintenance", "msdicom", "--end")
+    assert (status, order["ended"]["set_by"], order["suspension"]) == (0, "ana", None)
+    assert waits.result(timeout_s=WAIT_S)["server_name"] == "msdicom"
+    (entry,) = later.result(timeout_s=WAIT_S)["servers"]
+    assert (entry["server_name"], entry["status"]) == ("msdicom", "deleted")
+    assert has(sandbox.msdicom, gone) == 0
+    assert courier.ledger.read_record(later.id)["requested_by"] == "bo"
 
 
 def test_a_server_that_is_not_known_is_refused(pacs):

@@ -1,4 +1,5 @@
-"""No study is ever split: several jobs of one study, interleaved call by call, while servers fail and are left alone.
+"""No study is ever split: several jobs of one study, interleaved call by call, while servers fail and are left alone,
+and while operators pause them and put them into maintenance.
 
 The real upload, ledger, claims and breakers (on fakeredis); the servers are stand-ins whose every call stops until the
 test lets it go on, with a fate that Hypothesis draws. Decision 3 says why it has to hold.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from courier.errors import CourierError, PacsUnavailable
 from courier.ledger.breakers import BREAKER, CHANGES, Breakers
 from courier.ledger.jobs import PREFIX, Ledger
+from courier.ledger.suspensions import Suspensions
 from courier.settings import ServerSettings, Settings
 from sandbox.synthetic import image, new_uid
 from worker.dicom.instances import identify
@@ -30,6 +33,7 @@ from worker.jobs.runner import Done, Failed, JobResult, execute
 from worker.jobs.services import Services
 from worker.jobs.upload import upload
 from worker.pacs.fleet import Fleet
+from worker.pacs.in_service import suspended, suspended_error
 from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Outcome, Part, Retrieved
 from worker.storage.sources import Fetched
 
@@ -176,6 +180,8 @@ class InterleavedPacs:
     ) -> T:
         fate = cast(Work, Work.current.work).at_a_call()
         name = self.server.name
+        if (suspension := suspended().get(name)) is not None:
+            raise suspended_error(self.server, suspension)
         for breaker in (name, name + CHANGES) if changes else (name,):
             if self._breakers.read([breaker])[breaker].name == "open":
                 raise self._error("resting", open_circuit=breaker)
@@ -221,6 +227,8 @@ class JobsOfOneStudy(RuleBasedStateMachine):
         self.client = fakeredis.FakeRedis(decode_responses=True)
         self.ledger = Ledger(self.client)
         self.breakers = Breakers(self.client)
+        looks = itertools.count()
+        self.suspensions = Suspensions(self.client, NAMES, clock=lambda: float(next(looks)))
         self.servers = [InterleavedPacs(name, self.breakers) for name in NAMES]
         self.jobs: dict[str, dict[str, Any]] = {}
         self.works: dict[str, Work] = {}
@@ -234,6 +242,7 @@ class JobsOfOneStudy(RuleBasedStateMachine):
             sources=cast(Any, NumberedSource()),
             fleet=InTurn(cast(Any, self.servers), threads=1),
             breakers=self.breakers,
+            suspensions=self.suspensions,
             rng=random.Random(seed),
         )
         for number in range(2):
@@ -285,6 +294,15 @@ class JobsOfOneStudy(RuleBasedStateMachine):
             key = PREFIX + BREAKER + name + (CHANGES if trouble == "no changes" else "")
             self.client.hset(key, "until_ms", int(until_s) * 1000)
 
+    @rule(name=st.sampled_from(NAMES), ordered=st.sampled_from(["maintenance", "maintenance", "paused", "in service"]))
+    def order_out_of_service(self, name: str, ordered: str) -> None:
+        self.suspensions.end(name, "paused")
+        self.suspensions.end(name, "maintenance")
+        if ordered == "maintenance":
+            self.suspensions.maintain(name, set_by="ana")
+        elif ordered == "paused":
+            self.suspensions.pause(name, set_by="ana")
+
     @rule(name=st.sampled_from(NAMES))
     def show_what_was_being_stored(self, name: str) -> None:
         self.servers[NAMES.index(name)].arrive()
@@ -294,6 +312,7 @@ class JobsOfOneStudy(RuleBasedStateMachine):
         """And long after: a claim is kept for longer than any job lasts."""
         for name in NAMES:
             self.befall(name, "shut")
+            self.order_out_of_service(name, "in service")
             self.show_what_was_being_stored(name)
         self._finish()
         self.claims_are_as_they_were_given()

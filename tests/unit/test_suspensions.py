@@ -6,11 +6,14 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
+import click
 import fakeredis
 import pytest
 import redis
+from click.testing import CliRunner
 
 from courier.errors import CourierError, InvalidRequest, PacsUnavailable
 from courier.ledger.breakers import BREAKER, Breakers, by_server, server_of
@@ -18,8 +21,11 @@ from courier.ledger.jobs import Ledger
 from courier.ledger.slots import Slots
 from courier.ledger.suspensions import FRESH_S, Suspension, Suspensions
 from courier.settings import PREFIX, BreakerSettings, ServerSettings, Settings
-from producer.cli.server import change_json
+from courier.waits import utc
+from producer.cli.delete import deletion_table
+from producer.cli.server import Until, change_json, server
 from producer.server_orders import ServerClient
+from producer.terminal import console
 from worker.jobs.attempt import Attempt, Heartbeat
 from worker.jobs.placement import open_circuits
 from worker.jobs.runner import Deferred, Done, Failed, JobResult, execute
@@ -37,7 +43,7 @@ JOB = {"image_url": "http://host/a.dcm"}
 
 
 @dataclass
-class Site:
+class SuspensionBench:
     """A worker as far as orders go: what it reads, what stands before its calls, and its jobs."""
 
     client: fakeredis.FakeRedis
@@ -107,15 +113,15 @@ class PacsNamed:
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
+def site() -> Iterator[SuspensionBench]:
     with fakeredis.FakeRedis(decode_responses=True) as client:
-        yield Site(client)
+        yield SuspensionBench(client)
 
 
 # --- the order --------------------------------------------------------------------------------------------------
 
 
-def test_a_pause_says_who_set_it_since_when_and_why(site: Site) -> None:
+def test_a_pause_says_who_set_it_since_when_and_why(site: SuspensionBench) -> None:
     change = site.orders.pause("a", requested_by="ana", reason="disk swap")
     assert change.changed
     said = change.suspension
@@ -133,7 +139,7 @@ def test_a_pause_says_who_set_it_since_when_and_why(site: Site) -> None:
     assert site.orders.suspended() == {"a": said}
 
 
-def test_without_a_name_it_is_the_user_and_the_host(site: Site) -> None:
+def test_without_a_name_it_is_the_user_and_the_host(site: SuspensionBench) -> None:
     said = site.orders.pause("a").suspension
     assert said is not None
     user, at, host = said.set_by.partition("@")
@@ -142,13 +148,13 @@ def test_without_a_name_it_is_the_user_and_the_host(site: Site) -> None:
     assert host
 
 
-def test_a_second_pause_changes_neither_name_nor_time(site: Site) -> None:
+def test_a_second_pause_changes_neither_name_nor_time(site: SuspensionBench) -> None:
     first = site.orders.pause("a", requested_by="ana").suspension
     second = site.orders.pause("a", requested_by="bo")
     assert (second.changed, second.suspension) == (False, first)
 
 
-def test_of_two_operators_who_resume_one_has_resumed(site: Site) -> None:
+def test_of_two_operators_who_resume_one_has_resumed(site: SuspensionBench) -> None:
     site.orders.pause("a", requested_by="ana")
     first, second = site.orders.resume("a"), site.orders.resume("a")
     assert (first.changed, second.changed) == (True, False)
@@ -158,7 +164,7 @@ def test_of_two_operators_who_resume_one_has_resumed(site: Site) -> None:
 
 
 @pytest.mark.parametrize("order", ["pause", "resume"])
-def test_a_server_that_nothing_knows_is_refused_with_the_nearest_name(site: Site, order: str) -> None:
+def test_a_server_that_nothing_knows_is_refused_with_the_nearest_name(site: SuspensionBench, order: str) -> None:
     client = ServerClient(site.ledger, ["msdicom", "dcm4chee"])
     with pytest.raises(InvalidRequest, match="did you mean msdicom"):
         getattr(client, order)("msdicm")
@@ -166,24 +172,24 @@ def test_a_server_that_nothing_knows_is_refused_with_the_nearest_name(site: Site
         getattr(client, order)("zzz")
 
 
-def test_a_server_that_only_a_worker_knows_is_known(site: Site) -> None:
+def test_a_server_that_only_a_worker_knows_is_known(site: SuspensionBench) -> None:
     site.ledger.report_health("w", json.dumps({"ok": True}), servers=["far"])
     assert ServerClient(site.ledger, []).pause("far").changed
 
 
-def test_where_no_server_is_known_the_sentence_says_so(site: Site) -> None:
+def test_where_no_server_is_known_the_sentence_says_so(site: SuspensionBench) -> None:
     with pytest.raises(InvalidRequest, match="No server is known"):
         ServerClient(site.ledger, []).pause("a")
 
 
 @pytest.mark.parametrize("words", ["two\nlines", "\x1b[2J", "x" * 201])
-def test_a_name_that_could_forge_a_line_of_a_log_is_refused(site: Site, words: str) -> None:
+def test_a_name_that_could_forge_a_line_of_a_log_is_refused(site: SuspensionBench, words: str) -> None:
     with pytest.raises(InvalidRequest, match="requested_by"):
         site.orders.pause("a", requested_by=words)
     assert site.orders.suspended() == {}
 
 
-def test_a_pause_of_a_server_in_maintenance_is_refused_and_changes_nothing(site: Site) -> None:
+def test_a_pause_of_a_server_in_maintenance_is_refused_and_changes_nothing(site: SuspensionBench) -> None:
     site.suspensions.maintain("a", set_by="ana")
     with pytest.raises(InvalidRequest, match="maintenance a --end"):
         site.orders.pause("a", requested_by="bo")
@@ -192,7 +198,7 @@ def test_a_pause_of_a_server_in_maintenance_is_refused_and_changes_nothing(site:
     assert site.orders.suspended()["a"].set_by == "ana"
 
 
-def test_json_of_an_order_has_the_record_and_what_was_ended(site: Site) -> None:
+def test_json_of_an_order_has_the_record_and_what_was_ended(site: SuspensionBench) -> None:
     paused = change_json(site.orders.pause("a", requested_by="ana"))
     assert paused["suspension"]["state"] == "paused"
     assert paused["ended"] is None
@@ -204,7 +210,7 @@ def test_json_of_an_order_has_the_record_and_what_was_ended(site: Site) -> None:
 # --- who obeys --------------------------------------------------------------------------------------------------
 
 
-def test_a_call_to_a_paused_server_is_not_sent_and_costs_no_attempt(site: Site) -> None:
+def test_a_call_to_a_paused_server_is_not_sent_and_costs_no_attempt(site: SuspensionBench) -> None:
     site.orders.pause("a", requested_by="ana")
     error = site.call()
     assert isinstance(error, PacsUnavailable)
@@ -213,7 +219,7 @@ def test_a_call_to_a_paused_server_is_not_sent_and_costs_no_attempt(site: Site) 
     assert site.call(B) is None
 
 
-def test_a_worker_reads_an_order_at_most_twice_a_second_and_obeys_within_that(site: Site) -> None:
+def test_a_worker_reads_an_order_at_most_twice_a_second_and_obeys_within_that(site: SuspensionBench) -> None:
     assert site.call() is None
     site.orders.pause("a")
     site.later()
@@ -224,7 +230,7 @@ def test_a_worker_reads_an_order_at_most_twice_a_second_and_obeys_within_that(si
 
 
 def test_a_worker_says_once_that_a_server_is_paused_and_once_that_it_is_back(
-    site: Site, caplog: pytest.LogCaptureFixture
+    site: SuspensionBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
     site.orders.pause("a", requested_by="ana")
@@ -239,7 +245,9 @@ def test_a_worker_says_once_that_a_server_is_paused_and_once_that_it_is_back(
     assert lines[1] == "a is in service again"
 
 
-def test_where_redis_is_away_a_worker_keeps_to_what_it_read_last(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_redis_is_away_a_worker_keeps_to_what_it_read_last(
+    site: SuspensionBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.orders.pause("a")
     assert set(site.suspensions.current()) == {"a"}
     monkeypatch.setattr(site.suspensions, "read", _away)
@@ -251,7 +259,7 @@ def _away(_: object) -> dict[str, Suspension]:
     raise redis.ConnectionError
 
 
-def test_an_attempt_that_has_begun_goes_on_and_the_next_one_obeys(site: Site) -> None:
+def test_an_attempt_that_has_begun_goes_on_and_the_next_one_obeys(site: SuspensionBench) -> None:
     with viewed_by_attempt(site.suspensions, live=False):
         site.orders.pause("a")
         site.later()
@@ -263,7 +271,7 @@ def test_an_attempt_that_has_begun_goes_on_and_the_next_one_obeys(site: Site) ->
         assert site.call() is not None
 
 
-def test_an_attempt_that_is_about_to_ask_goes_by_what_is_ordered_then(site: Site) -> None:
+def test_an_attempt_that_is_about_to_ask_goes_by_what_is_ordered_then(site: SuspensionBench) -> None:
     with viewed_by_attempt(site.suspensions, live=False):
         site.orders.pause("a")
         site.later()
@@ -271,7 +279,7 @@ def test_an_attempt_that_is_about_to_ask_goes_by_what_is_ordered_then(site: Site
         assert site.call() is not None
 
 
-def test_a_chunk_of_a_batch_obeys_in_the_middle(site: Site) -> None:
+def test_a_chunk_of_a_batch_obeys_in_the_middle(site: SuspensionBench) -> None:
     with viewed_by_attempt(site.suspensions, live=True):
         assert site.call() is None
         site.orders.pause("a")
@@ -279,7 +287,7 @@ def test_a_chunk_of_a_batch_obeys_in_the_middle(site: Site) -> None:
         assert site.call() is not None
 
 
-def test_the_expected_servers_of_an_upload_are_looked_at_before_its_file_is_fetched(site: Site) -> None:
+def test_the_expected_servers_of_an_upload_are_looked_at_before_its_file_is_fetched(site: SuspensionBench) -> None:
     site.orders.pause("b")
     assert open_circuits(site.services(), ["a"]) == []
     (error,) = open_circuits(site.services(), NAMES)
@@ -292,7 +300,7 @@ def test_the_expected_servers_of_an_upload_are_looked_at_before_its_file_is_fetc
 
 
 @pytest.mark.parametrize("task", ["pacs.upload", "pacs.exists", "pacs.list_studies", "pacs.delete"])
-def test_a_job_waits_for_a_paused_server_however_long_and_uses_up_nothing(site: Site, task: str) -> None:
+def test_a_job_waits_for_a_paused_server_however_long_and_uses_up_nothing(site: SuspensionBench, task: str) -> None:
     site.orders.pause("a", requested_by="ana")
     for _ in range(5):
         site.later()
@@ -305,7 +313,7 @@ def test_a_job_waits_for_a_paused_server_however_long_and_uses_up_nothing(site: 
     assert site.execute(task=task) == Done({"attempt": 1, "last": False})
 
 
-def test_a_job_says_who_paused_its_server_and_no_next_try(site: Site) -> None:
+def test_a_job_says_who_paused_its_server_and_no_next_try(site: SuspensionBench) -> None:
     site.orders.pause("a", requested_by="ana", reason="disk swap")
     site.execute()
     waiting = site.ledger.standing(["j1"])["j1"].waiting or {}
@@ -317,7 +325,7 @@ def test_a_job_says_who_paused_its_server_and_no_next_try(site: Site) -> None:
     ]
 
 
-def test_the_time_under_a_pause_takes_nothing_of_the_time_that_a_job_may_wait(site: Site) -> None:
+def test_the_time_under_a_pause_takes_nothing_of_the_time_that_a_job_may_wait(site: SuspensionBench) -> None:
     key = f"{PREFIX}job:j1"
     site.client.hset(f"{PREFIX}{BREAKER}a", "until_ms", site.now_ms() + 10**7)
     site.suspensions.refresh()
@@ -338,7 +346,7 @@ def test_the_time_under_a_pause_takes_nothing_of_the_time_that_a_job_may_wait(si
     assert site.execute() == Done({"attempt": 1, "last": False})
 
 
-def test_none_is_woken_while_the_pause_lasts_and_all_when_it_ends(site: Site) -> None:
+def test_none_is_woken_while_the_pause_lasts_and_all_when_it_ends(site: SuspensionBench) -> None:
     site.orders.pause("a")
     site.ledger.report_health("w", json.dumps({"ok": True}), servers=NAMES)
     for number in range(3):
@@ -349,7 +357,7 @@ def test_none_is_woken_while_the_pause_lasts_and_all_when_it_ends(site: Site) ->
     assert site.woken() == ["j0", "j1", "j2"]
 
 
-def test_a_job_that_is_put_aside_while_the_pause_ends_is_not_forgotten(site: Site) -> None:
+def test_a_job_that_is_put_aside_while_the_pause_ends_is_not_forgotten(site: SuspensionBench) -> None:
     site.orders.pause("a")
     site.suspensions.refresh()
     site.orders.resume("a")
@@ -357,14 +365,14 @@ def test_a_job_that_is_put_aside_while_the_pause_ends_is_not_forgotten(site: Sit
     assert site.woken() == ["j1"]
 
 
-def test_jobs_of_a_server_that_left_the_settings_of_all_workers_are_woken(site: Site) -> None:
+def test_jobs_of_a_server_that_left_the_settings_of_all_workers_are_woken(site: SuspensionBench) -> None:
     site.orders.pause("a")
     site.execute()
     site.ledger.report_health("w", json.dumps({"ok": True}), servers=["b"])
     assert site.woken() == ["j1"]
 
 
-def test_a_cancelled_job_does_not_wait_for_the_end_of_the_pause(site: Site) -> None:
+def test_a_cancelled_job_does_not_wait_for_the_end_of_the_pause(site: SuspensionBench) -> None:
     site.orders.pause("a")
     site.execute()
     site.ledger.cancel("j1")
@@ -373,7 +381,7 @@ def test_a_cancelled_job_does_not_wait_for_the_end_of_the_pause(site: Site) -> N
     assert result.error.code == "cancelled"
 
 
-def test_a_job_that_was_replayed_after_a_pause_has_all_its_time(site: Site) -> None:
+def test_a_job_that_was_replayed_after_a_pause_has_all_its_time(site: SuspensionBench) -> None:
     site.orders.pause("a")
     site.execute()
     assert "suspended_ms" in site.ledger.read_record("j1")
@@ -384,7 +392,9 @@ def test_a_job_that_was_replayed_after_a_pause_has_all_its_time(site: Site) -> N
     assert "suspended_ms" not in site.ledger.read_record("j1")
 
 
-def test_a_maintenance_that_begins_in_the_middle_of_an_attempt_gives_the_job_another_look_at_once(site: Site) -> None:
+def test_a_maintenance_that_begins_in_the_middle_of_an_attempt_gives_the_job_another_look_at_once(
+    site: SuspensionBench,
+) -> None:
     def begins(job: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
         site.suspensions.maintain("a", set_by="ana")
         site.later()
@@ -407,3 +417,88 @@ def test_a_gauge_by_server_says_which_is_out_of_service() -> None:
     families = {family.name: family for family in LedgerCollector(lambda: outlook).collect()}
     rows = {tuple(row.labels.values()): row.value for row in families["pacs_server_suspended"].samples}
     assert rows == {("a", "paused"): 1, ("a", "maintenance"): 0, ("b", "paused"): 0, ("b", "maintenance"): 0}
+
+
+# --- maintenance ------------------------------------------------------------------------------------------------
+
+
+def test_a_maintenance_ends_by_itself_and_what_waited_for_it_goes_on(site: SuspensionBench) -> None:
+    until = datetime.now(UTC) + timedelta(hours=1)
+    said = site.orders.maintenance("a", until=until, requested_by="ana").suspension
+    assert said is not None
+    assert said.until_ms == int(until.timestamp() * 1000)
+    assert f"until {utc(said.until_ms)}" in str(said)
+    site.later()
+    site.execute()
+    waiting = site.ledger.standing(["j1"])["j1"].waiting or {}
+    assert (waiting["code"], waiting["next_try"]) == ("server_maintenance", utc(said.until_ms))
+    assert site.woken() == []
+    site.client.pexpire(f"{PREFIX}{BREAKER}a:suspended", 0)  # the hour is over
+    site.later()
+    assert site.orders.suspended() == {}
+    assert site.call() is None
+    assert site.woken() == ["j1"]
+
+
+@pytest.mark.parametrize("away", [timedelta(seconds=-1), timedelta(0), timedelta(days=-400)])
+def test_an_end_that_is_over_is_refused_and_changes_nothing(site: SuspensionBench, away: timedelta) -> None:
+    with pytest.raises(InvalidRequest, match="in the future"):
+        site.orders.maintenance("a", until=datetime.now(UTC) + away)
+    assert site.orders.suspended() == {}
+    site.orders.maintenance("a", requested_by="ana")
+    with pytest.raises(InvalidRequest, match="in the future"):
+        site.orders.maintenance("a", until=datetime.now(UTC) + away)
+    assert site.orders.suspended()["a"].set_by == "ana"
+
+
+def test_an_end_without_a_time_zone_is_refused(site: SuspensionBench) -> None:
+    with pytest.raises(InvalidRequest, match="time zone"):
+        site.orders.maintenance("a", until=datetime(2100, 1, 1))
+
+
+def test_a_new_end_replaces_the_old_one_and_keeps_since_when(site: SuspensionBench) -> None:
+    soon = datetime.now(UTC) + timedelta(minutes=1)
+    first = site.orders.maintenance("a", until=soon, requested_by="ana").suspension
+    second = site.orders.maintenance("a", requested_by="bo").suspension
+    assert first is not None
+    assert second is not None
+    assert (second.id, second.since_ms, second.set_by, second.until_ms) == (first.id, first.since_ms, "bo", None)
+    assert site.client.pttl(f"{PREFIX}{BREAKER}a:suspended") == -1
+
+
+def test_a_paused_server_goes_into_maintenance_and_the_end_leads_back_into_service(site: SuspensionBench) -> None:
+    site.orders.pause("a", requested_by="ana")
+    with pytest.raises(InvalidRequest, match="pacs server resume a"):
+        site.orders.end_maintenance("a")
+    assert site.orders.maintenance("a", requested_by="bo").changed
+    assert site.orders.end_maintenance("a").changed
+    assert not site.orders.end_maintenance("a").changed
+    assert site.orders.suspended() == {}
+
+
+@pytest.mark.parametrize("text", ["2020-01-01", "0s", "soon", "12", "-1h", "2020-01-01T00:00+02:00", "999999d999"])
+def test_the_command_takes_no_end_that_is_over_or_none(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        Until().convert(text, None, None)
+
+
+def test_the_command_takes_a_time_and_how_long_from_now() -> None:
+    assert Until().convert("2100-01-01T00:00+01:00", None, None) == datetime(2099, 12, 31, 23, tzinfo=UTC)
+    assert Until().convert("2100-01-01T00:00", None, None) == datetime(2100, 1, 1, tzinfo=UTC)
+    left = Until().convert("90m", None, None) - datetime.now(UTC)
+    assert timedelta(minutes=89) < left <= timedelta(minutes=90)
+
+
+def test_an_end_now_takes_no_other_option() -> None:
+    ended = CliRunner().invoke(server, ["maintenance", "a", "--end", "--until", "2h"])
+    assert ended.exit_code == 2
+    assert "leave out the other options" in ended.stderr
+
+
+def test_deletions_that_left_out_a_server_end_with_status_1_and_name_the_job_that_makes_up_for_it() -> None:
+    entry = {"server_name": "a", "server_type": "x", "status": "not_asked", "images": None, "note": "a is away."}
+    with console.capture() as shown:
+        console.print(deletion_table([{**entry, "follow_up_job_id": "j2"}]))
+    words = " ".join(shown.get().split())
+    assert "not_asked" in words
+    assert "j2" in words

@@ -15,6 +15,7 @@ from worker.batches.coordinator import CONCURRENCY, Coordinator, has_begun
 from worker.batches.deletions import CONFIRMATION, StudyDeletions, check_backup
 from worker.jobs.attempt import Attempt
 from worker.jobs.delete import select_servers
+from worker.jobs.maintenance import refuse_in_maintenance
 from worker.jobs.services import Services
 from worker.jobs.study_lists import study_pages
 from worker.pacs.fleet import Fleet
@@ -34,7 +35,7 @@ def delete_all(message: Mapping[str, Any], attempt: Attempt, services: Services)
         ``confirm`` is not the sentence.
     InvalidRequest
         A field or a server is not known; the settings forbid it on a server that the order names, or on all servers; or
-        nothing may be written where backups go.
+        nothing may be written where backups go. Or a server is in maintenance.
     CourierError
         A server could not be listed: nothing is deleted before all are.
     """
@@ -57,6 +58,7 @@ def delete_all(message: Mapping[str, Any], attempt: Attempt, services: Services)
 def _open(job: DeleteAllJob, attempt: Attempt, services: Services) -> None:
     """Refuse what cannot be done, before anything is; then the batch is there."""
     named = select_servers(job.servers, services.fleet)
+    refuse_in_maintenance(named, "a deletion of all studies")
     if job.servers is not None or all(refusal(pacs, permanent=job.permanent) for pacs in named):
         check_allowed(named, permanent=job.permanent)
     servers = {pacs.server.name: pacs.server.type for pacs in named}

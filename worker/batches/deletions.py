@@ -23,6 +23,7 @@ from worker.batches.study_lists import planned_studies
 from worker.jobs.attempt import Attempt
 from worker.jobs.delete import as_done, forget_what_is_gone, reachable, remove, select_servers
 from worker.jobs.download import OVERWRITE_NOT_PREVENTED
+from worker.jobs.maintenance import refuse_in_maintenance
 from worker.jobs.receipts import Receipts
 from worker.jobs.services import Services
 from worker.jobs.study_lists import check_order_filters
@@ -59,6 +60,8 @@ class StudyDeletions:
         return item
 
     def refuse_forbidden(self, command: Command, batch: Batch, fleet: Fleet) -> None:
+        if command in ("apply", "retry") and _is_about_all(batch):
+            refuse_in_maintenance(select_servers(batch.order.get("servers"), fleet), "a deletion of all studies")
         if command in ("apply", "retry") and batch.order.get("servers") is not None:
             check_allowed(fleet.known(batch.order["servers"]), permanent=_is_permanent(batch))
 
@@ -150,6 +153,8 @@ def delete_many(message: Mapping[str, Any], attempt: Attempt, services: Services
         if job.everything and not job.dry_run and job.confirm != CONFIRMATION:
             raise ConfirmationRequired(f'Nothing was deleted: confirm has to be "{CONFIRMATION}".')
         servers = select_servers(job.servers, services.fleet)
+        if job.everything:
+            refuse_in_maintenance(servers, "a deletion of all studies")
         if job.servers is not None:
             check_allowed(servers, permanent=job.permanent)
         check_order_filters(servers, job.filters)
@@ -202,6 +207,11 @@ def _forbidden(item: Item, names: Sequence[str], context: PassContext) -> ItemOu
     if not all(reasons):
         return None
     return ItemOutcome(item, "refused", InvalidRequest.code, " ".join(reasons), server=names[0])
+
+
+def _is_about_all(batch: Batch) -> bool:
+    """Whether all studies are to be deleted: `pacs.delete_all`, whose order says nothing else, or ``everything``."""
+    return bool(batch.order.get("everything")) or batch.order.get("survey") is False
 
 
 def _is_permanent(batch: Batch) -> bool:

@@ -46,6 +46,7 @@ from worker.batches.study_migration import (
 )
 from worker.jobs.attempt import Attempt
 from worker.jobs.hangs import Hangs
+from worker.jobs.maintenance import refuse_in_maintenance
 from worker.jobs.placement import check_no_open_circuit
 from worker.jobs.receipts import Receipts
 from worker.jobs.services import Services
@@ -71,6 +72,7 @@ def migrate(message: Mapping[str, Any], attempt: Attempt, services: Services) ->
         job = read_job(BatchMigrateJob, message)
         source, target = (services.fleet[name] for name in (job.from_server, job.to_server))
         if job.delete_source:
+            refuse_in_maintenance([source, target], "a move")
             check_allowed([source], permanent=True)
             check_two_archives(source, target)
         check_order_filters([source], job.filters)
@@ -92,7 +94,11 @@ class StudyMigrations:
         return replace(item, server="")
 
     def refuse_forbidden(self, command: Command, batch: Batch, fleet: Fleet) -> None:
-        """A move deletes at its source, an undo at the target, and both for good."""
+        """A move deletes at its source, an undo at the target, and both for good. None moves while one is in
+        maintenance.
+        """
+        if batch.order.get("delete_source"):
+            refuse_in_maintenance(fleet.known([batch.order["from_server"], batch.order["to_server"]]), "a move")
         if command == "undo":
             check_allowed(fleet.known([batch.order["to_server"]]), permanent=True)
         elif batch.order.get("delete_source"):

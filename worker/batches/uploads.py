@@ -34,6 +34,7 @@ from courier.errors import (
     is_final,
     waits_for_server,
 )
+from courier.ledger.breakers import is_suspension
 from courier.ledger.jobs import StoredImage
 from courier.messages import BatchUploadJob, read_job
 from courier.redaction import redact_url
@@ -45,6 +46,7 @@ from worker.dicom.instances import Instance, identify
 from worker.jobs.attempt import Attempt, ServerUnknown
 from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.knowledge import server_left
+from worker.jobs.maintenance import check_not_known_there, warned
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
@@ -62,11 +64,12 @@ from worker.jobs.placement import (
     sole_target,
 )
 from worker.jobs.receipts import Receipts
-from worker.jobs.routing import Decision, Exists, Presence, decide
+from worker.jobs.routing import Decision, Exists, Follow, Presence, decide
 from worker.jobs.same_bytes import Arrival
 from worker.jobs.services import Services
 from worker.jobs.unseen import as_shown
 from worker.pacs.fleet import Fleet
+from worker.pacs.in_service import in_maintenance, suspended_error
 from worker.pacs.protection import check_allowed
 from worker.pacs.protocol import Fate, Outcome, Pacs, Part
 from worker.storage.sources import Fetched, ListedObject
@@ -109,6 +112,14 @@ class Pushed:
     faults: int = 0
     faulty_since_s: float = 0
     hangs_seen: int = 0
+    #: Servers in maintenance, which may have the image, or its study, as well.
+    not_asked: Sequence[str] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        told = asdict(self)
+        if not self.not_asked:  # a field that workers of the release before do not know
+            del told["not_asked"]
+        return told
 
     def is_about(self, image: _Image) -> bool:
         return (self.image_uid, self.sha256) == (image.instance.sop_instance_uid, image.fetched.sha256)
@@ -121,7 +132,7 @@ class Pushed:
 
     @property
     def doubtful_receipt(self) -> dict[str, Any]:
-        return {**self.receipt, "uncertain": True}
+        return {**self.receipt, "uncertain": True, **({"not_asked": list(self.not_asked)} if self.not_asked else {})}
 
 
 @dataclass(frozen=True)
@@ -257,7 +268,16 @@ class Uploads:
         self._silent: dict[str, CourierError] = {}
         self._down: dict[str, CourierError] = {}
         self._receipts: deque[Pushed] = deque()  # of images that are stored, not yet in the ledger
+        #: Servers in maintenance, which are not asked, also if that ends meanwhile.
+        self._left = {name: one for name, one in in_maintenance().items() if name in self._services.fleet.names}
+        for name, suspension in self._left.items():
+            self._down[name] = suspended_error(self._services.fleet[name].server, suspension)
         self.results: dict[int, Result] = {}
+
+    @property
+    def _asked(self) -> list[str]:
+        """The servers that are asked for each image."""
+        return [name for name in self._services.fleet.names if name not in self._left]
 
     def execute(self, items: Sequence[Item]) -> list[Result]:
         """Upload them; one result per item, in their order. An error leaves its item open; None: another has it."""
@@ -282,7 +302,7 @@ class Uploads:
         result, pushed = self.results[item.number], self._checkpoint.get(item.number)
         if not isinstance(result, CourierError) or pushed is None or not pushed.uncertain:
             return result
-        if not is_final(result) and not self._attempt.last:
+        if not is_final(result) and (not self._attempt.last or is_suspension(result.open_circuit)):
             return result
         told = pushed.doubtful_receipt
         sentence = f"{result.message} It may have arrived on {pushed.server}: retry the batch to make sure."
@@ -437,7 +457,7 @@ class Uploads:
     def _check_servers(self, items: Sequence[Item]) -> None:
         """For a server whose circuit is open no file is fetched: nothing could be said, or stored, there."""
         targets = sorted({item.server for item in items} & set(self._services.fleet.names))
-        for error in open_circuits(self._services, self._services.fleet.names):
+        for error in open_circuits(self._services, self._asked):
             self._silent.setdefault(str(error.server_name), error)
         for target in targets:
             for error in open_circuits(self._services, [], changed=target):
@@ -450,6 +470,9 @@ class Uploads:
         placed = []
         for image in images:
             decision = decide(answers[image.instance.sop_instance_uid])
+            if (known := self._known_at_one_not_asked(image, decision)) is not None:
+                self.results[image.item.number] = known
+                continue
             key = (image.item.server, image.instance.study_instance_uid, decision)
             if key not in settled or isinstance(decision, Exists):
                 settled[key] = self._settle(image, decision)
@@ -461,13 +484,36 @@ class Uploads:
         return placed
 
     def _settle(self, image: _Image, decision: Decision) -> Placement | CourierError:
-        order = PlacementOrder(self._attempt.job_id, image.item.server or None, in_history=False, compares=False)
+        order = PlacementOrder(
+            self._attempt.job_id,
+            image.item.server or None,
+            in_history=False,
+            compares=False,
+            not_asked=list(self._left),
+        )
         try:
             return settle(decision, image.arrival, order, errors=self._silent, services=self._services)
         except CourierError as error:
             return error
         except ServerUnknown as wait:
             return PacsUnavailable(f"It {wait.message}.", server_name=wait.reason.server_name)
+
+    def _known_at_one_not_asked(self, image: _Image, decision: Decision) -> CourierError | None:
+        """Why an image waits for a server in maintenance: it, or its study, is known to be there, or may be."""
+        if not self._left or isinstance(decision, Exists):
+            return None
+        pushed = self._checkpoint.get(image.item.number)
+        if pushed is not None and (pushed.uncertain or pushed.pendings) and pushed.server in self._left:
+            server = self._services.fleet[pushed.server].server
+            return suspended_error(server, self._left[pushed.server], ", and the image may be there")
+        elsewhere, services = isinstance(decision, Follow), self._services
+        try:
+            check_not_known_there(
+                image.instance, self._left, services.fleet, services.ledger, study_is_elsewhere=elsewhere
+            )
+        except CourierError as error:
+            return error
+        return None
 
     def _refuse_or_recognise(self, image: _Image, decision: Decision, error: CourierError) -> None:
         pushed = self._checkpoint.get(image.item.number)
@@ -485,12 +531,12 @@ class Uploads:
         """What each server says of each image, all asked at the same time: first for its study, then for the images of
         the studies that it has.
         """
-        names = self._services.fleet.names
+        names = self._asked
         by_study: dict[str, list[str]] = {}
         for image in images:
             by_study.setdefault(image.instance.study_instance_uid, []).append(image.instance.sop_instance_uid)
         wanted = {image.item.server or None for image in images}
-        target = sole_target(wanted.pop() if len(wanted) == 1 else None, names)
+        target = sole_target(wanted.pop() if len(wanted) == 1 else None, self._services.fleet.names)
         has_study = self._ask_for_studies(list(by_study), target)
         there = _present({key: by_study[key[1]] for key, has in has_study.items() if has}, self._services)
         for (name, _), reply in there.items():
@@ -512,7 +558,7 @@ class Uploads:
         fleet = self._services.fleet
         found: dict[tuple[str, str], bool | None] = {}
         questions: list[tuple[str, str]] = []
-        for name in fleet.names:
+        for name in self._asked:
             for study in studies:
                 known = name in self._on.get(study, ()) and name not in self._silent
                 found[name, study] = True if known else None
@@ -623,6 +669,7 @@ class Uploads:
             faults=earlier.faults if earlier and same else 0,
             faulty_since_s=earlier.faulty_since_s if earlier and same else 0,
             hangs_seen=earlier.hangs_seen if earlier and same else 0,
+            not_asked=list(self._left),
         )
 
     def _requests(self, images: Sequence[_Image], pacs: Pacs) -> Iterator[list[_Image]]:
@@ -657,6 +704,8 @@ class Uploads:
                 continue
             if isinstance(error, Refused | NeedsPerson) or error.details.get("phase") in NOT_SENT:
                 self._note(number, uncertain=number in resumed)
+                if is_suspension(error.open_circuit) and number not in resumed:
+                    del self._checkpoint[number]  # nothing of the study is there by this job, so it may go elsewhere
             self.results[number] = _result_of_error(image.item, error, pacs.server.name)
 
     def _apply_outcome(self, image: _Image, outcome: Outcome, pacs: Pacs, *, resumed: bool) -> None:
@@ -729,7 +778,7 @@ class Uploads:
 
     def _as_json(self) -> dict[str, Any]:
         checkpoint = {**self._others, **self._checkpoint}
-        told: dict[str, Any] = {"pushed": {str(number): asdict(pushed) for number, pushed in checkpoint.items()}}
+        told: dict[str, Any] = {"pushed": {str(number): pushed.as_json() for number, pushed in checkpoint.items()}}
         return {**told, "wants": {str(number): uids for number, uids in self._wants.items()}} if self._wants else told
 
     @property
@@ -761,8 +810,10 @@ def _planned(one: ListedObject, server: str) -> Planned:
 
 
 def _stored(item: Item, pushed: Pushed, warnings: Iterable[str] = ()) -> ItemOutcome:
-    told = {"warnings": list(warnings)} if warnings else {}
-    return ItemOutcome(item, "stored", server=pushed.server, result={**pushed.receipt, **told})
+    said = warned(list(warnings), pushed.not_asked)
+    told = {"warnings": said, "not_asked": list(pushed.not_asked)}
+    more = {name: value for name, value in told.items() if value}
+    return ItemOutcome(item, "stored", server=pushed.server, result={**pushed.receipt, **more})
 
 
 def _result_of_error(item: Item, error: CourierError, server: str = "") -> ItemOutcome | CourierError:

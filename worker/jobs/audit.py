@@ -1,7 +1,7 @@
 """Which studies are on more than one server, and in which images their copies differ: `pacs.audit`.
 
 UIDs alone are compared, never bytes. Nothing is changed anywhere. A server that does not answer fails the attempt:
-without its list nobody can say that no study is split.
+without its list nobody can say that no study is split. Of one in maintenance the result says that it was not asked.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from worker.dicom.viewer import viewer_url
 from worker.jobs.attempt import Attempt
 from worker.jobs.delete import select_servers
 from worker.jobs.lookup import Reply, settle
+from worker.jobs.maintenance import names_not_asked, unanswered_error
 from worker.jobs.services import Services
 from worker.jobs.study_lists import Left, walk
 from worker.jobs.uid_index import UidIndex
 from worker.pacs.fleet import Fleet
+from worker.pacs.in_service import in_maintenance
 from worker.pacs.protocol import Found, Pacs
 
 #: What is asked for at a time; a dialect whose server holds its pages smaller asks for less.
@@ -44,13 +46,18 @@ def audit(message: Mapping[str, Any], attempt: Attempt, services: Services) -> d
         The one study that was asked for is on none of them.
     """
     job = read_job(AuditJob, message)
-    servers = select_servers(job.servers, services.fleet)
-    if len(servers) < 2:
+    meant, out_of_service = select_servers(job.servers, services.fleet), in_maintenance()
+    if len(meant) < 2:
         raise InvalidRequest("An audit compares servers: name two or more.", details={"field": "servers"})
+    servers = [pacs for pacs in meant if pacs.server.name not in out_of_service]
+    away = [(pacs, out_of_service[pacs.server.name]) for pacs in meant if pacs not in servers]
+    if len(servers) < 2:
+        raise unanswered_error("Fewer than two servers are left to be compared.", away)
     names = [pacs.server.name for pacs in servers]
     with UidIndex(names) as studies:
         with attempt.step("list"):
-            left = _list(job, servers, studies, attempt, services.fleet)
+            not_asked = [Reply(pacs, [], not_asked=suspension) for pacs, suspension in away]
+            left = _list(job, servers, not_asked, studies, attempt, services.fleet)
         after = "" if job.study_uid or job.cursor is None else job.cursor
         candidates = studies.shared(after=after, limit=job.limit + 1)
         groups = studies.groups()
@@ -66,19 +73,27 @@ def audit(message: Mapping[str, Any], attempt: Attempt, services: Services) -> d
         split=sum(count for on, count in groups if len(on) > 1),
         entries=entries,
         cursor=cursor,
+        not_asked=names_not_asked(meant),
         timings_ms=attempt.timings_ms,
         attempts=attempt.number,
     ).as_json()
 
 
-def _list(job: AuditJob, servers: Sequence[Pacs], studies: UidIndex, attempt: Attempt, fleet: Fleet) -> dict[str, Left]:
+def _list(
+    job: AuditJob,
+    servers: Sequence[Pacs],
+    away: Sequence[Reply],
+    studies: UidIndex,
+    attempt: Attempt,
+    fleet: Fleet,
+) -> dict[str, Left]:
     """Note which studies each server has; what each sent that does not match, by its name."""
     if job.study_uid is None:
         left = _all([partial(_walk, pacs, job.filters, studies, attempt) for pacs in servers], fleet)
         return {pacs.server.name: one for pacs, one in zip(servers, left, strict=True)}
     answers = _all([partial(pacs.find, "study", job.study_uid) for pacs in servers], fleet)
     replies = [Reply(pacs, found) for pacs, found in zip(servers, answers, strict=True)]
-    settle("study", job.study_uid, replies)
+    settle("study", job.study_uid, [*replies, *away])
     for reply in replies:
         studies.note(reply.pacs.server.name, [found.study_instance_uid for found in reply.found])
     return {}

@@ -7,6 +7,8 @@ that what it deleted itself is never reported as "not there".
 
 from __future__ import annotations
 
+import logging
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,22 +24,27 @@ from courier.errors import (
     first_to_wait_for,
     is_final,
 )
+from courier.ledger.breakers import is_suspension
 from courier.messages import DeleteJob, Level, read_job
 from courier.results import DeletedEntry, DeletePayload, Fault
 from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.knowledge import server_left
 from worker.jobs.lookup import find, in_that_study
+from worker.jobs.maintenance import warned
 from worker.jobs.receipts import Receipts
 from worker.jobs.services import Services
 from worker.pacs.finding import find_known
 from worker.pacs.fleet import Fleet
-from worker.pacs.protection import check_allowed
+from worker.pacs.in_service import in_maintenance, suspended, suspended_error
+from worker.pacs.protection import check_allowed, refusal
 from worker.pacs.protocol import Deletion, DeletionFate, Found, Pacs
+
+log = logging.getLogger(__name__)
 
 #: How soon to look again whether the other job at the same object has ended.
 TURN_S = 0.5
 
-Status = Literal["deleted", "hidden", "not_there", "unavailable", "refused", "would_delete", "would_hide"]
+Status = Literal["deleted", "hidden", "not_there", "unavailable", "refused", "would_delete", "would_hide", "not_asked"]
 _STATUS: Mapping[DeletionFate, Status] = {
     DeletionFate.DELETED: "deleted",
     DeletionFate.HIDDEN: "hidden",
@@ -50,16 +57,21 @@ _WORST_FIRST = (DeletionFate.REFUSED, DeletionFate.HIDDEN, DeletionFate.DELETED,
 
 @dataclass
 class _DeletionProgress:
-    """What is known of each server: what was found there (and so begun), how it ended, or why it is open."""
+    """What is known of each server: what was found there (and so begun), how it ended, or why it is open.
+
+    ``ordered``: the follow-up deletions are written down.
+    """
 
     begun: dict[str, list[Found]] = field(default_factory=dict)
     entries: dict[str, DeletedEntry] = field(default_factory=dict)
     errors: dict[str, CourierError] = field(default_factory=dict)
+    ordered: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {
             "begun": {name: [_uids(found) for found in founds] for name, founds in self.begun.items()},
             "entries": {name: entry.model_dump() for name, entry in self.entries.items()},
+            **({"ordered": True} if self.ordered else {}),
         }
 
     @classmethod
@@ -69,11 +81,14 @@ class _DeletionProgress:
         return cls(
             begun={name: [Found(level, *uids) for uids in rows] for name, rows in checkpoint["begun"].items()},
             entries={name: DeletedEntry(**entry) for name, entry in checkpoint["entries"].items()},
+            ordered=checkpoint.get("ordered", False),
         )
 
 
 def delete(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
     """Delete what bears a UID on every server asked; one outcome per server (docs/jobs.md).
+
+    A server in maintenance is not asked: another job, which is written down here, deletes there when that has ended.
 
     Raises
     ------
@@ -89,25 +104,97 @@ def delete(message: Mapping[str, Any], attempt: Attempt, services: Services) -> 
     job = read_job(DeleteJob, message)
     progress = _DeletionProgress.from_json(attempt.checkpoint, job.level)
     if attempt.cancelled:
+        _cancel_follow_ups(progress, attempt)
         raise _cancelled(job, progress, attempt, services.fleet)
     if progress.begun:
         _check_still_known(job, progress, services.fleet)
     servers = select_servers(job.servers, services.fleet)
     if job.servers is not None and not progress.begun:
         check_allowed(servers, permanent=job.permanent)
+    if job.follow_up_of is None:
+        _leave_out(job, servers, progress)
     if job.dry_run:
         with attempt.step("check"):
             _find_targets(job, servers, progress, services.fleet)
             _foretell(job, progress, services.fleet)
     else:
+        _check_in_service(servers, progress)
         _take_turn(job, attempt)
+        _order_follow_ups(job, progress, attempt)
         with attempt.step("check"):
             resumed = set(progress.begun)
             _find_targets(job, servers, progress, services.fleet)
+            if job.follow_up_of is not None:
+                _spare_what_came_since(job, progress, resumed, attempt, services.fleet)
         with attempt.step("delete"):
             _execute(job, progress, resumed, attempt, services)
             forget_what_is_gone(_studies(job, progress), services)
     return _concluded(job, servers, progress, attempt).as_json()
+
+
+def _leave_out(job: DeleteJob, servers: Sequence[Pacs], progress: _DeletionProgress) -> None:
+    """An entry for each of the servers that are in maintenance, unless the deletion has begun there."""
+    left = in_maintenance()
+    for pacs in servers:
+        name = pacs.server.name
+        if name not in left or name in progress.begun or name in progress.entries:
+            continue
+        entry = _entry(pacs, "not_asked", note=f"{left[name]}.")
+        if forbidden := refusal(pacs, permanent=job.permanent):
+            entry = entry.model_copy(update={"note": f"{entry.note} {forbidden}"})
+        elif not job.dry_run:
+            entry = entry.model_copy(update={"follow_up_job_id": str(uuid.uuid4())})
+        progress.entries[name] = entry
+
+
+def _check_in_service(servers: Sequence[Pacs], progress: _DeletionProgress) -> None:
+    """Wait for a server that is out of service before anything is locked, so that uploads need not wait as well."""
+    left = suspended()
+    for pacs in servers:
+        name = pacs.server.name
+        if name in left and name not in progress.entries and not progress.begun:
+            raise suspended_error(pacs.server, left[name])
+
+
+def _order_follow_ups(job: DeleteJob, progress: _DeletionProgress, attempt: Attempt) -> None:
+    """Write down the deletions on servers that were left out, each as a job of its own that waits for its server.
+
+    Their ids are in the checkpoint before, so that another attempt at this job orders none of them twice.
+    """
+    ordered = {name: entry for name, entry in progress.entries.items() if entry.follow_up_job_id is not None}
+    if not ordered or progress.ordered:
+        return
+    _write_intent(progress, attempt)
+    fields = job.model_dump(exclude={"servers", "dry_run", "follow_up_of"}, exclude_none=True)
+    for name, entry in ordered.items():
+        order = {**fields, "servers": [name], "follow_up_of": attempt.job_id}
+        attempt.ledger.submit(str(entry.follow_up_job_id), task="pacs.delete", job=order, due_in_s=0)
+        log.info("Deleting on %s is left to job %s, when its maintenance has ended", name, entry.follow_up_job_id)
+    progress.ordered = True
+    attempt.note(progress.as_json())
+
+
+def _cancel_follow_ups(progress: _DeletionProgress, attempt: Attempt) -> None:
+    for entry in progress.entries.values():
+        if entry.follow_up_job_id is not None:
+            attempt.ledger.cancel(entry.follow_up_job_id)
+
+
+def _spare_what_came_since(
+    job: DeleteJob, progress: _DeletionProgress, resumed: set[str], attempt: Attempt, fleet: Fleet
+) -> None:
+    """Refuse, of a deletion that was ordered before a maintenance ended, what images were stored into since."""
+    ordered_ms = attempt.ledger.created_ms(attempt.job_id)
+    for name in [name for name in progress.begun if name not in resumed]:
+        for found in progress.begun[name]:
+            pushes = attempt.ledger.uid_record(found.study_instance_uid).pushes
+            since = next((push for push in pushes if push.server == name and push.at_ms >= ordered_ms), None)
+            if since is not None:
+                sentence = (
+                    f"Job {since.job_id} has put images of the study on {name} since this deletion was ordered; if they"
+                    f" are to go too, delete the {job.level} there again."
+                )
+                progress.entries[name] = _entry(fleet[name], "refused", error=InvalidRequest(sentence), found=found)
 
 
 def _check_still_known(job: DeleteJob, progress: _DeletionProgress, fleet: Fleet) -> None:
@@ -256,6 +343,7 @@ def _write_intent(progress: _DeletionProgress, attempt: Attempt) -> None:
     try:
         attempt.write_intent(progress.as_json())
     except Cancelled as error:
+        _cancel_follow_ups(progress, attempt)
         gone = _done_already(progress.entries.values())
         sentence = f"The job was cancelled.{gone} Nothing else was deleted." if gone else error.message
         raise Cancelled(sentence, details=_entries_json(progress) if gone else None) from None
@@ -276,7 +364,7 @@ def _cancelled(job: DeleteJob, progress: _DeletionProgress, attempt: Attempt, fl
     answers = fleet.gather([partial(_still_there, fleet[name], progress.begun[name]) for name in open_ones])
     left = [name for name in not_ended if name not in open_ones]
     for name, answer in zip(open_ones, answers, strict=True):
-        if isinstance(answer, CourierError) and not is_final(answer) and not attempt.last:
+        if isinstance(answer, CourierError) and not is_final(answer) and not _is_given_up(answer, attempt):
             raise answer
         if isinstance(answer, CourierError) or answer:
             left.append(name)
@@ -290,6 +378,11 @@ def _cancelled(job: DeleteJob, progress: _DeletionProgress, attempt: Attempt, fl
         rest = f" An earlier attempt on {', '.join(left)} was not completed; look there for what is left."
     details = {**_entries_json(progress), **({"may_be_deleted_on": left} if left else {})}
     return Cancelled(f"The job was cancelled.{gone}{rest}", details=details)
+
+
+def _is_given_up(error: CourierError, attempt: Attempt) -> bool:
+    """Whether a cancelled job no longer waits for the server; while an operator keeps it from the server, it does."""
+    return attempt.last and not is_suspension(error.open_circuit)
 
 
 def _still_there(pacs: Pacs, founds: Sequence[Found]) -> list[Found]:
@@ -311,12 +404,13 @@ def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _DeletionProgr
     entries = [*(progress.entries[name] for name in still), *left]
     details = {"level": job.level, "uid": job.uid, "servers": [entry.model_dump() for entry in entries]}
     statuses = {entry.status for entry in entries}
+    not_asked = [entry.server_name for entry in entries if entry.status == "not_asked"]
     if progress.errors and not (job.dry_run and progress.begun):
         raise _still_open(list(progress.errors.values()), entries, details)
     if statuses == {"not_there"}:
         names = " or ".join(entry.server_name for entry in entries)
         raise NotFound(f"The {job.level} is not on {names}{in_that_study(job.level, job.study_uid)}.", details=details)
-    if "refused" in statuses and not statuses & {"deleted", "hidden"} and not job.dry_run:
+    if "refused" in statuses and not statuses & {"deleted", "hidden", "not_asked"} and not job.dry_run:
         refused = next(entry for entry in entries if entry.status == "refused")
         forbidden = refused.error is not None and refused.error.code == InvalidRequest.code
         kind = InvalidRequest if forbidden else PacsRejected
@@ -329,6 +423,8 @@ def _concluded(job: DeleteJob, servers: Sequence[Pacs], progress: _DeletionProgr
         permanent=job.permanent,
         dry_run=job.dry_run,
         servers=entries,
+        warnings=warned([], not_asked),
+        not_asked=not_asked,
         timings_ms=attempt.timings_ms,
         attempts=attempt.number,
     )

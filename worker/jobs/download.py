@@ -29,7 +29,8 @@ from courier.redaction import about, redact_url
 from courier.results import DownloadPayload
 from worker.dicom.instances import Instance
 from worker.jobs.attempt import Attempt, Postpone
-from worker.jobs.lookup import find_on_servers, settle
+from worker.jobs.lookup import find_on_servers, not_asked, settle
+from worker.jobs.maintenance import warned
 from worker.jobs.services import Services
 from worker.jobs.streamed_instance import Incoming
 from worker.pacs.protocol import Found, Pacs, View
@@ -59,6 +60,8 @@ class _Study:
     view: View = "as_set"
     received: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: int = 0
+    #: Servers in maintenance, which may have the study as well.
+    not_asked: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> StudyFingerprint:
@@ -104,11 +107,10 @@ def bring(
     place, write = _destination(job, services)
     _take_turn(place.shown, attempt)
     with attempt.step("check"):
-        reply = settle(
-            "study", job.study_uid, find_on_servers("study", job.study_uid, mode=job.mode, fleet=services.fleet)
-        )
+        replies = find_on_servers("study", job.study_uid, mode=job.mode, fleet=services.fleet)
+        reply = settle("study", job.study_uid, replies, waits=True)
         about(server_name=reply.pacs.server.name)
-        study = _study(reply.pacs, reply.found[0], attempt, still_wanted)
+        study = replace(_study(reply.pacs, reply.found[0], attempt, still_wanted), not_asked=tuple(not_asked(replies)))
         there = place.read_fingerprint()
     if there == study.fingerprint:
         return _payload(job, study, {"status": "already_there"})
@@ -335,7 +337,8 @@ def _payload(
         format=job.format,
         instances=len(study.series_of),
         size_bytes=sum(entry["size_bytes"] for entry in study.received.values()) if came else None,
-        warnings=warnings if overwrites_prevented else [*warnings, OVERWRITE_NOT_PREVENTED],
+        warnings=warned(warnings if overwrites_prevented else [*warnings, OVERWRITE_NOT_PREVENTED], study.not_asked),
+        not_asked=list(study.not_asked),
         timings_ms=study.attempt.timings_ms,
         attempts=study.attempt.number,
         **outcome,

@@ -6,21 +6,24 @@ silence means the same everywhere: never "not there". Nothing here changes anyth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from courier.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered
+from courier.errors import CourierError, InvalidRequest, NotFound, PacsMisanswered, PacsUnavailable
+from courier.ledger.suspensions import Suspension
 from courier.messages import ExistsJob, Level, LookupJob, read_job
 from courier.results import Dataset, Fault, FoundEntry, FoundPayload
 from courier.settings import MODES, ResultSettings
 from worker.jobs.attempt import Attempt
+from worker.jobs.maintenance import unanswered_error, warned
 from worker.jobs.result_fields import allowed, place
 from worker.jobs.services import Services
 from worker.jobs.study_lists import Left, walk
 from worker.pacs.finding import find_in_studies, find_in_study
 from worker.pacs.fleet import Fleet
+from worker.pacs.in_service import in_maintenance, suspended_error
 from worker.pacs.protocol import NEEDS_STUDY, Found, Pacs
 
 #: So much JSON per server may the metadata in a result be.
@@ -39,11 +42,15 @@ class Description:
 
 @dataclass(frozen=True)
 class Reply:
-    """What one server said: what it has, [] if it said that there is nothing, or why it did not answer."""
+    """What one server said: what it has, [] if it said that there is nothing, or why it did not answer.
+
+    ``not_asked``: it is in maintenance.
+    """
 
     pacs: Pacs
     found: list[Found]
     error: CourierError | None = None
+    not_asked: Suspension | None = None
 
 
 def exists(message: Mapping[str, Any], attempt: Attempt, services: Services) -> dict[str, Any]:
@@ -54,7 +61,8 @@ def exists(message: Mapping[str, Any], attempt: Attempt, services: Services) -> 
     NotFound
         Every server that had to be asked answered, and none has it.
     CourierError
-        The error of the first server whose silence leaves the question open.
+        The error of the first server whose silence leaves the question open; `PacsUnavailable` at once, if no server
+        that was asked has it and one is in maintenance.
     """
     job = read_job(ExistsJob, message)
     return _answer("exists", job, attempt, services, described=job.metadata)
@@ -77,15 +85,27 @@ def servers_of_mode(mode: str, fleet: Fleet) -> list[Pacs]:
 
 def find_on_servers(level: Level, uid: str, *, mode: str, fleet: Fleet, study_uid: str | None = None) -> list[Reply]:
     """Ask for an object, all servers at the same time; in mode `either` up to the first, in order, that has it."""
-    servers = servers_of_mode(mode, fleet)
-    answers = fleet.in_order([partial(find, pacs, level, uid, study_uid=study_uid) for pacs in servers])
+    servers, left = servers_of_mode(mode, fleet), in_maintenance()
+    asked = [pacs for pacs in servers if pacs.server.name not in left]
+    answers = fleet.in_order([partial(find, pacs, level, uid, study_uid=study_uid) for pacs in asked])
     replies = []
-    for pacs, answer in zip(servers, answers, strict=False):
-        reply = Reply(pacs, [], answer) if isinstance(answer, CourierError) else Reply(pacs, answer)
+    for pacs in servers:
+        suspension = left.get(pacs.server.name)
+        reply = _reply(pacs, next(answers)) if suspension is None else Reply(pacs, [], not_asked=suspension)
         replies.append(reply)
         if mode == "either" and reply.found:
             break
+    answers.close()
     return replies
+
+
+def _reply(pacs: Pacs, answer: list[Found] | CourierError) -> Reply:
+    return Reply(pacs, [], answer) if isinstance(answer, CourierError) else Reply(pacs, answer)
+
+
+def not_asked(replies: Iterable[Reply]) -> list[str]:
+    """The servers that are in maintenance, in their order."""
+    return [reply.pacs.server.name for reply in replies if reply.not_asked is not None]
 
 
 def find(pacs: Pacs, level: Level, uid: str, *, study_uid: str | None = None) -> list[Found]:
@@ -119,13 +139,15 @@ def _few_studies(pacs: Pacs) -> list[str] | None:
     return None if left.may_be_cut else list(found)
 
 
-def settle(level: Level, uid: str, replies: Sequence[Reply], *, study_uid: str | None = None) -> Reply:
-    """The first reply that has the object.
+def settle(
+    level: Level, uid: str, replies: Sequence[Reply], *, study_uid: str | None = None, waits: bool = False
+) -> Reply:
+    """The first reply that has the object. ``waits``: for a server in maintenance, if no other has it.
 
     Raises
     ------
     CourierError
-        Nobody has it and somebody did not answer: the first silent server's error.
+        No server that was asked has it, and one did not answer: its error. Or one was not asked: `PacsUnavailable`.
     NotFound
         Nobody has it.
     """
@@ -135,6 +157,7 @@ def settle(level: Level, uid: str, replies: Sequence[Reply], *, study_uid: str |
     for reply in replies:
         if reply.error is not None:
             raise reply.error
+    _raise_if_not_all_were_asked(level, uid, replies, waits=waits)
     names = [reply.pacs.server.name for reply in replies]
     only = replies[0].pacs.server if len(replies) == 1 else None
     raise NotFound(
@@ -143,6 +166,18 @@ def settle(level: Level, uid: str, replies: Sequence[Reply], *, study_uid: str |
         server_type=only.type if only else None,
         details={"level": level, "uid": uid, "asked": names},
     )
+
+
+def _raise_if_not_all_were_asked(level: Level, uid: str, replies: Sequence[Reply], *, waits: bool) -> None:
+    left = [(reply.pacs, reply.not_asked) for reply in replies if reply.not_asked is not None]
+    if not left:
+        return
+    asked = [reply.pacs.server.name for reply in replies if reply.not_asked is None]
+    nowhere = f"The {level} is not on {' or '.join(asked)}" if asked else f"No server was asked for the {level}"
+    if waits:
+        pacs, suspension = left[0]
+        raise suspended_error(pacs.server, suspension, f", and {nowhere[0].lower()}{nowhere[1:]}")
+    raise unanswered_error(f"{nowhere}.", left, level=level, uid=uid, asked=asked)
 
 
 def in_that_study(level: Level, study_uid: str | None) -> str:
@@ -169,7 +204,8 @@ def _answer(
         server_name=first.pacs.server.name,
         server_type=first.pacs.server.type,
         servers=[_entry(reply, descriptions.get(reply.pacs.server.name)) for reply in replies],
-        warnings=_warnings(job.level, replies, descriptions),
+        warnings=warned(_warnings(job.level, replies, descriptions), not_asked(replies)),
+        not_asked=not_asked(replies),
     ).as_json()
 
 
@@ -200,6 +236,9 @@ def _read(reply: Reply, results: ResultSettings) -> Description:
 
 def _entry(reply: Reply, description: Description | CourierError | None) -> FoundEntry:
     server = reply.pacs.server
+    if reply.not_asked is not None:
+        away = Fault(code=PacsUnavailable.code, message=f"{reply.not_asked}.")
+        return FoundEntry(server_name=server.name, server_type=server.type, status="not_asked", error=away)
     error = description if isinstance(description, CourierError) else reply.error
     fault = Fault(code=error.payload["code"], message=error.message) if error else None
     if not reply.found:

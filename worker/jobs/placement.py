@@ -25,13 +25,13 @@ from courier.results import Route, RouteReason
 from courier.settings import ServerSettings
 from worker.dicom.instances import Instance
 from worker.dicom.viewer import viewer_url
-from worker.jobs.attempt import ServerUnknown
+from worker.jobs.attempt import Postpone, ServerUnknown
 from worker.jobs.result_fields import place
 from worker.jobs.routing import Decision, Exists, Follow, New, Open, choose
 from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare, in_words
 from worker.jobs.services import Services
 from worker.pacs.guard import circuit_open_error, slowed
-from worker.pacs.in_service import suspended, suspended_error
+from worker.pacs.in_service import in_maintenance, suspended, suspended_error
 from worker.pacs.protocol import NOTHING_OR_WRONG_URL, Fate, Found, Outcome, Pacs
 from worker.pacs.server_rates import STAY_S
 
@@ -41,6 +41,8 @@ T = TypeVar("T")
 NOT_SENT = ("resting", "connect")
 #: By these a server, or a proxy before it, refuses a request without looking at its images: none of them is stored.
 REFUSED_UNREAD = frozenset({411, 413, 414, 415, 431})
+#: How soon to look again whether a job that follows a claim has ended.
+CLAIM_AGAIN_S = 0.5
 #: After so many answers "being stored", what is left of a broken store is removed (docs/pacs-oddities.md).
 PENDINGS_BEFORE_REMOVAL = 3
 #: After so many failures at one image, while the server stores others, the fault is taken for the image's.
@@ -61,13 +63,14 @@ class PlacementOrder:
     """Who asks for a place: the job, and the server that it names, if it does.
 
     ``in_history`` says whether a claim is worth an entry in the study's history, ``compares`` whether the bytes of
-    an image that is there already are compared now.
+    an image that is there already are compared now. ``not_asked`` are the servers that were in maintenance.
     """
 
     job_id: str
     server: str | None = None
     in_history: bool = True
     compares: bool = True
+    not_asked: Sequence[str] = ()
 
 
 def open_circuits(services: Services, names: Sequence[str], *, changed: str | None = None) -> Sequence[CourierError]:
@@ -165,8 +168,12 @@ def _follow(order: PlacementOrder, server: str, study_on: tuple[str, ...], *, ca
 
 
 def _claim(study_instance_uid: str, order: PlacementOrder, services: Services) -> Placement:
-    healthy = _healthy(services)
-    proposal = order.server or _claimed(study_instance_uid, services) or _choose(healthy, services)
+    healthy = _healthy(services, order.not_asked)
+    claimed = _claimed(study_instance_uid, services)
+    if claimed is None or claimed in order.not_asked:
+        proposal = order.server or _choose(healthy, services)
+    else:
+        proposal = order.server or claimed
     claim = services.ledger.claim_study(
         study_instance_uid,
         server=proposal,
@@ -174,9 +181,11 @@ def _claim(study_instance_uid: str, order: PlacementOrder, services: Services) -
         among=services.fleet.names,
         in_history=order.in_history,
         asked_for=order.server is not None,
+        leaving=claimed if claimed in order.not_asked else None,
     )
     if claim.server not in services.fleet.names:
         raise ServerUnknown(claim.server)
+    _check_in_service(claim.server, study_instance_uid, order, services)
     if order.server is not None and claim.server != order.server:
         raise StudyConflict(
             f"No server has the study yet, but another image of it is on its way to {claim.server}, or may still arrive"
@@ -189,21 +198,43 @@ def _claim(study_instance_uid: str, order: PlacementOrder, services: Services) -
     return Placement(claim.server, Route(reason=reason, study_on=[], candidates=[server.name for server in healthy]))
 
 
+def _check_in_service(server: str, study_instance_uid: str, order: PlacementOrder, services: Services) -> None:
+    """That what is claimed for a server in maintenance waits for it, as images of the study are there, or may be.
+
+    Raises
+    ------
+    Postpone
+        A job that follows the claim is at work, and what it comes to decides whether the study may go elsewhere; or the
+        maintenance has just ended.
+    PacsUnavailable
+        The job waits until the maintenance ends.
+    """
+    if server not in order.not_asked:
+        return
+    suspension = in_maintenance().get(server)
+    if suspension is None or services.ledger.claim_is_in_use(study_instance_uid):
+        sentence = f"another image of the study is on its way to {server}, which was not asked"
+        raise Postpone(sentence, delay_s=CLAIM_AGAIN_S)
+    raise suspended_error(services.fleet[server].server, suspension, ", and the study belongs to that server")
+
+
 def _claimed(study_instance_uid: str, services: Services) -> str | None:
     """The server that the study belongs to, unless that has left the settings: all that are left have said no."""
     server = services.ledger.claimed_server(study_instance_uid)
     return server if server in services.fleet.names else None
 
 
-def _healthy(services: Services) -> list[ServerSettings]:
+def _healthy(services: Services, not_asked: Sequence[str]) -> list[ServerSettings]:
     """Servers that may be given a new study, the healthiest alone; all have answered, or nobody would ask for a place.
 
     Whether a server has the study is never guessed from this: it only chooses among those that do not have it.
     """
-    servers = [pacs.server for pacs in services.fleet]
-    if services.breakers is None:
+    out_of_service = {*not_asked, *suspended(services.suspensions)}
+    servers = [pacs.server for pacs in services.fleet if pacs.server.name not in out_of_service]
+    if services.breakers is None or not servers:
         return servers
-    ranks = {name: _rank(state) for name, state in services.breakers.states(services.fleet.names).items()}
+    names = [server.name for server in servers]
+    ranks = {name: _rank(state) for name, state in services.breakers.states(names).items()}
     best = min(ranks.values())
     return [server for server in servers if ranks[server.name] == best < _OPEN]
 
@@ -227,10 +258,15 @@ def _choose(healthy: list[ServerSettings], services: Services) -> str:
 
 
 def _nobody(services: Services) -> PacsUnavailable:
-    """All circuits are open: the job waits for the one that is asked again first."""
+    """All circuits are open: the job waits for the one that is asked again first. Or all servers are out of service."""
+    out_of_service = suspended(services.suspensions)
+    names = [name for name in services.fleet.names if name not in out_of_service]
+    if not names:
+        first = services.fleet.names[0]
+        return suspended_error(services.fleet[first].server, out_of_service[first], ", as all servers are")
     error = PacsUnavailable("No server takes new studies at present; the job waits for one.")
     if services.breakers is not None:
-        states = services.breakers.states(services.fleet.names).values()
+        states = services.breakers.states(names).values()
         error.open_circuit, error.is_attempt = min(states, key=lambda state: state.pause_left_s or 0).breaker, False
     return error
 

@@ -21,7 +21,6 @@ from courier.errors import (
     InvalidRequest,
     PacsUnavailable,
     Poisoned,
-    Refused,
     TryAgain,
     Unauthorized,
     from_payload,
@@ -267,7 +266,7 @@ def _ending(result: JobResult) -> tuple[End, str]:
         case Done():
             return "done", "done"
         case Failed(error):
-            return "refused" if isinstance(error, Refused) else "dead", str(error.payload["code"])
+            return "refused" if error.is_answer else "dead", str(error.payload["code"])
         case _Defer() | WaitForServer():
             return "parked", result.reason.code
         case _:
@@ -485,10 +484,10 @@ def _record(result: JobResult, attempt: Attempt, *, task: str, job: Mapping[str,
             return Done(encoded, pending)
         case Failed(error):
             _name_source(error, task, job)
-            end = ledger.finish if isinstance(error, Refused) else ledger.end_as_dead_letter
+            end = ledger.finish if error.is_answer else ledger.end_as_dead_letter
             ended, code = {"error": error.payload}, error.payload["code"]
             pending = end(attempt.job_id, attempt.fence, outcome=ended, code=code, task=task, job=job)
-            log.info("%s: %s", "Refused" if isinstance(error, Refused) else "Dead letter", error)
+            log.info("%s: %s", "Refused" if error.is_answer else "Dead letter", error)
             return Failed(error, pending)
         case _Defer(reason):
             ledger.park(

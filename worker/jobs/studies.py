@@ -16,17 +16,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from courier.errors import CourierError, InvalidRequest, Refused
+from courier.errors import CourierError, InvalidRequest, PacsUnavailable, Refused
+from courier.ledger.suspensions import Suspension
 from courier.messages import StudiesJob, read_job
 from courier.results import Dataset, Fault, ListedServer, StudiesPayload, StudyEntry, StudyOn
 from courier.settings import ResultSettings
 from worker.dicom.viewer import viewer_url
 from worker.jobs.attempt import Attempt
 from worker.jobs.lookup import servers_of_mode
+from worker.jobs.maintenance import unanswered_error
 from worker.jobs.services import Services
 from worker.jobs.study_lists import Left, ListWalk, Mark
 from worker.pacs.dicomjson import STUDY_INSTANCE_UID, number, text, values
 from worker.pacs.fleet import Fleet
+from worker.pacs.in_service import in_maintenance
 from worker.pacs.protocol import Pacs
 
 _TEXTS = {
@@ -66,10 +69,16 @@ def list_studies(message: Mapping[str, Any], attempt: Attempt, services: Service
     InvalidRequest
         The cursor is of another list, or a filter cannot be matched by a server that is asked.
     CourierError
-        No server answered: the error of the first.
+        No server answered: the error of the first. Or all are in maintenance.
     """
     job = read_job(StudiesJob, message)
     marks = read_cursor(job, services.fleet)
+    left = in_maintenance()
+    missing = [name for name in services.fleet.names if name in {*_left_out(job), *(left.keys() & marks.keys())}]
+    marks = {name: mark for name, mark in marks.items() if name not in left}
+    if not marks:
+        pairs = [(services.fleet[name], left[name]) for name in missing if name in left]
+        raise unanswered_error("No studies can be listed.", pairs, mode=job.mode)
     with attempt.step("list"):
         parts = _parts(job, marks, services.fleet)
     listed = {name: part for name, part in parts.items() if isinstance(part, ListPart)}
@@ -79,9 +88,21 @@ def list_studies(message: Mapping[str, Any], attempt: Attempt, services: Service
         job_id=attempt.job_id,
         mode=job.mode,
         studies=merge(listed, services),
-        servers=[_listed(services.fleet[name], part) for name, part in parts.items()],
-        cursor=_cursor(job, marks, parts),
+        servers=[
+            *(_listed(services.fleet[name], part) for name, part in parts.items()),
+            *(_not_listed(services.fleet[name], left.get(name)) for name in missing),
+        ],
+        cursor=_cursor(job, marks, parts, missing),
+        not_asked=missing,
     ).as_json()
+
+
+def _left_out(job: StudiesJob) -> list[str]:
+    """The servers that an earlier page of the list has left out."""
+    if job.cursor is None:
+        return []
+    cursor = json.loads(base64.urlsafe_b64decode(job.cursor.encode("ascii")))  # `read_cursor` has read it
+    return [str(name) for name in cursor.get("not_asked", ())]
 
 
 def read_cursor(job: StudiesJob, fleet: Fleet) -> dict[str, Mark]:
@@ -111,8 +132,13 @@ def read_cursor(job: StudiesJob, fleet: Fleet) -> dict[str, Mark]:
     }
 
 
-def _cursor(job: StudiesJob, marks: Mapping[str, Mark], parts: Mapping[str, ListPart | CourierError]) -> str | None:
-    """What was not asked, or did not answer, goes on where it was."""
+def _cursor(
+    job: StudiesJob,
+    marks: Mapping[str, Mark],
+    parts: Mapping[str, ListPart | CourierError],
+    missing: Sequence[str],
+) -> str | None:
+    """What is still to be asked, or did not answer, goes on where it was; what is in maintenance is left out."""
     left: dict[str, Mark] = {}
     either = job.mode == "either"
     for name, mark in marks.items():
@@ -129,6 +155,7 @@ def _cursor(job: StudiesJob, marks: Mapping[str, Mark], parts: Mapping[str, List
         "prints": {name: " ".join(mark.prints) for name, mark in left.items() if mark.prints},
         "skips": {name: mark.skip for name, mark in left.items() if mark.skip},
         "unpaged": [name for name, mark in left.items() if mark.unpaged],
+        **({"not_asked": list(missing)} if missing else {}),
     }
     cursor = json.dumps(told, separators=(",", ":"))
     return base64.urlsafe_b64encode(cursor.encode()).decode("ascii")
@@ -225,6 +252,14 @@ def _person(ds: Dataset) -> str:
     found = values(ds, _PATIENT_NAME)
     name = found[0] if found else ""
     return str(name.get("Alphabetic", "")) if isinstance(name, dict) else str(name or "")
+
+
+def _not_listed(pacs: Pacs, suspension: Suspension | None) -> ListedServer:
+    """``suspension`` is None where the maintenance has ended since an earlier page left the server out."""
+    server = pacs.server
+    why = f"{suspension}." if suspension else f"{server.name} was in maintenance when the list began; list again."
+    fault = Fault(code=PacsUnavailable.code, message=why)
+    return ListedServer(server_name=server.name, server_type=server.type, status="not_asked", error=fault)
 
 
 def _listed(pacs: Pacs, part: ListPart | CourierError) -> ListedServer:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from courier.batches.store import CHUNK_TASK, Batches, chunk_pass
-from courier.errors import CourierError, NotFound
+from courier.errors import CourierError, NotFound, PacsUnavailable
 from courier.ledger.jobs import ORDER, Event, Ledger, StudyPush, UidRecord, Voided
 from courier.messages import Level, TraceJob, read_job
 from courier.redaction import stated
@@ -31,6 +31,7 @@ from courier.results import (
 from worker.jobs.attempt import Attempt
 from worker.jobs.result_fields import place
 from worker.jobs.services import Services
+from worker.pacs.in_service import STATE, suspended
 from worker.pacs.protocol import Found, Pacs
 
 LEVELS: tuple[Level, ...] = ("image", "series", "study")
@@ -116,11 +117,19 @@ def trace(message: Mapping[str, Any], attempt: Attempt, services: Services) -> d
 
 
 def _ask(uid: str, services: Services) -> list[Said]:
-    """Ask every server at every level, all at once. The first level at which it is found counts."""
+    """Ask every server at every level, all at once. The first level at which it is found counts.
+
+    One that an operator has taken out of service is not asked.
+    """
     fleet = services.probes or services.fleet
-    answers = iter(fleet.gather([partial(pacs.find, level, uid) for pacs in fleet for level in LEVELS]))
+    left = suspended()
+    asked = [pacs for pacs in fleet if pacs.server.name not in left]
+    answers = iter(fleet.gather([partial(pacs.find, level, uid) for pacs in asked for level in LEVELS]))
     said = []
     for pacs in fleet:
+        if (suspension := left.get(pacs.server.name)) is not None:
+            said.append(Said(pacs, [], PacsUnavailable(f"{suspension}.", details={STATE: suspension.state})))
+            continue
         replies = [next(answers) for _ in LEVELS]
         found = next((reply for reply in replies if not isinstance(reply, CourierError) and reply), [])
         error = next((reply for reply in replies if isinstance(reply, CourierError)), None)
@@ -236,7 +245,8 @@ def _entry(answer: Said) -> TraceEntry:
     server, error = answer.pacs.server, answer.error
     fault = Fault(code=error.payload["code"], message=error.message) if error else None
     if not answer.found:
-        status = "unavailable" if error else "not_there"
+        away = error is not None and error.details.get(STATE) == "maintenance"
+        status = "not_asked" if away else "unavailable" if error else "not_there"
         return TraceEntry(server_name=server.name, server_type=server.type, status=status, error=fault)
     first = answer.found[0]
     where = place(first, server).model_dump()

@@ -29,6 +29,7 @@ from worker.dicom.instances import Instance, identify
 from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.knowledge import server_left
+from worker.jobs.maintenance import check_not_known_there, names_not_asked, warned
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
@@ -47,10 +48,11 @@ from worker.jobs.placement import (
 )
 from worker.jobs.receipts import Receipts
 from worker.jobs.result_fields import allowed
-from worker.jobs.routing import Decision, Exists, Presence, decide
+from worker.jobs.routing import Decision, Exists, Follow, New, Presence, decide
 from worker.jobs.same_bytes import Arrival, compare
 from worker.jobs.services import Services
 from worker.jobs.streamed_instance import digest_of
+from worker.pacs import in_service
 from worker.pacs.finding import find_known
 from worker.pacs.protocol import Fate, Found, Outcome, Pacs, Part
 from worker.pacs.stow import PREAMBLE
@@ -87,9 +89,13 @@ class UploadCheckpoint:
     stored: bool = False
     study_action: StudyAction = "updated"
     zero_preamble: bool = False
+    not_asked: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "route": self.route.model_dump()}
+        told = {**asdict(self), "route": self.route.model_dump()}
+        if not self.not_asked:  # a field that workers of the release before do not know
+            del told["not_asked"]
+        return told
 
     @property
     def may_arrive(self) -> bool:
@@ -105,6 +111,7 @@ class UploadCheckpoint:
         known["instance"] = Instance(**known["instance"])
         known["route"] = Route(**known["route"])
         known["warnings"] = tuple(known["warnings"])
+        known["not_asked"] = tuple(known.get("not_asked", ()))
         return cls(**known)
 
 
@@ -263,6 +270,8 @@ def _place(trip: _Trip, fetched: Fetched, earlier: UploadCheckpoint | None) -> U
     about(study_uid=instance.study_instance_uid)
     with attempt.step("check"):
         _wait_for_turn(instance, attempt)
+        in_service.renew()
+        _check_in_service(trip, earlier)
         seen = _check(instance, services, target=sole_target(trip.job.server, services.fleet.names))
     if earlier is not None and not earlier.is_about(instance, fetched.sha256):
         earlier = None  # the source gives another file now: what an earlier attempt pushed proves nothing for it
@@ -279,6 +288,14 @@ def _place(trip: _Trip, fetched: Fetched, earlier: UploadCheckpoint | None) -> U
         return _push(trip, checkpoint, fetched, resumed=_may_be_ours(earlier, checkpoint.server))
 
 
+def _check_in_service(trip: _Trip, earlier: UploadCheckpoint | None) -> None:
+    """Wait for a server in maintenance that the job asks for, or where an earlier push may still arrive."""
+    may_be_at = earlier.server if earlier is not None and earlier.may_arrive else None
+    for name in filter(None, (trip.job.server, may_be_at)):
+        if (suspension := in_service.in_maintenance().get(name)) is not None:
+            raise in_service.suspended_error(trip.services.fleet[name].server, suspension)
+
+
 def _checkpoint(
     instance: Instance, fetched: Fetched, earlier: UploadCheckpoint | None, services: Services
 ) -> UploadCheckpoint:
@@ -291,6 +308,7 @@ def _checkpoint(
         source=fetched.source,
         route=Route(reason="study_exists", study_on=[], candidates=names),
         warnings=() if instance.has_preamble else ("preamble_added",),
+        not_asked=tuple(names_not_asked(services.fleet)),
         pendings=earlier.pendings if earlier else 0,
         faults=earlier.faults if earlier else 0,
         faulty_since_s=earlier.faulty_since_s if earlier else 0,
@@ -306,9 +324,11 @@ def _may_be_ours(earlier: UploadCheckpoint | None, server: str) -> bool:
 
 def _check_servers(trip: _Trip, earlier: UploadCheckpoint | None) -> None:
     """`PacsUnavailable`, if the circuit of a server is open that has to be asked for the image, or is to store it."""
-    names = trip.services.fleet.names
-    target = trip.job.server or (earlier.server if earlier else None) or (names[0] if len(names) == 1 else None)
-    check_no_open_circuit(trip.services, names, changed=target if target in names else None)
+    known, left = trip.services.fleet.names, in_service.in_maintenance()
+    names = [name for name in known if name not in left]
+    expected = earlier.server if earlier and (earlier.may_arrive or earlier.server in names) else None
+    target = trip.job.server or expected or (known[0] if len(known) == 1 else None)
+    check_no_open_circuit(trip.services, names, changed=target if target in known else None)
 
 
 def _wait_for_turn(instance: Instance, attempt: Attempt) -> None:
@@ -323,14 +343,16 @@ def _take_turn(image: str, study: str, series: str, *, attempt: Attempt) -> None
 
 
 def _check(instance: Instance, services: Services, *, target: str | None) -> _CheckResult:
-    """Ask every server for the image and for its study, all at the same time."""
+    """Ask every server that is not in maintenance for the image and for its study, all at the same time."""
+    left = in_service.in_maintenance()
+    asked = [pacs for pacs in services.fleet if pacs.server.name not in left]
     questions: list[Callable[[], list[Found]]] = []
-    for pacs in services.fleet:
+    for pacs in asked:
         questions.append(partial(find_known, pacs, image_of(instance)))
         questions.append(partial(pacs.find, "study", instance.study_instance_uid))
     replies = iter(services.fleet.gather(questions))
     seen = _CheckResult([])
-    for name in services.fleet.names:
+    for name in (pacs.server.name for pacs in asked):
         image, study = (answered(name, next(replies), target=target) for _ in range(2))
         for reply in (image, study):
             if isinstance(reply, CourierError):
@@ -353,8 +375,16 @@ def _route(
     trip: _Trip, checkpoint: UploadCheckpoint, fetched: Fetched, decision: Decision, seen: _CheckResult
 ) -> UploadCheckpoint:
     """Where the image goes; for a study that is nowhere, by the claim."""
-    order = PlacementOrder(trip.attempt.job_id, trip.job.server)
+    order = PlacementOrder(trip.attempt.job_id, trip.job.server, not_asked=checkpoint.not_asked)
     arrival = replace(_arrival(checkpoint, fetched), elsewhere=seen.elsewhere)
+    if isinstance(decision, Follow | New):
+        check_not_known_there(
+            checkpoint.instance,
+            in_service.in_maintenance(),
+            trip.services.fleet,
+            trip.services.ledger,
+            study_is_elsewhere=isinstance(decision, Follow),
+        )
     placed = settle(decision, arrival, order, errors=seen.errors, services=trip.services)
     return replace(
         checkpoint, server=placed.server, route=placed.route, warnings=(*checkpoint.warnings, *placed.warnings)
@@ -493,7 +523,8 @@ def _describe(trip: _Trip, checkpoint: UploadCheckpoint) -> UploadPayload:
         transfer_syntax_uid=instance.transfer_syntax_uid,
         size_bytes=checkpoint.size_bytes,
         sha256=checkpoint.sha256,
-        warnings=[*warnings, *reduced],
+        warnings=warned([*warnings, *reduced], checkpoint.not_asked),
+        not_asked=list(checkpoint.not_asked),
         metadata=shown,
         viewer_url=viewer_of(pacs.server, instance),
         source=checkpoint.source,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from copy import copy
@@ -62,7 +62,7 @@ class Fleet:
         first = [_answer(question) for question in questions[:1]]
         return first + [future.result() for future in futures]
 
-    def in_order(self, questions: Sequence[Callable[[], T]]) -> Iterator[T | CourierError]:
+    def in_order(self, questions: Sequence[Callable[[], T]]) -> Generator[T | CourierError]:
         """As `gather`, one answer after the other; whoever stops listening does not wait for the rest."""
         futures = [self._ask(question) for question in questions]
         try:
