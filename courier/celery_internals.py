@@ -143,3 +143,12 @@ def json_signer(key: Any, own: Any, trusted: Any) -> Any:
             return fields
 
     return JsonSerializer(key, own, trusted, "sha256", serializer="json")
+
+
+def signer_id(signer: Any, body: str | bytes) -> str:
+    """The id (issuer and serial number) of the certificate that ``body`` says it is signed with.
+
+    Whether that is so, reading it with ``signer`` says.
+    """
+    to_text: Any = bytes_to_str
+    return str(to_text(signer._unpack(body)["signer"]))

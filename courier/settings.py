@@ -281,12 +281,15 @@ class SigningSettings(_Section):
     key_file: Path | None = None
     certificate_file: Path | None = None
     trusted_folder: Path | None = None
+    destructive_senders: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> SigningSettings:
         missing = [name for name in ("key_file", "certificate_file", "trusted_folder") if not getattr(self, name)]
         if 0 < len(missing) < 3:
             raise ValueError(f"signing also needs {' and '.join(missing)}")
+        if self.destructive_senders is not None and missing:
+            raise ValueError("destructive_senders needs signing: set key_file, certificate_file and trusted_folder")
         return self
 
     @property

@@ -10,19 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from celery import Celery
 from celery.exceptions import SecurityError
 from kombu.serialization import registry
 
 from courier import extras
-from courier.celery_internals import EmbeddingAMQP, certificate, certificates, json_signer, private_key
+from courier.celery_internals import EmbeddingAMQP, certificate, certificates, json_signer, private_key, signer_id
 from courier.settings import SettingsError, SigningSettings
 
 SERIALIZER: Final = "auth"
 CONTENT_TYPE: Final = "application/data"
 _SIGNED_FOR: Final = "signed_for"
+#: The header in which a worker notes the certificate that has signed a message, for its own slots. What a sender writes
+#: there is thrown away.
+SENDER_HEADER: Final = "verified_sender"
 #: How far the clocks of two machines may be apart.
 _SKEW_S: Final = 300.0
 
@@ -50,11 +53,49 @@ def install(app: Celery, settings: SigningSettings) -> None:
     if not extras.SIGNING.is_installed:
         raise SettingsError(f"setting queue.signing cannot be followed: {extras.SIGNING.remedy}")
     signer = _signer(settings)
+    _Senders.known = _Senders(signer, _names(settings))
     registry.register(  # type: ignore[no-untyped-call]  # kombu is untyped
         SERIALIZER, signer.serialize, signer.deserialize, content_type=CONTENT_TYPE, content_encoding="utf-8"
     )
     app.amqp_cls = f"{__name__}:{SigningAMQP.__name__}"
     app.conf.update(task_serializer=SERIALIZER, accept_content=[SERIALIZER], result_accept_content=["json"])
+
+
+class _Senders:
+    """Which certificate of the trusted folder has signed a message. One per process, as the serializer is."""
+
+    known: ClassVar[_Senders | None] = None
+
+    def __init__(self, signer: Any, names: Mapping[str, str]) -> None:
+        self.signer, self.names = signer, names
+
+
+def sender_of(body: str | bytes) -> str:
+    """The certificate that the ``body`` of a message is signed with: its file in the trusted folder, without ``.crt``.
+
+    To be asked of a message that has been read, and so verified; "" where messages are not signed.
+    """
+    senders = _Senders.known
+    return "" if senders is None else senders.names.get(signer_id(senders.signer, body), "")
+
+
+def _names(settings: SigningSettings) -> dict[str, str]:
+    """By the id of each trusted certificate the name of its file.
+
+    Raises
+    ------
+    SettingsError
+        ``destructive_senders`` names one that is not there.
+    """
+    folder = settings.trusted_folder or Path()
+    found = {certificate(path.read_text(encoding="utf-8")).get_id(): path.stem for path in sorted(folder.glob("*.crt"))}
+    for name in settings.destructive_senders or ():
+        if name not in found.values():
+            known = ", ".join(sorted(found.values()))
+            raise SettingsError(
+                f"setting queue.signing.destructive_senders: {folder} holds no {name}.crt; it has {known}"
+            )
+    return found
 
 
 def objection(headers: Mapping[str, Any], embedded: Mapping[str, Any], *, good_for_s: float) -> str | None:

@@ -941,6 +941,12 @@ class Batches:
             return ""
         return job_id if self.state(job_id) else ""
 
+    def ordering_job(self, job_id: str, task: str) -> tuple[str, Batch | None]:
+        """The job that ordered what a job does, and its batch: of a chunk, the job that began its pass; else itself."""
+        piece = chunk_pass(job_id) if task == CHUNK_TASK else None
+        batch = self.get(piece[0]) if piece else None
+        return (batch.of(piece[1]).begun_by, batch) if piece and batch else (job_id, None)
+
     def wake_now(self, batch_id: str) -> None:
         """Have all who wait at the batch look again now: it has been steered elsewhere."""
         batch = self.get(batch_id)

@@ -7,7 +7,8 @@ No Celery and no HTTP live here.
 Keys, all below the prefix in the settings (``courier:``), in a database of their own:
 
     job:ID        hash    state, task, job, attempts, fence, lease_ms, memo, outcome, code …; what it holds;
-                          requested_by and reason, as they were given with it first; while it waits, code, message and
+                          requested_by and reason, as they were given with it first; sender: the certificate that
+                          signed the order, as far as a worker has verified that; while it waits, code, message and
                           server say why, since_ms since when, and cause tells whether that is still the same; headers
                           of its first message that go with each one that wakes it; follow_ups, until they are sent
                           after its end, attached: which ones are known, telling_ms: until when a worker has time to
@@ -281,6 +282,9 @@ if wish and wish ~= ARGV[9] and not tells then return {'other', redis.call('HGET
 if not attach(job, state == 'done' or state == 'dead') then
   return {'full', redis.call('HGET', job, 'headers') or ''}
 end
+if ARGV[16] ~= '' and (ARGV[17] == '1' or redis.call('HEXISTS', job, 'sender') == 0) then
+  redis.call('HSET', job, 'sender', ARGV[16])
+end
 redis.call('ZREM', KEYS[5], ARGV[1])
 redis.call('HDEL', job, 'sent', 'behind', 'empty_ms')
 if ARGV[#ARGV] ~= '' then redis.call('HINCRBY', KEYS[6], ARGV[#ARGV], 1) end
@@ -350,14 +354,15 @@ end
 local waited = since and now - tonumber(since) or 0
 return {'yours', fence, attempts, died, redis.call('HGET', job, 'memo') or '', cancelled and 1 or 0, waited,
   redis.call('HGET', job, 'wants') or '', redis.call('HGET', job, 'follow_ups') or '',
-  redis.call('HGET', job, 'attached') or '', redis.call('HGET', job, 'headers') or '', known_servers()}
+  redis.call('HGET', job, 'attached') or '', redis.call('HGET', job, 'headers') or '',
+  redis.call('HGET', job, 'sender') or '', known_servers()}
 """
 )
 
 # An attempt has ended in a worker that lives, and Redis knows nothing of it: Redis was away, or has lost the record.
 # That is neither an attempt nor a death, also if the lease has run out meanwhile and another worker has counted one.
 # ARGV: id, fence, worker, task, job, attempt, memo, wish, trace, who requested it, why, 1 if its message is given back,
-# and how long it then has; its follow-ups, which ones those are, and its headers.
+# and how long it then has; its follow-ups, which ones those are, and its headers; who signed its order.
 _HAND_BACK = (
     _NOW
     + _WAITS
@@ -373,7 +378,7 @@ if not was[1] then
   for i, name in ipairs({'memo', 'wish', 'trace', 'requested_by', 'reason', 'sent'}) do
     if ARGV[6 + i] ~= '' then redis.call('HSET', job, name, ARGV[6 + i]) end
   end
-  for i, name in ipairs({'follow_ups', 'attached', 'headers'}) do
+  for i, name in ipairs({'follow_ups', 'attached', 'headers', 'sender'}) do
     if ARGV[13 + i] ~= '' then redis.call('HSET', job, name, ARGV[13 + i]) end
   end
   redis.call('ZADD', due, now + ARGV[13], ARGV[1])
@@ -629,7 +634,8 @@ local function begin_anew(job, due, dead, deaths, id, delay_ms)
   redis.call('HINCRBY', job, 'replays', 1)
   redis.call('HDEL', job, 'outcome', 'code', 'message', 'ended_ms', 'deaths', 'cancel', 'hold', 'holds', 'gates',
     'storing', 'sent', 'sends', 'looks', 'waits', 'woken', 'parked', 'parked_ms', 'refused', 'refusals', 'server',
-    'cause', 'since_ms', 'purged', 'telling_ms', 'followed', 'noted', 'suspended_ms')
+    'cause', 'since_ms', 'purged', 'telling_ms', 'followed', 'noted', 'suspended_ms',
+    'sender')
   redis.call('PERSIST', job)
   redis.call('ZREM', dead, id)
   redis.call('DEL', deaths)
@@ -1225,6 +1231,18 @@ class Attachments:
     headers: str = ""
 
 
+@dataclass(frozen=True)
+class Sender:
+    """The certificate whose key signed a message, by its ``name``; "" where messages are not signed.
+
+    ``may_delete``: the settings let it send orders that delete.
+    """
+
+    name: str = ""
+    may_delete: bool = False
+
+
+NO_SENDER: Final = Sender()
 NOTHING_ATTACHED: Final = Attachment()
 NO_ATTACHMENTS: Final = Attachments()
 
@@ -1261,6 +1279,8 @@ class TakeResult:
     servers: tuple[str, ...] = ()
     outcome: dict[str, Any] | None = None
     attachments: Attachments = NO_ATTACHMENTS
+    #: The certificate that signed its order, as far as a worker has verified that.
+    sender: str = ""
     pending: PendingFollowUps | None = None
 
 
@@ -1609,12 +1629,14 @@ class Ledger:
         trace: str = "",
         queue: str = "",
         attached: Attachment = NOTHING_ATTACHED,
+        sender: Sender = NO_SENDER,
     ) -> TakeResult:
         """Take the job for ``lease_s``, unless it is done, dead, somebody's, or parked for later.
 
         One that has had all its ``max_deaths`` but one waits while another that has had any is at work in the same
         worker, and that one for it. Of a job that nobody wrote down before, ``trace`` is kept too. ``queue`` is the one
-        that its message was taken from. What is ``attached`` to that is kept with the job.
+        that its message was taken from. What is ``attached`` to that is kept with the job, and so is its first
+        ``sender``, unless a later one may send what that one may not.
         """
         crash_suspects = self.key("suspects", self._worker)
         keys = [
@@ -1635,7 +1657,7 @@ class Ledger:
             self.key("job", ""),
         ]
         args += [self._worker, _order_digest(task, job), trace, *stated(job).values()]
-        args += [attached.digest, attached.follow_ups, attached.headers, queue]
+        args += [attached.digest, attached.follow_ups, attached.headers, sender.name, int(sender.may_delete), queue]
         return _taken(self._take(keys=keys, args=args))
 
     def heartbeat(self, job_id: str, fence: int) -> bool:
@@ -1723,6 +1745,7 @@ class Ledger:
         checkpoint: Mapping[str, Any] | None = None,
         trace: str = "",
         attachments: Attachments = NO_ATTACHMENTS,
+        sender: str = "",
         returned: bool = False,
     ) -> HandedBack:
         """End an attempt that could not be written down, although its worker lives: it counts neither as one nor as a
@@ -1733,7 +1756,7 @@ class Ledger:
         args: list[str | int] = [job_id, fence, self._worker, task, _dump(job), attempt]
         args += [_dump(checkpoint) if checkpoint else "", _order_digest(task, job), trace, *stated(job).values()]
         args += ["1", self.grace_ms] if returned else ["", 0]
-        args += [attachments.follow_ups, attachments.digests, attachments.headers]
+        args += [attachments.follow_ups, attachments.digests, attachments.headers, sender]
         return HandedBack(self._hand_back(keys=keys, args=args))
 
     def refused(self, job_id: str, fence: int, error: redis.RedisError) -> int:
@@ -2432,7 +2455,7 @@ def _study_pushes(pushes: Mapping[str, str]) -> list[StudyPush]:
 def _taken(answer: Sequence[Any]) -> TakeResult:
     state = TakeState(answer[0])
     if state is TakeState.YOURS:
-        fence, attempt, crash_count, checkpoint, cancelled, waited_ms, wants, *attachments, servers = answer[1:]
+        fence, attempt, crash_count, checkpoint, cancelled, waited_ms, wants, *rest, sender, servers = answer[1:]
         known = json.loads(checkpoint) if checkpoint else None
         return TakeResult(
             state,
@@ -2444,7 +2467,8 @@ def _taken(answer: Sequence[Any]) -> TakeResult:
             waited_ms / 1000,
             tuple(wants.split()),
             tuple(servers),
-            attachments=Attachments(*attachments),
+            attachments=Attachments(*rest),
+            sender=sender,
         )
     if state in (TakeState.OTHER, TakeState.FULL):
         return TakeResult(state, attachments=Attachments(headers=answer[1]))

@@ -244,3 +244,60 @@ def test_the_doctor_names_a_key_that_does_not_fit(keys):
     found = {finding.check: finding for finding in examine(lambda: settings)}
     assert found["signing"].state == "failed"
     assert "what key_file signs does not verify" in found["signing"].found
+
+
+@pytest.fixture
+def guarded_worker(worker, redis, keys):
+    """A worker that takes orders that delete from ``program`` alone."""
+    signed = {**signing(keys, "worker"), "destructive_senders": ["program"]}
+    queue = {**parts.queue_settings(redis), "signing": signed}
+    return worker(queue=queue, jobs={"sweep_s": 0.2, "backoff_base_s": 0.1, "grace_s": 1}, logs={"format": "json"})
+
+
+def test_only_the_certificates_that_a_setting_names_may_send_orders_that_delete(
+    guarded_worker, redis, keys, unregistered, sandbox, put
+):
+    """The order of any other is refused before a server is asked; the audit line names the certificate."""
+    study, other = new_uid(), new_uid()
+    for uid in (study, other):
+        put(sandbox.msdicom, image(uid))
+    with Courier(settings_of(redis, keys, "worker")) as clerk:
+        assert clerk.exists("study", study).result(timeout_s=WAIT_S)["servers"][0]["server_name"] == "msdicom"
+        sandbox.load(anew=True)
+        orders = [
+            clerk.delete("study", study),
+            clerk.delete("study", study, permanent=False),
+            clerk.batch.delete([study]),
+            clerk.batch.migrate([study], from_server="msdicom", to_server="dcm4chee", delete_source=True),
+        ]
+        for order in orders:
+            with pytest.raises(InvalidRequest) as refused:
+                order.result(timeout_s=WAIT_S)
+            assert refused.value.details == {"reason": "sender_not_allowed", "sender": "worker"}
+        assert sandbox.load()["msdicom"]["total"] == 0, "a server was asked"
+        planned = clerk.batch.delete([study], dry_run=True)
+        planned.result(timeout_s=WAIT_S)
+        with pytest.raises(InvalidRequest):
+            clerk.batch.apply(planned.id).result(timeout_s=WAIT_S)
+        forged = clerk.handle(str(uuid.uuid4()))
+        clerk._sender.send_task(
+            "pacs.delete",
+            kwargs={"job": {"level": "study", "uid": study}},
+            task_id=forged.id,
+            headers={"verified_sender": "program"},
+        )
+        with pytest.raises(InvalidRequest):
+            forged.result(timeout_s=WAIT_S)
+    registry.unregister("auth")
+    with Courier(settings_of(redis, keys, "program")) as desk:
+        assert (
+            desk.delete("study", study, requested_by="r.lee").result(timeout_s=WAIT_S)["servers"][0]["status"]
+            == "deleted"
+        )
+        desk.batch.delete([other], reason="ticket 7").result(timeout_s=WAIT_S)
+    lines = [json.loads(line) for line in guarded_worker.log.splitlines() if line.startswith("{")]
+    audits = {line["audit"]["study_uid"]: line["audit"] for line in lines if line["logger"] == "courier.audit"}
+    assert set(audits) == {study, other}
+    assert {audit["sender"] for audit in audits.values()} == {"program"}
+    assert (audits[study]["requested_by"], audits[other]["reason"]) == ("r.lee", "ticket 7")
+    assert audits[other]["batch_kind"] == "delete"

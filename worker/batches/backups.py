@@ -109,7 +109,7 @@ def remove_backed_up(pacs: Pacs, study_uid: str, backup: Backup, receipts: Recei
     before, now = backup.hidden_before, set(images_on(pacs, study_uid))
     by_us = (hidden_on(pacs, study_uid) or frozenset()) - set(before) if resumed and before is not None else set()
     if StudyFingerprint.of(study_uid, now | by_us) != backup.fingerprint(study_uid) and (now or by_us):
-        revoke(pacs, study_uid, by_us)
+        revoke(pacs, study_uid, by_us, receipts)
         raise has_others(pacs, backup)
     now |= by_us
     removal = remove_study(pacs, study_uid, now, before=before, receipts=receipts)

@@ -453,7 +453,7 @@ def _undone(item: Item, context: PassContext) -> ItemOutcome:
     _check_not_elsewhere(item, context)
     results: dict[str, Any] = {}
     for name, told in hides.items():
-        results[name] = show_again(context.services.fleet[name], item.text, told)
+        results[name] = show_again(context.services.fleet[name], item.text, told, Receipts.of(context.attempt))
     for name, told in backups.items():
         results[name] = restore(context.services.fleet[name], item.text, Backup(**told), context)
     return ItemOutcome(item, "undone", server=next(iter(results)), result={"servers": results})

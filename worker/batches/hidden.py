@@ -11,6 +11,7 @@ from typing import Any
 from courier.errors import PacsMisanswered, StudyConflict
 from worker.batches.removals import hidden_on, revoke
 from worker.batches.study_copy import images_on
+from worker.jobs.receipts import Receipts
 from worker.pacs.protocol import Pacs
 from worker.storage.study_marks import StudyFingerprint
 
@@ -25,7 +26,7 @@ def what_is_shown(pacs: Pacs, study_uid: str) -> dict[str, Any] | None:
     return {"images": fingerprint.images, "images_sha256": fingerprint.images_sha256, "before": sorted(before)}
 
 
-def show_again(pacs: Pacs, study_uid: str, told: Mapping[str, Any]) -> dict[str, Any]:
+def show_again(pacs: Pacs, study_uid: str, told: Mapping[str, Any], receipts: Receipts) -> dict[str, Any]:
     """Revoke what hid the images that `what_is_shown` told of, and see that they are shown.
 
     Raises
@@ -49,7 +50,7 @@ def show_again(pacs: Pacs, study_uid: str, told: Mapping[str, Any]) -> dict[str,
             " revoke the rejection of its images in the archive."
         )
         raise StudyConflict(sentence, server_name=name, server_type=pacs.server.type)
-    revoke(pacs, study_uid, ours)
+    revoke(pacs, study_uid, ours, receipts)
     if lacking := ours - images_on(pacs, study_uid).keys():
         sentence = f"{name} still hides {len(lacking)} images of the study; it is looked at again."
         raise PacsMisanswered(sentence, server_name=name, server_type=pacs.server.type)

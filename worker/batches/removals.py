@@ -75,9 +75,9 @@ def remove_study(
     pieces = [study] if before is not None else _one_by_one(study_uid, on_server)
     removal = hide_images(pacs, study_uid, pieces, allowed, before=before, receipts=receipts)
     if not removal.came and removal.deletion.fate is not DeletionFate.REFUSED:
-        removal = _delete_hidden(pacs, study_uid, removal)
+        removal = _delete_hidden(pacs, study_uid, removal, receipts)
     if removal.came:
-        revoke(pacs, study_uid, removal.hidden & set(allowed) - set(before or ()))
+        revoke(pacs, study_uid, removal.hidden & set(allowed) - set(before or ()), receipts)
     return removal
 
 
@@ -96,7 +96,7 @@ def remove_images(
     pieces = _one_by_one(study_uid, ours) if before is None else to_ask(study, on_server, ours)
     removal = hide_images(pacs, study_uid, pieces, allowed, before=before, receipts=receipts)
     if len(ours) == len(on_server) and not removal.came and removal.deletion.fate is not DeletionFate.REFUSED:
-        return _delete_hidden(pacs, study_uid, removal)
+        return _delete_hidden(pacs, study_uid, removal, receipts)
     return removal
 
 
@@ -120,28 +120,26 @@ def hide_images(
     known = {*allowed, *before}
     late = {str(one.sop_instance_uid): one for one in images if one.sop_instance_uid not in known}
     for one in late.values():
-        pacs.hiding.revoke(one)
+        receipts.show_again(pacs, one)
     came = tuple(sorted(late))
     hidden = frozenset(str(one.sop_instance_uid) for one in images) - late.keys()
     return Removal(deletion, came=came, revoked=came, hidden=hidden)
 
 
-def revoke(pacs: Pacs, study_uid: str, uids: Collection[str]) -> None:
+def revoke(pacs: Pacs, study_uid: str, uids: Collection[str], receipts: Receipts) -> None:
     """Show again those of the images ``uids`` that the server hides; the others stay hidden."""
     hidden = [] if pacs.hiding is None else pacs.hiding.images(study_uid) or []
     ours = [one for one in hidden if one.sop_instance_uid in uids]
     for found in [Found("study", study_uid)] if ours and len(ours) == len(hidden) else ours:
-        assert pacs.hiding is not None  # noqa: S101 - or nothing was hidden
-        pacs.hiding.revoke(found)
+        receipts.show_again(pacs, found)
 
 
 _GROWN = "It has got images meanwhile; nothing was deleted."
 
 
-def _delete_hidden(pacs: Pacs, study_uid: str, removal: Removal) -> Removal:
+def _delete_hidden(pacs: Pacs, study_uid: str, removal: Removal, receipts: Receipts) -> Removal:
     """The server refuses it where an image came after the others were hidden; that one was never hidden."""
-    assert pacs.hiding is not None  # noqa: S101 - the callers have hidden images there
-    deletion = pacs.hiding.delete_hidden(study_uid)
+    deletion = receipts.delete_hidden(pacs, study_uid)
     if deletion.fate is DeletionFate.REFUSED and (came := images_on(pacs, study_uid)):
         return replace(removal, came=tuple(sorted(came)))
     return replace(removal, deletion=deletion)

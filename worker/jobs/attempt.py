@@ -93,6 +93,8 @@ class Attempt:
     sends: list[LateCheck] = field(default_factory=list)
     #: What the ledger keeps of the job's messages.
     attachments: Attachments = NO_ATTACHMENTS
+    #: The certificate that signed its order, as far as a worker has verified that.
+    sender: str = ""
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:

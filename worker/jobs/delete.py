@@ -28,6 +28,7 @@ from courier.ledger.breakers import is_suspension
 from courier.messages import DeleteJob, Level, read_job
 from courier.results import DeletedEntry, DeletePayload, Fault
 from worker.jobs.attempt import Attempt, Postpone
+from worker.jobs.audit_lines import Action, AuditLines
 from worker.jobs.knowledge import server_left
 from worker.jobs.lookup import find, in_that_study
 from worker.jobs.maintenance import warned
@@ -363,6 +364,7 @@ def _cancelled(job: DeleteJob, progress: _DeletionProgress, attempt: Attempt, fl
     open_ones = [name for name in not_ended if name in fleet.names]
     answers = fleet.gather([partial(_still_there, fleet[name], progress.begun[name]) for name in open_ones])
     left = [name for name in not_ended if name not in open_ones]
+    lines, action = AuditLines(attempt), _action(job)
     for name, answer in zip(open_ones, answers, strict=True):
         if isinstance(answer, CourierError) and not is_final(answer) and not _is_given_up(answer, attempt):
             raise answer
@@ -372,6 +374,9 @@ def _cancelled(job: DeleteJob, progress: _DeletionProgress, attempt: Attempt, fl
             fate = fleet[name].deletion(job.level, permanent=job.permanent).fate
             status = "not_there" if fate is DeletionFate.REFUSED else _STATUS[fate]
             progress.entries[name] = _entry(fleet[name], status, found=progress.begun[name][0])
+            lines.write(action, name, progress.begun[name][0], status)
+    for name in left:
+        lines.write(action, name, progress.begun[name][0], "unknown")
     gone = _done_already(progress.entries.values())
     rest = " Nothing else was deleted." if gone else ""
     if left:
@@ -383,6 +388,10 @@ def _cancelled(job: DeleteJob, progress: _DeletionProgress, attempt: Attempt, fl
 def _is_given_up(error: CourierError, attempt: Attempt) -> bool:
     """Whether a cancelled job no longer waits for the server; while an operator keeps it from the server, it does."""
     return attempt.last and not is_suspension(error.open_circuit)
+
+
+def _action(job: DeleteJob) -> Action:
+    return "delete" if job.permanent else "hide"
 
 
 def _still_there(pacs: Pacs, founds: Sequence[Found]) -> list[Found]:

@@ -29,11 +29,13 @@ from courier.errors import (
 from courier.ledger.breakers import circuit_open, is_suspension
 from courier.ledger.jobs import (
     CLOSED_MEANWHILE_S,
+    NO_SENDER,
     NOTHING_ATTACHED,
     Attachment,
     HandedBack,
     LeaseLost,
     PendingFollowUps,
+    Sender,
     TakeResult,
     TakeState,
     Wait,
@@ -123,11 +125,12 @@ def execute(  # noqa: PLR0913 - what a message is, and what there is to work wit
     trace: str = "",
     queue: str = "",
     attached: Attachment = NOTHING_ATTACHED,
+    sender: Sender = NO_SENDER,
 ) -> JobResult:
     """Do what is left to do of one delivered message, however often it is delivered.
 
     ``trace`` is the W3C ``traceparent`` it came with, kept for whoever has to wake the job, ``queue`` what it was
-    taken from, ``attached`` what it bears besides.
+    taken from, ``attached`` what it bears besides, ``sender`` who signed it.
 
     The verdict of a job that is over is the recorded one, whoever did it.
     """
@@ -135,7 +138,14 @@ def execute(  # noqa: PLR0913 - what a message is, and what there is to work wit
     limits = services.settings.jobs
     try:
         taken = services.ledger.take(
-            job_id, task=task, job=job, max_deaths=limits.max_deaths, trace=trace, queue=queue, attached=attached
+            job_id,
+            task=task,
+            job=job,
+            max_deaths=limits.max_deaths,
+            trace=trace,
+            queue=queue,
+            attached=attached,
+            sender=sender,
         )
     except redis.RedisError as error:
         log.warning("The ledger did not take the claim (%s); the message is given back", type(error).__name__)
@@ -157,6 +167,7 @@ def execute(  # noqa: PLR0913 - what a message is, and what there is to work wit
         checkpoint=taken.checkpoint,
         wants=taken.wants,
         attachments=taken.attachments,
+        sender=taken.sender,
         clock=services.clock,
     )
     seen = JobEvent(task, job_id, taken.attempt)
@@ -254,6 +265,7 @@ def _hand_back(attempt: Attempt, job: Mapping[str, Any], trace: str, *, returned
         checkpoint=checkpoint,
         trace=trace,
         attachments=attempt.attachments,
+        sender=attempt.sender,
         returned=returned,
     )
     if became is HandedBack.RESTORED:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from courier.batches.store import CHUNK_TASK, Batches, chunk_pass
+from courier.batches.store import Batches
 from courier.errors import CourierError, NotFound, PacsUnavailable
 from courier.ledger.jobs import ORDER, Event, Ledger, StudyPush, UidRecord, Voided
 from courier.messages import Level, TraceJob, read_job
@@ -314,9 +314,8 @@ def _jobs(uid_records: Mapping[str, UidRecord], ledger: Ledger) -> list[TracedJo
 
 def _requested_by(job_id: str, record: Mapping[str, str], ledger: Ledger) -> Mapping[str, str]:
     """Who requested the job, and why; of a piece of a batch that is said of the job that began its pass."""
-    piece = chunk_pass(job_id) if record.get("task") == CHUNK_TASK else None
-    batch = Batches(ledger).get(piece[0]) if piece else None
-    return stated(ledger.read_record(batch.of(piece[1]).begun_by) if piece and batch else record)
+    ordered_by, _ = Batches(ledger).ordering_job(job_id, record.get("task", ""))
+    return stated(record if ordered_by == job_id else ledger.read_record(ordered_by))
 
 
 def _job(job_id: str, record: Mapping[str, str], asked_for: Mapping[str, str]) -> TracedJob:

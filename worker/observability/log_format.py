@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -24,6 +25,8 @@ _Exception = tuple[type[BaseException], BaseException, TracebackType | None] | t
 #: Loggers whose lines are ours. Every other library is never more talkative than INFO, whatever level is asked for: at
 #: DEBUG Celery and kombu quote whole messages, HTTP libraries URLs and headers.
 OURS: Final = ("courier", "producer", "worker", "sandbox")
+#: The lines of deletions (worker/jobs/audit_lines.py), which are in the log at any level.
+AUDIT: Final = "courier.audit"
 #: What these say below their levels is of no use here, or quotes a URL with its query.
 LEVELS: Final = {
     "urllib3": logging.ERROR,
@@ -63,7 +66,7 @@ class TextLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         about = dict(record.about)  # type: ignore[attr-defined]  # the filter's
         record.job_id = shown_id(str(about.pop("job_id", "-")))
-        known = " ".join(f"{name}={printable(str(value))}" for name, value in about.items())
+        known = " ".join(f"{name}={printable(str(value))}" for name, value in {**about, **_audit(record)}.items())
         record.more = f" [{known}]" if known else ""
         record.message = _in_one_record(without_queries(record.message))
         return super().formatMessage(record)
@@ -89,11 +92,21 @@ class JsonLines(JsonFormatter):
         log_data["logger"] = record.name
         log_data["message"] = without_queries(record.message)
         log_data.update(record.about)  # type: ignore[attr-defined]  # the filter's
+        if audit := _audit(record):
+            log_data["audit"] = audit
         if "exc_info" in message_dict:
             log_data["exception"] = message_dict["exc_info"]
 
     def formatException(self, ei: _Exception) -> str:
         return frames_of(ei[1])
+
+
+def _audit(record: logging.LogRecord) -> dict[str, object]:
+    """The fields of an audit line; {} of any other. What people write there may hold a URL with its query."""
+    audit = getattr(record, "audit", None) if record.name == AUDIT else None
+    if not isinstance(audit, Mapping):
+        return {}
+    return {name: without_queries(value) if isinstance(value, str) else value for name, value in audit.items()}
 
 
 def configure(level: int | str = logging.INFO, *, shape: Shape = "auto") -> None:
@@ -109,6 +122,7 @@ def configure(level: int | str = logging.INFO, *, shape: Shape = "auto") -> None
     root.setLevel(max(number, logging.INFO))
     for name in OURS:
         logging.getLogger(name).setLevel(number)
+    logging.getLogger(AUDIT).setLevel(logging.INFO)
     quiet()
     threading.excepthook = _say_that_a_thread_ended
 

@@ -216,7 +216,8 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         return isinstance(error, self.connection_errors + self.channel_errors)
 
     def _check_signature(self, message: Any) -> None:
-        """The signature itself is good; is it one for this message?"""
+        """The signature itself is good; is it one for this message? Notes whose it is, for the slots of this worker."""
+        message.headers.pop(signing.SENDER_HEADER, None)
         if self.app.conf.task_serializer != signing.SERIALIZER:
             return
         reason: str | None = "it is of the first version of Celery's protocol, which is not signed here"
@@ -224,6 +225,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
             reason = signing.objection(message.headers, message.payload[2], good_for_s=self.app.conf.result_expires)
         if reason:
             raise _Unsigned(reason)
+        message.headers[signing.SENDER_HEADER] = signing.sender_of(message.body)
 
     def on_decode_error(self, message: Any, exc: BaseException) -> None:
         signed = self.app.conf.task_serializer == signing.SERIALIZER

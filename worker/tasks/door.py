@@ -14,10 +14,12 @@ from celery import Task
 from celery.exceptions import Ignore, Reject
 
 from courier.errors import CourierError, InvalidRequest
-from courier.ledger.jobs import LeaseLost, PendingFollowUps, job_id_for
+from courier.ledger.jobs import NO_SENDER, LeaseLost, PendingFollowUps, Sender, job_id_for
 from courier.redaction import job_lines
+from courier.signing import SENDER_HEADER
 from courier.telemetry import continued
 from worker.app import BROKER_ERRORS, app, ready
+from worker.batches import senders
 from worker.jobs.attempt import Attempt, Heartbeat
 from worker.jobs.idempotency import outcome_of_first
 from worker.jobs.runner import Deferred, Done, Failed, JobResult, NotTaken, Starved, Work, execute
@@ -60,6 +62,8 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
     trace = _trace(task)
     with job_lines(job_id, task.name):
         services, heartbeat = _ready()  # the first job lets in who watches
+        if services.settings.queue.signing.destructive_senders:
+            work = senders.checked(work, task.name)
         if not _heeded(task, services):
             time.sleep(PAUSE_S)
             raise Reject("the ledger cannot be reached", requeue=True)
@@ -74,6 +78,7 @@ def deliver(task: Task, work: Work, message: object, *, beside: Mapping[str, Any
                 trace=trace,
                 queue=_queue(task),
                 attached=attached,
+                sender=_sender(task, services),
             )
         return _said(task, result)
 
@@ -159,6 +164,15 @@ def _heeded(task: Task, services: Services) -> bool:
         log.warning("The ledger does not say whether the job was revoked (%s)", type(error).__name__)
         return False
     return True
+
+
+def _sender(task: Task, services: Services) -> Sender:
+    """The certificate that has signed the message, as this worker's consumer has verified it."""
+    settings = services.settings.queue.signing
+    name = getattr(task.request, SENDER_HEADER, None) if settings.on else None
+    if not isinstance(name, str) or not name:
+        return NO_SENDER
+    return Sender(name, may_delete=name in (settings.destructive_senders or ()))
 
 
 def _trace(task: Task) -> str:
