@@ -241,7 +241,7 @@ if redis.call('EXISTS', KEYS[1]) == 1 then
 end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'task', ARGV[2], 'job', ARGV[3],
   'attempts', 0, 'fence', 0, 'created_ms', now)
-for i, name in ipairs({'wish', 'trace', 'requested_by', 'reason', 'sent'}) do
+for i, name in ipairs({'wish', 'trace', 'requested_by', 'reason', 'sent', 'sender'}) do
   if ARGV[4 + i] ~= '' then redis.call('HSET', KEYS[1], name, ARGV[4 + i]) end
 end
 redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
@@ -1570,7 +1570,7 @@ class Ledger:
 
     # --- a job's life ---------------------------------------------------------------------------------------
 
-    def submit(
+    def submit(  # noqa: PLR0913 - all that a record is made of
         self,
         job_id: str,
         *,
@@ -1579,10 +1579,12 @@ class Ledger:
         due_in_s: float | None = None,
         trace: str = "",
         again: bool = False,
+        sender: str = "",
     ) -> bool:
         """Write the job down; False if it is known. Its message is to be sent now: should it get lost, another one is.
         With ``due_in_s`` none is, and the sweeper sends the first one then.
 
+        ``sender`` is that of the job which leaves this one behind, in a worker: its order is the same person's.
         ``trace`` (W3C ``traceparent``) is kept for whoever wakes it. ``again``: a job under an idempotency key that is
         a dead letter, purged or not, or failed for a reason that can pass (`REUSABLE`), begins anew under its id.
         `InvalidRequest`, if the id is known for another wish under the same idempotency key.
@@ -1598,7 +1600,7 @@ class Ledger:
             trace,
             *stated(job).values(),
         ]
-        args.append("1" if due_in_s is None else "")
+        args += ["1" if due_in_s is None else "", sender]
         written = int(self._submit(keys=keys, args=args))
         if written < 0:
             raise InvalidRequest(

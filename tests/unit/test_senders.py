@@ -61,6 +61,11 @@ def test_a_replayed_dead_letter_is_the_order_of_who_replays_it(ledger: Ledger) -
     assert sender_of(ledger, CLERK) == "clerk"
 
 
+def test_a_job_that_another_leaves_behind_is_the_order_of_the_same_sender(ledger: Ledger) -> None:
+    ledger.submit("j1", task=TASK, job=JOB, due_in_s=0, sender="desk")
+    assert sender_of(ledger, Sender("worker")) == "desk"
+
+
 def test_a_record_that_redis_has_lost_keeps_its_sender(ledger: Ledger) -> None:
     taken = ledger.take("j1", task=TASK, job=JOB, sender=DESK)
     ledger.client.flushall()

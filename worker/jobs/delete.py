@@ -169,7 +169,8 @@ def _order_follow_ups(job: DeleteJob, progress: _DeletionProgress, attempt: Atte
     fields = job.model_dump(exclude={"servers", "dry_run", "follow_up_of"}, exclude_none=True)
     for name, entry in ordered.items():
         order = {**fields, "servers": [name], "follow_up_of": attempt.job_id}
-        attempt.ledger.submit(str(entry.follow_up_job_id), task="pacs.delete", job=order, due_in_s=0)
+        follow_up = str(entry.follow_up_job_id)
+        attempt.ledger.submit(follow_up, task="pacs.delete", job=order, due_in_s=0, sender=attempt.sender)
         log.info("Deleting on %s is left to job %s, when its maintenance has ended", name, entry.follow_up_job_id)
     progress.ordered = True
     attempt.note(progress.as_json())

@@ -29,7 +29,7 @@ def outcome_of_first(task: str, message: Mapping[str, Any], attempt: Attempt, se
     before, own = services.ledger.read_record(first), services.ledger.read_record(attempt.job_id)
     # It had ended before it was wished for again: if the reason can pass, it is tried again.
     again = "ended_ms" in before and float(before["ended_ms"]) < float(own.get("created_ms", 0))
-    services.ledger.submit(first, task=task, job=message, due_in_s=0, again=again)
+    services.ledger.submit(first, task=task, job=message, due_in_s=0, again=again, sender=attempt.sender)
     with attempt.step("follow"):
         record = services.ledger.read_record(first)
     if "outcome" not in record:
