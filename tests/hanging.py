@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 
-from tests.servers.loopback import Handler, serving
+from tests.servers.loopback import LoopbackHandler, serving
 
 #: Not passed on: they belong to one connection.
 _HOP = {"connection", "transfer-encoding", "content-length", "host", "keep-alive"}
@@ -56,7 +56,7 @@ def hanging(behind: str) -> Iterator[Hanging]:
     pool = urllib3.PoolManager(retries=False)
     origin = f"{urlsplit(behind).scheme}://{urlsplit(behind).netloc}"
 
-    class HangingHandler(Handler):
+    class HangingHandler(LoopbackHandler):
         def _any(self) -> None:
             body = _body_of(self)
             if self.command == "POST":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from tests.servers.loopback import Handler, serving
+from tests.servers.loopback import LoopbackHandler, serving
 
 STUDY_INSTANCE_UID = "0020000D"
 
@@ -85,7 +85,7 @@ def heedless(**habits: Any) -> Iterator[Heedless]:
     """One that listens on loopback; it matches UIDs of studies, and nothing else."""
     site = Heedless(**habits)
 
-    class HeedlessHandler(Handler):
+    class HeedlessHandler(LoopbackHandler):
         def _answer(self) -> None:
             status, document = site.answer(self.command, self.path)
             body = b"" if document is None else json.dumps(document).encode()

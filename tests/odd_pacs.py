@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.servers.loopback import Handler, serving
+from tests.servers.loopback import LoopbackHandler, serving
 
 
 @contextmanager
 def odd_pacs(datasets: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Its URL. Halves of surrogate pairs go over the wire as JavaScript writes them: escaped."""
 
-    class OddPacsHandler(Handler):
+    class OddPacsHandler(LoopbackHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             query = parse_qs(url.query)

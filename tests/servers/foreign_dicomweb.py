@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pydicom
 from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
 
-from tests.servers.loopback import Handler, serving
+from tests.servers.loopback import LoopbackHandler, serving
 
 BASE = "/dicomweb"
 STUDY, SERIES, IMAGE = "0020000D", "0020000E", "00080018"
@@ -284,7 +284,7 @@ def foreign(habits: Habits | None = None) -> Iterator[Foreign]:
     """One that listens on loopback."""
     site = Foreign(habits or Habits())
 
-    class ForeignHandler(Handler):
+    class ForeignHandler(LoopbackHandler):
         def _answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length)

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
-class Handler(BaseHTTPRequestHandler):
+class LoopbackHandler(BaseHTTPRequestHandler):
     """Keeps connections open; sends what it has at once, or each answer would wait 40 ms for an acknowledgement."""
 
     protocol_version = "HTTP/1.1"
@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
         """A test looks at what its server keeps."""
 
 
-class _Server(ThreadingHTTPServer):
+class _LoopbackServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
@@ -36,9 +36,9 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(handler: type[Handler]) -> Iterator[str]:
+def serving(handler: type[LoopbackHandler]) -> Iterator[str]:
     """The URL of the server, without a path."""
-    with _Server(("127.0.0.1", 0), handler) as server:
+    with _LoopbackServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
