@@ -21,7 +21,12 @@ log = logging.getLogger(__name__)
 JOBS: Final = "pacs"
 BATCHES: Final = "pacs.batches"
 ADMIN: Final = "pacs.admin"
-QUEUES: Final = (JOBS, BATCHES, ADMIN)
+#: What workers alone send to: single jobs that were put aside, or whose message was lost, once they are due again. A
+#: worker that reads `JOBS` reads it, too, and takes from each in turn, so that neither waits for the end of the other.
+DUE: Final = "pacs.due"
+#: Those that an operator names with -Q, and all.
+NAMED: Final = (JOBS, BATCHES, ADMIN)
+QUEUES: Final = (*NAMED, DUE)
 
 #: The queue of each task; `courier/celery_settings.py` routes by it, and no other task is one of ours.
 QUEUE_OF: Final = {
@@ -59,6 +64,10 @@ QUEUE_OF: Final = {
     ),
     **dict.fromkeys(("pacs.status", "pacs.storage", "pacs.database"), ADMIN),
 }
+
+#: The tasks whose jobs stand in line for `DUE` (``courier/ledger/line.py``). A caller waits for the answers of the
+#: others of `JOBS`, and what is under way of a batch is limited by the batch.
+IN_LINE: Final = frozenset({"pacs.upload", "pacs.delete", "pacs.download"})
 
 #: Where Celery sends a task whose application names no queue: so do follow-ups (`link`, `chain`) of other applications.
 CELERYS_OWN: Final = "celery"

@@ -15,6 +15,7 @@ from typing import Any
 import redis
 
 from courier.ledger.jobs import DeadLetter, DueJob, Event, Ledger
+from courier.queues import IN_LINE
 from producer.errors import BrokerUnavailable, NotFound
 
 
@@ -70,7 +71,11 @@ class DeadLetterClient:
             return False
         # In this order: should the job have ended again already, the message brings its outcome once more.
         self.forget(job_id)
-        self.send(due)
+        if due.task in IN_LINE:
+            with _reachable():
+                self.ledger.due_now(job_id)
+        else:
+            self.send(due)
         return True
 
     def purge(self, job_id: str) -> bool:

@@ -20,7 +20,7 @@ from courier import tracing
 from courier.ledger.jobs import SCHEMA, SILENT_S, Ledger
 from courier.ledger.peers import Peers, cannot_read, release_of, schema_of
 from courier.messages import StatusJob
-from courier.queues import OLD_QUEUES
+from courier.queues import NAMED, OLD_QUEUES
 from courier.settings import Settings, SettingsError, TelemetrySettings
 from producer.client import Courier, refusal
 from producer.errors import BrokerUnavailable, CourierError, StillRunning
@@ -230,7 +230,7 @@ def _workers(courier: Courier) -> Iterator[Finding]:
     if courier.ledger is not None:
         yield from _progress(courier.ledger, set(workers))
     consumed = {queue for queues in workers.values() for queue in queues}
-    orphans = [queue for queue in courier.queue_depths() if queue not in consumed]
+    orphans = [queue for queue in NAMED if queue not in consumed]
     if orphans:
         named = ", ".join(orphans)
         yield Finding("consumers", "failed", f"nobody consumes {named}", f"Start a worker with -Q {','.join(orphans)}")

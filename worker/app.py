@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import uuid
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from courier.errors import CourierError, InvalidRequest
 from courier.ledger import peers
 from courier.ledger.breakers import Breakers
 from courier.ledger.jobs import Attachment, DueJob, Ledger, TakeState, passes, words_of
+from courier.ledger.line import Line
 from courier.ledger.slots import Slots
 from courier.ledger.suspensions import Suspensions
 from courier.redaction import redact_job, shown_result
@@ -55,6 +57,7 @@ from worker.pacs.server_rates import ServerRates
 from worker.runtime import celery_internals, consumer, kombu_internals, revokes, shortage, watchdog
 from worker.runtime.json_text import EncodedResult
 from worker.runtime.request import ShownRequest
+from worker.runtime.room import ALONE_S, Room
 from worker.storage import s3_source
 from worker.storage.azure import AzureAccount
 from worker.storage.destinations import Destinations
@@ -72,6 +75,8 @@ PROBE_TIMEOUT_S = 10.0
 OVERDUE_S = 30.0
 #: How long a process that is about to end waits for its own sweep.
 LAST_SWEEP_S = 5.0
+#: How often a worker looks whether it can release more jobs, while some stand in line.
+LINE_S = 0.02
 #: How soon the watchdog of a worker that begins says something.
 SOON_S = 10.0
 #: How long an event may wait for others.
@@ -267,13 +272,17 @@ _pool_size = int(app.conf.worker_concurrency or 8)
 
 
 def batch_slots(pool_size: int) -> int:
-    """How many of them may be chunks of batches: a quarter of the slots, one at least, is for single jobs alone."""
+    """How many of them may be chunks of batches, or single jobs that were released together: a quarter of the slots,
+    one at least, is for jobs that were enqueued just now.
+    """
     return max(1, pool_size - max(1, pool_size // 4))
 
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]  # celery is untyped
 def _take_from_no_other_queue(**_: Any) -> None:
     celery_internals.consume_no_other_queue(app)
+    if queues.JOBS in app.amqp.queues.consume_from:
+        app.amqp.queues.select_add(app.amqp.queues[queues.DUE])
 
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]  # celery is untyped
@@ -416,17 +425,51 @@ class Sweeper(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyp
         self._stop.set()
 
     def _loop(self, worker: Any) -> None:
-        ledger = _ledger()
-        while not self._stop.wait(settings.jobs.sweep_s):
+        ledger, room = _ledger(), Room(batch_slots(_pool_size))
+        next_s, in_line, depth = time.monotonic() + settings.jobs.sweep_s, 0, None
+        while not room.wait(
+            self._stop, _pause_s(next_s, in_line), releasing=in_line > 0, alone=consumer.quiet_s() > ALONE_S
+        ):
             try:
                 with _sweeping:
-                    if held := celery_internals.in_hand(worker):
-                        ledger.in_hand(held)
-                    sweep(ledger)
-                _look_into_old_queues()
+                    if time.monotonic() < next_s:
+                        release_line(ledger, _line(room.size, depth))
+                    else:
+                        next_s = time.monotonic() + settings.jobs.sweep_s
+                        depth = _depth_of_line() if in_line else None
+                        self._sweep(worker, ledger, _line(room.size, depth))
+                    in_line = ledger.waiting_in_line()
             except Exception as error:  # noqa: BLE001 - without its sweeper a worker would wake nobody any more
+                in_line = 0
                 telemetry.count("sweep_failed")
                 log.warning("Could not sweep: %s; trying again", type(error).__name__)
+
+    @staticmethod
+    def _sweep(worker: Any, ledger: Ledger, line: Line) -> None:
+        if held := celery_internals.in_hand(worker):
+            ledger.in_hand(held)
+        sweep(ledger, line)
+        _look_into_old_queues()
+
+
+def _pause_s(next_s: float, in_line: int) -> float:
+    """Until the next sweep, or until it is looked again whether more of the jobs in line can be released."""
+    left_s = max(0.0, next_s - time.monotonic())
+    return min(left_s, LINE_S) if in_line else left_s
+
+
+def _line(room: int, depth: int | None) -> Line:
+    """Where single jobs that are due stand in line; ``depth`` is as in `Line`."""
+    return Line(_queue_of_line(), queues.IN_LINE, room=room, depth=depth)
+
+
+def _queue_of_line() -> str:
+    return queues.DUE if queues.DUE in app.amqp.queues.consume_from else queues.JOBS
+
+
+def _depth_of_line() -> int | None:
+    queue = _queue_of_line()
+    return _queues({queue}).get(queue, (queue, None))[1]
 
 
 _old_queues = queues.OldQueues(reads=settings.queue.read_old_queues)
@@ -443,16 +486,21 @@ def _look_into_old_queues() -> None:
         log.warning("Could not look into the queues of version 0.1: %s; trying again", type(error).__name__)
 
 
-def sweep(ledger: Ledger) -> int:
+def sweep(ledger: Ledger, line: Line | None = None) -> int:
     """Send a message for every job that is due, or whose circuit has closed; returns how many.
 
-    None is sent again that may be in its queue.
+    None is sent again that may be in its queue, and of the jobs in line no more than there is room for.
     """
     ledger.wake_parked()
     _requeue_lost(ledger)
-    # The other workers say what they have in hand as often as this one.
-    due = ledger.sweep(queues=_queues, settle_s=2 * settings.jobs.sweep_s)
     telemetry.count("sweep")
+    return release_line(ledger, line or _line(batch_slots(_pool_size), None))
+
+
+def release_line(ledger: Ledger, line: Line) -> int:
+    """Send the messages of the jobs that are due, as far as there is room in the queue of those that stand in line."""
+    # The other workers say what they have in hand as often as this one.
+    due = ledger.sweep(queues=_queues, settle_s=2 * settings.jobs.sweep_s, line=line)
     for number, job in enumerate(due):
         try:
             _send(job)
@@ -464,15 +512,20 @@ def sweep(ledger: Ledger) -> int:
     return len(due)
 
 
-def _queues(tasks: set[str]) -> dict[str, tuple[str, int]]:
-    """The queue of each task, and how many messages wait there; {} if the broker does not answer."""
-    queue_of = {task: app.amqp.router.route({}, task)["queue"].name for task in tasks if task}
+def _queues(names: set[str]) -> dict[str, tuple[str, int]]:
+    """The queue of each task, and how many messages wait there; {} if the broker does not answer.
+
+    A name may be that of a queue, too.
+    """
+    queue_of = {
+        name: name if name in queues.QUEUES else app.amqp.router.route({}, name)["queue"].name for name in names if name
+    }
     try:
         depths = consumer.depths(app, set(queue_of.values()))
     except BROKER_ERRORS as error:
         log.warning("The broker does not say what is in its queues: %s", type(error).__name__)
         return {}
-    return {task: (queue, depths[queue]) for task, queue in queue_of.items()}
+    return {name: (queue, depths[queue]) for name, queue in queue_of.items()}
 
 
 def _requeue_lost(ledger: Ledger) -> None:
@@ -482,8 +535,8 @@ def _requeue_lost(ledger: Ledger) -> None:
     """
     dispatched = ledger.dispatched()
     if dispatched:
-        queues = _queues(set(dispatched.values()))
-        ledger.requeue_lost(job_id for job_id, task in dispatched.items() if queues.get(task, ("", 1))[1] == 0)
+        known = _queues(set(dispatched.values()))
+        ledger.requeue_lost(job_id for job_id, where in dispatched.items() if known.get(where, ("", 1))[1] == 0)
 
 
 def _send(job: DueJob) -> None:
@@ -496,6 +549,7 @@ def _send(job: DueJob) -> None:
             argsrepr="()",
             kwargsrepr=redact_job(job.job),
             headers={**job.headers, **({"traceparent": trace} if trace else {})},
+            **({"queue": job.queue} if job.queue else {}),
         )
 
 
@@ -628,7 +682,7 @@ def _needs_servers(**_: Any) -> None:
     """Stop the start for want of a server or of its secret, not the first job."""
     if foreign := queues.not_ours(app.amqp.queues.consume_from):
         raise SystemExit(
-            f"pacs-courier: -Q {','.join(foreign)}: the queues are called {', '.join(queues.QUEUES)} since version 0.2,"
+            f"pacs-courier: -Q {','.join(foreign)}: the queues are called {', '.join(queues.NAMED)} since version 0.2,"
             " and in the old ones may be messages of other applications, which would be lost; set"
             " queue.read_old_queues = true to have messages of PACS Courier moved out of them (docs/upgrade.md)"
         )

@@ -49,7 +49,7 @@ Keys, all below the prefix in the settings (``courier:``), in a database of thei
     parked        set     the circuit breakers that jobs wait for, and for each of them
     parked:NAME   zset    the jobs that wait until it closes, by the time since when
 
-The breakers' own keys stand in ``breakers.py``.
+The breakers' own keys stand in ``breakers.py``, those of jobs that are due and wait to be sent for in ``line.py``.
 
 States: ``queued`` → ``running`` ⇄ ``waiting`` → ``done`` | ``dead``; a dead job that is replayed is ``queued`` again.
 Only the holder of the current *fence* may move a running job on; whoever comes late is refused with `LeaseLost`.
@@ -70,7 +70,9 @@ import redis
 from redis.commands.core import Script
 
 from courier.errors import InvalidRequest
+from courier.ledger import line
 from courier.ledger.breakers import CHANGES, CREDENTIAL, SUSPENDED, by_server, is_suspension
+from courier.ledger.line import NO_LINE, Line
 from courier.redaction import redact_job, stated, without_queries
 from courier.redis_urls import is_socket
 from courier.settings import PREFIX
@@ -99,9 +101,8 @@ STORES_KNOWN_S: Final = 7 * 86_400
 HANGS_KNOWN_S: Final = 86_400
 #: So many records are read at a time.
 PAGE: Final = 200
-#: So many of them are woken at a time when it closes, so far apart; the next ones with the next sweep.
+#: So many of them are due at a time when it closes; the next ones with the next sweep.
 WOKEN_AT_ONCE: Final = 1000
-WOKEN_APART_MS: Final = 5
 #: How long the one that was woken to be the probe has, until another one is.
 PROBE_AGAIN_S: Final = 5.0
 #: How soon a job looks again that waits for a server which an operator has taken out of service, if nothing wakes it.
@@ -111,7 +112,8 @@ CLOSED_MEANWHILE_S: Final = 0.5
 #: So many messages more than waited are to be taken from a queue before one that waited is lost: those that workers had
 #: in hand.
 IN_HAND: Final = 200
-#: By task, the queue that its messages are sent to and how many wait there; without those of which nobody knows.
+#: By task, the queue that its messages are sent to and how many wait there; the same by the name of a queue itself.
+#: Without those of which it is not known.
 Queues = Callable[[set[str]], Mapping[str, tuple[str, int]]]
 #: The follow-ups of a job, of all messages that came for it, take no more than this together, as JSON.
 FOLLOW_UP_BYTES: Final = 512 * 1024
@@ -537,7 +539,8 @@ return 1
 
 # One job is woken to be the probe when the pause is over, another one if nothing comes of it; all when it has closed.
 # All as well when no worker that runs knows the server: its breaker will not close. A server that an operator has taken
-# out of service is not tried by anyone: all are woken when the order has ended.
+# out of service is not tried by anyone: all are woken when the order has ended. They are due in the order in which they
+# began to wait, within a millisecond; the probe is due before all others, for many may depend on it.
 _WAKE = (
     _NOW
     + _SERVERS
@@ -555,7 +558,7 @@ end
 for _, name in ipairs(redis.call('SMEMBERS', index)) do
   local breaker, parked = ARGV[1] .. name, ARGV[2] .. name
   local fields = redis.call('HMGET', breaker, 'until_ms', 'probe_until_ms', 'woken_ms')
-  local count = 0
+  local count, probes = 0, false
   if name:sub(-#parts[3]) == parts[3] then
     local over = redis.call('EXISTS', breaker) == 0 or (knows and not is_known(server_of(name)))
     count = over and tonumber(ARGV[3]) or 0
@@ -563,12 +566,12 @@ for _, name in ipairs(redis.call('SMEMBERS', index)) do
     count = tonumber(ARGV[3])
   elseif tonumber(fields[1]) <= now and tonumber(fields[2] or 0) <= now
       and tonumber(fields[3] or 0) + ARGV[4] <= now then
-    count = 1
+    count, probes = 1, true
     redis.call('HSET', breaker, 'woken_ms', string.format('%.0f', now))
   end
   if count > 0 then
     for i, id in ipairs(redis.call('ZRANGE', parked, 0, count - 1)) do
-      redis.call('ZADD', due, now + (i - 1) * ARGV[5], id)
+      redis.call('ZADD', due, probes and 0 or string.format('%.3f', now + (i - 1) / 1000), id)
       redis.call('ZREM', parked, id)
       total = total + 1
     end
@@ -700,24 +703,28 @@ return 1
 
 # A job is due whose message is under way, or lost: that is looked into before another one is sent (_LOST).
 _SEND = """
-local function send(due, unanswered, grace_ms, id, job, fields)
+local function send(due, unanswered, grace_ms, id, job, fields, queue)
   local sends = math.min(redis.call('HINCRBY', job, 'sends', 1), 7)
-  redis.call('HSET', job, 'sent', 1)
+  redis.call('HSET', job, 'sent', queue or 1)
   redis.call('HDEL', job, 'behind', 'empty_ms', 'looks')
   if fields[3] == 'waiting' then redis.call('HSET', job, 'woken', 1) end
   redis.call('ZADD', due, now + grace_ms * 2 ^ (sends - 1), id)
   redis.call('ZADD', unanswered, now, id)
-  return {id, fields[1], fields[2] or '{}', fields[4] or '', redis.call('HGET', job, 'headers') or ''}
+  return {id, fields[1], fields[2] or '{}', fields[4] or '', redis.call('HGET', job, 'headers') or '', queue or ''}
 end
 """
 
+# ARGV: how many at most, grace, prefix of jobs, the line.
 _SWEEP = (
     _NOW
     + _SEND
+    + line.LUA
     + """
-local due, unanswered = KEYS[1], KEYS[2]
+local due, unanswered, its = KEYS[1], KEYS[2], line_of(4)
 local woken, asked = {}, {}
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, ARGV[1])) do
+local rows = redis.call('ZRANGEBYSCORE', due, '-inf', now, 'WITHSCORES', 'LIMIT', 0, ARGV[1])
+for i = 1, #rows, 2 do
+  local id, since = rows[i], rows[i + 1]
   local job = ARGV[3] .. id
   local fields = redis.call('HMGET', job, 'task', 'job', 'state', 'trace', 'sent')
   if not fields[1] then
@@ -726,26 +733,30 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, AR
   elseif fields[5] then
     local looks = math.min(redis.call('HINCRBY', job, 'looks', 1), 7)
     redis.call('ZADD', due, now + ARGV[2] * 2 ^ (looks - 1), id)
-    asked[#asked + 1] = {id, fields[1]}
+    asked[#asked + 1] = {id, fields[5] == '1' and fields[1] or fields[5]}
+  elseif its.stands[fields[1]] then
+    join_line(due, ARGV[2], id, since)
   else
     woken[#woken + 1] = send(due, unanswered, ARGV[2], id, job, fields)
   end
 end
+if its.queue then release(due, unanswered, ARGV[2], its, woken) end
 return {woken, asked, #asked > 0 and redis.call('HGETALL', KEYS[3]) or {}}
 """
 )
 
 # A queue is a line: a message in it is behind no more than those that wait now. It is lost when as many have been
 # taken, and some more that workers may have had in hand; or when the queue is empty and no worker says that it has the
-# message (_IN_HAND). ARGV: grace, how long a queue has to be empty, how many more, prefix of jobs; then id, how many
-# messages are in its queue, and how many had been taken from it before those were counted.
+# message (_IN_HAND). ARGV: grace, how long a queue has to be empty, how many more, prefix of jobs, the line; then id,
+# how many messages are in its queue, and how many had been taken from it before those were counted.
 _LOST = (
     _NOW
     + _SEND
+    + line.LUA
     + """
-local due, unanswered = KEYS[1], KEYS[2]
+local due, unanswered, its = KEYS[1], KEYS[2], line_of(5)
 local woken = {}
-for i = 5, #ARGV, 3 do
+for i = 6 + ARGV[5], #ARGV, 3 do
   local id, depth, taken = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   local job = ARGV[4] .. id
   local fields = redis.call('HMGET', job, 'task', 'job', 'state', 'trace', 'sent', 'behind', 'empty_ms')
@@ -761,7 +772,11 @@ for i = 5, #ARGV, 3 do
     else
       redis.call('HSET', job, 'behind', taken + depth + ARGV[3])
     end
-    if lost then
+    if lost and its.stands[fields[1]] then
+      redis.call('HDEL', job, 'sent', 'behind', 'empty_ms')
+      join_line(due, ARGV[1], id, redis.call('ZSCORE', unanswered, id) or now)
+      redis.call('ZREM', unanswered, id)
+    elseif lost then
       woken[#woken + 1] = send(due, unanswered, ARGV[1], id, job, fields)
     elseif depth > 0 then
       redis.call('HDEL', job, 'empty_ms')
@@ -1454,6 +1469,8 @@ class DueJob:
     job: dict[str, Any]
     trace: str = ""
     headers: dict[str, Any] = field(default_factory=dict)
+    #: Where its message is sent; "" is the queue of its task.
+    queue: str = ""
 
 
 #: What Redis answers to any command while it starts, fails over, runs a script, or has no room or no replicas.
@@ -1770,7 +1787,7 @@ class Ledger:
     def wake_parked(self) -> int:
         """Make due who waited for a breaker that has closed, and one for each that is half-open; returns how many."""
         args: list[str | int] = [self.key("breaker", ""), self.key("parked", "")]
-        args += [WOKEN_AT_ONCE, _ms(PROBE_AGAIN_S), WOKEN_APART_MS]
+        args += [WOKEN_AT_ONCE, _ms(PROBE_AGAIN_S)]
         return int(self._wake(keys=[self.key("parked"), self.key("due")], args=args))
 
     def parked(self) -> dict[str, int]:
@@ -1897,26 +1914,36 @@ class Ledger:
         found = cast(list[str], self._wake_now(keys=[self.key("job", job_id), self.key("due")], args=args))
         return DueJob(job_id, found[0], json.loads(found[1]), headers=_headers(found[2])) if found else None
 
-    def sweep(self, limit: int = 200, *, queues: Queues | None = None, settle_s: float = 0) -> list[DueJob]:
+    def sweep(
+        self, limit: int = 200, *, queues: Queues | None = None, settle_s: float = 0, line: Line | None = None
+    ) -> list[DueJob]:
         """Jobs that a message has to be sent for. Each is due again later, and later each time, until claimed.
 
         Where one was sent before, ``queues`` says what is in the queue of each of the tasks: no further one is sent as
         long as that may be in it, nor before the queue has been empty for ``settle_s``. What is not known is not lost.
+        Of the jobs that stand in ``line``, as many are given as there is room for.
         """
         keys = [self.key("due"), self.key("unanswered")]
-        rows, asked, taken = self._sweep(
-            keys=[*keys, self.key("taken")], args=[limit, self.grace_ms, self.key("job", "")]
-        )
+        lined = NO_LINE if line is None else line.arguments(worker=self._worker, settle_ms=_ms(settle_s))
+        first: list[str | int] = [limit, self.grace_ms, self.key("job", "")]
+        rows, asked, taken = self._sweep(keys=[*keys, self.key("taken")], args=[*first, *lined])
         if asked and queues is not None:
             counts = dict(zip(taken[::2], taken[1::2], strict=True))
-            known = queues({task for _, task in asked})
-            args: list[str | int] = [self.grace_ms, _ms(settle_s), IN_HAND, self.key("job", "")]
-            for job_id, task in asked:
-                if task in known:
-                    queue, depth = known[task]
+            known = queues({where for _, where in asked})
+            args: list[str | int] = [self.grace_ms, _ms(settle_s), IN_HAND, self.key("job", ""), *lined]
+            for job_id, where in asked:
+                if where in known:
+                    queue, depth = known[where]
                     args += [job_id, depth, counts.get(queue, 0)]
             rows = [*rows, *self._lost(keys=keys, args=args)]
-        return [DueJob(row[0], row[1], json.loads(row[2]), row[3], _headers(row[4])) for row in rows]
+        return [
+            DueJob(job_id, task, json.loads(job), trace, _headers(headers), queue)
+            for job_id, task, job, trace, headers, queue in rows
+        ]
+
+    def waiting_in_line(self) -> int:
+        """How many jobs are due that no message has been sent for, because there was no room for them."""
+        return int(self._redis.zcard(self.key("line")))
 
     def in_hand(self, job_ids: Sequence[str]) -> None:
         """A worker that lives has taken messages of these jobs, and will begin them: none of them is lost."""
@@ -1930,16 +1957,26 @@ class Ledger:
                 pipe.hdel(self.key("job", job_id), "sent")
             pipe.execute()
 
+    def due_now(self, job_id: str) -> None:
+        """No message is sent for the job; the sweeper does that, in line."""
+        with self._redis.pipeline() as pipe:
+            pipe.hdel(self.key("job", job_id), "sent")
+            pipe.zadd(self.key("due"), {job_id: _ms(self.clock_s())})
+            pipe.execute()
+
     def dispatched(self, limit: int = 200) -> dict[str, str]:
-        """Jobs that somebody was woken for more than a grace period ago and nobody took up since, with their tasks."""
+        """Jobs that a message was sent for more than a grace period ago and that no worker took up since, with their
+        tasks, or with the queue that the message was sent to if that is not the task's own.
+        """
         latest_ms = _ms(self.clock_s()) - self.grace_ms
         ids = cast(
             list[str], self._redis.zrange(self.key("unanswered"), "-inf", latest_ms, byscore=True, offset=0, num=limit)
         )
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
-                pipe.hget(self.key("job", job_id), "task")
-            return {job_id: task or "" for job_id, task in zip(ids, pipe.execute(), strict=True)}
+                pipe.hmget(self.key("job", job_id), "task", "sent")
+            rows = zip(ids, pipe.execute(), strict=True)
+            return {job_id: (task or "") if sent in (None, "1") else sent for job_id, (task, sent) in rows}
 
     def requeue_lost(self, job_ids: Iterable[str]) -> None:
         """The messages of these jobs are lost: they are due now, however often somebody was woken for them."""
@@ -1977,11 +2014,16 @@ class Ledger:
                 pipe.zscore(self.key("due"), job_id)
                 pipe.zscore(self.key("unanswered"), job_id)
                 pipe.hget(self.key("breaker", row["parked"] or ""), "until_ms")
+                pipe.zscore(self.key("line"), job_id)
             clock, *answers = pipe.execute()
         found = {}
         for number, (job_id, row) in enumerate(rows.items()):
-            due, woken, until = (float(one) if one else None for one in answers[3 * number : 3 * number + 3])
-            wait = _wait(row, now_ms=_clock_ms(clock), due_ms=due, woken_ms=woken, until_ms=until)
+            due, woken, until, lined = (
+                None if one is None else float(one) for one in answers[4 * number : 4 * number + 4]
+            )
+            now_ms = _clock_ms(clock)
+            due = due if lined is None else now_ms
+            wait = _wait(row, now_ms=now_ms, due_ms=due, woken_ms=woken, until_ms=until)
             if wait is not None:
                 found[job_id] = wait
         return found

@@ -128,7 +128,7 @@ def test_its_broker_page_and_its_api_show_our_queues_while_no_worker_answers(sta
     redis_client.lpush("pacs\x06\x163", "c")
     told = requests.get(f"{url}/api/queues/length", auth=LOGIN, timeout=20).json()
     lengths = {queue["name"]: queue["messages"] for queue in told["active_queues"]}
-    assert lengths == {"pacs": 1, "pacs.admin": 0, "pacs.batches": 2}
+    assert lengths == {"pacs": 1, "pacs.admin": 0, "pacs.batches": 2, "pacs.due": 0}
     page = requests.get(f"{url}/broker", auth=LOGIN, timeout=20)
     assert (page.status_code, "pacs.batches" in page.text) == (200, True)
     assert "Traceback" not in child.log

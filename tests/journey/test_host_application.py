@@ -260,7 +260,7 @@ def test_the_applications_worker_enqueues_and_ours_beside_its_modules_does_the_j
     assert "reports.fetch" in reports.log
     assert "reports.fetch" not in pacs.log
     seen = succeeded(run(installed, "-c", INSPECT, cwd=beside, environ={**environ, **config}))
-    assert json.loads(seen) == {"prefetch": 2, "queues": ["pacs", "pacs.admin", "pacs.batches"]}
+    assert json.loads(seen) == {"prefetch": 2, "queues": ["pacs", "pacs.admin", "pacs.batches", "pacs.due"]}
     with Redis.from_url(redis.broker_url) as client:
         assert poll(lambda: client.hlen("pacs.unacked") == 0, timeout_s=WAIT_S)
 

@@ -200,7 +200,7 @@ def test_a_worker_is_not_started_on_a_queue_of_others_and_is_not_told_to_read_on
     sent = theirs.send_task("reports.build", args=(1,), queue="reports")
     assert poll(lambda: running.log.count("Did not begin to read the queue") == 2, timeout_s=WAIT_S)
     with Courier(running.settings) as courier:
-        assert courier.workers() == {"worker0@courier": ["pacs", "urgent", "pacs.batches"]}
+        assert courier.workers() == {"worker0@courier": ["pacs", "urgent", "pacs.due", "pacs.batches"]}
     assert broker.llen("reports") == 1
     assert sent.state == "PENDING"
 

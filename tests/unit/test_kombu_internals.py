@@ -243,3 +243,16 @@ def test_shown_result_depends_on_who_makes_json_of_it() -> None:
             return {"a": 1}
 
     assert kombu.utils.json.dumps(Result()) == '{"a": 1}'
+
+
+def test_a_worker_takes_from_each_of_its_queues_in_turn(channel: Any) -> None:
+    """`courier.queues.DUE`: released jobs and those that were enqueued just now do not wait for each other's end."""
+    cycle = channel._queue_cycle
+    cycle.update([queues.JOBS, queues.DUE])
+    taken = []
+    for _ in range(4):
+        taken.append(cycle.consume(2)[0])
+        cycle.rotate(taken[-1])
+    assert taken == [queues.JOBS, queues.DUE] * 2
+    assert "_queue_cycle.rotate(dest)" in inspect.getsource(redis_transport.Channel._brpop_read)
+    assert "for pri in self.priority_steps" in inspect.getsource(redis_transport.Channel._brpop_start)

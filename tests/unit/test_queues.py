@@ -14,7 +14,7 @@ from celery import Celery
 from redis import ResponseError
 
 from courier import queues, telemetry
-from courier.queues import LOOK, OLD_QUEUES, QUEUE_OF, QUEUES, OldQueues, count, left_by_killed_workers, task_of
+from courier.queues import LOOK, NAMED, OLD_QUEUES, QUEUE_OF, QUEUES, OldQueues, count, left_by_killed_workers, task_of
 from courier.settings import QueueSettings, Settings, SettingsError
 
 ARGUMENTS = "SECRET-SIGNATURE"
@@ -84,7 +84,7 @@ def test_every_task_of_a_worker_has_a_queue_of_ours_and_no_other_task_has() -> N
 
     workers.loader.import_default_modules()
     assert {name for name in workers.tasks if not name.startswith("celery.")} == set(QUEUE_OF)
-    assert set(QUEUE_OF.values()) == set(QUEUES) == set(OLD_QUEUES.values())
+    assert set(QUEUE_OF.values()) == set(NAMED) == set(OLD_QUEUES.values())
     assert {task: routed(task) for task in QUEUE_OF} == QUEUE_OF
 
 
@@ -94,7 +94,7 @@ def test_a_follow_up_of_another_application_goes_where_that_application_would_se
     assert routed("pacs.upload", queue="urgent") == "urgent"
 
 
-def test_a_worker_reads_three_queues_and_keeps_what_it_has_taken_under_names_of_its_own() -> None:
+def test_a_worker_reads_our_queues_and_keeps_what_it_has_taken_under_names_of_its_own() -> None:
     ours = app()
     assert list(ours.amqp.queues.consume_from) == list(QUEUES)
     assert {queue.exchange.name for queue in ours.amqp.queues.consume_from.values()} == {"pacs"}

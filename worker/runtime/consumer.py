@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import signal
@@ -31,7 +32,7 @@ from courier import signing
 from courier.errors import CourierError, InvalidRequest
 from courier.ledger.jobs import NOTHING_ATTACHED, Attachment, PendingFollowUps, words_of
 from courier.messages import MESSAGE_BYTES
-from courier.queues import QUEUES
+from courier.queues import BATCHES, DUE, QUEUES
 from courier.redaction import shown_id, where_it_broke
 from worker.runtime import celery_internals, envelope, follow_ups, shortage
 from worker.runtime.follow_ups import End
@@ -170,6 +171,8 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
     #: Messages that came, whatever became of them, and turns of the loop: what a watchdog judges it by.
     taken = 0
     turns = 0
+    #: When a message came last that a caller may be waiting for: one of neither a batch nor a released job.
+    asked_at: float | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -183,6 +186,7 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
 
         def on_message(message: Any) -> None:
             self.taken += 1
+            note_message(self, message)
             try:
                 reason = unfit(message)
                 if reason is None:
@@ -432,6 +436,19 @@ def _told_of_signals() -> int:
 def _read_all(told: int) -> None:
     with contextlib.suppress(BlockingIOError):
         os.read(told, 4096)
+
+
+def note_message(consumer: Any, message: Any) -> None:
+    """A message came to ``consumer``, whatever becomes of it."""
+    info = message.delivery_info
+    if not isinstance(info, dict) or info.get("routing_key") not in (BATCHES, DUE):
+        consumer.asked_at = time.monotonic()
+
+
+def quiet_s() -> float:
+    """How long ago a message came to this process that a caller may be waiting for."""
+    asked_at = PacsConsumer.running.asked_at if PacsConsumer.running else None
+    return math.inf if asked_at is None else time.monotonic() - asked_at
 
 
 def read_signs(worker: Any) -> Signs:
