@@ -10,9 +10,10 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
-from pydantic import BaseModel, ValidationError
+if TYPE_CHECKING:  # shell completion reads settings without checking them, and shall not load pydantic
+    from pydantic import BaseModel, ValidationError
 
 #: Variables of the environment that stand for a key; a later one lies over an earlier one.
 SHORT_NAMES: Final = {
@@ -139,6 +140,8 @@ def _names_at(model: Any, at: Sequence[str | int]) -> set[str]:
 
 def _table_in(annotation: Any) -> type[BaseModel] | None:
     """The model in ``annotation``, perhaps in a list, or optional."""
+    from pydantic import BaseModel  # noqa: PLC0415 (only a wrong setting needs it)
+
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_table_in, get_args(annotation))), None)

@@ -30,6 +30,7 @@ from sandbox.ohif import is_site
 from sandbox.processes import PartFailed, Processes
 from sandbox.samples import ALREADY_ON_DCM4CHEE, sample_bytes, samples
 from sandbox.summary import Upload, as_table, progress, summary, surprises, viewer_links
+from sandbox.synthetic import image, new_uid
 
 PATIENCE_S = 60
 #: Where `make viewer` puts OHIF; without it viewer links open on a page of the sandbox.
@@ -60,13 +61,22 @@ def running_stack(folder: Path) -> Iterator[Stack]:
                 "servers": sandbox.servers(),
                 "sources": {"allow_hosts": [f"{parts.HOST}:*"], "allow_private_networks": True},
                 "queue": parts.queue_settings(redis),
+                "downloads": {"folders": [str(_downloads(folder))]},
             },
         )
         worker = parts.worker(processes, config)
-        flower = parts.flower(processes, config)
+        # On loopback, and nothing here is anybody's: its API may be tried without a password.
+        flower = parts.flower(processes, config, environ={"FLOWER_UNAUTHENTICATED_API": "true"})
         worker.wait_ready()
         flower.child.wait_ready()
         yield Stack(processes, sandbox, flower, images, config, redis)
+
+
+def _downloads(folder: Path) -> Path:
+    """Where studies may be downloaded to, and backups written."""
+    downloads = (folder / "downloads").resolve()
+    downloads.mkdir(parents=True, exist_ok=True)
+    return downloads
 
 
 def put_on_dcm4chee(stack: Stack, dicom: bytes) -> None:
@@ -147,15 +157,31 @@ def show(stack: Stack, uploads: Sequence[Upload], console: Terminal) -> None:
 
 def stay(stack: Stack, uploads: Sequence[Upload], console: Terminal) -> None:
     """Until Ctrl-C, or until a part crashes."""
-    stored = next(upload for upload in uploads if upload.payload)
-    console.print(
-        f"\nAll of it stays up until Ctrl-C. From another terminal:\n"
-        f"  PACS_CONFIG={os.path.relpath(stack.config)} {_beside_python('pacs')} upload "
-        f"{stack.images.url(stored.sample.file)}"
-    )
+    console.print("\nAll of it stays up until Ctrl-C. From another terminal, in this folder:")
+    for command in examples(stack, uploads):
+        console.print(f"  {command}")
     while True:
         _complain_of_crashes(stack.processes)
         time.sleep(0.2)
+
+
+def examples(stack: Stack, uploads: Sequence[Upload]) -> list[str]:
+    """Commands to try, as they are typed; they find this demo by themselves."""
+    payload = next(upload.payload for upload in uploads if upload.payload)
+    pacs, downloads = _beside_python("pacs"), os.path.relpath(_downloads(stack.config.parent))
+    url, study = (
+        stack.images.url(next(upload.sample.file for upload in uploads if upload.payload)),
+        payload["study_uid"],
+    )
+    flower = os.path.relpath(Path(__file__).parents[1] / "docs" / "examples" / "upload_with_flower.sh")
+    return [
+        f"{pacs} upload {url}",
+        f"{pacs} jobs",
+        f"{pacs} top",
+        f"{pacs} download {study} $PWD/{downloads}/study.zip",
+        f"{pacs} delete study {study} --backup $PWD/{downloads}/backup  # pacs batch undo ID brings it back",
+        f"FLOWER_URL={stack.flower.url} {flower} {stack.images.put('new.dcm', image(new_uid()))}",
+    ]
 
 
 def _beside_python(command: str) -> str:

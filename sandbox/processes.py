@@ -554,7 +554,9 @@ class FlowerPart:
     url: str
 
 
-def flower(processes: Processes, config: Path, *, name: str = "flower") -> FlowerPart:
+def flower(
+    processes: Processes, config: Path, *, name: str = "flower", environ: Mapping[str, str] | None = None
+) -> FlowerPart:
     """Start Flower on loopback, without a password; ``child.wait_ready`` waits until it answers and hears events."""
     port = free_port()
     command = [sys.executable, "-m", "worker.flower", f"--port={port}"]
@@ -563,7 +565,8 @@ def flower(processes: Processes, config: Path, *, name: str = "flower") -> Flowe
     def ready(_: Child) -> bool:
         return answers(f"http://{HOST}:{port}/healthcheck") and _hears_events(broker_url)
 
-    child = processes.start(name, command, ready=ready, environ={"PACS_CONFIG": str(config)}, grace_s=2)
+    settings = {"PACS_CONFIG": str(config), **(environ or {})}
+    child = processes.start(name, command, ready=ready, environ=settings, grace_s=2)
     return FlowerPart(child, f"http://{HOST}:{port}")
 
 

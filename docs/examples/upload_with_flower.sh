@@ -2,13 +2,16 @@
 # Upload one image through Flower's REST API: upload_with_flower.sh IMAGE_URL
 #
 # FLOWER_URL is Flower's address, FLOWER_LOGIN its "user:password". Flower answers its API only with a login
-# (FLOWER_BASIC_AUTH where Flower runs) or where FLOWER_UNAUTHENTICATED_API=true allows it without one.
+# (FLOWER_BASIC_AUTH where Flower runs) or where FLOWER_UNAUTHENTICATED_API=true allows it without one; then leave
+# FLOWER_LOGIN out.
 set -euo pipefail
+
+login() { test -z "${FLOWER_LOGIN:-}" || printf 'user = "%s"\n' "$FLOWER_LOGIN"; }
 
 ask() { # ask PATH [CURL OPTIONS…]; the login goes through a pipe, so that it is not in the list of processes
   local path=$1
   shift
-  curl --silent --show-error --fail-with-body --config <(printf 'user = "%s"\n' "$FLOWER_LOGIN") "$@" "$FLOWER_URL$path"
+  curl --silent --show-error --fail-with-body --config <(login) "$@" "$FLOWER_URL$path"
 }
 
 field() { sed -nE "s/.*\"$1\": ?\"([^\"]*)\".*/\1/p"; }

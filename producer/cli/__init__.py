@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,7 +101,14 @@ class _PacsGroup(click.Group):
             return super().invoke(ctx)
 
     def main(self, *args: Any, **how: Any) -> Any:
-        """As click's, which writes help itself, outside of any command, and knows no full disk."""
+        """As click's, which writes help itself, outside of any command, and knows no full disk.
+
+        A shell that asks for completion waits for it, so no command is loaded for that.
+        """
+        if "_PACS_COMPLETE" in os.environ:
+            from producer.cli.completion import light_commands  # noqa: PLC0415  # only shells ask for it
+
+            self.commands = light_commands()
         try:
             return super().main(*args, **how)
         except OSError as error:

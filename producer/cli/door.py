@@ -16,6 +16,7 @@ import click
 
 from courier.settings import SettingsError
 from courier.waits import sentence
+from producer.cli.demo import used_if_alone
 from producer.cli.session import Interrupted, is_interruption
 from producer.cli.tables import follow
 from producer.client import Courier
@@ -94,7 +95,7 @@ def plain_failures(command: Callable[Arguments, int]) -> Callable[Arguments, Non
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         prepare_output()
         try:
-            with _terminated_as_interrupted():
+            with _terminated_as_interrupted(), used_if_alone():
                 status = command(*args, **kwargs)
             flush_output()
         except (Interrupted, KeyboardInterrupt, click.Abort) as error:

@@ -125,9 +125,39 @@ def test_it_stays_with_its_addresses_answering_until_ctrl_c(start: Callable[...,
     for address in (viewers[0], viewers[-1], f"{flower}/tasks"):
         with urllib.request.urlopen(address, timeout=10) as response:
             assert response.headers.get_content_type() == "text/html"
+    try_what_it_offers(demo)
     demo.process.send_signal(signal.SIGINT)
     assert demo.wait() == 0, demo.output
     assert demo.leaves_nothing()
+
+
+def try_what_it_offers(demo: Demo) -> None:
+    """The commands that it prints, as they stand; they find the demo without a setting."""
+    offered = [line.strip() for line in demo.output.partition("in this folder:")[2].splitlines() if line.strip()]
+    environ = {name: value for name, value in os.environ.items() if name != "PACS_CONFIG"}
+    ends = {}
+    for command in offered:
+        words = command.split()
+        what = "FLOWER" if command.startswith("FLOWER_URL=") else words[1]
+        typed = command.replace("  #", " --yes  #")  # there is no terminal to ask
+        ended = subprocess.run(
+            ["bash", "-c", typed], cwd=demo.folder, env=environ, capture_output=True, text=True, check=False
+        )
+        ends[what] = (ended.returncode, ended.stdout, ended.stderr)
+    assert {what: status for what, (status, *_) in ends.items()} == {
+        "upload": 1,  # the demo has stored it already
+        "jobs": 0,
+        "top": 0,
+        "download": 0,
+        "delete": 0,
+        "FLOWER": 0,
+    }, ends
+    assert "image_already_exists" in ends["upload"][1]
+    assert "stored on msdicom" in ends["FLOWER"][1] + ends["FLOWER"][2]
+    assert list(demo.folder.glob(".run/demo-*/downloads/study.zip"))
+    assert list(demo.folder.glob(".run/demo-*/downloads/backup/**/*.zip"))
+    for what in ("upload", "jobs", "top", "download", "delete"):
+        assert "asking the demo that runs here" in ends[what][2]
 
 
 @pytest.mark.parametrize(("part", "command"), [("worker", "worker.app worker"), ("flower", "worker.flower")])
