@@ -353,7 +353,8 @@ class DownloadJob(Job):
 class AuditJob(Job):
     """`pacs.audit`: the next ``limit`` split studies after the study ``cursor``.
 
-    With ``study_uid`` that study alone, and its next ``limit`` differing images after the image ``cursor``.
+    With ``study_uid`` that study alone, and its next ``limit`` differing images after the image ``cursor``. With
+    ``maintenance`` the studies alone into which images were stored elsewhere while that server was in maintenance.
     """
 
     servers: Servers | None = None
@@ -361,6 +362,13 @@ class AuditJob(Job):
     study_uid: Uid | None = None
     limit: Annotated[int, Field(ge=1, le=5000)] = 500
     cursor: Uid | None = None
+    maintenance: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _chosen_in_one_way(self) -> AuditJob:
+        if self.maintenance is not None and (self.servers or self.filters or self.study_uid):
+            raise ValueError("maintenance chooses the studies, on all servers; give no servers, filters or study_uid")
+        return self
 
 
 class TraceJob(Job):

@@ -183,10 +183,30 @@ class SuspensionEntry(BaseModel):
     until: str | None = None
 
 
+class ElsewhereEntry(BaseModel):
+    """The studies that were stored elsewhere during a maintenance, and the audit of them, the job ``job_id``.
+
+    ``split``: how many are on more than one server; null while the audit is still to come. ``left_out``: how many more
+    there were than are kept.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    studies: int
+    left_out: int
+    job_id: str
+    split: int | None = None
+    at: str | None = None
+
+
 class StatusEntry(ServerEntry):
-    """``suspension``: the server was asked although jobs leave it alone, so that an operator sees how it is."""
+    """``suspension``: the server was asked although jobs leave it alone, so that an operator sees how it is.
+
+    ``elsewhere``: an audit after a maintenance is to come, or has found studies on more than one server.
+    """
 
     suspension: SuspensionEntry | None = None
+    elsewhere: ElsewhereEntry | None = None
     rate_limit: RateLimit | None = None
     ready: bool | Unknown = "unknown"
     product: str = "unknown"
@@ -564,6 +584,8 @@ class AuditPayload(Payload):
     """The result of `pacs.audit`. ``studies`` and ``split`` are totals; ``cursor`` of None: no entries follow.
 
     With ``not_asked`` servers, which are in maintenance, the audit is incomplete: what they have is not compared.
+    ``left_out``: so many studies that were stored elsewhere during the ``maintenance`` of a server were too many to be
+    kept, and are not compared either.
     """
 
     operation: Literal["audit"] = "audit"
@@ -573,6 +595,8 @@ class AuditPayload(Payload):
     entries: list[SplitStudy]
     cursor: str | None
     not_asked: list[str] = []
+    maintenance: str | None = None
+    left_out: int = 0
     timings_ms: dict[str, float]
     attempts: int
 

@@ -20,6 +20,7 @@ def pages(
     *,
     servers: Sequence[str] | None = None,
     filters: Mapping[str, str] | None = None,
+    maintenance: str | None = None,
     limit: int = PAGE,
     timeout_s: float | None = None,
 ) -> Iterator[AuditResult]:
@@ -34,7 +35,7 @@ def pages(
     """
     cursor = None
     while True:
-        handle = courier.audit(servers, filters=filters, limit=limit, cursor=cursor)
+        handle = courier.audit(servers, filters=filters, maintenance=maintenance, limit=limit, cursor=cursor)
         page = handle.result(timeout_s=timeout_s)
         yield page
         cursor = page["cursor"]

@@ -292,6 +292,7 @@ class Courier:
         *,
         filters: Mapping[str, str] | None = None,
         study_uid: str | None = None,
+        maintenance: str | None = None,
         limit: int = 500,
         cursor: str | None = None,
         requested_by: str | None = None,
@@ -299,10 +300,12 @@ class Courier:
     ) -> Handle[AuditResult]:
         """The studies that are on more than one server, ``limit`` at a time; ``cursor`` asks for the next.
 
-        With ``study_uid`` that study alone, and the images in which its copies differ, ``limit`` at a time.
+        With ``study_uid`` that study alone, and the images in which its copies differ, ``limit`` at a time. With
+        ``maintenance`` the studies alone that were stored elsewhere while that server was in maintenance.
         `producer.audits` goes through all pages.
         """
         job = {**_of(servers), "filters": dict(filters or {}), "study_uid": study_uid, "limit": limit, "cursor": cursor}
+        job["maintenance"] = maintenance
         return self.enqueue("pacs.audit", AuditJob, {**job, **_stated(requested_by, reason)})
 
     def trace(self, uid: str, *, requested_by: str | None = None, reason: str | None = None) -> Handle[TraceResult]:

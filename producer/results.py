@@ -19,6 +19,7 @@ __all__ = [
     "DeleteResult",
     "DeletedEntryDict",
     "DownloadResult",
+    "ElsewhereEntryDict",
     "FaultDict",
     "FoundEntryDict",
     "FoundResult",
@@ -95,6 +96,8 @@ class AuditResult(TypedDict):
     """The result of `pacs.audit`. ``studies`` and ``split`` are totals; ``cursor`` of None: no entries follow.
 
     With ``not_asked`` servers, which are in maintenance, the audit is incomplete: what they have is not compared.
+    ``left_out``: so many studies that were stored elsewhere during the ``maintenance`` of a server were too many to be
+    kept, and are not compared either.
     """
 
     operation: Literal["audit"]
@@ -105,6 +108,8 @@ class AuditResult(TypedDict):
     entries: list[SplitStudyDict]
     cursor: str | None
     not_asked: list[str]
+    maintenance: str | None
+    left_out: int
     timings_ms: dict[str, float]
     attempts: int
 
@@ -397,6 +402,20 @@ class SuspensionEntryDict(TypedDict):
     until: str | None
 
 
+class ElsewhereEntryDict(TypedDict):
+    """The studies that were stored elsewhere during a maintenance, and the audit of them, the job ``job_id``.
+
+    ``split``: how many are on more than one server; null while the audit is still to come. ``left_out``: how many more
+    there were than are kept.
+    """
+
+    studies: int
+    left_out: int
+    job_id: str
+    split: int | None
+    at: str | None
+
+
 class RateLimitDict(TypedDict):
     """How fast workers ask a server that has asked for fewer requests, with ``status``.
 
@@ -409,7 +428,10 @@ class RateLimitDict(TypedDict):
 
 
 class StatusEntryDict(TypedDict):
-    """``suspension``: the server was asked although jobs leave it alone, so that an operator sees how it is."""
+    """``suspension``: the server was asked although jobs leave it alone, so that an operator sees how it is.
+
+    ``elsewhere``: an audit after a maintenance is to come, or has found studies on more than one server.
+    """
 
     server_name: str
     server_type: str
@@ -418,6 +440,7 @@ class StatusEntryDict(TypedDict):
     note: str
     error: FaultDict | None
     suspension: SuspensionEntryDict | None
+    elsewhere: ElsewhereEntryDict | None
     rate_limit: RateLimitDict | None
     ready: bool | Literal["unknown"]
     product: str

@@ -10,11 +10,12 @@ import contextlib
 import getpass
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import redis
 
+from courier.ledger.elsewhere import ElsewhereAudit, ElsewhereStudies
 from courier.ledger.jobs import Ledger
 from courier.ledger.suspensions import SuspendedState, Suspension, Suspensions
 from courier.messages import Job, nearest_field, read_job
@@ -32,6 +33,8 @@ class ServerChange:
     changed: bool
     suspension: Suspension | None = None
     before: Suspension | None = None
+    #: What is audited after the maintenance that has been ended.
+    audit: ElsewhereAudit | None = None
 
 
 class ServerClient:
@@ -41,6 +44,7 @@ class ServerClient:
         """``configured``: the servers in the settings of this program, which may name none."""
         self._ledger, self._configured = ledger, list(configured)
         self._suspensions = Suspensions(ledger.client, prefix=ledger.key(""))
+        self._elsewhere = ElsewhereStudies(ledger.client, prefix=ledger.key(""))
 
     def names(self) -> list[str]:
         """The servers that the settings name, then those that a worker has known within a day."""
@@ -99,8 +103,12 @@ class ServerClient:
         return ServerChange(name, changed, now)
 
     def end_maintenance(self, server: str) -> ServerChange:
-        """End a maintenance. `InvalidRequest` if no worker knows such a server, or if it is paused."""
-        return self._end(self._known(server), "maintenance", "pacs server resume {}")
+        """End a maintenance; says which studies are audited now. `InvalidRequest` if no worker knows such a server, or
+        if it is paused.
+        """
+        change = self._end(self._known(server), "maintenance", "pacs server resume {}")
+        with _reachable():
+            return replace(change, audit=self._elsewhere.read(change.server))
 
     def _end(self, name: str, state: SuspendedState, command: str) -> ServerChange:
         with _reachable():

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, Self, TextIO
 
@@ -17,7 +18,7 @@ from producer.cli.door import DONE, UNAVAILABLE, as_json_option, conditions, pla
 from producer.cli.session import Session
 from producer.cli.studies import left_out
 from producer.client import Courier
-from producer.errors import CourierError, PacsUnavailable, StillRunning
+from producer.errors import CourierError, InvalidRequest, PacsUnavailable, StillRunning
 from producer.repairs import new_file, repair, write
 from producer.terminal import (
     Column,
@@ -40,6 +41,7 @@ class _AuditOrder:
 
     servers: Sequence[str] | None
     filters: Mapping[str, str]
+    maintenance: str | None
     timeout_s: float | None
 
 
@@ -62,6 +64,7 @@ class _Pages:
         self.not_asked += left
         self.head = {name: page[name] for name in ("operation", "servers", "studies", "split")}
         self.head["not_asked"] = self.not_asked
+        self.head["left_out"] = page.get("left_out", 0)
         self._file.write(json.dumps(page["entries"]) + "\n")
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -73,6 +76,11 @@ class _Pages:
 @click.command()
 @click.option("--server", "servers", multiple=True, help="Compare only these; give it twice or more.")
 @click.option("--filter", "filters", multiple=True, metavar="KEY=VALUE", help="A DICOM keyword; may be repeated.")
+@click.option(
+    "--maintenance",
+    metavar="NAME",
+    help="Only studies that were stored elsewhere while this server was in maintenance, on all servers.",
+)
 @click.option("--plan", type=click.Path(dir_okay=False, path_type=Path), help="Write a repair plan; changes nothing.")
 @click.option("--csv", "as_csv", is_flag=True, help="CSV on standard output, nothing else.")
 @click.option("--timeout", "timeout_s", type=float, help="Wait so many seconds for each page.")
@@ -85,8 +93,10 @@ def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_
     nothing is said; or one is in maintenance, and the audit is incomplete.
     """
     form: Form = "json" if how["as_json"] else "csv" if as_csv else "table"
-    order = _AuditOrder(servers or None, conditions(filters, called="filter"), how["timeout_s"])
+    order = _AuditOrder(servers or None, conditions(filters, called="filter"), how["maintenance"], how["timeout_s"])
     with Session() as courier, _Pages() as found:
+        if order.maintenance is not None:
+            check_is_back(courier, order.maintenance)
         try:
             with errors_console.busy("comparing the servers"):
                 _collect(courier, order, found, plan)
@@ -100,7 +110,8 @@ def audit(servers: Sequence[str], filters: Sequence[str], plan: Path | None, as_
 
 def _collect(courier: Courier, order: _AuditOrder, found: _Pages, plan: Path | None) -> None:
     if plan is None:
-        for page in pages(courier, servers=order.servers, filters=order.filters, timeout_s=order.timeout_s):
+        order_of_page = partial(pages, courier, servers=order.servers, filters=order.filters)
+        for page in order_of_page(maintenance=order.maintenance, timeout_s=order.timeout_s):
             found.add(page)
         return
     with new_file(plan) as out:
@@ -117,6 +128,12 @@ def _collect(courier: Courier, order: _AuditOrder, found: _Pages, plan: Path | N
         f"{plan}: a plan for {totals['studies']} studies, {totals['copies']} images to copy, "
         f"{totals['deletions']} to delete. Nothing has been changed."
     )
+
+
+def check_is_back(courier: Courier, name: str) -> None:
+    """Refuse to wait for the end of a maintenance: the audit that is to come does that by itself."""
+    if (suspension := courier.servers.suspended().get(name)) is not None:
+        raise InvalidRequest(f"{suspension}; it is audited when it is back in service.")
 
 
 def _repairs(courier: Courier, order: _AuditOrder, found: _Pages) -> Iterator[dict[str, Any]]:
@@ -143,6 +160,9 @@ def _show(found: _Pages, form: Form) -> None:
     each = ", ".join(f"{server['server_name']}: {server['studies']}{left_out(server)}" for server in head["servers"])
     if found.not_asked:
         sentence = f"The audit is incomplete: {' and '.join(found.not_asked)} is in maintenance and was not asked."
+        errors_console.print(sentence, style="red")
+    if head["left_out"]:
+        sentence = f"{head['left_out']:,} more studies were stored elsewhere than are kept; audit all servers."
         errors_console.print(sentence, style="red")
     _say(f"{head['split']} of {head['studies']} studies are on more than one server ({each}).")
 

@@ -99,6 +99,7 @@ def maintenance(name: str, until: datetime | None, end: bool, as_json: bool, **w
         if end:
             change = courier.servers.end_maintenance(name)
             said = f"{name} is in service again." if change.changed else f"{name} was not in maintenance."
+            said += f" {_capital(str(change.audit))}." if change.audit else ""
         else:
             change = courier.servers.maintenance(name, until=until, **who)
             said = f"{change.suspension}."
@@ -121,7 +122,12 @@ def change_json(change: ServerChange) -> dict[str, Any]:
         "changed": change.changed,
         "suspension": _told(change.suspension),
         "ended": _told(change.before),
+        "audit": change.audit.as_json() if change.audit else None,
     }
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _told(suspension: Suspension | None) -> dict[str, Any] | None:

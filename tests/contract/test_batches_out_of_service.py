@@ -9,6 +9,7 @@ import pytest
 
 from courier.batches.store import Batches, Row
 from courier.ledger.breakers import Breakers
+from courier.ledger.elsewhere import ElsewhereStudies
 from courier.ledger.slots import Slots
 from courier.ledger.suspensions import Suspensions
 from sandbox import processes as parts
@@ -116,6 +117,10 @@ def test_uploads_go_to_the_other_server_and_those_for_this_one_wait(
     assert {one.server_name for one in stored} == {here}
     assert all(one.result["warnings"] == ["not_asked"] for one in stored)
     assert all(one.result["not_asked"] == [away] for one in stored)
+    to_come = ElsewhereStudies(site.ledger.client).read(away)
+    assert to_come is not None
+    assert (to_come.studies, to_come.split) == (4, None)
+    assert site.ledger.kind_of(to_come.job_id)[0] == "pacs.audit"
     end_it(site, away)
     payload = done(site.upload_items(items))
     assert (payload["totals"]["stored"], payload["failures_total"]) == (6, 0)

@@ -16,6 +16,7 @@ import requests
 from courier import telemetry
 from courier.errors import InvalidRequest, NotFound, PacsUnavailable
 from courier.ledger.breakers import Breakers
+from courier.ledger.elsewhere import ElsewhereStudies
 from courier.ledger.jobs import Ledger, Receipt
 from courier.ledger.slots import Slots
 from courier.ledger.suspensions import FRESH_S, Suspensions
@@ -552,6 +553,118 @@ def test_a_move_from_or_to_it_is_refused_with_a_sentence(site, direction):
     assert (error.server_name, "a move" in error.message) == (site.away, True)
     between = {**job, "from_server": site.others[0], "to_server": site.others[1]}
     assert isinstance(site.run(migrations.migrate, "pacs.batch.migrate", "moves", **between), Deferred)
+
+
+# --- what is looked at afterwards -----------------------------------------------------------------------------
+
+
+def looked_at(site):
+    """The audit that is to come, or has been."""
+    return ElsewhereStudies(site.client).read(site.away)
+
+
+def test_the_studies_stored_elsewhere_are_audited_by_themselves_when_the_server_is_back(site):
+    split, whole = new_uid(), new_uid()
+    sop = new_uid()
+    site.put(site.away, image(split, sop=sop), image(split))  # by another program: the ledger knows nothing of it
+    site.begin()
+    home = done(site.upload(image(split, sop=sop)))["server_name"]
+    done(site.upload(image(whole)))
+    done(site.upload(image(whole)))
+    to_come = looked_at(site)
+    assert (to_come.studies, to_come.split) == (2, None)
+    task, job = site.ledger.kind_of(to_come.job_id)
+    assert (task, job) == ("pacs.audit", {"version": 1, "maintenance": site.away})
+
+    assert isinstance(site.run(audit.audit, task, to_come.job_id, **job), Deferred)
+    assert site.ledger.standing([to_come.job_id])[to_come.job_id].waiting["code"] == "server_maintenance"
+    site.end()
+    payload = done(site.run(audit.audit, task, to_come.job_id, **job))
+    assert (payload["studies"], payload["split"], payload["not_asked"]) == (2, 1, [])
+    (entry,) = payload["entries"]
+    assert (entry["study_uid"], entry["overlap"]) == (split, "partial")
+    assert {one["server_name"] for one in entry["servers"]} == {home, site.away}
+    found = looked_at(site)
+    assert (found.studies, found.split, found.job_id) == (2, 1, to_come.job_id)
+    assert f"pacs audit --maintenance {site.away}" in str(found)
+    again = done(site.run(audit.audit, task, **job))
+    assert (again["split"], again["maintenance"]) == (1, site.away)
+
+
+def test_a_status_tells_of_the_audit_until_nothing_is_split(site):
+    study = new_uid()
+    site.begin()
+    done(site.upload(image(study)))
+
+    def told():
+        payload = done(site.run(servers.status, "pacs.status", servers=[site.away]))
+        site.calls.counts.clear()
+        return payload["servers"][0]["elsewhere"]
+
+    assert (told()["studies"], told()["split"]) == (1, None)
+    job_id = told()["job_id"]
+    site.end()
+    site.put(site.away, image(study))
+    done(site.run(audit.audit, "pacs.audit", job_id, maintenance=site.away, version=1))
+    assert (told()["split"], told()["job_id"]) == (1, job_id)
+    for name in NAMES:
+        if name != site.away and site.has(name, study):
+            done(site.run(delete, "pacs.delete", level="study", uid=study, servers=[name]))
+    done(site.run(audit.audit, "pacs.audit", maintenance=site.away))
+    assert told() is None
+
+
+def test_an_upload_that_was_killed_after_its_push_is_among_them(site, monkeypatch):
+    study = new_uid()
+    site.begin()
+    body = image(study)
+
+    def lost(*_, **__):
+        raise PacsUnavailable("No answer.", server_name=site.others[0], details={"phase": "answer"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.services.fleet[site.others[0]], "store", lost)
+        assert isinstance(site.upload(body, "dies", server=site.others[0]), Deferred)
+    assert looked_at(site).studies == 1
+
+
+def test_what_is_stored_elsewhere_while_the_audit_looks_is_looked_at_too(site, monkeypatch):
+    study = new_uid()
+    site.begin()
+    done(site.upload(image(new_uid())))
+    job_id = looked_at(site).job_id
+    site.end()
+    elsewhere, walked = ElsewhereStudies(site.client), []
+
+    def looks(studies, *more):
+        if not walked:
+            elsewhere.note(site.away, [study])
+        walked.append(studies)
+        return look_for(studies, *more)
+
+    look_for = audit._look_for
+    monkeypatch.setattr(audit, "_look_for", looks)
+    assert isinstance(site.run(audit.audit, "pacs.audit", job_id, maintenance=site.away, version=1), Deferred)
+    assert looked_at(site).split is None
+    payload = done(site.run(audit.audit, "pacs.audit", job_id, maintenance=site.away, version=1))
+    assert [len(studies) for studies in walked] == [1, 2]
+    assert payload["attempts"] == 1
+    assert looked_at(site).split == 0
+
+
+def test_nothing_is_noted_where_every_server_was_asked(site):
+    done(site.upload(image(new_uid())))
+    assert looked_at(site) is None
+    assert site.client.keys(f"{PREFIX}elsewhere:*") == []
+
+
+@pytest.mark.parametrize(
+    "more", [{"servers": ["msdicom", "orthanc"]}, {"study_uid": "1.2"}, {"filters": {"PatientID": "*"}}]
+)
+def test_an_audit_after_a_maintenance_takes_no_other_choice(site, more):
+    error = error_of(site.run(audit.audit, "pacs.audit", maintenance=site.away, **more))
+    assert isinstance(error, InvalidRequest)
+    assert isinstance(error_of(site.run(audit.audit, "pacs.audit", maintenance="nobody")), InvalidRequest)
 
 
 # --- when it begins and ends ------------------------------------------------------------------------------------

@@ -104,45 +104,62 @@ def has(url: str, study: str) -> int:
     return len(answer.json()) if answer.status_code == 200 else 0
 
 
-def test_work_on_the_others_goes_on_in_a_maintenance_and_what_was_left_is_made_up_for_at_its_end(
-    courier: Courier, pacs, sandbox: SandboxPart, image_server, put
-):
-    gone, known = new_uid(), new_uid()
-    for url in (sandbox.msdicom, sandbox.dcm4chee):
-        put(url, image(gone))
-    courier.upload(image_server.put("known.dcm", image(known)), server="msdicom").result(timeout_s=WAIT_S)
+def put_into_maintenance(courier: Courier, pacs) -> None:
+    """MSDICOM, for two hours at most, by ana."""
     who = ("--requested-by", "ana", "--reason", "new disks")
     status, order, _ = pacs("server", "maintenance", "msdicom", "--until", "2h", *who)
     assert (status, order["suspension"]["state"]) == (0, "maintenance")
     assert order["suspension"]["until"] > order["suspension"]["since"]
     obeyed(courier, "pacs_unavailable")
+
+
+def test_work_on_the_others_goes_on_in_a_maintenance_and_its_end_is_followed_by_an_audit(
+    courier: Courier, pacs, sandbox: SandboxPart, image_server
+):
+    known = new_uid()
+    courier.upload(image_server.put("known.dcm", image(known)), server="msdicom").result(timeout_s=WAIT_S)
+    put_into_maintenance(courier, pacs)
     sandbox.load(anew=True)
 
     stored = courier.upload(image_server.put("new.dcm", image(new_uid()))).result(timeout_s=WAIT_S)
     assert (stored["server_name"], stored["not_asked"], stored["warnings"]) == ("dcm4chee", ["msdicom"], ["not_asked"])
     waits = courier.upload(image_server.put("of-known.dcm", image(known)))
     assert waits_with(waits, "server_maintenance")["server_name"] == "msdicom"
+    status, listed, _ = pacs("studies")
+    assert (status, listed["complete"]) == (3, False)
+    assert sandbox.load()["msdicom"]["total"] == 0
+    assert suspension_of(pacs, "msdicom")["set_by"] == "ana"
 
+    status, order, _ = pacs("server", "maintenance", "msdicom", "--end")
+    assert (status, order["ended"]["set_by"], order["suspension"]) == (0, "ana", None)
+    assert order["audit"]["studies"] == 1
+    audited = courier.handle(order["audit"]["job_id"]).result(timeout_s=WAIT_S)
+    assert (audited["maintenance"], audited["studies"], audited["split"]) == ("msdicom", 1, 0)
+    assert pacs("audit", "--maintenance", "msdicom")[1]["studies"] == 1
+    assert waits.result(timeout_s=WAIT_S)["server_name"] == "msdicom"
+
+
+def test_a_deletion_in_a_maintenance_is_made_up_for_at_its_end_and_one_of_all_studies_is_refused(
+    courier: Courier, pacs, sandbox: SandboxPart, put
+):
+    gone = new_uid()
+    for url in (sandbox.msdicom, sandbox.dcm4chee):
+        put(url, image(gone))
+    put_into_maintenance(courier, pacs)
+    sandbox.load(anew=True)
     status, deleted, _ = pacs("delete", "study", gone, "--yes", "--requested-by", "bo")
     assert status == 1
     outcomes = {entry["server_name"]: entry for entry in deleted["servers"]}
     assert (outcomes["msdicom"]["status"], outcomes["dcm4chee"]["status"]) == ("not_asked", "deleted")
     later = courier.handle(outcomes["msdicom"]["follow_up_job_id"])
     waits_with(later, "server_maintenance")
-
     status, _, said = pacs("delete-all", "--yes", "--confirm", "delete all studies")
     assert status == 2
     assert "set by ana" in said
-    status, listed, _ = pacs("studies")
-    assert (status, listed["complete"]) == (3, False)
-    assert pacs("audit", "--server", "msdicom", "--server", "dcm4chee")[0] == 3
     assert sandbox.load()["msdicom"]["total"] == 0
     assert (has(sandbox.msdicom, gone), has(sandbox.dcm4chee, gone)) == (1, 0)
-    assert suspension_of(pacs, "msdicom")["set_by"] == "ana"
 
-    status, order, _ = pacs("server", "maintenance", "msdicom", "--end")
-    assert (status, order["ended"]["set_by"], order["suspension"]) == (0, "ana", None)
-    assert waits.result(timeout_s=WAIT_S)["server_name"] == "msdicom"
+    assert pacs("server", "maintenance", "msdicom", "--end")[0] == 0
     (entry,) = later.result(timeout_s=WAIT_S)["servers"]
     assert (entry["server_name"], entry["status"]) == ("msdicom", "deleted")
     assert has(sandbox.msdicom, gone) == 0

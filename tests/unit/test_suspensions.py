@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any, cast
 
 import click
@@ -17,11 +18,13 @@ from click.testing import CliRunner
 
 from courier.errors import CourierError, InvalidRequest, PacsUnavailable
 from courier.ledger.breakers import BREAKER, Breakers, by_server, server_of
+from courier.ledger.elsewhere import ElsewhereStudies
 from courier.ledger.jobs import Ledger
 from courier.ledger.slots import Slots
 from courier.ledger.suspensions import FRESH_S, Suspension, Suspensions
 from courier.settings import PREFIX, BreakerSettings, ServerSettings, Settings
 from courier.waits import utc
+from producer.cli.audit import check_is_back
 from producer.cli.delete import deletion_table
 from producer.cli.server import Until, change_json, server
 from producer.server_orders import ServerClient
@@ -502,3 +505,54 @@ def test_deletions_that_left_out_a_server_end_with_status_1_and_name_the_job_tha
     words = " ".join(shown.get().split())
     assert "not_asked" in words
     assert "j2" in words
+
+
+# --- what was stored elsewhere ----------------------------------------------------------------------------------
+
+
+def test_one_job_is_to_audit_all_that_was_stored_elsewhere_until_it_has_ended(site: SuspensionBench) -> None:
+    elsewhere = ElsewhereStudies(site.client)
+    first = elsewhere.note("a", ["1.2", "1.3"])
+    assert elsewhere.note("a", ["1.3", "1.4"]) == first
+    assert elsewhere.note("b", ["1.2"]) != first
+    assert elsewhere.studies("a") == ["1.2", "1.3", "1.4"]
+    assert not elsewhere.audited("a", added=2, job_id=first, studies=2, split=0)
+    assert elsewhere.audited("a", added=elsewhere.added("a"), job_id=first, studies=3, split=1)
+    assert elsewhere.studies("a") == ["1.2", "1.3", "1.4"]
+    found = elsewhere.read("a")
+    assert found is not None
+    assert (found.studies, found.split, found.job_id) == (3, 1, first)
+    second = elsewhere.note("a", ["1.5"])
+    assert second != first
+    assert elsewhere.studies("a") == ["1.5"]
+
+
+def test_beyond_the_bound_studies_are_counted_and_not_kept(site: SuspensionBench) -> None:
+    elsewhere = ElsewhereStudies(site.client, most=2)
+    for uid in ("1.1", "1.2", "1.3", "1.4", "1.1"):
+        elsewhere.note("a", [uid])
+    audit = elsewhere.read("a")
+    assert audit is not None
+    assert (audit.studies, audit.left_out) == (2, 2)
+    assert "2 more that are not kept" in str(audit)
+    assert 0 < site.client.ttl(f"{PREFIX}elsewhere:a") <= 90 * 86_400
+
+
+def test_the_end_of_a_maintenance_says_what_is_audited(site: SuspensionBench) -> None:
+    site.orders.maintenance("a")
+    job_id = ElsewhereStudies(site.client).note("a", ["1.2"])
+    change = site.orders.end_maintenance("a")
+    assert change.audit is not None
+    assert change.audit.job_id == job_id
+    told = change_json(change)["audit"]
+    assert (told["studies"], told["split"], told["job_id"]) == (1, None, job_id)
+    assert f"1 study was stored elsewhere during its maintenance; job {job_id} looks what is split" in str(change.audit)
+    assert change_json(site.orders.pause("a"))["audit"] is None
+
+
+def test_an_audit_of_a_server_that_is_still_away_is_refused_before_it_waits(site: SuspensionBench) -> None:
+    site.orders.maintenance("a", requested_by="ana")
+    away = cast(Any, SimpleNamespace(servers=site.orders))
+    with pytest.raises(InvalidRequest, match="set by ana"):
+        check_is_back(away, "a")
+    check_is_back(away, "b")

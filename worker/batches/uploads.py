@@ -46,7 +46,7 @@ from worker.dicom.instances import Instance, identify
 from worker.jobs.attempt import Attempt, ServerUnknown
 from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.knowledge import server_left
-from worker.jobs.maintenance import check_not_known_there, warned
+from worker.jobs.maintenance import check_not_known_there, note_stored_elsewhere, warned
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
@@ -586,6 +586,8 @@ class Uploads:
         for image, to in placed:
             self._checkpoint[image.item.number] = self._pushed(image, to.server)
         self._send_alone_what_hung(placed)
+        studies = list(dict.fromkeys(image.instance.study_instance_uid for image, _ in placed))
+        note_stored_elsewhere(studies, self._left, self._services.ledger)
         self._context.save_checkpoint(self._as_json())
         self._written = self._known
         by_server: dict[str, list[_Image]] = {}

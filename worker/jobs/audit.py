@@ -6,15 +6,18 @@ without its list nobody can say that no study is split. Of one in maintenance th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from courier.errors import CourierError, InvalidRequest
+from courier.ledger.elsewhere import ElsewhereStudies
 from courier.messages import AuditJob, read_job
 from courier.results import AuditedServer, AuditPayload, OnlyOn, Overlap, SplitOn, SplitStudy
 from worker.dicom.viewer import viewer_url
-from worker.jobs.attempt import Attempt
+from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.delete import select_servers
 from worker.jobs.lookup import Reply, settle
 from worker.jobs.maintenance import names_not_asked, unanswered_error
@@ -22,13 +25,17 @@ from worker.jobs.services import Services
 from worker.jobs.study_lists import Left, walk
 from worker.jobs.uid_index import UidIndex
 from worker.pacs.fleet import Fleet
-from worker.pacs.in_service import in_maintenance
+from worker.pacs.in_service import in_maintenance, suspended, suspended_error
 from worker.pacs.protocol import Found, Pacs
+
+log = logging.getLogger(__name__)
 
 #: What is asked for at a time; a dialect whose server holds its pages smaller asks for less.
 PAGE = 1000
 #: So many studies are compared at a time: other jobs ask the same servers.
 ABREAST = 4
+#: How soon an audit begins anew whose studies were not all noted when it began.
+ANEW_S = 1.0
 #: Differing images shown per study, and over all studies of one result, which passes through Redis.
 SHOWN_PER_STUDY, SHOWN_PER_RESULT = 100, 20_000
 
@@ -46,6 +53,7 @@ def audit(message: Mapping[str, Any], attempt: Attempt, services: Services) -> d
         The one study that was asked for is on none of them.
     """
     job = read_job(AuditJob, message)
+    noted = None if job.maintenance is None else _noted(job.maintenance, services)
     meant, out_of_service = select_servers(job.servers, services.fleet), in_maintenance()
     if len(meant) < 2:
         raise InvalidRequest("An audit compares servers: name two or more.", details={"field": "servers"})
@@ -57,7 +65,10 @@ def audit(message: Mapping[str, Any], attempt: Attempt, services: Services) -> d
     with UidIndex(names) as studies:
         with attempt.step("list"):
             not_asked = [Reply(pacs, [], not_asked=suspension) for pacs, suspension in away]
-            left = _list(job, servers, not_asked, studies, attempt, services.fleet)
+            if noted is None:
+                left = _list(job, servers, not_asked, studies, attempt, services.fleet)
+            else:
+                left = _look_for(noted.study_uids, servers, studies, attempt, services.fleet)
         after = "" if job.study_uid or job.cursor is None else job.cursor
         candidates = studies.shared(after=after, limit=job.limit + 1)
         groups = studies.groups()
@@ -66,17 +77,69 @@ def audit(message: Mapping[str, Any], attempt: Attempt, services: Services) -> d
     cursor = candidates[job.limit - 1][0] if len(candidates) > job.limit else None
     if job.study_uid is not None:
         entries, cursor = _one_page(entries, job.limit)
+    split = sum(count for on, count in groups if len(on) > 1)
+    if noted is not None:
+        _note_audited(noted, split, attempt)
     return AuditPayload(
         job_id=attempt.job_id,
         servers=[_audited(pacs, groups, left.get(pacs.server.name, Left())) for pacs in servers],
         studies=sum(count for _, count in groups),
-        split=sum(count for on, count in groups if len(on) > 1),
+        split=split,
         entries=entries,
         cursor=cursor,
         not_asked=names_not_asked(meant),
+        maintenance=job.maintenance,
+        left_out=noted.left_out if noted else 0,
         timings_ms=attempt.timings_ms,
         attempts=attempt.number,
     ).as_json()
+
+
+@dataclass(frozen=True)
+class _NotedStudies:
+    """What was stored elsewhere while ``server`` was in maintenance, as it was noted when the audit began."""
+
+    elsewhere: ElsewhereStudies
+    server: str
+    study_uids: list[str]
+    left_out: int
+    added: int
+
+
+def _noted(name: str, services: Services) -> _NotedStudies:
+    """The studies to be looked for; a server that is still out of service is waited for."""
+    pacs, ledger = services.fleet[name], services.ledger
+    if (suspension := suspended().get(name)) is not None:
+        raise suspended_error(pacs.server, suspension)
+    elsewhere = ElsewhereStudies(ledger.client, prefix=ledger.key(""))
+    added, audit = elsewhere.added(name), elsewhere.read(name)
+    return _NotedStudies(elsewhere, name, elsewhere.studies(name), audit.left_out if audit else 0, added)
+
+
+def _note_audited(noted: _NotedStudies, split: int, attempt: Attempt) -> None:
+    """Write down what the audit found; `Postpone`, if an upload that was under way has stored elsewhere meanwhile."""
+    count = len(noted.study_uids)
+    found = {"studies": count, "split": split}
+    if not noted.elsewhere.audited(noted.server, added=noted.added, job_id=attempt.job_id, **found):
+        raise Postpone("images were stored elsewhere since the audit began", delay_s=ANEW_S)
+    if split:
+        words = "After the maintenance of %s, %d of %d studies are on more than one server: pacs audit --maintenance %s"
+        log.warning(words, noted.server, split, count, noted.server)
+
+
+def _look_for(
+    study_uids: Sequence[str], servers: Sequence[Pacs], studies: UidIndex, attempt: Attempt, fleet: Fleet
+) -> dict[str, Left]:
+    """Note on which servers each of these studies is, some at a time."""
+    for start in range(0, len(study_uids), ABREAST):
+        attempt.write_intent({})  # nothing to remember, but a cancelled or lost job ends here
+        some = study_uids[start : start + ABREAST]
+        answers = iter(_all([partial(pacs.find, "study", uid) for uid in some for pacs in servers], fleet))
+        for uid in some:
+            for pacs in servers:
+                if next(answers):
+                    studies.note(pacs.server.name, [uid])
+    return {}
 
 
 def _list(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from courier.errors import InvalidRequest, PacsUnavailable
+from courier.ledger.elsewhere import ElsewhereStudies
 from courier.ledger.jobs import Ledger
 from courier.ledger.suspensions import Suspension
 from worker.dicom.instances import Instance
@@ -91,3 +92,14 @@ def check_not_known_there(
         if push.server in left and push.voided is None:
             known = f"job {push.job_id} has put images of the study there"
             raise suspended_error(fleet[push.server].server, left[push.server], f", and {known}")
+
+
+def note_stored_elsewhere(study_uids: Sequence[str], not_asked: Iterable[str], ledger: Ledger) -> None:
+    """Before images are pushed: the servers that were not asked may have their studies too, so an audit is to look.
+
+    The audit is a job that waits for its server. It is written down here each time, under the same id.
+    """
+    elsewhere = ElsewhereStudies(ledger.client, prefix=ledger.key(""))
+    for name in not_asked:
+        job_id = elsewhere.note(name, study_uids)
+        ledger.submit(job_id, task="pacs.audit", job={"version": 1, "maintenance": name}, due_in_s=0)

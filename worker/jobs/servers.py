@@ -10,10 +10,12 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from courier.errors import CourierError, PacsUnavailable
+from courier.ledger.elsewhere import ElsewhereStudies
 from courier.messages import ServersJob, StatusJob, read_job
 from courier.results import (
     DatabaseEntry,
     DatabasePayload,
+    ElsewhereEntry,
     Fault,
     RateLimit,
     StatusEntry,
@@ -43,15 +45,17 @@ def status(message: Mapping[str, Any], attempt: Attempt, services: Services) -> 
 
 
 def _with_suspension(entry: StatusEntry, services: Services) -> StatusEntry:
-    """``entry`` with what an operator has ordered for the server."""
-    suspension = None
-    if services.suspensions is not None:
-        suspension = services.suspensions.read([entry.server_name]).get(entry.server_name)
-    if suspension is None:
+    """``entry`` with what an operator has ordered for the server, and what a maintenance has left to be looked at."""
+    if services.suspensions is None:
         return entry
-    note = "; ".join(filter(None, [str(suspension), entry.note]))
-    told = SuspensionEntry.model_validate(suspension.as_json())
-    return entry.model_copy(update={"suspension": told, "note": note})
+    name, ledger = entry.server_name, services.ledger
+    suspension = services.suspensions.read([name]).get(name)
+    audit = ElsewhereStudies(ledger.client, prefix=ledger.key("")).read(name)
+    audit = audit if audit is None or audit.split != 0 else None
+    note = "; ".join(filter(None, [str(suspension or ""), str(audit or ""), entry.note]))
+    ordered = None if suspension is None else SuspensionEntry.model_validate(suspension.as_json())
+    elsewhere = None if audit is None else ElsewhereEntry.model_validate(audit.as_json())
+    return entry.model_copy(update={"suspension": ordered, "elsewhere": elsewhere, "note": note})
 
 
 def _with_rate(entry: StatusEntry, services: Services) -> StatusEntry:

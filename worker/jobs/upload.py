@@ -29,7 +29,7 @@ from worker.dicom.instances import Instance, identify
 from worker.jobs.attempt import Attempt, Postpone
 from worker.jobs.hangs import Hangs, poisoned
 from worker.jobs.knowledge import server_left
-from worker.jobs.maintenance import check_not_known_there, names_not_asked, warned
+from worker.jobs.maintenance import check_not_known_there, names_not_asked, note_stored_elsewhere, warned
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
@@ -420,6 +420,7 @@ def _push(trip: _Trip, checkpoint: UploadCheckpoint, fetched: Fetched, *, resume
         "study_uid": checkpoint.instance.study_instance_uid,
         **checkpoint.route.model_dump(),
     }
+    note_stored_elsewhere([checkpoint.instance.study_instance_uid], checkpoint.not_asked, services.ledger)
     trip.attempt.write_intent(replace(checkpoint, uncertain=True).as_json(), decision=decision)
     part = Part(checkpoint.instance, fetched.open, fetched.size_bytes)
     try:
