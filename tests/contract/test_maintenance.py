@@ -286,6 +286,21 @@ def test_a_claim_under_which_nothing_was_stored_goes_over_to_another_server(site
     assert payload["server_name"] == site.ledger.claimed_server(study) != site.away
 
 
+def test_an_image_waits_for_another_one_of_its_study_that_is_just_on_its_way_there(site):
+    study = new_uid()
+    order = {"task": "pacs.upload", "job": {"image_url": "http://host/first"}}
+    taken = site.ledger.take("first", **order)
+    site.ledger.claim_study(study, server=site.away, job_id="first")
+    site.begin()
+    assert isinstance(site.upload(image(study), "second"), Deferred)
+    assert site.ledger.standing(["second"])["second"].waiting["code"] == "other_job"
+    refusal = {"error": {"code": "pacs_rejected", "message": "No."}}
+    site.ledger.finish("first", taken.fence, outcome=refusal, code="pacs_rejected", **order)
+    payload = done(site.run(upload, "pacs.upload", "second", image_url="http://host/0"))
+    assert payload["server_name"] in site.others
+    assert payload["attempts"] == 1
+
+
 def test_where_all_servers_are_in_maintenance_a_new_image_waits(site):
     for name in NAMES:
         site.begin(name)
