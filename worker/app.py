@@ -121,13 +121,12 @@ class PacsTask(Task):  # type: ignore[misc]  # celery is untyped
         return ShownResult(result) if isinstance(result, dict) else result
 
     def after_return(self, status: str, retval: object, task_id: str, *_: object) -> None:  # noqa: ARG002 - Celery's
-        """The result back-end has it. Should this be lost, a sweep tells the outcome once more."""
+        """The result back-end has it. Should this be lost, a sweep publishes the outcome once more."""
         if isinstance(retval, TimeLimitExceeded) or (
             isinstance(retval, InvalidRequest) and retval.details.get("taken")
         ):
             return  # it is not the outcome of the job that bears this id
-        with contextlib.suppress(redis.RedisError):
-            services().ledger.published(task_id)
+        heartbeat().published(task_id)
 
 
 def _settings() -> Settings:
@@ -195,6 +194,8 @@ app.config_from_object(celery_settings)
 app.conf.update(
     **settings.queue.for_celery,
     result_expires=settings.results.expires_s,
+    # What is stored is read before: a connection that has died shows then, and needs no PING.
+    redis_backend_health_check_interval=None,
     worker_consumer=f"{consumer.__name__}:{consumer.PacsConsumer.__name__}",
 )
 kombu_internals.install()
@@ -319,6 +320,8 @@ def _services() -> Services:
         settings=settings,
         ledger=ledger,
         breakers=breakers,
+        seem_well=guard.seem_well,
+        reserve=guard.reserve,
         suspensions=suspensions,
         rates=rates,
         sources=Sources(settings.sources, breakers=breakers),
@@ -792,6 +795,14 @@ def _measure(**_: Any) -> None:
         instrumentation.measure(settings.telemetry, outlook)
     except SettingsError as error:
         raise SystemExit(f"pacs-courier: {error}") from None
+
+
+@signals.worker_shutdown.connect  # type: ignore[untyped-decorator]  # celery is untyped
+@signals.worker_process_shutdown.connect  # type: ignore[untyped-decorator]  # celery is untyped
+def _note_published(**_: Any) -> None:
+    """This process ends: there is no next beat."""
+    if _heartbeat.cache_info().currsize:
+        _heartbeat().note_published()
 
 
 @signals.worker_process_shutdown.connect  # type: ignore[untyped-decorator]  # celery is untyped

@@ -624,11 +624,18 @@ return {follow_ups}
 """
 )
 
-_PUBLISHED = """
-local fields = redis.call('HMGET', KEYS[1], 'state', 'telling_ms')
-if (fields[1] ~= 'done' and fields[1] ~= 'dead') or fields[2] then return 0 end
-return redis.call('ZREM', KEYS[2], ARGV[1])
+# KEYS: due. ARGV: of each job its id, and how long ago (ms) its outcome was published. A job that has been done anew
+# since has another outcome.
+_PUBLISHED = (
+    _NOW
+    + """
+for i = 1, #ARGV, 2 do
+  local fields = redis.call('HMGET', prefix .. 'job:' .. ARGV[i], 'state', 'telling_ms', 'ended_ms')
+  local ended = (fields[1] == 'done' or fields[1] == 'dead') and not fields[2]
+  if ended and tonumber(fields[3] or 0) <= now - ARGV[i + 1] then redis.call('ZREM', KEYS[1], ARGV[i]) end
+end
 """
+)
 
 # What the job held it let go of at its end, and what it was told of is outdated; its checkpoint says how far it came.
 _ANEW = """
@@ -985,29 +992,67 @@ return 1
 )
 
 # Whoever decides to push an image holds it, and every server has said that it has none: a receipt from before is void.
+# A push of a file at which its server has hung is not intended before a worker has judged that. Gives what became of it
+# (`IntentResult`), and 1 if the server has hung at any file.
+_INTENT = """
+local lost, cancelled, written, hung, untried = -1, 0, 1, 2, 3
+local function standing(job, fence)
+  local fields = redis.call('HMGET', job, 'fence', 'state', 'cancel')
+  if fields[1] ~= fence or fields[2] ~= 'running' then return lost end
+  return fields[3] and cancelled or written
+end
+local function write_intent(job, memo, entry, keep_ms)
+  redis.call('HSET', job, 'memo', memo)
+  if entry ~= '' then
+    note_of_job(job, entry, keep_ms, false)
+    local uid = string.match(redis.call('HGET', job, 'hold') or '', '([%d.]+)$')
+    if uid then redis.call('DEL', prefix .. 'receipt:' .. uid) end
+  end
+end
+local function intend_push(job, memo, entry, keep_ms, hangs, file)
+  if redis.call('EXISTS', hangs) == 0 then
+    write_intent(job, memo, entry, keep_ms)
+    return written, 0
+  end
+  if redis.call('HEXISTS', hangs, file) == 1 then return hung, 1 end
+  write_intent(job, memo, entry, keep_ms)
+  return written, 1
+end
+"""
+
+# KEYS: job. ARGV: fence, memo, note ('' without one), how long that is kept.
 _WRITE_INTENT = (
     _NOW
     + _HISTORY
+    + _INTENT
     + """
-if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] then return -1 end
-if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return -1 end
-if redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'memo', ARGV[2])
-if ARGV[3] ~= '' then
-  note_of_job(KEYS[1], ARGV[3], ARGV[4], false)
-  local uid = string.match(redis.call('HGET', KEYS[1], 'hold') or '', '([%d.]+)$')
-  if uid then redis.call('DEL', ARGV[5] .. uid) end
-end
-return 1
+local found = standing(KEYS[1], ARGV[1])
+if found == written then write_intent(KEYS[1], ARGV[2], ARGV[3], ARGV[4]) end
+return found
 """
 )
 
+# KEYS: job, hangs of the server. ARGV: fence, memo, note, how long that is kept, the file.
+_INTEND_PUSH = (
+    _NOW
+    + _HISTORY
+    + _INTENT
+    + """
+local found = standing(KEYS[1], ARGV[1])
+if found ~= written then return {found, 0} end
+return {intend_push(KEYS[1], ARGV[2], ARGV[3], ARGV[4], KEYS[2], ARGV[5])}
+"""
+)
+
+# KEYS: claim, placed, history of the study, job; and the hangs of the server, where its push is intended at once.
 # ARGV: server, job, lifetime, note, its lifetime, 1 if the job asked for that server, or `from:` and the server that it
-# is to leave because of its maintenance; then the servers that this worker knows: a claim on another server is left to
-# a worker that knows it, and is void if no worker that runs does. A job that asked for its server takes over a claim if
-# no job that follows it may still push, and nothing has been stored under it since the job asked the servers, which all
-# said that they have none. A claim on a server in maintenance, which has not been asked, goes over to another server
-# only if nothing was ever stored under it, and no job that follows it may still push.
+# is to leave because of its maintenance; fence ('' where nothing is intended), memo, note of the intent, the file; then
+# the servers that this worker knows: a claim on another server is left to a worker that knows it, and is void if no
+# worker that runs does. A job that asked for its server takes over a claim if no job that follows it may still push,
+# and nothing has been stored under it since the job asked the servers, which all said that they have none. A claim on a
+# server in maintenance, which has not been asked, goes over to another server only if nothing was ever stored under it,
+# and no job that follows it may still push. What is intended is the push to the server that the job asked for, or that
+# it is the first to claim; otherwise the claim alone is told.
 # Version 0.1 did not say when something was stored under a claim: it counts as now, once.
 _CLAIM_STUDY = (
     _NOW
@@ -1015,22 +1060,27 @@ _CLAIM_STUDY = (
     + _HISTORY
     + _FOLLOWERS
     + _SERVERS
+    + _INTENT
     + """
 local claim, job = KEYS[1], KEYS[4]
+if ARGV[7] ~= '' then
+  local found = standing(job, ARGV[7])
+  if found ~= written then return {'', 0, found, 0} end
+end
 local server = redis.call('HGET', claim, 'server')
-local binds = #ARGV == 6
-for i = 7, #ARGV do binds = binds or ARGV[i] == server end
-if server and not binds and is_known(server) then return {server, 0} end
+local binds = #ARGV == 10
+for i = 11, #ARGV do binds = binds or ARGV[i] == server end
+if server and not binds and is_known(server) then return {server, 0, untried, 0} end
 local leaves = server and ARGV[6] == 'from:' .. server
 local asked_elsewhere = (ARGV[6] == '1' or leaves) and server ~= ARGV[1]
 if server and binds and asked_elsewhere then
   if redis.call('HEXISTS', claim, 'opened_by') == 1 then
-    if leaves then return {server, 0} end
+    if leaves then return {server, 0, untried, 0} end
     redis.call('HSETNX', claim, 'stored_us', us)
   end
   local stored_us = tonumber(redis.call('HGET', claim, 'stored_us') or 0)
   local seen = stored_us < tonumber(redis.call('HGET', job, 'asked_us') or 1)
-  if is_followed(claim, ARGV[2], leaves) or not (seen or leaves) then return {server, 0} end
+  if is_followed(claim, ARGV[2], leaves) or not (seen or leaves) then return {server, 0, untried, 0} end
 end
 local first = not (server and binds) or asked_elsewhere
 if first then
@@ -1047,7 +1097,11 @@ if redis.call('HSETNX', claim, 'follower:' .. ARGV[2], now) == 1 and redis.call(
   local claims = redis.call('HGET', job, 'claims')
   redis.call('HSET', job, 'claims', claims and claims .. ' ' .. claim or claim)
 end
-return {redis.call('HGET', claim, 'server'), first and 1 or 0}
+local chosen, became, troubled = redis.call('HGET', claim, 'server'), untried, 0
+if ARGV[7] ~= '' and chosen == ARGV[1] and (first or ARGV[6] == '1') then
+  became, troubled = intend_push(job, ARGV[8], ARGV[9], ARGV[5], KEYS[5], ARGV[10])
+end
+return {chosen, first and 1 or 0, became, troubled}
 """
 )
 
@@ -1084,24 +1138,32 @@ local function write_receipt(row, keep_ms, only_anew)
 end
 """
 
-# ARGV: job, server, lifetime, note, then image, study, series, digest and size of each. A single upload has a note for
-# its image. A batch has none, and renews the receipts that there are: one for each of its images would take several
-# times what it leaves otherwise, so what stands for the others is the entry of their study.
+# ARGV: job, server, lifetime, note; fence ('' without a checkpoint), the checkpoint, and the one of a job that was the
+# first to store anything of the study it had claimed; then image, study, series, digest and size of each. A single
+# upload has a note for its image. A batch has none, and renews the receipts that there are: one for each of its images
+# would take several times what it leaves otherwise, so what stands for the others is the entry of their study.
+# The receipt of what is stored is written in any case, the checkpoint by the holder of the fence alone.
 _STORED = (
     _NOW
     + _NOW_US
     + _HISTORY
     + _RECEIPT
+    + _INTENT
     + """
 local opened = false
 redis.call('HSET', prefix .. 'stored', ARGV[2], us)
-for i = 5, #ARGV, 5 do
+for i = 8, #ARGV, 5 do
   local row = {job = ARGV[1], server = ARGV[2], image = ARGV[i], study = ARGV[i + 1], series = ARGV[i + 2],
     sha256 = ARGV[i + 3], size_bytes = ARGV[i + 4]}
   opened = write_receipt(row, ARGV[3], ARGV[4] == '') or opened
   if ARGV[4] ~= '' then note(prefix .. 'trail:' .. row.image, ARGV[4], ARGV[3]) end
 end
-return opened and 1 or 0
+local found = untried
+if ARGV[5] ~= '' then
+  found = standing(KEYS[1], ARGV[5])
+  if found == written then write_intent(KEYS[1], opened and ARGV[7] or ARGV[6], '', 0) end
+end
+return {opened and 1 or 0, found}
 """
 )
 
@@ -1363,9 +1425,64 @@ class StudyPush:
 
 
 @dataclass(frozen=True)
+class PushIntent:
+    """That the attempt with ``fence`` is about to push ``file`` (its SHA-256) to ``server``, for `Ledger.write_intent`.
+
+    ``checkpoint`` is what the next attempt has to know, ``decision`` what a trace will say of it.
+    """
+
+    fence: int
+    checkpoint: Mapping[str, Any]
+    decision: Mapping[str, Any]
+    server: str
+    file: str
+
+    def texts(self, job_id: str) -> tuple[str, str]:
+        """Checkpoint and event, as they are written."""
+        return _dump(self.checkpoint), _event("routed", job_id, **self.decision)
+
+
+class IntentState(Enum):
+    LOST = -1
+    CANCELLED = 0
+    WRITTEN = 1
+    HUNG = 2  # the server has hung at this file: it has to be judged whether it is sent again
+    UNTRIED = 3  # none was given, or the study is another server's
+
+
+@dataclass(frozen=True)
+class IntentResult:
+    """What became of an intent. ``troubled``: the server has hung at some file lately."""
+
+    state: IntentState
+    troubled: bool = False
+
+
+LOST_INTENT: Final = IntentResult(IntentState.LOST)
+NO_INTENT: Final = IntentResult(IntentState.UNTRIED)
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """The checkpoint of an attempt that has stored an image: ``first`` if its job was the first in the study that it
+    had claimed, else ``other``.
+    """
+
+    fence: int
+    first: Mapping[str, Any]
+    other: Mapping[str, Any]
+
+    def args(self) -> list[str | int]:
+        return [self.fence, _dump(self.other), _dump(self.first)]
+
+
+@dataclass(frozen=True)
 class StudyClaim:
+    """``intended`` is what became of the intent that came with the claim."""
+
     server: str
     first: bool
+    intended: IntentResult = NO_INTENT
 
 
 @dataclass(frozen=True)
@@ -1548,6 +1665,7 @@ class Ledger:
         self._park, self._finish, self._sweep = script(_PARK), script(_FINISH), script(_SWEEP)
         self._cancel, self._lock_image, self._write_intent = script(_CANCEL), script(_LOCK_IMAGE), script(_WRITE_INTENT)
         self._claim_study, self._stored = script(_CLAIM_STUDY), script(_STORED)
+        self._intend_push = script(_INTEND_PUSH)
         self._move_claim = script(_MOVE_CLAIM)
         self._lock_for_delete, self._release, self._forget_study = (
             script(_LOCK_FOR_DELETE),
@@ -1801,7 +1919,12 @@ class Ledger:
 
     def published(self, job_id: str) -> None:
         """The outcome of an ended job is where its client looks for it: nobody has to be woken to bring it there."""
-        self._published(keys=[self.key("job", job_id), self.key("due")], args=[job_id])
+        self.published_before({job_id: 0.0})
+
+    def published_before(self, ages_s: Mapping[str, float]) -> None:
+        """The same of many jobs, each so many seconds ago."""
+        args = [part for job_id, age_s in ages_s.items() for part in (job_id, _ms(age_s))]
+        self._published(keys=[self.key("due")], args=args)
 
     def finish(  # noqa: PLR0913 - as `_end`
         self,
@@ -2216,7 +2339,7 @@ class Ledger:
         study = receipt.get("study_uid")
         return self._hash(self.key("pushes", study)) if study else {}
 
-    def claim_study(  # noqa: PLR0913 - whose it is to be, and what may void another choice
+    def claim_study(  # noqa: PLR0913 - whose it is to be, what may void another choice, and what is intended with it
         self,
         study_instance_uid: str,
         *,
@@ -2226,6 +2349,7 @@ class Ledger:
         in_history: bool = True,
         asked_for: bool = False,
         leaving: str | None = None,
+        intent: PushIntent | None = None,
     ) -> StudyClaim:
         """Who a new study belongs to: ``server`` if nobody has claimed it yet, else the first claimant's choice.
 
@@ -2234,6 +2358,9 @@ class Ledger:
         was ``asked_for`` and no job that follows the claim may still push; and the choice of the server ``leaving``,
         which is in maintenance, if moreover nothing was ever stored under the claim. From now on the job follows the
         claim, until it ends or lets go of its images. ``in_history`` leaves a line in the study's history.
+
+        ``intent`` is written in the same step (`intend_push`), if the study is ``server``'s by this claim or the job
+        asked for it; where the job was cancelled, nothing is claimed. `LeaseLost` if another attempt has taken it over.
         """
         keys = [
             self.key("study", study_instance_uid),
@@ -2243,9 +2370,16 @@ class Ledger:
         ]
         event = _event("claimed", job_id, server=server) if in_history else ""
         taking_over = int(asked_for) if leaving is None else f"from:{leaving}"
-        args: list[str | int] = [server, job_id, self._claim_ms, event, self.keep_ms, taking_over, *among]
-        chosen, first = self._claim_study(keys=keys, args=args)
-        return StudyClaim(str(chosen), bool(first))
+        args: list[str | int] = [server, job_id, self._claim_ms, event, self.keep_ms, taking_over]
+        if intent is None:
+            args += ["", "", "", ""]
+        else:
+            keys.append(self.key("hangs", intent.server))
+            args += [intent.fence, *intent.texts(job_id), intent.file]
+        chosen, first, *became = self._claim_study(keys=keys, args=[*args, *among])
+        result = _intent_result(became)
+        self._guard(result is not LOST_INTENT)
+        return StudyClaim(str(chosen), bool(first), result)
 
     def claim_is_in_use(self, study_instance_uid: str) -> bool:
         """Whether a job that follows the claim of a study is at work just now."""
@@ -2307,26 +2441,47 @@ class Ledger:
         ``decision``, to push an image that is on no server, is what a trace will say of it.
         """
         event = "" if decision is None else _event("routed", job_id, **decision)
-        args: list[str | int] = [fence, _dump(checkpoint), event, self.keep_ms, self.key("receipt", "")]
+        args: list[str | int] = [fence, _dump(checkpoint), event, self.keep_ms]
         answer = int(self._write_intent(keys=[self.key("job", job_id)], args=args))
         self._guard(answer >= 0)
         return bool(answer)
 
+    def intend_push(self, job_id: str, intent: PushIntent) -> IntentResult:
+        """`write_intent` of the push of one image, unless its server has hung at this very file."""
+        args: list[str | int] = [intent.fence, *intent.texts(job_id), self.keep_ms, intent.file]
+        keys = [self.key("job", job_id), self.key("hangs", intent.server)]
+        result = _intent_result(self._intend_push(keys=keys, args=args))
+        self._guard(result is not LOST_INTENT)
+        return result
+
     def stored(
-        self, sop_instance_uid: str, study_instance_uid: str, receipt: Receipt, *, series_instance_uid: str = ""
+        self,
+        sop_instance_uid: str,
+        study_instance_uid: str,
+        receipt: Receipt,
+        *,
+        series_instance_uid: str = "",
+        checkpoint: StoredCheckpoint | None = None,
     ) -> bool:
-        """Write the receipt; True if this job was the first to store anything of the study it had claimed."""
+        """Write the receipt; True if this job was the first to store anything of the study it had claimed.
+
+        The ``checkpoint`` is written in the same step, unless the job was cancelled. `LeaseLost` if another attempt has
+        taken the job over: then the receipt alone is written.
+        """
         event = _event("stored", receipt.job_id, server=receipt.server, study_uid=study_instance_uid)
-        args: list[str | int] = [receipt.job_id, receipt.server, self.keep_ms, event, sop_instance_uid]
-        args += [study_instance_uid, series_instance_uid, receipt.sha256, receipt.size_bytes]
-        return bool(self._stored(keys=[self.key("job", receipt.job_id)], args=args))
+        args: list[str | int] = [receipt.job_id, receipt.server, self.keep_ms, event]
+        args += ["", "", ""] if checkpoint is None else checkpoint.args()
+        args += [sop_instance_uid, study_instance_uid, series_instance_uid, receipt.sha256, receipt.size_bytes]
+        opened, state = self._stored(keys=[self.key("job", receipt.job_id)], args=args)
+        self._guard(int(state) >= 0)
+        return bool(opened)
 
     def stored_many(self, server: str, images: Iterable[StoredImage], *, job_id: str) -> None:
         """Write down that a batch has stored images on ``server``: for their studies, and where an image has a receipt.
 
         Receipts of all would take several times what the batch keeps of them itself, so of a new image there is none.
         """
-        args: list[str | int] = [job_id, server, self.keep_ms, ""]
+        args: list[str | int] = [job_id, server, self.keep_ms, "", "", "", ""]
         for one in images:
             args += [one.sop_instance_uid, one.study_instance_uid, one.series_instance_uid, one.sha256, one.size_bytes]
         self._stored(keys=[self.key("job", job_id)], args=args)
@@ -2520,6 +2675,12 @@ def _taken(answer: Sequence[Any]) -> TakeResult:
     if len(answer) > 2:
         return TakeResult(state, outcome=outcome, pending=PendingFollowUps(answer[3], int(answer[2]), int(answer[4])))
     return TakeResult(state, outcome=outcome)
+
+
+def _intent_result(answer: Sequence[Any]) -> IntentResult:
+    state, troubled = answer
+    result = IntentResult(IntentState(int(state)), bool(troubled))
+    return LOST_INTENT if result.state is IntentState.LOST else result
 
 
 def _headers(text: str) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import redis
 
@@ -35,47 +36,58 @@ ASK_AGAIN_S: Final = 0.05
 
 _NOW = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000)\n"
 
-# KEYS: slots, queue. ARGV: me, how many are wanted, the limit, lease, how many are in use here, how many to give back.
-# Whoever waited longer comes first. A process whose lease had run out comes back with what it has in use.
+# KEYS: slots and queue of each server. ARGV: me, lease; then of each server how many slots are wanted, the limit, how
+# many are in use here, how many are given back, and 1 if this process waits in line for those that are not free.
+# The process that waited longest comes first. A process whose lease had run out comes back with what it has in use.
 _TURN = (
     _NOW
     + """
-local me, want, limit, used = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
-local rows = redis.call('HGETALL', KEYS[1])
-local alive, others, members, mine = {}, 0, 0, nil
-for i = 1, #rows, 2 do
-  local held, ends = string.match(rows[i + 1], '(%d+):(%d+)')
-  if tonumber(ends) < now then
-    redis.call('HDEL', KEYS[1], rows[i])
-  elseif rows[i] == me then
-    mine = tonumber(held)
-  else
-    alive[rows[i]], others, members = true, others + tonumber(held), members + 1
+local me, lease = ARGV[1], ARGV[2]
+local function turn(slots, queue, want, limit, used, back, waits)
+  local rows = redis.call('HGETALL', slots)
+  local alive, others, members, mine = {}, 0, 0, nil
+  for i = 1, #rows, 2 do
+    local held, ends = string.match(rows[i + 1], '(%d+):(%d+)')
+    if tonumber(ends) < now then
+      redis.call('HDEL', slots, rows[i])
+    elseif rows[i] == me then
+      mine = tonumber(held)
+    else
+      alive[rows[i]], others, members = true, others + tonumber(held), members + 1
+    end
   end
-end
-mine = math.max((mine or used) - tonumber(ARGV[6]), used)
-local ahead, passed, waiting = 0, false, 0
-for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
-  if id == me then
-    passed = true
-  elseif alive[id] then
-    waiting = waiting + 1
-    if not passed then ahead = ahead + 1 end
-  else
-    redis.call('ZREM', KEYS[2], id)
+  mine = math.max((mine or used) - back, used)
+  local ahead, passed, waiting = 0, false, 0
+  for _, id in ipairs(redis.call('ZRANGE', queue, 0, -1)) do
+    if id == me then
+      passed = true
+    elseif alive[id] then
+      waiting = waiting + 1
+      if not passed then ahead = ahead + 1 end
+    else
+      redis.call('ZREM', queue, id)
+    end
   end
+  local granted = math.max(0, math.min(want, limit - others - mine - ahead))
+  mine = mine + granted
+  waits = waits and want > granted
+  if waits then redis.call('ZADD', queue, 'NX', now, me) else redis.call('ZREM', queue, me) end
+  if mine > 0 or waits then
+    redis.call('HSET', slots, me, string.format('%d:%.0f', mine, now + lease))
+  else
+    redis.call('HDEL', slots, me)
+  end
+  redis.call('PEXPIRE', slots, lease)
+  redis.call('PEXPIRE', queue, lease)
+  return {mine, waiting, members + 1}
 end
-local granted = math.max(0, math.min(want, limit - others - mine - ahead))
-mine = mine + granted
-if want > granted then redis.call('ZADD', KEYS[2], 'NX', now, me) else redis.call('ZREM', KEYS[2], me) end
-if mine > 0 or want > granted then
-  redis.call('HSET', KEYS[1], me, string.format('%d:%.0f', mine, now + ARGV[4]))
-else
-  redis.call('HDEL', KEYS[1], me)
+local turns = {}
+for i = 1, #KEYS, 2 do
+  local want, limit, used, back, waits = unpack(ARGV, (i - 1) / 2 * 5 + 3, (i - 1) / 2 * 5 + 7)
+  turns[#turns + 1] = turn(KEYS[i], KEYS[i + 1], tonumber(want), tonumber(limit), tonumber(used), tonumber(back),
+    waits == '1')
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
-redis.call('PEXPIRE', KEYS[2], ARGV[4])
-return {mine, waiting, members + 1}
+return turns
 """
 )
 
@@ -106,6 +118,26 @@ def read_slots(client: redis.Redis, names: Sequence[str], *, prefix: str = PREFI
 
 class NoSlot(Exception):
     """None came free in time."""
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """How many slots of a server are wanted, are in use here, and are given back; ``waits`` in line for the rest."""
+
+    name: str
+    limit: int
+    want: int
+    used: int
+    back: int
+    waits: bool = True
+
+
+class _Turn(NamedTuple):
+    """How many slots of a server are ours now, how many other processes wait, and how many there are."""
+
+    held: int
+    waiting: int
+    members: int
 
 
 class Slots:
@@ -148,6 +180,27 @@ class Slots:
         finally:
             share.give()
 
+    def reserve(self, limits: Mapping[str, int], each: int) -> None:
+        """Lease ``each`` slots of these servers, by their limits, as far as they are free: in one exchange, for calls
+        that come at once and would each lease its own.
+        """
+        shares = [self._share(name, limit) for name, limit in sorted(limits.items())]
+        with ExitStack() as asking:
+            for share in shares:
+                asking.enter_context(share.asking)
+            wishes = [wish for share in shares if (wish := share.reserving(each)) is not None]
+            if not wishes:
+                return
+            asked_at = self._clock()
+            try:
+                turns = self._exchange(wishes)
+            except BaseException:
+                for wish in wishes:
+                    self._shares[wish.name].failed(wish)
+                raise
+            for wish, turn in zip(wishes, turns, strict=True):
+                self._shares[wish.name].granted(turn, asked_at)
+
     def tend(self) -> None:
         """Renew the leases and give back what was not needed since the last time."""
         with self._lock:
@@ -161,11 +214,16 @@ class Slots:
                 self._shares[name] = _Share(self, name, limit)
             return self._shares[name]
 
-    def turn(self, name: str, limit: int, *, want: int, used: int, back: int) -> tuple[int, int, int]:
+    def turn(self, wish: _Wish) -> _Turn:
         """One exchange with Redis: how many slots are ours now, how many others wait, how many processes there are."""
-        args: list[str | int] = [self._me, want, limit, int(self._lease_s * 1000), used, back]
-        held, waiting, members = self._turn(keys=[self._prefix + SLOTS + name, self._prefix + QUEUE + name], args=args)
-        return int(held), int(waiting), int(members)
+        return self._exchange([wish])[0]
+
+    def _exchange(self, wishes: Sequence[_Wish]) -> list[_Turn]:
+        keys = [f"{self._prefix}{kind}{wish.name}" for wish in wishes for kind in (SLOTS, QUEUE)]
+        args: list[str | int] = [self._me, int(self._lease_s * 1000)]
+        for wish in wishes:
+            args += [wish.want, wish.limit, wish.used, wish.back, int(wish.waits)]
+        return [_Turn(*(int(number) for number in row)) for row in self._turn(keys=keys, args=args)]
 
     def fresh_until(self, asked_at: float) -> float:
         return asked_at + self._lease_s
@@ -180,7 +238,7 @@ class _Share:
     def __init__(self, slots: Slots, name: str, limit: int) -> None:
         self._slots, self._name, self._limit = slots, name, limit
         self._changed = threading.Condition()
-        self._asking = threading.Lock()  # one exchange at a time, or an old answer would cover a new one
+        self.asking = threading.Lock()  # one exchange at a time, or an old answer would cover a new one
         self._held = self._used = self._waiting = 0
         self._back = 0  # given up here, which Redis has not been told yet
         self._peak = 0  # in use at once, since the last time it was tended
@@ -253,7 +311,7 @@ class _Share:
 
     def _ask(self) -> None:
         """On behalf of all threads that wait here; not again at once where it did not help."""
-        with self._asking:
+        with self.asking:
             with self._changed:
                 now = self._slots.now()
                 if self._can_take(now) or now < self._ask_again_at:
@@ -267,22 +325,39 @@ class _Share:
         return self._used < self._held and now < self._fresh_until
 
     def _exchange(self, *, want: int) -> None:
-        with self._asking:
+        with self.asking:
             self._turn(want)
 
     def _turn(self, want: int) -> None:
         asked_at = self._slots.now()
-        with self._changed:
-            used, back = self._used, self._back
-            self._back = 0
+        wish = self._wish(want)
         try:
-            held, waiting, members = self._slots.turn(self._name, self._limit, want=want, used=used, back=back)
+            turn = self._slots.turn(wish)
         except BaseException:
-            with self._changed:
-                self._back += back
+            self.failed(wish)
             raise
+        self.granted(turn, asked_at)
+
+    def _wish(self, want: int, *, waits: bool = True) -> _Wish:
         with self._changed:
-            self._held = held - self._back
+            back, self._back = self._back, 0
+            return _Wish(self._name, self._limit, want, self._used, back, waits)
+
+    def reserving(self, each: int) -> _Wish | None:
+        """What is to be asked for so that ``each`` slots are held and not in use; None if they are."""
+        with self._changed:
+            free = self._held - self._used if self._slots.now() < self._fresh_until else 0
+        missing = min(each, self._limit) - free
+        return self._wish(missing, waits=self._waiting > 0) if missing > 0 else None
+
+    def failed(self, wish: _Wish) -> None:
+        """The exchange did not take place."""
+        with self._changed:
+            self._back += wish.back
+
+    def granted(self, turn: _Turn, asked_at: float) -> None:
+        with self._changed:
+            self._held = turn.held - self._back
             self._fresh_until = self._slots.fresh_until(asked_at)
-            self._most = self._limit if not waiting else self._limit // members
+            self._most = self._limit if not turn.waiting else self._limit // turn.members
             self._changed.notify_all()

@@ -17,7 +17,18 @@ from courier.batches.planner import Planned, Planner
 from courier.batches.store import Batches, ItemOutcome
 from courier.ledger import peers
 from courier.ledger.breakers import Breakers
-from courier.ledger.jobs import Attachment, LeaseLost, Ledger, PendingFollowUps, Receipt, StoredImage, TakeState
+from courier.ledger.jobs import (
+    Attachment,
+    IntentState,
+    LeaseLost,
+    Ledger,
+    PendingFollowUps,
+    PushIntent,
+    Receipt,
+    StoredCheckpoint,
+    StoredImage,
+    TakeState,
+)
 from courier.ledger.slots import Slots
 from courier.settings import BreakerSettings, Settings
 from courier.waits import WaitReason
@@ -72,8 +83,11 @@ def live_jobs(ledger: Ledger) -> None:
     assert ledger.lock_image("1.2.1.1", job_id="u", fence=fence, into=["1.2", "1.2.1"]) is None
     assert ledger.claim_study("1.2", server="a", job_id="u").first
     assert ledger.claim_study("1.2", server="a", job_id="u", among=["a"], asked_for=True).server == "a"
-    assert ledger.write_intent("u", fence, {"pending": "a"}, decision={"server": "a"})
-    assert ledger.stored("1.2.1.1", "1.2", Receipt("u", "a", "00", 1), series_instance_uid="1.2.1")
+    assert ledger.write_intent("u", fence, {"pending": "a"})
+    assert ledger.intend_push("u", PushIntent(fence, {}, {"server": "a"}, "a", "00")).state is IntentState.WRITTEN
+    checkpoint = StoredCheckpoint(fence, {"stored": True}, {})
+    receipt = Receipt("u", "a", "00", 1)
+    assert ledger.stored("1.2.1.1", "1.2", receipt, series_instance_uid="1.2.1", checkpoint=checkpoint)
     assert ledger.foresee("u", fence, WaitReason("c", "m"), delay_s=0)["code"] == "c"
     ledger.park("u", fence, delay_s=0, code="c", message="m")
     fence = take(ledger, "u")

@@ -18,7 +18,7 @@ from courier.ledger.slots import Slots
 from courier.redaction import job_lines
 from courier.settings import BreakerSettings, ServerSettings
 from sandbox.processes import poll
-from worker.pacs.guard import Guard
+from worker.pacs.guard import FRESH_S, Guard
 from worker.pacs.server_rates import ServerRates
 
 SERVER = ServerSettings(name="a", type="dicomweb", url="http://a", max_concurrency=4, read_timeout_s=5)
@@ -461,3 +461,42 @@ def test_a_server_that_does_not_answer_says_nothing_of_its_credential(
     one.guard.refresh()
     assert one.call() is None
     assert one.state("a:credential") == "closed"
+
+
+def test_servers_seem_well_while_nothing_is_known_against_any_of_them(
+    client: fakeredis.FakeRedis, one: Process, two: Process
+) -> None:
+    assert not one.guard.seem_well(["a", "b"]), "nothing is known before the first look"
+    one.call()
+    asked = one.breakers.asked
+    assert one.guard.seem_well(["a", "b"])
+    assert one.breakers.asked == asked
+    assert not one.guard.seem_well(["a", "another"])
+    one.call(failure())
+    assert (one.guard.seem_well(["b"]), one.guard.seem_well(["a", "b"])) == (True, False)
+
+
+@pytest.mark.parametrize("what", ["failure", "credential", "changes", "slowed"])
+def test_servers_do_not_seem_well_once_another_process_has_found_something_against_one(
+    one: Process, two: Process, what: str
+) -> None:
+    one.call()
+    if what == "credential":
+        refusal = PacsUnauthorized("No.", server_name="a")
+        refusal.scope = "credential"
+        two.call(refusal)
+    elif what == "slowed":
+        two.rates.lower("a", status=429, retry_after_s=None, cuts=0, measured_per_s=1)
+    else:
+        two.call(failure(), changes=what == "changes")
+    one.guard.refresh()
+    assert (one.guard.seem_well(["b"]), one.guard.seem_well(["a"])) == (True, False)
+
+
+def test_old_good_news_is_no_news(client: fakeredis.FakeRedis) -> None:
+    now = [100.0]
+    guard = Guard(Breakers(client), Slots(client), [SERVER], clock=lambda: now[0])
+    guard.refresh()
+    assert guard.seem_well(["a"])
+    now[0] += FRESH_S + 0.1
+    assert not guard.seem_well(["a"])

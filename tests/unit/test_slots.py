@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import fakeredis
 import pytest
@@ -203,3 +204,72 @@ class ManyProcesses(RuleBasedStateMachine):
 
 ManyProcesses.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 test_no_sequence_of_events_exceeds_the_limit = ManyProcesses.TestCase
+
+
+class Exchanges(Slots):
+    """Counts every exchange with Redis."""
+
+    exchanges = 0
+
+    def _exchange(self, wishes: Any) -> Any:
+        self.exchanges += 1
+        return super()._exchange(wishes)
+
+
+def test_slots_of_several_servers_are_leased_in_one_exchange(client: fakeredis.FakeRedis) -> None:
+    slots = Exchanges(client)
+    slots.reserve({"a": 8, "b": 2, "c": 1}, 2)
+    assert slots.exchanges == 1
+    with ExitStack() as calls:
+        for name, limit in (("a", 8), ("a", 8), ("b", 2), ("b", 2), ("c", 1)):
+            calls.enter_context(slots.slot(name, limit=limit, wait_s=0))
+    assert slots.exchanges == 1
+    slots.reserve({"a": 8, "b": 2, "c": 1}, 2)
+    assert slots.exchanges == 1, "what is held and not in use need not be leased"
+
+
+def test_reserved_slots_count_for_the_limit_and_nothing_waits_in_line_for_those_that_are_not_free(
+    client: fakeredis.FakeRedis,
+) -> None:
+    one, two = Exchanges(client), Slots(client)
+    with use(two, limit=2):
+        one.reserve({"a": 2}, 2)
+        assert client.zcard(f"{PREFIX}slotqueue:a") == 0
+        assert not can_use(two, limit=2), "one has reserved what was left"
+        assert can_use(one, limit=2)
+    one.tend()
+    one.tend()
+    assert can_use(two, limit=2)
+
+
+def test_a_reservation_for_which_nothing_is_free_takes_nothing_and_keeps_a_place_in_line(
+    client: fakeredis.FakeRedis,
+) -> None:
+    one, two = Slots(client), Slots(client)
+    with use(two, limit=1):
+        one.reserve({"a": 1, "b": 1}, 2)
+        assert not can_use(one, limit=1)
+        waiting = client.zrange(f"{PREFIX}slotqueue:a", 0, -1)
+        one.tend()
+        assert client.zrange(f"{PREFIX}slotqueue:a", 0, -1) in (waiting, [])
+    assert poll(lambda: can_use(one, limit=1), timeout_s=10)
+
+
+def test_slots_that_were_to_be_given_back_are_so_when_a_reservation_did_not_reach_redis(
+    client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: Any) -> None:
+        raise redis.ConnectionError
+
+    one = Slots(client)
+    with use(one, limit=4), use(one, limit=4):
+        pass
+    one.tend()
+    with monkeypatch.context() as while_away:
+        while_away.setattr(one, "_exchange", away)
+        with suppress(redis.ConnectionError):
+            one.tend()
+        with pytest.raises(redis.ConnectionError):
+            one.reserve({"a": 4}, 4)
+    one.tend()
+    assert client.hvals(f"{PREFIX}{SLOTS}a") == []

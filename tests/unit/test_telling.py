@@ -70,6 +70,6 @@ def test_a_process_that_was_ended_has_told_no_outcome(
     monkeypatch: pytest.MonkeyPatch, result: Exception, is_told: bool
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(product, "services", lambda: SimpleNamespace(ledger=SimpleNamespace(published=told.append)))
+    monkeypatch.setattr(product, "heartbeat", lambda: SimpleNamespace(published=told.append))
     product.PacsTask().after_return("FAILURE", result, "j1", (), {}, None)
     assert told == (["j1"] if is_told else [])

@@ -17,7 +17,19 @@ from typing import Any, Protocol
 import redis
 
 from courier.errors import Cancelled
-from courier.ledger.jobs import NO_ATTACHMENTS, Attachments, LeaseLost, Ledger, passes, words_of
+from courier.ledger.jobs import (
+    NO_ATTACHMENTS,
+    Attachments,
+    IntentResult,
+    IntentState,
+    LeaseLost,
+    Ledger,
+    PushIntent,
+    Receipt,
+    StoredCheckpoint,
+    passes,
+    words_of,
+)
 from courier.redaction import about, job_lines
 from courier.telemetry import StepEvent, observe
 from courier.waits import OTHER_JOB, SERVER_UNKNOWN, WORKER_SHUTDOWN, Meanwhile, WaitReason
@@ -26,6 +38,7 @@ log = logging.getLogger(__name__)
 
 #: How soon a job is tried by another worker that knows more servers.
 HAND_OVER_S = 1.0
+CANCELLED = "The job was cancelled before anything was pushed."
 SHUT_DOWN = "the worker was shut down before the job had ended"
 
 
@@ -111,12 +124,47 @@ class Attempt:
     def write_intent(self, checkpoint: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> None:
         """Write down what is about to happen, as the last moment at which a cancellation counts."""
         if not self.note(checkpoint, decision=decision):
-            raise Cancelled("The job was cancelled before anything was pushed.")
+            raise Cancelled(CANCELLED)
 
     def note(self, checkpoint: Mapping[str, Any], *, decision: Mapping[str, Any] | None = None) -> bool:
         """Write down what the next attempt has to know; False if the job was cancelled: nothing is written."""
         self.noted = checkpoint
         return self.ledger.write_intent(self.job_id, self.fence, checkpoint, decision=decision)
+
+    def intend_push(self, intent: PushIntent) -> IntentResult:
+        """`write_intent`, unless the server has hung at the file; then it has to be judged first."""
+        return self.intended(intent, self.ledger.intend_push(self.job_id, intent))
+
+    def intended(self, intent: PushIntent, result: IntentResult) -> IntentResult:
+        """``result``, which the ledger has given for ``intent``; `Cancelled` if the job was."""
+        if result.state is IntentState.CANCELLED:
+            raise Cancelled(CANCELLED)
+        if result.state is IntentState.WRITTEN:
+            self.noted = intent.checkpoint
+        return result
+
+    def note_stored(
+        self,
+        sop_instance_uid: str,
+        study_instance_uid: str,
+        receipt: Receipt,
+        *,
+        series_instance_uid: str,
+        first: Mapping[str, Any],
+        other: Mapping[str, Any],
+    ) -> bool:
+        """Write the receipt and with it what the next attempt has to know, too late to be cancelled: ``first``, if this
+        job was the first to store anything of the study that it had claimed, else ``other``. True if it was.
+        """
+        opened = self.ledger.stored(
+            sop_instance_uid,
+            study_instance_uid,
+            receipt,
+            series_instance_uid=series_instance_uid,
+            checkpoint=StoredCheckpoint(self.fence, first, other),
+        )
+        self.noted = first if opened else other
+        return opened
 
     def is_free(self, owner: str | None) -> bool:
         """Whether no other job holds something; ``owner``, if one does, is what this job waits for."""
@@ -148,6 +196,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._owed: list[Callable[[], object]] = []
+        self._published: dict[str, float] = {}
 
     def start(self) -> None:
         """Start both threads, as far as they do not run yet."""
@@ -190,6 +239,28 @@ class Heartbeat:
         with self._lock:
             self._owed.append(give)
 
+    def published(self, job_id: str) -> None:
+        """The outcome of the job is where its client looks for it. The ledger hears so with the next beat, together
+        with those of other jobs; of a worker that is killed before, another one brings the outcome there once more.
+        """
+        with self._lock:
+            self._published[job_id] = time.monotonic()
+
+    def note_published(self) -> None:
+        """Let the ledger know now whose outcomes have been `published`."""
+        with self._lock:
+            published, self._published = self._published, {}
+        if not published:
+            return
+        now = time.monotonic()
+        try:
+            self._ledger.published_before({job_id: now - at for job_id, at in published.items()})
+        except redis.RedisError as error:
+            if passes(error):
+                with self._lock:
+                    self._published = published | self._published
+            log.warning("The ledger did not note whose outcomes are published: %s", type(error).__name__)
+
     def _pay(self) -> None:
         """Do what is owed, until Redis cannot be reached; what Redis refuses for good is left to the lease."""
         while True:
@@ -215,6 +286,7 @@ class Heartbeat:
     def round(self, beat: Beat, done: ByAttempt) -> ByAttempt:
         """One beat for each running job; what was ``done`` for it before goes with it."""
         if beat is Heartbeat._renew:
+            self.note_published()
             self._pay()
         with self._lock:
             attempts = list(self._attempts.values())

@@ -98,8 +98,12 @@ class Hangs:
             return {}
         is_troubled, found = self.attempt.ledger.hangs(pacs.server.name, files)
         if is_troubled:
-            self._troubled.add(pacs.server.name)
+            self.note_troubled(pacs)
         return found
+
+    def note_troubled(self, pacs: Pacs) -> None:
+        """The server has hung at some file lately: its next answer is noted."""
+        self._troubled.add(pacs.server.name)
 
     def forget(self, pacs: Pacs, hangs: Mapping[str, int]) -> None:
         """Begin anew to count the hangs at those files."""

@@ -6,7 +6,7 @@ server is asked for one thing only: whether an image that it has is the file tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from courier.errors import (
     first_to_wait_for,
 )
 from courier.ledger.breakers import CHANGES, CREDENTIAL, BreakerState, server_of
-from courier.ledger.jobs import Ledger
+from courier.ledger.jobs import NO_INTENT, IntentResult, IntentState, Ledger, PushIntent
 from courier.results import Route, RouteReason
 from courier.settings import ServerSettings
 from worker.dicom.instances import Instance
@@ -51,11 +51,12 @@ FAULTS_OF_AN_IMAGE = 5
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image goes, why, and what the result has to warn of."""
+    """Where an image goes, why, and what the result has to warn of. ``intended``: whether its push is written down."""
 
     server: str
     route: Route
     warnings: tuple[str, ...] = ()
+    intended: IntentResult = NO_INTENT
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class PlacementOrder:
     """Who asks for a place: the job, and the server that it names, if it does.
 
     ``in_history`` says whether a claim is worth an entry in the study's history, ``compares`` whether the bytes of
-    an image that is there already are compared now. ``not_asked`` are the servers that were in maintenance.
+    an image that is there already are compared now. ``not_asked`` are the servers that were in maintenance. ``intent``
+    is what is written down, together with the claim of a new study, of a push to a place; not in a maintenance, when
+    more is noted first.
     """
 
     job_id: str
@@ -71,6 +74,7 @@ class PlacementOrder:
     in_history: bool = True
     compares: bool = True
     not_asked: Sequence[str] = ()
+    intent: Callable[[Placement], PushIntent] | None = None
 
 
 def open_circuits(services: Services, names: Sequence[str], *, changed: str | None = None) -> Sequence[CourierError]:
@@ -89,6 +93,8 @@ def open_circuits(services: Services, names: Sequence[str], *, changed: str | No
         return errors
     names, asked = [name for name in names if name not in left], [name for name in asked if name not in left]
     changed = None if changed in left else changed
+    if services.seem_well(asked):
+        return errors
     changes = [] if changed is None else [changed + CHANGES]
     credentials = [name + CREDENTIAL for name in names]
     states = services.breakers.read([*names, *credentials, *changes])
@@ -169,11 +175,12 @@ def _follow(order: PlacementOrder, server: str, study_on: tuple[str, ...], *, ca
 
 def _claim(study_instance_uid: str, order: PlacementOrder, services: Services) -> Placement:
     healthy = _healthy(services, order.not_asked)
-    claimed = _claimed(study_instance_uid, services)
-    if claimed is None or claimed in order.not_asked:
-        proposal = order.server or _choose(healthy, services)
-    else:
-        proposal = order.server or claimed
+    candidates = [server.name for server in healthy]
+    leaving = _to_leave(study_instance_uid, order, services)
+    proposal = order.server or _proposal(study_instance_uid, healthy, order, services)
+    reason: RouteReason = "requested" if order.server else "new_study"
+    expected = Placement(proposal, Route(reason=reason, study_on=[], candidates=candidates))
+    intent = order.intent(expected) if order.intent and not order.not_asked else None
     claim = services.ledger.claim_study(
         study_instance_uid,
         server=proposal,
@@ -181,8 +188,11 @@ def _claim(study_instance_uid: str, order: PlacementOrder, services: Services) -
         among=services.fleet.names,
         in_history=order.in_history,
         asked_for=order.server is not None,
-        leaving=claimed if claimed in order.not_asked else None,
+        leaving=leaving,
+        intent=intent,
     )
+    if claim.intended.state is not IntentState.UNTRIED:
+        return replace(expected, intended=claim.intended)
     if claim.server not in services.fleet.names:
         raise ServerUnknown(claim.server)
     _check_in_service(claim.server, study_instance_uid, order, services)
@@ -194,8 +204,25 @@ def _claim(study_instance_uid: str, order: PlacementOrder, services: Services) -
             server_name=claim.server,
             details={"study_on": [], "requested": order.server},
         )
-    reason: RouteReason = "requested" if order.server else "new_study" if claim.first else "claimed"
-    return Placement(claim.server, Route(reason=reason, study_on=[], candidates=[server.name for server in healthy]))
+    reason = "requested" if order.server else "new_study" if claim.first else "claimed"
+    return Placement(claim.server, Route(reason=reason, study_on=[], candidates=candidates))
+
+
+def _to_leave(study_instance_uid: str, order: PlacementOrder, services: Services) -> str | None:
+    """The server in maintenance that the study belongs to, if it does."""
+    claimed = _claimed(study_instance_uid, services) if order.not_asked else None
+    return claimed if claimed in order.not_asked else None
+
+
+def _proposal(study_instance_uid: str, healthy: list[ServerSettings], order: PlacementOrder, services: Services) -> str:
+    """The server of a study that no job has claimed: the claim says whether one has. It need be none that takes new
+    studies, if one has.
+    """
+    if not healthy:
+        claimed = _claimed(study_instance_uid, services)
+        if claimed is not None and claimed not in order.not_asked:
+            return claimed
+    return _choose(healthy, services)
 
 
 def _check_in_service(server: str, study_instance_uid: str, order: PlacementOrder, services: Services) -> None:
@@ -231,7 +258,7 @@ def _healthy(services: Services, not_asked: Sequence[str]) -> list[ServerSetting
     """
     out_of_service = {*not_asked, *suspended(services.suspensions)}
     servers = [pacs.server for pacs in services.fleet if pacs.server.name not in out_of_service]
-    if services.breakers is None or not servers:
+    if services.breakers is None or not servers or services.seem_well([server.name for server in servers]):
         return servers
     names = [server.name for server in servers]
     ranks = {name: _rank(state) for name, state in services.breakers.states(names).items()}

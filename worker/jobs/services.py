@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from courier.ledger.breakers import Breakers
 from courier.ledger.jobs import DueJob, Ledger
 from courier.ledger.suspensions import Suspensions
-from courier.settings import DownloadSettings, Settings
+from courier.settings import DownloadSettings, ServerSettings, Settings
 from worker.jobs.batch_slots import BatchSlots
 from worker.pacs.fleet import Fleet
 from worker.pacs.server_rates import ServerRates
@@ -22,6 +22,14 @@ def _leave_it_to_the_sweeper(jobs: Sequence[DueJob]) -> None:
     """What is due is sent in any case."""
 
 
+def _unknown(servers: Sequence[str]) -> bool:  # noqa: ARG001 - without a guard nothing is known
+    return False
+
+
+def _later(servers: Iterable[ServerSettings], each: int) -> None:
+    """Each call leases a slot of its own."""
+
+
 @dataclass(frozen=True)
 class Services:
     settings: Settings
@@ -30,6 +38,10 @@ class Services:
     fleet: Fleet
     #: Of all servers, for all workers; without them every circuit is closed.
     breakers: Breakers | None = None
+    #: Whether nothing was known against these servers a moment ago, so that `breakers` and `rates` need not be asked.
+    seem_well: Callable[[Sequence[str]], bool] = _unknown
+    #: Has slots ready for so many calls to each of these servers, which come at once, all together.
+    reserve: Callable[[Iterable[ServerSettings], int], None] = _later
     #: Which servers an operator has taken out of service; without them none.
     suspensions: Suspensions | None = None
     #: How fast those servers may be asked that have asked for fewer requests.

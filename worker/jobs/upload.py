@@ -7,7 +7,7 @@ The six steps are six functions below, called in order by `upload`. What makes a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from courier.errors import (
     SourceUnreachable,
     TryAgain,
 )
-from courier.ledger.jobs import Receipt
+from courier.ledger.jobs import IntentResult, IntentState, PushIntent, Receipt
 from courier.messages import UploadJob, read_job
 from courier.redaction import about
 from courier.results import Dataset, Route, StudyAction, UploadPayload
@@ -33,6 +33,7 @@ from worker.jobs.maintenance import check_not_known_there, names_not_asked, note
 from worker.jobs.placement import (
     NOT_SENT,
     PENDINGS_BEFORE_REMOVAL,
+    Placement,
     PlacementOrder,
     already_exists,
     answered,
@@ -92,10 +93,15 @@ class UploadCheckpoint:
     not_asked: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        told = {**asdict(self), "route": self.route.model_dump()}
+        """Its fields, and those of the instance; nothing of it is changed later, so nothing is copied."""
+        told = {**vars(self), "instance": vars(self.instance), "route": self.route.model_dump()}
         if not self.not_asked:  # a field that workers of the release before do not know
             del told["not_asked"]
         return told
+
+    def placed(self, placed: Placement) -> UploadCheckpoint:
+        """The same with the server that the image goes to."""
+        return replace(self, server=placed.server, route=placed.route, warnings=(*self.warnings, *placed.warnings))
 
     @property
     def may_arrive(self) -> bool:
@@ -282,10 +288,10 @@ def _place(trip: _Trip, fetched: Fetched, earlier: UploadCheckpoint | None) -> U
         if earlier is not None and there not in seen.elsewhere and _may_be_ours(earlier, there):
             _is_no_others(earlier, _arrival(earlier, fetched), trip)
             return earlier
-        checkpoint = _route(trip, checkpoint, fetched, decision, seen)
+        checkpoint, intended = _route(trip, checkpoint, fetched, decision, seen)
     about(server_name=checkpoint.server)
     with attempt.step("push"):
-        return _push(trip, checkpoint, fetched, resumed=_may_be_ours(earlier, checkpoint.server))
+        return _push(trip, checkpoint, fetched, intended, resumed=_may_be_ours(earlier, checkpoint.server))
 
 
 def _check_in_service(trip: _Trip, earlier: UploadCheckpoint | None) -> None:
@@ -350,6 +356,7 @@ def _check(instance: Instance, services: Services, *, target: str | None) -> _Ch
     for pacs in asked:
         questions.append(partial(find_known, pacs, image_of(instance)))
         questions.append(partial(pacs.find, "study", instance.study_instance_uid))
+    services.reserve([pacs.server for pacs in asked], 2)
     replies = iter(services.fleet.gather(questions))
     seen = _CheckResult([])
     for name in (pacs.server.name for pacs in asked):
@@ -373,9 +380,13 @@ def _yes(reply: list[Found] | CourierError) -> bool | None:
 
 def _route(
     trip: _Trip, checkpoint: UploadCheckpoint, fetched: Fetched, decision: Decision, seen: _CheckResult
-) -> UploadCheckpoint:
-    """Where the image goes; for a study that is nowhere, by the claim."""
-    order = PlacementOrder(trip.attempt.job_id, trip.job.server, not_asked=checkpoint.not_asked)
+) -> tuple[UploadCheckpoint, IntentResult]:
+    """Where the image goes, and whether it is written down; for a study that is nowhere, by the claim."""
+
+    def intent(placed: Placement) -> PushIntent:
+        return _intent(trip.attempt, checkpoint.placed(placed))
+
+    order = PlacementOrder(trip.attempt.job_id, trip.job.server, not_asked=checkpoint.not_asked, intent=intent)
     arrival = replace(_arrival(checkpoint, fetched), elsewhere=seen.elsewhere)
     if isinstance(decision, Follow | New):
         check_not_known_there(
@@ -386,9 +397,20 @@ def _route(
             study_is_elsewhere=isinstance(decision, Follow),
         )
     placed = settle(decision, arrival, order, errors=seen.errors, services=trip.services)
-    return replace(
-        checkpoint, server=placed.server, route=placed.route, warnings=(*checkpoint.warnings, *placed.warnings)
-    )
+    if placed.intended.state is not IntentState.UNTRIED:
+        trip.attempt.intended(intent(placed), placed.intended)
+    return checkpoint.placed(placed), placed.intended
+
+
+def _intent(attempt: Attempt, checkpoint: UploadCheckpoint) -> PushIntent:
+    """What is written down before the push. From then on it may have arrived."""
+    decision = {
+        "server": checkpoint.server,
+        "study_uid": checkpoint.instance.study_instance_uid,
+        **checkpoint.route.model_dump(),
+    }
+    noted = replace(checkpoint, uncertain=True).as_json()
+    return PushIntent(attempt.fence, noted, decision, checkpoint.server, checkpoint.sha256)
 
 
 def _arrival(checkpoint: UploadCheckpoint, fetched: Fetched | None = None) -> Arrival:
@@ -409,19 +431,15 @@ def _bare_digest(fetched: Fetched) -> str:
         return digest_of(iter(partial(file.read, CHUNK_BYTES), b""))
 
 
-def _push(trip: _Trip, checkpoint: UploadCheckpoint, fetched: Fetched, *, resumed: bool) -> UploadCheckpoint:
+def _push(
+    trip: _Trip, checkpoint: UploadCheckpoint, fetched: Fetched, intended: IntentResult, *, resumed: bool
+) -> UploadCheckpoint:
     """Send the image to its server and judge the answer for this instance."""
     services = trip.services
     pacs = services.fleet[checkpoint.server]
     hangs = Hangs(trip.attempt)
-    _check_hangs(hangs, pacs, checkpoint, trip.attempt, resumed=resumed)
-    decision = {
-        "server": checkpoint.server,
-        "study_uid": checkpoint.instance.study_instance_uid,
-        **checkpoint.route.model_dump(),
-    }
     note_stored_elsewhere([checkpoint.instance.study_instance_uid], checkpoint.not_asked, services.ledger)
-    trip.attempt.write_intent(replace(checkpoint, uncertain=True).as_json(), decision=decision)
+    _intend(hangs, pacs, checkpoint, trip.attempt, intended, resumed=resumed)
     part = Part(checkpoint.instance, fetched.open, fetched.size_bytes)
     try:
         with hangs.sending(pacs, lambda: [checkpoint.sha256]):
@@ -435,6 +453,20 @@ def _push(trip: _Trip, checkpoint: UploadCheckpoint, fetched: Fetched, *, resume
     if outcome.is_doubtful:
         outcome = _doubtful(outcome, checkpoint, pacs, trip.attempt)
     return _apply_outcome(outcome, checkpoint, _arrival(checkpoint, fetched), resumed=resumed, services=services)
+
+
+def _intend(
+    hangs: Hangs, pacs: Pacs, checkpoint: UploadCheckpoint, attempt: Attempt, intended: IntentResult, *, resumed: bool
+) -> None:
+    """Write down what is about to be pushed, as far as that is not done yet."""
+    if intended.state is IntentState.UNTRIED:
+        intended = attempt.intend_push(_intent(attempt, checkpoint))
+    if intended.state is IntentState.HUNG:
+        _check_hangs(hangs, pacs, checkpoint, attempt, resumed=resumed)
+        intent = _intent(attempt, checkpoint)
+        attempt.write_intent(intent.checkpoint, decision=intent.decision)
+    elif intended.troubled:
+        hangs.note_troubled(pacs)
 
 
 def _check_hangs(hangs: Hangs, pacs: Pacs, checkpoint: UploadCheckpoint, attempt: Attempt, *, resumed: bool) -> None:
@@ -482,16 +514,17 @@ def _receipt(trip: _Trip, checkpoint: UploadCheckpoint) -> UploadCheckpoint:
     """Write down that the image is stored, and learn whether this job opened its study."""
     attempt, instance = trip.attempt, checkpoint.instance
     receipt = Receipt(attempt.job_id, checkpoint.server, checkpoint.sha256, checkpoint.size_bytes)
-    opened = attempt.ledger.stored(
+    added = replace(checkpoint, stored=True, study_action="updated")
+    created = added if checkpoint.route.study_on else replace(added, study_action="created")
+    opened = attempt.note_stored(
         instance.sop_instance_uid,
         instance.study_instance_uid,
         receipt,
         series_instance_uid=instance.series_instance_uid,
+        first=created.as_json(),
+        other=added.as_json(),
     )
-    action: StudyAction = "created" if opened and not checkpoint.route.study_on else "updated"
-    stored = replace(checkpoint, stored=True, study_action=action)
-    attempt.note(stored.as_json())  # too late to be cancelled: it is stored
-    return stored
+    return created if opened else added
 
 
 def _describe(trip: _Trip, checkpoint: UploadCheckpoint) -> UploadPayload:

@@ -14,7 +14,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,8 @@ from worker.pacs.server_rates import ServerRate, ServerRates
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
+#: So long after a beat that brought good news no job asks for itself.
+FRESH_S = 2 * BEAT_S
 #: A probe whose process has died is given up after this.
 PROBE_S = 10.0
 #: How fast a server was asked is measured over so many seconds, and at most so many requests.
@@ -192,6 +194,10 @@ class Guard:
             sentence = f"{server.name} has {limit} requests in flight and took no further one within {wait_s:g} s."
             raise _not_sent_error(server, server.name, sentence) from None
 
+    def reserve(self, servers: Iterable[ServerSettings], each: int) -> None:
+        """Have slots ready for ``each`` calls to these servers, as far as they are free; with one exchange for all."""
+        self._slots.reserve({server.name: server.max_concurrency for server in servers}, each)
+
     # --- rates --------------------------------------------------------------------------------------------------
 
     def _wait_for_turn(self, server: ServerSettings) -> int:
@@ -346,6 +352,16 @@ class Guard:
             self.refresh()
             self.start()
             self._looked = True
+
+    def seem_well(self, servers: Sequence[str]) -> bool:
+        """Whether nothing is known against ``servers``: no call to them has failed lately, and none has asked for fewer
+        requests, as this process learnt within `FRESH_S`. If not, the ledger is to be asked.
+        """
+        since = self._clock() - FRESH_S
+        seen = [self._seen.get(breaker) for name in servers for breaker in breakers_of(name)]
+        return self._slowed.isdisjoint(servers) and all(
+            one is not None and one.at >= since and one.state.closed and not one.state.failures for one in seen
+        )
 
     def refresh(self) -> None:
         """Read the states of all breakers. What a call learns meanwhile is newer, and stays."""
