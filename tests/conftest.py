@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from courier.settings import Settings
 from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import AzuritePart, Child, OrthancPart, Processes, RedisPart, SandboxPart
+from tests import forks
 from tests.packages import Distributions, build_distributions, install
 from tests.stopping import stop_together
 
@@ -47,6 +49,8 @@ for _name in ("COLUMNS", "LINES"):
 # What is not kept compiled is compiled by each worker anew, which takes a third of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+parts.spawn = forks.spawn
 
 # In the background of a shell an interrupt is ignored, by children too; some tests interrupt theirs.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -81,18 +85,28 @@ def _exceptions() -> list[BaseException]:
     return [thing for thing in gc.get_objects() if issubclass(type(thing), BaseException)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _threads_of_what_is_gone_end() -> Iterator[None]:
+    """Guards and pulses end their threads when they are collected; hundreds of them would take the processor."""
+    yield
+    gc.collect()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
-    """Guards and pulses end their threads when they are collected; hundreds of them would take the processor.
-
-    An exception that stays keeps the frames of each test that raised it, and with them all that was there.
-    """
+    """An exception that stays keeps the frames of each test that raised it, and with them all that was there."""
     told = yield
     if nextitem is None or nextitem.path != item.path:
         for error in item.config.stash[REUSED] + _exceptions():
             error.__traceback__ = None
-        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # a failed command's connection is among what was kept
+            gc.collect()
     return told
+
+
+def pytest_unconfigure() -> None:
+    forks.close()
 
 
 @pytest.fixture

@@ -7,17 +7,19 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
-import subprocess
-import sys
 import termios
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PACS = str(Path(sys.executable).with_name("pacs"))
+from tests import forks
+from tests.forks import PACS
+
 #: What colours a text, moves the cursor and makes a link: all that we send to a terminal beside text.
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\]8;[^\x1b]*\x1b\\|[\r\x07]")
 _WAIT_S = 60
@@ -63,17 +65,15 @@ def in_terminal(
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     streams: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    with subprocess.Popen([*argv, *words], **streams, env=environment(env), cwd=cwd, start_new_session=True) as process:
-        os.close(theirs)
-        os.write(ours, typed.encode())
-        killer = threading.Timer(_WAIT_S, process.kill)
-        killer.start()
+    process = forks.spawn([*argv, *words], **streams, env=environment(env), cwd=cwd, start_new_session=True)
+    os.close(theirs)
+    os.write(ours, typed.encode())
+    with _killed_in_the_end(process.pid):
         parts = []
         with contextlib.suppress(OSError):  # the end of the last process on the terminal
             while part := os.read(ours, 65_536):
                 parts.append(part)
         status = process.wait()
-        killer.cancel()
     os.close(ours)
     return Ended(status, b"".join(parts).decode("utf-8"))
 
@@ -82,10 +82,30 @@ def in_pipe(
     words: Sequence[str], *, env: Mapping[str, str], given: bytes = b"", argv: Sequence[str] = (PACS,)
 ) -> Ended:
     """Run it with pipes for all three standard streams."""
-    done = subprocess.run(
-        [*argv, *words], input=given, capture_output=True, env=environment(env), timeout=_WAIT_S, check=False
-    )
-    return Ended(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
+    (stdin, typed), (shown, stdout), (complained, stderr) = os.pipe(), os.pipe(), os.pipe()
+    streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+    process = forks.spawn([*argv, *words], **streams, env=environment(env), start_new_session=True)
+    for theirs in streams.values():
+        os.close(theirs)
+    with _killed_in_the_end(process.pid), ThreadPoolExecutor() as readers:
+        told = [readers.submit(_read_all, ours) for ours in (shown, complained)]
+        with contextlib.suppress(BrokenPipeError), open(typed, "wb") as writer:
+            writer.write(given)
+        status = process.wait()
+        return Ended(status, *(each.result().decode("utf-8") for each in told))
+
+
+def _read_all(ours: int) -> bytes:
+    with open(ours, "rb") as reader:
+        return reader.read()
+
+
+@contextlib.contextmanager
+def _killed_in_the_end(group: int) -> Iterator[None]:
+    killer = threading.Timer(_WAIT_S, os.killpg, (group, signal.SIGKILL))
+    killer.start()
+    yield
+    killer.cancel()
 
 
 def in_shell(line: str, *, env: Mapping[str, str]) -> Ended:

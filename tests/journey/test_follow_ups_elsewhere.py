@@ -97,6 +97,7 @@ def test_an_errback_follows_on_a_job_whose_id_is_taken_and_the_owner_of_the_id_g
     first, other = canvases.upload(), canvases.upload()
     name = first.options["task_id"]
     first.apply_async(link=canvases.after("owner"))
+    assert poll(lambda: bool(canvases.ledger.read_record(name).get("state")), timeout_s=WAIT_S)  # a worker has it
     other.apply_async(task_id=name, link_error=canvases.after("taken"), link=canvases.after("never 2"))
     assert once(canvases, "taken")["args"] == [name]
     assert once(canvases, "owner")["args"][0]["job_id"] == name
