@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, cast, get_args
 from courier.batches.store import Batch, Batches, chunk_pass
 from courier.ledger.breakers import Breakers, BreakerState
 from courier.ledger.jobs import PAGE, RECENT, JobStanding, Ledger
+from courier.ledger.latencies import Latencies
 from courier.ledger.slots import read_slots
 from courier.ledger.suspensions import Suspension, Suspensions
 from courier.redaction import redacted_fields
@@ -274,7 +275,8 @@ class JobList:
 class ServerLoad:
     """A server as the workers share it. ``circuit`` is its gravest breaker; ``waiting`` counts jobs that are parked
     until it closes, or until an operator ends its ``suspension``, which is None where the server is in service.
-    ``slots_limit`` is None where the settings of this process do not name the server.
+    ``slots_limit`` is None where the settings of this process do not name the server, ``latency_ms`` where no worker
+    has asked it anything within two minutes.
     """
 
     name: str
@@ -283,6 +285,7 @@ class ServerLoad:
     slots_limit: int | None
     waiting: int
     suspension: Suspension | None = None
+    latency_ms: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -292,6 +295,7 @@ class ServerLoad:
             "circuit_breaker": self.circuit.breaker,
             "pause_left_s": self.circuit.pause_left_s,
             "reason": self.circuit.reason or None,
+            "latency_ms": self.latency_ms,
             "slots_used": self.slots_used,
             "slots_limit": self.slots_limit,
             "jobs_parked": self.waiting,
@@ -419,9 +423,18 @@ class Overview:
         prefix = self._ledger.key()
         circuits = Breakers(self._redis, prefix=prefix).states(names)
         suspended = Suspensions(self._redis, prefix=prefix).read(names)
+        latencies = Latencies(self._redis, prefix=prefix).read(names)
         slots, parked = read_slots(self._redis, names, prefix=prefix), self._ledger.parked()
         return [
-            ServerLoad(name, circuits[name], slots[name], limits.get(name), parked.get(name, 0), suspended.get(name))
+            ServerLoad(
+                name,
+                circuits[name],
+                slots[name],
+                limits.get(name),
+                waiting=parked.get(name, 0),
+                suspension=suspended.get(name),
+                latency_ms=latencies.get(name),
+            )
             for name in names
         ]
 

@@ -40,6 +40,7 @@ from courier.errors import CourierError, InvalidRequest
 from courier.ledger import peers
 from courier.ledger.breakers import Breakers
 from courier.ledger.jobs import Attachment, DueJob, Ledger, TakeState, passes, words_of
+from courier.ledger.latencies import Latencies
 from courier.ledger.line import Line
 from courier.ledger.slots import Slots
 from courier.ledger.suspensions import Suspensions
@@ -313,7 +314,8 @@ def _services() -> Services:
     rates = ServerRates(ledger.client, retry_after_cap_s=cap_s, prefix=prefix)
     suspensions = Suspensions(ledger.client, [server.name for server in settings.servers], prefix=prefix)
     slots = Slots(ledger.client, prefix=prefix)
-    guard = Guard(breakers, slots, settings.servers, rates=rates, suspensions=suspensions)
+    latencies = Latencies(ledger.client, prefix=prefix)
+    guard = Guard(breakers, slots, settings.servers, rates=rates, suspensions=suspensions, latencies=latencies)
     fleet = Fleet([connect(server, guard) for server in settings.servers])
     _guards.append(guard)
     return Services(

@@ -209,16 +209,18 @@ def _jobs(picture: LivePicture) -> Iterator[Text]:
 
 
 def servers_table(servers: Sequence[ServerLoad]) -> ListingTable:
-    """A line per server. ``parked`` are the jobs that wait until its circuit closes."""
-    numbers = (Column("slots", right=True), Column("parked", right=True))
+    """A line per server. ``ms``: how fast it answered questions lately; ``parked``: jobs that wait until it can be
+    asked.
+    """
+    numbers = (Column(name, right=True) for name in ("ms", "slots", "parked"))
     table = ListingTable("server", "circuit", *numbers, Column("note", "text"))
     for one in servers:
         limit = "" if one.slots_limit is None else f"/{one.slots_limit}"
         state = one.circuit.name if one.suspension is None else one.suspension.state
         circuit = plain(state, _STYLES.get(state, "yellow"))
-        table.add_row(
-            one.name, circuit, f"{one.slots_used}{limit}", f"{one.waiting:,}" if one.waiting else "", _note(one)
-        )
+        ms = "" if one.latency_ms is None else f"{one.latency_ms:,.0f}"
+        parked = f"{one.waiting:,}" if one.waiting else ""
+        table.add_row(one.name, circuit, ms, f"{one.slots_used}{limit}", parked, _note(one))
     return table
 
 

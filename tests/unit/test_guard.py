@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import redis
 from courier.errors import CourierError, PacsMisanswered, PacsRejected, PacsUnauthorized, PacsUnavailable
 from courier.ledger.breakers import BREAKER, CHANGES, Breakers, BreakerState
 from courier.ledger.jobs import PREFIX
+from courier.ledger.latencies import Latencies
 from courier.ledger.slots import Slots
 from courier.redaction import job_lines
 from courier.settings import BreakerSettings, ServerSettings
@@ -500,3 +502,36 @@ def test_old_good_news_is_no_news(client: fakeredis.FakeRedis) -> None:
     assert guard.seem_well(["a"])
     now[0] += FRESH_S + 0.1
     assert not guard.seem_well(["a"])
+
+
+def test_what_questions_took_is_written_down_by_server_and_what_pushes_took_is_not(client: fakeredis.FakeRedis) -> None:
+    clock = [0.0]
+    latencies = Latencies(client)
+    guard = Guard(Breakers(client), Slots(client), [SERVER], latencies=latencies, clock=lambda: clock[0])
+    for took_s, changes in ((0.010, False), (0.030, False), (9.0, True)):
+        with guard.call(SERVER, changes=changes):
+            clock[0] += took_s
+    with contextlib.suppress(PacsUnavailable), guard.call(SERVER, changes=False):
+        clock[0] += 5.0
+        raise PacsUnavailable("No.", server_name="a", details={"phase": "answer"})
+    guard._beat()
+    assert latencies.read([SERVER.name, "other"]) == {SERVER.name: pytest.approx(20.0)}
+
+
+def test_a_latency_that_no_worker_has_measured_lately_is_not_told(client: fakeredis.FakeRedis) -> None:
+    latencies = Latencies(client)
+    latencies.note({"a": 7.0})
+    client.hset("courier:latency", "a", "7.0 1000")
+    assert latencies.read(["a"]) == {}
+
+
+def test_a_stream_took_as_long_as_until_it_began(client: fakeredis.FakeRedis) -> None:
+    clock = [0.0]
+    latencies = Latencies(client)
+    guard = Guard(Breakers(client), Slots(client), [SERVER], latencies=latencies, clock=lambda: clock[0])
+    with guard.call(SERVER, changes=False) as call:
+        clock[0] += 0.050
+        call.answered()
+        clock[0] += 60
+    guard._beat()
+    assert latencies.read([SERVER.name]) == {SERVER.name: pytest.approx(50.0)}

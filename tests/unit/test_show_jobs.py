@@ -94,7 +94,7 @@ def test_what_is_piped_has_to_be_ids(piped: str, said: str) -> None:
 def picture(**changed: Any) -> LivePicture:
     servers = [
         ServerLoad("msdicom", BreakerState("msdicom", 5, 1.0, 12.0), 0, 8, 1200),
-        ServerLoad("dcm4chee", BreakerState("dcm4chee"), 3, 8, 0),
+        ServerLoad("dcm4chee", BreakerState("dcm4chee"), 3, 8, 0, latency_ms=41.7),
         ServerLoad(
             "orthanc", BreakerState("orthanc:credential", 1, 1.0, 0.0, reason="check its auth settings"), 1, None, 0
         ),

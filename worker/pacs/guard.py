@@ -23,6 +23,7 @@ import redis
 
 from courier.errors import CourierError, PacsUnauthorized, PacsUnavailable, TryAgain
 from courier.ledger.breakers import CHANGES, CREDENTIAL, Breakers, BreakerState, breakers_of, circuit_open
+from courier.ledger.latencies import Latencies
 from courier.ledger.slots import NoSlot, Slots
 from courier.ledger.suspensions import Suspensions
 from courier.redaction import job_in_hand
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 BEAT_S = 0.5
 #: So long after a beat that brought good news no job asks for itself.
 FRESH_S = 2 * BEAT_S
+#: How often a process writes down how fast the servers have answered.
+LATENCIES_S = 5.0
 #: A probe whose process has died is given up after this.
 PROBE_S = 10.0
 #: How fast a server was asked is measured over so many seconds, and at most so many requests.
@@ -68,6 +71,7 @@ class Call:
         """``cuts``: how often the server's rate had been lowered when the call went out."""
         self._guard, self._breakers, self._cuts = guard, breakers, cuts
         self._probes: dict[str, _Probe] = {}
+        self._sent_at: float | None = None
 
     def admit(self, server: ServerSettings) -> None:
         """Pass all breakers, as the probe of each that is half-open.
@@ -81,8 +85,12 @@ class Call:
             probe = self._guard.admit(server, breaker)
             if probe is not None:
                 self._probes[breaker] = probe
+        self._sent_at = self._guard.now()
 
     def answered(self) -> None:
+        if self._sent_at is not None and not self._breakers[-1].endswith(CHANGES):  # a question, not the time of a push
+            self._guard.measured(self._breakers[0], self._sent_at)
+            self._sent_at = None
         for breaker in self._breakers:
             self._guard.succeeded(breaker, self._probes.pop(breaker, None))
 
@@ -128,12 +136,16 @@ class Guard:
         *,
         rates: ServerRates | None = None,
         suspensions: Suspensions | None = None,
+        latencies: Latencies | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._breakers, self._slots, self._clock = breakers, slots, clock
         self._rates, self._sleep = rates, sleep
-        self._suspensions = suspensions
+        self._suspensions, self._latencies = suspensions, latencies
+        #: Of the questions since the last report: how many each server has answered, and how long that took (s).
+        self._measured: dict[str, tuple[int, float]] = {}
+        self._reported_at = clock()
         self._servers = [server.name for server in servers]
         #: The servers that have asked for fewer requests, and when each was asked lately.
         self._slowed: frozenset[str] = frozenset()
@@ -197,6 +209,23 @@ class Guard:
     def reserve(self, servers: Iterable[ServerSettings], each: int) -> None:
         """Have slots ready for ``each`` calls to these servers, as far as they are free; with one exchange for all."""
         self._slots.reserve({server.name: server.max_concurrency for server in servers}, each)
+
+    # --- latencies ----------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        return self._clock()
+
+    def measured(self, server: str, sent_at: float) -> None:
+        """A question has been answered."""
+        count, total_s = self._measured.get(server, (0, 0.0))
+        self._measured[server] = (count + 1, total_s + self._clock() - sent_at)
+
+    def _report_latencies(self) -> None:
+        if self._latencies is None or self._clock() - self._reported_at < LATENCIES_S:
+            return
+        self._reported_at = self._clock()
+        measured, self._measured = self._measured, {}
+        self._latencies.note({name: 1000 * total_s / count for name, (count, total_s) in measured.items()})
 
     # --- rates --------------------------------------------------------------------------------------------------
 
@@ -379,6 +408,7 @@ class Guard:
     def _beat(self) -> None:
         self.refresh()
         self._slots.tend()
+        self._report_latencies()
         for probe in list(self._probes.values()):
             self._breakers.renew(probe.breaker, probe.token, for_s=PROBE_S)
 
