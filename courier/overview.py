@@ -359,7 +359,7 @@ class Overview:
             first |= {job_id: (int(order), int(at)) for job_id, order, at in rows}
         ids = sorted(first, key=lambda job_id: (*first[job_id], job_id))[:wanted]
         open_jobs = looked_at if not begin else int(self._redis.zcard(self._ledger.key("due")))
-        return _OpenIds(ids, OpenJobs(open_jobs, looked_at, not begin, _by_reason(counts)))
+        return _OpenIds(ids, OpenJobs(open_jobs, looked_at, looked_at >= open_jobs, _by_reason(counts)))
 
     def _none_looked_at(self) -> OpenJobs:
         return OpenJobs(int(self._redis.zcard(self._ledger.key("due"))), 0, complete=True)

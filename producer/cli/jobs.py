@@ -64,7 +64,7 @@ def jobs(limit: int, as_json: bool, **which: Any) -> int:
     filtered = any(which.values())
     if not as_json:
         console.print(summary(found.open_jobs, filtered=filtered))
-    for sentence in [*doubts, *_left_out(found, limit)]:
+    for sentence in [*doubts, *_left_out(found, limit, filtered=filtered)]:
         errors_console.print(f"pacs: {sentence}", style="yellow")
     return DONE
 
@@ -111,14 +111,15 @@ def summary(open_jobs: OpenJobs, *, filtered: bool = False) -> str:
     return f"{what}{', '.join(counts)}{for_what}"
 
 
-def _left_out(found: JobList, limit: int) -> list[str]:
+def _left_out(found: JobList, limit: int, *, filtered: bool) -> list[str]:
     open_jobs, said = found.open_jobs, []
     shown = sum(row.ended_ms is None for row in found.rows)
     if not open_jobs.complete:
-        said.append(
-            f"Of {open_jobs.open:,} open jobs the {open_jobs.looked_at:,} that are due first were looked at; others may"
-            " match. --state, --kind, --reason, --server, --since and --before look at more."
+        more = (
+            "others may match." if filtered else "--state, --kind, --reason, --server, --since, --before look at more."
         )
+        looked_at = f"the {open_jobs.looked_at:,} that are due first were looked at"
+        said.append(f"Of {open_jobs.open:,} open jobs {looked_at}; {more}")
     if shown < open_jobs.count():
         said.append(f"{open_jobs.count() - shown:,} more open jobs match; --limit shows more than {limit}.")
     return said

@@ -12,6 +12,7 @@ from redis import Connection
 from courier.ledger.jobs import Ledger
 from courier.overview import LOOKED_AT, JobQuery, Overview
 from courier.settings import PREFIX
+from producer.cli import completion
 from sandbox.processes import RedisPart
 
 JOBS = 20_000
@@ -74,3 +75,16 @@ def test_no_step_of_a_list_keeps_redis_from_others_for_long(ledger: Ledger) -> N
     finally:
         ledger.client.config_set("slowlog-log-slower-than", 10_000)
     assert slowest_us < 200_000  # measured: 3,000
+
+
+def test_the_shell_is_offered_ids_of_open_jobs_and_batches(
+    ledger: Ledger, redis_server: RedisPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEDGER_URL", redis_server.ledger_url)
+    ledger.client.hset(f"{PREFIX}job:job-00000", "state", "done")  # its outcome is not published yet
+    ledger.client.zadd(f"{PREFIX}batches", {"batch-1": 1, "batch-2": 2, "batch\n3": 3})
+    offered = completion.LOOKED_UP["job"]("job-000")
+    assert offered
+    assert all(job_id.startswith("job-000") for job_id in offered)
+    assert "job-00000" not in offered
+    assert completion.LOOKED_UP["batch"]("batch") == ["batch-2", "batch-1"]

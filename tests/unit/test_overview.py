@@ -230,6 +230,9 @@ def test_many_jobs_that_are_due_at_the_same_moment_are_all_looked_at(ledger: Led
     ledger.client.zadd(f"{PREFIX}due", {f"{number:04}": 8 for number in range(1250, 1300)})
     found = overview.open_jobs()
     assert (found.looked_at, found.count("queued"), found.complete) == (1300, 1300, True)
+    assert overview.open_jobs(at_most=1300).complete
+    partly = overview.open_jobs(at_most=500)
+    assert (partly.complete, partly.open, partly.looked_at) == (False, 1300, 1250)
 
 
 def test_what_jobs_wait_for_is_counted_by_reason_and_server(ledger: Ledger, overview: Overview) -> None:
