@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from azure.storage.blob import BlobServiceClient
 
@@ -28,6 +27,7 @@ from courier.settings import DownloadSettings, S3Settings
 from sandbox.processes import HOST, AzuritePart, SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import BatchSite, payload
+from tests.servers.s3 import s3_client
 from worker.batches import deletions
 from worker.batches.backups import Backup, back_up, prove
 from worker.batches.coordinator import Coordinator
@@ -167,7 +167,7 @@ class S3Store(DownloadStore):
             f"s3://{self.bucket}/below",
             {"s3": {"buckets": [self.bucket], "endpoint_url": endpoint, "region": "us-east-1"}},
         )
-        self.client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+        self.client = s3_client(endpoint)
         self.client.create_bucket(Bucket=self.bucket)
 
     def names(self) -> set[str]:

@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import boto3
 import fakeredis
 import pytest
-from botocore.config import Config
 
 from courier.errors import (
     Cancelled,
@@ -34,6 +32,7 @@ from sandbox import processes as parts
 from sandbox.processes import HOST, SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import BatchSite, payload
+from tests.servers.s3 import s3_client
 from worker.batches.coordinator import Coordinator
 from worker.batches.downloads import download_all
 from worker.dicom.instances import Instance, Reading, identify
@@ -45,7 +44,6 @@ from worker.pacs.protocol import Found, Part
 from worker.pacs.registry import connect
 from worker.storage.destinations import Destinations
 
-S3V4 = Config(signature_version="s3v4")
 SERVERS = {
     "msdicom": lambda request: request.getfixturevalue("sandbox").msdicom,
     "dcm4chee": lambda request: request.getfixturevalue("sandbox").dcm4chee,
@@ -128,7 +126,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> DownloadBench:
 @pytest.fixture
 def bucket(moto: str) -> Iterator[Any]:
     """An empty bucket "out" that may be written to."""
-    client = boto3.client("s3", endpoint_url=moto, region_name="us-east-1")
+    client = s3_client(moto)
     client.create_bucket(Bucket="out")
     for entry in client.list_objects_v2(Bucket="out").get("Contents", ()):
         client.delete_object(Bucket="out", Key=entry["Key"])
@@ -394,7 +392,7 @@ def test_a_large_archive_goes_to_s3_in_parts_and_a_failed_one_leaves_none(
 def ignoring(rclone: str) -> str:
     """An S3 that ignores the conditions of a write, with the bucket "out"."""
     keys = {"aws_access_key_id": "COURIERTESTKEY", "aws_secret_access_key": "couriertestsecret"}
-    client = boto3.client("s3", endpoint_url=rclone, region_name="us-east-1", config=S3V4, **keys)
+    client = s3_client(rclone, **keys)
     client.create_bucket(Bucket="out")
     client.close()
     return rclone

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import boto3
 import pytest
 
 from courier.batches.result import end_payload
@@ -15,6 +14,7 @@ from courier.redaction import redact_job
 from sandbox.processes import SandboxPart
 from sandbox.synthetic import image, new_uid
 from tests.batch_site import BatchSite, payload
+from tests.servers.s3 import s3_client
 from worker.jobs.upload import upload
 
 
@@ -36,7 +36,7 @@ def test_two_objects_whose_names_begin_alike_are_two_items_and_two_jobs_named_wh
 ) -> None:
     s3 = {"buckets": ["imgs-*"], "endpoint_url": moto, "region": "us-east-1"}
     site, study = batch_site(sandbox.servers(), sources={"s3": s3}), new_uid()
-    client: Any = boto3.client("s3", endpoint_url=moto, region_name="us-east-1")
+    client: Any = s3_client(moto)
     bucket = f"imgs-{new_uid().rpartition('.')[2][:20]}"
     client.create_bucket(Bucket=bucket)
     uids = {f"s3://{bucket}/{pattern.format(number)}": new_uid() for number in (1, 2, 3)}

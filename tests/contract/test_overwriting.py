@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import fakeredis
 import pytest
-from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from courier.errors import InvalidRequest, SourceUnreachable
 from courier.ledger.jobs import Ledger
 from courier.settings import DownloadSettings, S3Settings, Settings
 from sandbox.synthetic import new_uid
+from tests.servers.s3 import s3_client
 from worker.jobs.attempt import Attempt
 from worker.jobs.servers import status
 from worker.jobs.services import Services
@@ -45,8 +44,7 @@ class SharedBucket:
     """A new bucket, another program that uses it, and workers that may write to it."""
 
     def __init__(self, endpoint_url: str) -> None:
-        config = Config(signature_version="s3v4")
-        self.theirs: Any = boto3.client("s3", endpoint_url=endpoint_url, region_name="us-east-1", config=config)
+        self.theirs: Any = s3_client(endpoint_url)
         self.bucket = f"out-{new_uid().rpartition('.')[2][:20]}"
         self.theirs.create_bucket(Bucket=self.bucket)
         self.settings = DownloadSettings(

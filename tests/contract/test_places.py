@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import fakeredis
 import pytest
 from azure.storage.blob import AccountSasPermissions, BlobServiceClient, ResourceTypes, generate_account_sas
-from botocore.config import Config
 
 from courier.ledger.jobs import Ledger
 from courier.results import PlaceEntry
@@ -23,6 +21,7 @@ from sandbox import processes as parts
 from sandbox.processes import AZURITE_ACCOUNT, AZURITE_KEY, AzuritePart
 from sandbox.synthetic import new_uid
 from tests.contract.conftest import S3_KEY_ID, S3_SECRET
+from tests.servers.s3 import s3_client
 from worker.jobs import places
 from worker.jobs.places import tried_places
 from worker.jobs.services import Services
@@ -155,14 +154,7 @@ def test_a_mount_that_hangs_costs_the_others_nothing_and_one_thread_in_all(
 @pytest.fixture
 def bucket(rclone: str) -> Iterator[tuple[Any, str]]:
     """A bucket of a store that checks signatures, and another program's client of it."""
-    client: Any = boto3.client(
-        "s3",
-        endpoint_url=rclone,
-        region_name="us-east-1",
-        config=Config(signature_version="s3v4"),
-        aws_access_key_id=S3_KEY_ID,
-        aws_secret_access_key=S3_SECRET,
-    )
+    client = s3_client(rclone, aws_access_key_id=S3_KEY_ID, aws_secret_access_key=S3_SECRET)
     name = f"try-{new_uid().rpartition('.')[2][:20]}"
     client.create_bucket(Bucket=name)
     yield client, name

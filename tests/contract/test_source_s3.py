@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-import boto3
 import pytest
-from botocore.config import Config
 
 from courier.errors import (
     CourierError,
@@ -33,6 +31,7 @@ from courier.settings import S3Settings, SourceSettings
 from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import HOST
+from tests.servers.s3 import s3_client
 from worker.storage.sources import Sources
 
 KEY_ID, SECRET = "COURIERTESTKEY", "couriertestsecret"
@@ -53,14 +52,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def client(endpoint_url: str) -> Any:
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint_url,
-        region_name="us-east-1",
-        aws_access_key_id=KEY_ID,
-        aws_secret_access_key=SECRET,
-        config=Config(signature_version="s3v4"),
-    )
+    return s3_client(endpoint_url, aws_access_key_id=KEY_ID, aws_secret_access_key=SECRET)
 
 
 def filled(endpoint_url: str) -> str:
