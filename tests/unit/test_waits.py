@@ -98,6 +98,18 @@ def test_each_cause_is_told_to_watchers_and_kept_in_the_ledger(bench: WaitBench,
     assert shown["message"].rstrip(".") in result.waits
 
 
+def test_no_beat_shows_a_stage_over_why_the_job_waits(bench: WaitBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    show = Heartbeat.show
+
+    def shown_and_beaten(self: Heartbeat, attempt: Attempt, meta: dict[str, Any]) -> None:
+        show(self, attempt, meta)
+        Heartbeat._show_stage(self, attempt, 0, {})
+
+    monkeypatch.setattr(Heartbeat, "show", shown_and_beaten)
+    bench.execute(CAUSES["another job"][0])
+    assert bench.shown[-1]["stage"] == "waiting"
+
+
 def test_the_next_try_of_a_job_that_waits_for_a_server_is_the_end_of_its_pause(bench: WaitBench) -> None:
     bench.client.hset(f"{PREFIX}{BREAKER}a", "until_ms", int((bench.ledger.clock_s() + 8) * 1000))
     bench.execute(circuit_open_error(SERVER, "a", 8))

@@ -280,8 +280,11 @@ class Heartbeat:
     def show(self, attempt: Attempt, meta: dict[str, Any]) -> None:
         """Show ``meta`` at once, if the job is still ours to speak for: nothing may cover a later attempt's result."""
         with attempt.lock:
-            if not attempt.lost and self._ledger.heartbeat(attempt.job_id, attempt.fence):
-                self._publish(attempt.job_id, meta)
+            self._publish_ours(attempt, meta)
+
+    def _publish_ours(self, attempt: Attempt, meta: dict[str, Any]) -> None:
+        if not attempt.lost and self._ledger.heartbeat(attempt.job_id, attempt.fence):
+            self._publish(attempt.job_id, meta)
 
     def round(self, beat: Beat, done: ByAttempt) -> ByAttempt:
         """One beat for each running job; what was ``done`` for it before goes with it."""
@@ -314,7 +317,10 @@ class Heartbeat:
         if attempt.shown and time.monotonic() - begun >= self._beat_s and shown.get(_attempt(attempt)) != what:
             shown[_attempt(attempt)] = what
             why = waits[0].as_json(since_ms=waits[1], next_ms=None) if waits else {}
-            self.show(attempt, {"stage": "waiting" if waits else attempt.stage, "attempt": attempt.number, **why})
+            meta = {"stage": "waiting" if waits else attempt.stage, "attempt": attempt.number, **why}
+            with attempt.lock:
+                if attempt.shown:
+                    self._publish_ours(attempt, meta)
 
 
 #: By attempt: when it was renewed, or which stage was shown.

@@ -333,6 +333,7 @@ def _foreseen(result: _Defer | WaitForServer, attempt: Attempt, heartbeat: Heart
         waiting = attempt.ledger.foresee(
             attempt.job_id, attempt.fence, result.reason, delay_s=CLOSED_MEANWHILE_S, breaker=result.breaker
         )
+    attempt.shown = False  # no beat that is under way shows a stage after this
     heartbeat.show(attempt, {"stage": "waiting", "attempt": attempt.number, **waiting})
     return replace(result, waiting=waiting)
 
