@@ -69,6 +69,16 @@ def _or_missing(start: Callable[[], Any]) -> Any:
         pytest.skip(str(missing))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked ``full`` is left to `make chaos`."""
+    if os.environ.get("CHAOS_FULL") == "1":
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Ten thousand tests are a large heap: what stays until the end is looked through once, not again and again."""

@@ -29,15 +29,6 @@ def is_full() -> bool:
     return os.environ.get("CHAOS_FULL") == "1"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if is_full():
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
-
-
 @pytest.fixture
 def guarantee(pytestconfig: pytest.Config) -> Book:
     return pytestconfig.stash.setdefault(BOOK, Book())

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
 
 import fakeredis
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -385,5 +386,14 @@ class JobsOfOneStudy(RuleBasedStateMachine):
             self.ends[job_id] = work.result
 
 
-JobsOfOneStudy.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+class MoreJobsOfOneStudy(JobsOfOneStudy):
+    """The same, at greater length."""
+
+
+JobsOfOneStudy.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+MoreJobsOfOneStudy.TestCase.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
 test_no_interleaving_of_jobs_and_troubles_splits_a_study = JobsOfOneStudy.TestCase
+#: In `make chaos`.
+test_none_of_four_hundred_interleavings_splits_a_study = pytest.mark.full(
+    pytest.mark.timeout(900)(MoreJobsOfOneStudy.TestCase)
+)
