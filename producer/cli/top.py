@@ -26,7 +26,7 @@ from producer.cli.door import DONE, plain_failures
 from producer.cli.jobs import as_json_lines_option, summary
 from producer.client import Courier, reachable
 from producer.errors import BrokerUnavailable
-from producer.terminal import Column, ListingTable, console, is_asked_on_a_terminal, plain, print_json
+from producer.terminal import Column, ListingTable, Terminal, console, is_asked_on_a_terminal, plain, print_json
 
 #: What has been due for so long no worker looks at.
 _OVERDUE_S: Final = 60.0
@@ -130,7 +130,7 @@ def _watch(courier: Courier, every_s: float) -> None:
     with (
         _keys() as pressed,
         suppress(KeyboardInterrupt),
-        Live(console=console, screen=True, auto_refresh=False) as live,
+        Live(console=Terminal(), screen=True, auto_refresh=False) as live,
     ):
         live.update(_seen(courier), refresh=True)
         while b"q" not in pressed(every_s).lower():
