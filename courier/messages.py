@@ -22,6 +22,14 @@ from courier.windows import check_window
 VERSION = 1
 #: What a message may weigh: it says where the bytes are and never holds them. A worker throws larger ones away.
 MESSAGE_BYTES = 262_144
+#: The tasks that may delete something when they are replayed.
+MAY_DELETE: Final = frozenset(
+    (
+        "pacs.delete",
+        "pacs.delete_all",
+        *(f"pacs.batch.{name}" for name in ("delete", "migrate", "apply", "retry", "verify", "undo", "chunk")),
+    )
+)
 
 Level = Literal["image", "series", "study"]
 

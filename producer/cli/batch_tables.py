@@ -16,24 +16,20 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from courier.batches.store import ACTIVE, NOT_DONE, PASSES, TROUBLE, Batch, Pass
+from courier.batches.progress import Meter, Throughput, of_how_many
+from courier.batches.report import REPORT_COLUMNS, report_cells
+from courier.batches.store import ACTIVE, PASSES, TROUBLE, Batch, Pass
 from courier.redaction import redact_url
 from courier.windows import Window
 from producer.batches import BatchClient
 from producer.errors import InvalidRequest, NotFound
 from producer.handle import Handle, Report
 from producer.plans import PlanLine
-from producer.progress import Meter, Throughput
 from producer.terminal import Column, Kind, ListingTable, csv_rows, errors_console, json_text, plain
 
 _POLL_S = 0.5
 #: How often a line is written where there is no terminal.
 LINE_S = 30.0
-#: Columns of a report in CSV, with what an item of any kind may have come to.
-REPORT_COLUMNS = (
-    "number", "item", "server_name", "status", "code", "message", "size_bytes",
-    "study_uid", "series_uid", "image_uid", "sha256", "verify", "undo",
-)  # fmt: skip
 #: In the order of a table's columns.
 _STATUSES = (
     "open", "planned", "stored", "already_there", "copied", "downloaded", "deleted", "hidden", "not_there",
@@ -91,14 +87,6 @@ def end_line(batch: Batch) -> str:
         elapsed_s = max((state.ended_ms - state.begun_ms) / 1000, 0.001)
         parts.append(f"{timedelta(seconds=round(elapsed_s))}, {state.settled / elapsed_s:,.0f} items/s")
     return ", ".join(parts)
-
-
-def of_how_many(batch: Batch, which: Pass | None) -> int:
-    """The items that a pass is about."""
-    applied = batch.of("apply").totals
-    if which in ("verify", "undo"):
-        return sum(n for status, n in applied.items() if status not in NOT_DONE)
-    return batch.items - (applied.get("skipped", 0) if which == "survey" else 0)
 
 
 def undo_question(batch: Batch, reach: Mapping[tuple[str, str], int]) -> str:
@@ -276,18 +264,7 @@ def write_csv(rows: Iterable[Mapping[str, Any]], out: TextIO, *, delimiter: str 
     write_row = csv_rows(out, lineterminator="\n", delimiter=delimiter)
     write_row(REPORT_COLUMNS)
     for row in rows:
-        told = {**(row.get("result") or {}), **row, "message": _message(row)}
-        cells = [told.get(name) for name in REPORT_COLUMNS[:-2]]
-        write_row([*cells, *((row.get(which) or {}).get("status") for which in REPORT_COLUMNS[-2:])])
-
-
-def _message(row: Mapping[str, Any]) -> str | None:
-    """Why an item ended so, and what became of it on the servers that its ``server_name`` does not name."""
-    places = [place for one in (row, row.get("verify"), row.get("undo")) for place in (one or {}).get("servers", ())]
-    others = {
-        f"{one['server_name']}: {one['status']}": None for one in places if one["server_name"] != row["server_name"]
-    }
-    return "; ".join(filter(None, (row.get("message"), *others))) or row.get("message")
+        write_row(report_cells(row))
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:

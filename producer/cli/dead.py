@@ -13,20 +13,13 @@ from typing import Any
 import click
 
 from courier.ledger.jobs import DeadLetter, Event
+from courier.messages import MAY_DELETE
 from producer.cli.confirm import ask, may_ask, require_confirmation, yes_option
 from producer.cli.door import DONE, FAILED, Command, as_json_option, plain_failures
 from producer.client import Courier
 from producer.dead_letters import DeadLetterClient, at, letter_json
 from producer.terminal import Column, ListingTable, console, plain, print_json
 
-#: The tasks that may delete something when they are replayed.
-MAY_DELETE = frozenset(
-    (
-        "pacs.delete",
-        "pacs.delete_all",
-        *(f"pacs.batch.{name}" for name in ("delete", "migrate", "apply", "retry", "verify", "undo", "chunk")),
-    )
-)
 #: So many are shown before it is asked.
 SHOWN = 20
 _AGO = re.compile(r"(\d{1,6})([smhd])")

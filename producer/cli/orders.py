@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
+from courier.batches.progress import of_how_many
 from courier.batches.store import Batch, Pass
 from courier.filters import check_filters, check_selecting, check_unambiguous
 from producer.batches import check_state
-from producer.cli.batch_tables import PlanSummary, failures_table, of_how_many, servers_table, undo_question
+from producer.cli.batch_tables import PlanSummary, failures_table, servers_table, undo_question
 from producer.cli.batches import (
     DONE_IN,
     UNDONE_IN,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from producer.progress import WINDOW_S, Meter, Throughput
+from courier.batches.progress import WINDOW_S, Meter, Throughput
 
 
 def measure(meter: Meter, at_s: float, settled: int, *, about: str = "apply") -> Throughput:

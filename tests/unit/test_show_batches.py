@@ -10,6 +10,7 @@ import click
 import pytest
 from rich.console import Console
 
+from courier.batches.progress import Throughput, of_how_many
 from courier.batches.store import Batch, ItemStatus, PassState
 from producer.cli.batch_tables import (
     Look,
@@ -22,7 +23,6 @@ from producer.cli.batch_tables import (
     json_array,
     json_lines,
     known_statuses,
-    of_how_many,
     order_line,
     plan_sentence,
     plan_table,
@@ -32,7 +32,6 @@ from producer.cli.batch_tables import (
 from producer.cli.quantities import Bandwidth, RateParam, WindowParam
 from producer.errors import InvalidRequest
 from producer.plans import PlanLine
-from producer.progress import Throughput
 
 BATCH_ID = "3255f323-b5fc-414a-9368-c5f96df9a771"
 APPLIED = PassState(

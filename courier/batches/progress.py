@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from courier.batches.store import NOT_DONE, Batch, Pass
+
 #: The pace is that of the last so many seconds: long enough for a slow server, short enough to show a change.
 WINDOW_S = 30.0
 
@@ -43,3 +45,11 @@ class Meter:
         items_per_s = (settled - began_settled) / elapsed_s
         left_s = (items - settled) / items_per_s if items_per_s > 0 else None
         return Throughput(items_per_s, max(carried_bytes - began_bytes, 0) / elapsed_s, left_s)
+
+
+def of_how_many(batch: Batch, which: Pass | None) -> int:
+    """The items that a pass is about."""
+    applied = batch.of("apply").totals
+    if which in ("verify", "undo"):
+        return sum(n for status, n in applied.items() if status not in NOT_DONE)
+    return batch.items - (applied.get("skipped", 0) if which == "survey" else 0)
