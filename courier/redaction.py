@@ -11,7 +11,7 @@ import logging
 import re
 import traceback
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -77,8 +77,6 @@ _IS_UID = re.compile(r"[0-9.]{1,64}", re.ASCII).fullmatch
 #: Whoever mixes up fields may put a patient where a UID belongs.
 _SHAPES = {"uid": _IS_UID, "study_uid": _IS_UID, "level": re.compile("image|series|study").fullmatch}
 _IS_NAME = re.compile(r"[\w.:-]{1,200}", re.ASCII).fullmatch
-#: So many servers of a result are named.
-_SERVERS_SHOWN: Final = 10
 _NO_TEXT: Final = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 _USER = re.compile(r"://[^\s/@'\"]*@")
 _AFTER_SCHEME = re.compile(r"://[^\s'\"<>]*")
@@ -264,33 +262,6 @@ def redacted_fields(job: Mapping[Any, Any]) -> dict[str, object]:
         for name, value in ((str(name), value) for name, value in job.items())
         if name not in HIDDEN_FIELDS
     }
-
-
-def shown_result(result: Mapping[str, Any]) -> str:
-    """A result as Flower, events and logs show it: how the job ended, servers, study and viewer link; no metadata."""
-    listed = result.get("servers")
-    servers = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
-    places = [result, *servers]
-    ended = " ".join(str(result[name]) for name in ("operation", "status", "state") if result.get(name))
-    items = result.get("items")
-    totals = result.get("totals")
-    counts = [f"{count} {what}" for what, count in totals.items() if count] if isinstance(totals, Mapping) else []
-    names = [f"{one.get('server_name')} {one.get('status') or ''}".strip() for one in servers[:_SERVERS_SHOWN]]
-    if len(servers) > _SERVERS_SHOWN:
-        names.append(f"and {len(servers) - _SERVERS_SHOWN} more")
-    parts = (
-        ended,
-        f"{items} items" + (f": {', '.join(counts)}" if counts else "") if isinstance(items, int) else "",
-        ", ".join(names) or str(result.get("server_name") or ""),
-        _first(places, "study_uid", "study {}"),
-        _USER.sub("://", _first(places, "viewer_url", "{}")),
-    )
-    return printable("; ".join(part for part in parts if part), limit=1000)
-
-
-def _first(places: Iterable[Mapping[str, Any]], name: str, form: str) -> str:
-    """The first value of that name, written as ``form`` says; "" if none of ``places`` has one."""
-    return next((form.format(place[name]) for place in places if place.get(name)), "")
 
 
 def _shown_field(name: str, value: object) -> object:

@@ -17,6 +17,8 @@ from typing import Any, Final
 
 from courier.results import Waiting
 
+#: A header of messages that are sent for jobs which were sent before: monitors are told that such a job goes on.
+WOKEN: Final = "woken"
 #: Codes of waits that no error is the cause of (docs/jobs.md).
 QUEUED: Final = "queued"
 OTHER_JOB: Final = "other_job"

@@ -49,6 +49,7 @@ from courier.queues import OLD_QUEUES, QUEUES, QueueContents, count, left_by_kil
 from courier.redaction import redact_job
 from courier.settings import QueueSettings, Settings
 from courier.telemetry import SendEvent, carrier, observe
+from courier.waits import WOKEN
 from producer.batches import BatchClient
 from producer.dead_letters import DeadLetterClient
 from producer.errors import (
@@ -445,7 +446,7 @@ class Courier:
                     task_id=due.job_id,
                     argsrepr="()",
                     kwargsrepr=redact_job(due.job),
-                    headers={**due.headers, **({"traceparent": due.trace} if due.trace else {})},
+                    headers={**due.headers, WOKEN: True, **({"traceparent": due.trace} if due.trace else {})},
                 )
         except BrokerUnavailable:
             if self._ledger is None:

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import billiard
 import kombu.exceptions
@@ -34,8 +34,8 @@ from celery.exceptions import (
 from celery.result import denied_join_result
 
 from courier import celery_settings, extras, queues, signing, telemetry, tracing
-from courier.batches.store import Batches
-from courier.celery_internals import store_probe
+from courier.batches.store import CHUNK_TASK, Batches
+from courier.celery_internals import forget_result, store_probe
 from courier.errors import CourierError, InvalidRequest
 from courier.ledger import peers
 from courier.ledger.breakers import Breakers
@@ -44,8 +44,10 @@ from courier.ledger.latencies import Latencies
 from courier.ledger.line import Line
 from courier.ledger.slots import Slots
 from courier.ledger.suspensions import Suspensions
-from courier.redaction import redact_job, shown_result
+from courier.redaction import redact_job, shown_id
+from courier.result_lines import shown_result
 from courier.settings import ServerSettings, Settings, SettingsError
+from courier.waits import WOKEN
 from worker.jobs.attempt import Heartbeat
 from worker.jobs.batch_slots import BatchSlots
 from worker.jobs.services import Services
@@ -213,15 +215,17 @@ _WORKER = uuid.uuid4().hex
 
 
 def _ledger() -> Ledger:
-    return Ledger.connect(
-        settings.queue.ledger_url,
-        worker=_WORKER,
-        prefix=settings.queue.key_prefix,
-        lease_s=settings.jobs.lease_s,
-        grace_s=settings.jobs.grace_s,
-        keep_s=settings.results.expires_s,
-        claim_s=settings.routing.claim_s,
-    )
+    return Ledger.connect(settings.queue.ledger_url, worker=_WORKER, **LEDGER_OPTIONS)
+
+
+#: What the settings say of the ledger, beside where it is.
+LEDGER_OPTIONS: Final[Mapping[str, Any]] = {
+    "prefix": settings.queue.key_prefix,
+    "lease_s": settings.jobs.lease_s,
+    "grace_s": settings.jobs.grace_s,
+    "keep_s": settings.results.expires_s,
+    "claim_s": settings.routing.claim_s,
+}
 
 
 def _is_written_down(job_id: str) -> bool:
@@ -546,6 +550,7 @@ def _requeue_lost(ledger: Ledger) -> None:
 
 def _send(job: DueJob) -> None:
     trace = job.trace or telemetry.carrier().get("traceparent", "")
+    woken = {} if job.task == CHUNK_TASK else {WOKEN: True}  # of pieces of a batch no wait is shown
     with denied_join_result():  # else it would subscribe to the result, and wake nobody while that is out of reach
         app.send_task(
             job.task,
@@ -553,7 +558,7 @@ def _send(job: DueJob) -> None:
             task_id=job.job_id,
             argsrepr="()",
             kwargsrepr=redact_job(job.job),
-            headers={**job.headers, **({"traceparent": trace} if trace else {})},
+            headers={**job.headers, **woken, **({"traceparent": trace} if trace else {})},
             **({"queue": job.queue} if job.queue else {}),
         )
 
@@ -568,6 +573,38 @@ def wake(jobs: Sequence[DueJob]) -> None:
             with contextlib.suppress(redis.RedisError):
                 services().ledger.unsent(job.job_id for job in jobs[number:])
             return
+
+
+def replay(ledger: Ledger, job_id: str) -> bool:
+    """Queue a dead letter again under its id, as `Courier.dead.replay`; False if it is none."""
+    due = ledger.replay(job_id)
+    if due is None:
+        return False
+    forget_result(app.backend, job_id)  # before the message: should the job end at once, its new result stays
+    try:
+        _send(due)
+    except BROKER_ERRORS as error:
+        log.warning("The message of job %s is sent later: %s", shown_id(job_id), type(error).__name__)
+        ledger.unsent([job_id])
+    return True
+
+
+def ask_a_worker(task: str, *, timeout_s: float) -> dict[str, Any] | None:
+    """What a look-up comes to that any worker can do; None if none has done it within ``timeout_s``.
+
+    A message that no worker has taken by then ends as cancelled.
+    """
+    job_id, until = str(uuid.uuid4()), time.monotonic() + timeout_s
+    with denied_join_result():
+        app.send_task(
+            task, kwargs={"job": {}}, task_id=job_id, argsrepr="()", kwargsrepr=redact_job({}), expires=timeout_s
+        )
+    while time.monotonic() < until:
+        meta = app.backend.get_task_meta(job_id, cache=False)
+        if meta["status"] in ("SUCCESS", "FAILURE"):
+            return meta["result"] if isinstance(meta["result"], dict) else None
+        time.sleep(0.2)
+    return None
 
 
 app.steps["worker"].add(Threads)

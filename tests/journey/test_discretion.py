@@ -62,11 +62,12 @@ def test_results_with_metadata_show_none_of_it_in_flower_and_logs(worker, image_
     assert PATIENT not in shown
     lines = {row["uuid"]: row["result"] for row in rows}
     found, listed, stored = (lines[handle.id] for handle in handles)
-    link = results[0]["servers"][0]["viewer_url"]
-    assert found == f"metadata; msdicom found; study {study}; {link}"
+    link, shortened_uid = results[0]["servers"][0]["viewer_url"], f"{study[:8]}…{study[-8:]}"
+    assert link in requests.get(pages[0], timeout=10).text.replace("&amp;", "&")
+    assert found == f"metadata of the study found on msdicom · study {shortened_uid}"
     assert "Result" in header
-    assert listed == "list_studies; msdicom complete, dcm4chee complete"
-    assert stored == f"upload stored; msdicom; study {study}; {results[2]['viewer_url']}"
+    assert listed == "listed 1 study · msdicom complete, dcm4chee complete"
+    assert stored == f"stored on msdicom · study {shortened_uid}"
     assert study in results[2]["viewer_url"]
 
 

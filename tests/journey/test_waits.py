@@ -94,14 +94,17 @@ def test_a_job_that_waits_for_a_server_says_so_everywhere(site, sandbox, image_s
     assert "waiting for msdicom since" in words
     assert "next try in" in words
 
-    assert poll(lambda: flower.task(handle.id) and flower.task(handle.id).state == "RETRY", timeout_s=5), vars(
+    assert poll(lambda: flower.task(handle.id) and flower.task(handle.id).state == "WAITING", timeout_s=5), vars(
         flower.task(handle.id)
     )
-    assert "waiting for msdicom since" in flower.task(handle.id).result
+    shown = flower.task(handle.id)
+    assert "waiting for msdicom since" in shown.result
+    assert shown.result.endswith(" (pacs_unavailable)")
+    assert (shown.exchange, shown.routing_key) == ("pacs_unavailable", "msdicom")
     sandbox.reset_faults()
     handle.cancel()
     assert poll(lambda: flower.task(handle.id).state == "FAILURE", timeout_s=WAIT_S)
-    assert flower.task(handle.id).result == "", "what it waited for is over"
+    assert flower.task(handle.id).result.startswith("cancelled: "), "what it waited for is over"
     assert handle.waiting() is None
 
 

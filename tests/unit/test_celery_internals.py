@@ -632,6 +632,7 @@ def test_shown_request_depends_on_these_methods_and_their_parameters() -> None:
     assert parameters(Request.send_event) == ["self", "type", "fields"]
     assert isinstance(Request.argsrepr, property)
     assert isinstance(Request.kwargsrepr, property)
+    assert isinstance(Request.request_dict, property)
     assert Request.acknowledged is False
 
 

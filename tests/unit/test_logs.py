@@ -23,7 +23,6 @@ from courier.redaction import (
     printable,
     redact_job,
     redact_url,
-    shown_result,
 )
 from worker.app import PacsTask, ShownResult
 from worker.observability.log_format import OURS, configure
@@ -266,70 +265,8 @@ def test_a_job_is_named_by_any_id_that_celery_accepts_but_for_the_query_of_a_url
         assert "secret" not in line
 
 
-SERVER = {"server_name": "msdicom", "server_type": "msdicom"}
-ELSEWHERE = {"server_name": "dcm4chee", "server_type": "dcm4chee"}
-LINK = "https://viewer.example.org/?StudyInstanceUIDs=1.2.3&token=x"
-
-
-@pytest.mark.parametrize(
-    ("result", "line"),
-    [
-        (
-            {
-                "operation": "upload",
-                "job_id": "j",
-                "status": "stored",
-                **SERVER,
-                "study_uid": "1.2.3",
-                "viewer_url": LINK,
-            },
-            f"upload stored; msdicom; study 1.2.3; {LINK}",
-        ),
-        (
-            {
-                "operation": "exists",
-                **SERVER,
-                "servers": [
-                    {**ELSEWHERE, "status": "unavailable", "study_uid": None, "viewer_url": None},
-                    {**SERVER, "status": "found", "study_uid": "1.2.3", "viewer_url": LINK, "metadata": [{"x": "P^N"}]},
-                ],
-            },
-            f"exists; dcm4chee unavailable, msdicom found; study 1.2.3; {LINK}",
-        ),
-        (
-            {"operation": "delete", "servers": [{**SERVER, "status": "deleted", "note": "P^N", "study_uid": "1.2.3"}]},
-            "delete; msdicom deleted; study 1.2.3",
-        ),
-        (
-            {
-                "operation": "batch",
-                "state": "done",
-                "name": "P^N",
-                "items": 3,
-                "totals": {"stored": 2, "open": 0, "failed": 1},
-                "servers": [{**SERVER, "stored": 2}, {**ELSEWHERE, "stored": 0}],
-            },
-            "batch done; 3 items: 2 stored, 1 failed; msdicom, dcm4chee",
-        ),
-        (
-            {"operation": "status", "servers": [{**SERVER, "status": "up", "note": "P^N"}] * 12},
-            "status; " + "msdicom up, " * 10 + "and 2 more",
-        ),
-        ({"operation": "list_studies", "studies": [{"patient_name": "P^N"}], "servers": []}, "list_studies"),
-        (
-            {"operation": "trace", **SERVER, "servers": [], "viewer_url": "https://me:secret@viewer/\u202e1\n2"},
-            "trace; msdicom; https://viewer/\\u202e1\\n2",
-        ),
-        ({}, ""),
-    ],
-)
-def test_a_result_is_shown_as_its_end_servers_study_and_link_in_one_line(result, line):
-    assert shown_result(result) == line
-    assert "P^N" not in line
-
-
 def test_what_is_shown_of_a_result_is_not_what_is_stored_of_it():
     payload = {"operation": "upload", "server_name": "msdicom", "metadata": {"00100010": "P^N"}}
     shown = ShownResult(payload)
-    assert saferepr(shown, PacsTask.resultrepr_maxsize) == "upload; msdicom"
+    assert saferepr(shown, PacsTask.resultrepr_maxsize) == "stored on msdicom"
     assert kombu.utils.json.loads(kombu.utils.json.dumps({"result": shown})) == {"result": payload}

@@ -46,7 +46,7 @@ from courier.messages import MESSAGE_BYTES
 from courier.redaction import about, about_study, redact_url, where_it_broke
 from courier.settings import JobSettings
 from courier.telemetry import End, JobEvent, count, observe
-from courier.waits import SERVER_MAINTENANCE, SERVER_PAUSED, WORKER_SHORTAGE, WaitReason, noted_in, sentence
+from courier.waits import SERVER_MAINTENANCE, SERVER_PAUSED, WORKER_SHORTAGE, WaitReason, noted_in
 from worker.jobs.attempt import Attempt, Heartbeat, Postpone
 from worker.jobs.delete_lock import ASK_AGAIN_S, SOON_AGAIN, is_deleting, is_given_up
 from worker.jobs.knowledge import check_knows_servers
@@ -93,11 +93,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Deferred:
-    """Not over: a worker will be woken for it, or is at it already. ``waits`` says why this attempt put it aside."""
+    """Not over: a worker will be woken for it, or is at it already. ``waiting`` (`Waiting`) is what watchers of the job
+    are told meanwhile, {} if this attempt did not put it aside.
+    """
 
-    @property
-    def waits(self) -> str:
-        return ""
+    waiting: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -295,14 +295,9 @@ def _recorded(taken: TakeResult) -> JobResult:
 
 @dataclass(frozen=True)
 class _Aside(Deferred):
-    """Put aside by this attempt. ``waiting`` is what watchers of the job are told meanwhile (`Waiting`)."""
+    """Put aside by this attempt."""
 
     reason: WaitReason
-    waiting: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-
-    @property
-    def waits(self) -> str:
-        return sentence(self.waiting) if self.waiting else ""
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,12 @@ from kombu.exceptions import ContentDisallowed, OperationalError
 from redis.exceptions import OutOfMemoryError
 
 from courier import signing
-from courier.errors import CourierError, InvalidRequest
+from courier.errors import CourierError, InvalidRequest, Refused
 from courier.ledger.jobs import NOTHING_ATTACHED, Attachment, PendingFollowUps, words_of
 from courier.messages import MESSAGE_BYTES
 from courier.queues import BATCHES, DUE, QUEUES
 from courier.redaction import shown_id, where_it_broke
+from courier.result_lines import shown_failure
 from worker.runtime import celery_internals, envelope, follow_ups, shortage
 from worker.runtime.follow_ups import End
 from worker.runtime.kombu_internals import decoded_body, is_compressed
@@ -322,7 +323,8 @@ class PacsConsumer(Consumer):  # type: ignore[misc]  # celery is untyped
         except (BackendError, redis.RedisError) as away:
             log.warning("Nobody could be told: %s", type(away).__name__)
         if self.event_dispatcher:
-            self.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(error.message))
+            line = shown_failure(error.payload, refused=isinstance(error, Refused))
+            self.event_dispatcher.send("task-failed", uuid=job_id, exception=repr(error.message), result=line)
 
     # --- what is not the message's fault ------------------------------------------------------------------------
 

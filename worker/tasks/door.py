@@ -98,7 +98,7 @@ def _said(task: Task, result: JobResult) -> dict[str, Any]:
             time.sleep(PAUSE_S)
             raise Ignore(STARVED)
         case Deferred():
-            raise Ignore(WAITS, result.waits)
+            raise Ignore(WAITS, dict(result.waiting))
 
 
 def _send(task: Task, outcome: dict[str, Any] | CourierError, pending: PendingFollowUps | None) -> None:
