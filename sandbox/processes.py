@@ -558,19 +558,28 @@ class FlowerPart:
 
 
 def flower(
-    processes: Processes, config: Path, *, name: str = "flower", environ: Mapping[str, str] | None = None
+    processes: Processes,
+    config: Path,
+    *,
+    name: str = "flower",
+    environ: Mapping[str, str] | None = None,
+    options: Iterable[str] = (),
 ) -> FlowerPart:
-    """Start Flower on loopback, without a password; ``child.wait_ready`` waits until it answers and hears events."""
+    """Start Flower on loopback; ``child.wait_ready`` waits until it answers and hears events.
+
+    It asks for no password unless ``environ`` has FLOWER_BASIC_AUTH; ``options`` are Flower's own.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "worker.flower", f"--port={port}"]
+    command = [sys.executable, "-m", "worker.flower", f"--port={port}", *options]
     broker_url = Settings.load({"PACS_CONFIG": str(config)}).queue.broker_url
+    prefix = next((option.partition("=")[2] for option in options if option.startswith("--url-prefix=")), "")
+    url = f"http://{HOST}:{port}{'/' if prefix else ''}{prefix}"
 
     def ready(_: Child) -> bool:
-        return answers(f"http://{HOST}:{port}/healthcheck") and _hears_events(broker_url)
+        return answers(f"{url}/healthcheck") and _hears_events(broker_url)
 
     settings = {"PACS_CONFIG": str(config), **(environ or {})}
-    child = processes.start(name, command, ready=ready, environ=settings, grace_s=2)
-    return FlowerPart(child, f"http://{HOST}:{port}")
+    return FlowerPart(processes.start(name, command, ready=ready, environ=settings, grace_s=2), url)
 
 
 def _hears_events(broker_url: str) -> bool:

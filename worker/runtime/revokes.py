@@ -154,6 +154,11 @@ def _cancel(job_id: str) -> str:
     return told
 
 
+def told(was: str) -> str:
+    """What is said of a job that was cancelled in the state ``was`` (`Canceller.job`)."""
+    return _TOLD.get(was, _OVER)
+
+
 def _away(error: redis.RedisError) -> str:
     log.error("The ledger did not take a revoke (%s); send it again", type(error).__name__)
     return f"the ledger did not take it ({type(error).__name__}); send it again"

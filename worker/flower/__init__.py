@@ -1,7 +1,8 @@
 """``python -m worker.flower``: Flower on this machine alone, and on a network only behind a password.
 
 What it shows of jobs is redacted, but from its pages and its API workers can be stopped and jobs sent. Everything
-beside the address is Flower's own: its options, and its ``FLOWER_…`` variables.
+beside the address and the pages that ``flowerconfig.py`` adds is Flower's own: its options, and its ``FLOWER_…``
+variables.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
+#: The file that Flower executes at its start: our pages, rows and templates.
+CONFIG: Final = Path(__file__).with_name("flowerconfig.py")
 #: What its list of tasks shows: the redacted job and its result too, of which Flower's default leaves the job out.
-COLUMNS: Final = "name,kwargs,state,result,received,runtime,worker,uuid"
+COLUMNS: Final = "name,state,result,received,runtime,kwargs,worker,uuid"
 _ADVICE: Final = (
     "set FLOWER_BASIC_AUTH to user:password (several with commas between), or FLOWER_AUTH_PROVIDER and in FLOWER_AUTH "
     "whom it lets in, or leave the address out"
@@ -59,11 +62,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> N
         raise SystemExit(f"pacs-courier: {reason}")
     from worker.app import app  # noqa: PLC0415  # reads the settings, which no refusal needs
 
-    options = [f"--address={asked.address}", f"--port={asked.port}"]
+    options = [f"--address={asked.address}", f"--port={asked.port}", f"--conf={CONFIG}"]
     if "FLOWER_TASKS_COLUMNS" not in environ:
         options.append(f"--tasks-columns={COLUMNS}")
     app.start(["flower", *options, *rest])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
