@@ -18,7 +18,7 @@ WAITING = WaitReason("pacs_unavailable", "msdicom failed on its last requests.",
 )
 
 
-class Monitor:
+class EventMonitor:
     """Celery's own reading of events, as Flower and `celery events` have it."""
 
     enabled = True
@@ -41,7 +41,7 @@ class Monitor:
 class SentMessage(ShownRequest):
     """Its headers alone: what a pool does with it is Celery's business."""
 
-    def __init__(self, monitor: Monitor, **headers: Any) -> None:
+    def __init__(self, monitor: EventMonitor, **headers: Any) -> None:
         self.id, self._eventer, self._request_dict = "j1", monitor, headers
         self._task = SimpleNamespace(send_events=True)
 
@@ -51,18 +51,18 @@ class SentMessage(ShownRequest):
 
 
 @pytest.fixture
-def monitor() -> Monitor:
-    return Monitor()
+def monitor() -> EventMonitor:
+    return EventMonitor()
 
 
-def test_a_job_that_never_waits_sends_celerys_own_events_and_no_other(monitor: Monitor) -> None:
+def test_a_job_that_never_waits_sends_celerys_own_events_and_no_other(monitor: EventMonitor) -> None:
     message = SentMessage(monitor)
     message.begins()
     message.send_event("task-succeeded", result="stored on msdicom", runtime=0.1)
     assert monitor.types == ["task-received", "task-started", "task-succeeded"]
 
 
-def test_a_job_that_waits_is_shown_as_waiting_until_a_woken_message_begins(monitor: Monitor) -> None:
+def test_a_job_that_waits_is_shown_as_waiting_until_a_woken_message_begins(monitor: EventMonitor) -> None:
     first, second = SentMessage(monitor), SentMessage(monitor, **{WOKEN: True})
     first.begins()
     first.send_event("task-waiting", **waiting_fields(WAITING))
@@ -80,7 +80,7 @@ def test_a_job_that_waits_is_shown_as_waiting_until_a_woken_message_begins(monit
     assert (monitor.task.state, monitor.task.result) == ("FAILURE", "")
 
 
-def test_a_job_that_is_done_after_a_wait_ends_as_done(monitor: Monitor) -> None:
+def test_a_job_that_is_done_after_a_wait_ends_as_done(monitor: EventMonitor) -> None:
     SentMessage(monitor).send_event("task-waiting", **waiting_fields(WAITING))
     woken = SentMessage(monitor, **{WOKEN: True})
     woken.begins()
@@ -96,7 +96,7 @@ def test_a_wait_without_a_server_names_none() -> None:
     assert set(fields) == {"result", "exchange", "routing_key"}, "Celery's monitors drop other fields"
 
 
-def test_a_failed_job_says_how_it_failed_as_its_result(monitor: Monitor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_job_says_how_it_failed_as_its_result(monitor: EventMonitor, monkeypatch: pytest.MonkeyPatch) -> None:
     message = SentMessage(monitor)
     monkeypatch.setattr(
         "celery.worker.request.Request.on_failure", lambda self, *_, **__: self.send_event("task-failed")

@@ -103,10 +103,17 @@ def server_row(load: ServerLoad, kind: str, waiting: Iterable[WaitingCount], ans
         status=str(status.get("status", "")),
         status_look=_STATUS_LOOKS.get(str(status.get("status")), ""),
         status_note="" if status.get("status") == "up" else _note(status),
-        latency=f"{status['latency_ms']:,.0f} ms" if status.get("status") in ("up", "degraded") else "",
+        latency=_latency(load.latency_ms, status),
         storage=text,
         storage_percent=percent,
     )
+
+
+def _latency(of_questions_ms: float | None, status: Mapping[str, Any]) -> str:
+    """Of the questions that workers asked lately; else of the status, if the server answered to that."""
+    answered = status.get("latency_ms") if status.get("status") in ("up", "degraded") else None
+    latency_ms = answered if of_questions_ms is None else of_questions_ms
+    return "" if latency_ms is None else f"{latency_ms:,.0f} ms"
 
 
 def _reason(one: WaitingCount) -> str:
