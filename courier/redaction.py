@@ -69,7 +69,9 @@ SHOWN_FIELDS = frozenset(
     )
 )
 #: What people write of a job (``requested_by``, ``reason``) may name a patient: it is for the ledger's history alone.
-HIDDEN_FIELDS = frozenset(("version", "idempotency_key", "cursor", "requested_by", "reason"))
+HIDDEN_FIELDS = frozenset(
+    ("version", "idempotency_key", "cursor", "requested_by", "reason", "follow_up_of", "maintenance")
+)
 REQUESTED_BY_LENGTH: Final = 200
 REASON_LENGTH: Final = 1000
 _IS_FIELD = re.compile(r"[a-z][a-z_]{0,31}", re.ASCII).fullmatch

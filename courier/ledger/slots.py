@@ -132,7 +132,7 @@ class _Wish:
     waits: bool = True
 
 
-class _Turn(NamedTuple):
+class _SlotsGranted(NamedTuple):
     """How many slots of a server are ours now, how many other processes wait, and how many there are."""
 
     held: int
@@ -214,16 +214,16 @@ class Slots:
                 self._shares[name] = _Share(self, name, limit)
             return self._shares[name]
 
-    def turn(self, wish: _Wish) -> _Turn:
+    def turn(self, wish: _Wish) -> _SlotsGranted:
         """One exchange with Redis: how many slots are ours now, how many others wait, how many processes there are."""
         return self._exchange([wish])[0]
 
-    def _exchange(self, wishes: Sequence[_Wish]) -> list[_Turn]:
+    def _exchange(self, wishes: Sequence[_Wish]) -> list[_SlotsGranted]:
         keys = [f"{self._prefix}{kind}{wish.name}" for wish in wishes for kind in (SLOTS, QUEUE)]
         args: list[str | int] = [self._me, int(self._lease_s * 1000)]
         for wish in wishes:
             args += [wish.want, wish.limit, wish.used, wish.back, int(wish.waits)]
-        return [_Turn(*(int(number) for number in row)) for row in self._turn(keys=keys, args=args)]
+        return [_SlotsGranted(*(int(number) for number in row)) for row in self._turn(keys=keys, args=args)]
 
     def fresh_until(self, asked_at: float) -> float:
         return asked_at + self._lease_s
@@ -355,7 +355,7 @@ class _Share:
         with self._changed:
             self._back += wish.back
 
-    def granted(self, turn: _Turn, asked_at: float) -> None:
+    def granted(self, turn: _SlotsGranted, asked_at: float) -> None:
         with self._changed:
             self._held = turn.held - self._back
             self._fresh_until = self._slots.fresh_until(asked_at)
