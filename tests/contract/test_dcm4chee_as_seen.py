@@ -38,7 +38,8 @@ from worker.pacs.registry import connect
 from worker.pacs.transport import kind_of_status
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-ATTEMPTS = 100
+#: More than an image is blamed after, and no more: where an archive stays in trouble, all of them are made.
+ATTEMPTS = 20
 
 
 class Ward(BatchSite):

@@ -48,22 +48,23 @@ def main() -> None:
 '''
 
 
-def checked(installed: Path, program: str, folder: Path) -> str:
-    """What mypy says of a user's program, which sees nothing but what is installed."""
-    (folder / "program.py").write_text(program, encoding="utf-8")
+def checked(installed: Path, folder: Path, **programs: str) -> str:
+    """What mypy says of programs of a user, which see nothing but what is installed."""
+    for name, program in programs.items():
+        (folder / f"{name}.py").write_text(program, encoding="utf-8")
     (folder / "mypy.ini").write_text("[mypy]\n", encoding="utf-8")
     options = ("--strict", "--python-executable", installed, "--cache-dir", folder / "cache")
-    return run(sys.executable, "-m", "mypy", *options, "program.py", cwd=folder).stdout
+    return run(sys.executable, "-m", "mypy", *options, *(f"{name}.py" for name in programs), cwd=folder).stdout
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_users_program_is_checked_strictly_against_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
-    assert checked(installed, PROGRAM, tmp_path) == "Success: no issues found in 1 source file\n"
     wrong = PROGRAM.replace("stored['viewer_url']", "stored['viewer_link']").replace('"servers"', '"server"')
     wrong = wrong.replace("error.server_name or", "error.server or").replace('exists("study"', 'exists("studies"')
     wrong += "\nfrom producer import Couriers\n"
-    answer = checked(installed, wrong, tmp_path)
+    answer = checked(installed, tmp_path, right=PROGRAM, wrong=wrong)
+    assert "right.py" not in answer
     for words in (
         '"viewer_link"',
         '"server"',
@@ -72,7 +73,7 @@ def test_a_users_program_is_checked_strictly_against_the_installed_wheel(install
         'no attribute "Couriers"',
     ):
         assert words in answer
-    assert "Found 5 errors" in answer
+    assert answer.endswith("Found 5 errors in 1 file (checked 2 source files)\n")
 
 
 def in_folders(files: frozenset[str], *folders: str) -> set[str]:
