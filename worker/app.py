@@ -34,6 +34,7 @@ from celery.exceptions import (
 from celery.result import denied_join_result
 
 from courier import celery_settings, extras, queues, signing, telemetry, tracing
+from courier.batches.progress import is_at_work
 from courier.batches.store import CHUNK_TASK, Batches
 from courier.celery_internals import forget_result, store_probe
 from courier.errors import CourierError, InvalidRequest
@@ -805,6 +806,7 @@ def outlook() -> Outlook:
     server_names = [server.name for server in settings.servers]
     breakers = Breakers(ledger.client, prefix=settings.queue.key_prefix)
     suspensions = Suspensions(ledger.client, prefix=settings.queue.key_prefix).read(server_names)
+    batches = Batches(ledger).list()
     return Outlook(
         servers_digests=len(peers.Peers.of(ledger).servers_digests),
         queues=consumer.depths(app, queues.QUEUES),
@@ -812,7 +814,9 @@ def outlook() -> Outlook:
         overdue=load.overdue,
         dead=load.dead,
         parked=ledger.parked(),
-        batches=Counter(batch.state for batch in Batches(ledger).list()),
+        batches=Counter(batch.state for batch in batches),
+        settled={batch.id: batch.settled for batch in batches if is_at_work(batch, time.time())},
+        oldest_message_s=ledger.oldest_message_s(),
         breakers={name: state.name for name, state in breakers.states(server_names).items()},
         suspended={name: suspensions[name].state if name in suspensions else "" for name in server_names},
     )

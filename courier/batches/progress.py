@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from courier.batches.store import NOT_DONE, Batch, Pass
+from courier.batches.store import ACTIVE, NOT_DONE, Batch, Pass
+from courier.windows import Window
 
 #: The pace is that of the last so many seconds: long enough for a slow server, short enough to show a change.
 WINDOW_S = 30.0
@@ -45,6 +46,13 @@ class Meter:
         items_per_s = (settled - began_settled) / elapsed_s
         left_s = (items - settled) / items_per_s if items_per_s > 0 else None
         return Throughput(items_per_s, max(carried_bytes - began_bytes, 0) / elapsed_s, left_s)
+
+
+def is_at_work(batch: Batch, now_s: float) -> bool:
+    """Whether items of the batch are to be settled now: it has a plan, is in a pass, and its window is open."""
+    window = batch.order.get("window")
+    is_shut = bool(window) and Window.read(str(window)).opens_in_s(now_s) > 0
+    return batch.state in ACTIVE and batch.state != "planning" and not is_shut
 
 
 def of_how_many(batch: Batch, which: Pass | None) -> int:

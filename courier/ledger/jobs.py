@@ -2572,6 +2572,14 @@ class Ledger:
             pipe.zcard(self.key("dead"))
             return Load(*pipe.execute())
 
+    def oldest_message_s(self) -> float:
+        """How long ago the oldest message was sent that no worker has taken; 0 if there is none.
+
+        A job's first message counts once the sweeper has looked for it, a grace period after it was sent.
+        """
+        rows = cast(list[tuple[str, float]], self._redis.zrange(self.key("unanswered"), 0, 0, withscores=True))
+        return max(0.0, self.clock_s() - rows[0][1] / 1000) if rows else 0.0
+
     def probe(self) -> None:
         """Have a script write a key that goes by itself; `redis.RedisError` if this ledger cannot be worked with."""
         script = "return redis.call('SET', KEYS[1], '', 'PX', 1000)"

@@ -95,7 +95,7 @@ def test_the_wheel_holds_the_three_packages_whole_and_nothing_else(distributions
 
 def test_the_sdist_has_docs_tests_and_what_they_need_and_no_litter(distributions: Distributions) -> None:
     held = distributions.sdist_files
-    folders = (".ci", "benchmarks", "courier", "docker", "docs", "producer", "sandbox", "tests", "worker")
+    folders = (".ci", "benchmarks", "courier", "deploy", "docker", "docs", "producer", "sandbox", "tests", "worker")
     files = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "celeryconfig.py", "constraints.txt"}
     files |= {"docker-compose.yml", "pyproject.toml", ".dockerignore", ".gitignore"}
     generated = {"PKG-INFO", "setup.cfg"}

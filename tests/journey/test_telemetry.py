@@ -199,7 +199,7 @@ def test_metrics_count_what_was_done_and_show_what_waits(worker, image_server, s
         assert values["pacs_jobs_parked", ("server_name", "msdicom")] == 1
         states = {state: values["pacs_breaker_state", msdicom[0], ("state", state)] for state in BREAKER_STATES}
         assert states == {"closed": 0, "half-open": 0, "open": 1}
-        assert values["pacs_queue_messages", ("queue", "pacs")] == 0
+        assert (values["pacs_queue_messages", ("queue", "pacs")], values["pacs_queue_oldest_seconds",]) == (0, 0)
         sandbox.reset_faults()
         assert parked.cancel()
         for _ in courier.as_completed([parked], timeout_s=WAIT_S):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from courier.batches.progress import WINDOW_S, Meter, Throughput
+from courier.batches.progress import WINDOW_S, Meter, Throughput, is_at_work
+from courier.batches.store import Batch
 
 
 def measure(meter: Meter, at_s: float, settled: int, *, about: str = "apply") -> Throughput:
@@ -40,3 +43,20 @@ def test_another_pass_or_a_retry_begins_anew() -> None:
     assert measure(meter, 11, 0, about="verify") == Throughput()
     assert measure(meter, 12, 100, about="verify").items_per_s == 100
     assert measure(meter, 13, 50, about="verify") == Throughput()
+
+
+@pytest.mark.parametrize(
+    ("state", "window", "at_work"),
+    [
+        ("running", None, True),
+        ("verifying", None, True),
+        ("planning", None, False),
+        ("paused", None, False),
+        ("done", None, False),
+        ("running", "00:00-23:59", True),
+        ("running", "23:58-23:59", False),
+    ],
+)
+def test_a_batch_is_at_work_while_items_are_to_be_settled(state: Any, window: str | None, at_work: bool) -> None:
+    noon_s = 12 * 3600
+    assert is_at_work(Batch("b", state, "upload", {"window": window}), noon_s) is at_work

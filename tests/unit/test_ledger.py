@@ -193,6 +193,21 @@ def test_a_message_that_is_known_to_be_lost_does_not_wait_its_turn_to_be_sent_ag
     assert ledger.dispatched() == {}
 
 
+def test_the_age_of_a_queue_is_that_of_the_oldest_message_that_no_worker_has_taken(
+    ledger: Ledger, client: fakeredis.FakeRedis
+) -> None:
+    assert ledger.oldest_message_s() == 0
+    now_ms = ledger.clock_s() * 1000
+    for name, age_s in (("old", 600), ("new", 60)):
+        ledger.submit(name, task=TASK, job=JOB)
+        client.zadd(f"{PREFIX}unanswered", {name: now_ms - age_s * 1000})
+    assert ledger.oldest_message_s() == pytest.approx(600, abs=5)
+    assert take_job(ledger, "old").state is TakeState.YOURS
+    assert ledger.oldest_message_s() == pytest.approx(60, abs=5)
+    client.zadd(f"{PREFIX}unanswered", {"new": now_ms + 5000})
+    assert ledger.oldest_message_s() == 0, "no age is below none"
+
+
 def take_last(ledger: Ledger, name: str) -> Any:
     """Take a job that may have three deaths, with content of its own."""
     return ledger.take(name, task=TASK, job={"image_url": name}, max_deaths=3)

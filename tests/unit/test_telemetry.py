@@ -27,6 +27,8 @@ OUTLOOK = Outlook(
     batches={"a": 1},
     breakers={"n": "open"},
     suspended={"n": ""},
+    oldest_message_s=7.5,
+    settled={"b1": 3},
 )
 
 

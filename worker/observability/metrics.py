@@ -119,6 +119,9 @@ class Outlook:
     breakers: Mapping[str, str]
     servers_digests: int = 0
     suspended: Mapping[str, str] = field(default_factory=dict)
+    oldest_message_s: float = 0.0
+    #: By batch at work: its items that are settled in the pass that it is in.
+    settled: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)  # the registry keeps it by its identity
@@ -145,6 +148,12 @@ class LedgerCollector(Collector):
             value=outlook.servers_digests,
         )
         yield _by("pacs_queue_messages", "Messages that wait", "queue", outlook.queues)
+        yield GaugeMetricFamily(
+            "pacs_queue_oldest_seconds",
+            "How long ago the oldest message was sent that no worker has taken",
+            value=outlook.oldest_message_s,
+        )
+        yield _by("pacs_batch_settled_items", "Settled items of a batch at work", "batch_id", outlook.settled)
         yield _by("pacs_jobs_parked", "Jobs put aside until later", "server_name", outlook.parked)
         yield _by("pacs_batches", "Batches", "state", outlook.batches)
         breakers = GaugeMetricFamily("pacs_breaker_state", "1 for the state", labels=["server_name", "state"])
