@@ -74,8 +74,12 @@ chaos: $(VENV)/.ready-dev last-version ## workers, Redis and servers killed, cut
 	@$(BIN)/python -m tests.chaos
 
 bench: $(VENV)/.ready-dev ## figures, as ratios within one run
+	@$(BIN)/python -m benchmarks.machine
 	@$(BIN)/python -m benchmarks.startup
+	@$(BIN)/python -m benchmarks.latency
 	@$(BIN)/python -m benchmarks.uploads
+	@$(BIN)/python -m benchmarks.scaling
+	@$(BIN)/python -m benchmarks.drain
 	@$(BIN)/python -m benchmarks.bulk
 	@$(BIN)/python -m benchmarks.migration
 

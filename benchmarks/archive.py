@@ -79,7 +79,7 @@ def study_uid(number: int) -> str:
     )
 
 
-def measure(url: str, folder: Path, *, passes: int, count: int) -> dict[str, Any]:
+def measure(url: str, folder: Path, *, passes: int, count: int, warm_up: int = 40) -> dict[str, Any]:
     studies = Studies(url)
     rates: defaultdict[str, list[float]] = defaultdict(list)
     archive_ms: defaultdict[str, list[float]] = defaultdict(list)
@@ -109,7 +109,7 @@ def measure(url: str, folder: Path, *, passes: int, count: int) -> dict[str, Any
             "alone": partial(raw, 1),
         }
         with Courier(stage.settings) as courier:
-            chain_pass(stage, courier, count=40, studies=studies)
+            chain_pass(stage, courier, count=warm_up, studies=studies)
             for _ in range(passes):
                 for way, carry in ways.items():
                     before_s = others_s(stage)

@@ -14,7 +14,6 @@ script   fetch, read, ask two servers, store, read the metadata: one after the o
 from __future__ import annotations
 
 import http.client
-import io
 import itertools
 import json
 import shutil
@@ -30,13 +29,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
-import pydicom
 import requests
 from dicomweb_client.api import DICOMwebClient
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.images import image
+from benchmarks.naive import store_image
 from benchmarks.uploads import UploadBench, bench, chain_pass, cpu_s, fresh_images
 from producer import Courier
 from sandbox import processes as parts
@@ -149,15 +148,8 @@ def script(stage: UploadBench, count: int, servers: Sequence[str]) -> Turn:
 
     def work() -> None:
         for url in served(stage, count):
-            ds = pydicom.dcmread(io.BytesIO(session.get(url, timeout=60).content))
-            for client in clients:
-                if client.search_for_instances(search_filters={"SOPInstanceUID": ds.SOPInstanceUID}):
-                    raise click.ClickException("an image that was never sent is there")
-                client.search_for_studies(search_filters={"StudyInstanceUID": ds.StudyInstanceUID})
-            clients[0].store_instances([ds])
-            uids = (ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID)
-            if not clients[0].retrieve_instance_metadata(*uids):
-                raise click.ClickException("an image that was stored is not there")
+            if store_image(url, session, clients)["status"] != "stored":
+                raise click.ClickException("an image that was never sent is there")
 
     return turn(stage, count, work)
 
@@ -165,9 +157,11 @@ def script(stage: UploadBench, count: int, servers: Sequence[str]) -> Turn:
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
-def measure(stage: UploadBench, folder: Path, *, passes: int, count: int, concurrency: int) -> dict[str, Any]:
+def measure(
+    stage: UploadBench, folder: Path, *, passes: int, count: int, concurrency: int, warm_up: int = 200
+) -> dict[str, Any]:
     """Everything, as plain numbers."""
-    few = max(50, count // 8)
+    few = max(warm_up // 4, count // 8)
     grid = {cell: raw(stage, count // 2, connections=cell[0], per_request=cell[1]).per_s for cell in GRID}
     best = max(grid, key=lambda cell: grid[cell])
     alone = max((cell for cell in GRID if cell[1] == 1), key=lambda cell: grid[cell])
@@ -185,8 +179,8 @@ def measure(stage: UploadBench, folder: Path, *, passes: int, count: int, concur
     worker.wait_ready()
     servers = [server.url for server in stage.settings.servers]
     with Courier(stage.settings) as courier:
-        batch(stage, courier, served(stage, 200), concurrency=concurrency)  # connections, imports, caches
-        chain_pass(stage, courier, count=20)
+        batch(stage, courier, served(stage, warm_up), concurrency=concurrency)  # connections, imports, caches
+        chain_pass(stage, courier, count=max(1, warm_up // 10))
         for _ in range(passes):
             limits = [limit()]
             by_http = note("http", batch(stage, courier, served(stage, count), concurrency=concurrency)[0]).per_s
@@ -207,6 +201,7 @@ def measure(stage: UploadBench, folder: Path, *, passes: int, count: int, concur
         verified = _verified(
             courier, batch(stage, courier, served(stage, count), concurrency=concurrency, verify=True)[1], count
         )
+    stage.processes.stop_one(worker)
     return {
         "grid_per_s": {f"{connections}x{size}": rate for (connections, size), rate in grid.items()},
         "best": f"{best[0]}x{best[1]}",

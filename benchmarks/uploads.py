@@ -1,7 +1,8 @@
 """`make bench`: how much of a real Orthanc's own limit the whole chain reaches, and what a job costs the worker.
 
-Raw limit and chain take turns within one run, so that what else the machine does hits both; ratios are the
-figures to compare, absolute numbers are not. Linux only: processor time and memory are read from /proc.
+Raw limit, chain and a naive Celery task (``naive.py``, with threads and with processes) take turns within one run, so
+that what else the machine does hits all; ratios are the figures to compare, absolute numbers are not. Linux only:
+processor time and memory are read from /proc.
 
 The chain: image server → worker → check on two Orthancs → push to the first → metadata → result in Redis.
 """
@@ -27,6 +28,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
+from celery import Celery
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +47,9 @@ from worker.pacs.registry import connect
 from worker.storage.sources import Sources
 
 PER_STUDY = 20
+#: The pools of the naive task's workers, and how many jobs each does at a time.
+NAIVE = {"threads": 8, "prefork": 2}
+NAIVE_NAMES = tuple(f"naive-{pool}" for pool in NAIVE)
 STEPS = ("fetch", "identify", "check", "route", "push", "describe")
 _studies = itertools.count(1)
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -173,8 +178,72 @@ def cpu_s(stage: UploadBench) -> dict[str, float]:
 
 
 def _cpu_s(child: Child) -> float:
-    fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+    """Of the part's first process and of those that it has started (a pool's), unless they have ended."""
+    pids = [int(pid) for path in Path(f"/proc/{child.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    return sum(_ticks(pid) for pid in (child.pid, *pids)) / _TICKS_PER_S
+
+
+def _ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+# --- the naive task --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NaiveRival:
+    """A worker of the naive task, and the client that sends to it."""
+
+    name: str
+    app: Celery
+    worker: Child
+
+
+def start_naive(stage: UploadBench, pool: str, concurrency: int) -> NaiveRival:
+    """Start a worker of the naive task, on two databases of the same Redis that ours does not use."""
+    redis, _, _ = stage.settings.queue.broker_url.rpartition("/")
+    name = f"naive-{pool}"
+    app = Celery(name, broker=f"{redis}/10", backend=f"{redis}/11", set_as_current=False)
+    command = [sys.executable, "-m", "celery", "-A", "benchmarks.naive", "worker", "--pool", pool, "-Q", name]
+    command += [
+        "--concurrency",
+        str(concurrency),
+        "--hostname",
+        f"{name}@bench",
+        "--without-mingle",
+        "--without-gossip",
+    ]
+    worker = stage.processes.start(
+        name,
+        command,
+        ready=lambda _: bool(app.control.ping(destination=[f"{name}@bench"], timeout=0.5)),
+        environ={
+            "NAIVE_BROKER": f"{redis}/10",
+            "NAIVE_RESULTS": f"{redis}/11",
+            "NAIVE_SERVERS": " ".join(server.url for server in stage.settings.servers),
+        },
+        grace_s=0,
+    )
+    return NaiveRival(name, app, worker)
+
+
+def naive_pass(stage: UploadBench, rival: NaiveRival, *, count: int) -> ChainPass:
+    """The same of the naive task: send ``count`` messages, and wait for all results."""
+    pairs = fresh_images(count)
+    before_s, begun = cpu_s(stage), time.perf_counter()
+    sent = [
+        rival.app.send_task("naive.upload", (f"{stage.images}/{study}/{number}.dcm",), queue=rival.name)
+        for study, number in pairs
+    ]
+    payloads = [one.get(timeout=300) for one in sent]
+    took_s, after_s = time.perf_counter() - begun, cpu_s(stage)
+    stored = sum(payload["status"] == "stored" for payload in payloads)
+    if stored != count:
+        raise click.ClickException(f"{stored} of {count} images were stored by the naive task")
+    return ChainPass(
+        count / took_s, {part: (after_s[part] - before_s[part]) * 1000 / count for part in after_s}, payloads
+    )
 
 
 def wall_ms_by_step(payloads: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -247,32 +316,49 @@ def _status_kib(child: Child, key: str) -> int:
 # --- the run ---------------------------------------------------------------------------------------------
 
 
-def measure(stage: UploadBench, *, passes: int, count: int, huge_bytes: int) -> dict[str, Any]:
+def measure(stage: UploadBench, *, passes: int, count: int, huge_bytes: int, warm_up: int = 50) -> dict[str, Any]:
     """Everything, as plain numbers."""
     raw: dict[int, list[float]] = {4: [], 8: []}
     chain: list[ChainPass] = []
+    naive: dict[str, list[ChainPass]] = {}
     worker = parts.worker(stage.processes, stage.config)
-    worker.wait_ready()
+    rivals = [start_naive(stage, pool, concurrency) for pool, concurrency in NAIVE.items()]
+    for child in (worker, *(rival.worker for rival in rivals)):
+        child.wait_ready(timeout_s=120)
     with Courier(stage.settings) as courier:
-        chain_pass(stage, courier, count=50)  # connections, imports, caches
+        chain_pass(stage, courier, count=warm_up)  # connections, imports, caches
+        for rival in rivals:
+            naive_pass(stage, rival, count=warm_up)
         for _ in range(passes):
             for connections, rates in raw.items():
                 rates.append(raw_stows_per_s(stage.server, fresh_images(count), connections=connections))
             chain.append(chain_pass(stage, courier, count=count))
-    stage.processes.stop_one(worker)
+            for rival in rivals:
+                naive.setdefault(rival.name, []).append(naive_pass(stage, rival, count=count))
+    for child in (worker, *(rival.worker for rival in rivals)):
+        stage.processes.stop_one(child)
     limit = max(statistics.median(rates) for rates in raw.values())
     jobs_per_s = statistics.median(one.jobs_per_s for one in chain)
+    naive_per_s = {name: [one.jobs_per_s for one in all_of] for name, all_of in naive.items()}
     figures: dict[str, Any] = {
         "raw_stow_per_s": {str(connections): statistics.median(rates) for connections, rates in raw.items()},
         "raw_stow_per_s_all": {str(connections): rates for connections, rates in raw.items()},
         "chain_jobs_per_s": jobs_per_s,
         "chain_jobs_per_s_all": [one.jobs_per_s for one in chain],
         "ratio": jobs_per_s / limit,
+        "naive_jobs_per_s": {name: statistics.median(rates) for name, rates in naive_per_s.items()},
+        "naive_jobs_per_s_all": naive_per_s,
+        "naive_cpu_ms_per_job": {
+            name: statistics.median(one.cpu_ms[name] for one in all_of) for name, all_of in naive.items()
+        },
+        "ratios_to_naive": [
+            one.jobs_per_s / max(rates) for one, *rates in zip(chain, *naive_per_s.values(), strict=True)
+        ],
         "cpu_ms_per_job_by_part": {
             part: statistics.median(one.cpu_ms[part] for one in chain) for part in chain[0].cpu_ms
         },
         "wall_ms_by_step": wall_ms_by_step([payload for one in chain for payload in one.payloads]),
-        "cpu_ms_by_step": cpu_ms_by_step(stage, count=100),
+        "cpu_ms_by_step": cpu_ms_by_step(stage, count=2 * warm_up),
     }
     if huge_bytes:
         huge = huge_upload(stage, size_bytes=huge_bytes)
@@ -291,7 +377,18 @@ def show(figures: dict[str, Any], console: Console) -> None:
     rates.add_row(
         "whole chain, 1 worker", f"{figures['chain_jobs_per_s']:.0f}", _spread(figures["chain_jobs_per_s_all"])
     )
+    for name, rate in figures["naive_jobs_per_s"].items():
+        pool = name.removeprefix("naive-")
+        rates.add_row(
+            f"naive Celery task, {pool} {NAIVE[pool]}", f"{rate:.0f}", _spread(figures["naive_jobs_per_s_all"][name])
+        )
+    to_naive = figures["ratios_to_naive"]
     rates.add_row("[bold]chain / raw", f"[bold]{figures['ratio']:.2f}", "")
+    rates.add_row(
+        "[bold]chain / the better naive one",
+        f"[bold]{statistics.median(to_naive):.2f}",
+        " ".join(f"{one:.2f}" for one in to_naive),
+    )
     console.print(rates, "")
 
     cpu, wall = figures["cpu_ms_by_step"], figures["wall_ms_by_step"]
@@ -306,8 +403,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
     steps.add_row("Celery, threads", f"{total - cpu['all']:.1f}", "")
     steps.add_row("[bold]worker process, per job", f"[bold]{total:.1f}", "")
     console.print(steps, "")
-    others = ", ".join(f"{part} {spent:.1f}" for part, spent in parts_cpu.items() if part != "worker")
-    console.print(f"CPU milliseconds per job of the other parts: {others}.", "")
+    others = ", ".join(
+        f"{part} {spent:.1f}" for part, spent in parts_cpu.items() if part != "worker" and part not in NAIVE_NAMES
+    )
+    console.print(f"CPU milliseconds per job of the other parts: {others}.")
+    naive = ", ".join(f"{name} {spent:.1f}" for name, spent in figures["naive_cpu_ms_per_job"].items())
+    console.print(f"Those of the naive task's workers, per job of theirs: {naive}.", "")
     if "huge" in figures:
         huge = figures["huge"]
         console.print(
