@@ -2131,22 +2131,26 @@ class Ledger:
         """Why those of the jobs wait that do."""
         if not rows:
             return {}
+        ids, breakers = list(rows), sorted({row["parked"] for row in rows.values() if row["parked"]})
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.time()
-            for job_id, row in rows.items():
-                pipe.zscore(self.key("due"), job_id)
-                pipe.zscore(self.key("unanswered"), job_id)
-                pipe.hget(self.key("breaker", row["parked"] or ""), "until_ms")
-                pipe.zscore(self.key("line"), job_id)
-            clock, *answers = pipe.execute()
+            for key in ("due", "unanswered", "line"):
+                pipe.zmscore(self.key(key), ids)
+            for breaker in breakers:
+                pipe.hget(self.key("breaker", breaker), "until_ms")
+            clock, *scores = pipe.execute()
+        now_ms, until = _clock_ms(clock), dict(zip(breakers, scores[3:], strict=True))
         found = {}
-        for number, (job_id, row) in enumerate(rows.items()):
-            due, woken, until, lined = (
-                None if one is None else float(one) for one in answers[4 * number : 4 * number + 4]
+        for job_id, due, woken, lined in zip(ids, *scores[:3], strict=True):
+            row = rows[job_id]
+            closed_ms = until.get(row["parked"])
+            wait = _wait(
+                row,
+                now_ms=now_ms,
+                due_ms=due if lined is None else now_ms,
+                woken_ms=woken,
+                until_ms=float(closed_ms) if closed_ms else None,
             )
-            now_ms = _clock_ms(clock)
-            due = due if lined is None else now_ms
-            wait = _wait(row, now_ms=now_ms, due_ms=due, woken_ms=woken, until_ms=until)
             if wait is not None:
                 found[job_id] = wait
         return found
