@@ -6,6 +6,7 @@ the parts changes. What workers alone use is in ``worker/runtime/celery_internal
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,11 @@ from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
 from celery.exceptions import SecurityError
 from kombu.utils.encoding import bytes_to_str
+
+from courier.json_text import decode
+
+#: What kombu's JSON marks values with that JSON has no kind for.
+_MARK = b'"__type__"'
 
 # --- the app of a program ---------------------------------------------------------------------------------------------
 
@@ -53,7 +59,17 @@ def read_results(backend: Any, job_ids: Sequence[str]) -> dict[str, Mapping[str,
         to_text: Any = bytes_to_str
         named = {to_text(key): row for key, row in rows.items()}
         rows = [named.get(to_text(key)) for key in keys]
-    return {job_id: backend.decode_result(row) for job_id, row in zip(job_ids, rows, strict=True) if row}
+    return {job_id: _decoded(backend, row) for job_id, row in zip(job_ids, rows, strict=True) if row}
+
+
+def _decoded(backend: Any, row: Any) -> Any:
+    """What ``backend`` makes of an entry. kombu would look at each object of the JSON whether it stands for a value of
+    another kind, which takes as long as all the rest; those are marked.
+    """
+    if backend.serializer == "json" and isinstance(row, bytes) and row[:1] == b"{" and _MARK not in row:
+        with contextlib.suppress(ValueError):
+            return backend.meta_from_decoded(decode(row))
+    return backend.decode_result(row)
 
 
 def forget_result(backend: Any, job_id: str) -> None:

@@ -38,6 +38,7 @@ from courier.batches.progress import is_at_work
 from courier.batches.store import CHUNK_TASK, Batches
 from courier.celery_internals import forget_result, store_probe
 from courier.errors import CourierError, InvalidRequest
+from courier.json_text import EncodedResult
 from courier.ledger import peers
 from courier.ledger.breakers import Breakers
 from courier.ledger.jobs import Attachment, DueJob, Ledger, TakeState, passes, words_of
@@ -59,7 +60,6 @@ from worker.pacs.guard import Guard
 from worker.pacs.registry import connect
 from worker.pacs.server_rates import ServerRates
 from worker.runtime import celery_internals, consumer, kombu_internals, revokes, shortage, watchdog
-from worker.runtime.json_text import EncodedResult
 from worker.runtime.request import ShownRequest
 from worker.runtime.room import ALONE_S, Room
 from worker.storage import s3_source

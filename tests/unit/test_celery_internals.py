@@ -414,6 +414,34 @@ def test_read_results_depends_on_what_a_memcached_answers(app: Celery) -> None:
     assert read_results(app.backend, ["read-0"]) == {}
 
 
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"a": [1, {"b": None}], "ü": "山"},
+        {"at": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC), "as": "__type__"},
+        [{"__type__": "not marked", "more": 1}],
+        {"half": "\ud83d"},
+    ],
+)
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_read_results_depends_on_how_kombu_marks_values_that_json_has_no_kind_for(
+    backend: Any, stored: Callable[[str, str, Any], None], result: Any, compression: str | None
+) -> None:
+    backend.compression = compression
+    stored("read-1", "SUCCESS", result)
+    (row,) = backend.mget([backend.get_key_for_task("read-1")])
+    assert read_results(backend, ["read-1"])["read-1"] == backend.decode_result(row)
+    assert read_results(backend, ["read-1"])["read-1"]["result"] == result
+
+
+def test_read_results_depends_on_what_celery_makes_of_an_error(
+    backend: Any, stored: Callable[[str, str, Any], None]
+) -> None:
+    stored("read-1", "FAILURE", ValueError("no"))
+    found = read_results(backend, ["read-1"])["read-1"]["result"]
+    assert (type(found), found.args) == (ValueError, ("no",))
+
+
 def test_forget_result_depends_on_the_name_that_an_entry_has(
     backend: Any, stored: Callable[[str, str, Any], None]
 ) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import kombu.utils.json
 import pytest
 
+from courier.json_text import ASCII_GROWTH, EncodedResult, decode, encode
 from courier.results import Route, UploadPayload
 from courier.settings import ResultSettings
 from worker.app import ShownResult, app
 from worker.jobs.result_fields import allowed, uids_only
-from worker.runtime.json_text import ASCII_GROWTH, EncodedResult, encode
 
 META = {"status": "SUCCESS", "traceback": None, "children": [], "date_done": "2026-01-01", "task_id": "j1"}
 
@@ -60,6 +60,34 @@ def test_metadata_fit_into_a_result_by_the_same_measure_as_before(text):
     results = ResultSettings(metadata="full")
     assert allowed([dataset], results, max_bytes=size) == ([dataset], [])
     assert allowed([dataset], results, max_bytes=size - 1) == ([uids_only(dataset)], ["metadata_reduced_to_uids"])
+
+
+READ = [
+    *(json.dumps(value).encode() for value in PLAIN),
+    *(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") for value in PLAIN),
+    *(b"-0", b"1e999", b"[-1E400]", b"0.1e-400", b"18446744073709551615", b"[18446744073709551616]", b"1.0", b"1E2"),
+    *(
+        b"[-9223372036854775808]",
+        b"[-9223372036854775809]",
+        b'{"a":\n99999999999999999999}',
+        b"[1, 99999999999999999999]",
+    ),
+    *(b'{"a":1,"a":2}', b'{"00080018":{"Value":["2.25.123456789012345678901234567890"]}}', b'"\\u0000"'),
+    *(b"\xef\xbb\xbf[1]", '{"ä": [1]}'.encode("utf-16"), b"[Infinity, -Infinity]", b"[1234567890123456789012.5]"),
+    *(b"", b"[1,]", b"[NaN", b'"\xff"', b'"\t"', b"0123", b"<html>"),
+]
+
+
+@pytest.mark.parametrize("text", READ)
+def test_what_a_server_sends_is_read_as_python_itself_reads_it(text):
+    def said(read: Any) -> Any:
+        try:
+            value = read(text)
+        except ValueError as error:
+            return type(error)
+        return repr(value)
+
+    assert said(decode) == said(json.loads)
 
 
 def payload(metadata: dict[str, Any]) -> UploadPayload:

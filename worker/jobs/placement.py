@@ -26,7 +26,6 @@ from courier.settings import ServerSettings
 from worker.dicom.instances import Instance
 from worker.dicom.viewer import viewer_url
 from worker.jobs.attempt import Postpone, ServerUnknown
-from worker.jobs.result_fields import place
 from worker.jobs.routing import Decision, Exists, Follow, New, Open, choose
 from worker.jobs.same_bytes import LEFT_TO_VERIFICATION, Arrival, Comparison, compare, in_words
 from worker.jobs.services import Services
@@ -413,4 +412,9 @@ def uids_of(instance: Instance) -> dict[str, str]:
 
 
 def viewer_of(server: ServerSettings, instance: Instance) -> str:
-    return place(image_of(instance), server).viewer_url
+    return viewer_url(
+        server,
+        study=instance.study_instance_uid,
+        series=instance.series_instance_uid,
+        image=instance.sop_instance_uid,
+    )

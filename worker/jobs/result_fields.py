@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from courier.json_text import ASCII_GROWTH, encode
 from courier.results import Dataset, Place
 from courier.settings import ResultSettings, ServerSettings
 from worker.dicom.viewer import viewer_url
 from worker.pacs.protocol import Found
-from worker.runtime.json_text import ASCII_GROWTH, encode
 
 _UID_TAGS = ("00080016", "00080018", "0020000D", "0020000E")
 

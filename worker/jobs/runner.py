@@ -26,6 +26,7 @@ from courier.errors import (
     from_payload,
     waits_for_server,
 )
+from courier.json_text import EncodedResult
 from courier.ledger.breakers import circuit_open, is_suspension
 from courier.ledger.jobs import (
     CLOSED_MEANWHILE_S,
@@ -53,7 +54,6 @@ from worker.jobs.knowledge import check_knows_servers
 from worker.jobs.services import Services
 from worker.pacs import in_service
 from worker.pacs.server_rates import SPREAD_S
-from worker.runtime.json_text import EncodedResult
 from worker.runtime.shortage import MAX_RETURNS, PAUSE_S, STARVED, Returns, dead_letter, is_shortage, why
 
 log = logging.getLogger(__name__)

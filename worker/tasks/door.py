@@ -14,6 +14,7 @@ from celery import Task
 from celery.exceptions import Ignore, Reject
 
 from courier.errors import CourierError, InvalidRequest
+from courier.json_text import EncodedResult
 from courier.ledger.jobs import NO_SENDER, LeaseLost, PendingFollowUps, Sender, job_id_for
 from courier.redaction import job_lines
 from courier.signing import SENDER_HEADER
@@ -26,7 +27,6 @@ from worker.jobs.runner import Deferred, Done, Failed, JobResult, NotTaken, Star
 from worker.jobs.services import Services
 from worker.runtime import follow_ups
 from worker.runtime.follow_ups import End, detach
-from worker.runtime.json_text import EncodedResult
 from worker.runtime.request import NOT_BEGUN, WAITS
 from worker.runtime.revokes import stamps_of
 from worker.runtime.shortage import STARVED, is_shortage

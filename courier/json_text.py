@@ -1,13 +1,15 @@
-"""JSON of results: encoded once, so that the ledger and the result back-end keep the same text.
+"""JSON of results, encoded once, so that the ledger and the result back-end keep the same text; and JSON of servers.
 
-Any language reads it: numbers are as exact as Python's, what is no number (NaN, infinity) is null. What a result says
-is not this module's business.
+Any language reads what is written: numbers are as exact as Python's, what is no number (NaN, infinity) is null. What a
+result or an answer says is not this module's business.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -15,6 +17,8 @@ import orjson
 
 #: The text of ``json.dumps``, in ASCII and with blanks, has at most so many times the characters of `encode`'s.
 ASCII_GROWTH = 12
+#: Where an integer may stand that is longer than 64 bits; orjson would read a float.
+_MAY_BE_LONG = re.compile(rb"[:\[,\s-][0-9]{19}").search
 
 
 def encode(value: object) -> str:
@@ -25,6 +29,14 @@ def encode(value: object) -> str:
         return orjson.dumps(value).decode()
     except TypeError:  # its JSONEncodeError is one
         return json.dumps(_without_nan(value), separators=(",", ":"), allow_nan=False)
+
+
+def decode(text: bytes) -> Any:
+    """What ``json.loads`` makes of ``text``, and its errors; in half the time, where orjson would read the same."""
+    if _MAY_BE_LONG(text) is None:
+        with contextlib.suppress(ValueError):  # it may be no JSON, or none that orjson takes: NaN, half of a pair
+            return orjson.loads(text)
+    return json.loads(text)
 
 
 def _without_nan(value: object) -> object:
