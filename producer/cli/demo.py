@@ -72,7 +72,10 @@ def used_if_alone() -> Iterator[None]:
         yield
         return
     if sys.stderr is not None:
-        click.echo(f"pacs: PACS_CONFIG is not set; asking the demo that runs here: {shown(demos[0])}", err=True)
+        from producer.terminal import errors_console, plain  # noqa: PLC0415 (loads rich)
+
+        sentence = f"pacs: PACS_CONFIG is not set; asking the demo that runs here: {shown(demos[0])}"
+        errors_console.print(plain(sentence), soft_wrap=True)
     os.environ["PACS_CONFIG"] = str(demos[0])
     try:
         yield

@@ -50,6 +50,8 @@ def dead_letter(stage: Stage) -> None:
     running.stop(grace_s=15)
     with Courier(stage.settings) as courier:
         assert all(courier.dead.replay(job_id) for job_id in canvases.jobs.values())
+        for due in courier.ledger.sweep():  # as a worker does, but all of them at once
+            courier.dead.send(due)
     woken = canvases.headers()
     assert (woken["stamps"]["stamps"], woken["stamps"]["stamped_headers"]) == ({"order": "7"}, ["order"])
     group = canvases.results["group"]
