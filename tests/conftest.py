@@ -39,6 +39,7 @@ from sandbox import processes as parts
 from sandbox.images import ImageServer
 from sandbox.processes import AzuritePart, Child, OrthancPart, Processes, RedisPart, SandboxPart
 from tests import forks
+from tests.missing import missing, summary
 from tests.packages import Distributions, build_distributions, install
 from tests.stopping import stop_together
 
@@ -63,10 +64,8 @@ SIGNS_OF_A_FAULT = ("Traceback (most recent call last)", "A fault of the worker 
 def _or_missing(start: Callable[[], Any]) -> Any:
     try:
         return start()
-    except parts.PartMissing as missing:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(missing))
-        pytest.skip(str(missing))
+    except parts.PartMissing as error:
+        missing(str(error))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -112,6 +111,15 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # a failed command's connection is among what was kept
             gc.collect()
+    return told
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, object, object]:
+    """The last lines of a run: what it could not test here, and how to repeat what was random."""
+    told = yield
+    for line in summary(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(line)
     return told
 
 

@@ -112,6 +112,7 @@ class Origin:
             socket.send_fds(self._socket, [message], [one if isinstance(one, int) else one.fileno() for one in files])
             while "forked" not in (told := self._told()):
                 pass
+            self._statuses.pop(told["forked"], None)  # of an earlier process with this number
         return Fork(told["forked"], self)
 
     def status(self, pid: int) -> int | None:
@@ -138,8 +139,18 @@ class Origin:
 # --- the process to fork from -----------------------------------------------------------------------------------------
 
 
-#: What reads settings when it is imported.
-_NOT_LOADED = ("worker.app", "worker.flower", "worker.pool", "worker.tasks", "sandbox.__main__", "sandbox.demo")
+#: What reads settings, variables or the kind of its output when it is imported.
+_NOT_LOADED = (
+    "producer.cli",
+    "producer.terminal",
+    "worker.app",
+    "worker.flower",
+    "worker.pool",
+    "worker.tasks",
+    "sandbox.__main__",
+    "sandbox.demo",
+    "sandbox.summary",
+)
 
 
 def _load() -> None:
@@ -148,7 +159,9 @@ def _load() -> None:
         _load_package(name)
     for name in ("celery.bin.celery", "celery.apps.worker", "celery.worker.consumer", "celery.backends.redis"):
         importlib.import_module(name)
-    importlib.import_module("kombu.transport.redis")
+    for name in ("kombu.transport.redis", "click", "rich.console", "rich.live", "rich.progress", "rich.table"):
+        importlib.import_module(name)
+    assert not sys.modules.keys() & set(_NOT_LOADED)
 
 
 def _load_package(package: str) -> None:

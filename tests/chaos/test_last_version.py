@@ -23,6 +23,7 @@ from sandbox import processes as parts
 from sandbox.processes import Child, poll
 from tests.chaos.crew import Crew
 from tests.chaos.judge import Picture, check_invariant, kept
+from tests.missing import left_out
 
 ROOT = Path(__file__).parents[2]
 LAST = ROOT / ".venv-last"
@@ -112,7 +113,7 @@ def _in_clone() -> bool:
 @pytest.fixture
 def last(crew: Crew, image_server: Any) -> LastVersion:
     if not _in_clone():
-        pytest.skip(f"The last version (commit {COMMIT}) is not in this clone: git fetch --unshallow")
+        left_out(f"The last version (commit {COMMIT}) is not in this clone (git fetch --unshallow)")
     if not (LAST / COMMIT).exists():
         pytest.fail(f"The last version (commit {COMMIT}) is not built: make last-version")
     return LastVersion(crew, lambda picture: str(image_server.put(f"{picture.sop}.dcm", picture.body)))

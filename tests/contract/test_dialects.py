@@ -31,6 +31,7 @@ from courier.settings import AuthSettings, ServerSettings, ServerType
 from sandbox import processes as parts_of_the_stack
 from sandbox.processes import Processes
 from sandbox.synthetic import image, new_uid
+from tests.missing import missing
 from worker.dicom.instances import identify
 from worker.pacs.dicomjson import SOP_INSTANCE_UID, STUDY_INSTANCE_UID, text
 from worker.pacs.protocol import Deletion, DeletionFate, Fate, Found, Pacs, Part, StreamedInstance
@@ -508,8 +509,8 @@ def guarded_orthanc(processes: Processes) -> Iterator[str]:
     overrides = {"AuthenticationEnabled": True, "RegisteredUsers": {"loader": "secret"}}
     try:
         running = parts_of_the_stack.orthanc(processes, name="guarded-orthanc", overrides=overrides)
-    except parts_of_the_stack.PartMissing as missing:
-        pytest.skip(str(missing))  # that it is there at all is the orthanc fixture's to demand
+    except parts_of_the_stack.PartMissing as error:
+        missing(str(error))
     yield running.url
     processes.stop_one(running.child)
 

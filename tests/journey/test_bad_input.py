@@ -224,7 +224,7 @@ def test_what_is_no_job_is_thrown_away_and_neither_stops_the_worker_nor_is_quote
         handle = courier.upload(image_server.put("good.dcm", image(new_uid())))
         assert handle.result(timeout_s=WAIT_S)["status"] == "stored"
         with Redis.from_url(redis.broker_url) as client:
-            assert poll(lambda: client.hlen("pacs.unacked") == 0, timeout_s=5), "they would come again"
+            assert poll(lambda: client.hlen("pacs.unacked") == 0, timeout_s=WAIT_S), "they would come again"
     assert running.log.count("Threw a message away") == len(NO_TASKS) + 2
     assert running.log.count("Threw away what is no message") == len(NO_MESSAGES)
     assert PLANTED not in running.log

@@ -75,7 +75,7 @@ def test_a_single_upload_is_done_at_once_while_a_batch_of_a_hundred_thousand_run
         control = Celery(broker=courier.settings.queue.broker_url).control
 
         def only_the_batch_is_shown():  # an upload's result is there before its task has ended
-            running = control.inspect(timeout=5).active() or {}
+            running = control.inspect(timeout=WAIT_S, limit=1).active() or {}
             shown = [task["kwargs"] for tasks in running.values() for task in tasks]
             return bool(shown) and all('"name": "100000 times nothing"' in job and '"chunk": ' in job for job in shown)
 

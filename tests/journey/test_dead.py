@@ -110,7 +110,7 @@ def test_a_replay_that_fails_again_is_a_dead_letter_again(courier, image_server)
     assert courier.dead.replay(handle.id)
     with pytest.raises(SourceUnreachable):
         handle.result(timeout_s=WAIT_S)
-    assert poll(lambda: [one.job_id for one in courier.dead.list()] == [handle.id], timeout_s=5)
+    assert poll(lambda: [one.job_id for one in courier.dead.list()] == [handle.id], timeout_s=WAIT_S)
     assert courier.dead.get(handle.id).replays == 1
 
 

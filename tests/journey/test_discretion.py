@@ -55,7 +55,9 @@ def test_results_with_metadata_show_none_of_it_in_flower_and_logs(worker, image_
             results = [handle.result(timeout_s=WAIT_S) for handle in handles]
         assert all(PATIENT in str(result) for result in results), "the results themselves do hold it"
         pages = [f"{flower.url}/task/{handle.id}" for handle in handles]
-        assert parts.poll(lambda: all("SUCCESS" in requests.get(page, timeout=10).text for page in pages), timeout_s=15)
+        assert parts.poll(
+            lambda: all("SUCCESS" in requests.get(page, timeout=10).text for page in pages), timeout_s=WAIT_S
+        )
         shown = "\n".join(requests.get(page, timeout=10).text for page in pages) + flower.child.log + running.log
         rows = requests.post(f"{flower.url}/tasks/datatable", timeout=10, data=TABLE).json()["data"]
         header = requests.get(f"{flower.url}/tasks", timeout=10).text
@@ -83,7 +85,7 @@ def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
             sandbox.set_fault("msdicom", "store", latency_ms=1500, times=1)
             first = courier.upload(f"{slow}?sig={SIGNATURE}")
             assert parts.poll(lambda: first.stage() == "push", timeout_s=WAIT_S)
-            inspected = str(courier._app.control.inspect(timeout=0.5).active())
+            inspected = str(courier._app.control.inspect(timeout=WAIT_S, limit=1).active())
             first.result(timeout_s=WAIT_S)
             urls = [image_server.put(f"image-{n}.dcm", image(new_uid(), PatientID=PATIENT)) for n in range(3)]
             bad = image_server.put("page.html", b"<html>")
@@ -99,7 +101,7 @@ def test_flower_names_the_jobs_and_nobody_shows_a_credential_or_a_patient(
         def page(job_id):
             return requests.get(f"{flower.url}/task/{job_id}", timeout=10)
 
-        assert parts.poll(lambda: all(page(job_id).status_code == 200 for job_id in ids), timeout_s=15)
+        assert parts.poll(lambda: all(page(job_id).status_code == 200 for job_id in ids), timeout_s=WAIT_S)
         pages = "\n".join(page(job_id).text for job_id in ids)
         pages += requests.post(f"{flower.url}/tasks/datatable", timeout=10, data=TABLE).text
         log_of_flower = flower.child.log

@@ -254,7 +254,7 @@ def test_forged_messages_end_under_their_ids_and_disturb_no_job(door: tuple[Any,
     assert {job_id: ends[job_id] for job_id in forged} == dict.fromkeys(forged, "invalid_request")
     assert {job_id: ends[job_id] for job_id in good} == dict.fromkeys(good, "stored")
     assert [path for path in image_server.requests if "never.dcm" in path] == []
-    assert poll(lambda: queue.broker.hlen("pacs.unacked") == 0, timeout_s=10), "a slot is held"
+    assert poll(lambda: queue.broker.hlen("pacs.unacked") == 0, timeout_s=WAIT_S), "a slot is held"
     assert children_of(running.child.pid) == children, "a process of the pool has ended"
     lines = running.log.splitlines()
     assert [line for line in lines if line.startswith("2026-01-01") or line.strip().startswith("2026-01-01")] == []
@@ -280,7 +280,7 @@ def test_any_id_that_celery_accepts_ends_and_means_one_job(door: tuple[Any, Door
     for job_id in ("order/7", "gone/7"):
         queue.push(other, job_id)
         assert poll(lambda job_id=job_id: f"The id {job_id} belongs to another job" in running.log, timeout_s=WAIT_S)
-    assert poll(lambda: queue.broker.hlen("pacs.unacked") == 0, timeout_s=10)
+    assert poll(lambda: queue.broker.hlen("pacs.unacked") == 0, timeout_s=WAIT_S)
     with pytest.raises(InvalidRequest, match="The id gone/7 belongs to another job"):
         queue.courier.handle("gone/7").result(timeout_s=WAIT_S)
     # Celery itself keeps a success: what was stored under the id stays the truth about it.
@@ -308,7 +308,7 @@ def test_a_loop_over_our_tasks_is_refused_and_not_put_back_for_ever(
             with pytest.raises(CourierError, match="runs no jobs here"):
                 courier.handle(loop.id).result(timeout_s=WAIT_S)
     with Redis.from_url(redis.broker_url) as broker:
-        assert poll(lambda: broker.hlen("pacs.unacked") == 0, timeout_s=10)
+        assert poll(lambda: broker.hlen("pacs.unacked") == 0, timeout_s=WAIT_S)
     assert image_server.requests == []
 
 

@@ -122,7 +122,7 @@ def test_the_circuit_of_a_sick_server_is_open_for_all_and_its_jobs_go_on_when_it
 
     handles[0].cancel()
     with pytest.raises(Cancelled):
-        handles[0].result(timeout_s=10)
+        handles[0].result(timeout_s=WAIT_S)
 
     sandbox.reset_faults()
     payloads = [handle.result(timeout_s=WAIT_S) for handle in handles[1:]]

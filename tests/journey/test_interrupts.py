@@ -119,7 +119,7 @@ def deaf(steady: Steady, plain: Celery, sandbox: SandboxPart) -> Iterator[Callab
 
     def change(act: Callable[..., Any]) -> None:
         for queue in queues:
-            assert act(queue, reply=True, timeout=5, limit=1)
+            assert act(queue, reply=True, timeout=WAIT_S, limit=1)
 
     def listen() -> None:
         change(plain.control.add_consumer)

@@ -84,7 +84,7 @@ class Demo:
     def leaves_nothing(self) -> bool:
         """Neither process nor port, once the kernel has cleared away what was killed (memory first, then sockets)."""
         ports = {urlsplit(address).port for address in self.addresses()}
-        return poll(lambda: not self.children() and not any(_listens(port) for port in ports if port), timeout_s=5)
+        return poll(lambda: not self.children() and not any(_listens(port) for port in ports if port), timeout_s=30)
 
 
 def _listens(port: int) -> bool:

@@ -88,7 +88,7 @@ def test_with_default_settings_all_jobs_of_both_are_done(
         assert [note.get(timeout=WAIT_S) for note in followed] == ["stored"] * 25
     assert "Threw a message away" not in running.log
     assert "unregistered" not in their_worker.log
-    assert poll(lambda: broker.hlen("unacked") + broker.hlen("pacs.unacked") == 0, timeout_s=10)
+    assert poll(lambda: broker.hlen("unacked") + broker.hlen("pacs.unacked") == 0, timeout_s=WAIT_S)
 
 
 @pytest.mark.parametrize("hostname", ["reports@courier", "worker0@courier"])
@@ -196,7 +196,7 @@ def test_a_worker_is_not_started_on_a_queue_of_others_and_is_not_told_to_read_on
     assert "-Q celery: the queues are called pacs, pacs.batches, pacs.admin since version 0.2" in line
     assert "Traceback" not in ended.stderr
     for queue in ("reports", "celery", "pacs.batches"):
-        theirs.control.add_consumer(queue, reply=True, timeout=5)
+        theirs.control.add_consumer(queue, reply=True, limit=1, timeout=WAIT_S)
     sent = theirs.send_task("reports.build", args=(1,), queue="reports")
     assert poll(lambda: running.log.count("Did not begin to read the queue") == 2, timeout_s=WAIT_S)
     with Courier(running.settings) as courier:

@@ -15,6 +15,7 @@ import pytest
 from sandbox import processes as parts
 from sandbox.processes import HOST, Processes
 from sandbox.synthetic import image, new_uid
+from tests.missing import missing
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 LOGIN = "ops:a-password-of-the-test"
@@ -30,16 +31,10 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def missing(what: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(what)
-    pytest.skip(what)
-
-
 def program(name: str) -> str:
     found = shutil.which(name)
     if found is None:
-        missing(f"{name} is not installed")
+        missing(f"{name} is not installed (of the Debian packages curl and npm)")
     return str(found)
 
 
@@ -158,5 +153,5 @@ def test_node_speaks_to_the_workers_through_redis(
 ) -> None:
     node = program("node")
     if not (EXAMPLES / "node_modules" / "celery-node").is_dir():
-        missing("celery-node is not installed: npm install --prefix docs/examples")
+        missing("celery-node is not installed (npm install --prefix docs/examples)")
     works_as([node, EXAMPLES / script], image_server, environ)

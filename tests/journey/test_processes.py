@@ -38,7 +38,7 @@ def test_leaving_the_block_ends_children_and_grandchildren(tmp_path: Path, is_ru
         grandchild = int(child.out_path.read_text())
         assert is_running(grandchild)
     assert not child.alive
-    assert parts.poll(lambda: not is_running(grandchild), timeout_s=5)
+    assert parts.poll(lambda: not is_running(grandchild), timeout_s=30)
 
 
 def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_children_end_when_their_parent_is_killed(tmp_path: Path, is_running: Is
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert parts.poll(lambda: not is_running(int(done.stdout)), timeout_s=5)
+    assert parts.poll(lambda: not is_running(int(done.stdout)), timeout_s=30)
 
 
 def test_a_part_that_dies_at_the_start_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_part_that_crashes_later_is_noticed(tmp_path: Path) -> None:
         child.wait_ready()
         assert running.crashed() is None
         os.kill(child.pid, signal.SIGKILL)
-        assert parts.poll(lambda: running.crashed() is child, timeout_s=5)
+        assert parts.poll(lambda: running.crashed() is child, timeout_s=30)
         assert "killed by signal 9" in str(child.failure())
 
 
@@ -96,7 +96,7 @@ def test_the_settings_of_the_caller_do_not_reach_a_part(tmp_path: Path, monkeypa
             "import os; print(sorted(k for k in os.environ if 'PACS' in k or 'BROKER' in k))",
         ]
         child = running.start("show", show, ready=says_something, environ={"PACS_CONFIG": "its own"})
-        assert parts.poll(lambda: says_something(child), timeout_s=10)
+        assert parts.poll(lambda: says_something(child), timeout_s=30)
         assert child.out_path.read_text() == "['PACS_CONFIG']\n"
 
 

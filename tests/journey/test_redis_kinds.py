@@ -32,7 +32,9 @@ def redises(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Redi
     with Processes(tmp_path_factory.mktemp("redises")) as running:
         good = parts.redis(running, name="good", options=["--unixsocket", str(running.folder / "redis.sock")])
         replica = parts.redis(running, name="replica", options=["--replicaof", f"{HOST} {good.port}"])
-        cluster = parts.redis(running, name="cluster", options=["--cluster-enabled", "yes"])
+        # Else its second port is one of those that outgoing connections take.
+        in_cluster = ["--cluster-enabled", "yes", "--cluster-port", str(parts.free_port())]
+        cluster = parts.redis(running, name="cluster", options=in_cluster)
         with Redis(port=cluster.port) as client:
             client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
         with Redis(port=good.port) as client:

@@ -125,7 +125,7 @@ def test_a_queued_deletion_that_is_revoked_is_not_begun(courier, plain, sandbox,
 def test_an_id_that_is_revoked_before_its_message_comes_is_never_done(courier, plain, sandbox):
     study, job_id = new_uid(), f"order/{uuid.uuid4()}"
     stow(sandbox.msdicom, image(study))
-    told = plain.control.revoke(job_id, reply=True, timeout=5)
+    told = plain.control.revoke(job_id, reply=True, limit=1, timeout=WAIT_S)
     assert "unknown here" in str(told)
     assert plain.AsyncResult(job_id).state == "PENDING"
     send(plain, "pacs.delete", job_id, level="study", uid=study)
@@ -136,7 +136,7 @@ def test_an_id_that_is_revoked_before_its_message_comes_is_never_done(courier, p
 def test_the_same_id_sent_again_is_told_the_same_end(courier, plain, sandbox):
     study, job_id = new_uid(), str(uuid.uuid4())
     stow(sandbox.msdicom, image(study))
-    plain.control.revoke(job_id, reply=True, timeout=5)
+    plain.control.revoke(job_id, reply=True, limit=1, timeout=WAIT_S)
     for _ in range(2):
         send(plain, "pacs.delete", job_id, level="study", uid=study)
         assert ended(plain, job_id)["code"] == "cancelled"
@@ -151,7 +151,7 @@ def test_what_has_ended_stays_as_it_ended(courier, plain, sandbox, image_server)
     refused = send(plain, "pacs.upload", image_url=image_server.put("b.dcm", b"no image"))
     error = ended(plain, refused.id)
     for job in (done, refused):
-        assert "ended before" in str(plain.control.revoke(job.id, reply=True, timeout=5))
+        assert "ended before" in str(plain.control.revoke(job.id, reply=True, limit=1, timeout=WAIT_S))
     assert plain.AsyncResult(done.id).get(timeout=WAIT_S) == payload
     assert ended(plain, refused.id) == error
 
@@ -239,7 +239,7 @@ def test_a_worker_that_cannot_reach_the_ledger_says_so_and_still_heeds_the_revok
     stow(sandbox.msdicom, image(study))
     with Redis.from_url(redis.ledger_url) as client:
         client.set(f"{PREFIX}job:{job_id}", "no record at all")  # a command is answered with an error
-        told = plain.control.revoke(job_id, reply=True, timeout=5)
+        told = plain.control.revoke(job_id, reply=True, limit=1, timeout=WAIT_S)
         assert "send it again" in str(told)
         client.delete(f"{PREFIX}job:{job_id}")
     send(plain, "pacs.delete", job_id, level="study", uid=study)

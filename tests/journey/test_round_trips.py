@@ -29,7 +29,7 @@ UPLOADS = 8
 #: What an upload may cost a busy worker. One that was idle leases slots of its servers first, by one call.
 MOST_CALLS = 6
 #: The sweeper's, ten times a second.
-SWEEP = {"Ledger.wake", "Ledger.sweep", "Ledger.in_hand", "ZRANGE", "TIME"}
+SWEEP = {"Ledger.wake", "Ledger.sweep", "Ledger.in_hand", "ZCARD", "ZRANGE", "TIME"}
 
 
 class Monitor:

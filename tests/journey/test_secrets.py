@@ -233,12 +233,12 @@ def test_nothing_secret_stands_anywhere_once_jobs_are_over(
             dead = [letter.job_id for letter in courier.dead.list()]
             assert [letter.error["code"] for letter in courier.dead.list()] == ["source_unreachable"]
             url = f"http://{HOST}:{port}"
-            assert poll(lambda: "pacs.delete" in pages_of(url, ids[-1:]), timeout_s=15)
+            assert poll(lambda: "pacs.delete" in pages_of(url, ids[-1:]), timeout_s=WAIT_S)
             shown = {
                 "outcomes and exceptions": "\n".join(outcomes),
                 "Flower": pages_of(url, ids),
                 "Flower's log": flower.log,
-                "inspect": str(courier._app.control.inspect(timeout=1).stats()),
+                "inspect": str(courier._app.control.inspect(timeout=WAIT_S, limit=1).stats()),
                 "pacs result": printed("result", ids[0]),
                 "pacs dead": printed("dead", "list") + printed("dead", "show", dead[0]),
                 "pacs trace": printed("trace", study),

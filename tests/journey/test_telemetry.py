@@ -204,7 +204,7 @@ def test_metrics_count_what_was_done_and_show_what_waits(worker, image_server, s
         assert parked.cancel()
         for _ in courier.as_completed([parked], timeout_s=WAIT_S):
             pass
-        assert not courier.ledger.parked()
+        assert parts.poll(lambda: not courier.ledger.parked(), timeout_s=WAIT_S)
     assert SIGNATURE not in text
     assert PATIENT not in text
 

@@ -94,9 +94,7 @@ def test_a_job_that_waits_for_a_server_says_so_everywhere(site, sandbox, image_s
     assert "waiting for msdicom since" in words
     assert "next try in" in words
 
-    assert poll(lambda: flower.task(handle.id) and flower.task(handle.id).state == "WAITING", timeout_s=5), vars(
-        flower.task(handle.id)
-    )
+    assert poll(lambda: flower.task(handle.id) and flower.task(handle.id).state == "WAITING", timeout_s=WAIT_S)
     shown = flower.task(handle.id)
     assert "waiting for msdicom since" in shown.result
     assert shown.result.endswith(" (pacs_unavailable)")
