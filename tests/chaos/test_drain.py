@@ -20,6 +20,8 @@ SLOTS = 4
 ROOM_S = 90
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_worker_is_killed_while_waiting_jobs_are_released(crew, sandbox, image_server, guarantee, full):
     count = 1000 if full else 80
     for dialect in DIALECTS:

@@ -316,11 +316,11 @@ def test_twenty_threads_with_fifty_jobs_each_leave_no_subscription_and_no_connec
     worker.join()
     assert inspector.pubsub_channels() == []
     assert inspector.pubsub_numpat() == 0
-    assert parts.poll(lambda: len(subscribers(inspector)) <= 1, timeout_s=5)
+    assert parts.poll(lambda: len(subscribers(inspector)) <= 1, timeout_s=WAIT_S)
     assert courier._notifications._open == set()
     told.close()
     courier.close()
-    assert parts.poll(lambda: databases(inspector) == {0}, timeout_s=5), inspector.client_list()
+    assert parts.poll(lambda: databases(inspector) == {0}, timeout_s=WAIT_S), inspector.client_list()
 
 
 def databases(inspector):
@@ -360,7 +360,7 @@ def test_closing_iterator_or_client_early_ends_the_subscription(courier, told, t
         gc.collect()
     else:
         courier.close()
-        assert parts.poll(lambda: subscribers(inspector) == [], timeout_s=5)
+        assert parts.poll(lambda: subscribers(inspector) == [], timeout_s=WAIT_S)
         told.ends(handles[1])
         assert next(reports)[1].status == "done", "it goes on, and polls"
         reports.close()
@@ -372,7 +372,7 @@ def test_a_client_that_is_closed_while_another_thread_waits_gives_its_subscripti
     with waiting(handle) as result:
         subscribed(inspector)
         courier.close()
-        assert parts.poll(lambda: subscribers(inspector) == [], timeout_s=5)
+        assert parts.poll(lambda: subscribers(inspector) == [], timeout_s=WAIT_S)
         told.ends(handle)
         assert result.result() == {"uid": handle.id}
 
@@ -430,7 +430,7 @@ def test_a_forked_process_waits_on_its_own_and_leaves_the_subscription_of_its_pa
     child = os.fork()
     if not child:
         try:
-            before.result(timeout_s=5)
+            before.result(timeout_s=WAIT_S)
             told.ends(first)
             ended = next(reports)[1].status
             reports.close()

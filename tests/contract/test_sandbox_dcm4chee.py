@@ -1,7 +1,7 @@
 """The sandbox's DCM4CHEE, held against the conformance table that was drawn from the product's sources.
 
-Each function marked `row` is one row of the table; `test_row` runs them all under the rows' ids. What follows
-are statements of the same description that have no row, and how the archive answers when its database or storage is
+Each function marked `row` is a row of the table, or several, and its name is what they say. What follows are
+statements of the same description that have no row, and how the archive answers when its database or storage is
 down.
 """
 
