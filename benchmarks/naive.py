@@ -37,7 +37,7 @@ def store_image(url: str, session: requests.Session, clients: Sequence[DICOMwebC
     return {"status": "stored", "sha256": hashlib.sha256(body).hexdigest(), "metadata": metadata}
 
 
-@app.task(name="naive.upload")  # type: ignore[untyped-decorator]  # celery is untyped
+@app.task(name="naive.upload", shared=False)  # type: ignore[untyped-decorator]  # celery is untyped
 def upload(url: str) -> dict[str, Any]:
     """One image; connections are kept, by each thread its own."""
     if not hasattr(_own, "session"):

@@ -1,7 +1,7 @@
-"""JSON of results, encoded once, so that the ledger and the result back-end keep the same text; and JSON of servers.
+"""JSON of results, encoded once, so that the ledger and the result back-end keep the same text.
 
 Any language reads what is written: numbers are as exact as Python's, what is no number (NaN, infinity) is null. What a
-result or an answer says is not this module's business.
+result says is not this module's business.
 """
 
 from __future__ import annotations

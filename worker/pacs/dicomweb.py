@@ -6,6 +6,7 @@ call.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from courier.errors import NotFound, PacsMisanswered, PacsRejected, PacsUnavailable
-from courier.json_text import decode
 from courier.messages import Level, check_uid
 from courier.redaction import printable
 from courier.results import Dataset
@@ -229,7 +229,7 @@ class DicomWeb:
         if is_too_dense(answer.body):
             raise self.misanswered("JSON that is brackets for the most part")
         try:
-            return decode(answer.body)
+            return json.loads(answer.body)
         except (ValueError, RecursionError) as error:
             raise self.misanswered("something that is not JSON") from error
 
