@@ -181,6 +181,8 @@ def test_metrics_count_what_was_done_and_show_what_waits(worker, image_server, s
         sandbox.set_fault("msdicom", "store", status=503)
         parked = courier.upload(image_server.put("b.dcm", image(new_uid())))
         assert parts.poll(lambda: courier.ledger.parked().get("msdicom") == 1, timeout_s=20)
+        # Jobs that are over are taken off the list of the open ones four times a second, many at a time.
+        assert parts.poll(lambda: scraped(port)[0]["pacs_jobs_open",] == 1, timeout_s=WAIT_S)
         values, text = scraped(port)
         done = ("pacs_jobs_total", ("code", "done"), ("end", "done"), ("task", "pacs.upload"))
         refused = ("pacs_jobs_total", ("code", "image_already_exists"), ("end", "refused"), ("task", "pacs.upload"))
