@@ -89,10 +89,11 @@ local function under_way(its)
   if its.depth >= 0 then sent = math.min(sent, its.depth) end
   return math.max(sent, lately) + at_work
 end
-local function may_be_sent(due, id, fields)
-  if not fields[1] or fields[5] or not redis.call('ZSCORE', due, id) then return false end
+local function may_be_sent(due, grace_ms, id, fields)
+  local due_ms = tonumber(redis.call('ZSCORE', due, id) or '')
+  if not fields[1] or fields[5] or not due_ms then return false end
   if fields[3] == 'running' and tonumber(fields[6] or 0) > now then return false end
-  return not (fields[7] and redis.call('ZSCORE', prefix .. 'parked:' .. fields[7], id))
+  return due_ms <= now + grace_ms  -- later: it was put aside again by another message of it
 end
 local function release(due, unanswered, grace_ms, its, woken)
   local room = its.room - under_way(its)
@@ -100,9 +101,9 @@ local function release(due, unanswered, grace_ms, its, woken)
   for _, id in ipairs(redis.call('ZRANGE', line, 0, looked_at - 1)) do
     if room <= 0 then return end
     local job = prefix .. 'job:' .. id
-    local fields = redis.call('HMGET', job, 'task', 'job', 'state', 'trace', 'sent', 'lease_ms', 'parked')
+    local fields = redis.call('HMGET', job, 'task', 'job', 'state', 'trace', 'sent', 'lease_ms')
     redis.call('ZREM', line, id)
-    if may_be_sent(due, id, fields) then
+    if may_be_sent(due, grace_ms, id, fields) then
       woken[#woken + 1] = send(due, unanswered, grace_ms, id, job, fields, its.queue)
       redis.call('ZADD', its.released, now, id)
       redis.call('PEXPIRE', its.released, forgotten_ms)

@@ -194,6 +194,32 @@ def test_a_job_that_was_cancelled_in_line_ends_in_its_turn(site: LineSite) -> No
     assert site.drain() == names()
 
 
+def wait_for_a_server_that_is_away(site: LineSite, *, max_wait_s: float) -> None:
+    site.client.hset(f"{PREFIX}{BREAKER}orthanc", "until_ms", "99999999999999")
+    for job_id in names():
+        site.ledger.park_for("orthanc", job_id, site.take(job_id), max_wait_s=max_wait_s, code="c", message="…")
+
+
+def test_a_job_that_is_cancelled_while_its_server_is_away_ends_at_once(site: LineSite) -> None:
+    wait_for_a_server_that_is_away(site, max_wait_s=900)
+    assert site.ledger.cancel(names()[-1]) == "waiting"
+    assert site.sweep() == [names()[-1]]
+
+
+def test_jobs_whose_server_was_away_for_as_long_as_they_may_wait_end_all(site: LineSite) -> None:
+    wait_for_a_server_that_is_away(site, max_wait_s=0)
+    assert sorted(site.drain()) == sorted(names())
+
+
+def test_a_job_in_line_that_another_message_put_aside_is_not_released(site: LineSite) -> None:
+    lose_messages(site)
+    site.sweep(room=0)
+    late = names()[0]
+    site.client.hset(f"{PREFIX}{BREAKER}orthanc", "until_ms", "99999999999999")
+    site.ledger.park_for("orthanc", late, site.take(late), max_wait_s=900, code="c", message="…")
+    assert site.sweep() == names()[1 : ROOM + 1]
+
+
 def test_lookups_and_pieces_of_batches_do_not_stand_in_line(site: LineSite) -> None:
     wait(site, "server", "pacs_unavailable")
     others = {"pacs.exists": "look", "pacs.metadata": "read", "pacs.batch.chunk": "b.apply.0", "pacs.batch.upload": "b"}

@@ -19,7 +19,7 @@ def test_a_worker_that_has_let_go_of_its_jobs_wakes_nobody_for_them(monkeypatch:
         "settings",
         app.settings.model_copy(update={"jobs": app.settings.jobs.model_copy(update={"sweep_s": 0.01})}),
     )
-    monkeypatch.setattr(app, "sweep", lambda _: sweeps.append(1))
+    monkeypatch.setattr(app, "sweep", lambda *_: sweeps.append(1))
     sweeper = app.Sweeper(None)
     sweeper.start(None)
     try:
