@@ -65,7 +65,7 @@ def running_stack(folder: Path) -> Iterator[Stack]:
             },
         )
         worker = parts.worker(processes, config)
-        # On loopback, and nothing here is anybody's: its API may be tried without a password.
+        # On loopback, and all data here are invented: its API may be tried without a password.
         flower = parts.flower(processes, config, environ={"FLOWER_UNAUTHENTICATED_API": "true"})
         worker.wait_ready()
         flower.child.wait_ready()

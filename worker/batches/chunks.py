@@ -99,10 +99,12 @@ def _wait_or_try_again(errors: Sequence[CourierError], left: _OpenItems, attempt
 
 
 def _busy(attempt: Attempt) -> Postpone:
-    """Another job holds what the open items need; the first of them is named."""
+    """Open items have a further step to go, or another job holds what they need; the first such job is named."""
     owner = next(iter(attempt.owners), "")
-    who = f"job {owner} is" if owner else "other jobs are"
-    return Postpone(f"{who} at the same studies", delay_s=TURN_S, owner=owner)
+    sentence = (
+        f"job {owner} is at the same studies" if owner else "items have a further step to go, or wait for other jobs"
+    )
+    return Postpone(sentence, delay_s=TURN_S, owner=owner)
 
 
 def _open_rows(batches: Batches, batch: Batch, job: BatchChunkJob) -> list[Row]:
