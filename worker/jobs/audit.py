@@ -1,7 +1,8 @@
 """Which studies are on more than one server, and in which images their copies differ: `pacs.audit`.
 
 UIDs alone are compared, never bytes. Nothing is changed anywhere. A server that does not answer fails the attempt:
-without its list the audit cannot say that no study is split. Of one in maintenance the result says that it was not asked.
+without its list the audit cannot say that no study is split. Of one in maintenance the result says that it was not
+asked.
 """
 
 from __future__ import annotations
